@@ -1,0 +1,56 @@
+# Two commands to know: `make demo` and `make test`. Each makes .venv itself and needs only python3 >= 3.10 and make.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
+
+.PHONY: help demo test lint types quick slow ci gpu bench clean
+
+help: ## what there is to make
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
+
+# One stamp an extra, so that `make demo` does not wait for linters and test tools. The package is installed editable: a changed
+# source file needs no new stamp, changed metadata does.
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit("wslfast needs Python 3.10 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 10) else None'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install --constraint constraints.txt --editable '.[eval,plot]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install --constraint constraints.txt --editable '.[eval,plot,triton,dev]'
+	@touch $@ $(VENV)/.demo
+
+demo: $(VENV)/.demo ## a zoo, two autoencoders and the report, in a few minutes on a laptop's CPU: runs/demo/report.html
+	$(BIN)/wslfast demo --out runs/demo $(DEMO_FLAGS)
+
+test: lint types quick ## linter, type checker, quick tests (at most 12 minutes on 2 cores)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+
+# mypy knows no package-dir: the check runs on a tree of links that is laid out like the installed package.
+types: $(VENV)/.dev
+	@rm -rf build/types && mkdir -p build/types/wslfast
+	@for f in wslfast/*; do ln -s "../../../$$f" build/types/wslfast/; done; ln -s ../../../kernels build/types/wslfast/kernels
+	MYPYPATH=build/types $(BIN)/mypy --config-file pyproject.toml -p wslfast
+
+quick: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_FLAGS)
+
+slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_FLAGS)
+
+ci: test slow ## all that can be tested without a GPU (at most 45 minutes)
+
+# Plain python3 from the tree: no virtual environment, no installation, no network.
+gpu: ## on a machine with CUDA: GPU tests, then the timings side by side; rows go to $OUT or benchmarks/data
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu_gate.py
+
+bench: $(VENV)/.dev ## the benchmark suite on this machine
+	$(BIN)/python -m benchmarks $(BENCH_FLAGS)
+
+clean: ## remove the virtual environment and everything built
+	rm -rf $(VENV) build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

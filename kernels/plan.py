@@ -1,0 +1,283 @@
+"""Layer records: what a network is, before any weights.
+
+A network that wslfast can run as a *population* (k models of one architecture with their own weights) is a tuple of
+these records. Everything here is plain data: frozen, hashable, comparable, JSON-able, so that a tuple of records can be
+a cache key, the constexpr a kernel is specialised on, and an entry in a zoo's manifest.
+
+Weights of one model are a row of ``P`` numbers: layer after layer, weight before bias, C-order within each (which is
+state-dict order for a sequential module).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, Union
+
+Pair = tuple[int, int]
+
+_LARGEST = (1 << 31) - 1
+_LONGEST_NAME = 500
+ACTIVATIONS = ("relu", "leakyrelu", "tanh", "sigmoid", "silu", "gelu", "elu", "celu", "identity")
+
+
+class Unplannable(ValueError):
+    """A layer that a kernel cannot be specialised on; the message names the layer."""
+
+
+@dataclass(frozen=True)
+class Conv2d:
+    """2-d cross-correlation, zero padding; weight ``[out_channels, in_channels / groups, *kernel_size]``."""
+
+    kind: ClassVar[str] = "conv2d"
+    name: str
+    in_channels: int
+    out_channels: int
+    kernel_size: Pair
+    stride: Pair = (1, 1)
+    padding: Pair = (0, 0)
+    dilation: Pair = (1, 1)
+    groups: int = 1
+    bias: bool = True
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Affine map; weight ``[out_features, in_features]``."""
+
+    kind: ClassVar[str] = "linear"
+    name: str
+    in_features: int
+    out_features: int
+    bias: bool = True
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        return (self.out_features, self.in_features)
+
+
+@dataclass(frozen=True)
+class Pool2d:
+    """Max or average pooling without padding; windows that do not fit are dropped (floor)."""
+
+    kind: ClassVar[str] = "pool2d"
+    name: str
+    mode: str = "max"
+    kernel_size: Pair = (2, 2)
+    stride: Pair = (2, 2)
+
+
+@dataclass(frozen=True)
+class Activation:
+    """Elementwise nonlinearity. ``parameter`` is leakyrelu's slope (0.01) or elu's and celu's alpha (1), 0 for the others."""
+
+    kind: ClassVar[str] = "activation"
+    name: str
+    function: str = "relu"
+    parameter: float = None  # type: ignore[assignment]  # None: torch's default, filled in below
+    approximate: str = "none"  # gelu only: "none" or "tanh"
+
+    def __post_init__(self) -> None:
+        if self.parameter is None:
+            defaults = {"leakyrelu": 0.01, "elu": 1.0, "celu": 1.0}
+            object.__setattr__(self, "parameter", defaults.get(self.function, 0.0) if isinstance(self.function, str) else 0.0)
+
+
+@dataclass(frozen=True)
+class Flatten:
+    """``[n, C, H, W] -> [n, C * H * W]``, C-order."""
+
+    kind: ClassVar[str] = "flatten"
+    name: str
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Kept for its place in the key names; a population is always run in evaluation mode, where it is the identity."""
+
+    kind: ClassVar[str] = "dropout"
+    name: str
+    p: float = 0.0
+
+
+Layer = Union[Conv2d, Linear, Pool2d, Activation, Flatten, Dropout]
+Layers = tuple[Layer, ...]
+RECORDS: dict[str, type] = {r.kind: r for r in (Conv2d, Linear, Pool2d, Activation, Flatten, Dropout)}
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one parameter lives in a row of weights."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def stop(self) -> int:
+        return self.offset + self.size
+
+
+@dataclass(frozen=True)
+class LayerSlots:
+    """The slots of one layer; both None for a layer without parameters."""
+
+    weight: Slot | None = None
+    bias: Slot | None = None
+
+
+def layer_slots(layers: Layers) -> tuple[LayerSlots, ...]:
+    """Slots of every layer's weight and bias, in layer order."""
+    slots, offset = [], 0
+    for layer in layers:
+        if not isinstance(layer, (Conv2d, Linear)):
+            slots.append(LayerSlots())
+            continue
+        weight = Slot(f"{layer.name}.weight", layer.weight_shape, offset)
+        offset = weight.stop
+        bias = None
+        if layer.bias:
+            bias = Slot(f"{layer.name}.bias", (layer.weight_shape[0],), offset)
+            offset = bias.stop
+        slots.append(LayerSlots(weight, bias))
+    return tuple(slots)
+
+
+def _window(size: int, kernel: int, stride: int, padding: int = 0, dilation: int = 1) -> int:
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def _refuse(layer: Layer, shape: tuple[int, ...], why: str) -> ValueError:
+    return ValueError(f"layer {layer.name!r} ({layer.kind}): {why}; its input is {list(shape)}")
+
+
+def output_shape(layer: Layer, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of ``layer``'s output for one query of ``shape`` (no batch axis). Raises ValueError naming a layer that does not fit."""
+    if isinstance(layer, Linear):
+        if len(shape) != 1 or shape[0] != layer.in_features:
+            raise _refuse(layer, shape, f"expected [{layer.in_features}]")
+        return (layer.out_features,)
+    if isinstance(layer, Flatten):
+        return (math.prod(shape),)
+    if isinstance(layer, (Activation, Dropout)):
+        return shape
+    if len(shape) != 3:
+        raise _refuse(layer, shape, "expected [C, H, W]")
+    channels, height, width = shape
+    if isinstance(layer, Conv2d):
+        if channels != layer.in_channels:
+            raise _refuse(layer, shape, f"expected {layer.in_channels} channels")
+        channels = layer.out_channels
+        height, width = (
+            _window(size, layer.kernel_size[i], layer.stride[i], layer.padding[i], layer.dilation[i])
+            for i, size in enumerate((height, width))
+        )
+    else:
+        height, width = (_window(size, layer.kernel_size[i], layer.stride[i]) for i, size in enumerate((height, width)))
+    if height < 1 or width < 1:
+        raise _refuse(layer, shape, "nothing is left of the image")
+    return (channels, height, width)
+
+
+def shapes(layers: Layers, input_shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """Input shape of every layer, then the network's output shape (``len(layers) + 1`` shapes, no batch axis)."""
+    out = [tuple(input_shape)]
+    for layer in layers:
+        out.append(output_shape(layer, out[-1]))
+    return tuple(out)
+
+
+def input_rank(layers: Layers) -> int:
+    """Axes of one query: 3 (``[C, H, W]``) or, for a network that begins with a linear layer, 1 (``[features]``)."""
+    for layer in layers:
+        if isinstance(layer, Linear):
+            return 1
+        if isinstance(layer, (Conv2d, Pool2d, Flatten)):
+            return 3
+    return 3
+
+
+def multiply_adds(layers: Layers, input_shape: tuple[int, ...]) -> int:
+    """Dense multiply-adds of one forward pass of one model on one query."""
+    total = 0
+    for layer, shape in zip(layers, shapes(layers, input_shape)[1:], strict=False):
+        if isinstance(layer, (Conv2d, Linear)):
+            total += math.prod(shape) * math.prod(layer.weight_shape[1:])
+    return total
+
+
+def activation_elements(layers: Layers, input_shape: tuple[int, ...]) -> int:
+    """Numbers that autograd keeps for one (model, query) pair: every layer's output."""
+    return sum(math.prod(s) for s in shapes(layers, input_shape)[1:])
+
+
+def layer_to_dict(layer: Layer) -> dict[str, Any]:
+    """JSON-able form; the inverse of :func:`layer_from_dict`."""
+    return {"kind": layer.kind, **asdict(layer)}
+
+
+def check_layer(layer: Layer) -> None:
+    """Raises ValueError, naming the layer, for a record whose values no network can have."""
+
+    def must(condition: bool, what: str) -> None:
+        if not condition:
+            raise ValueError(f"layer {layer.name!r} ({layer.kind}): {what}")
+
+    if not isinstance(layer.name, str) or not 0 < len(layer.name) <= _LONGEST_NAME:
+        raise ValueError(f"a {layer.kind} record's name is a text of 1 to {_LONGEST_NAME} characters")
+    for f in fields(layer):
+        value = getattr(layer, f.name)
+        if f.type in ("int", "Pair"):
+            low = 0 if f.name == "padding" else 1
+            numbers = value if f.type == "Pair" else (value,)
+            fits = isinstance(numbers, tuple) and len(numbers) == (2 if f.type == "Pair" else 1)
+            what = f"{'a pair of integers' if f.type == 'Pair' else 'an integer'} from {low} to {_LARGEST}"
+            must(fits and all(type(v) is int and low <= v <= _LARGEST for v in numbers), f"{f.name} is {what}, got {value!r:.40}")
+        elif f.type == "float":
+            must(type(value) is float and math.isfinite(value), f"{f.name} is a finite float, got {value!r:.40}")
+        else:
+            must(type(value).__name__ == f.type, f"{f.name} is a {f.type}, got {value!r:.40}")
+    if isinstance(layer, Conv2d):
+        divides = layer.in_channels % layer.groups == 0 and layer.out_channels % layer.groups == 0
+        must(divides, f"{layer.groups} groups do not divide {layer.in_channels} -> {layer.out_channels} channels")
+    elif isinstance(layer, Pool2d):
+        must(layer.mode in ("max", "avg"), f"pooling is 'max' or 'avg', got {layer.mode!r:.40}")
+    elif isinstance(layer, Dropout):
+        must(0.0 <= layer.p <= 1.0, f"p is a probability, got {layer.p!r}")
+    elif isinstance(layer, Activation):
+        must(layer.function in ACTIVATIONS, f"unknown activation {layer.function!r:.40}; known: {list(ACTIVATIONS)}")
+        must(layer.function != "celu" or layer.parameter != 0, "celu's alpha is not 0")
+        must(layer.approximate in ("none", "tanh"), f"approximate is 'none' or 'tanh', got {layer.approximate!r:.40}")
+
+
+def layer_from_dict(record: dict[str, Any]) -> Layer:
+    """Rebuild a record from :func:`layer_to_dict`'s form. Raises ValueError for anything else."""
+    if not isinstance(record, dict):
+        raise ValueError(f"a layer record is an object, got {type(record).__name__}")
+    kind = record.get("kind")
+    cls = RECORDS.get(kind) if isinstance(kind, str) else None
+    if cls is None:
+        raise ValueError(f"unknown layer kind {kind!r:.40}; known: {sorted(RECORDS)}")
+    known = {f.name: f.type for f in fields(cls)}
+    values = {k: v for k, v in record.items() if k != "kind"}
+    if unknown := [k for k in values if k not in known]:
+        raise ValueError(f"layer {record.get('name')!r:.40} has unknown fields {unknown!r:.80}")
+    for key, value in values.items():  # what JSON cannot tell apart
+        if known[key] == "Pair" and isinstance(value, list):
+            values[key] = tuple(value)
+        elif known[key] == "float" and type(value) is int and abs(value) <= _LARGEST:
+            values[key] = float(value)
+    try:
+        layer: Layer = cls(**values)
+    except TypeError as error:
+        raise ValueError(f"layer {record.get('name')!r:.40}: {error}") from None
+    check_layer(layer)
+    return layer

@@ -1,0 +1,155 @@
+"""The readable plain-torch twin of everything that is fast elsewhere: the oracle of tests and benchmarks.
+
+Works in any floating dtype, float64 included, on any device, with autograd. Nothing here is tuned.
+
+Shapes: weights ``[k, P]``, queries ``[n, C, H, W]`` shared by all models or ``[k, n, C, H, W]`` one set a model,
+outputs ``[k, n, K]``.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .plan import Activation, Conv2d, Dropout, Flatten, Layers, Linear, Pool2d, layer_slots
+
+CRITERIA = ("mse", "softmax_mse", "cross_entropy", "distillation")
+
+
+def activation(x: Tensor, layer: Activation) -> Tensor:
+    """The layer's elementwise function."""
+    match layer.function:
+        case "relu":
+            return F.relu(x)
+        case "leakyrelu":
+            return F.leaky_relu(x, layer.parameter)
+        case "tanh":
+            return torch.tanh(x)
+        case "sigmoid":
+            return torch.sigmoid(x)
+        case "silu":
+            return F.silu(x)
+        case "gelu":
+            return F.gelu(x, approximate=layer.approximate)
+        case "elu":
+            return F.elu(x, layer.parameter)
+        case "celu":
+            return F.celu(x, layer.parameter)
+        case "identity":
+            return x
+    raise ValueError(f"unknown activation {layer.function!r}")
+
+
+def forward_one(weights: Tensor, queries: Tensor, layers: Layers) -> Tensor:
+    """Outputs ``[n, K]`` of the one model whose row of weights is ``[P]``, in evaluation mode."""
+    x = queries
+    for layer, slots in zip(layers, layer_slots(layers), strict=True):
+        if slots.weight is not None:
+            weight = weights[slots.weight.offset : slots.weight.stop].view(slots.weight.shape)
+            bias = None if slots.bias is None else weights[slots.bias.offset : slots.bias.stop]
+        if isinstance(layer, Conv2d):
+            x = F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+        elif isinstance(layer, Linear):
+            x = F.linear(x, weight, bias)
+        elif isinstance(layer, Pool2d):
+            pool = F.max_pool2d if layer.mode == "max" else F.avg_pool2d
+            x = pool(x, layer.kernel_size, layer.stride)
+        elif isinstance(layer, Activation):
+            x = activation(x, layer)
+        elif isinstance(layer, Flatten):
+            x = x.flatten(1)
+        elif not isinstance(layer, Dropout):
+            raise ValueError(f"unknown layer {layer!r}")
+    return x
+
+
+def per_model_queries(queries: Tensor, layers: Layers) -> bool:
+    """Whether ``queries`` carries a leading axis over models."""
+    return queries.ndim in (3, 5)  # one query has one axis or three
+
+
+def forward(weights: Tensor, queries: Tensor, layers: Layers) -> Tensor:
+    """Outputs ``[k, n, K]``: one model after another, so no model can depend on its neighbours."""
+    own = per_model_queries(queries, layers)
+    return torch.stack([forward_one(w, queries[j] if own else queries, layers) for j, w in enumerate(weights)])
+
+
+def forward_grouped(weights: Tensor, queries: Tensor, layers: Layers) -> Tensor:
+    """The same outputs with all models in one call a layer: models are the groups of a convolution, batches of a matmul.
+
+    The formulation that torch offers for a GPU, where a loop over models is bound by launches.
+    """
+    k = weights.shape[0]
+    own = per_model_queries(queries, layers)
+    x = queries.transpose(0, 1) if own else queries.unsqueeze(1).expand(-1, k, *queries.shape[1:])  # [n, k, ...]
+    n = x.shape[0]
+    for layer, slots in zip(layers, layer_slots(layers), strict=True):
+        if slots.weight is not None:
+            weight = weights[:, slots.weight.offset : slots.weight.stop]
+            bias = None if slots.bias is None else weights[:, slots.bias.offset : slots.bias.stop]
+        if isinstance(layer, Conv2d):
+            x = F.conv2d(
+                x.reshape(n, -1, *x.shape[-2:]), weight.reshape(k * layer.out_channels, *layer.weight_shape[1:]),
+                None if bias is None else bias.reshape(-1), layer.stride, layer.padding, layer.dilation, k * layer.groups,
+            )
+            x = x.view(n, k, layer.out_channels, *x.shape[-2:])
+        elif isinstance(layer, Linear):
+            x = torch.einsum("nki,koi->nko", x, weight.view(k, *layer.weight_shape))
+            x = x if bias is None else x + bias
+        elif isinstance(layer, Pool2d):
+            pool = F.max_pool2d if layer.mode == "max" else F.avg_pool2d
+            x = pool(x.reshape(n, -1, *x.shape[-2:]), layer.kernel_size, layer.stride)
+            x = x.view(n, k, -1, *x.shape[-2:])
+        elif isinstance(layer, Activation):
+            x = activation(x, layer)
+        elif isinstance(layer, Flatten):
+            x = x.flatten(2)
+    return x.transpose(0, 1)
+
+
+def criterion_values(outputs: Tensor, targets: Tensor, criterion: str, temperature: float = 2.0) -> Tensor:
+    """Per-model values ``[k]`` of a behavioural criterion; outputs and targets are ``[k, n, K]`` logits.
+
+    Integer targets ``[k, n]`` are labels, for ``cross_entropy`` alone: -1/n sum_i log p^_label(i), the loss that trains a zoo.
+
+    - ``mse``: 1/(2n) sum_i ||f^(x_i) - f(x_i)||^2 (arXiv 2503.17138, behavioural loss; its mean over k is the paper's formula)
+    - ``softmax_mse``: mean over queries and classes of the squared difference of probabilities (the published code's ``l2``)
+    - ``cross_entropy``: -1/n sum_i sum_c p_c log p^_c with soft labels p = softmax(targets)
+    - ``distillation``: T^2/n sum_i sum_c q_c (log q_c - log q^_c), both softened by the temperature T (Hinton et al. 2015)
+    """
+    n = outputs.shape[1]
+    if criterion == "mse":
+        return (outputs - targets).square().sum((1, 2)) / (2 * n)
+    if criterion == "softmax_mse":
+        return (outputs.softmax(-1) - targets.softmax(-1)).square().mean((1, 2))
+    if criterion == "cross_entropy":
+        if not targets.is_floating_point():
+            return -outputs.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).sum((1, 2)) / n
+        return -(targets.softmax(-1) * outputs.log_softmax(-1)).sum((1, 2)) / n
+    if criterion == "distillation":
+        # near convergence the two logs agree to the last float32 digits: their difference needs more
+        log_q = (targets.double() / temperature).log_softmax(-1)
+        log_p = (outputs.double() / temperature).log_softmax(-1)
+        return (temperature**2 / n * (log_q.exp() * (log_q - log_p)).sum((1, 2))).to(outputs.dtype)
+    raise ValueError(f"unknown criterion {criterion!r}; known: {list(CRITERIA)}")
+
+
+def loss_and_gradient(
+    weights: Tensor, queries: Tensor, targets: Tensor, layers: Layers, criterion: str, temperature: float = 2.0
+) -> tuple[Tensor, Tensor]:
+    """Per-model losses ``[k]`` and their gradients ``[k, P]`` with respect to each model's own weights.
+
+    One model after another, its graph freed before the next begins: memory does not grow with k.
+    """
+    losses = weights.new_empty(weights.shape[0])
+    gradient = torch.empty_like(weights, memory_format=torch.contiguous_format)
+    own = per_model_queries(queries, layers)
+    for j in range(weights.shape[0]):
+        with torch.enable_grad():
+            row = weights[j].detach().requires_grad_()
+            outputs = forward_one(row, queries[j] if own else queries, layers)
+            value = criterion_values(outputs[None].to(weights.dtype), targets[j][None], criterion, temperature)[0]
+        losses[j] = value.detach()
+        (gradient[j],) = torch.autograd.grad(value, row)
+    return losses, gradient

@@ -1,0 +1,45 @@
+"""Shared fixtures: poisoned allocation, deterministic seeds, small populations."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported; with a GPU, kernels are compiled
+
+_EMPTY = {name: getattr(torch, name) for name in ("empty", "empty_like", "empty_strided")}
+
+
+def _poison(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.is_floating_point() and tensor.numel():
+        with torch.no_grad():
+            tensor.fill_(float("nan"))
+    elif tensor.dtype in (torch.int8, torch.int32, torch.int64) and tensor.numel():
+        tensor.fill_(torch.iinfo(tensor.dtype).min // 2)
+    return tensor
+
+
+@pytest.fixture
+def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``torch.empty*`` and ``Tensor.new_empty`` return NaN, so an element that nobody wrote fails the test."""
+    for name, make in _EMPTY.items():
+        monkeypatch.setattr(torch, name, lambda *a, _make=make, **kw: _poison(_make(*a, **kw)))
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *a, **kw: _poison(new_empty(self, *a, **kw)))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="no CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)

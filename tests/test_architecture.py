@@ -1,0 +1,635 @@
+"""The published networks, and any other module as an Architecture."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import math
+from collections import OrderedDict
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wslfast import batched_forward, errors
+from wslfast.architecture import INITIALISATIONS, Architecture
+from wslfast.errors import WslfastError
+from wslfast.kernels.plan import Activation, Conv2d, Dropout, Flatten, Linear, Pool2d
+from wslfast.population import Population
+from wslfast.testing import as_module, relative_error
+
+C, P, A, D, FL, L = "conv2d", "pool2d", "activation", "dropout", "flatten", "linear"
+CNN_ORDER = [C, P, A, C, P, A, C, A, FL, L, A, L]
+CNN_DROP = [C, P, A, D, C, P, A, D, C, A, FL, L, A, D, L]
+CNN3_ORDER = [C, P, A, D] * 3 + [FL, L, A, D, L]
+LENET_ORDER = [C, A, P, D] * 2 + [FL, L, A, D, L, A, D, L]
+
+# reference.md section 1.1: order of modules, indices with parameters, weight shapes, parameter count
+PUBLISHED: dict[str, tuple[Architecture, list[str], tuple[int, ...], list[tuple[int, ...]], int]] = {
+    "cnn-1": (Architecture.cnn(), CNN_ORDER, (0, 3, 6, 9, 11), [(8, 1, 5, 5), (6, 8, 5, 5), (4, 6, 2, 2), (20, 36), (10, 20)], 2464),
+    "cnn-3": (Architecture.cnn(3), CNN_ORDER, (0, 3, 6, 9, 11), [(8, 3, 5, 5), (6, 8, 5, 5), (4, 6, 2, 2), (20, 36), (10, 20)], 2864),
+    "cnn-dropout": (
+        Architecture.cnn(1, dropout=0.1), CNN_DROP, (0, 4, 8, 11, 14), [(8, 1, 5, 5), (6, 8, 5, 5), (4, 6, 2, 2), (20, 36), (10, 20)], 2464,
+    ),
+    "cnn2-1": (Architecture.cnn2(), CNN_ORDER, (0, 3, 6, 9, 11), [(6, 1, 5, 5), (9, 6, 5, 5), (6, 9, 2, 2), (20, 54), (10, 20)], 3047),
+    "cnn2-3": (Architecture.cnn2(3), CNN_ORDER, (0, 3, 6, 9, 11), [(6, 3, 5, 5), (9, 6, 5, 5), (6, 9, 2, 2), (20, 54), (10, 20)], 3347),
+    "cnn2-dropout": (
+        Architecture.cnn2(1, dropout=0.1), CNN_DROP, (0, 4, 8, 11, 14), [(6, 1, 5, 5), (9, 6, 5, 5), (6, 9, 2, 2), (20, 54), (10, 20)], 3047,
+    ),
+    "cnn3-1": (Architecture.cnn3(1), CNN3_ORDER, (0, 4, 8, 13, 16), [(16, 1, 3, 3), (32, 16, 3, 3), (15, 32, 3, 3), (20, 60), (10, 20)], 10565),
+    "cnn3-3": (Architecture.cnn3(), CNN3_ORDER, (0, 4, 8, 13, 16), [(16, 3, 3, 3), (32, 16, 3, 3), (15, 32, 3, 3), (20, 60), (10, 20)], 10853),
+    "cnn3-dropout": (
+        Architecture.cnn3(dropout=0.5), CNN3_ORDER, (0, 4, 8, 13, 16), [(16, 3, 3, 3), (32, 16, 3, 3), (15, 32, 3, 3), (20, 60), (10, 20)], 10853,
+    ),
+    "lenet5-1": (Architecture.lenet5(1), LENET_ORDER, (0, 4, 9, 12, 15), [(6, 1, 5, 5), (16, 6, 5, 5), (120, 400), (84, 120), (10, 84)], 61706),
+    "lenet5-3": (Architecture.lenet5(), LENET_ORDER, (0, 4, 9, 12, 15), [(6, 3, 5, 5), (16, 6, 5, 5), (120, 400), (84, 120), (10, 84)], 62006),
+    "mlp": (Architecture.mlp(), [L, A, D, L, A, D, L], (0, 3, 6), [(30, 14), (15, 30), (10, 15)], 1075),
+    "mlp-plain": (Architecture.mlp(7, (5,), 3, dropout=0.0, use_bias=False), [L, A, L], (0, 2), [(5, 7), (3, 5)], 50),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("arch", "kinds", "indices", "shapes", "count"), PUBLISHED.values(), ids=PUBLISHED)
+def test_published_networks(arch: Architecture, kinds: list[str], indices: tuple[int, ...], shapes: list[Any], count: int) -> None:
+    assert [layer.kind for layer in arch.layers] == kinds
+    assert [layer.name for layer in arch.layers] == [f"module_list.{i}" for i in range(len(kinds))]
+    weights = [s for s in arch.parameters if s.name.endswith("weight")]
+    assert [s.name for s in weights] == [f"module_list.{i}.weight" for i in indices]
+    assert [s.shape for s in weights] == shapes
+    assert arch.num_weights == arch.num_parameters == count
+    assert arch.planned
+    assert list(arch.slots) == list(as_module(arch).state_dict())
+    assert as_module(arch)(torch.zeros(2, *arch.input_shape)).shape == (2, arch.num_classes)
+
+
+def test_published_pools_and_convolutions_are_plain() -> None:
+    for name in ("cnn-1", "cnn2-1", "cnn3-3", "lenet5-3"):
+        for layer in PUBLISHED[name][0].layers:
+            if isinstance(layer, Conv2d):
+                assert (layer.stride, layer.padding, layer.dilation, layer.groups, layer.bias) == ((1, 1), (0, 0), (1, 1), 1, True)
+            if isinstance(layer, Pool2d):
+                assert (layer.mode, layer.kernel_size, layer.stride) == ("max", (2, 2), (2, 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "record"),
+    [
+        ("relu", Activation("module_list.2", "relu")),
+        ("leakyrelu", Activation("module_list.2", "leakyrelu", 0.01)),
+        ("leaky_relu", Activation("module_list.2", "leakyrelu", 0.01)),
+        ("elu", Activation("module_list.2", "elu", 1.0)),
+        ("gelu", Activation("module_list.2", "gelu")),
+        ("silu", Activation("module_list.2", "silu")),
+    ],
+)
+def test_activation_names(name: str, record: Activation) -> None:
+    assert Architecture.cnn3(activation=name).layers[2] == record
+
+
+def test_mlp_does_not_touch_its_list() -> None:
+    hidden = [30, 15]
+    assert Architecture.mlp(h_dim=hidden) == Architecture.mlp(h_dim=hidden)
+    assert hidden == [30, 15]
+
+
+# -- initialisation ----------------------------------------------------------------------------------------------------
+
+BIG = Architecture.from_layers([Conv2d("c", 40, 50, (5, 4)), Flatten("f"), Linear("l", 50, 400)], (40, 5, 4))
+FANS = {"c": (40 * 20, 50 * 20), "l": (50, 400)}
+
+
+def _expected(initialisation: str, fan_in: int, fan_out: int) -> tuple[float, float, float]:
+    """Mean, standard deviation and largest magnitude (infinite for a normal) of an initialisation."""
+    if initialisation == "uniform":
+        return 0.5, math.sqrt(1 / 12), 1.0
+    if initialisation == "normal":
+        return 0.0, 1.0, math.inf
+    if initialisation.startswith("kaiming"):
+        std = math.sqrt(2 / fan_in)
+    elif initialisation.startswith("xavier"):
+        std = math.sqrt(2 / (fan_in + fan_out))
+    else:
+        std = math.sqrt(1 / (3 * fan_in))
+    return 0.0, std, math.inf if initialisation.endswith("_normal") else std * math.sqrt(3)
+
+
+@pytest.mark.parametrize("initialisation", INITIALISATIONS)
+def test_initialisation_distributions(initialisation: str, poisoned_empty: None) -> None:
+    row = BIG.initial_weights([initialisation], [11])[0]
+    assert row.isfinite().all()
+    for name, (fan_in, fan_out) in FANS.items():
+        slot = BIG.slots[f"{name}.weight"]
+        w = row[slot.offset : slot.stop].double()
+        mean, std, largest = _expected(initialisation, fan_in, fan_out)
+        error = 5 * std / math.sqrt(len(w))  # five standard errors
+        assert abs(float(w.mean()) - mean) < error
+        assert float(w.std()) == pytest.approx(std, rel=0.03)
+        if largest < math.inf:
+            assert float(w.abs().max()) <= largest * (1 + 1e-6)
+            assert float(w.abs().max()) > 0.99 * largest
+            if initialisation == "uniform":
+                assert float(w.min()) >= 0
+        else:
+            assert 3.5 * std < float(w.abs().max()) < 6.5 * std
+            assert float((w.abs() < std).double().mean()) == pytest.approx(0.6827, abs=0.02)  # a normal, not just its moments
+        bias = row[BIG.slots[f"{name}.bias"].offset : BIG.slots[f"{name}.bias"].stop]
+        if initialisation == "default":
+            assert 0.8 / math.sqrt(fan_in) < float(bias.abs().max()) <= 1 / math.sqrt(fan_in)
+        else:
+            assert torch.equal(bias, torch.full_like(bias, 0.01))
+
+
+def test_initialisation_is_torchs_to_the_bit() -> None:
+    arch = Architecture.cnn3()
+    row = arch.initial_weights(["kaiming_normal"], [5])[0]
+    generator, state = torch.Generator().manual_seed(5), as_module(arch).state_dict()
+    for key, value in state.items():
+        if key.endswith("bias"):
+            value.fill_(0.01)
+        else:
+            nn.init.kaiming_normal_(value, generator=generator)
+    assert torch.equal(row, torch.cat([v.flatten() for v in state.values()]))
+
+
+def test_default_initialisation_is_the_layers_own() -> None:
+    arch = Architecture.lenet5()
+    row = arch.initial_weights(["default"], [5])[0]
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        modules = [m for m in as_module(arch).modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+        torch.manual_seed(5)
+        for m in modules:
+            m.reset_parameters()
+    state = torch.cat([t.detach().flatten() for m in modules for t in (m.weight, m.bias)])
+    assert torch.equal(row, state)
+
+
+def test_a_row_depends_on_its_own_initialisation_and_seed() -> None:
+    arch = Architecture.cnn()
+    rng = torch.get_rng_state()
+    many = arch.initial_weights(["uniform", "normal", "default", "uniform"], [3, 1, 2, 4])
+    assert torch.equal(many[1:2], arch.initial_weights(["normal"], [1]))
+    assert not torch.equal(many[0], many[3])
+    assert torch.equal(rng, torch.get_rng_state())
+
+
+# -- from_module: planned ----------------------------------------------------------------------------------------------
+
+
+class ZooCode(nn.Module):
+    """The published form: a ModuleList walked in forward."""
+
+    def __init__(self, activation: nn.Module | None = None) -> None:
+        super().__init__()
+        self.module_list = nn.ModuleList()
+        for a, b in ((3, 16), (16, 32), (32, 15)):
+            self.module_list.extend([nn.Conv2d(a, b, 3), nn.MaxPool2d(2, 2), activation or nn.ReLU(), nn.Dropout(0.0)])
+        self.module_list.extend([nn.Flatten(), nn.Linear(60, 20), activation or nn.ReLU(), nn.Dropout(0.0), nn.Linear(20, 10)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.module_list:
+            x = layer(x)
+        return x
+
+
+class Functional(nn.Module):
+    """The tutorials' form."""
+
+    def __init__(self, flatten: str) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 6, 3)
+        self.fc1, self.fc2 = nn.Linear(12, 7), nn.Linear(7, 5)
+        self.how = flatten
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.conv1(x)), 2)
+        x = F.avg_pool2d(torch.tanh(self.conv2(x)), kernel_size=(1, 2), stride=(1, 2))
+        if self.how == "torch.flatten":
+            x = torch.flatten(x, 1)
+        elif self.how == "flatten":
+            x = x.flatten(1)
+        elif self.how == "start_dim":
+            x = x.flatten(start_dim=1)
+        elif self.how == "size":
+            x = x.view(x.size(0), -1)
+        elif self.how == "shape":
+            x = x.reshape(x.shape[0], -1)
+        else:
+            x = x.view(-1, 12)
+        x = F.silu(self.fc1(x)).sigmoid()
+        x = F.dropout(x, 0.3, training=self.training)
+        return self.fc2(F.leaky_relu(F.gelu(F.elu(x, 0.7), approximate="tanh"), 0.3)).relu()
+
+
+SEQUENTIAL = nn.Sequential(
+    nn.Conv2d(2, 6, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2), bias=False), nn.LeakyReLU(0.2),
+    nn.Conv2d(6, 4, 3, groups=2, padding="same", dilation=2), nn.AvgPool2d((2, 1), (1, 1)), nn.GELU(approximate="tanh"),
+    nn.Conv2d(4, 3, 2, padding="valid"), nn.ELU(0.5), nn.Dropout2d(0.3), nn.Flatten(), nn.CELU(1.3), nn.Identity(),
+    nn.Linear(72, 9), nn.SiLU(), nn.Linear(9, 4, bias=False), nn.Sigmoid(),
+)  # fmt: skip
+
+NESTED = nn.Sequential(
+    OrderedDict(
+        body=nn.Sequential(OrderedDict(conv=nn.Conv2d(1, 3, 3), act=nn.Tanh(), inner=nn.Sequential(nn.MaxPool2d(3, 2), nn.Flatten()))),
+        head=nn.Linear(27, 2),
+    )
+)
+
+PLANNED: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+    "zoo-code": (ZooCode(), (3, 32, 32)),
+    "sequential": (SEQUENTIAL, (2, 9, 11)),
+    "nested": (NESTED, (1, 9, 9)),
+    "shared-activation": (ZooCode(nn.GELU()), (3, 32, 32)),
+    "torch.flatten": (Functional("torch.flatten"), (1, 10, 13)),
+    "flatten": (Functional("flatten"), (1, 10, 13)),
+    "start_dim": (Functional("start_dim"), (1, 10, 13)),
+    "view-size": (Functional("size"), (1, 10, 13)),
+    "reshape-shape": (Functional("shape"), (1, 10, 13)),
+    "view-minus-one": (Functional("view"), (1, 10, 13)),
+    "flat-input": (nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)), (5,)),
+    "flat-input-flattened": (nn.Sequential(nn.Flatten(), nn.Linear(5, 3)), (5,)),
+    "double": (nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).double(), (3, 2, 2)),
+    "frozen": (nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).requires_grad_(False), (3, 2, 2)),
+}
+
+
+def _outputs(module: nn.Module, arch: Architecture, k: int = 3, n: int = 4) -> tuple[Tensor, Tensor]:
+    """What wslfast computes, and what the module itself does with the same weights, in float64 (weights loaded by key)."""
+    keys = [key for key, t in module.state_dict().items() if t.is_floating_point()]
+    weights = torch.randn(k, arch.num_weights, dtype=torch.float64) / 4
+    for slot in arch.parameters:
+        if slot.name.endswith("running_var"):
+            weights[:, slot.offset : slot.stop] = weights[:, slot.offset : slot.stop].abs() + 0.5
+    queries = torch.randn(n, *arch.input_shape, dtype=torch.float64)
+    outputs = []
+    twin = copy.deepcopy(module).double().eval()
+    for row in weights:
+        state = {s.name: row[s.offset : s.stop].view(s.shape) for s in arch.parameters}
+        assert set(state) <= set(keys)
+        twin.load_state_dict(state, strict=False)
+        outputs.append(twin(queries).detach())
+    return batched_forward(weights, queries, arch), torch.stack(outputs)
+
+
+@pytest.mark.parametrize(("module", "shape"), PLANNED.values(), ids=PLANNED)
+def test_chains_are_planned(module: nn.Module, shape: tuple[int, ...]) -> None:
+    arch = Architecture.from_module(module, shape)
+    assert arch.planned
+    assert [(s.name, s.shape) for s in arch.parameters] == [(key, tuple(t.shape)) for key, t in module.state_dict().items()]
+    actual, expected = _outputs(module, arch)
+    assert relative_error(actual, expected) < 1e-12
+    assert Architecture.from_dict(json.loads(json.dumps(arch.to_dict()))) == arch
+
+
+def test_the_published_net_from_its_module() -> None:
+    assert Architecture.from_module(ZooCode(), (3, 32, 32), "cnn3") == Architecture.cnn3()
+
+
+def test_same_padding_record() -> None:
+    layer = Architecture.from_module(nn.Sequential(nn.Conv2d(1, 1, (3, 5), padding="same", dilation=(2, 1)), nn.Flatten()), (1, 6, 6)).layers[0]
+    assert isinstance(layer, Conv2d)
+    assert layer.padding == (2, 2)
+
+
+def test_gelu_tanh_record() -> None:
+    arch = Architecture.from_module(nn.Sequential(nn.Linear(2, 2), nn.GELU("tanh"), nn.GELU()), (2,))
+    assert [layer.approximate for layer in arch.layers if isinstance(layer, Activation)] == ["tanh", "none"]
+
+
+# -- from_module: opaque -----------------------------------------------------------------------------------------------
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(2, 2, 3, padding=1), nn.Linear(32, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b((F.relu(self.a(x)) + x).flatten(1))
+
+
+class Norm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3)
+        self.norm, self.fc = nn.BatchNorm1d(12, affine=False), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.norm(self.bn(self.conv(x)).relu().flatten(1)))
+
+
+class Branching(nn.Module):
+    """Control flow on values, which no tracer follows; and a scalar parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.scale = nn.Linear(5, 3), nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x) * self.scale
+        return y if x.shape[0] > 0 and float(x.sum()) > 1e9 else -y
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.head = nn.Linear(5, 5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.fc(self.fc(x).relu()).relu())
+
+
+class AlwaysDropout(nn.Module):
+    """Random in evaluation too (of probability zero, so that outputs can be compared)."""
+
+    def __init__(self, p: float = 0.0) -> None:
+        super().__init__()
+        self.fc, self.p = nn.Linear(5, 3), p
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) * F.dropout(torch.ones_like(x[:, :1]), self.p)
+
+
+def _tied() -> nn.Module:
+    module = nn.Sequential(nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 2))
+    module[2].weight = module[0].weight
+    return module
+
+
+def _hooked() -> nn.Module:
+    module = nn.Sequential(nn.Linear(5, 3), nn.ReLU())
+    module[0].register_forward_hook(lambda m, x, y: 2 * y)
+    return module
+
+
+OPAQUE: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+    "residual": (Residual(), (2, 4, 4)),
+    "batch-norm": (Norm(), (2, 4, 4)),
+    "branching": (Branching(), (5,)),
+    "module-used-twice": (Twice(), (5,)),
+    "tied-weights": (_tied(), (5,)),
+    "bare-layer": (nn.Linear(5, 3), (5,)),
+    "always-dropout": (AlwaysDropout(), (5,)),
+    "layer-norm": (nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4), nn.Linear(4, 2)), (5,)),
+    "uneven-same": (nn.Sequential(nn.Conv2d(1, 2, 2, padding="same"), nn.Flatten()), (1, 3, 3)),
+    "reflect": (nn.Sequential(nn.Conv2d(1, 2, 3, padding=1, padding_mode="reflect"), nn.Flatten()), (1, 3, 3)),
+    "padded-pool": (nn.Sequential(nn.Conv2d(1, 2, 2), nn.MaxPool2d(2, padding=1), nn.Flatten()), (1, 4, 4)),
+    "ceil-pool": (nn.Sequential(nn.Conv2d(1, 2, 2), nn.MaxPool2d(2, ceil_mode=True), nn.Flatten()), (1, 4, 4)),
+    "hook": (_hooked(), (5,)),
+    "softplus": (nn.Sequential(nn.Linear(5, 3), nn.Softplus()), (5,)),
+    "linear-on-images": (nn.Sequential(nn.Linear(4, 3), nn.Flatten()), (2, 3, 4)),
+    "transposed": (nn.Sequential(nn.ConvTranspose2d(2, 3, 2), nn.Flatten()), (2, 3, 3)),
+    "unused-parameter": (nn.ModuleDict({"a": nn.Linear(2, 2)}), (5,)),
+}
+
+
+@pytest.mark.parametrize("name", [n for n in OPAQUE if n != "unused-parameter"])
+def test_anything_else_is_opaque_and_computes_the_same(name: str) -> None:
+    module, shape = OPAQUE[name]
+    arch = Architecture.from_module(module, shape)
+    assert not arch.planned
+    assert arch.layers == ()
+    actual, expected = _outputs(module, arch)
+    assert relative_error(actual, expected) < 1e-12
+    assert arch.num_classes == expected.shape[-1]
+
+
+def test_opaque_is_said_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(errors, "_said", set())
+    arch = Architecture.from_module(Residual(), (2, 4, 4), "mine")
+    with caplog.at_level(logging.INFO, logger="wslfast"):
+        for _ in range(3):
+            batched_forward(torch.zeros(1, arch.num_weights), torch.zeros(1, 2, 4, 4), arch)
+    assert len(caplog.records) == 1
+    assert "'mine'" in caplog.text
+    assert "functional_call" in caplog.text
+
+
+def test_batch_norm_entries() -> None:
+    arch = Architecture.from_module(Norm(), (2, 4, 4))
+    floats = [key for key in Norm().state_dict() if not key.endswith("num_batches_tracked")]
+    assert [s.name for s in arch.parameters] == floats
+    assert arch.num_parameters == sum(p.numel() for p in Norm().parameters())
+    assert arch.num_weights == arch.num_parameters + 6 + 24
+
+
+def test_batch_norm_statistics_get_gradients() -> None:
+    arch, module = Architecture.from_module(Norm(), (2, 4, 4)), Norm().double().eval()
+    weights = torch.cat([t.flatten() for key, t in module.state_dict().items() if key in arch.slots])[None].requires_grad_()
+    queries = torch.randn(3, 2, 4, 4, dtype=torch.float64)
+    batched_forward(weights, queries, arch).square().sum().backward()
+    assert weights.grad is not None
+    for key in ("bn.running_mean", "bn.running_var", "norm.running_var"):
+        slot, i = arch.slots[key], 1
+        moved = weights.detach().clone().repeat(2, 1)
+        moved[0, slot.offset + i] += 1e-6
+        moved[1, slot.offset + i] -= 1e-6
+        up, down = batched_forward(moved, queries, arch).square().sum((1, 2))
+        assert float(weights.grad[0, slot.offset + i]) == pytest.approx(float((up - down) / 2e-6), rel=1e-5)
+
+
+def test_tied_weights_are_one_entry() -> None:
+    module = _tied()
+    arch = Architecture.from_module(module, (5,))
+    assert arch.num_weights == arch.num_parameters == sum(p.numel() for p in module.parameters())
+    population = Population.from_state_dicts(arch, [module.state_dict()])
+    assert relative_error(batched_forward(population, torch.ones(2, 5), arch)[0], module(torch.ones(2, 5))) < 1e-6
+    other = _tied()
+    other.load_state_dict(population.state_dict(0))
+    assert torch.equal(other[2].weight, module[0].weight)
+
+
+@pytest.mark.parametrize("name", ["zoo-code", "torch.flatten", "batch-norm", "branching", "tied-weights", "noisy"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_module_is_left_untouched(name: str, training: bool) -> None:
+    module, shape = {**PLANNED, **OPAQUE, "noisy": (AlwaysDropout(0.5), (5,))}[name]
+    module.train(training)
+    mixed = next(iter(module.children()))
+    mixed.train(not training)
+    flags = [m.training for m in module.modules()]
+    state = {key: t.clone() for key, t in module.state_dict().items()}
+    types = [type(m) for m in module.modules()]
+    grads = [(p.requires_grad, p.grad) for p in module.parameters()]
+    pointers = [t.data_ptr() for t in module.state_dict().values()]
+    rng = torch.get_rng_state()
+    Architecture.from_module(module, shape)
+    assert torch.equal(rng, torch.get_rng_state())
+    assert [m.training for m in module.modules()] == flags
+    assert [type(m) for m in module.modules()] == types
+    assert [(p.requires_grad, p.grad) for p in module.parameters()] == grads
+    assert [t.data_ptr() for t in module.state_dict().values()] == pointers
+    assert all(torch.equal(t, state[key]) for key, t in module.state_dict().items())
+    module.eval()
+
+
+def test_the_architecture_is_independent_of_its_module() -> None:
+    module = Residual()
+    arch = Architecture.from_module(module, (2, 4, 4))
+    weights, queries = torch.randn(1, arch.num_weights), torch.randn(2, 2, 4, 4)
+    before = batched_forward(weights, queries, arch)
+    module.a = nn.Conv2d(2, 2, 1)
+    assert torch.equal(before, batched_forward(weights, queries, arch))
+    assert arch.module is not None
+    assert not arch.module.training
+    assert not any(p.requires_grad for p in arch.module.parameters())
+
+
+# -- resnet18 ----------------------------------------------------------------------------------------------------------
+
+
+def _torchvision_resnet18_keys() -> list[str]:
+    def norm(name: str) -> list[str]:
+        return [f"{name}.{key}" for key in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")]
+
+    keys = ["conv1.weight", *norm("bn1")]
+    for stage in range(1, 5):
+        for block in range(2):
+            at = f"layer{stage}.{block}"
+            keys += [f"{at}.conv1.weight", *norm(f"{at}.bn1"), f"{at}.conv2.weight", *norm(f"{at}.bn2")]
+            if stage > 1 and block == 0:
+                keys += [f"{at}.downsample.0.weight", *norm(f"{at}.downsample.1")]
+    return [*keys, "fc.weight", "fc.bias"]
+
+
+def test_resnet18_keys_and_counts() -> None:
+    rng = torch.get_rng_state()
+    arch = Architecture.resnet18()
+    assert torch.equal(rng, torch.get_rng_state())
+    keys = [key for key in _torchvision_resnet18_keys() if not key.endswith("num_batches_tracked")]
+    assert [s.name for s in arch.parameters] == keys
+    assert arch.num_parameters == 11_173_962
+    assert arch.num_weights == 11_183_582 - 20  # state-dict elements less one step counter for each of the 20 batch norms
+    assert arch.slots["conv1.weight"].shape == (64, 3, 3, 3)
+    assert arch.slots["layer4.0.downsample.0.weight"].shape == (512, 256, 1, 1)
+    assert arch.num_classes == 10
+
+
+@pytest.mark.slow
+def test_resnet18_of_100_classes() -> None:
+    assert Architecture.resnet18(num_classes=100).num_parameters == 11_220_132
+
+
+def test_resnet18_against_torchvision() -> None:
+    models = pytest.importorskip("torchvision.models")
+    module = models.resnet18(num_classes=10)
+    module.conv1, module.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
+    arch = Architecture.resnet18()
+    population = Population.from_state_dicts(arch, [module.state_dict()])
+    queries = torch.randn(2, 3, 32, 32)
+    assert relative_error(batched_forward(population, queries, arch)[0], module.eval()(queries)) < 1e-5
+    module.load_state_dict(population.state_dict(0))
+
+
+def test_small_resnet18_runs_and_its_record_returns() -> None:
+    arch = Architecture.resnet18(channels_in=1, num_classes=3, width=4)
+    again = Architecture.from_dict(json.loads(json.dumps(arch.to_dict())))
+    weights, queries = torch.rand(2, arch.num_weights), torch.randn(3, 1, 32, 32)
+    outputs = batched_forward(weights, queries, arch)
+    assert outputs.shape == (2, 3, 3)
+    assert torch.equal(outputs, batched_forward(weights, queries, again))
+
+
+# -- JSON and bad input ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_json_there_and_back(name: str) -> None:
+    arch = PUBLISHED[name][0]
+    assert Architecture.from_dict(json.loads(json.dumps(arch.to_dict(), allow_nan=False))) == arch
+
+
+def test_an_opaque_record_asks_for_its_module() -> None:
+    record = Architecture.from_module(Residual(), (2, 4, 4), "mine").to_dict()
+    with pytest.raises(WslfastError, match=r"'mine' has no layer list; pass architecture="):
+        Architecture.from_dict(json.loads(json.dumps(record)))
+
+
+FINE = {"kind": "linear", "name": "a", "in_features": 2, "out_features": 2}
+HOSTILE: dict[str, Any] = {
+    "list": [],
+    "none": None,
+    "no-shape": {"layers": [FINE]},
+    "text-shape": {"input_shape": "333", "layers": [FINE]},
+    "negative-shape": {"input_shape": [-2], "layers": [FINE]},
+    "bool-shape": {"input_shape": [True], "layers": [FINE]},
+    "huge-shape": {"input_shape": [1 << 40], "layers": [FINE]},
+    "two-axes": {"input_shape": [2, 2], "layers": [FINE]},
+    "no-layers": {"input_shape": [2]},
+    "empty-layers": {"input_shape": [2], "layers": []},
+    "layers-object": {"input_shape": [2], "layers": {"0": FINE}},
+    "layer-text": {"input_shape": [2], "layers": ["linear"]},
+    "unknown-kind": {"input_shape": [2], "layers": [{"kind": "os.system", "name": "x"}]},
+    "does-not-fit": {"input_shape": [3], "layers": [FINE]},
+    "same-name": {"input_shape": [2], "layers": [FINE, FINE]},
+    "zero-stride": {"input_shape": [1, 4, 4], "layers": [{"kind": "pool2d", "name": "p", "stride": [0, 0]}, {"kind": "flatten", "name": "f"}]},
+    "image-output": {"input_shape": [1, 4, 4], "layers": [{"kind": "pool2d", "name": "p"}]},
+    "recipe-unknown": {"input_shape": [3, 32, 32], "recipe": ["os.system", {"cmd": "true"}]},
+    "recipe-arguments": {"input_shape": [3, 32, 32], "recipe": ["resnet18", {"depth": 3}]},
+    "recipe-huge": {"input_shape": [3, 32, 32], "recipe": ["resnet18", {"width": 10**9}]},
+    "recipe-zero": {"input_shape": [3, 32, 32], "recipe": ["resnet18", {"width": 0}]},
+    "recipe-list": {"input_shape": [3, 32, 32], "recipe": ["resnet18", [3, 10, 64]]},
+}
+
+
+@pytest.mark.parametrize("record", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_architecture_record(record: Any) -> None:
+    with pytest.raises(WslfastError):
+        Architecture.from_dict(record)
+
+
+def test_no_name_is_fine() -> None:
+    assert Architecture.from_dict({"input_shape": [2], "layers": [FINE]}).name == "custom"
+
+
+WRONG: dict[str, tuple[Any, str]] = {
+    "module": (lambda: Architecture.from_module(3, (3,)), r"module: expected a torch.nn.Module, got int"),  # type: ignore[arg-type]
+    "module-class": (lambda: Architecture.from_module(nn.Linear, (3,)), r"module: expected a torch.nn.Module, got type"),  # type: ignore[arg-type]
+    "shape-axes": (lambda: Architecture.from_module(nn.Linear(3, 2), (1, 3)), r"input_shape: expected \(C, H, W\) or \(features,\).*got \(1, 3\)"),
+    "shape-none": (lambda: Architecture.from_module(nn.Linear(3, 2), None), r"input_shape: expected"),  # type: ignore[arg-type]
+    "shape-int": (lambda: Architecture.from_module(nn.Linear(3, 2), 3), r"input_shape: expected"),  # type: ignore[arg-type]
+    "shape-float": (lambda: Architecture.from_module(nn.Linear(3, 2), (3.5,)), r"input_shape: expected"),  # type: ignore[arg-type]
+    "shape-zero": (lambda: Architecture.from_layers([Linear("a", 3, 2)], (0,)), r"input_shape: expected"),
+    "cannot-run": (lambda: Architecture.from_module(nn.Linear(3, 2), (4,)), r"'Linear': cannot run on \[n, 4\]"),
+    "wrong-channels": (lambda: Architecture.from_module(ZooCode(), (1, 32, 32), "z"), r"'z': cannot run on \[n, 1, 32, 32\]"),
+    "image-output": (lambda: Architecture.from_module(nn.Conv2d(1, 1, 1), (1, 3, 3)), r"expected outputs \[n, K\]"),
+    "no-forward": (lambda: Architecture.from_module(OPAQUE["unused-parameter"][0], (5,)), r"cannot run on"),
+    "no-parameters": (lambda: Architecture.from_module(nn.Softplus(), (5,)), r"has no parameters"),
+    "no-parameters-planned": (lambda: Architecture.from_module(nn.Flatten(), (5, 1, 1)), r"has no parameters"),
+    "no-layers": (lambda: Architecture.from_layers([], (5,)), r"has no parameters"),
+    "not-a-record": (lambda: Architecture.from_layers([nn.Linear(2, 2)], (2,)), r"layers: expected records"),  # type: ignore[list-item]
+    "layer-named": (lambda: Architecture.from_layers([Linear("fc", 3, 2)], (4,)), r"layer 'fc' \(linear\): expected \[3\]"),
+    "groups": (lambda: Architecture.from_layers([Conv2d("c", 4, 4, (1, 1), groups=3), Flatten("f")], (4, 1, 1)), r"layer 'c'.*groups"),
+    "dropout": (lambda: Architecture.cnn3(dropout=1.5), r"dropout: expected a probability"),
+    "dropout-28": (lambda: Architecture.cnn(dropout=-0.5), r"dropout: expected a probability"),
+    "dropout-mlp": (lambda: Architecture.mlp(dropout=-0.5), r"dropout: expected a probability"),
+    "activation": (lambda: Architecture.cnn3(activation="swish"), r"activation: expected one of .* got 'swish'"),
+    "activation-none": (lambda: Architecture.cnn3(activation=None), r"activation: expected one of"),  # type: ignore[arg-type]
+    "channels": (lambda: Architecture.cnn3(0), r"channels_in: expected a positive integer, got 0"),
+    "channels-float": (lambda: Architecture.cnn3(1.5), r"channels_in: expected a positive integer, got 1.5"),  # type: ignore[arg-type]
+    "features": (lambda: Architecture.mlp(0), r"positive integer|from 1 to"),
+    "resnet-width": (lambda: Architecture.resnet18(width=0), r"width: expected a positive integer, got 0"),
+    "resnet-channels": (lambda: Architecture.resnet18("3"), r"channels_in: expected a positive integer, got '3'"),  # type: ignore[arg-type]
+    "initialisation": (lambda: Architecture.cnn3().initial_weights(["he"], [0]), r"initialisation: expected one of .* got 'he'"),
+    "seeds": (lambda: Architecture.cnn3().initial_weights(["normal"], [0, 1]), r"1 initialisations for 2 seeds"),
+    "opaque-init": (lambda: Architecture.from_module(Residual(), (2, 4, 4)).initial_weights(["normal"], [0]), r"is opaque"),
+}
+
+
+@pytest.mark.parametrize(("call", "words"), WRONG.values(), ids=WRONG)
+def test_bad_arguments(call: Any, words: str) -> None:
+    with pytest.raises(WslfastError, match=words):
+        call()
+
+
+def test_an_architecture_is_a_value() -> None:
+    assert Architecture.cnn3() == Architecture.cnn3()
+    assert hash(Architecture.cnn3()) == hash(Architecture.cnn3())
+    assert Architecture.cnn3() != Architecture.cnn3(activation="tanh")
+    with pytest.raises(AttributeError):
+        Architecture.cnn3().name = "other"  # type: ignore[misc]
+
+
+def test_dropout_records_keep_p() -> None:
+    assert [layer.p for layer in Architecture.lenet5(dropout=0.25).layers if isinstance(layer, Dropout)] == [0.25] * 4

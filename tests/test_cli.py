@@ -1,0 +1,154 @@
+"""The shell: every command as a user types it, and what a mistake looks like."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from wslfast.cli import main
+
+Shell = Callable[..., str]
+
+
+@pytest.fixture
+def shell(capsys: pytest.CaptureFixture[str]) -> Shell:
+    """Run a command, return what it prints; ``code`` is the exit status it must have."""
+
+    def run(*arguments: object, code: int = 0) -> str:
+        status = 0
+        try:
+            main([str(a) for a in arguments])
+        except SystemExit as stop:
+            status = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+        captured = capsys.readouterr()
+        assert status == code, captured.out + captured.err
+        return captured.out + captured.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes of noisy 28x28 stripes."""
+    generator = np.random.default_rng(0)
+    labels = generator.integers(0, 3, 150)
+    patterns = np.stack([np.sin(np.outer(np.ones(28), np.arange(28)) * (c + 1) / 2) for c in range(3)])
+    path = tmp_path_factory.mktemp("data") / "stripes.npz"
+    np.savez(path, images=(patterns[labels] + 0.3 * generator.normal(size=(150, 28, 28))).astype(np.float32), labels=labels)
+    return path
+
+
+TRAIN = ("--queries", 16, "--batch-size", 4, "--d-model", 16, "--heads", 2, "--layers", 1, "--log-every", 2)
+
+
+def test_zoo_train_resume_evaluate(tmp_path: Path, images: Path, shell: Shell) -> None:
+    zoo, run = tmp_path / "zoo", tmp_path / "run"
+    assert "30 rows" in shell("zoo", "build", "--dataset", images, "--models", 10, "--epochs", 3, "--seed", 1, "--out", zoo)
+    shown = json.loads(shell("zoo", "show", zoo, "--json"))
+    assert (shown["models"], shown["rows"], shown["architecture"]) == (10, 30, "cnn")
+    assert "test_acc" in shell("zoo", "show", zoo)
+
+    first = shell("train", "--zoo", zoo, "--out", run, "--steps", 4, "--seed", 0, "--checkpoint-every", 2, *TRAIN)
+    assert "step 4" in first
+    assert "forward passes of originals" in first
+    assert [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()] == [1, 2, 4]
+    second = shell("train", "--zoo", zoo, "--out", run, "--steps", 6, "--seed", 0, "--checkpoint-every", 2, "--resume", "--profile", *TRAIN)
+    assert "resumed at step 4\n" in second
+    assert [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()] == [1, 2, 4, 6]
+    assert "finished" in shell("train", "--zoo", zoo, "--out", run, "--steps", 6, "--checkpoint-every", 2, "--resume", *TRAIN)
+
+    table = shell("evaluate", "--run", run)
+    assert all(word in table for word in ("agreement", "others", "linear-metric"))
+    figures = json.loads(shell("evaluate", "--run", run, "--split", "val", "--json"))["variants"]
+    assert set(figures) == {"run", "linear", "linear-views", "linear-metric"}
+    assert 0 <= figures["run"]["agreement"] <= 1
+    assert figures["run"]["latent_numbers"] == pytest.approx(figures["linear"]["latent_numbers"], rel=0.02)
+
+
+def test_a_run_from_toml_with_flags_over_it(tmp_path: Path, images: Path, shell: Shell) -> None:
+    zoo, run = tmp_path / "zoo", tmp_path / "run"
+    shell("zoo", "build", "--dataset", images, "--models", 6, "--epochs", 1, "--out", zoo)
+    (tmp_path / "c.toml").write_text("queries = 16\nbatch_size = 4\nd_model = 16\nheads = 2\nlayers = 1\nsteps = 9\nclip = 'none'\n")
+    shell("train", "--config", tmp_path / "c.toml", "--zoo", zoo, "--out", run, "--steps", 2)
+    text = (run / "config.toml").read_text()
+    assert "steps = 2\n" in text
+    assert "queries = 16\n" in text
+    assert 'clip = "none"\n' in text
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(), ("zoo",), ("zoo", "build"), ("zoo", "show"), ("train",), ("evaluate",), ("demo",), ("info",)],
+    ids=lambda a: " ".join(a) or "wslfast",
+)
+def test_help_teaches(shell: Shell, arguments: tuple[str, ...]) -> None:
+    text = shell(*arguments, "--help")
+    assert "usage: wslfast" in text
+    if arguments not in ((), ("zoo",), ("info",)):
+        assert "Example: wslfast " + " ".join(arguments) in text
+
+
+def test_info(shell: Shell) -> None:
+    facts = json.loads(shell("info", "--json"))
+    assert facts["optional packages"]["sklearn"] in (True, False)
+    assert "torch" in shell("info")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("train", "--zoo", "z", "--out", "o", "--stepps", 3), "--steps"),
+        (("train",), "--zoo"),
+        (("frobnicate",), "frobnicate"),
+        (("zoo", "build", "--out", "x", "--models", "many"), "many"),
+        (("zoo", "show", "nowhere"), "nowhere"),
+        (("train", "--zoo", "nowhere", "--out", "out"), "nowhere"),
+        (("train", "--zoo", "z", "--out", "out", "--steps", 0), "steps: expected at least 1"),
+        (("train", "--config", "nowhere.toml", "--zoo", "z", "--out", "o"), "nowhere.toml"),
+        (("evaluate", "--run", "nowhere"), "nowhere"),
+        (("zoo", "build", "--dataset", "mnist", "--out", "x"), "mnist"),
+        (("zoo", "build", "--dataset", "nowhere.npz", "--out", "x"), "nowhere.npz"),
+        (("train", "--zoo", "z", "--out", "o", "--device", "tpu"), "tpu"),
+        (("zoo", "build", "--models", 0, "--out", "x"), "models"),
+    ],
+    ids=lambda v: "-".join(map(str, v)) if isinstance(v, tuple) else None,
+)
+def test_a_mistake_is_named_and_nothing_is_left_behind(
+    tmp_path: Path, shell: Shell, monkeypatch: pytest.MonkeyPatch, arguments: tuple[object, ...], says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = shell(*arguments, code=2)
+    assert says in text
+    assert "Traceback" not in text
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def test_python_m_wslfast_is_the_same(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "wslfast", "info", "--json"]
+    root = Path(__file__).resolve().parents[1]
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["wslfast"]
+
+
+@pytest.mark.slow
+def test_the_demo_writes_its_page_and_figures(tmp_path: Path, shell: Shell) -> None:
+    """In small: what is shown, not how well it does (that is for the full demo)."""
+    out = tmp_path / "demo"
+    text = shell("demo", "--out", out, "--models", 24, "--epochs", 3, "--steps", 4, "--lrs", 1e-3)
+    metrics = json.loads((out / "metrics.json").read_text())
+    for name in ("structure", "structure+behavior", "linear", "linear-metric"):
+        assert {"agreement", "agreement_others", "accuracy_original", "accuracy_reconstructed", "l2_masked"} <= set(metrics[name])
+        assert metrics[name]["latent_share"] == pytest.approx(0.55, abs=0.02)
+        assert (out / "weights" / f"{name}.safetensors").is_file()
+    page = (out / "report.html").read_text()
+    assert "structure+behavior" in page
+    assert "src=\"http" not in page
+    assert "report.html" in text
+    assert "already holds a demo" in shell("demo", "--out", out, code=2)

@@ -1,0 +1,51 @@
+"""The one error class, and saying something once."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from wslfast import errors
+from wslfast.errors import WslfastError, describe, require, say_once
+
+
+def test_is_a_value_error() -> None:
+    assert issubclass(WslfastError, ValueError)
+
+
+def test_require() -> None:
+    require(True, "never seen")
+    with pytest.raises(WslfastError, match=r"^expected this, got that$"):
+        require(False, "expected this, got that")
+
+
+def test_say_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(errors, "_said", set())
+    with caplog.at_level(logging.INFO, logger="wslfast"):
+        for _ in range(3):
+            say_once("first")
+        say_once("second", logging.INFO)
+    assert [(r.message, r.levelname) for r in caplog.records] == [("first", "WARNING"), ("second", "INFO")]
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (torch.zeros(2, 3), "[2, 3] float32 on cpu"),
+        (torch.zeros(0, dtype=torch.bool, device="meta"), "[0] bool on meta"),
+        (torch.tensor(1), "[] int64 on cpu"),
+        (None, "None"),
+        ("cnn3", "'cnn3'"),
+        (3, "3"),
+        (2.5, "2.5"),
+        (True, "True"),
+        ([1, 2], "list"),
+        ({"a": 1}, "dict"),
+        (torch.float32, "dtype"),
+    ],
+    ids=["tensor", "meta", "scalar", "none", "text", "int", "float", "bool", "list", "dict", "other"],
+)
+def test_describe(value: object, words: str) -> None:
+    assert describe(value) == words

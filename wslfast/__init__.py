@@ -1,0 +1,97 @@
+"""wslfast: run and compare thousands of small neural networks, each with its own weights, on shared queries.
+
+The public names below are all there are; each is imported when it is first used, so ``import wslfast`` is light. The paper
+this serves is arXiv 2503.17138 (behavioural loss for weight-space autoencoders).
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+
+def _register_kernels() -> None:
+    """In a source tree that is not installed, ``kernels/`` beside this package is ``wslfast.kernels`` (a wheel holds it inside)."""
+    here = Path(__file__).resolve().parent
+    source = here.parent / "kernels" / "__init__.py"
+    if (here / "kernels").exists() or not source.is_file() or importlib.util.find_spec(f"{__name__}.kernels") is not None:
+        return
+    spec = importlib.util.spec_from_file_location(f"{__name__}.kernels", source, submodule_search_locations=[str(source.parent)])
+    if spec is None or spec.loader is None:
+        raise ImportError(f"cannot load {source}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    globals()["kernels"] = module
+
+
+_register_kernels()
+
+if TYPE_CHECKING:
+    from . import profiling
+    from .architecture import Architecture
+    from .autoencoder import Autoencoder
+    from .behavior import batched_behavioral_loss, batched_forward
+    from .codec import LinearCodec
+    from .downstream import evaluate
+    from .errors import WslfastError
+    from .population import Population
+    from .queries import QueryPool, TargetCache
+    from .tokens import TokenLayout
+    from .training import TrainConfig, train
+    from .zoo import build_zoo, load_zoo
+
+_HOME = {
+    "Architecture": "architecture",
+    "Autoencoder": "autoencoder",
+    "LinearCodec": "codec",
+    "Population": "population",
+    "QueryPool": "queries",
+    "TargetCache": "queries",
+    "TokenLayout": "tokens",
+    "TrainConfig": "training",
+    "WslfastError": "errors",
+    "batched_behavioral_loss": "behavior",
+    "batched_forward": "behavior",
+    "build_zoo": "zoo",
+    "evaluate": "downstream",
+    "load_zoo": "zoo",
+    "train": "training",
+}
+__all__ = [
+    "Architecture",
+    "Autoencoder",
+    "LinearCodec",
+    "Population",
+    "QueryPool",
+    "TargetCache",
+    "TokenLayout",
+    "TrainConfig",
+    "WslfastError",
+    "batched_behavioral_loss",
+    "batched_forward",
+    "build_zoo",
+    "evaluate",
+    "load_zoo",
+    "profiling",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "profiling":
+        return importlib.import_module(f"{__name__}.profiling")
+    if name in _HOME:
+        value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+        globals()[name] = value  # the next access is a plain attribute
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

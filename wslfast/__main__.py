@@ -1,0 +1,5 @@
+"""``python -m wslfast``."""
+
+from .cli import main
+
+main()

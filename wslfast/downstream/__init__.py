@@ -1,0 +1,21 @@
+"""What reconstructed models and their latents are good for: fidelity, probes, and the page that shows them."""
+
+from .evaluation import embeddings, evaluate, evaluate_code, linear_baselines, reconstruct
+from .probe import RidgeProbe, probe, weight_statistics
+from .reconstruction import Reconstruction, compare
+from .report import Variant, write_report
+
+__all__ = [
+    "Reconstruction",
+    "RidgeProbe",
+    "Variant",
+    "compare",
+    "embeddings",
+    "evaluate",
+    "evaluate_code",
+    "linear_baselines",
+    "probe",
+    "reconstruct",
+    "weight_statistics",
+    "write_report",
+]

@@ -1,0 +1,130 @@
+"""Evaluating a run on held-out models of its zoo, beside the standing baselines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Union
+
+import torch
+from torch import Tensor
+
+from .._files import write_text
+from ..autoencoder import Autoencoder
+from ..codec import LinearCodec
+from ..errors import require
+from ..population import Population
+from ..profiling import region
+from ..tokens import layout
+from ..training import load_run
+from ..zoo import Dataset, dataset_of, load_zoo
+from .reconstruction import Reconstruction, compare
+
+Code = Union[Autoencoder, LinearCodec]
+
+
+def reconstruct(code: Code, weights: Tensor, *, block: int = 256) -> Tensor:
+    """Encode and decode rows of weights ``[k, P] -> [k, P]``, canonical (unpermuted), a block of models at a time."""
+    if isinstance(code, LinearCodec):
+        return code.reconstruct(weights)
+    tokens_of = layout(code.layout.architecture, code.layout.token_size)
+    rows = []
+    with torch.no_grad():
+        for part in weights.split(block):
+            tokens = tokens_of.tokenize(part).tokens
+            rows.append(tokens_of.detokenize(code.decode(code.encode(tokens)).float()))
+    return torch.cat(rows)
+
+
+def embeddings(code: Autoencoder, weights: Tensor, *, block: int = 256) -> Tensor:
+    """Mean-token latents ``[k, latent]``, the features of the paper's discriminative tasks."""
+    tokens_of = layout(code.layout.architecture, code.layout.token_size)
+    with torch.no_grad():
+        return torch.cat([code.embed(tokens_of.tokenize(part).tokens).float() for part in weights.split(block)])
+
+
+def evaluate_code(code: Code, population: Population, images: Tensor, labels: Tensor) -> Reconstruction:
+    """Reconstruct every model of a population and compare it with its original on labelled images."""
+    with region("evaluate"):
+        weights = population.weights
+        images, labels = images.to(weights.device), labels.to(weights.device)
+        groups: Sequence[Any] | None = population.properties.get("model")
+        return compare(weights, reconstruct(code, weights), images, labels, population.architecture, groups=groups)
+
+
+def evaluate(
+    run: str | Path, zoo: str | Path | None = None, *, split: str = "test", baselines: bool = True, out: str | Path | None = None,
+    device: str = "cpu",
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """Reconstruct a split of a zoo with a trained run and measure how its models behave.
+
+    Args:
+        run: folder of a training run.
+        zoo: folder of the zoo; by default the one that the run was trained on.
+        split: ``"train"``, ``"val"`` or ``"test"``: held-out models, on the data set's test images.
+        baselines: also evaluate the closed-form codes at the same latent size (``"linear"``, ``"linear-metric"``).
+        out: file to write the figures to, as JSON.
+
+    Returns:
+        Figures by variant (``"run"`` and the baselines): means over models of accuracy of original and reconstruction,
+        agreement with the own original and with others, masked L2, latent numbers a model; medians and spreads beside them.
+
+    Raises:
+        WslfastError: unreadable run or zoo, an empty split.
+    """
+    require(split in ("train", "val", "test"), f"split: expected train, val or test, got {split!r}")
+    loaded = load_run(run, device=device)
+    folder = str(zoo if zoo is not None else loaded.config.zoo)
+    population = load_zoo(folder, split).to(device)
+    require(len(population) > 0, f"zoo {folder} has no {split} models")
+    dataset = dataset_of(folder, population.architecture)
+    images, labels = dataset.split("test")
+    codes: dict[str, Code] = {"run": loaded.autoencoder}
+    if baselines:
+        train, numbers = load_zoo(folder, "train").to(device), loaded.autoencoder.latent_numbers
+        codes |= linear_baselines(train, dataset, numbers, loaded.config.token_size)
+    results = {}
+    for name, code in codes.items():
+        figures = evaluate_code(code, population, images, labels).summary()
+        numbers = latent_numbers(code)
+        results[name] = {**figures, "latent_numbers": numbers, "latent_share": numbers / population.architecture.num_weights}
+    if out is not None:
+        write_json(out, {"run": str(run), "zoo": folder, "split": split, "variants": results})
+    return results
+
+
+def linear_baselines(train: Population, dataset: Dataset, latent: int, token_size: int = 0, seed: int = 0) -> dict[str, LinearCodec]:
+    """The closed-form codes of a zoo with ``latent`` numbers a model: what any trained autoencoder has to beat.
+
+    ``linear`` is PCA of the stored weights, ``linear-views`` PCA over all their permuted views, ``linear-metric`` the same in
+    the activation metric.
+    """
+    latent = min(latent, train.architecture.num_weights)
+    images = dataset.train_images[:512].to(train.weights.device)
+    return {
+        "linear": LinearCodec(train, latent=latent, views=False, token_size=token_size, seed=seed),
+        "linear-views": LinearCodec(train, latent=latent, token_size=token_size, seed=seed),
+        "linear-metric": LinearCodec(train, latent=latent, metric="activation", queries=images, token_size=token_size, seed=seed),
+    }
+
+
+def latent_numbers(code: Code) -> int:
+    """Numbers that a code keeps of one model."""
+    return code.latent_size if isinstance(code, LinearCodec) else code.latent_numbers
+
+
+def write_json(path: str | Path, value: Mapping[str, Any]) -> None:
+    """Write figures as JSON, atomically; NaN becomes null."""
+    text = json.dumps(_plain(value), indent=1, allow_nan=False) + "\n"
+    write_text(Path(path), text)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not abs(value) < float("inf"):
+        return None
+    return value

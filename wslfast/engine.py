@@ -1,0 +1,236 @@
+"""The one seam between what is asked (populations, queries) and what runs it (torch, the tuned CPU path, Triton).
+
+Everything above calls two functions: :func:`forward`, with full autograd, and :func:`loss_and_gradient`, which needs no
+graph over models. Which path serves a call is a pure function of architecture, device and dtype (:func:`choose`); tests
+call that function, and ``backend=`` overrides it. Arguments are trusted here: ``behavior.py`` has validated them.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import importlib.util
+import logging
+import math
+import os
+from functools import lru_cache
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .architecture import Architecture
+from .errors import WslfastError, say_once
+from .kernels import plan, reference
+from .profiling import region
+
+BACKENDS = ("auto", "triton", "torch")
+_CPU_CHUNK = 1 << 30
+_CUDA_CHUNK = 4 << 30
+
+
+class Choice(NamedTuple):
+    """``path``: loop | grouped | functional | cpu | triton, and the reason in words."""
+
+    path: str
+    reason: str
+
+
+def choose(architecture: Architecture, device: str, dtype: torch.dtype, backend: str = "auto", autocast: bool = False) -> Choice:
+    """The path for a call: a pure function of what is run, where, and in which dtype (and of what is installed).
+
+    Raises WslfastError if ``backend="triton"`` cannot be had.
+    """
+    if backend == "triton" or (backend == "auto" and device == "cuda"):
+        reason = _why_not_triton(architecture, device, dtype)
+        if reason is None:
+            return Choice("triton", "kernels, all models in one launch a layer")
+        if backend == "triton":
+            raise WslfastError(f"backend='triton' cannot run this: {reason}")
+        say_once(f"wslfast: no Triton kernels for architecture {architecture.name!r}: {reason}; using torch", logging.INFO)
+    if not architecture.planned:
+        return Choice("functional", "not a plain chain of layers: torch.func.functional_call, in chunks that fit memory")
+    if device == "cuda":
+        return Choice("grouped", "a loop over models would be bound by launches")
+    if backend == "auto" and dtype == torch.float32 and _cpu_path() is not None and _cpu_plans(architecture):
+        return Choice("cpu", "hand-written forward and backward, no graph over models")
+    return Choice("loop", "one model after another, channels-last" if not autocast else "one model after another, under autocast")
+
+
+def _optional(name: str) -> ModuleType | None:
+    return importlib.import_module(name) if importlib.util.find_spec(name) is not None else None
+
+
+@lru_cache(maxsize=1)
+def _cpu_path() -> ModuleType | None:
+    return _optional("wslfast.kernels.cpu")
+
+
+@lru_cache(maxsize=64)
+def _cpu_plans(architecture: Architecture) -> bool:
+    module = _cpu_path()
+    assert module is not None
+    probe = torch.zeros(1, architecture.num_weights), torch.zeros(1, *architecture.input_shape)
+    return bool(module.supports(*probe, architecture.layers))
+
+
+def _why_not_triton(architecture: Architecture, device: str, dtype: torch.dtype) -> str | None:
+    """None if the kernels can run it, else the reason."""
+    if device != "cuda":
+        return f"tensors are on {device}, kernels need cuda"
+    if dtype == torch.float64:
+        return "kernels have no float64"
+    if not architecture.planned:
+        return f"architecture {architecture.name!r} is not a plain chain of layers"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return "this version has no kernels yet"
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def memory_budget(device: str) -> int:
+    """Bytes of activations one chunk of models may hold; ``WSLFAST_MEMORY_MB`` overrides it. Never depends on free memory,
+    so that chunks, and with them the bits of grouped calls, are the same on every run."""
+    megabytes = os.environ.get("WSLFAST_MEMORY_MB")
+    if megabytes is not None:
+        if not megabytes.isdecimal() or int(megabytes) < 1:
+            raise WslfastError(f"WSLFAST_MEMORY_MB: expected a positive integer, got {megabytes!r}")
+        return int(megabytes) << 20
+    return _CUDA_CHUNK if device == "cuda" else _CPU_CHUNK
+
+
+@lru_cache(maxsize=64)
+def _activation_elements(architecture: Architecture) -> int:
+    """Numbers one (model, query) pair keeps for its backward."""
+    if architecture.module is None:
+        return plan.activation_elements(architecture.layers, architecture.input_shape)
+    total = 0
+
+    def count(_: nn.Module, __: object, output: object) -> None:
+        nonlocal total
+        total += 2 * output.numel() if isinstance(output, Tensor) else 0
+
+    hooks = [m.register_forward_hook(count) for m in architecture.module.modules() if not list(m.children())]
+    with torch.no_grad():
+        architecture.module(torch.zeros(1, *architecture.input_shape))
+    for hook in hooks:
+        hook.remove()
+    return max(total, math.prod(architecture.input_shape))
+
+
+def models_per_chunk(architecture: Architecture, n: int, device: str) -> int:
+    """Models whose activations, their gradients and one workspace fit the budget; at least one."""
+    per_model = 4 * (3 * n * _activation_elements(architecture) + 2 * architecture.num_weights)
+    return max(1, memory_budget(device) // per_model)
+
+
+# -- paths -------------------------------------------------------------------------------------------------------------
+
+
+def _loop(weights: Tensor, queries: Tensor, architecture: Architecture) -> Tensor:
+    # oneDNN runs small convolutions 3-6x faster on channels-last images than on a loop's NCHW ones
+    if queries.ndim == 4:
+        queries = queries.contiguous(memory_format=torch.channels_last)
+    return reference.forward(weights, queries, architecture.layers)
+
+
+def _grouped(weights: Tensor, queries: Tensor, architecture: Architecture) -> Tensor:
+    return reference.forward_grouped(weights, queries, architecture.layers)
+
+
+@lru_cache(maxsize=16)
+def _template(architecture: Architecture, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    return copy.deepcopy(architecture.module).to(device, dtype)  # type: ignore[union-attr]
+
+
+def _functional(weights: Tensor, queries: Tensor, architecture: Architecture) -> Tensor:
+    module = _template(architecture, weights.device, weights.dtype)
+    own = queries.ndim == len(architecture.input_shape) + 2
+
+    def one(row: Tensor, x: Tensor) -> Tensor:
+        parameters = {s.name: row[s.offset : s.stop].view(s.shape) for s in architecture.parameters}
+        return torch.func.functional_call(module, parameters, (x,))
+
+    if weights.device.type == "cuda":
+        return torch.vmap(one, in_dims=(0, 0 if own else None))(weights, queries)
+    return torch.stack([one(w, queries[j] if own else queries) for j, w in enumerate(weights)])
+
+
+_FORWARD = {"loop": _loop, "grouped": _grouped, "functional": _functional, "cpu": _loop}
+
+
+def forward(weights: Tensor, queries: Tensor, architecture: Architecture, *, backend: str = "auto") -> Tensor:
+    """Outputs ``[k, n, K]`` of k models on shared queries ``[n, *input]`` or on each model's own ``[k, n, *input]``.
+
+    Differentiable in weights and queries. Where a graph would not fit the memory budget, models are cut into chunks that
+    are recomputed in the backward pass.
+    """
+    device = weights.device.type
+    autocast = torch.is_autocast_enabled(device)
+    choice = choose(architecture, device, weights.dtype, backend, autocast)
+    _say_functional(architecture, choice)
+    graph = torch.is_grad_enabled() and (weights.requires_grad or queries.requires_grad)
+    own = queries.ndim == len(architecture.input_shape) + 2
+    n = queries.shape[1] if own else queries.shape[0]
+    with region("forward"):
+        if choice.path == "cpu" and not graph:
+            module = _cpu_path()
+            assert module is not None
+            outputs = module.forward(weights, queries, architecture.layers)
+            return outputs.to(torch.get_autocast_dtype(device)) if autocast else outputs
+        run = _FORWARD[choice.path]
+        chunk = models_per_chunk(architecture, n, device)
+        if len(weights) <= chunk or (not graph and choice.path in ("loop", "cpu")):
+            return run(weights, queries, architecture)
+        pieces = []
+        for start in range(0, len(weights), chunk):
+            part = slice(start, start + chunk)
+            arguments = (weights[part], queries[part] if own else queries, architecture)
+            pieces.append(checkpoint(run, *arguments, use_reentrant=False) if graph else run(*arguments))
+        return torch.cat(pieces)
+
+
+def loss_and_gradient(
+    weights: Tensor, queries: Tensor, targets: Tensor, architecture: Architecture, criterion: str,
+    *, temperature: float = 2.0, backend: str = "auto",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Per-model values ``[k]`` of a criterion and their gradients ``[k, P]`` to each model's own weights; no graph is kept.
+
+    ``targets`` are outputs ``[k, n, K]``, or labels ``[k, n]`` for ``cross_entropy``.
+    """
+    device = weights.device.type
+    choice = choose(architecture, device, weights.dtype, backend, torch.is_autocast_enabled(device))
+    _say_functional(architecture, choice)
+    weights, targets = weights.detach(), targets.detach()
+    if queries.ndim == 4 and choice.path == "loop":
+        queries = queries.contiguous(memory_format=torch.channels_last)
+    with region("loss"):
+        if choice.path == "cpu":
+            module = _cpu_path()
+            assert module is not None
+            return module.loss_and_gradient(weights, queries, targets, architecture.layers, criterion, temperature)
+        if choice.path == "loop":
+            return reference.loss_and_gradient(weights, queries, targets, architecture.layers, criterion, temperature)
+        own = queries.ndim == len(architecture.input_shape) + 2
+        chunk = models_per_chunk(architecture, queries.shape[1] if own else queries.shape[0], device)
+        chunk = 1 if choice.path == "functional" and device == "cpu" else chunk  # a loop either way; one graph at a time
+        losses, gradient = weights.new_empty(len(weights)), torch.empty_like(weights, memory_format=torch.contiguous_format)
+        for start in range(0, len(weights), chunk):
+            part = slice(start, start + chunk)
+            with torch.enable_grad():
+                rows = weights[part].detach().requires_grad_()
+                outputs = _FORWARD[choice.path](rows, queries[part] if own else queries, architecture)
+                values = reference.criterion_values(outputs.to(weights.dtype), targets[part], criterion, temperature)
+                # models are independent: the gradient of the sum is each model's own
+                (gradient[part],) = torch.autograd.grad(values.sum(), rows)
+            losses[part] = values.detach()
+        return losses, gradient
+
+
+def _say_functional(architecture: Architecture, choice: Choice) -> None:
+    if choice.path == "functional":
+        say_once(f"wslfast: architecture {architecture.name!r} is {choice.reason}")

@@ -1,0 +1,47 @@
+"""The one error class and the one way to say something once."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+logger = logging.getLogger("wslfast")
+_said: set[str] = set()
+
+
+class WslfastError(ValueError):
+    """Raised for every wrong input; the message says what was expected and what came."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise :class:`WslfastError` unless ``condition`` holds."""
+    if not condition:
+        raise WslfastError(message)
+
+
+def say_once(message: str, level: int = logging.WARNING) -> None:
+    """Log ``message`` the first time it is said in this process."""
+    if message not in _said:
+        _said.add(message)
+        logger.log(level, message)
+
+
+def describe(value: Any) -> str:
+    """What came, in a few words: a tensor's shape, dtype and device, else the type."""
+    if isinstance(value, torch.Tensor):
+        return f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')} on {value.device}"
+    return type(value).__name__ if not isinstance(value, (str, int, float, bool, type(None))) else repr(value)
+
+
+def check_device(device: torch.device | str) -> torch.device:
+    """The device, if it is the CPU or a CUDA device of this machine. Raises WslfastError otherwise."""
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise WslfastError(f"device: expected cpu, cuda or cuda:N, got {device!r}") from None
+    require(found.type in ("cpu", "cuda"), f"device: expected cpu, cuda or cuda:N, got {device!r}")
+    there = found.type == "cpu" or (torch.cuda.is_available() and (found.index or 0) < torch.cuda.device_count())
+    require(there, f"device: {device!r} was asked for, and this machine does not have it")
+    return found

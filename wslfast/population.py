@@ -1,0 +1,139 @@
+"""A population: the weights of k models of one architecture, stacked, with a table of what is known about each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Union
+
+import torch
+from torch import Tensor
+
+from .architecture import Architecture
+from .errors import WslfastError, describe, require
+
+Column = tuple[Any, ...]
+Index = Union[int, slice, Sequence[int], Sequence[bool], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Population:
+    """Immutable stacked weights ``[k, P]`` (fp32) and one column of values a property.
+
+    Attributes:
+        architecture: what every model is.
+        weights: ``[k, P]``, parameters in state-dict key order, C-order within each.
+        properties: name -> tuple of k values (numbers, strings or None), e.g. ``test_acc``, ``epoch``, ``model``.
+    """
+
+    architecture: Architecture
+    weights: Tensor
+    properties: Mapping[str, Column] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        arch = self.architecture
+        require(isinstance(arch, Architecture), f"architecture: expected an Architecture, got {describe(arch)}")
+        weights = self.weights
+        require(
+            isinstance(weights, Tensor) and weights.ndim == 2 and weights.shape[1] == arch.num_weights and weights.is_floating_point(),
+            f"weights: expected floating [k, {arch.num_weights}] for architecture {arch.name!r}, got {describe(weights)}",
+        )
+        object.__setattr__(self, "weights", weights.detach().to(torch.float32, copy=True))  # nobody else can write into it
+        table = {str(name): tuple(column) for name, column in self.properties.items()}
+        for name, column in table.items():
+            require(len(column) == len(weights), f"properties[{name!r}]: expected {len(weights)} values, got {len(column)}")
+        object.__setattr__(self, "properties", MappingProxyType(table))
+
+    def __len__(self) -> int:
+        return self.weights.shape[0]
+
+    def __getitem__(self, index: Index) -> Population:
+        """The models at ``index`` (an integer keeps a population of one; slices, masks and index lists as in torch)."""
+        rows = torch.arange(len(self))
+        try:
+            kept = rows[index if isinstance(index, (int, slice)) else torch.as_tensor(index, device="cpu")].reshape(-1)
+        except (IndexError, TypeError, ValueError, RuntimeError) as error:
+            raise WslfastError(f"population[{index!r}]: {error}") from None
+        picked = kept.tolist()
+        columns = {name: tuple(column[i] for i in picked) for name, column in self.properties.items()}
+        return Population(self.architecture, self.weights[kept.to(self.weights.device)], columns)
+
+    def __iter__(self) -> Iterator[Population]:
+        return (self[j] for j in range(len(self)))
+
+    def __repr__(self) -> str:
+        return f"Population({self.architecture.name!r}, k={len(self)}, P={self.weights.shape[1]}, properties={list(self.properties)})"
+
+    def to(self, device: torch.device | str) -> Population:
+        """The same population with its weights on ``device``."""
+        return Population(self.architecture, self.weights.to(device), self.properties)
+
+    def column(self, name: str) -> Tensor:
+        """A numeric property as float64 ``[k]``; None becomes NaN. Raises WslfastError for unknown or textual ones."""
+        require(name in self.properties, f"property {name!r} is unknown; known: {list(self.properties)}")
+        try:
+            return torch.tensor([float("nan") if v is None else float(v) for v in self.properties[name]], dtype=torch.float64)
+        except (TypeError, ValueError):
+            raise WslfastError(f"property {name!r} is not numeric: {self.properties[name][:3]}...") from None
+
+    @classmethod
+    def from_state_dicts(
+        cls, architecture: Architecture, state_dicts: Sequence[Mapping[str, Tensor]], properties: Mapping[str, Sequence[Any]] | None = None
+    ) -> Population:
+        """Stack state dicts (any key order; batch norm's step counters are ignored). Raises WslfastError naming key and model."""
+        require(len(state_dicts) > 0, "state_dicts: expected at least one model, got none")
+        weights = torch.empty(len(state_dicts), architecture.num_weights)
+        for j, state in enumerate(state_dicts):
+            require(isinstance(state, Mapping), f"state_dicts[{j}]: expected a mapping of names to tensors, got {describe(state)}")
+            known = architecture.slots.keys() | architecture.aliases.keys()
+            extra = [key for key in state if key not in known and not str(key).endswith("num_batches_tracked")]
+            require(not extra, f"state_dicts[{j}]: unknown keys {extra[:5]}; expected {list(architecture.slots)[:5]} ...")
+            for slot in architecture.parameters:
+                require(slot.name in state, f"state_dicts[{j}]: key {slot.name!r} is missing")
+                value = state[slot.name]
+                require(
+                    isinstance(value, Tensor) and tuple(value.shape) == slot.shape,
+                    f"state_dicts[{j}][{slot.name!r}]: expected {list(slot.shape)}, got {describe(value)}",
+                )
+                weights[j, slot.offset : slot.stop] = value.detach().reshape(-1).to("cpu", torch.float32)
+            for key, name in architecture.aliases.items():
+                tied = key not in state or state[key] is state[name] or torch.equal(state[key], state[name])
+                require(tied, f"state_dicts[{j}][{key!r}]: expected the values of {name!r}, to which the architecture ties it")
+        return cls(architecture, weights, {name: tuple(column) for name, column in (properties or {}).items()})
+
+    def state_dict(self, model: int) -> dict[str, Tensor]:
+        """One model's parameters by name, ready for ``module.load_state_dict`` (copies)."""
+        row = self[model].weights[0]
+        state = {s.name: row[s.offset : s.stop].reshape(s.shape).clone() for s in self.architecture.parameters}
+        state |= {key: state[name].clone() for key, name in self.architecture.aliases.items()}
+        if self.architecture.module is not None:  # a batch norm that is loaded back expects its step counter
+            statistics = [name for name in state if name.endswith("running_var")]
+            state |= {name.replace("running_var", "num_batches_tracked"): torch.tensor(0) for name in statistics}
+        return state
+
+    def state_dicts(self) -> list[dict[str, Tensor]]:
+        """Every model's parameters by name."""
+        return [self.state_dict(j) for j in range(len(self))]
+
+
+def unstack(weights: Tensor, architecture: Architecture) -> dict[str, Tensor]:
+    """Views of rows of weights by parameter name: ``[k, P] -> {name: [k, *shape]}``."""
+    return {s.name: weights[:, s.offset : s.stop].reshape(len(weights), *s.shape) for s in architecture.parameters}
+
+
+def stack(parameters: Mapping[str, Tensor], architecture: Architecture) -> Tensor:
+    """The inverse of :func:`unstack`, differentiable: ``{name: [k, *shape]} -> [k, P]``."""
+    unknown = [key for key in parameters if key not in architecture.slots and not str(key).endswith("num_batches_tracked")]
+    require(not unknown, f"parameters: unknown keys {unknown[:5]}; expected {list(architecture.slots)}")
+    rows = []
+    for slot in architecture.parameters:
+        require(slot.name in parameters, f"parameters: key {slot.name!r} is missing")
+        value = parameters[slot.name]
+        require(
+            isinstance(value, Tensor) and value.ndim == len(slot.shape) + 1 and tuple(value.shape[1:]) == slot.shape,
+            f"parameters[{slot.name!r}]: expected [k, {', '.join(map(str, slot.shape))}], got {describe(value)}",
+        )
+        rows.append(value.reshape(len(value), slot.size))
+    require(len({len(r) for r in rows}) == 1, f"parameters: models differ in number: {sorted({len(r) for r in rows})}")
+    return torch.cat(rows, 1)

@@ -1,0 +1,196 @@
+"""What a training run is: one frozen dataclass, from Python, TOML or flags."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from ..errors import WslfastError, require
+from ..kernels.reference import CRITERIA
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run. The defaults are the small CPU preset; ``TrainConfig.paper(...)`` is the published one."""
+
+    zoo: str
+    """Folder of the zoo, as made by wslfast zoo build."""
+    out: str
+    """Folder of the run: config.toml, log.jsonl, checkpoint/."""
+    steps: int = 1000
+    """Optimiser steps."""
+    seed: int = 0
+    """Seed of initialisation, batches, views and queries."""
+    device: str = "cpu"
+    """cpu, cuda or cuda:N."""
+
+    batch_size: int = 32
+    """Models a step; each gives two views where gamma > 0, one otherwise."""
+    lr: float = 5e-4
+    """Learning rate of AdamW (the peak, under a one-cycle schedule)."""
+    weight_decay: float = 3e-9
+    """AdamW's decay on parameters with two or more dimensions."""
+    schedule: Literal["constant", "onecycle"] = "constant"
+    """Learning-rate schedule."""
+    clip: float | None = 1.0
+    """Largest gradient norm; none switches clipping off."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Autocast of the autoencoder; the behavioural loss runs outside it."""
+    behavior_precision: Literal["highest", "high", "medium"] = "high"
+    """float32 matmul precision of the behavioural loss on a GPU (high: TF32)."""
+
+    gamma: float = 0.05
+    """Weight of the contrastive loss."""
+    beta: float = 0.1
+    """Share of the structural loss in the rest; 1 - beta is behaviour's."""
+    criterion: Literal["mse", "softmax_mse", "cross_entropy", "distillation"] = "mse"
+    """Behavioural criterion."""
+    distillation_temperature: float = 2.0
+    """Temperature of criterion distillation."""
+    contrast_temperature: float = 0.1
+    """Temperature of NT-Xent."""
+    queries: int = 256
+    """Query images a step, shared by all models."""
+    query_pool: int = 2048
+    """Training images that stay on the device with the originals' outputs on them."""
+    views: bool = True
+    """Draw behaviour-preserving permutations of every model at every step; without, models are seen as stored."""
+
+    start: Literal["linear", "random"] = "linear"
+    """linear: begin as a closed-form linear code of the zoo, the transformer as a zero-started correction."""
+    metric: Literal["plain", "activation"] = "plain"
+    """The linear start's metric on weights."""
+    start_views: bool = True
+    """Fit the linear start on every permuted view of the zoo, in closed form; without, on the models as stored."""
+    share: float = 0.55
+    """The linear start's latent size, as a share of the parameters."""
+    d_model: int = 96
+    """Transformer width."""
+    heads: int = 4
+    """Attention heads."""
+    layers: int = 2
+    """Transformer blocks in the encoder, and again in the decoder."""
+    latent: int = 64
+    """Latent numbers a token, for a random start; a linear start has the widths of its code."""
+    projection: int = 30
+    """Width of the contrastive projection head."""
+    dropout: float = 0.0
+    """Dropout of the autoencoder."""
+    token_size: int = 0
+    """Token size; 0 finds it from the architecture."""
+
+    log_every: int = 10
+    """Steps between records of log.jsonl."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints; one is always written at the end."""
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for name, hint in hints.items():
+            value = _coerce(name, getattr(self, name), hint)
+            object.__setattr__(self, name, value)
+        require(self.steps >= 1, f"steps: expected at least 1, got {self.steps}")
+        for name in ("batch_size", "queries", "query_pool", "d_model", "heads", "latent", "projection", "log_every", "checkpoint_every"):
+            require(getattr(self, name) >= 1, f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("gamma", "beta", "share"):
+            require(0 <= getattr(self, name) <= 1, f"{name}: expected a number in [0, 1], got {getattr(self, name)}")
+        require(self.share > 0, "share: expected a number in (0, 1], got 0")
+        require(0 <= self.dropout < 1, f"dropout: expected a number in [0, 1), got {self.dropout}")
+        require(self.seed >= 0 and self.layers >= 0 and self.token_size >= 0, "seed, layers and token_size cannot be negative")
+        for name in ("lr", "distillation_temperature", "contrast_temperature"):
+            require(0 < getattr(self, name) < float("inf"), f"{name}: expected a positive number, got {getattr(self, name)}")
+        require(0 <= self.weight_decay < float("inf"), f"weight_decay: expected a non-negative number, got {self.weight_decay}")
+        require(self.clip is None or self.clip > 0, f"clip: expected a positive number or none, got {self.clip}")
+        require(self.d_model % (2 * self.heads) == 0, f"d_model: expected a multiple of 2 * heads = {2 * self.heads}, got {self.d_model}")
+        assert set(CRITERIA) == set(get_args(hints["criterion"]))
+
+    @property
+    def uses_behavior(self) -> bool:
+        """Whether the behavioural term has weight."""
+        return self.gamma < 1 and self.beta < 1
+
+    @property
+    def uses_structure(self) -> bool:
+        """Whether the structural term has weight."""
+        return self.gamma < 1 and self.beta > 0
+
+    @classmethod
+    def paper(cls, zoo: str, out: str, **changes: Any) -> TrainConfig:
+        """The published setting (arXiv 2503.17138): d 256, 8 + 8 blocks, 64 models, n = 256, lr 1e-5, 30,000 steps, no clipping."""
+        values: dict[str, Any] = {
+            "steps": 30_000, "batch_size": 64, "lr": 1e-5, "clip": None, "precision": "bf16",
+            "start": "random", "d_model": 256, "heads": 8, "layers": 8, "latent": 64,
+        }  # fmt: skip
+        return cls(zoo=zoo, out=out, **(values | changes))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """From a mapping. Raises WslfastError for unknown keys and wrong types."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        require(not unknown, f"config: unknown keys {unknown}; known: {known}")
+        missing = [name for name in ("zoo", "out") if name not in values]
+        require(not missing, f"config: {' and '.join(missing)} missing")
+        return cls(**values)
+
+    @classmethod
+    def from_toml(cls, path: str | Path, **changes: Any) -> TrainConfig:
+        """From a TOML file of ``key = value`` lines (``clip = "none"`` for None); ``changes`` win."""
+        try:
+            text = Path(path).read_bytes().decode("utf-8")
+            values = tomllib.loads(text)
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+            raise WslfastError(f"config {path}: {error}") from None
+        try:
+            return cls.from_dict({**values, **changes})
+        except WslfastError as error:
+            raise WslfastError(f"config {path}: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values by name."""
+        return dataclasses.asdict(self)
+
+    def to_toml(self) -> str:
+        """The TOML that :meth:`from_toml` reads back."""
+        lines = []
+        for name, value in self.to_dict().items():
+            if value is None:
+                text = '"none"'
+            elif isinstance(value, bool):
+                text = str(value).lower()
+            elif isinstance(value, str):
+                text = '"' + "".join(_ESCAPES.get(c, c if c >= " " and c != "\x7f" else f"\\u{ord(c):04x}") for c in value) + '"'
+            else:
+                text = repr(value)
+            lines.append(f"{name} = {text}")
+        return "\n".join(lines) + "\n"
+
+
+_ESCAPES = {"\\": "\\\\", '"': '\\"'}
+
+
+def _coerce(name: str, value: Any, hint: Any) -> Any:
+    """``value`` as the field's type: integers pass for floats, ``"none"`` for None; anything else is an error."""
+    if get_origin(hint) is Literal:
+        choices = get_args(hint)
+        require(isinstance(value, str) and value in choices, f"{name}: expected one of {choices}, got {value!r}")
+        return value
+    if get_origin(hint) in (Union, UnionType):
+        if value is None or value == "none":
+            return None
+        hint = next(a for a in get_args(hint) if a is not NoneType)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    fits = isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool)
+    require(fits and value == value, f"{name}: expected {hint.__name__}, got {value!r}")
+    return value

@@ -1,0 +1,75 @@
+"""What a run writes as it goes: ``log.jsonl``, and a profile of some of its steps."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from .._files import write_text
+from ..profiling import Profile, profile
+
+logger = logging.getLogger("wslfast")
+Record = dict[str, Any]
+OnRecord = Callable[[Record], None]
+
+_WARMUP_STEPS = 3
+_PROFILED_STEPS = 20
+
+
+class Recorder:
+    """Profiles a stretch of steps after a few that warm up; :meth:`close` writes what there is."""
+
+    def __init__(self, folder: Path, device: str) -> None:
+        self.folder, self.device, self.steps = folder, device, 0
+        self._stack = contextlib.ExitStack()
+        self._profile: Profile | None = None
+
+    def after_step(self) -> None:
+        self.steps += 1
+        if self.steps == _WARMUP_STEPS:
+            self._profile = self._stack.enter_context(profile(self.folder, self.device))
+        elif self.steps == _WARMUP_STEPS + _PROFILED_STEPS:
+            self.close()
+
+    def close(self) -> None:
+        self._stack.close()
+        if self._profile is not None:
+            logger.info("profile of %d steps:\n%s", self.steps - _WARMUP_STEPS, self._profile.table())
+            self._profile = None
+
+
+class RunLog:
+    """``log.jsonl``, cut back to the step a run continues from."""
+
+    def __init__(self, path: Path, step: int, on_record: OnRecord | None) -> None:
+        self.path, self.step, self.on_record = path, step, on_record
+        kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= step] if step else []
+        write_text(path, "".join(kept))
+
+    def __enter__(self) -> RunLog:
+        self._file = self.path.open("a", encoding="utf-8")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, record: Record) -> None:
+        self.step = record["step"]
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        if self.on_record is not None:
+            self.on_record(record)
+
+
+def _complete_lines(path: Path) -> Iterator[str]:
+    """The lines of a log that hold a whole record (a killed run may leave half of its last one)."""
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            json.loads(line)["step"]
+            yield line

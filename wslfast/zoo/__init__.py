@@ -1,0 +1,27 @@
+"""Zoos: data sets to train them on, building all models at once, and storing them."""
+
+from __future__ import annotations
+
+from .build import build_zoo
+from .datasets import Dataset, image_shape, load_dataset
+from .grid import Grid
+from .manifest import Manifest
+from .source import dataset_of, network
+from .splits import Split
+from .store import load_zoo, read_manifest, save_zoo, summarize
+
+__all__ = [
+    "Dataset",
+    "Grid",
+    "Manifest",
+    "Split",
+    "build_zoo",
+    "dataset_of",
+    "image_shape",
+    "load_dataset",
+    "load_zoo",
+    "network",
+    "read_manifest",
+    "save_zoo",
+    "summarize",
+]

@@ -1,0 +1,51 @@
+"""Back from a zoo to the images its models were trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..architecture import Architecture
+from ..errors import WslfastError, require
+from .datasets import Dataset, load_dataset
+from .store import read_manifest
+
+NETWORKS = {"cnn": Architecture.cnn, "cnn2": Architecture.cnn2, "cnn3": Architecture.cnn3, "lenet5": Architecture.lenet5}
+
+
+def dataset_of(zoo: str | Path, architecture: Architecture) -> Dataset:
+    """The data set that a zoo's manifest names, in the architecture's shape, split as it was for the zoo.
+
+    Raises:
+        WslfastError: the manifest names none, or the file has moved or is not the one the zoo was trained on.
+    """
+    provenance = read_manifest(zoo).provenance
+    record: Any = provenance.get("dataset")
+    require(
+        isinstance(record, Mapping) and isinstance(record.get("name"), str) and type(record.get("seed", 0)) is int,
+        f"zoo {zoo}: its manifest does not say which data set it was trained on; pass images=",
+    )
+    source = "digits" if record["name"] == "digits" else _file(Path(zoo), record)
+    try:
+        data = load_dataset(str(source), architecture.input_shape, seed=record.get("seed", 0))
+    except WslfastError as error:
+        raise WslfastError(f"zoo {zoo}: the data set it was trained on cannot be read: {error}") from None
+    known, found = record.get("sha256"), data.provenance.get("sha256")
+    require(known == found, f"zoo {zoo}: {source} is not the file it was trained on (its SHA-256 differs)")
+    return data
+
+
+def _file(zoo: Path, record: Mapping[str, Any]) -> Path:
+    """The data set's file: beside the zoo or in its folder, so that both can move together, else where it was."""
+    name = Path(str(record["name"])).name
+    for place in (zoo / name, zoo.resolve().parent / name):
+        if place.is_file():
+            return place
+    return Path(str(record.get("path", name)))
+
+
+def network(name: str, channels: int | None = None) -> Architecture:
+    """A published network by name, with ``channels`` input channels (default: the published number)."""
+    require(name in NETWORKS, f"architecture: expected one of {sorted(NETWORKS)}, got {name!r}")
+    return NETWORKS[name]() if channels is None else NETWORKS[name](channels)
