@@ -194,6 +194,16 @@ class ZooCode(nn.Module):
         return x
 
 
+class Inspecting(ZooCode):
+    """Reads shapes and parameters that its output does not depend on, as the published MLP does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.module_list:
+            _ = x.shape, getattr(layer, "bias", None)
+            x = layer(x)
+        return x
+
+
 class Functional(nn.Module):
     """The tutorials' form."""
 
@@ -239,6 +249,7 @@ NESTED = nn.Sequential(
 
 PLANNED: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "zoo-code": (ZooCode(), (3, 32, 32)),
+    "shapes-read": (Inspecting(), (3, 32, 32)),
     "sequential": (SEQUENTIAL, (2, 9, 11)),
     "nested": (NESTED, (1, 9, 9)),
     "shared-activation": (ZooCode(nn.GELU()), (3, 32, 32)),

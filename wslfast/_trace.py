@@ -108,6 +108,7 @@ def _chain(module: nn.Module) -> list[Layer] | None:
     """Records in execution order, or None if the traced graph is not one chain of known layers."""
     try:
         graph = fx.symbolic_trace(module).graph
+        graph.eliminate_dead_code()  # shapes that a forward prints, or reads and drops
     except Exception:  # a forward that tracing cannot follow is an opaque module, whatever it raised
         return None
     layers: list[Layer] = []
