@@ -268,11 +268,17 @@ def _commands(argv: Sequence[str]) -> Any:
     ]
 
 
+class _ConsoleHandler(logging.Handler):
+    """Log lines through the console, so that they stand above a progress bar and not in it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        console.print(record.getMessage(), markup=False, soft_wrap=True)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of ``wslfast``. Exits with 2 and one line on wrong input, 130 when interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler = _ConsoleHandler()
     logger = logging.getLogger("wslfast")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
