@@ -44,8 +44,10 @@ class DemoConfig:
     """Epochs each is trained for; three of them are kept."""
     steps: int = 200
     """Optimiser steps of each autoencoder."""
-    lrs: tuple[float, ...] = (5e-4, 2e-3)
-    """Learning rates tried for both autoencoders; validation models choose."""
+    queries: int = 128
+    """Query images a step."""
+    lrs: tuple[float, ...] = (1e-3, 2e-3)
+    """Peak learning rates tried for both autoencoders; validation models choose."""
     share: float = 0.55
     """Latent numbers a model, as a share of its parameters (the paper: 0.55)."""
     seed: int = 0
@@ -77,7 +79,8 @@ def demo(config: DemoConfig, *, progress: bool = False, on_stage: Callable[[str]
     notes: dict[str, str] = {}
     base = TrainConfig(
         zoo=str(zoo), out="", steps=config.steps, seed=config.seed, device=config.device, start="linear", metric="plain",
-        start_views=False, share=config.share, log_every=max(1, config.steps // 40), checkpoint_every=config.steps,
+        start_views=False, share=config.share, queries=config.queries, schedule="onecycle",
+        log_every=max(1, config.steps // 40), checkpoint_every=config.steps,
     )  # fmt: skip
     for name, beta in BETAS.items():
         trials = {}
@@ -145,7 +148,7 @@ def _facts(config: DemoConfig, splits: dict[str, Population], dataset: Dataset) 
         "zoo": f"{config.models} CNNs of {splits['train'].architecture.num_weights:,} parameters on {dataset.name}; "
         f"rows (models x kept epochs): {rows}",
         "images": f"train {len(dataset.train_images)}, val {len(dataset.val_images)}, test {len(dataset.test_images)}",
-        "autoencoders": f"{config.steps} steps each, from the same plain linear code",
+        "autoencoders": f"{config.steps} steps each, {config.queries} queries a step, from the same plain linear code",
         "seed": str(config.seed),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads" if config.device == "cpu" else torch.cuda.get_device_name(),
         "versions": f"wslfast {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
