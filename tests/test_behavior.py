@@ -201,8 +201,8 @@ def test_golden_g3() -> None:
     assert batched_forward(rows, queries, arch)[0, 0].tolist() == pytest.approx(expected, abs=2e-6)
     tokens = TokenLayout(arch).tokenize(rows).tokens
     # The published value is itself a float32 sum: for distillation, whose terms cancel to first order, it lies 1.2e-4 from the
-    # float64 value of the same weights, and float32 sums in other orders scatter by 2e-4 around it.
-    for criterion, value, single in (("softmax_mse", 1.109059e-5, 1e-4), ("distillation", 5.544150e-4, 5e-4)):
+    # float64 value of the same weights.
+    for criterion, value, single in (("softmax_mse", 1.109059e-5, 1e-4), ("distillation", 5.544150e-4, 1.5e-4)):
         got = batched_behavioral_loss(1.05 * tokens, tokens, queries, arch, criterion=criterion)
         assert float(got) == pytest.approx(value, rel=single)
         exact = functional_oracle(1.05 * rows, rows, queries, arch, criterion)

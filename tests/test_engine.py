@@ -86,11 +86,6 @@ def test_choose(arch: Architecture, device: str, dtype: torch.dtype, backend: st
     assert torch.equal(rng, torch.get_rng_state())
 
 
-def test_without_the_cpu_path_there_is_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "_cpu_path", lambda: None)
-    assert engine.choose(NETS["cnn3"], "cpu", torch.float32).path == "loop"
-
-
 @pytest.mark.parametrize(
     ("arch", "device", "dtype", "words"),
     [

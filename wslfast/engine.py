@@ -14,7 +14,6 @@ import logging
 import math
 import os
 from functools import lru_cache
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -23,12 +22,16 @@ from torch.utils.checkpoint import checkpoint
 
 from .architecture import Architecture
 from .errors import WslfastError, say_once
-from .kernels import plan, reference
+from .kernels import cpu, plan, reference
+from .kernels.schedule import schedule
 from .profiling import region
 
 BACKENDS = ("auto", "triton", "torch")
 _CPU_CHUNK = 1 << 30
 _CUDA_CHUNK = 4 << 30
+# The kernels are proved in the interpreter and by compiling them; until `make gpu` has been green on a device, only an explicit
+# backend="triton" runs them.
+_TRITON_BY_DEFAULT = False
 
 
 class Choice(NamedTuple):
@@ -45,6 +48,8 @@ def choose(architecture: Architecture, device: str, dtype: torch.dtype, backend:
     """
     if backend == "triton" or (backend == "auto" and device == "cuda"):
         reason = _why_not_triton(architecture, device, dtype)
+        if reason is None and backend == "auto" and not _TRITON_BY_DEFAULT:
+            reason = "the kernels have not been verified on a GPU yet (backend='triton' runs them)"
         if reason is None:
             return Choice("triton", "kernels, all models in one launch a layer")
         if backend == "triton":
@@ -54,26 +59,14 @@ def choose(architecture: Architecture, device: str, dtype: torch.dtype, backend:
         return Choice("functional", "not a plain chain of layers: torch.func.functional_call, in chunks that fit memory")
     if device == "cuda":
         return Choice("grouped", "a loop over models would be bound by launches")
-    if backend == "auto" and dtype == torch.float32 and _cpu_path() is not None and _cpu_plans(architecture):
+    if backend == "auto" and dtype == torch.float32 and _cpu_plans(architecture):
         return Choice("cpu", "hand-written forward and backward, no graph over models")
     return Choice("loop", "one model after another, channels-last" if not autocast else "one model after another, under autocast")
 
 
-def _optional(name: str) -> ModuleType | None:
-    return importlib.import_module(name) if importlib.util.find_spec(name) is not None else None
-
-
-@lru_cache(maxsize=1)
-def _cpu_path() -> ModuleType | None:
-    return _optional("wslfast.kernels.cpu")
-
-
 @lru_cache(maxsize=64)
 def _cpu_plans(architecture: Architecture) -> bool:
-    module = _cpu_path()
-    assert module is not None
-    probe = torch.zeros(1, architecture.num_weights), torch.zeros(1, *architecture.input_shape)
-    return bool(module.supports(*probe, architecture.layers))
+    return cpu.supports(torch.zeros(1, architecture.num_weights), torch.zeros(1, *architecture.input_shape), architecture.layers)
 
 
 def _why_not_triton(architecture: Architecture, device: str, dtype: torch.dtype) -> str | None:
@@ -86,7 +79,25 @@ def _why_not_triton(architecture: Architecture, device: str, dtype: torch.dtype)
         return f"architecture {architecture.name!r} is not a plain chain of layers"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    return "this version has no kernels yet"
+    try:
+        schedule(architecture.layers, architecture.input_shape)
+    except plan.Unplannable as error:
+        return str(error)
+    return None
+
+
+def _triton_precision() -> str:
+    """What the kernels compute in: autocast's dtype, else torch's float32 matmul precision."""
+    if torch.is_autocast_enabled("cuda"):
+        return "bf16" if torch.get_autocast_dtype("cuda") == torch.bfloat16 else "fp16"
+    if torch.get_float32_matmul_precision() != "highest":
+        return "tf32"
+    say_once(
+        "wslfast: float32 matmul precision is 'highest': the kernels take three TF32 products for each; "
+        'torch.set_float32_matmul_precision("high") takes one',
+        logging.INFO,
+    )
+    return "tf32x3"
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
@@ -160,7 +171,13 @@ def _functional(weights: Tensor, queries: Tensor, architecture: Architecture) ->
     return torch.stack([one(w, queries[j] if own else queries) for j, w in enumerate(weights)])
 
 
-_FORWARD = {"loop": _loop, "grouped": _grouped, "functional": _functional, "cpu": _loop}
+def _triton(weights: Tensor, queries: Tensor, architecture: Architecture) -> Tensor:
+    kernels = importlib.import_module("wslfast.kernels.autograd")
+    key, precision = kernels.layers_key(architecture.layers), _triton_precision()
+    return kernels.population_forward(weights, queries, None, key, precision, memory_budget("cuda"))
+
+
+_FORWARD = {"loop": _loop, "grouped": _grouped, "functional": _functional, "cpu": _loop, "triton": _triton}
 
 
 def forward(weights: Tensor, queries: Tensor, architecture: Architecture, *, backend: str = "auto") -> Tensor:
@@ -171,20 +188,21 @@ def forward(weights: Tensor, queries: Tensor, architecture: Architecture, *, bac
     """
     device = weights.device.type
     autocast = torch.is_autocast_enabled(device)
+    graph = torch.is_grad_enabled() and (weights.requires_grad or queries.requires_grad)
+    if graph and queries.requires_grad:
+        backend = "torch"  # the kernels have no gradient to the images
     choice = choose(architecture, device, weights.dtype, backend, autocast)
     _say_functional(architecture, choice)
-    graph = torch.is_grad_enabled() and (weights.requires_grad or queries.requires_grad)
     own = queries.ndim == len(architecture.input_shape) + 2
     n = queries.shape[1] if own else queries.shape[0]
     with region("forward"):
         if choice.path == "cpu" and not graph:
-            module = _cpu_path()
-            assert module is not None
-            outputs = module.forward(weights, queries, architecture.layers)
+            outputs = cpu.forward(weights, queries, architecture.layers)
             return outputs.to(torch.get_autocast_dtype(device)) if autocast else outputs
         run = _FORWARD[choice.path]
         chunk = models_per_chunk(architecture, n, device)
-        if len(weights) <= chunk or (not graph and choice.path in ("loop", "cpu")):
+        # the kernels chunk for themselves, and a loop without a graph holds one model's activations
+        if len(weights) <= chunk or choice.path == "triton" or (not graph and choice.path in ("loop", "cpu")):
             return run(weights, queries, architecture)
         pieces = []
         for start in range(0, len(weights), chunk):
@@ -210,9 +228,12 @@ def loss_and_gradient(
         queries = queries.contiguous(memory_format=torch.channels_last)
     with region("loss"):
         if choice.path == "cpu":
-            module = _cpu_path()
-            assert module is not None
-            return module.loss_and_gradient(weights, queries, targets, architecture.layers, criterion, temperature)
+            return cpu.loss_and_gradient(weights, queries, targets, architecture.layers, criterion, temperature)
+        if choice.path == "triton":
+            kernels, precision = importlib.import_module("wslfast.kernels.autograd"), _triton_precision()
+            return kernels.loss_and_gradient(
+                weights, queries, targets, architecture.layers, criterion, temperature, precision, memory=memory_budget("cuda")
+            )
         if choice.path == "loop":
             return reference.loss_and_gradient(weights, queries, targets, architecture.layers, criterion, temperature)
         own = queries.ndim == len(architecture.input_shape) + 2

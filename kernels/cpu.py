@@ -1,0 +1,265 @@
+"""The tuned CPU path: loss and gradient of k models, in groups that share every operator call.
+
+The loop that a careful user writes runs one model after another. Its convolutions have 16 outputs of 27 numbers and fill
+neither a vector unit nor the time that an operator call costs. Here M models form a group and q queries a slab, and a layer of all
+M models on all q queries is one call: the first layer one convolution with M * C_out outputs of the shared queries, the others
+grouped convolutions in channels-last memory, linear layers batched products (layouts and backward: ``cpu_layers``).
+Forward, loss and backward of one slab follow each other while its activations are in cache; the gradient adds up over slabs.
+
+Which M and q is a pure function of n and the architecture, never of k: the last group is filled up with idle models, so every
+operator call has the shape it would have in any other batch, and a model's loss and gradient are the same bits
+alone, among neighbours, in any order and in any chunk. Memory beyond inputs and results does not grow with k.
+
+float32, and under CPU autocast its dtype (operands; losses, sums over slabs and gradients stay float32).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .cpu_layers import CHANNELS_LAST, ConvStep, LinearStep, Packed, PoolStep, Program, compile_program
+from .plan import Conv2d, Layers, Linear, Unplannable, shapes
+from .reference import CRITERIA, per_model_queries
+
+__all__ = ["forward", "group_shape", "loss_and_gradient", "supports"]
+
+
+@lru_cache(maxsize=256)
+def group_shape(layers: Layers, input_shape: tuple[int, ...], n: int) -> tuple[int, int]:
+    """Models a group and queries a slab; k plays no part, or a model's bits would depend on its company.
+
+    - The largest activation of all pairs of a slab stays below 13 MiB, where its layers find it in cache; more pairs than 512 gain
+      nothing, and networks that are large for fewer than 16 keep a thread busy anyway.
+    - Models: enough for 48 outputs of the first convolution (three vectors), 4 or 8. Eight also where n is so small that four
+      do not fill a slab; not more, because the last group is filled up with idle models.
+    """
+    largest = max(math.prod(shape) for shape in shapes(layers, input_shape)[1:])
+    pairs = 16
+    while pairs < 512 and 8 * pairs * largest <= 13 << 20:
+        pairs *= 2
+    first = next((layer.out_channels for layer in layers if isinstance(layer, Conv2d)), 16)
+    models = 8 if 4 * first < 48 or 4 * n <= pairs // 2 else 4
+    return models, pairs // models
+
+
+@lru_cache(maxsize=1)
+def _keep_freed_memory() -> None:
+    """Let glibc keep what slabs free, once a process: without this, a third of the time goes into fresh pages.
+
+    glibc hands freed memory back to the system above a threshold that follows the largest block it has seen released, up to
+    32 MiB; one untouched block of nearly that size raises it. Elsewhere this is one allocation.
+    """
+    torch.empty(31 << 20, dtype=torch.uint8)
+
+
+@lru_cache(maxsize=64)
+def _program(layers: Layers, input_shape: tuple[int, ...], own_queries: bool) -> Program:
+    return compile_program(layers, input_shape, own_queries)
+
+
+def _dtype() -> torch.dtype:
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+
+
+def _refuse(layers: Layers, why: str) -> Unplannable:
+    return Unplannable(f"layer {layers[0].name!r} ({layers[0].kind}): the CPU engine {why}")
+
+
+def supports(weights: Tensor, queries: Tensor, layers: Layers) -> bool:
+    """Whether this path runs these shapes and dtypes; what it declines is the reference's."""
+    try:
+        _compile(weights, queries, layers)
+    except Unplannable:
+        return False
+    return True
+
+
+def _compile(weights: Tensor, queries: Tensor, layers: Layers) -> tuple[Program, Tensor, bool]:
+    """The compiled network, the queries as it wants them, and whether they are each model's own."""
+    for tensor in (weights, queries):
+        if tensor.device.type != "cpu" or tensor.dtype != torch.float32:
+            raise _refuse(layers, f"takes float32 on the CPU, got {tensor.dtype} on {tensor.device}")
+    _keep_freed_memory()
+    own = per_model_queries(queries, layers)
+    first = next((layer for layer in layers if isinstance(layer, (Conv2d, Linear))), None)
+    if not own and isinstance(first, Conv2d) and first.groups > 1:
+        # Groups of shared channels and groups of models do not fit into one convolution: every model gets its copy.
+        queries, own = queries.expand(weights.shape[0], *queries.shape), True
+    return _program(layers, tuple(queries.shape[1 + own :]), own), queries, own
+
+
+def _shared_slabs(queries: Tensor, program: Program, slab: int, dtype: torch.dtype) -> list[Tensor]:
+    """Slabs of the queries that all models see, cropped and channels-last; the layers ahead of the first weights already run."""
+    if queries.ndim == 4:
+        _, height, width = program.crop
+        # Explicit strides: with one channel, contiguous() would leave a layout that torch reads as NCHW.
+        laid = torch.empty((queries.shape[0], *program.crop), dtype=dtype, memory_format=CHANNELS_LAST)
+        queries = laid.copy_(queries[:, :, :height, :width])
+    slabs = []
+    for x in queries.to(dtype).split(slab):
+        for step in program.steps[: program.first]:
+            x, _ = step.forward(x, None, 1)  # type: ignore[arg-type]
+        slabs.append(x)
+    return slabs
+
+
+def _own_slab(queries: Tensor, program: Program, models: int, dtype: torch.dtype) -> Tensor:
+    """``[m, q, *input]`` -> ``[q, M * C, H, W]`` channels-last or ``[M, q, F]``; idle models see zeros."""
+    m, q = queries.shape[:2]
+    empty = torch.empty if m == models else torch.zeros
+    if queries.ndim == 3:
+        flat = empty((models, q, queries.shape[2]), dtype=dtype)
+        flat[:m].copy_(queries)
+        return flat
+    channels, height, width = program.crop
+    x = empty((q, height, width, models, channels), dtype=dtype)
+    x[:, :, :, :m].copy_(queries[..., :height, :width].permute(1, 3, 4, 0, 2))
+    return x.view(q, height, width, models * channels).permute(0, 3, 1, 2)
+
+
+def _criterion(outputs: Tensor, targets: Tensor, n: int, criterion: str, temperature: float) -> tuple[Tensor, Tensor]:
+    """This slab's share ``[M]`` of the losses over n queries, and its gradient with respect to ``outputs [M, q, K]``.
+
+    The formulas of :func:`reference.criterion_values` and their derivatives; targets are ``[M, q, K]``, or labels ``[M, q]``.
+    """
+    if criterion == "mse":
+        g = outputs - targets
+        return _per_model(g.square()) / (2 * n), g / n
+    if criterion == "softmax_mse":
+        p = outputs.softmax(-1)
+        difference = p - targets.softmax(-1)
+        scale = n * outputs.shape[-1]
+        along = (p * difference).sum(-1, keepdim=True)
+        return _per_model(difference.square()) / scale, p * (difference - along) * (2 / scale)
+    if criterion == "cross_entropy":
+        log_p = outputs.log_softmax(-1)
+        if targets.is_floating_point():
+            soft = targets.softmax(-1)
+            return -_per_model(soft * log_p) / n, (log_p.exp() - soft) / n
+        labels = targets.unsqueeze(-1)
+        return -_per_model(log_p.gather(-1, labels)) / n, log_p.exp().scatter_add(-1, labels, log_p.new_full(labels.shape, -1.0)) / n
+    # near convergence the two logs agree to the last float32 digits: their difference needs more
+    log_q = (targets.double() / temperature).log_softmax(-1)
+    log_p = (outputs.double() / temperature).log_softmax(-1)
+    q = log_q.exp()
+    value, g = _per_model(q * (log_q - log_p)) * (temperature**2 / n), (log_p.exp() - q) * (temperature / n)
+    return value.to(outputs.dtype), g.to(outputs.dtype)
+
+
+def _per_model(values: Tensor) -> Tensor:
+    """``[M, q, K] -> [M]``: every model's row of ``q * K`` numbers is summed on its own."""
+    return values.flatten(1).sum(1)
+
+
+class _Call:
+    """What holds for all groups and slabs of one call: the compiled network, its slabs of queries, and how models are grouped."""
+
+    def __init__(self, weights: Tensor, queries: Tensor, layers: Layers) -> None:
+        self.program, self.queries, self.own = _compile(weights, queries, layers)
+        self.weights, self.dtype, self.n = weights.detach(), _dtype(), self.queries.shape[self.own]
+        self.models, self.slab = group_shape(layers, tuple(self.queries.shape[1 + self.own :]), self.n)
+        self.starts = range(0, self.n, self.slab)
+        with _plain():
+            self.slabs = [] if self.own else _shared_slabs(self.queries, self.program, self.slab, self.dtype)
+
+    def rows(self, group: int) -> Tensor:
+        """Weights ``[M, P]`` of a group; idle models are zeros."""
+        rows = self.weights[group : group + self.models]
+        if rows.shape[0] == self.models:
+            return rows
+        return torch.cat((rows, rows.new_zeros(self.models - rows.shape[0], rows.shape[1])))
+
+    def pack(self, rows: Tensor) -> list[Packed | None]:
+        steps = self.program.steps[self.program.first :]
+        return [step.pack(rows, self.dtype) if isinstance(step, (ConvStep, LinearStep)) else None for step in steps]
+
+    def slab_of(self, group: int, start: int) -> Tensor:
+        """Input of the first layer with parameters."""
+        if not self.own:
+            return self.slabs[start // self.slab]
+        mine = self.queries[group : group + self.models, start : start + self.slab]
+        x = _own_slab(mine, self.program, self.models, self.dtype)
+        for step in self.program.steps[: self.program.first]:
+            x, _ = step.forward(x, None, self.models)  # type: ignore[arg-type]
+        return x
+
+    def outputs(self, group: int, start: int, packed: list[Packed | None]) -> Tensor:
+        """Outputs ``[M, q, K]`` of a slab: the same bits as :meth:`forward`, with nothing kept."""
+        x = self.slab_of(group, start)
+        for step, weights in zip(self.program.steps[self.program.first :], packed, strict=True):
+            x = step.values(x) if isinstance(step, PoolStep) else step.forward(x, weights, self.models)[0]  # type: ignore[arg-type]
+        return x
+
+    def forward(self, group: int, start: int, packed: list[Packed | None]) -> tuple[Tensor, list[object]]:
+        """Outputs ``[M, q, K]`` of a slab, and what the backward of each step wants to see."""
+        x, saved = self.slab_of(group, start), []
+        for step, weights in zip(self.program.steps[self.program.first :], packed, strict=True):
+            x, keep = step.forward(x, weights, self.models)  # type: ignore[arg-type]
+            saved.append(keep)
+        return x, saved
+
+    def backward(self, g: Tensor, saved: list[object], packed: list[Packed | None], rows: Tensor, fresh: bool) -> None:
+        """Gradient of the parameters, into ``rows [M, P]``; ``saved`` is eaten up, so that memory is free while in cache."""
+        for step, weights in zip(reversed(self.program.steps[self.program.first :]), reversed(packed), strict=True):
+            g = step.backward(g, saved.pop(), weights, rows, fresh)  # type: ignore[arg-type, assignment]
+
+
+@contextmanager
+def _plain() -> Iterator[None]:
+    """No graph, and no autocast beneath us: operands are cast by hand."""
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        yield
+
+
+def loss_and_gradient(
+    weights: Tensor, queries: Tensor, targets: Tensor, layers: Layers, criterion: str, temperature: float = 2.0
+) -> tuple[Tensor, Tensor]:
+    """Per-model losses ``[k]`` and gradients ``[k, P]`` with respect to each model's own weights.
+
+    Queries ``[n, *input]`` shared by all models or ``[k, n, *input]``; targets ``[k, n, K]``, or labels ``[k, n]`` for
+    ``cross_entropy``. Raises :class:`Unplannable` for what the reference has to run.
+    """
+    if criterion not in CRITERIA:
+        raise ValueError(f"unknown criterion {criterion!r}; known: {list(CRITERIA)}")
+    call = _Call(weights, queries, layers)
+    k, models = weights.shape[0], call.models
+    losses = call.weights.new_empty(k)
+    gradient = torch.empty_like(call.weights, memory_format=torch.contiguous_format)
+    with _plain():
+        for group in range(0, k, models):
+            rows = call.rows(group)
+            packed = call.pack(rows)
+            real = min(models, k - group)
+            grads = gradient[group : group + models] if real == models else torch.empty_like(rows)
+            total = rows.new_zeros(models)
+            for start in call.starts:
+                y, saved = call.forward(group, start, packed)
+                wanted = targets[group : group + real, start : start + call.slab]
+                if real < models:
+                    wanted = torch.cat((wanted, wanted.new_zeros((models - real, *wanted.shape[1:]))))
+                value, g = _criterion(y.float(), wanted, call.n, criterion, temperature)
+                call.backward(g.to(call.dtype), saved, packed, grads, fresh=start == 0)
+                total += value
+            losses[group : group + real] = total[:real]
+            if real < models:
+                gradient[group:].copy_(grads[:real])
+    return losses, gradient
+
+
+def forward(weights: Tensor, queries: Tensor, layers: Layers) -> Tensor:
+    """Outputs ``[k, n, K]``: bit for bit those inside :func:`loss_and_gradient`. Not differentiable."""
+    call = _Call(weights, queries, layers)
+    outputs = call.weights.new_empty(weights.shape[0], call.n, call.program.outputs)
+    with _plain():
+        for group in range(0, weights.shape[0], call.models):
+            packed = call.pack(call.rows(group))
+            for start in call.starts:
+                mine = outputs[group : group + call.models, start : start + call.slab]
+                mine.copy_(call.outputs(group, start, packed)[: mine.shape[0]])
+    return outputs

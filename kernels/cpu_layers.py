@@ -1,0 +1,294 @@
+"""Layers of a group of models on the CPU: forward and hand-written backward, one operator call for the whole group.
+
+A group of M models runs on a slab of q queries. Before ``Flatten`` an activation is
+
+    x [q, M * C, H, W]   in channels-last memory, i.e. [q, H, W, M, C]: the models are the groups of a convolution,
+
+and afterwards it is ``x [M, q, F]``, where a linear layer is a batched product. Layers ahead of the first one with
+parameters see the queries that all models share, ``[q, C, H, W]`` or ``[q, F]``, once instead of M times, and that first layer, if
+a convolution, has M * C_out outputs.
+
+``forward`` returns a layer's output and what its ``backward`` will want to see again; ``backward`` turns the gradient of the
+output, which it may overwrite, into that of the input and writes the parameters' share to ``rows``, the gradient ``[M, P]`` of the
+group (over what is there for the first slab, ``fresh``; on top of it afterwards). There is no autograd graph, and nothing is
+computed for the queries. A convolution's bias gradient is summed after the pooling that follows: a pooling window hands its
+gradient on exactly once, so the sums agree and a smaller tensor is read.
+
+Every operator here treats a model's slice without regard to its place in the group: equal bits whatever the slot, and no
+NaN crosses over. That rules out plain reductions over rows (their vector and remainder columns round differently) and some of
+torch's activations (``cpu_activations``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Union
+
+import torch
+from torch import Tensor
+
+from . import cpu_activations
+from .cpu_activations import is_monotone
+from .plan import Activation, Conv2d, Dropout, Flatten, Layer, Layers, Linear, Pool2d, Slot, Unplannable, layer_slots, shapes
+
+# Overloads resolved once: looking one up costs as much as a small operator.
+_aten = torch.ops.aten
+_convolution = _aten.convolution.default
+_convolution_backward = _aten.convolution_backward.default
+_max_pool = _aten.max_pool2d_with_indices.default
+_max_pool_backward = _aten.max_pool2d_with_indices_backward.grad_input
+_avg_pool = _aten.avg_pool2d.default
+_avg_pool_backward = _aten.avg_pool2d_backward.grad_input
+
+CHANNELS_LAST = torch.channels_last
+Packed = tuple[Tensor, Union[Tensor, None]]
+
+
+def _block(rows: Tensor, slot: Slot, *shape: int) -> Tensor:
+    """View of one parameter of every model of a group, ``[M, *shape]``."""
+    return rows[:, slot.offset : slot.stop].view(rows.shape[0], *(shape or slot.shape))
+
+
+def _put(rows: Tensor, slot: Slot, value: Tensor, fresh: bool) -> None:
+    block = _block(rows, slot)
+    value = value.view(block.shape)
+    if fresh:
+        block.copy_(value)
+    else:
+        block.add_(value)
+
+
+def _bias_gradient(g: Tensor, models: int) -> Tensor:
+    """Sum ``[M, C]`` of ``g [q, M * C, H, W]`` over queries and positions, in an order that no model's slot can change."""
+    q, _, height, width = g.shape
+    if height * width >= 64:  # a small window is cheaper to leave to the product below
+        g = _avg_pool(g, [height, width], [1, 1], [0, 0], False, False, 1)
+        height = width = 1
+    g = g.permute(0, 2, 3, 1).reshape(q * height * width, models, -1).transpose(0, 1)
+    return torch.bmm(g.new_ones(1, 1, g.shape[1]).expand(models, -1, -1), g)[:, 0]
+
+
+@dataclass(frozen=True)
+class ConvStep:
+    """Convolution. ``shared``: its input is common to all models; ``sums_bias``: no pooling above does it instead."""
+
+    layer: Conv2d
+    weight: Slot
+    bias: Slot | None
+    shared: bool
+    input_gradient: bool
+    sums_bias: bool = True
+
+    def pack(self, rows: Tensor, dtype: torch.dtype) -> Packed:
+        channels, *rest = self.weight.shape
+        weight = _block(rows, self.weight).reshape(rows.shape[0] * channels, *rest)
+        weight = weight.to(dtype, memory_format=CHANNELS_LAST)
+        return weight, None if self.bias is None else _block(rows, self.bias).reshape(-1).to(dtype)
+
+    def _groups(self, models: int) -> int:
+        return self.layer.groups * (1 if self.shared else models)
+
+    def forward(self, x: Tensor, packed: Packed, models: int) -> tuple[Tensor, Any]:
+        conv = self.layer
+        y = _convolution(
+            x, *packed, conv.stride, conv.padding, conv.dilation, False, (0, 0), self._groups(models)
+        )
+        return y, x
+
+    def backward(self, g: Tensor, x: Any, packed: Packed, rows: Tensor, fresh: bool) -> Tensor | None:
+        conv, models = self.layer, rows.shape[0]
+        gx, gw, _ = _convolution_backward(
+            g, x, packed[0], None, conv.stride, conv.padding, conv.dilation, False, (0, 0), self._groups(models),
+            (self.input_gradient, True, False),
+        )
+        _put(rows, self.weight, gw, fresh)
+        if self.bias is not None and self.sums_bias:
+            _put(rows, self.bias, _bias_gradient(g, models), fresh)
+        return gx
+
+
+@dataclass(frozen=True)
+class LinearStep:
+    """Linear layer on ``[M, q, F]``, or on queries ``[q, F]`` that all models share."""
+
+    layer: Linear
+    weight: Slot
+    bias: Slot | None
+    shared: bool
+    input_gradient: bool
+
+    def pack(self, rows: Tensor, dtype: torch.dtype) -> Packed:
+        weight = _block(rows, self.weight).to(dtype)
+        return weight, None if self.bias is None else _block(rows, self.bias, 1, self.weight.shape[0]).to(dtype)
+
+    def forward(self, x: Tensor, packed: Packed, models: int) -> tuple[Tensor, Any]:
+        weight, bias = packed
+        if self.shared:
+            x = x.expand(models, *x.shape)
+        weight = weight.transpose(1, 2)
+        return (torch.bmm(x, weight) if bias is None else torch.baddbmm(bias, x, weight)), x
+
+    def backward(self, g: Tensor, x: Any, packed: Packed, rows: Tensor, fresh: bool) -> Tensor | None:
+        flipped = g.transpose(1, 2)  # [M, out, q]
+        _put(rows, self.weight, torch.bmm(flipped, x), fresh)
+        if self.bias is not None:
+            ones = g.new_ones(1, g.shape[1], 1).expand(g.shape[0], -1, -1)
+            _put(rows, self.bias, torch.bmm(flipped, ones), fresh)
+        return torch.bmm(g, packed[0]) if self.input_gradient else None
+
+
+@dataclass(frozen=True)
+class PoolStep:
+    """Max or average pooling; ``bias`` is that of the convolution right below, whose gradient is summed here.
+
+    Of its input only the shape is kept: the memory goes to the next layer while it is still in cache.
+    """
+
+    layer: Pool2d
+    bias: Slot | None = None
+
+    def forward(self, x: Tensor, packed: None, models: int) -> tuple[Tensor, Any]:
+        pool = self.layer
+        if pool.mode == "avg":
+            return _avg_pool(x, pool.kernel_size, pool.stride), (x.shape, None)
+        y, indices = _max_pool(x, pool.kernel_size, pool.stride)
+        return y, (x.shape, indices)
+
+    def values(self, x: Tensor) -> Tensor:
+        """Output alone, where no backward will follow: without the 64-bit indices, half the time of the operator above."""
+        pool = self.layer
+        if pool.mode != "max" or pool.kernel_size != (2, 2) or pool.stride != (2, 2):
+            return self.forward(x, None, 1)[0]
+        height, width = x.shape[2] // 2 * 2, x.shape[3] // 2 * 2
+        x = x.permute(0, 2, 3, 1)
+        x = torch.maximum(x[:, 0:height:2], x[:, 1:height:2])
+        return torch.maximum(x[:, :, 0:width:2], x[:, :, 1:width:2]).permute(0, 3, 1, 2)
+
+    def backward(self, g: Tensor, saved: Any, packed: None, rows: Tensor, fresh: bool) -> Tensor:
+        pool, (shape, indices) = self.layer, saved
+        if self.bias is not None:
+            _put(rows, self.bias, _bias_gradient(g, rows.shape[0]), fresh)
+        # The operators look at their "input" for its shape and layout alone, so the output may stand in for it.
+        gx = torch.empty(shape, dtype=g.dtype, memory_format=CHANNELS_LAST)
+        if pool.mode == "avg":
+            return _avg_pool_backward(g, gx, pool.kernel_size, pool.stride, (0, 0), False, True, None, grad_input=gx)
+        return _max_pool_backward(g, gx, pool.kernel_size, pool.stride, (0, 0), (1, 1), False, indices, grad_input=gx)
+
+
+@dataclass(frozen=True)
+class ActivationStep:
+    """Elementwise function. ``owned``: the layer below made the input and does not look at it again, so it is overwritten."""
+
+    layer: Activation
+    owned: bool
+
+    def forward(self, x: Tensor, packed: None, models: int) -> tuple[Tensor, Any]:
+        return cpu_activations.forward(x, self.layer, self.owned)
+
+    def backward(self, g: Tensor, saved: Any, packed: None, rows: Tensor, fresh: bool) -> Tensor:
+        return cpu_activations.backward(g, saved, self.layer)
+
+
+@dataclass(frozen=True)
+class FlattenStep:
+    """``[q, M * C, H, W] -> [M, q, C * H * W]`` in C-order, or ``[q, C, H, W] -> [q, C * H * W]`` while shared."""
+
+    shape: tuple[int, ...]  # of one model's input
+    shared: bool
+
+    def forward(self, x: Tensor, packed: None, models: int) -> tuple[Tensor, Any]:
+        if self.shared or len(self.shape) == 1:
+            return x.flatten(-len(self.shape)), None
+        return x.unflatten(1, (models, -1)).transpose(0, 1).flatten(2), None
+
+    def backward(self, g: Tensor, saved: None, packed: None, rows: Tensor, fresh: bool) -> Tensor:
+        if len(self.shape) == 1:
+            return g
+        return g.unflatten(2, self.shape).transpose(0, 1).flatten(1, 2).contiguous(memory_format=CHANNELS_LAST)
+
+
+Step = Union[ConvStep, LinearStep, PoolStep, ActivationStep, FlattenStep]
+
+
+@dataclass(frozen=True)
+class Program:
+    """A network compiled for the CPU: its steps, and the part of the image on which its outputs depend."""
+
+    steps: tuple[Step, ...]
+    crop: tuple[int, ...]  # of one query, no batch axis
+    outputs: int
+    parameters: int
+    first: int  # index of the first step with parameters
+
+
+def _canonical(layers: Layers) -> list[tuple[Layer, Slot | None, Slot | None]]:
+    """Layers with their slots: identities dropped, monotone activations moved behind the max pooling that follows them."""
+    kept: list[tuple[Layer, Slot | None, Slot | None]] = [
+        (layer, slots.weight, slots.bias)
+        for layer, slots in zip(layers, layer_slots(layers), strict=True)
+        if not isinstance(layer, Dropout) and not (isinstance(layer, Activation) and layer.function == "identity")
+    ]
+    for i in range(len(kept) - 1):
+        act, above = kept[i][0], kept[i + 1][0]
+        if isinstance(act, Activation) and is_monotone(act) and isinstance(above, Pool2d) and above.mode == "max":
+            kept[i], kept[i + 1] = kept[i + 1], kept[i]
+    return kept
+
+
+def _needed(layers: Sequence[Layer], sizes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """Shape of the corner of the query that the outputs depend on (a pooling that floors leaves rows and columns unread)."""
+    need = sizes[-1]
+    for layer, full in zip(reversed(layers), reversed(sizes[:-1]), strict=True):
+        if isinstance(layer, Pool2d):
+            need = (full[0], *((n - 1) * s + k for n, s, k in zip(need[1:], layer.stride, layer.kernel_size, strict=True)))
+        elif isinstance(layer, Conv2d):
+            if layer.padding != (0, 0):  # padding belongs at the image's true edge
+                need = full
+                continue
+            reach = (d * (k - 1) + 1 for d, k in zip(layer.dilation, layer.kernel_size, strict=True))
+            need = (full[0], *((n - 1) * s + r for n, s, r in zip(need[1:], layer.stride, reach, strict=True)))
+        elif isinstance(layer, (Flatten, Linear)):
+            need = full
+    return need
+
+
+def compile_program(layers: Layers, input_shape: tuple[int, ...], own_queries: bool) -> Program:
+    """Steps for ``layers`` on queries of ``input_shape``; ``own_queries``: every model has its own, so nothing is shared."""
+    kept = _canonical(layers)
+    order = [layer for layer, _, _ in kept]
+    sizes = shapes(tuple(order), input_shape)
+    crop = _needed(order, sizes)
+    if shapes(tuple(order), crop)[-1] != sizes[-1]:
+        crop = tuple(input_shape)
+    sizes = shapes(tuple(order), crop)
+    if len(sizes[-1]) != 1:
+        raise Unplannable(f"layer {layers[-1].name!r} ({layers[-1].kind}): a network ends in [K] outputs, not {list(sizes[-1])}")
+    first = next((i for i, (_, weight, _) in enumerate(kept) if weight is not None), None)
+    if first is None:
+        raise Unplannable(f"layer {layers[0].name!r} ({layers[0].kind}): no layer of the network has parameters")
+    steps: list[Step] = []
+    for i, (layer, weight, bias) in enumerate(kept):
+        shared = not own_queries and i <= first
+        below = steps[-1] if steps else None
+        if isinstance(layer, Conv2d):
+            assert weight is not None
+            if shared and layer.groups > 1:
+                raise Unplannable(f"layer {layer.name!r} (conv2d): a first layer with groups is left to the reference")
+            steps.append(ConvStep(layer, weight, bias, shared, input_gradient=i > first))
+        elif isinstance(layer, Linear):
+            assert weight is not None
+            steps.append(LinearStep(layer, weight, bias, shared, input_gradient=i > first))
+        elif isinstance(layer, Pool2d):
+            if isinstance(below, ConvStep):
+                steps[-1] = replace(below, sums_bias=False)
+                steps.append(PoolStep(layer, below.bias))
+            else:
+                steps.append(PoolStep(layer))
+        elif isinstance(layer, Activation):
+            steps.append(ActivationStep(layer, owned=isinstance(below, (ConvStep, LinearStep, PoolStep))))
+        elif isinstance(layer, Flatten):
+            steps.append(FlattenStep(sizes[i], shared))
+        else:
+            raise Unplannable(f"layer {layer!r}: unknown kind")
+    return Program(tuple(steps), crop, sizes[-1][0], sum(w.size + (b.size if b else 0) for _, w, b in kept if w), first)
