@@ -1,0 +1,348 @@
+"""A population on Triton kernels: outputs, losses and their gradients, as plain functions and as torch operators.
+
+The contract is reference.py's: weights ``[k, P]``, queries ``[n, C, H, W]`` shared by all models or ``[k, n, C, H, W]``, and
+here also an image pool ``[rows, C, H, W]`` with ``index`` ``[k, n]``; outputs ``[k, n, K]`` fp32.
+
+``loss_and_gradient`` computes both in one call, layer by layer for all models of a chunk at once, so that no activation
+outlives it. Chunks cut models only, and a model's sums keep their order: neither chunks nor neighbours change a bit.
+
+Operators: ``wslfast::population_forward`` (differentiable in the weights: its backward runs the forward pass again rather
+than keeping activations, and leaves saved tensors alone) and ``wslfast::population_loss`` (losses and gradient; the losses
+are differentiable). Both raise when differentiated twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .convolution import launch_configuration, stage_dw, stage_dx, stage_forward
+from .head import fits, head_loss_and_gradient
+from .packing import fold, pack, stack, storage
+from .plan import Layers, input_rank, layer_from_dict, layer_to_dict
+from .schedule import PRECISIONS, element_size, schedule
+from .stages import Schedule
+from .tables import FoldTables, fold_tables
+from .tail import criterion_forward_backward, gradient_scale
+
+OFFSETS = 2**31  # in-model offsets are 32-bit
+MEMORY = 2**33  # bytes of activations in flight unless the caller says otherwise: no device query, and graphs can capture
+
+
+def _device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device: make it the tensors'."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def query_bytes(plan: Schedule, precision: str, gradient: bool) -> int:
+    """Bytes of activations that one (model, query) pair holds while its chunk is in flight."""
+    size = element_size(precision)
+    total = 0
+    for stage in plan.stages:
+        total += stage.OUTPUTS * (4 if stage.LAST else size)
+        if gradient:
+            total += stage.CODES * (stage.POOL == "max") + stage.CODES * size * stage.LAST
+            total += stage.SLOPES * size * (stage.SLOPE in ("pooled", "window"))
+    return total
+
+
+def models_per_chunk(plan: Schedule, k: int, n: int, precision: str, gradient: bool, memory: int) -> int:
+    """Models that are run together so that what they need stays below ``memory`` bytes."""
+    each = n * query_bytes(plan, precision, gradient) + plan.packed * element_size(precision)
+    if gradient:
+        each += 4 * sum(parts * stage.GSIZE for parts, stage in zip(_splits(plan, n), plan.stages, strict=True))
+    return max(1, min(k, memory // each))
+
+
+def _splits(plan: Schedule, n: int) -> list[int]:
+    return fold_tables(plan, n, torch.device("cpu")).splits
+
+
+class _Activations:
+    """Buffers of one chunk of ``k`` models; allocated once and used by every chunk."""
+
+    def __init__(self, plan: Schedule, k: int, n: int, precision: str, gradient: bool, device: torch.device) -> None:
+        kind = storage(precision)
+        self.outputs: list[Tensor] = []
+        self.codes: list[Tensor | None] = []
+        self.slopes: list[Tensor | None] = []
+        for stage in plan.stages:
+            kept = torch.float32 if stage.LAST else kind
+            self.outputs.append(torch.empty(k * n * stage.OUTPUTS, dtype=kept, device=device))
+            code = gradient and stage.POOL == "max"
+            self.codes.append(torch.empty(k * n * stage.CODES, dtype=torch.int8, device=device) if code else None)
+            slope = gradient and stage.SLOPE in ("pooled", "window")
+            self.slopes.append(torch.empty(k * n * stage.SLOPES, dtype=kind, device=device) if slope else None)
+        if gradient:
+            last = plan.stages[-1]
+            self.gradient = torch.empty(k * n * last.CODES, dtype=kind, device=device)
+
+
+class _Queries:
+    """Queries as the first stage reads them, and how a model finds its own."""
+
+    def __init__(
+        self, queries: Tensor, index: Tensor | None, plan: Schedule, layers: Layers, k: int, precision: str
+    ) -> None:
+        rank = input_rank(layers)
+        if queries.ndim not in (rank + 1, rank + 2) or (index is not None and queries.ndim != rank + 1):
+            raise ValueError(f"expected queries of {rank + 1} or {rank + 2} axes (a pool: {rank + 1}), got {queries.ndim}")
+        self.shared = queries.ndim == rank + 1 and index is None
+        self.n = queries.shape[0] if self.shared else queries.shape[1] if index is None else index.shape[1]
+        self.images = stack(queries, plan, rank, precision)
+        self.index = None if index is None else index.contiguous()
+        self.per_model = 0 if self.shared else self.n
+        if self.n < 1:
+            raise ValueError("expected at least one query")
+        if index is not None and (index.ndim != 2 or index.shape[0] != k or index.is_floating_point()):
+            raise ValueError(f"expected an index [{k}, n] of integers, got {list(index.shape)} {index.dtype}")
+        if index is None and not self.shared and queries.shape[0] != k:
+            raise ValueError(f"expected queries for {k} models, got {queries.shape[0]}")
+
+    def of(self, start: int) -> tuple[Tensor, Tensor | None]:
+        """(images, index) of the chunk that begins at model ``start``."""
+        if self.index is not None:
+            return self.images, self.index[start:]
+        return (self.images if self.shared else self.images[start * self.n :]), None
+
+
+def _forward(
+    plan: Schedule, held: _Activations, weights: Tensor, packed: Tensor, images: Tensor, index: Tensor | None,
+    k: int, n: int, precision: str, *, shared: bool, gradient: bool, stages: int | None = None,
+) -> None:  # fmt: skip
+    """The first ``stages`` stages, all of them by default."""
+    for i, (stage, place) in enumerate(zip(plan.stages[:stages], plan.placements, strict=False)):
+        stage_forward(
+            images if i == 0 else held.outputs[i - 1], index if i == 0 else None, packed[:, place.forward :],
+            weights if place.bias is None else weights[:, place.bias.offset :],
+            held.outputs[i], held.codes[i], held.slopes[i], k, n, stage,
+            launch_configuration("forward", stage, precision, packed.device), shared=shared and i == 0, gradient=gradient,
+        )  # fmt: skip
+
+
+def _backward(
+    plan: Schedule, held: _Activations, packed: Tensor, images: Tensor, index: Tensor | None,
+    partials: Tensor, tables: FoldTables, k: int, n: int, precision: str, *, shared: bool, g: Tensor, stages: int,
+) -> None:  # fmt: skip
+    """Weight-gradient partials of the first ``stages`` stages, down from ``g``, the gradient of the last one's output.
+    Overwrites the activations: a stage's weight gradient reads its input before the input gradient is written over it."""
+    for i in range(stages - 1, -1, -1):
+        stage = plan.stages[i]
+        stage_dw(
+            images if i == 0 else held.outputs[i - 1], index if i == 0 else None, g, held.codes[i], held.slopes[i],
+            partials[:, tables.bases[i] :], k, n, stage, launch_configuration("dw", stage, precision, packed.device),
+            shared=shared and i == 0,
+        )  # fmt: skip
+        if i:
+            below = held.outputs[i - 1]
+            stage_dx(
+                g, held.codes[i], held.slopes[i], packed[:, plan.placements[i].backward :], below, held.slopes[i - 1],
+                k, n, stage, plan.stages[i - 1], launch_configuration("dx", stage, precision, packed.device),
+            )  # fmt: skip
+            g = below
+
+
+def _check(weights: Tensor, plan: Schedule, n: int, precision: str) -> None:
+    if precision not in PRECISIONS:
+        raise ValueError(f"unknown precision {precision!r}; known: {list(PRECISIONS)}")
+    if weights.ndim != 2 or weights.shape[1] != plan.parameters or not weights.is_floating_point():
+        raise ValueError(f"expected weights [k, {plan.parameters}], got {list(weights.shape)} {weights.dtype}")
+    widest = max(max(s.INPUTS, s.CODES, s.OUTPUTS, s.SLOPES, s.HB * s.WB * s.PS**2 * s.C) for s in plan.stages)
+    if n * widest >= OFFSETS:
+        raise ValueError(f"{n} queries are {n * widest} numbers a model; the kernels address fewer than {OFFSETS}")
+
+
+def _plan(layers: Layers, queries: Tensor) -> Schedule:
+    return schedule(layers, tuple(queries.shape[-input_rank(layers) :]))
+
+
+def forward(
+    weights: Tensor, queries: Tensor, layers: Layers, precision: str = "tf32", *,
+    index: Tensor | None = None, memory: int | None = None,
+) -> Tensor:  # fmt: skip
+    """Outputs ``[k, n, K]`` fp32, without autograd. ``memory`` bounds the bytes of activations in flight."""
+    plan, k = _plan(layers, queries), weights.shape[0]
+    with torch.no_grad(), _device(weights):
+        source = _Queries(queries, index, plan, layers, k, precision)
+        n = source.n
+        _check(weights, plan, n, precision)
+        outputs = torch.empty(k, n, plan.classes, device=weights.device)
+        if k == 0:
+            return outputs
+        chunk = models_per_chunk(plan, k, n, precision, False, memory or MEMORY)
+        held = _Activations(plan, chunk, n, precision, False, weights.device)
+        for start in range(0, k, chunk):
+            rows = weights[start : start + chunk]
+            held.outputs[-1] = outputs[start:]
+            images, own = source.of(start)
+            _forward(plan, held, rows, pack(rows, plan, precision), images, own, rows.shape[0], n, precision,
+                     shared=source.shared, gradient=False)  # fmt: skip
+        return outputs
+
+
+def loss_and_gradient(
+    weights: Tensor, queries: Tensor, targets: Tensor, layers: Layers, criterion: str, temperature: float = 2.0,
+    precision: str = "tf32", *, index: Tensor | None = None, memory: int | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Per-model losses ``[k]`` and gradients ``[k, P]`` with respect to each model's own weights, both fp32.
+
+    ``index`` ``[k, n]`` picks rows of a query pool and is trusted: checking it would wait for the device.
+
+    ``targets`` ``[k, n, K]``, or integer labels ``[k, n]`` for cross_entropy. Criteria: see ``reference.criterion_values``;
+    ``gradient`` takes dL/d outputs for targets and gives zeros for losses.
+    """
+    plan, k = _plan(layers, queries), weights.shape[0]
+    with torch.no_grad(), _device(weights):
+        source = _Queries(queries, index, plan, layers, k, precision)
+        n, device = source.n, weights.device
+        _check(weights, plan, n, precision)
+        if not targets.is_floating_point():
+            if criterion != "cross_entropy" or targets.shape != (k, n):
+                raise ValueError(f"labels are [{k}, {n}] and for cross_entropy, got {list(targets.shape)}, {criterion}")
+            criterion = "labels"
+        elif targets.shape != (k, n, plan.classes):
+            raise ValueError(f"expected targets {[k, n, plan.classes]}, got {list(targets.shape)}")
+        if criterion not in ("mse", "softmax_mse", "cross_entropy", "distillation", "labels", "gradient"):
+            raise ValueError(f"unknown criterion {criterion!r}")
+        losses = torch.empty(k, device=device)
+        gradient = torch.empty(k, plan.parameters, device=device)
+        if k == 0:
+            return losses, gradient
+        chunk = models_per_chunk(plan, k, n, precision, True, memory or MEMORY)
+        held = _Activations(plan, chunk, n, precision, True, device)
+        tables = fold_tables(plan, n, device)
+        partials = torch.empty(chunk, tables.row, device=device)
+        gain = torch.empty(chunk, device=device)
+        scale = gradient_scale(criterion, n, plan.classes, temperature)
+        fused = fits(plan, n)
+        stages = len(plan.stages) - 2 * fused
+        for start in range(0, k, chunk):
+            rows = weights[start : start + chunk]
+            count = rows.shape[0]
+            packed = pack(rows, plan, precision)
+            images, own = source.of(start)
+            _forward(
+                plan, held, rows, packed, images, own, count, n, precision,
+                shared=source.shared, gradient=True, stages=stages,
+            )  # fmt: skip
+            if fused:
+                head_loss_and_gradient(
+                    held.outputs[-3], held.slopes[-3], packed, rows, targets[start:], losses[start:], gain, partials,
+                    tables.bases, count, n, plan, launch_configuration("forward", plan.stages[-2], precision, device),
+                    criterion, temperature,
+                )  # fmt: skip
+            else:
+                criterion_forward_backward(
+                    held.outputs[-1], targets[start:], held.slopes[-1], losses[start:], gain, held.gradient,
+                    count, n, plan.stages[-1], criterion, temperature, precision,
+                )  # fmt: skip
+            _backward(
+                plan, held, packed, images, own, partials, tables, count, n, precision,
+                shared=source.shared, g=held.outputs[-3] if fused else held.gradient, stages=stages,
+            )  # fmt: skip
+            fold(partials[:count], gain, gradient[start:], plan, tables, scale)
+        return losses, gradient
+
+
+def warmup(
+    layers: Layers, input_shape: tuple[int, ...], n: int, criterion: str = "mse", precision: str = "tf32",
+    device: torch.device | str = "cuda",
+) -> None:  # fmt: skip
+    """Compile the kernels and build the tables that calls with n shared queries use, for any k: after it, a call makes no
+    copy from the host and compiles nothing, so a CUDA graph can capture it."""
+    plan = schedule(layers, input_shape)
+    weights = torch.zeros(1, plan.parameters, device=device)
+    queries = torch.zeros(n, *input_shape, device=device)
+    kinds = {"labels": (torch.long, (1, n))}
+    kind, shape = kinds.get(criterion, (torch.float32, (1, n, plan.classes)))
+    targets = torch.zeros(shape, dtype=kind, device=device)
+    loss_and_gradient(
+        weights, queries, targets, layers, "cross_entropy" if criterion == "labels" else criterion, 2.0, precision
+    )
+    forward(weights, queries, layers, precision)
+
+
+@lru_cache(maxsize=256)
+def layers_key(layers: Layers) -> str:
+    """A layer list as the string that the operators take."""
+    return json.dumps([layer_to_dict(layer) for layer in layers])
+
+
+@lru_cache(maxsize=256)
+def _layers(key: str) -> Layers:
+    return tuple(layer_from_dict(record) for record in json.loads(key))
+
+
+@torch.library.custom_op("wslfast::population_forward", mutates_args=())
+def population_forward(
+    weights: Tensor, queries: Tensor, index: Tensor | None, layers: str, precision: str, memory: int
+) -> Tensor:
+    """:func:`forward` as an operator; ``memory`` 0 for the default."""
+    return forward(weights, queries, _layers(layers), precision, index=index, memory=memory or None)
+
+
+@torch.library.custom_op("wslfast::population_loss", mutates_args=())
+def population_loss(
+    weights: Tensor, queries: Tensor, index: Tensor | None, targets: Tensor, layers: str, criterion: str,
+    temperature: float, precision: str, memory: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """:func:`loss_and_gradient` as an operator; ``memory`` 0 for the default."""
+    return loss_and_gradient(
+        weights, queries, targets, _layers(layers), criterion, temperature, precision, index=index, memory=memory or None
+    )
+
+
+@population_forward.register_fake
+def _(weights: Tensor, queries: Tensor, index: Tensor | None, layers: str, precision: str, memory: int) -> Tensor:
+    plan = _plan(_layers(layers), queries)
+    own = queries.ndim == input_rank(_layers(layers)) + 2
+    n = index.shape[1] if index is not None else queries.shape[int(own)]
+    return weights.new_empty(weights.shape[0], n, plan.classes, dtype=torch.float32)
+
+
+@population_loss.register_fake
+def _(
+    weights: Tensor, queries: Tensor, index: Tensor | None, targets: Tensor, layers: str, criterion: str,
+    temperature: float, precision: str, memory: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return (
+        weights.new_empty(weights.shape[0], dtype=torch.float32),
+        weights.new_empty(weights.shape, dtype=torch.float32),
+    )
+
+
+def _keep_forward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    weights, queries, index, *ctx.options = inputs
+    if queries.requires_grad:
+        raise ValueError("the kernels give no gradient for queries; use the torch engine")
+    ctx.save_for_backward(weights, queries, index)
+
+
+def _differentiate_forward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    weights, queries, index = ctx.saved_tensors
+    layers, precision, memory = ctx.options
+    _, gradient = population_loss(weights, queries, index, grad.float(), layers, "gradient", 1.0, precision, memory)
+    return gradient.to(weights.dtype), None, None, None, None, None
+
+
+def _keep_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.kind = inputs[0].dtype
+    ctx.save_for_backward(output[1])
+
+
+def _differentiate_loss(ctx: Any, grad_losses: Tensor | None, grad_gradient: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_gradient is not None:
+        raise RuntimeError("the kernels' losses can be differentiated once only")
+    (gradient,) = ctx.saved_tensors
+    found = None if grad_losses is None else (grad_losses[:, None] * gradient).to(ctx.kind)
+    return found, None, None, None, None, None, None, None, None
+
+
+population_forward.register_autograd(_differentiate_forward, setup_context=_keep_forward)
+population_loss.register_autograd(_differentiate_loss, setup_context=_keep_loss)

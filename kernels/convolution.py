@@ -1,0 +1,366 @@
+"""A stage of every model in one launch: convolution (or linear layer), pooling, activation; and its two gradients.
+
+Layouts (C, N padded channels, see stages.py; k models, n queries):
+
+    x      [k, n, H, W, C]      stage input, or images [n, H, W, C] shared by all models or gathered through index [k, n]
+    w      [k, packed]          forward form [NB, KR, NCH, KD, ND], input-gradient form [CB, KH, NX, NB, P * BN, PS * BC]
+    y, g   [k, n, HO, WO, N]    output, overwritten by its gradient; the last stage's output is fp32 and not padded
+    code   like y, int8         which position of the window was the maximum: dy * P + dx
+    slope  like y, or one for each position of the window [k, n, HO, WO, P * P, N]: act' where y does not determine it
+    part   [k, row]             weight-gradient partials, splits outermost within a stage
+
+With z = W * x + b the forward kernel stores y = pool(act(z)) or act(pool(z)). ``g`` holds dL/dz at the position that pooling
+chose (for averages: the share of each position). The gradients gather, so nothing is added from two programs:
+
+    dW[n, c, i, j] = sum over queries and outputs of  G(o, n) * x(o * S + (i, j) - padding, c)
+    dX(p, c)       = sum over n, i, j of              G((p + padding - (i, j)) / S, n) * W[n, c, i, j]
+
+where G spreads ``g`` over the pooling window: to the maximum alone, or to every position with its slope.
+"""
+# mypy: allow-untyped-defs
+
+from dataclasses import replace as replace_field
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .activations import matmul, rounded, slope_of_output
+from .schedule import Configuration, configuration, launch_options, splits
+from .stages import Stage, blocks
+from .tables import step
+from .tiles import between, held, output_gradient, patches, pool_and_store, query, replace, spread, weights, zeros
+
+
+@triton.jit
+def _convolve(x, w, ws, acc0, acc1, q, oy, ox, mask, ch, s: tl.constexpr, c: tl.constexpr):
+    """acc[dy] += A[a] @ W[a - dy * S] over the patch rows a, for run ``ch``; A, a tile of patches, is read once."""
+    S: tl.constexpr = s.S
+    ND: tl.constexpr = s.ND
+    KD: tl.constexpr = s.KD
+    KR: tl.constexpr = s.KR
+    NCH: tl.constexpr = s.NCH
+    TILES: tl.constexpr = s.TILES
+    ACCS: tl.constexpr = s.ACCS
+    PATCH: tl.constexpr = s.PATCH
+    EXACT: tl.constexpr = s.EXACT
+    PREC: tl.constexpr = c.PREC
+    HOIST: tl.constexpr = c.HOIST
+    for a in tl.static_range(TILES):
+        A = patches(x, q, oy, ox, mask, a, ch * KD, s, PATCH, KD, EXACT)
+        if between(a, 0, KR):
+            acc0 = matmul(A, weights(w, ws, a * NCH + ch, KD * ND, HOIST), acc0, PREC)
+        if ACCS == 2 and between(a - S, 0, KR):
+            acc1 = matmul(A, weights(w, ws, (a - S) * NCH + ch, KD * ND, HOIST), acc1, PREC)
+    return acc0, acc1
+
+
+@triton.jit(do_not_specialize=["n", "tiles", "programs"])
+def forward_kernel(
+    x, index, w, bias, y, code, slope, n, tiles, programs, w_stride, bias_stride, bias_step,
+    s: tl.constexpr, c: tl.constexpr, SHARED: tl.constexpr, INDEXED: tl.constexpr, GRAD: tl.constexpr,
+):  # fmt: skip
+    """Program (model, output block, run of ``tiles`` row tiles)."""
+    HO: tl.constexpr = s.HO
+    WO: tl.constexpr = s.WO
+    BN: tl.constexpr = s.BN
+    NB: tl.constexpr = s.NB
+    ND: tl.constexpr = s.ND
+    KD: tl.constexpr = s.KD
+    NCH: tl.constexpr = s.NCH
+    TILE: tl.constexpr = s.KD * s.ND
+    COUNT: tl.constexpr = s.KR * s.NCH
+    INPUTS: tl.constexpr = s.INPUTS
+    OUTPUTS: tl.constexpr = s.OUTPUTS
+    CODES: tl.constexpr = s.CODES
+    SLOPES: tl.constexpr = s.SLOPES
+    NOUT: tl.constexpr = s.NOUT
+    HOIST: tl.constexpr = c.HOIST
+    BM: tl.constexpr = c.BM
+    pid = tl.program_id(0)
+    j = (pid // (programs * NB)).to(tl.int64)
+    block = (pid // programs) % NB
+    rows = n * (HO * WO)
+    t0 = (pid % programs) * (tiles * BM)
+    t1 = tl.minimum(t0 + tiles * BM, rows)
+    if not (SHARED or INDEXED):
+        x += j * n * INPUTS
+    y += j * n * OUTPUTS
+    code += j * n * CODES
+    slope += j * n * SLOPES
+    nd = tl.arange(0, ND)
+    w += j * w_stride + block * (COUNT * TILE)
+    wp = w + tl.arange(0, KD)[:, None] * ND + nd[None, :]  # [KD, ND]
+    ws = held(wp, COUNT, TILE, HOIST)
+    b = tl.zeros([ND], tl.float32)
+    if s.BIAS:
+        channel = (block * BN + nd % BN).to(tl.int64)
+        b = tl.load(bias + j * bias_stride + channel * bias_step, mask=channel < NOUT, other=0.0).to(tl.float32)
+    for t in tl.range(t0, t1, BM, num_stages=c.STAGES):
+        m = t + tl.arange(0, BM)
+        mask = m < rows
+        q = query(index, j, n, m // (HO * WO), mask, INDEXED)
+        oy = (m % (HO * WO)) // WO
+        ox = m % WO
+        acc0 = tl.zeros([BM, ND], tl.float32) + b[None, :]
+        acc1 = acc0
+        if HOIST:
+            for ch in tl.static_range(NCH):
+                acc0, acc1 = _convolve(x, wp, ws, acc0, acc1, q, oy, ox, mask, ch, s, c)
+        else:
+            for ch in tl.range(0, NCH, num_stages=c.STAGES):
+                acc0, acc1 = _convolve(x, wp, ws, acc0, acc1, q, oy, ox, mask, ch, s, c)
+        pool_and_store(acc0, acc1, y, code, slope, m, mask, block, s, c, GRAD)
+
+
+@triton.jit(do_not_specialize=["n", "count", "rows_per_split"])
+def dw_kernel(
+    x, index, g, code, slope, part, n, count, rows_per_split, part_stride, part_step,
+    s: tl.constexpr, c: tl.constexpr, SHARED: tl.constexpr, INDEXED: tl.constexpr,
+):  # fmt: skip
+    """Program (model, pass, split): partial dW[i] += A[i + dy * S]^T @ G[dy] over the split's rows, kept in registers."""
+    HO: tl.constexpr = s.HO
+    WO: tl.constexpr = s.WO
+    S: tl.constexpr = s.S
+    N: tl.constexpr = s.N
+    BN: tl.constexpr = s.BN
+    ND: tl.constexpr = s.ND
+    KD: tl.constexpr = s.KDW
+    KR: tl.constexpr = s.KR
+    NI: tl.constexpr = s.NI
+    NCH: tl.constexpr = s.NCHW
+    P: tl.constexpr = s.P
+    ACCS: tl.constexpr = s.ACCS
+    PASSES: tl.constexpr = s.PASSES
+    SUMS: tl.constexpr = s.ND if s.POOL == "avg" else s.BN
+    INPUTS: tl.constexpr = s.INPUTS
+    CODES: tl.constexpr = s.CODES
+    SLOPES: tl.constexpr = s.SLOPES
+    BIAS_AT: tl.constexpr = s.NB * s.KR * s.NCHW * s.KDW * s.ND
+    PATCH: tl.constexpr = s.PATCH
+    EXACT: tl.constexpr = s.EXACTW
+    PREC: tl.constexpr = c.PREC
+    BM: tl.constexpr = c.BM
+    pid = tl.program_id(0)
+    j = (pid // (count * PASSES)).to(tl.int64)
+    split = pid % count
+    turn = (pid // count) % PASSES  # (output block, run, group of kernel rows)
+    block = turn // (NCH * (KR // NI))
+    ch = turn // (KR // NI) % NCH
+    i0 = turn % (KR // NI) * NI
+    t0 = split * rows_per_split
+    t1 = tl.minimum(t0 + rows_per_split, n * (HO * WO))
+    if not (SHARED or INDEXED):
+        x += j * n * INPUTS
+    g += j * n * CODES
+    code += j * n * CODES
+    slope += j * n * SLOPES
+    nd = tl.arange(0, ND)
+    bn = tl.arange(0, BN)
+    col = block * BN + nd % BN  # [ND]
+    accs = zeros(NI, KD, ND)
+    # Summed over rows once, after the loop: a reduction across threads in every tile costs more than the tile.
+    sums = tl.zeros([BM, SUMS], tl.float32)
+    for t in tl.range(t0, t1, BM, num_stages=c.STAGES):
+        m = t + tl.arange(0, BM)
+        mask = m < t1
+        q = query(index, j, n, m // (HO * WO), mask, INDEXED)
+        oy = (m % (HO * WO)) // WO
+        ox = m % WO
+        G, at = output_gradient(g, code, m, col, mask[:, None], s)
+        G0 = spread(G, at, slope, m, col, mask[:, None], nd // BN, s)
+        G1 = G0
+        if ACCS == 2:
+            G1 = spread(G, at, slope, m, col, mask[:, None], nd // BN + P, s)
+        if s.POOL == "avg":
+            sums += G0.to(tl.float32)
+            if ACCS == 2:
+                sums += G1.to(tl.float32)
+        elif s.POOL == "max":
+            sums += tl.load(g + m[:, None] * N + (block * BN + bn)[None, :], mask=mask[:, None], other=0.0).to(tl.float32)
+        else:
+            sums += G0.to(tl.float32)
+        for a in tl.static_range(NI + (ACCS - 1) * S):
+            A = tl.trans(patches(x, q, oy, ox, mask, i0 + a, ch * KD, s, PATCH, KD, EXACT))
+            if between(a, 0, NI):
+                accs = replace(accs, a, matmul(A, G0, accs[a], PREC), NI)
+            if ACCS == 2 and between(a - S, 0, NI):
+                accs = replace(accs, a - S, matmul(A, G1, accs[a - S], PREC), NI)
+    part += j * part_stride + split * part_step
+    tile = tl.arange(0, KD)[:, None] * ND + nd[None, :]
+    for i in tl.static_range(NI):
+        tl.store(part + ((block * KR + i0 + i) * NCH + ch) * (KD * ND) + tile, accs[i])
+    if (i0 == 0) & (ch == 0):
+        bias = part + BIAS_AT + block * ND
+        if s.POOL == "avg":
+            tl.store(bias + nd, tl.sum(sums, axis=0))
+        else:
+            tl.store(bias + bn, tl.sum(sums, axis=0))
+
+
+@triton.jit
+def _gather(g, code, slope, w, ws, accs, q, by, bx, mask, nb, s: tl.constexpr, c: tl.constexpr):
+    """acc[ry] += G @ W[i] over the pooled positions whose patch meets the block, i = ry + ny * PS - dy * S, for output
+    block ``nb``."""
+    HO: tl.constexpr = s.HO
+    WO: tl.constexpr = s.WO
+    S: tl.constexpr = s.S
+    P: tl.constexpr = s.P
+    PS: tl.constexpr = s.PS
+    BN: tl.constexpr = s.BN
+    NB: tl.constexpr = s.NB
+    NY: tl.constexpr = s.NY
+    NX: tl.constexpr = s.NX
+    KH: tl.constexpr = s.KH
+    KX: tl.constexpr = s.P * s.BN
+    HOIST: tl.constexpr = c.HOIST
+    PREC: tl.constexpr = c.PREC
+    TILE: tl.constexpr = s.P * s.BN * s.PS * s.BC
+    kx = tl.arange(0, KX)
+    for ny in tl.static_range(NY):
+        for nx in tl.static_range(NX):
+            oy = by - ny
+            ox = bx - nx
+            there = mask & (oy >= 0) & (oy < HO) & (ox >= 0) & (ox < WO)
+            m = (q * HO + oy) * WO + ox
+            col = nb * BN + kx % BN
+            G, at = output_gradient(g, code, m, col, there[:, None], s)
+            for dy in tl.static_range(P):
+                A = spread(G, at, slope, m, col, there[:, None], kx // BN + dy * P, s)
+                for ry in tl.static_range(PS):
+                    if between(ry + ny * PS - dy * S, 0, KH):
+                        B = weights(w, ws, ((ry + ny * PS - dy * S) * NX + nx) * NB + nb, TILE, HOIST)
+                        accs = replace(accs, ry, matmul(A, B, accs[ry], PREC), PS)
+    return accs
+
+
+@triton.jit(do_not_specialize=["n", "tiles", "programs"])
+def dx_kernel(
+    g, code, slope, w, xg, below_slope, n, tiles, programs, w_stride,
+    s: tl.constexpr, below: tl.constexpr, c: tl.constexpr,
+):  # fmt: skip
+    """Program (model, channel block, run of row tiles); a row is a block of PS x PS input pixels. dL/dz of the stage below
+    is written over that stage's stored output ``xg``, which nothing reads any more."""
+    H: tl.constexpr = s.H
+    W: tl.constexpr = s.W
+    C: tl.constexpr = s.C
+    PS: tl.constexpr = s.PS
+    PY: tl.constexpr = s.PY
+    PX: tl.constexpr = s.PX
+    BC: tl.constexpr = s.BC
+    CB: tl.constexpr = s.CB
+    NB: tl.constexpr = s.NB
+    HB: tl.constexpr = s.HB
+    WB: tl.constexpr = s.WB
+    KX: tl.constexpr = s.P * s.BN
+    NXD: tl.constexpr = s.PS * s.BC
+    TILE: tl.constexpr = s.P * s.BN * s.PS * s.BC
+    COUNT: tl.constexpr = s.KH * s.NX * s.NB
+    INPUTS: tl.constexpr = s.INPUTS
+    CODES: tl.constexpr = s.CODES
+    SLOPES: tl.constexpr = s.SLOPES
+    SHARE: tl.constexpr = 0.25 if below.POOL == "avg" else 1.0
+    ACT: tl.constexpr = below.ACT
+    PARAM: tl.constexpr = below.PARAM
+    HOIST: tl.constexpr = c.HOIST
+    PREC: tl.constexpr = c.PREC
+    BM: tl.constexpr = c.BM
+    pid = tl.program_id(0)
+    j = (pid // (programs * CB)).to(tl.int64)
+    cb = (pid // programs) % CB
+    rows = n * (HB * WB)
+    t0 = (pid % programs) * (tiles * BM)
+    t1 = tl.minimum(t0 + tiles * BM, rows)
+    g += j * n * CODES
+    code += j * n * CODES
+    slope += j * n * SLOPES
+    xg += j * n * INPUTS
+    below_slope += j * n * INPUTS
+    rc = tl.arange(0, NXD)
+    w += j * w_stride + cb * (COUNT * TILE)
+    wp = w + tl.arange(0, KX)[:, None] * NXD + rc[None, :]  # [KX, NXD]
+    ws = held(wp, COUNT, TILE, HOIST)
+    for t in tl.range(t0, t1, BM, num_stages=c.STAGES):
+        m = t + tl.arange(0, BM)
+        mask = m < rows
+        q = m // (HB * WB)
+        by = (m % (HB * WB)) // WB
+        bx = m % WB
+        accs = zeros(PS, BM, NXD)
+        if HOIST:
+            for nb in tl.static_range(NB):
+                accs = _gather(g, code, slope, wp, ws, accs, q, by, bx, mask, nb, s, c)
+        else:
+            for nb in tl.range(0, NB, num_stages=c.STAGES):
+                accs = _gather(g, code, slope, wp, ws, accs, q, by, bx, mask, nb, s, c)
+        channel = cb * BC + rc % BC
+        ix = (bx * PS - PX)[:, None] + (rc // BC)[None, :]
+        for ry in tl.static_range(PS):
+            iy = by * PS + (ry - PY)
+            inside = (mask & (iy >= 0) & (iy < H))[:, None] & (ix >= 0) & (ix < W) & (channel < C)[None, :]
+            p = ((q * H + iy)[:, None] * W + ix) * C + channel[None, :]  # [BM, NXD]
+            out = accs[ry] * SHARE
+            if below.SLOPE == "output":
+                y = tl.load(xg + p, mask=inside, other=0.0).to(tl.float32)
+                out = out * slope_of_output(y, ACT, PARAM)
+            elif below.SLOPE == "pooled":
+                out = out * tl.load(below_slope + p, mask=inside, other=0.0).to(tl.float32)
+            tl.store(xg + p, rounded(out, PREC), mask=inside)
+
+
+def _programs(rows: int, c: Configuration) -> tuple[int, int]:
+    """(row tiles a program, programs a model): eight tiles keep the weights that a program holds busy."""
+    tiles = blocks(rows, c.BM)
+    each = min(8, tiles)
+    return each, blocks(tiles, each)
+
+
+def stage_forward(
+    x: Tensor, index: Tensor | None, packed: Tensor, bias: Tensor, y: Tensor, code: Tensor | None, slope: Tensor | None,
+    k: int, n: int, stage: Stage, config: Configuration, *, shared: bool, gradient: bool,
+) -> None:  # fmt: skip
+    """Launch the forward kernel of ``stage`` for all k models. ``packed`` begins at the stage's forward form, ``bias``
+    ``[k, ...]`` at its bias in a row of weights; ``code`` and ``slope`` are written when ``gradient``."""
+    each, programs = _programs(n * stage.POSITIONS, config)
+    forward_kernel[(k * stage.NB * programs,)](
+        x, x if index is None else index, packed, bias, y, y if code is None else code, y if slope is None else slope,
+        n, each, programs, packed.stride(0), bias.stride(0), bias.stride(1),
+        s=stage, c=config, SHARED=shared, INDEXED=index is not None, GRAD=gradient, **launch_options(config.WARPS),
+    )  # fmt: skip
+
+
+def stage_dw(
+    x: Tensor, index: Tensor | None, g: Tensor, code: Tensor | None, slope: Tensor | None, partials: Tensor,
+    k: int, n: int, stage: Stage, config: Configuration, *, shared: bool,
+) -> None:  # fmt: skip
+    """Launch the weight-gradient kernel; ``partials`` ``[k, ...]`` begins at the stage's first split."""
+    count = splits(stage, n)
+    per_split = blocks(blocks(n * stage.POSITIONS, count), config.BM) * config.BM
+    dw_kernel[(k * stage.PASSES * count,)](
+        x, x if index is None else index, g, g if code is None else code, g if slope is None else slope, partials,
+        n, count, per_split, partials.stride(0), step(stage),
+        s=stage, c=config, SHARED=shared, INDEXED=index is not None, **launch_options(config.WARPS),
+    )  # fmt: skip
+
+
+def stage_dx(
+    g: Tensor, code: Tensor | None, slope: Tensor | None, packed: Tensor, xg: Tensor, below_slope: Tensor | None,
+    k: int, n: int, stage: Stage, below: Stage, config: Configuration,
+) -> None:  # fmt: skip
+    """Launch the input-gradient kernel: ``xg`` holds the stage's input and receives dL/dz of the stage ``below``."""
+    each, programs = _programs(n * stage.HB * stage.WB, config)
+    dx_kernel[(k * stage.CB * programs,)](
+        g, g if code is None else code, g if slope is None else slope, packed,
+        xg, xg if below_slope is None else below_slope, n, each, programs, packed.stride(0),
+        s=stage, below=below, c=config, **launch_options(config.WARPS),
+    )  # fmt: skip
+
+
+def launch_configuration(role: str, stage: Stage, precision: str, device: torch.device) -> Configuration:
+    """``configuration`` for a device; in the interpreter with a precision that it gets right."""
+    hopper = device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
+    found = configuration(role, stage, precision, hopper)
+    if precision == "bf16" and triton.knobs.runtime.interpret:
+        return replace_field(found, PREC="bf16_emulated")
+    return found

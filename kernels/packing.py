@@ -1,0 +1,113 @@
+"""Into the kernels' layout and out of it: weights, queries, weight gradients. Each is one launch for all models.
+
+    pack    packed[j, t] = round(weights[j, table[t]]), 0 where table[t] = -1
+    stack   images[q, y, x, c] = round(queries[q, c, y, x]), padded channels 0
+    fold    gradient[j, p] = scale / gain[j] * sum over splits s and places d of partials[j, places[p, d] + s * steps[p]]
+
+Twins: ``pack`` and ``fold`` in tables.py.
+"""
+# mypy: allow-untyped-defs
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .activations import rounded
+from .schedule import launch_options
+from .stages import Schedule, blocks
+from .tables import FoldTables, pack_table
+
+TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def storage(precision: str) -> torch.dtype:
+    """What activations, gradients and packed weights are stored as."""
+    return TYPES.get(precision, torch.float32)
+
+
+@triton.jit(do_not_specialize=["programs", "packed"])
+def pack_kernel(weights, table, out, programs, packed, stride, step, B: tl.constexpr, PREC: tl.constexpr):
+    pid = tl.program_id(0)
+    j = (pid // programs).to(tl.int64)
+    t = (pid % programs) * B + tl.arange(0, B)
+    mask = t < packed
+    at = tl.load(table + t, mask=mask, other=-1).to(tl.int64)
+    v = tl.load(weights + j * stride + at * step, mask=at >= 0, other=0.0).to(tl.float32)
+    tl.store(out + j * packed + t, rounded(v, PREC), mask=mask)
+
+
+@triton.jit(do_not_specialize=["count", "channels"])
+def stack_kernel(
+    queries, out, count, channels, q_stride, c_stride, y_stride, x_stride,
+    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, B: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    e = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
+    mask = e < count
+    c = e % C
+    pixel = e // C
+    x = pixel % W
+    y = pixel // W % H
+    q = pixel // (W * H)
+    at = q * q_stride + c * c_stride + y * y_stride + x * x_stride
+    v = tl.load(queries + at, mask=mask & (c < channels), other=0.0).to(tl.float32)
+    tl.store(out + e, rounded(v, PREC), mask=mask)
+
+
+@triton.jit(do_not_specialize=["programs", "parameters", "most", "scale"])
+def fold_kernel(
+    partials, places, steps, counts, gain, out, programs, parameters, most, row, scale,
+    D: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    j = (pid // programs).to(tl.int64)
+    p = (pid % programs) * B + tl.arange(0, B)
+    mask = p < parameters
+    count = tl.load(counts + p, mask=mask, other=0)
+    step = tl.load(steps + p, mask=mask, other=0)
+    acc = tl.zeros([B], tl.float32)
+    partials += j * row
+    for s in tl.range(0, most):
+        for d in tl.static_range(D):
+            at = tl.load(places + p * D + d, mask=mask, other=-1)
+            acc += tl.load(partials + at + s * step, mask=(at >= 0) & (s < count), other=0.0)
+    tl.store(out + j * parameters + p, acc * (scale / tl.load(gain + j)), mask=mask)
+
+
+def pack(weights: Tensor, plan: Schedule, precision: str) -> Tensor:
+    """``[k, P]`` weights of any strides -> ``[k, packed]`` operands."""
+    k = weights.shape[0]
+    out = torch.empty(k, plan.packed, dtype=storage(precision), device=weights.device)
+    programs = blocks(plan.packed, 1024)
+    pack_kernel[(k * programs,)](
+        weights, pack_table(plan, weights.device), out, programs, plan.packed, weights.stride(0), weights.stride(1),
+        B=1024, PREC=precision, **launch_options(),
+    )  # fmt: skip
+    return out
+
+
+def stack(queries: Tensor, plan: Schedule, rank: int, precision: str) -> Tensor:
+    """Queries ``[..., C, H, W]`` (``rank`` 3) or ``[..., features]`` (1) -> ``[rows, H * W * C]`` as the first stage reads
+    them. A network that begins with a linear layer reads an image as a vector in C-order."""
+    stage = plan.stages[0]
+    queries = queries.reshape(-1, *queries.shape[queries.ndim - rank :])
+    if plan.flat_input:
+        queries = queries.flatten(1)
+    out = torch.empty(queries.shape[0], stage.INPUTS, dtype=storage(precision), device=queries.device)
+    strides = (*queries.stride(), 0, 0) if plan.flat_input else queries.stride()
+    stack_kernel[(blocks(out.numel(), 1024),)](
+        queries, out, out.numel(), queries.shape[1], *strides,
+        H=stage.H, W=stage.W, C=stage.C, B=1024, PREC=precision, **launch_options(),
+    )  # fmt: skip
+    return out
+
+
+def fold(partials: Tensor, gain: Tensor, out: Tensor, plan: Schedule, tables: FoldTables, scale: float) -> None:
+    """``[k, row]`` partials -> ``out`` ``[k, P]``, contiguous."""
+    k = partials.shape[0]
+    programs = blocks(plan.parameters, 256)
+    fold_kernel[(k * programs,)](
+        partials, tables.places, tables.steps, tables.counts, gain, out,
+        programs, plan.parameters, max(tables.splits), tables.row, scale,
+        D=tables.places.shape[1], B=256, **launch_options(),
+    )  # fmt: skip

@@ -1,0 +1,213 @@
+"""The kernels on a real GPU: every path and precision against float64, and what no interpreter can show.
+
+Runs from the source tree with plain torch and triton: ``PYTHONPATH=. python3 -m pytest -m gpu tests/gpu``.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_cases import CASES, HEADS, SMALL, Net, cnn3, cnn28, error, gradient_errors, lenet5, make, oracle, random_net
+from torch import Tensor
+
+from wslfast.kernels import reference
+from wslfast.kernels.plan import Conv2d, Linear
+
+pytestmark = pytest.mark.gpu
+pytest.importorskip("triton")
+if not torch.cuda.is_available():
+    pytest.skip("no CUDA device", allow_module_level=True)
+
+from wslfast.kernels import autograd as kernels  # noqa: E402 (with triton and a device)
+from wslfast.kernels.schedule import schedule  # noqa: E402
+
+NETWORKS = {"cnn3": cnn3(), "cnn3_tanh": cnn3("tanh"), "cnn28": cnn28(), "lenet5": lenet5(), "small": SMALL, **CASES, **HEADS}
+# forward, linear layers, convolutions, first convolution
+BARS = {
+    "tf32x3": (1e-5, 1e-5, 1e-5, 1e-5),
+    "tf32": (2e-3, 2e-3, 2e-2, 8e-2),
+    "fp16": (2e-3, 2e-3, 2e-2, 8e-2),
+    "bf16": (3e-2, 6e-2, 1e-1, 2e-1),
+}
+
+
+def _on_gpu(case: Net, k: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    weights, queries, targets = (t.cuda() for t in make(case, k, n))
+    return weights, queries, targets
+
+
+def _bar(parameter: str, case: Net, bars: tuple[float, ...]) -> float:
+    weighted = [layer for layer in case.layers if isinstance(layer, (Conv2d, Linear))]
+    layer = next(layer for layer in weighted if layer.name == parameter.rpartition(".")[0])
+    if isinstance(layer, Linear):
+        return bars[1]
+    return bars[3] if layer is weighted[0] else bars[2]
+
+
+def _check(case: Net, k: int, n: int, precision: str, criterion: str = "mse") -> None:
+    weights, queries, targets = _on_gpu(case, k, n)
+    bars = BARS[precision]
+    outputs = kernels.forward(weights, queries, case.layers, precision)
+    assert error(outputs, reference.forward(weights.double(), queries.double(), case.layers)) < bars[0]
+    losses, gradient = kernels.loss_and_gradient(weights, queries, targets, case.layers, criterion, 2.0, precision)
+    expected, slopes = oracle(weights, queries, targets, case.layers, criterion)
+    assert error(losses, expected) < 2 * bars[0]
+    wrong = {
+        name: found
+        for name, found in gradient_errors(gradient, slopes, case.layers).items()
+        if not found < _bar(name, case, bars)
+    }
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize("precision", BARS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_against_float64(name: str, precision: str) -> None:
+    _check(NETWORKS[name], 3, 37, precision)
+
+
+@pytest.mark.parametrize("criterion", reference.CRITERIA)
+@pytest.mark.parametrize("fused", [True, False])
+def test_criteria(criterion: str, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not fused:
+        monkeypatch.setattr(kernels, "fits", lambda plan, n: False)
+    _check(cnn3("tanh"), 3, 140, "tf32", criterion)
+
+
+def test_labels() -> None:
+    weights, queries, _ = _on_gpu(SMALL, 5, 33)
+    labels = torch.randint(0, 3, (5, 33), device="cuda")
+    losses, gradient = kernels.loss_and_gradient(weights, queries, labels, SMALL.layers, "cross_entropy", 2.0, "tf32x3")
+    expected, slopes = oracle(weights, queries, labels, SMALL.layers, "cross_entropy")
+    assert error(losses, expected) < 1e-5
+    assert error(gradient, slopes) < 1e-5
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_random_networks(seed: int) -> None:
+    case = random_net(seed, 14, 64)
+    _check(case, 1 + seed % 4, 1 + 7 * seed % 50, "tf32x3")
+
+
+@pytest.mark.parametrize("precision", BARS)
+def test_two_runs_and_any_chunks_are_equal_to_the_bit(precision: str) -> None:
+    case = cnn3()
+    weights, queries, targets = _on_gpu(case, 33, 64)
+    first = kernels.loss_and_gradient(weights, queries, targets, case.layers, "mse", 2.0, precision)
+    for memory in (None, 2**25):
+        again = kernels.loss_and_gradient(weights, queries, targets, case.layers, "mse", 2.0, precision, memory=memory)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    alone = kernels.loss_and_gradient(weights[7:8], queries, targets[7:8], case.layers, "mse", 2.0, precision)
+    assert torch.equal(alone[1][0], first[1][7])
+
+
+def test_activations_past_two_to_the_31_numbers() -> None:
+    case, n = cnn3(), 256
+    plan = schedule(case.layers, case.shape)
+    k = 2**31 // (n * plan.stages[0].OUTPUTS) + 2
+    need = k * n * kernels.query_bytes(plan, "fp16", True) * 5 // 4
+    if torch.cuda.mem_get_info()[0] < need:
+        pytest.skip(f"needs {need >> 30} GiB")
+    weights, queries, targets = _on_gpu(case, 4, n)
+    many = weights.repeat(k // 4 + 1, 1)[:k]
+    many_targets = targets.repeat(k // 4 + 1, 1, 1)[:k]
+    memory = 2**40
+    losses, gradient = kernels.loss_and_gradient(many, queries, many_targets, case.layers, "mse", 2.0, "fp16", memory=memory)
+    few = kernels.loss_and_gradient(weights, queries, targets, case.layers, "mse", 2.0, "fp16")
+    pick = torch.arange(k, device="cuda") % 4
+    assert torch.equal(losses, few[0][pick])
+    assert torch.equal(gradient, few[1][pick])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("precision", BARS)
+def test_a_bad_model_touches_nobody_else(precision: str, value: float) -> None:
+    case = cnn3()
+    weights, queries, targets = _on_gpu(case, 5, 40)
+    good = kernels.loss_and_gradient(weights, queries, targets, case.layers, "mse", 2.0, precision)
+    weights[2, 5] = value
+    losses, gradient = kernels.loss_and_gradient(weights, queries, targets, case.layers, "mse", 2.0, precision)
+    keep = [0, 1, 3, 4]
+    assert torch.equal(losses[keep], good[0][keep])
+    assert torch.equal(gradient[keep], good[1][keep])
+    if value != value:
+        assert losses[2].isnan()
+
+
+def test_nan_in_one_window_position_survives_pooling() -> None:
+    case = cnn3()
+    weights, queries, _ = _on_gpu(case, 2, 3)
+    queries[1, 0, 7, 9] = float("nan")
+    for precision in BARS:
+        found = kernels.forward(weights, queries, case.layers, precision)
+        assert found.isnan().any(-1).tolist() == [[False, True, False]] * 2
+
+
+def test_queries_from_a_pool() -> None:
+    case = cnn3()
+    weights, pool, _ = _on_gpu(case, 5, 50)
+    index = torch.randint(0, 50, (5, 20), device="cuda")
+    targets = torch.randn(5, 20, 10, device="cuda")
+    by_pool = kernels.loss_and_gradient(weights, pool, targets, case.layers, "mse", index=index)
+    by_model = kernels.loss_and_gradient(weights, pool[index], targets, case.layers, "mse")
+    assert all(torch.equal(a, b) for a, b in zip(by_pool, by_model, strict=True))
+
+
+def test_cuda_graph() -> None:
+    case = cnn3()
+    weights, queries, targets = _on_gpu(case, 16, 64)
+
+    def step() -> tuple[Tensor, Tensor]:
+        return kernels.loss_and_gradient(weights, queries, targets, case.layers, "mse")
+
+    kernels.warmup(case.layers, case.shape, 64)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    graph.replay()
+    torch.cuda.synchronize()
+    expected = step()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    weights.copy_(weights.flip(0))
+    graph.replay()
+    torch.cuda.synchronize()
+    again = step()
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+
+
+def test_compile_and_autograd() -> None:
+    case = cnn3("tanh")
+    weights, queries, targets = _on_gpu(case, 4, 32)
+    key = kernels.layers_key(case.layers)
+    weights.requires_grad_()
+
+    def step(w: Tensor) -> Tensor:
+        return (kernels.population_forward(w, queries, None, key, "tf32", 0) - targets).square().sum() * 0.5
+
+    (expected,) = torch.autograd.grad(step(weights), weights)
+    (found,) = torch.autograd.grad(torch.compile(step, fullgraph=True)(weights), weights)
+    assert error(found, expected) < 1e-6
+    (slope,) = torch.autograd.grad(kernels.population_forward(weights, queries, None, key, "tf32", 0).sum(), weights)
+    assert slope.isfinite().all()  # a stride-0 gradient
+
+
+def test_streams() -> None:
+    case = cnn3()
+    weights, queries, targets = _on_gpu(case, 16, 64)
+    expected = kernels.loss_and_gradient(weights, queries, targets, case.layers, "mse")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        found = kernels.loss_and_gradient(weights, queries, targets, case.layers, "mse")
+    torch.cuda.current_stream().wait_stream(side)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_second_gpu() -> None:
+    case = cnn3()
+    weights, queries, targets = _on_gpu(case, 4, 32)
+    expected = kernels.loss_and_gradient(weights, queries, targets, case.layers, "mse")
+    found = kernels.loss_and_gradient(weights.to("cuda:1"), queries.to("cuda:1"), targets.to("cuda:1"), case.layers, "mse")
+    assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(found, expected, strict=True))

@@ -1,0 +1,97 @@
+"""Resources of every shipped kernel, compiled for GPUs that are not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+from wslfast import Architecture
+from wslfast.kernels import inspect
+
+ROOT = Path(__file__).parent.parent
+SHARED_LIMIT = 99 * 1024  # what a block gets on the smaller GPUs of sm_80's family
+SPILLS = {"forward": 0, "dx": 0, "dw": 0, "layout": 0, "tail": 512}
+
+
+def _run(*arguments: str) -> str:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), environment.get("PYTHONPATH", "")])
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_layer_lists_are_the_architectures() -> None:
+    for name, (layers, shape) in inspect.ARCHITECTURES.items():
+        architecture = getattr(Architecture, name)()
+        assert layers == architecture.layers
+        assert shape == architecture.input_shape
+
+
+def test_refuses_to_run_interpreted() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "wslfast.kernels.inspect"], capture_output=True, text=True, cwd=ROOT, env=environment
+    )
+    assert done.returncode == 2
+    assert "TRITON_INTERPRET" in done.stderr
+
+
+def _check(row: dict[str, Any]) -> list[str]:
+    wrong = []
+    if row["spill_bytes"] > SPILLS[row["role"]]:
+        wrong.append(f"{row['spill_bytes']} bytes of spills")
+    if row["shared_bytes"] > SHARED_LIMIT:
+        wrong.append(f"{row['shared_bytes']} bytes of shared memory")
+    if row["dots"] and row["mma"] not in ("HGMMA", "HMMA"):
+        wrong.append("matrix products without tensor cores")
+    return wrong
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("target", inspect.TARGETS)
+def test_resources(target: str) -> None:
+    rows = [json.loads(line) for line in _run("-m", "wslfast.kernels.inspect", "--target", target, "--json").splitlines()]
+    assert all(tuple(row) == inspect.FIELDS for row in rows)
+    wrong = {(r["architecture"], r["precision"], r["kernel"]): _check(r) for r in rows if _check(r)}
+    assert not wrong, wrong
+    covered = {(r["role"], r["architecture"], r["precision"]) for r in rows}
+    for role in ("forward", "dx", "dw", "tail"):
+        for architecture in inspect.ARCHITECTURES:
+            for precision in ("fp16", "tf32"):
+                assert (role, architecture, precision) in covered
+    if target == "sm_90":  # the big products use Hopper's own instruction
+        assert all(r["mma"] == "HGMMA" for r in rows if r["architecture"] == "cnn3" and r["kernel"] in ("forward 1", "dw 1", "dx 1"))
+
+
+COMPILE = """
+import sys
+from kernel_cases import CASES
+from wslfast.kernels import inspect
+for name in sys.argv[2:]:
+    inspect.ARCHITECTURES[name] = (CASES[name].layers, CASES[name].shape)
+for row in inspect.rows("sm_90", (sys.argv[1],), tuple(sys.argv[2:])):
+    assert row["shared_bytes"] <= 227 * 1024, row
+    print(row["kernel"])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_every_branch_compiles(precision: str) -> None:
+    """The interpreter runs Python; this shows that the compiler accepts what it ran."""
+    names = {
+        "fp16": ["stride_2_and_pool", "act_then_average", "gelu_before_max", "elu_celu"],
+        "bf16": ["average_then_act", "silu_before_max", "activation_last"],
+    }
+    assert _run("-c", COMPILE, precision, *names[precision]).splitlines()
