@@ -224,10 +224,10 @@ def _to_svg(figure: Figure) -> str:
 
 
 def _small_multiples(compared: Compared, draw: Callable[[Axes, Reconstruction, str], None], x: str, y: str, height: float) -> str:
-    """One panel a variant, four in a row, on common axes in per cent."""
+    """One panel a variant, at most five in a row, on common axes in per cent."""
     from matplotlib.ticker import MaxNLocator
 
-    columns = min(4, max(3, len(compared)))  # one or two variants do not become giants
+    columns = min(5 if len(compared) == 5 else 4, max(3, len(compared)))  # one or two variants do not become giants
     rows = math.ceil(len(compared) / columns)
     palette = colors([name for name, _ in compared])
     with _figure(0.35 + height * rows) as (figure, svg):

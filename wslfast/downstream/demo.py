@@ -113,7 +113,8 @@ def demo(config: DemoConfig, *, progress: bool = False, on_stage: Callable[[str]
     latents = embeddings(codes["structure+behavior"], test.weights)  # type: ignore[arg-type]
     write_report(
         out / "report.html", title="Structure is not enough, on digits", headline=headline(metrics), variants=variants,
-        latents=latents.cpu(), latent_accuracy=test.column("test_acc"), facts=facts,
+        latents=latents.cpu(), latent_accuracy=test.column("test_acc"),
+        latent_groups=[f"epoch {epoch}" for epoch in test.properties["epoch"]], facts=facts,
     )  # fmt: skip
     write_json(out / "metrics.json", {**metrics, "facts": facts})
     return {**metrics, "facts": facts}

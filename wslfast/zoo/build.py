@@ -200,7 +200,8 @@ def _train(
     images, labels = resident["train"]
     rows = torch.empty(k, len(kept), weights.shape[1])
     measured: list[dict[str, list[float | None]]] = []
-    group = max(1, _GATHER_BYTES[device.type] // (4 * batch_size * images[0].numel()))
+    # whole groups of 8: the CPU engine fills a last, smaller one up with idle models
+    group = max(8, _GATHER_BYTES[device.type] // (4 * batch_size * images[0].numel()) // 8 * 8)
     for epoch in range(kept[-1] + 1):
         if epoch > 0:
             order = torch.stack([torch.randperm(n, generator=g, dtype=torch.int32) for g in generators]).to(device)  # [k, n]
