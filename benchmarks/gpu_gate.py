@@ -17,7 +17,10 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
+try:
+    import torch
+except ModuleNotFoundError:
+    sys.exit(f"gpu gate: {sys.executable} has no torch; run it with one that has: make gpu PYTHON=...")
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -26,7 +29,7 @@ from benchmarks.bench_loss import CACHED, RECOMPUTED
 from benchmarks.recording import ROOT, Row, environment, quantiles, table, write_rows
 
 NET, N, KS, PRECISIONS = "cnn3", 256, (128, 1024), ("fp32", "tf32")
-NAMES = ("published", "vmap", "compiled vmap", "grouped", "wslfast")
+NAMES = ("published", "vmap", "compiled vmap", "grouped", "wslfast", "wslfast-triton")
 BOUNDS = {"fp32": 1e-4, "tf32": 8e-2}  # whole gradient; TF32 flips argmax near-ties of the first convolution
 TEST_SECONDS, TIMING_SECONDS, REPEATS = 200, 300, 7
 
@@ -104,7 +107,7 @@ def main() -> int:
         print("gpu gate: no CUDA device here, nothing was run")
         return 0
     status = run_tests()
-    providers.PROVIDERS["compiled vmap"] = providers.compiled_vmap
+    providers.PROVIDERS |= {"compiled vmap": providers.compiled_vmap, "wslfast-triton": providers.wslfast_triton}
     deadline = time.monotonic() + TIMING_SECONDS
     rows: list[Row] = []
     for precision in PRECISIONS:

@@ -195,12 +195,19 @@ def loop_channels_last(
 
 
 @provider("wslfast")
-def wslfast(weights: Tensor, original: Tensor, queries: Tensor, targets: Tensor | None, architecture: Architecture) -> Result:
+def wslfast(
+    weights: Tensor, original: Tensor, queries: Tensor, targets: Tensor | None, architecture: Architecture, backend: str = "auto"
+) -> Result:
     """The engine, as a user meets it."""
     if targets is None:
         with torch.no_grad():
-            targets = engine.forward(original, queries, architecture)
-    return engine.loss_and_gradient(weights, queries, targets, architecture, CRITERION)
+            targets = engine.forward(original, queries, architecture, backend=backend)
+    return engine.loss_and_gradient(weights, queries, targets, architecture, CRITERION, backend=backend)
+
+
+def wslfast_triton(weights: Tensor, original: Tensor, queries: Tensor, targets: Tensor | None, architecture: Architecture) -> Result:
+    """The kernels, asked for: on a CUDA device alone."""
+    return wslfast(weights, original, queries, targets, architecture, backend="triton")
 
 
 # -- cases -------------------------------------------------------------------------------------------------------------

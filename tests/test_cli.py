@@ -68,6 +68,9 @@ def test_zoo_train_resume_evaluate(tmp_path: Path, images: Path, shell: Shell) -
     figures = json.loads(shell("evaluate", "--run", run, "--split", "val", "--json"))["variants"]
     assert set(figures) == {"run", "linear", "linear-views", "linear-metric"}
     assert 0 <= figures["run"]["agreement"] <= 1
+    made = tmp_path / "made"
+    assert "novelty" in shell("generate", "--run", run, "--samples", 5, "--out", made)
+    assert json.loads(shell("zoo", "show", made, "--json"))["rows"] == 5
     assert figures["run"]["latent_numbers"] == pytest.approx(figures["linear"]["latent_numbers"], rel=0.02)
 
 
@@ -84,7 +87,7 @@ def test_a_run_from_toml_with_flags_over_it(tmp_path: Path, images: Path, shell:
 
 @pytest.mark.parametrize(
     "arguments",
-    [(), ("zoo",), ("zoo", "build"), ("zoo", "show"), ("train",), ("evaluate",), ("demo",), ("info",)],
+    [(), ("zoo",), ("zoo", "build"), ("zoo", "show"), ("train",), ("evaluate",), ("generate",), ("demo",), ("info",)],
     ids=lambda a: " ".join(a) or "wslfast",
 )
 def test_help_teaches(shell: Shell, arguments: tuple[str, ...]) -> None:
@@ -112,6 +115,7 @@ def test_info(shell: Shell) -> None:
         (("train", "--zoo", "z", "--out", "out", "--steps", 0), "steps: expected at least 1"),
         (("train", "--config", "nowhere.toml", "--zoo", "z", "--out", "o"), "nowhere.toml"),
         (("evaluate", "--run", "nowhere"), "nowhere"),
+        (("generate", "--run", "nowhere", "--samples", 0), "samples"),
         (("zoo", "build", "--dataset", "mnist", "--out", "x"), "mnist"),
         (("zoo", "build", "--dataset", "nowhere.npz", "--out", "x"), "nowhere.npz"),
         (("train", "--zoo", "z", "--out", "o", "--device", "tpu"), "tpu"),

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from .autoencoder import Autoencoder
     from .behavior import batched_behavioral_loss, batched_forward
     from .codec import LinearCodec
-    from .downstream import evaluate
+    from .downstream import evaluate, generate
     from .errors import WslfastError
     from .population import Population
     from .queries import QueryPool, TargetCache
@@ -60,6 +60,7 @@ _HOME = {
     "batched_forward": "behavior",
     "build_zoo": "zoo",
     "evaluate": "downstream",
+    "generate": "downstream",
     "load_zoo": "zoo",
     "train": "training",
 }
@@ -77,6 +78,7 @@ __all__ = [
     "batched_forward",
     "build_zoo",
     "evaluate",
+    "generate",
     "load_zoo",
     "profiling",
     "train",

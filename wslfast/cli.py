@@ -1,4 +1,4 @@
-"""The shell: ``wslfast zoo build | zoo show | train | evaluate | demo | info``."""
+"""The shell: ``wslfast zoo build | zoo show | train | evaluate | generate | demo | info``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from . import __version__
-from .downstream import evaluate
+from .downstream import evaluate, generate
 from .downstream.demo import DemoConfig, demo
 from .errors import WslfastError
 from .training import TrainConfig, train
@@ -177,6 +177,42 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class Generate:
+    """Sample new models around the latents of a zoo's best training models, and measure all of them.
+
+    The figures are over all samples, none selected. A small bandwidth copies its anchors with noise: read the novelty.
+
+    Example: wslfast generate --run runs/ae --samples 64 --out runs/generated
+    """
+
+    run_folder: Annotated[str, tyro.conf.arg(name="run")]
+    """Folder of the run."""
+    out: str | None = None
+    """Folder to store the generated models in, as a zoo."""
+    zoo: str | None = None
+    """Folder of the zoo (default: the one the run was trained on)."""
+    samples: int = 64
+    """Models to generate."""
+    anchors: float = 0.3
+    """Share of the training models, best validation accuracy first, to sample around."""
+    bandwidth: float = 0.05
+    """Noise, in units of each latent number's standard deviation over the anchors."""
+    seed: int = 0
+    """Seed of the draw."""
+    device: str = "cpu"
+    """cpu, cuda or cuda:N."""
+
+    def run(self) -> None:
+        made = generate(
+            self.run_folder, self.zoo, samples=self.samples, anchors=self.anchors, bandwidth=self.bandwidth, seed=self.seed,
+            out=self.out, device=self.device,
+        )  # fmt: skip
+        for name in ("test_acc", "novelty"):
+            values = made.column(name)
+            console.print(f"{name}: mean {values.mean():.3f}, median {values.median():.3f}, from {values.min():.3f} to {values.max():.3f}")
+
+
+@dataclass(frozen=True)
 class Demo(DemoConfig):
     """The paper's effect on your own machine in a few minutes: zoo, two autoencoders, baselines, one page.
 
@@ -263,6 +299,7 @@ def _commands(argv: Sequence[str]) -> Any:
         Annotated[Zoo, tyro.conf.subcommand("zoo")],
         Annotated[Train, tyro.conf.subcommand("train", **options)],
         Annotated[Evaluate, tyro.conf.subcommand("evaluate")],
+        Annotated[Generate, tyro.conf.subcommand("generate")],
         Annotated[Demo, tyro.conf.subcommand("demo")],
         Annotated[Info, tyro.conf.subcommand("info")],
     ]

@@ -1,6 +1,7 @@
 """What reconstructed models and their latents are good for: fidelity, probes, and the page that shows them."""
 
 from .evaluation import embeddings, evaluate, evaluate_code, linear_baselines, reconstruct
+from .generation import generate
 from .probe import RidgeProbe, probe, weight_statistics
 from .reconstruction import Reconstruction, compare
 from .report import Variant, write_report
@@ -13,6 +14,7 @@ __all__ = [
     "embeddings",
     "evaluate",
     "evaluate_code",
+    "generate",
     "linear_baselines",
     "probe",
     "reconstruct",

@@ -1,0 +1,81 @@
+"""Generation: the density, what is measured of a sample, and that nothing is selected."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from wslfast import Population, TrainConfig, WslfastError, build_zoo, generate, load_zoo, train
+from wslfast.downstream import reconstruct
+from wslfast.downstream.generation import best_rows, nearest, sample_latents
+from wslfast.testing import oracle_outputs
+from wslfast.training import load_run
+from wslfast.zoo import dataset_of
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small zoo on random images, and an autoencoder that took two steps."""
+    root = tmp_path_factory.mktemp("generation")
+    rng = np.random.default_rng(0)
+    np.savez(root / "noise.npz", images=rng.random((90, 28, 28), dtype=np.float32), labels=rng.integers(0, 4, 90))
+    build_zoo(root / "noise.npz", root / "zoo", models=10, epochs=2)
+    sizes = {"queries": 8, "batch_size": 4, "d_model": 16, "heads": 2, "layers": 1}
+    train(TrainConfig(zoo=str(root / "zoo"), out=str(root / "run"), steps=2, **sizes))
+    return root
+
+
+def test_the_density_is_an_anchor_plus_scaled_noise() -> None:
+    generator = torch.Generator().manual_seed(0)
+    anchors = torch.randn(5, 3, 2, generator=generator) * torch.tensor([1.0, 10.0])
+    latents, of = sample_latents(anchors, 20_000, 0.1, generator)
+    assert set(of.tolist()) == set(range(5))
+    noise = (latents - anchors[of]) / (0.1 * anchors.std(0, unbiased=False))
+    assert noise.mean().abs() < 0.02
+    assert torch.allclose(noise.std(0), torch.ones(3, 2), atol=0.03)
+    assert torch.corrcoef(noise.flatten(1).T).sub(torch.eye(6)).abs().max() < 0.03  # one stream, not one seed a dimension
+
+
+def test_without_noise_the_anchors_reconstructions_come_out(run: Path) -> None:
+    made = generate(run / "run", samples=12, bandwidth=0.0, anchors=0.5, seed=3)
+    zoo = load_zoo(run / "zoo", "train")
+    rebuilt = reconstruct(load_run(run / "run").autoencoder, zoo.weights)
+    for row, anchor, epoch in zip(made.weights, made.properties["anchor"], made.properties["anchor_epoch"], strict=True):
+        (j,) = [i for i in range(len(zoo)) if (zoo.properties["model"][i], zoo.properties["epoch"][i]) == (anchor, epoch)]
+        assert torch.allclose(row, rebuilt[j], atol=1e-5)
+
+
+def test_what_is_said_of_a_sample_is_true(run: Path) -> None:
+    made = generate(run / "run", samples=6, bandwidth=0.2, out=run / "made")
+    zoo = load_zoo(run / "zoo", "train")
+    images, labels = dataset_of(run / "zoo", made.architecture).split("test")
+    expected = (oracle_outputs(made.weights, images, made.architecture).argmax(-1) == labels).double().mean(1)
+    assert torch.allclose(made.column("test_acc"), expected, atol=1.5 / len(labels))
+    distances = [min(float((w - v).double().norm()) for v in zoo.weights) for w in made.weights]
+    assert torch.allclose(made.column("novelty"), torch.tensor(distances, dtype=torch.float64), rtol=1e-5)
+    again = load_zoo(run / "made")
+    assert torch.equal(again.weights, made.weights)
+    assert torch.equal(generate(run / "run", samples=6, bandwidth=0.2).weights, made.weights)
+    assert not torch.equal(generate(run / "run", samples=6, bandwidth=0.2, seed=1).weights, made.weights)
+
+
+def test_anchors_are_the_best_by_validation_accuracy(run: Path) -> None:
+    zoo = load_zoo(run / "zoo", "train")
+    column = [0.1, None, 0.9, 0.5, *[0.0] * (len(zoo) - 4)]
+    ranked = Population(zoo.architecture, zoo.weights, {"val_acc": column})
+    assert best_rows(ranked, 3 / len(zoo)).tolist() == [2, 3, 0]
+    assert len(best_rows(ranked, 1e-6)) == 1
+    assert nearest(zoo.weights[:3], zoo.weights).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [({"samples": 0}, "samples"), ({"anchors": 0.0}, "anchors"), ({"anchors": 1.5}, "anchors"), ({"bandwidth": -1.0}, "bandwidth")],
+    ids=["samples", "no-anchors", "anchors", "bandwidth"],
+)
+def test_a_wrong_argument_is_named(run: Path, arguments: dict, words: str) -> None:
+    with pytest.raises(WslfastError, match=words):
+        generate(run / "run", **arguments)
