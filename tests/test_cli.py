@@ -119,6 +119,7 @@ def test_info(shell: Shell) -> None:
         (("zoo", "build", "--dataset", "mnist", "--out", "x"), "mnist"),
         (("zoo", "build", "--dataset", "nowhere.npz", "--out", "x"), "nowhere.npz"),
         (("train", "--zoo", "z", "--out", "o", "--device", "tpu"), "tpu"),
+        (("evaluate", "--run", "nowhere", "--device", "tpu"), "tpu"),
         (("zoo", "build", "--models", 0, "--out", "x"), "models"),
     ],
     ids=lambda v: "-".join(map(str, v)) if isinstance(v, tuple) else None,

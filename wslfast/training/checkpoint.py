@@ -12,7 +12,7 @@ import torch
 from .._files import write_atomically
 from ..architecture import Architecture
 from ..autoencoder import Autoencoder
-from ..errors import WslfastError, require
+from ..errors import WslfastError, check_device, require
 from ..tokens import TokenLayout
 from .config import TrainConfig
 
@@ -33,7 +33,7 @@ def save_checkpoint(out: str | Path, state: dict[str, Any]) -> None:
 
 def load_checkpoint(out: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """The run's latest checkpoint. Raises WslfastError naming the file if it is missing, damaged or from a newer version."""
-    path = checkpoint_path(out)
+    path, device = checkpoint_path(out), check_device(device)
     require(path.is_file(), f"no checkpoint in {out} (expected {path})")
     try:
         state = torch.load(path, map_location=device, weights_only=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import engine
 from ..architecture import Architecture
-from ..errors import WslfastError, logger, require, say_once
+from ..errors import WslfastError, check_device, logger, require, say_once
 from ..population import Population
 from ..profiling import region
 from .datasets import Dataset, image_shape, load_dataset
@@ -75,9 +75,10 @@ def build_zoo(
     plan = Split(tuple(split), seed)  # type: ignore[arg-type]
     kept = _kept(epochs, keep)
     cells = chosen.cells(models, seed)
-    where = _device(device)
+    where = check_device(device)
     if out is not None:
-        require(overwrite or not (Path(out) / MANIFEST).exists(), f"out: {out}: there is a zoo already; overwrite=True replaces it")
+        there = (Path(out) / MANIFEST).exists()
+        require(overwrite or not there, f"out: {out}: there is a zoo already; overwrite=True (--overwrite) replaces it")
         try:
             Path(out).mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -115,16 +116,6 @@ def _kept(epochs: int, keep: Sequence[int] | None) -> tuple[int, ...]:
         f"keep: expected different epochs from 0 to {epochs}, got {keep!r}",
     )
     return tuple(sorted(values))
-
-
-def _device(device: str | torch.device) -> torch.device:
-    try:
-        where = torch.device(device)
-    except (RuntimeError, TypeError):
-        raise WslfastError(f"device: expected a torch device such as 'cpu' or 'cuda', got {device!r}") from None
-    require(where.type in ("cpu", "cuda"), f"device: expected 'cpu' or 'cuda', got {device!r}")
-    require(where.type == "cpu" or torch.cuda.is_available(), f"device: {device!r} was asked for, and this machine has no CUDA device")
-    return where
 
 
 def _matched(dataset: str | Path | Dataset, architecture: Architecture | None) -> tuple[Architecture, Dataset]:
