@@ -24,7 +24,7 @@ from ..errors import require
 from ..population import Population, unstack
 from ..training import Run, TrainConfig, train
 from ..zoo import Dataset, build_zoo, dataset_of, load_zoo
-from .evaluation import Code, embeddings, evaluate_code, latent_numbers, linear_baselines, reconstruct, write_json
+from .evaluation import Code, embeddings, evaluate_code, evaluate_codes, latent_numbers, linear_baselines, reconstruct, write_json
 from .reconstruction import Reconstruction
 from .report import Variant, write_report
 
@@ -100,7 +100,7 @@ def demo(config: DemoConfig, *, progress: bool = False, on_stage: Callable[[str]
     }
 
     test, (images, labels) = splits["test"], dataset.split("test")
-    results = {name: evaluate_code(code, test, images, labels) for name, code in codes.items()}
+    results = evaluate_codes(codes, test, images, labels)
     metrics = {name: _figures(result, codes[name], test, notes[name]) for name, result in results.items()}
     seconds = time.perf_counter() - began
     facts = {**_facts(config, splits, dataset), "time": f"{seconds:.0f} s, of which the zoo {zoo_seconds:.0f} s"}

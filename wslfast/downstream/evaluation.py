@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .._files import write_text
 from ..autoencoder import Autoencoder
+from ..behavior import batched_forward
 from ..codec import LinearCodec
 from ..errors import require
 from ..population import Population
@@ -44,13 +45,25 @@ def embeddings(code: Autoencoder, weights: Tensor, *, block: int = 256) -> Tenso
         return torch.cat([code.embed(tokens_of.tokenize(part).tokens).float() for part in weights.split(block)])
 
 
-def evaluate_code(code: Code, population: Population, images: Tensor, labels: Tensor) -> Reconstruction:
-    """Reconstruct every model of a population and compare it with its original on labelled images."""
-    with region("evaluate"):
-        weights = population.weights
+def evaluate_codes(codes: Mapping[str, Code], population: Population, images: Tensor, labels: Tensor) -> dict[str, Reconstruction]:
+    """Reconstruct every model of a population with each code and compare it with its original on labelled images.
+
+    The originals run once, whatever the number of codes.
+    """
+    with region("evaluate"), torch.no_grad():
+        weights, arch = population.weights, population.architecture
         images, labels = images.to(weights.device), labels.to(weights.device)
         groups: Sequence[Any] | None = population.properties.get("model")
-        return compare(weights, reconstruct(code, weights), images, labels, population.architecture, groups=groups)
+        targets = torch.cat([batched_forward(weights, part, arch) for part in images.split(1024)], 1) if len(codes) > 1 else None
+        return {
+            name: compare(weights, reconstruct(code, weights), images, labels, arch, groups=groups, targets=targets)
+            for name, code in codes.items()
+        }
+
+
+def evaluate_code(code: Code, population: Population, images: Tensor, labels: Tensor) -> Reconstruction:
+    """:func:`evaluate_codes` for one."""
+    return evaluate_codes({"code": code}, population, images, labels)["code"]
 
 
 def evaluate(
@@ -85,10 +98,9 @@ def evaluate(
         train, numbers = load_zoo(folder, "train").to(device), loaded.autoencoder.latent_numbers
         codes |= linear_baselines(train, dataset, numbers, loaded.config.token_size)
     results = {}
-    for name, code in codes.items():
-        figures = evaluate_code(code, population, images, labels).summary()
-        numbers = latent_numbers(code)
-        results[name] = {**figures, "latent_numbers": numbers, "latent_share": numbers / population.architecture.num_weights}
+    for name, result in evaluate_codes(codes, population, images, labels).items():
+        numbers = latent_numbers(codes[name])
+        results[name] = {**result.summary(), "latent_numbers": numbers, "latent_share": numbers / population.architecture.num_weights}
     if out is not None:
         write_json(out, {"run": str(run), "zoo": folder, "split": split, "variants": results})
     return results
