@@ -1,0 +1,101 @@
+"""The shell: ``wslfast zoo build | zoo show | train | evaluate | generate | demo | info``."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Union
+
+import torch
+import tyro
+
+from .. import __version__
+from ..errors import WslfastError
+from ..training import TrainConfig
+from .console import console, show
+from .downstream import Demo, Evaluate, Generate
+from .training import Train
+from .zoo import Zoo
+
+
+@dataclass(frozen=True)
+class Info:
+    """Versions, devices and optional packages, for a bug report."""
+
+    json: bool = False
+    """Print JSON."""
+
+    def run(self) -> None:
+        optional = ("triton", "nvtx", "sklearn", "matplotlib", "torchvision", "tensorboard")
+        cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        show(
+            {
+                "wslfast": __version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+                "platform": platform.platform(),
+                "threads": torch.get_num_threads(),
+                "cuda": cuda or "none",
+                "float32 matmul precision": torch.get_float32_matmul_precision(),
+                "optional packages": {name: importlib.util.find_spec(name) is not None for name in optional},
+            },
+            self.json,
+        )
+
+
+def _commands(argv: Sequence[str]) -> Any:
+    """All commands; ``train``'s defaults come from ``--config`` where that is given."""
+    options: dict[str, Any] = {}
+    for flag, value in zip(argv, [*argv[1:], ""]):
+        if argv[0] == "train" and (flag == "--config" or flag.startswith("--config=")):
+            path = flag.partition("=")[2] or value
+            given = {name: "" for name in ("zoo", "out") if any(a.split("=")[0] == f"--{name}" for a in argv)}  # flags fill these in
+            options = {"default": Train(**TrainConfig.from_toml(path, **given).to_dict(), config=path)}
+    return Union[
+        Annotated[Zoo, tyro.conf.subcommand("zoo")],
+        Annotated[Train, tyro.conf.subcommand("train", **options)],
+        Annotated[Evaluate, tyro.conf.subcommand("evaluate")],
+        Annotated[Generate, tyro.conf.subcommand("generate")],
+        Annotated[Demo, tyro.conf.subcommand("demo")],
+        Annotated[Info, tyro.conf.subcommand("info")],
+    ]
+
+
+class _ConsoleHandler(logging.Handler):
+    """Log lines through the console, so that they stand above a progress bar and not in it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        console.print(record.getMessage(), markup=False, soft_wrap=True)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of ``wslfast``. Exits with 2 and one line on wrong input, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    handler = _ConsoleHandler()
+    logger = logging.getLogger("wslfast")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        command: Any = tyro.cli(
+            _commands(arguments), args=arguments, prog="wslfast",
+            description="Weight-space learning, fast: zoos of small networks, autoencoders over their weights, and how the rebuilt "
+            "networks behave (arXiv 2503.17138). Start with: wslfast demo",
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
+        )  # fmt: skip
+        command.run()
+    except WslfastError as error:
+        print(f"wslfast: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except BrokenPipeError:  # the reader, say `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
+    except KeyboardInterrupt:
+        print("wslfast: interrupted (a training run goes on with --resume)", file=sys.stderr)
+        raise SystemExit(130) from None
+    finally:
+        logger.removeHandler(handler)

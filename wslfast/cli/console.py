@@ -1,0 +1,49 @@
+"""What all commands print with: one console, a table of settings, a table of figures."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+console = Console(highlight=False)
+_FIGURES = {  # of evaluate and demo: figure -> column
+    "agreement": "agreement", "agreement_others": "others", "accuracy_original": "acc orig", "accuracy_reconstructed": "acc rec",
+    "accuracy_change": "change", "l2_masked": "L2", "latent_numbers": "latent",
+}  # fmt: skip
+
+
+def show(values: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(values, indent=1))
+        return
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in values.items():
+        lines = [f"{k}: {_text(v)}" for k, v in value.items()] if isinstance(value, dict) else [_text(value)]
+        table.add_row(f"[bold]{escape(name.replace('_', ' '))}[/bold]", escape("\n".join(lines)))
+    console.print(table)
+
+
+def figures_table(results: dict[str, dict[str, Any]]) -> None:
+    table = Table("variant", box=None, pad_edge=False, header_style="bold")
+    for column in _FIGURES.values():
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, figures in results.items():
+        table.add_row(name, *(_text(figures.get(f)) for f in _FIGURES))
+    console.print(table)
+
+
+def _text(value: Any) -> str:
+    """A value as a reader wants it in a table cell."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.3f}" if abs(value) >= 0.001 or value == 0 else f"{value:g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_text(v)}" for k, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(_text, value))
+    return "-" if value is None else str(value)
