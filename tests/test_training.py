@@ -23,7 +23,7 @@ from wslfast.kernels.plan import Activation, Conv2d, Flatten, Linear, Pool2d
 from wslfast.testing import oracle_loss, oracle_outputs
 from wslfast.training import load_run
 from wslfast.training.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
-from wslfast.training.loop import Trainer
+from wslfast.training.trainer import Trainer
 
 ARCH = Architecture.from_layers(
     (Conv2d("0", 1, 4, (3, 3)), Pool2d("1"), Activation("2"), Flatten("3"), Linear("4", 36, 6), Activation("5"), Linear("6", 6, 3)),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
+from .architecture import Architecture
 from .behavior import batched_forward
 from .errors import describe, require
 from .population import Population
@@ -52,15 +55,30 @@ class TargetCache:
     def __init__(self, population: Population, pool: QueryPool, *, backend: str = "auto") -> None:
         require(isinstance(population, Population), f"population: expected a Population, got {describe(population)}")
         require(isinstance(pool, QueryPool), f"pool: expected a QueryPool, got {describe(pool)}")
-        m, q = len(population), len(pool)
-        arch = population.architecture
-        self.outputs = torch.empty(m, q, arch.num_classes, device=pool.images.device)
-        weights = population.weights.to(pool.images.device)
-        with torch.no_grad():
+        self._fill(population.architecture, (population.weights,), len(population), pool, backend)
+
+    @classmethod
+    def of_blocks(
+        cls, architecture: Architecture, blocks: Iterable[Tensor], models: int, pool: QueryPool, *, backend: str = "auto"
+    ) -> TargetCache:
+        """The cache of ``models`` originals whose weights come in blocks ``[b, P]``, for a zoo that is not in memory."""
+        cache = cls.__new__(cls)
+        cache._fill(architecture, blocks, models, pool, backend)
+        return cache
+
+    @torch.no_grad()
+    def _fill(self, architecture: Architecture, blocks: Iterable[Tensor], models: int, pool: QueryPool, backend: str) -> None:
+        q = len(pool)
+        self.outputs = torch.empty(models, q, architecture.num_classes, device=pool.images.device)
+        at = 0
+        for weights in blocks:
+            weights, rows = weights.to(pool.images.device), slice(at, at + len(weights))
             for start in range(0, q, 1024):  # blocks of queries bound the activations, whatever the pool's size
                 block = slice(start, start + 1024)
-                self.outputs[:, block] = batched_forward(weights, pool.images[block], arch, backend=backend).float()
-        self.computed = m * q
+                self.outputs[rows, block] = batched_forward(weights, pool.images[block], architecture, backend=backend).float()
+            at = rows.stop
+        require(at == models, f"blocks: expected {models} models in all, got {at}")
+        self.computed = models * q
         self.served = 0
 
     def targets(self, models: Tensor, queries: Tensor) -> Tensor:

@@ -89,6 +89,12 @@ class TrainConfig:
     token_size: int = 0
     """Token size; 0 finds it from the architecture."""
 
+    gather_negatives: bool = True
+    """Under torchrun, contrast every model with those of all processes; without, with those of its own process alone."""
+    memory_gb: float = 4.0
+    """Weights of the zoo, and its models' outputs on the query pool, stay in memory while each takes at most half of this (in 10^9
+    bytes); beyond, weights are read from mapped shards and outputs computed at every step. Changes no result."""
+
     log_every: int = 10
     """Steps between records of log.jsonl."""
     checkpoint_every: int = 200
@@ -110,6 +116,7 @@ class TrainConfig:
         for name in ("lr", "distillation_temperature", "contrast_temperature"):
             require(0 < getattr(self, name) < float("inf"), f"{name}: expected a positive number, got {getattr(self, name)}")
         require(0 <= self.weight_decay < float("inf"), f"weight_decay: expected a non-negative number, got {self.weight_decay}")
+        require(0 <= self.memory_gb < float("inf"), f"memory_gb: expected a non-negative number, got {self.memory_gb}")
         require(self.clip is None or self.clip > 0, f"clip: expected a positive number or none, got {self.clip}")
         require(self.d_model % (2 * self.heads) == 0, f"d_model: expected a multiple of 2 * heads = {2 * self.heads}, got {self.d_model}")
         assert set(CRITERIA) == set(get_args(hints["criterion"]))

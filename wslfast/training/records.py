@@ -43,22 +43,26 @@ class Recorder:
 
 
 class RunLog:
-    """``log.jsonl``, cut back to the step a run continues from."""
+    """``log.jsonl``, cut back to the step a run continues from. Without a path nothing is written and nobody told."""
 
-    def __init__(self, path: Path, step: int, on_record: OnRecord | None) -> None:
+    def __init__(self, path: Path | None, step: int, on_record: OnRecord | None) -> None:
         self.path, self.step, self.on_record = path, step, on_record
-        kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= step] if step else []
-        write_text(path, "".join(kept))
+        if path is not None:
+            kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= step] if step else []
+            write_text(path, "".join(kept))
 
     def __enter__(self) -> RunLog:
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = None if self.path is None else self.path.open("a", encoding="utf-8")
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def write(self, record: Record) -> None:
         self.step = record["step"]
+        if self._file is None:
+            return
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         if self.on_record is not None:

@@ -6,6 +6,7 @@ from .build import build_zoo
 from .datasets import Dataset, image_shape, load_dataset
 from .grid import Grid
 from .manifest import Manifest
+from .mapped import MappedZoo
 from .source import dataset_of, network
 from .splits import Split
 from .store import load_zoo, read_manifest, save_zoo, summarize
@@ -14,6 +15,7 @@ __all__ = [
     "Dataset",
     "Grid",
     "Manifest",
+    "MappedZoo",
     "Split",
     "build_zoo",
     "dataset_of",

@@ -187,21 +187,12 @@ def load_zoo(path: str | Path, split: str | None = None, *, architecture: Archit
 
 def _load(folder: Path, manifest: Manifest, split: str | None, architecture: Architecture | None, verify: bool) -> Population:
     where = str(folder / MANIFEST)
-    names = {shard.file for shard in manifest.shards}
-    generations = {m["generation"] for m in map(_OURS.fullmatch, names) if m}
-    # other generations belong to a writer at work or one that died; one of this zoo's own that it does not list is a mistake
-    for found in sorted(set(os.listdir(folder)) - names):
-        match = _OURS.fullmatch(found)
-        require(match is None or match["generation"] not in generations, f"{folder / found}: extra shard: the manifest does not list it")
     width = manifest.num_weights
-    for shard in manifest.shards:  # before anything is allocated
-        size = _regular(folder, shard.file).stat().st_size
-        require(size == shard.bytes, f"{folder / shard.file}: expected {shard.bytes:,} bytes, got {size:,}")
-        require(size >= 4 * shard.rows * width, f"{folder / shard.file}: {size:,} bytes cannot hold [{shard.rows}, {width}] float32")
+    check_shards(folder, manifest)  # before anything is allocated
     if architecture is None:
         architecture = manifest.rebuild(where)
     else:
-        _agree(architecture, manifest, where)
+        agree(architecture, manifest, where)
     chosen = [split is None or s == split for s in manifest.properties["split"]]
     require(any(chosen), f"{where}: no row is in split {split!r}; there are {sorted(set(manifest.properties['split']))}")
     weights = torch.empty(sum(chosen), width)
@@ -217,6 +208,21 @@ def _load(folder: Path, manifest: Manifest, split: str | None, architecture: Arc
     return Population(architecture, weights, columns)
 
 
+def check_shards(folder: Path, manifest: Manifest) -> None:
+    """Every shard that the manifest lists is a file of the folder and of the right size, and no other one is there."""
+    names = {shard.file for shard in manifest.shards}
+    generations = {m["generation"] for m in map(_OURS.fullmatch, names) if m}
+    # other generations belong to a writer at work or one that died; one of this zoo's own that it does not list is a mistake
+    for found in sorted(set(os.listdir(folder)) - names):
+        match = _OURS.fullmatch(found)
+        require(match is None or match["generation"] not in generations, f"{folder / found}: extra shard: the manifest does not list it")
+    width = manifest.num_weights
+    for shard in manifest.shards:
+        size = regular_file(folder, shard.file).stat().st_size
+        require(size == shard.bytes, f"{folder / shard.file}: expected {shard.bytes:,} bytes, got {size:,}")
+        require(size >= 4 * shard.rows * width, f"{folder / shard.file}: {size:,} bytes cannot hold [{shard.rows}, {width}] float32")
+
+
 def _shard(folder: Path, shard: Shard, width: int, verify: bool) -> torch.Tensor:
     where = folder / shard.file
     data = _bytes(folder, shard.file, shard.bytes)
@@ -230,6 +236,11 @@ def _shard(folder: Path, shard: Shard, width: int, verify: bool) -> torch.Tensor
         tensors = safetensors.torch.load(data)
     except Exception as error:  # whatever the parser makes of bytes that nobody wrote
         raise WslfastError(f"{where}: not a safetensors file: {error}") from error
+    return check_weights(tensors, shard, width, str(where))
+
+
+def check_weights(tensors: Mapping[str, torch.Tensor], shard: Shard, width: int, where: str) -> torch.Tensor:
+    """The one tensor that a shard holds, of the dtype and shape that the manifest promises."""
     require(set(tensors) == {"weights"}, f"{where}: expected one tensor 'weights', got {sorted(tensors)[:5]}")
     weights = tensors["weights"]
     require(
@@ -239,7 +250,7 @@ def _shard(folder: Path, shard: Shard, width: int, verify: bool) -> torch.Tensor
     return weights
 
 
-def _agree(architecture: Architecture, manifest: Manifest, where: str) -> None:
+def agree(architecture: Architecture, manifest: Manifest, where: str) -> None:
     """``architecture`` has the manifest's P and, where names are recorded, its names and shapes."""
     require(isinstance(architecture, Architecture), f"architecture: expected an Architecture, got {type(architecture).__name__}")
     require(
@@ -252,7 +263,7 @@ def _agree(architecture: Architecture, manifest: Manifest, where: str) -> None:
             require(recorded[key] == ours[key], f"{where}: architecture: {key} differ from those of architecture={architecture.name!r}")
 
 
-def _regular(folder: Path, name: str) -> Path:
+def regular_file(folder: Path, name: str) -> Path:
     """The regular file ``name`` of the folder itself. Raises WslfastError for anything else: a link out, a pipe, nothing."""
     file = folder / name
     try:
@@ -270,7 +281,7 @@ def _regular(folder: Path, name: str) -> Path:
 def _bytes(folder: Path, name: str, size: int = -1) -> bytes:
     """What the file holds; at most one byte more than ``size``, so that a file that grows is noticed and not swallowed."""
     try:
-        with open(_regular(folder, name), "rb") as file:
+        with open(regular_file(folder, name), "rb") as file:
             data = file.read(size + 1 if size >= 0 else -1)
     except OSError as error:
         raise WslfastError(f"{folder / name}: cannot be read: {error.strerror or error}") from error

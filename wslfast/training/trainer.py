@@ -1,0 +1,279 @@
+"""The trainer: what one step is.
+
+Each step draws models and queries, makes permuted views, encodes and decodes them, and descends
+``gamma L_C + (1 - gamma) (beta L_S + (1 - beta) L_B)``, each term divided by an explicit normaliser (arXiv 2503.17138 with
+gamma 0.05, beta 0.1). Everything that a step depends on is in the checkpoint, so a resumed run continues to the bit on a CPU.
+Under torchrun each process takes its share of every batch (``distributed.py``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import Any, Union
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .. import losses
+from ..autoencoder import Autoencoder
+from ..behavior import batched_behavioral_loss, batched_forward
+from ..codec import LinearCodec
+from ..errors import require
+from ..permutation import permute, random_permutations
+from ..population import Population
+from ..profiling import region
+from ..queries import QueryPool, TargetCache
+from ..tokens import TokenLayout
+from ..zoo import MappedZoo
+from .config import TrainConfig
+from .distributed import World
+from .models import TrainingModels
+
+logger = logging.getLogger("wslfast")
+
+_BLOCK = 1024  # models whose targets are computed at once
+
+# what may differ between a run and its resumption; everything else would change the trajectory
+_FREE = {"out", "zoo", "steps", "log_every", "checkpoint_every", "device", "memory_gb"}
+
+
+class Trainer:
+    """Everything a step needs, resident on the device; :meth:`step` takes one.
+
+    Args:
+        config: what to do.
+        models: the training models.
+        images: ``[N, *input_shape]``, from which the query pool is drawn.
+        sizes: of an autoencoder that :meth:`restore` will fill; by default a new one is initialised.
+        world: this process among those of the run.
+        device: by default ``config.device``.
+    """
+
+    def __init__(
+        self, config: TrainConfig, models: Union[Population, MappedZoo], images: Tensor, sizes: dict[str, Any] | None = None,
+        world: World = World(), device: torch.device | None = None,  # noqa: B008 - immutable
+    ) -> None:  # fmt: skip
+        self.config, self.world = config, world
+        self.device = torch.device(config.device) if device is None else device
+        self.architecture = models.architecture
+        limit = config.memory_gb / 2 * 1e9
+        self.models = TrainingModels(models, self.device, limit)
+        self.batch = min(config.batch_size, len(models))
+        world.share(self.batch)
+        self.two_views = config.gamma > 0
+        self.layout = TokenLayout(self.architecture, config.token_size)
+        self.step_index = 0
+
+        root = torch.Generator().manual_seed(config.seed)
+        seeds = torch.randint(2**62, (3,), generator=root).tolist()
+        self.order = torch.Generator().manual_seed(seeds[0])
+        self.views = torch.Generator(self.device).manual_seed(seeds[1])
+        self.draws = torch.Generator().manual_seed(seeds[2])
+        pooled = torch.randperm(len(images), generator=root)[: min(config.query_pool, len(images))]
+        self.pool = QueryPool(images[pooled], self.device)
+        require(config.queries <= len(self.pool), f"queries: expected at most {len(self.pool)} (the query pool), got {config.queries}")
+        sample = self.models.sample(config.seed)
+        self.cache = self._targets_of_all(limit) if config.uses_behavior else None
+        self.permutation, self.position = self.models.shuffle(self.order), 0
+
+        if sizes is None:
+            self.model = self._new_autoencoder(sample).to(self.device)
+        else:
+            self.model = Autoencoder.from_config(self.layout, sizes).to(self.device)
+        matrices = [p for p in self.model.parameters() if p.ndim >= 2]
+        vectors = [p for p in self.model.parameters() if p.ndim < 2]
+        groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=config.lr)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer, max_lr=config.lr, total_steps=config.steps, pct_start=0.3
+        ) if config.schedule == "onecycle" else None  # fmt: skip
+        whole = len(sample) == len(models) and self.cache is not None
+        known = self.cache if whole or not config.uses_behavior else TargetCache(sample, self.pool)
+        self.normalizers = losses.Normalizers.from_data(
+            sample, known, batch_size=self.batch, criterion=config.criterion, temperature=config.distillation_temperature
+        )
+        # DistributedDataParallel hooks a module's forward: here the whole objective. The projection head is idle without a contrast.
+        self.objective: nn.Module = _Objective(self)
+        if world.size > 1:
+            self.objective = DistributedDataParallel(self.objective, find_unused_parameters=not self.two_views)
+
+    def _targets_of_all(self, limit: float) -> TargetCache | None:
+        """All originals' outputs on the whole pool, or None where they would take too much memory."""
+        models, pool = self.models, self.pool
+        if 4.0 * len(models) * len(pool) * self.architecture.num_classes > limit:
+            logger.info("targets: computed at every step; those of %d models on %d images exceed memory_gb / 2", len(models), len(pool))
+            return None
+        return TargetCache.of_blocks(self.architecture, models.blocks(_BLOCK), len(models), pool)
+
+    def _new_autoencoder(self, sample: Population) -> Autoencoder:
+        config = self.config
+        sizes: dict[str, Any] = {
+            "d_model": config.d_model, "heads": config.heads, "layers": config.layers, "projection": config.projection,
+            "dropout": config.dropout,
+        }  # fmt: skip
+        if config.start == "random":
+            return Autoencoder(self.layout, latent=config.latent, **sizes)
+        codec = LinearCodec(
+            sample, latent=config.share, metric=config.metric, views=config.start_views, token_size=config.token_size,
+            queries=self.pool.images[:512] if config.metric == "activation" else None, seed=config.seed,
+        )  # fmt: skip
+        logger.info("linear start: %d latent numbers for %d parameters", codec.latent_size, self.architecture.num_weights)
+        return Autoencoder(self.layout, start="linear", codec=codec, **sizes)
+
+    def next_rows(self) -> Tensor:
+        """Zoo rows of the next batch, of all processes: every model once an epoch, the incomplete last batch dropped."""
+        if self.position + self.batch > len(self.permutation):
+            self.permutation, self.position = self.models.shuffle(self.order), 0
+        rows = self.permutation[self.position : self.position + self.batch]
+        self.position += self.batch
+        return rows
+
+    def losses(self, rows: Tensor, queries: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The objective on zoo rows ``[b]`` (of which this process takes its share) and pool images ``[n]``, and its parts (on the
+        device). The gradient averaged over processes is that of all rows; so are the parts, but for ``skipped_models``, a sum."""
+        config, world = self.config, self.world
+        mine = world.share(len(rows))
+        originals = self.models.rows(rows[mine])
+        with region("views"):
+            views = [originals] * (2 if self.two_views else 1)
+            if config.views:  # drawn for all rows, so that a run does not depend on how many processes share them
+                draws = [random_permutations(self.architecture, len(rows), self.views, self.device) for _ in views]
+                views = [permute(v, self.architecture, tuple(p[mine] for p in d)) for v, d in zip(views, draws, strict=True)]
+        with region("tokenise"):
+            tokens, mask, _ = self.layout.tokenize(torch.cat(views))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            with region("encode"):
+                latents = self.model.encode(tokens)
+                projections = self.model.project(latents) if self.two_views else None
+            with region("decode"):
+                reconstructed = self.model.decode(latents)
+        reconstructed = reconstructed.float()
+        contrastive = structural = behavioral = None
+        counts: dict[str, Tensor] = {}
+        if projections is not None:
+            a, b = projections.float().chunk(2)
+            if config.gather_negatives:
+                contrastive = world.summed(losses.nt_xent(world.gather(a), world.gather(b), config.contrast_temperature))
+            else:
+                contrastive = losses.nt_xent(a, b, config.contrast_temperature)
+        if config.uses_structure:
+            structural = losses.structural_loss(reconstructed, tokens, mask)
+        if config.uses_behavior:
+            with region("detokenise"):
+                weights = self.layout.detokenize(reconstructed)
+            # every view of a model is the same function: one row of targets serves them all
+            targets = self._targets(rows[mine], originals, queries).repeat(len(views), 1, 1)
+            with _matmul_precision(config.behavior_precision, self.device):
+                values = batched_behavioral_loss(
+                    weights, None, self.pool[queries], self.architecture, targets=targets, criterion=config.criterion,
+                    temperature=config.distillation_temperature, reduction="none", nan_policy="omit",
+                )  # fmt: skip
+            # the mean over the models kept, without asking the device how many those are
+            kept = values.isfinite()
+            of_all = world.total(kept.sum()).clamp_min(1) / world.size
+            behavioral = torch.where(kept, values, torch.zeros_like(values)).sum() / of_all
+            counts["skipped_models"] = (~kept).sum()
+        total, parts = losses.compose(contrastive, structural, behavioral, self.normalizers, config.gamma, config.beta)
+        return total, {**parts, **counts}
+
+    def _targets(self, rows: Tensor, originals: Tensor, queries: Tensor) -> Tensor:
+        """Outputs ``[b, n, K]`` of zoo rows: looked up where they are cached."""
+        if self.cache is not None:
+            return self.cache.targets(rows.to(self.device), queries)
+        with torch.no_grad(), region("targets"):
+            return batched_forward(originals, self.pool[queries], self.architecture).float()
+
+    def step(self) -> dict[str, Tensor]:
+        """One optimiser step; returns the loss parts as device tensors (reading one synchronises)."""
+        rows, queries = self.next_rows(), self.pool.draw(self.config.queries, self.draws)
+        if self.world.size > 1 and self.config.dropout > 0:  # one stream a process and step: a resumed run draws the same
+            torch.manual_seed(((self.config.seed * 1_000_003 + self.step_index) * 65_537 + self.world.rank) % (1 << 63))
+        total, parts = self.objective(rows, queries)
+        with region("backward"):
+            self.optimizer.zero_grad(set_to_none=True)
+            total.backward()
+        with region("optimise"):
+            if self.config.clip is not None:
+                parts["gradient_norm"] = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+            self.optimizer.step()
+            if self.schedule is not None:
+                self.schedule.step()
+        self.step_index += 1
+        return parts
+
+    def release(self) -> None:
+        """Let go of the process group: one that outlives the interpreter's shutdown aborts the process now and then."""
+        self.objective = self.model
+
+    def state(self) -> dict[str, Any]:
+        """Everything the rest of the run depends on."""
+        rng = {"order": self.order, "views": self.views, "draws": self.draws}
+        state = {"torch": torch.get_rng_state(), **{name: g.get_state() for name, g in rng.items()}}
+        if self.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self.device)
+        return {
+            "step": self.step_index,
+            "config": self.config.to_dict(),
+            "architecture": self.architecture.to_dict(),
+            "model": self.model.state_dict(),
+            "autoencoder": self.model.config(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": None if self.schedule is None else self.schedule.state_dict(),
+            "normalizers": self.normalizers.to_dict(),
+            "rng": state,
+            "sampler": {"permutation": self.permutation, "position": self.position},
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from :meth:`state`. Raises WslfastError if the checkpoint's config would take another path."""
+        saved = TrainConfig.from_dict(state["config"])
+        fixed = _FREE - ({"steps"} if self.config.schedule == "onecycle" else set())
+        changed = [n for n, v in self.config.to_dict().items() if n not in fixed and getattr(saved, n) != v]
+        pairs = [f"{n} = {getattr(self.config, n)!r} (was {getattr(saved, n)!r})" for n in changed]
+        require(not changed, f"cannot resume with another config: {', '.join(pairs)}")
+        require(state["architecture"] == self.architecture.to_dict(), "cannot resume: the zoo has another architecture than the checkpoint")
+        require(
+            len(state["sampler"]["permutation"]) == len(self.models),
+            f"cannot resume: the zoo has {len(self.models)} training rows, the checkpoint saw {len(state['sampler']['permutation'])}",
+        )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.schedule is not None:
+            self.schedule.load_state_dict(state["schedule"])
+        self.normalizers = losses.Normalizers.from_dict(state["normalizers"])
+        torch.set_rng_state(state["rng"]["torch"].cpu())
+        for name, generator in (("order", self.order), ("views", self.views), ("draws", self.draws)):
+            generator.set_state(state["rng"][name].cpu())
+        if self.device.type == "cuda" and "cuda" in state["rng"]:
+            torch.cuda.set_rng_state(state["rng"]["cuda"].cpu(), self.device)
+        self.permutation, self.position = state["sampler"]["permutation"].cpu(), int(state["sampler"]["position"])
+        self.step_index = int(state["step"])
+
+
+class _Objective(nn.Module):
+    """:meth:`Trainer.losses` as a module's forward, holding the autoencoder."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        super().__init__()
+        self.model = trainer.model
+        self._losses = trainer.losses
+
+    def forward(self, rows: Tensor, queries: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return self._losses(rows, queries)
+
+
+@contextlib.contextmanager
+def _matmul_precision(precision: str, device: torch.device) -> Iterator[None]:
+    """torch's float32 matmul precision for the block (a setting of GPUs; on a CPU it is left alone)."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
