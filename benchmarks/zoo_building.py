@@ -61,12 +61,11 @@ def one_after_another(architecture: Architecture, weights: Tensor, images: Tenso
 
 def together(architecture: Architecture, weights: Tensor, images: Tensor, labels: Tensor, order: Tensor) -> Tensor:
     """The same through the engine: one step of all models at a time."""
-    weights = weights.clone()
+    weights, images = weights.clone(), images.contiguous(memory_format=torch.channels_last)
     adam = StackedAdam(weights, [LR] * len(weights), [1e-4] * len(weights))
     for step in range(order.shape[1]):
         chosen = order[:, step]
-        batch = images.index_select(0, chosen.reshape(-1)).unflatten(0, chosen.shape)
-        _, gradient = engine.loss_and_gradient(weights, batch, labels[chosen], architecture, "cross_entropy")
+        _, gradient = engine.loss_and_gradient(weights, images, labels[chosen], architecture, "cross_entropy", index=chosen)
         adam.step(gradient)
     return weights
 

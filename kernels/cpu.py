@@ -16,7 +16,7 @@ float32, and under CPU autocast its dtype (operands; losses, sums over slabs and
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 
@@ -80,22 +80,26 @@ def supports(weights: Tensor, queries: Tensor, layers: Layers) -> bool:
     return True
 
 
-def _compile(weights: Tensor, queries: Tensor, layers: Layers) -> tuple[Program, Tensor, bool]:
-    """The compiled network, the queries as it wants them, and whether they are each model's own."""
+def _compile(weights: Tensor, queries: Tensor, layers: Layers, indexed: bool = False) -> tuple[Program, Tensor, bool]:
+    """The compiled network, the queries as it wants them, and whether they are each model's own (``indexed``: by an index)."""
     for tensor in (weights, queries):
         if tensor.device.type != "cpu" or tensor.dtype != torch.float32:
             raise _refuse(layers, f"takes float32 on the CPU, got {tensor.dtype} on {tensor.device}")
     _keep_freed_memory()
-    own = per_model_queries(queries, layers)
+    own = not indexed and per_model_queries(queries, layers)
     first = next((layer for layer in layers if isinstance(layer, (Conv2d, Linear))), None)
-    if not own and isinstance(first, Conv2d) and first.groups > 1:
+    if not own and not indexed and isinstance(first, Conv2d) and first.groups > 1:
         # Groups of shared channels and groups of models do not fit into one convolution: every model gets its copy.
         queries, own = queries.expand(weights.shape[0], *queries.shape), True
-    return _program(layers, tuple(queries.shape[1 + own :]), own), queries, own
+    return _program(layers, tuple(queries.shape[1 + own :]), own or indexed), queries, own
 
 
 def _shared_slabs(queries: Tensor, program: Program, slab: int, dtype: torch.dtype) -> list[Tensor]:
-    """Slabs of the queries that all models see, cropped and channels-last; the layers ahead of the first weights already run."""
+    """Slabs of the queries that all models see, cropped and channels-last; the layers ahead of the first weights already run.
+
+    A slab of one image gets a second one, of zeros: torch hands convolutions of a single image to another library, in which a
+    model's bits depend on its place.
+    """
     if queries.ndim == 4:
         _, height, width = program.crop
         # Explicit strides: with one channel, contiguous() would leave a layout that torch reads as NCHW.
@@ -105,21 +109,24 @@ def _shared_slabs(queries: Tensor, program: Program, slab: int, dtype: torch.dty
     for x in queries.to(dtype).split(slab):
         for step in program.steps[: program.first]:
             x, _ = step.forward(x, None, 1)  # type: ignore[arg-type]
-        slabs.append(x)
+        slabs.append(torch.cat((x, torch.zeros_like(x))) if x.ndim == 4 and x.shape[0] == 1 else x)
     return slabs
 
 
-def _own_slab(queries: Tensor, program: Program, models: int, dtype: torch.dtype) -> Tensor:
-    """``[m, q, *input]`` -> ``[q, M * C, H, W]`` channels-last or ``[M, q, F]``; idle models see zeros."""
-    m, q = queries.shape[:2]
-    empty = torch.empty if m == models else torch.zeros
-    if queries.ndim == 3:
-        flat = empty((models, q, queries.shape[2]), dtype=dtype)
-        flat[:m].copy_(queries)
+def _own_slab(queries: Sequence[Tensor], program: Program, models: int, dtype: torch.dtype) -> Tensor:
+    """``m`` times ``[q, *input]`` -> ``[q, M * C, H, W]`` channels-last or ``[M, q, F]``; idle models see zeros."""
+    q = queries[0].shape[0]
+    empty = torch.empty if len(queries) == models else torch.zeros
+    if queries[0].ndim == 2:
+        flat = empty((models, q, queries[0].shape[1]), dtype=dtype)
+        for row, mine in zip(flat, queries):
+            row.copy_(mine)
         return flat
     channels, height, width = program.crop
     x = empty((q, height, width, models, channels), dtype=dtype)
-    x[:, :, :, :m].copy_(queries[..., :height, :width].permute(1, 3, 4, 0, 2))
+    # one model at a time: a third of the time of one copy of them all, whose inner loop would be over the models
+    for j, mine in enumerate(queries):
+        x[:, :, :, j].copy_(mine[..., :height, :width].permute(0, 2, 3, 1))
     return x.view(q, height, width, models * channels).permute(0, 3, 1, 2)
 
 
@@ -157,13 +164,22 @@ def _per_model(values: Tensor) -> Tensor:
     return values.flatten(1).sum(1)
 
 
+def _gathered(pool: Tensor, index: Tensor) -> Tensor:
+    """``pool[index]``, ``[q, *input]``: whole images at a time if the pool is channels-last, as its gather is then."""
+    if pool.ndim == 4:
+        return pool.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
+    return pool.index_select(0, index)
+
+
 class _Call:
     """What holds for all groups and slabs of one call: the compiled network, its slabs of queries, and how models are grouped."""
 
-    def __init__(self, weights: Tensor, queries: Tensor, layers: Layers) -> None:
-        self.program, self.queries, self.own = _compile(weights, queries, layers)
-        self.weights, self.dtype, self.n = weights.detach(), _dtype(), self.queries.shape[self.own]
-        self.models, self.slab = group_shape(layers, tuple(self.queries.shape[1 + self.own :]), self.n)
+    def __init__(self, weights: Tensor, queries: Tensor, layers: Layers, index: Tensor | None = None) -> None:
+        self.program, self.queries, axis = _compile(weights, queries, layers, index is not None)
+        self.own, self.index = axis or index is not None, index
+        self.weights, self.dtype = weights.detach(), _dtype()
+        self.n = index.shape[1] if index is not None else self.queries.shape[axis]
+        self.models, self.slab = group_shape(layers, tuple(self.queries.shape[1 + axis :]), self.n)
         self.starts = range(0, self.n, self.slab)
         with _plain():
             self.slabs = [] if self.own else _shared_slabs(self.queries, self.program, self.slab, self.dtype)
@@ -183,14 +199,15 @@ class _Call:
         """Input of the first layer with parameters."""
         if not self.own:
             return self.slabs[start // self.slab]
-        mine = self.queries[group : group + self.models, start : start + self.slab]
+        part = slice(group, group + self.models), slice(start, start + self.slab)
+        mine = self.queries[part] if self.index is None else [_gathered(self.queries, rows) for rows in self.index[part]]
         x = _own_slab(mine, self.program, self.models, self.dtype)
         for step in self.program.steps[: self.program.first]:
             x, _ = step.forward(x, None, self.models)  # type: ignore[arg-type]
         return x
 
     def outputs(self, group: int, start: int, packed: list[Packed | None]) -> Tensor:
-        """Outputs ``[M, q, K]`` of a slab: the same bits as :meth:`forward`, with nothing kept."""
+        """Outputs ``[M, q, K]`` of a slab (q at least 2 where images are shared): the same bits as :meth:`forward`, with nothing kept."""
         x = self.slab_of(group, start)
         for step, weights in zip(self.program.steps[self.program.first :], packed, strict=True):
             x = step.values(x) if isinstance(step, PoolStep) else step.forward(x, weights, self.models)[0]  # type: ignore[arg-type]
@@ -218,16 +235,19 @@ def _plain() -> Iterator[None]:
 
 
 def loss_and_gradient(
-    weights: Tensor, queries: Tensor, targets: Tensor, layers: Layers, criterion: str, temperature: float = 2.0
-) -> tuple[Tensor, Tensor]:
+    weights: Tensor, queries: Tensor, targets: Tensor, layers: Layers, criterion: str, temperature: float = 2.0,
+    index: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Per-model losses ``[k]`` and gradients ``[k, P]`` with respect to each model's own weights.
 
-    Queries ``[n, *input]`` shared by all models or ``[k, n, *input]``; targets ``[k, n, K]``, or labels ``[k, n]`` for
+    Queries ``[n, *input]`` shared by all models or ``[k, n, *input]``; with ``index [k, n]`` (int64 or int32), a pool
+    ``[N, *input]`` from which each model takes its own (fastest where the pool is channels-last).
+    Targets ``[k, n, K]``, or labels ``[k, n]`` for
     ``cross_entropy``. Raises :class:`Unplannable` for what the reference has to run.
     """
     if criterion not in CRITERIA:
         raise ValueError(f"unknown criterion {criterion!r}; known: {list(CRITERIA)}")
-    call = _Call(weights, queries, layers)
+    call = _Call(weights, queries, layers, index)
     k, models = weights.shape[0], call.models
     losses = call.weights.new_empty(k)
     gradient = torch.empty_like(call.weights, memory_format=torch.contiguous_format)
@@ -243,7 +263,10 @@ def loss_and_gradient(
                 wanted = targets[group : group + real, start : start + call.slab]
                 if real < models:
                     wanted = torch.cat((wanted, wanted.new_zeros((models - real, *wanted.shape[1:]))))
-                value, g = _criterion(y.float(), wanted, call.n, criterion, temperature)
+                added = y.shape[1] - wanted.shape[1]
+                value, g = _criterion(y[:, : wanted.shape[1]].float(), wanted, call.n, criterion, temperature)
+                if added:
+                    g = torch.nn.functional.pad(g, (0, 0, 0, added))
                 call.backward(g.to(call.dtype), saved, packed, grads, fresh=start == 0)
                 total += value
             losses[group : group + real] = total[:real]
@@ -261,5 +284,5 @@ def forward(weights: Tensor, queries: Tensor, layers: Layers) -> Tensor:
             packed = call.pack(call.rows(group))
             for start in call.starts:
                 mine = outputs[group : group + call.models, start : start + call.slab]
-                mine.copy_(call.outputs(group, start, packed)[: mine.shape[0]])
+                mine.copy_(call.outputs(group, start, packed)[: mine.shape[0], : mine.shape[1]])
     return outputs

@@ -15,8 +15,9 @@ computed for the queries. A convolution's bias gradient is summed after the pool
 gradient on exactly once, so the sums agree and a smaller tensor is read.
 
 Every operator here treats a model's slice without regard to its place in the group: equal bits whatever the slot, and no
-NaN crosses over. That rules out plain reductions over rows (their vector and remainder columns round differently) and some of
-torch's activations (``cpu_activations``).
+NaN crosses over. That rules out plain reductions over rows (their vector and remainder columns round differently), some of
+torch's activations (``cpu_activations``), and batched products whose slices lie at any address: on some processors MKL sums in
+another order where an operand or the result is not on 16 bytes, so both are padded (:class:`LinearStep`).
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def _block(rows: Tensor, slot: Slot, *shape: int) -> Tensor:
 
 def _put(rows: Tensor, slot: Slot, value: Tensor, fresh: bool) -> None:
     block = _block(rows, slot)
-    value = value.view(block.shape)
+    value = value if value.shape == block.shape else value.view(block.shape)
     if fresh:
         block.copy_(value)
     else:
@@ -60,13 +61,21 @@ def _put(rows: Tensor, slot: Slot, value: Tensor, fresh: bool) -> None:
 
 
 def _bias_gradient(g: Tensor, models: int) -> Tensor:
-    """Sum ``[M, C]`` of ``g [q, M * C, H, W]`` over queries and positions, in an order that no model's slot can change."""
-    q, _, height, width = g.shape
-    if height * width >= 64:  # a small window is cheaper to leave to the product below
+    """Sum ``[M, C]`` of ``g [q, M * C, H, W]`` over queries and positions, in an order that no model's slot can change.
+
+    An average pooling with divisor 1 adds every channel's numbers one after another, whatever vector the channel is in. First over
+    the positions of every query, then over the queries, which are the rows of one image ``[q, 1]``.
+    """
+    q, channels, height, width = g.shape
+    if height * width > 1:
         g = _avg_pool(g, [height, width], [1, 1], [0, 0], False, False, 1)
-        height = width = 1
-    g = g.permute(0, 2, 3, 1).reshape(q * height * width, models, -1).transpose(0, 1)
-    return torch.bmm(g.new_ones(1, 1, g.shape[1]).expand(models, -1, -1), g)[:, 0]
+    column = g.permute(0, 2, 3, 1).reshape(1, q, 1, channels).permute(0, 3, 1, 2)
+    return _avg_pool(column, [q, 1], [1, 1], [0, 0], False, False, 1).view(models, -1)
+
+
+def _padded(size: int) -> int:
+    """The next multiple of 8: then slices of batched operands and results begin on 16 bytes in every dtype used here."""
+    return -size % 8 + size
 
 
 @dataclass(frozen=True)
@@ -110,7 +119,11 @@ class ConvStep:
 
 @dataclass(frozen=True)
 class LinearStep:
-    """Linear layer on ``[M, q, F]``, or on queries ``[q, F]`` that all models share."""
+    """Linear layer on ``[M, q, F]``, or on queries ``[q, F]`` that all models share.
+
+    Operands are padded to ``x [M, q', F']`` and ``w [M, out, F']``. The first number of the padding is 1 in ``x`` and the bias in
+    ``w``: one product adds the bias, and one has its gradient beside that of the weight.
+    """
 
     layer: Linear
     weight: Slot
@@ -118,24 +131,41 @@ class LinearStep:
     shared: bool
     input_gradient: bool
 
+    def _width(self) -> int:
+        return _padded(self.weight.shape[1] + (self.bias is not None))
+
     def pack(self, rows: Tensor, dtype: torch.dtype) -> Packed:
-        weight = _block(rows, self.weight).to(dtype)
-        return weight, None if self.bias is None else _block(rows, self.bias, 1, self.weight.shape[0]).to(dtype)
+        out, features = self.weight.shape
+        weight = rows.new_empty((rows.shape[0], out, self._width()), dtype=dtype)
+        weight[..., :features] = _block(rows, self.weight)
+        weight[..., features:] = 0
+        if self.bias is not None:
+            weight[..., features] = _block(rows, self.bias)
+        return weight, None
 
     def forward(self, x: Tensor, packed: Packed, models: int) -> tuple[Tensor, Any]:
-        weight, bias = packed
+        q, features = x.shape[-2:]
+        wide = x.new_empty((*x.shape[:-2], _padded(q), self._width()))
+        wide[..., :q, :features] = x
+        wide[..., q:, :features] = 0
+        wide[..., features:] = 0
+        if self.bias is not None:
+            wide[..., features] = 1
         if self.shared:
-            x = x.expand(models, *x.shape)
-        weight = weight.transpose(1, 2)
-        return (torch.bmm(x, weight) if bias is None else torch.baddbmm(bias, x, weight)), x
+            wide = wide.expand(models, *wide.shape)
+        return torch.bmm(wide, packed[0].transpose(1, 2))[:, :q], wide
 
     def backward(self, g: Tensor, x: Any, packed: Packed, rows: Tensor, fresh: bool) -> Tensor | None:
-        flipped = g.transpose(1, 2)  # [M, out, q]
-        _put(rows, self.weight, torch.bmm(flipped, x), fresh)
+        q, features = g.shape[1], self.weight.shape[1]
+        if q != x.shape[1] or not g.is_contiguous():
+            tall = g.new_zeros((g.shape[0], x.shape[1], g.shape[2]))
+            tall[:, :q] = g
+            g = tall
+        gw = torch.bmm(g.transpose(1, 2), x)
+        _put(rows, self.weight, gw[..., :features], fresh)
         if self.bias is not None:
-            ones = g.new_ones(1, g.shape[1], 1).expand(g.shape[0], -1, -1)
-            _put(rows, self.bias, torch.bmm(flipped, ones), fresh)
-        return torch.bmm(g, packed[0]) if self.input_gradient else None
+            _put(rows, self.bias, gw[..., features], fresh)
+        return torch.bmm(g, packed[0])[:, :q, :features].contiguous() if self.input_gradient else None
 
 
 @dataclass(frozen=True)

@@ -275,6 +275,35 @@ def test_bits_do_not_depend_on_the_company(take: Callable[[int], Tensor], own: b
     _equal(NETS["mlp"], own, 11, 13, take, "cross_entropy")
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 8, 12, 31])
+def test_bits_do_not_depend_on_where_a_slice_lies(n: int) -> None:
+    """Odd widths put batched operands on every address modulo 64; on some processors MKL rounds by it."""
+    layers: Layers = (
+        Conv2d("c", 1, 3, (3, 3)), Flatten("f"), Linear("a", 27, 33), Activation("t", "tanh"), Linear("b", 33, 9), Linear("d", 9, 3),
+    )  # fmt: skip
+    for take in SELECTIONS.values():
+        _equal((layers, (1, 5, 5)), False, 11, n, take)
+        _equal((layers, (1, 5, 5)), True, 11, n, take)
+    weights, queries, targets, _ = _case((layers, (1, 5, 5)), 11, n)
+    expected = cpu.loss_and_gradient(weights, queries, targets, layers, "mse")
+    for offset in range(1, 16):
+        moved = torch.empty(weights.numel() + offset)[offset:].view(weights.shape).copy_(weights)
+        result = cpu.loss_and_gradient(moved, queries, targets, layers, "mse")
+        assert all(map(torch.equal, result, expected))
+
+
+@pytest.mark.parametrize("name", ["cnn3", "cnn", "lenet5", "mlp", "grouped-first", "pool-first"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_an_index_into_a_pool_is_the_gathered_queries(name: str, dtype: torch.dtype) -> None:
+    weights, _, targets, layers = _case(NETS[name], 9, 6)
+    pool = torch.randn(20, *NETS[name][1])
+    index = torch.randint(20, (9, 6), dtype=dtype)
+    expected = cpu.loss_and_gradient(weights, pool[index.long()], targets, layers, "mse")
+    pools = [pool] if pool.ndim == 2 else [pool, pool.contiguous(memory_format=torch.channels_last)]
+    for laid in pools:
+        assert all(map(torch.equal, cpu.loss_and_gradient(weights, laid, targets, layers, "mse", index=index), expected))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("n", [16, 33, 128, 256])
 @pytest.mark.parametrize("name", ["cnn3", "cnn", "lenet5", "lenet5-gelu", "overlapping-pools"])

@@ -71,20 +71,28 @@ def test_no_epoch_opens_a_shard_twice(folder: Path, monkeypatch: pytest.MonkeyPa
     assert len(opened) <= 20 + mapped.WINDOW  # a batch may straddle two windows
 
 
-def test_training_from_disk_is_training_from_memory_to_the_bit(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All four combinations of weights and targets in memory or not; a sample smaller than the zoo, as for large ones."""
+def test_training_from_disk_is_training_from_memory(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit where targets are cached, to rounding where they are computed at every step (from fewer queries at a time).
+
+    The sample is smaller than the zoo, as for large ones.
+    """
     monkeypatch.setattr(models, "SAMPLE", 16)
     images = torch.randn(48, 1, 8, 8, generator=torch.Generator().manual_seed(5))
     whole = replace(config(tmp_path / "whole"), zoo=str(folder))
     train(whole, images=images)
     weights, targets = 4 * 48 * ARCH.num_weights, 4 * 48 * 48 * 3
-    for name, limit in (("neither", 0), ("one", min(weights, targets)), ("both", max(weights, targets))):
+    assert targets < weights
+    for name, limit in (("neither", 0), ("targets", targets), ("both", weights)):
         other = replace(whole, out=str(tmp_path / name), memory_gb=2e-9 * limit)
         train(other, images=images)
+        if name == "neither":
+            for a, b in zip(records(tmp_path / "whole"), records(tmp_path / name), strict=True):
+                assert a == pytest.approx(b, rel=1e-4)
+            continue
         a, b = load_checkpoint(whole.out), load_checkpoint(other.out)
         a.pop("config"), b.pop("config")
         assert same(a, b), name
-        assert records(Path(whole.out)) == records(Path(other.out))
+        assert records(tmp_path / "whole") == records(tmp_path / name)
 
 
 def test_a_run_resumes_whatever_stays_in_memory(tmp_path: Path, folder: Path) -> None:
@@ -93,7 +101,7 @@ def test_a_run_resumes_whatever_stays_in_memory(tmp_path: Path, folder: Path) ->
     train(whole, images=images)
     train(replace(whole, out=str(tmp_path / "parts"), steps=5), images=images)
     train(replace(whole, out=str(tmp_path / "parts"), memory_gb=0.0), images=images, resume=True)
-    assert records(tmp_path / "parts")[-1] == records(tmp_path / "whole")[-1]
+    assert records(tmp_path / "parts")[-1] == pytest.approx(records(tmp_path / "whole")[-1], rel=1e-4)
 
 
 def test_damage_is_found_when_a_shard_is_opened(folder: Path) -> None:

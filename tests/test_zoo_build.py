@@ -77,6 +77,53 @@ def test_one_model_is_what_torch_trains(data: Dataset) -> None:
                 torch.testing.assert_close(population.weights[row + (1 if epoch == 1 else 2)], expected, atol=2e-5, rtol=2e-5)
 
 
+def _noisy(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Five classes whose prototypes drown in noise, so that accuracies have room on both sides."""
+    prototypes = torch.randn(5, 1, 9, 9, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(5, (n,), generator=generator)
+    return prototypes[labels] + 2.5 * torch.randn(n, 1, 9, 9, generator=generator), labels
+
+
+def _one_after_another(data: Dataset, seeds: range, lr: float, weight_decay: float, epochs: int) -> list[float]:
+    """Test accuracies of models trained in plain torch: nn.Module, NCHW, batch 32, torch.optim.Adam."""
+    accuracies = []
+    for seed in seeds:
+        torch.manual_seed(seed)
+        module = as_module(ARCH)
+        for layer in module.modules():
+            if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear)):
+                torch.nn.init.kaiming_uniform_(layer.weight)
+                torch.nn.init.zeros_(layer.bias)
+        optimizer = torch.optim.Adam(module.parameters(), lr=lr, weight_decay=weight_decay)
+        for _ in range(epochs):
+            for batch in torch.randperm(len(data.train_labels)).split(32):
+                optimizer.zero_grad()
+                F.cross_entropy(module(data.train_images[batch]), data.train_labels[batch]).backward()
+                optimizer.step()
+        with torch.no_grad():
+            accuracies.append(float((module(data.test_images).argmax(-1) == data.test_labels).double().mean()))
+    return accuracies
+
+
+@pytest.mark.slow
+def test_final_accuracies_are_distributed_as_torchs() -> None:
+    """48 seeds of a zoo and 48 other seeds one after another: Kolmogorov-Smirnov sees no difference. It does see a wrong weight decay."""
+    from scipy.stats import ks_2samp
+
+    parts = {"train": _noisy(320, 1), "val": _noisy(64, 2), "test": _noisy(1000, 3)}
+    fields = {f"{split}_{what}": x for split, pair in parts.items() for what, x in zip(("images", "labels"), pair, strict=True)}
+    data = Dataset("noisy", **fields, classes=5)  # type: ignore[arg-type]
+    grid = Grid(("kaiming_uniform",), (1e-2,), (1e-3,), tuple(range(48)))
+    zoo = build_zoo(data, architecture=ARCH, models=48, epochs=6, keep=[6], grid=grid, batch_size=32)
+    ours = zoo.column("test_acc").tolist()
+    torchs = _one_after_another(data, range(1000, 1048), 1e-2, 1e-3, 6)
+    assert 0.3 < sum(torchs) / 48 < 0.9  # they learn, and not everything
+    assert ks_2samp(ours, torchs).pvalue > 0.01
+    wrong = _one_after_another(data, range(2000, 2048), 1e-2, 1e-1, 6)
+    assert ks_2samp(ours, wrong).pvalue < 1e-4
+
+
 def test_stacked_adam_is_torchs(poisoned_empty: None) -> None:
     weights = torch.randn(3, 67)
     lrs, decays = [1e-3, 2e-2, 0.5], [0.0, 1e-1, 1e-3]
@@ -92,7 +139,7 @@ def test_stacked_adam_is_torchs(poisoned_empty: None) -> None:
     torch.testing.assert_close(weights, torch.stack([r.detach() for r in rows]), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("width", [1, 7, 63, 2464])
+@pytest.mark.parametrize("width", [1, 7, 63, 2464, 20_011])  # the last is left to torch's fused Adam
 def test_rows_of_adam_are_bitwise_their_own(width: int) -> None:
     weights, gradients = torch.randn(13, width), [torch.randn(13, width) for _ in range(5)]
     lrs, decays = torch.rand(13).tolist(), torch.rand(13).tolist()
@@ -108,7 +155,7 @@ def test_rows_of_adam_are_bitwise_their_own(width: int) -> None:
         assert torch.equal(row[0], together[j])
 
 
-def test_a_trajectory_depends_on_its_own_cell_alone(data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trajectory_depends_on_its_own_cell_alone(data: Dataset) -> None:
     population = small(data)
     rows = {cell(population, r): population.weights[r : r + 3] for r in range(0, 15, 3)}
     for c, weights in list(rows.items())[:3]:
@@ -117,8 +164,6 @@ def test_a_trajectory_depends_on_its_own_cell_alone(data: Dataset, monkeypatch: 
     for r in range(0, 27, 3):
         if cell(larger, r) in rows:
             assert torch.equal(larger.weights[r : r + 3], rows[cell(larger, r)])
-    monkeypatch.setitem(build._GATHER_BYTES, "cpu", 1)  # one model a call
-    assert torch.equal(small(data).weights, population.weights)
 
 
 def test_same_seed_same_zoo_to_the_bit(data: Dataset, poisoned_empty: None) -> None:
@@ -284,7 +329,7 @@ def test_grids_that_are_none(values: dict[str, Any]) -> None:
 def test_progress_and_profile(data: Dataset, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     with profiling.profile() as profile:
         small(data, models=2, epochs=2, progress=True)
-    assert {"initialise", "gather", "loss", "optimise", "evaluate"} <= set(profile.calls)
+    assert {"initialise", "loss", "optimise", "evaluate"} <= set(profile.calls)
     assert profile.calls["optimise"] == 8
     if "rich" in sys.modules:
         assert "epoch 2 of 2" in capsys.readouterr().out

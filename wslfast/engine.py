@@ -214,21 +214,24 @@ def forward(weights: Tensor, queries: Tensor, architecture: Architecture, *, bac
 
 def loss_and_gradient(
     weights: Tensor, queries: Tensor, targets: Tensor, architecture: Architecture, criterion: str,
-    *, temperature: float = 2.0, backend: str = "auto",
+    *, temperature: float = 2.0, backend: str = "auto", index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Per-model values ``[k]`` of a criterion and their gradients ``[k, P]`` to each model's own weights; no graph is kept.
 
-    ``targets`` are outputs ``[k, n, K]``, or labels ``[k, n]`` for ``cross_entropy``.
+    With ``index [k, n]``, ``queries`` is a pool ``[N, *input]`` from which each model takes its own. ``targets`` are outputs
+    ``[k, n, K]``, or labels ``[k, n]`` for ``cross_entropy``.
     """
     device = weights.device.type
     choice = choose(architecture, device, weights.dtype, backend, torch.is_autocast_enabled(device))
     _say_functional(architecture, choice)
     weights, targets = weights.detach(), targets.detach()
+    if index is not None and choice.path != "cpu":
+        return _gathered(weights, queries, targets, index, architecture, criterion, temperature, backend)
     if queries.ndim == 4 and choice.path == "loop":
         queries = queries.contiguous(memory_format=torch.channels_last)
     with region("loss"):
         if choice.path == "cpu":
-            return cpu.loss_and_gradient(weights, queries, targets, architecture.layers, criterion, temperature)
+            return cpu.loss_and_gradient(weights, queries, targets, architecture.layers, criterion, temperature, index)
         if choice.path == "triton":
             kernels, precision = importlib.import_module("wslfast.kernels.autograd"), _triton_precision()
             return kernels.loss_and_gradient(
@@ -250,6 +253,24 @@ def loss_and_gradient(
                 (gradient[part],) = torch.autograd.grad(values.sum(), rows)
             losses[part] = values.detach()
         return losses, gradient
+
+
+def _gathered(
+    weights: Tensor, pool: Tensor, targets: Tensor, index: Tensor, architecture: Architecture, criterion: str, temperature: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """:func:`loss_and_gradient` of paths that want each model's queries as a tensor, gathered for some models at a time."""
+    losses, gradient = weights.new_empty(len(weights)), torch.empty_like(weights, memory_format=torch.contiguous_format)
+    per_model = pool.element_size() * index.shape[1] * math.prod(architecture.input_shape)
+    chunk = max(1, memory_budget(weights.device.type) // (4 * per_model))
+    for start in range(0, len(weights), chunk):
+        part = slice(start, start + chunk)
+        with region("gather"):
+            own = pool.index_select(0, index[part].reshape(-1)).unflatten(0, index[part].shape)
+        losses[part], gradient[part] = loss_and_gradient(
+            weights[part], own, targets[part], architecture, criterion, temperature=temperature, backend=backend
+        )
+    return losses, gradient
 
 
 def _say_functional(architecture: Architecture, choice: Choice) -> None:

@@ -93,7 +93,7 @@ class TrainConfig:
     """Under torchrun, contrast every model with those of all processes; without, with those of its own process alone."""
     memory_gb: float = 4.0
     """Weights of the zoo, and its models' outputs on the query pool, stay in memory while each takes at most half of this (in 10^9
-    bytes); beyond, weights are read from mapped shards and outputs computed at every step. Changes no result."""
+    bytes); beyond, weights are read from mapped shards and outputs computed at every step. Changes results by rounding at most."""
 
     log_every: int = 10
     """Steps between records of log.jsonl."""

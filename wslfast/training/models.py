@@ -1,4 +1,4 @@
-"""The training models as a step asks for them: in memory, or read from their mapped shards at every step, with the same results."""
+"""The training models as a step asks for them: in memory, or read from their mapped shards at every step, with the same rows."""
 
 from __future__ import annotations
 
