@@ -12,101 +12,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from ._groups import TokenGroups
+from ._transformer import PositionEmbedding, ProjectionHead, Transformer, Windows
 from .codec import LinearCodec
 from .errors import WslfastError, describe, require
 from .tokens import TokenLayout
 
 STARTS = ("random", "linear")
 _STD = 0.02  # of every initial weight (the published recipe, GPT-2's)
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention over tokens, not causal: ``[k, T, d] -> [k, T, d]``."""
-
-    def __init__(self, d_model: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.heads, self.dropout = heads, dropout
-        self.c_attn = nn.Linear(d_model, 3 * d_model, bias=False)
-        self.c_proj = nn.Linear(d_model, d_model, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = rearrange(self.c_attn(x), "models tokens (qkv heads d) -> qkv models heads tokens d", qkv=3, heads=self.heads)
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
-        y = self.c_proj(rearrange(y, "models heads tokens d -> models tokens (heads d)"))
-        return F.dropout(y, self.dropout, self.training)
-
-
-class MLP(nn.Module):
-    """``[k, T, d] -> [k, T, 4 d] -> [k, T, d]``, GELU (erf)."""
-
-    def __init__(self, d_model: int, dropout: float) -> None:
-        super().__init__()
-        self.dropout = dropout
-        self.c_fc = nn.Linear(d_model, 4 * d_model, bias=False)
-        self.c_proj = nn.Linear(4 * d_model, d_model, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.dropout(self.c_proj(F.gelu(self.c_fc(x))), self.dropout, self.training)
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block."""
-
-    def __init__(self, d_model: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.ln_1 = nn.LayerNorm(d_model, bias=False)
-        self.attn = Attention(d_model, heads, dropout)
-        self.ln_2 = nn.LayerNorm(d_model, bias=False)
-        self.mlp = MLP(d_model, dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
-
-
-class Transformer(nn.Module):
-    """A stack of blocks, no final norm."""
-
-    def __init__(self, d_model: int, heads: int, layers: int, dropout: float) -> None:
-        super().__init__()
-        self.transformer = nn.ModuleList(Block(d_model, heads, dropout) for _ in range(layers))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.transformer:
-            x = block(x)
-        return x
-
-
-class PositionEmbedding(nn.Module):
-    """Three learned tables: ``concat(E1[token] + E2[layer], E3[channel])``, positions ``[T, 3] -> [T, d]``."""
-
-    def __init__(self, sizes: tuple[int, int, int], d_model: int) -> None:
-        super().__init__()
-        self.pe1 = nn.Embedding(sizes[0], d_model // 2)
-        self.pe2 = nn.Embedding(sizes[1], d_model // 2)
-        self.pe3 = nn.Embedding(sizes[2], d_model // 2)
-
-    def forward(self, positions: Tensor) -> Tensor:
-        token, layer, channel = positions.unbind(-1)
-        return torch.cat([self.pe1(token) + self.pe2(layer), self.pe3(channel)], -1)
-
-
-class ProjectionHead(nn.Module):
-    """``[k, T, latent] -> [k, out]``: what the contrastive loss sees."""
-
-    def __init__(self, d_in: int, d_out: int) -> None:
-        super().__init__()
-        self.head = nn.Sequential(
-            nn.Linear(d_in, d_out, bias=False), nn.LayerNorm(d_out), nn.ReLU(),
-            nn.Linear(d_out, d_out, bias=False), nn.LayerNorm(d_out), nn.ReLU(),
-        )  # fmt: skip
-
-    def forward(self, z: Tensor) -> Tensor:
-        return self.head(z.flatten(1))
 
 
 class LinearPath(nn.Module):
@@ -171,6 +86,9 @@ class Autoencoder(nn.Module):
         projection: size of the projection head's output.
         dropout: after the position embedding, in attention and after each branch.
         max_positions: sizes of the three position tables; default: what the layout needs.
+        window: tokens that attend to each other; 0 is the whole sequence. Long sequences (a ResNet-18 has 39,000 tokens of 288 numbers)
+            are cut into windows of this many consecutive tokens, as in SANE (Schuerholt et al. 2024); their activations are recomputed
+            in the backward pass, so memory grows with a block of windows and not with the sequence.
         start: ``"random"``, the published initialisation, or ``"linear"``: at step 0 the autoencoder *is* ``codec``, and the
             transformer is a correction of latents and of tokens that starts at zero. A short training from random init shows the
             opposite of the paper; from a linear start it shows the paper's effect.
@@ -187,7 +105,7 @@ class Autoencoder(nn.Module):
     def __init__(
         self, layout: TokenLayout, *, d_model: int = 256, heads: int = 8, layers: int = 8, latent: int | None = None,
         projection: int = 30, dropout: float = 0.0, max_positions: tuple[int, int, int] | None = None,
-        start: str = "random", codec: LinearCodec | None = None,
+        start: str = "random", codec: LinearCodec | None = None, window: int = 0,
     ) -> None:  # fmt: skip
         super().__init__()
         require(start != "linear" or codec is not None, "codec: expected a LinearCodec for start='linear', got None")
@@ -197,7 +115,7 @@ class Autoencoder(nn.Module):
             width = codec.mask.shape[1]
             require(latent is None or latent >= width, f"latent: expected None or at least the codec's width {width}, got {latent!r}")
             latent = width
-        self._build(layout, d_model, heads, layers, 64 if latent is None else latent, projection, dropout, max_positions, start)
+        self._build(layout, d_model, heads, layers, 64 if latent is None else latent, projection, dropout, max_positions, start, window)
         if codec is not None:
             assert self.linear is not None
             self.linear.fill(codec)
@@ -205,12 +123,13 @@ class Autoencoder(nn.Module):
 
     def _build(
         self, layout: TokenLayout, d_model: int, heads: int, layers: int, latent: int, projection: int, dropout: float,
-        max_positions: tuple[int, int, int] | None, start: str,
+        max_positions: tuple[int, int, int] | None, start: str, window: int = 0,
     ) -> None:  # fmt: skip
         require(start in STARTS, f"start: expected one of {STARTS}, got {start!r}")
         for name, value in (("d_model", d_model), ("heads", heads), ("latent", latent), ("projection", projection)):
             require(isinstance(value, int) and value >= 1, f"{name}: expected a positive integer, got {value!r}")
         require(isinstance(layers, int) and layers >= 0, f"layers: expected a non-negative integer, got {layers!r}")
+        require(isinstance(window, int) and window >= 0, f"window: expected a non-negative integer, got {window!r}")
         require(d_model % heads == 0 and d_model % 2 == 0, f"d_model: expected a multiple of 2 and of heads={heads}, got {d_model}")
         require(0 <= dropout < 1, f"dropout: expected a number in [0, 1), got {dropout!r}")
         positions = layout.positions.long()
@@ -223,9 +142,10 @@ class Autoencoder(nn.Module):
         self.layout, self.dropout = layout, dropout
         self._config = {
             "d_model": d_model, "heads": heads, "layers": layers, "latent": latent, "projection": projection,
-            "dropout": dropout, "max_positions": list(sizes), "start": start,
+            "dropout": dropout, "max_positions": list(sizes), "start": start, "window": window,
         }  # fmt: skip
         t, d = layout.num_tokens, layout.token_size
+        self._windows = Windows(t, window)
         self.register_buffer("mask", layout.mask.clone())
         self.register_buffer("positions", positions)
         self.register_buffer("latent_mask", torch.ones(t, latent, dtype=torch.bool))
@@ -236,7 +156,7 @@ class Autoencoder(nn.Module):
         self.transformer_decoder = Transformer(d_model, heads, layers, dropout)
         self.decoder_comp = nn.Linear(latent, d_model)
         self.pe = PositionEmbedding(sizes, d_model)  # type: ignore[arg-type]
-        self.projection_head = ProjectionHead(t * latent, projection)
+        self.projection_head = ProjectionHead(self._windows.size * latent, projection)
         self.linear = LinearPath(TokenGroups(layout), d, latent) if start == "linear" else None
         self._initialise(layers)
 
@@ -300,7 +220,7 @@ class Autoencoder(nn.Module):
         tokens = torch.where(self.mask, tokens, 0)
         if self.linear is not None:
             tokens = self.linear.standardise(tokens)
-        z = self.encoder_comp(self.transformer_encoder(self._embed_positions(self.tokenizer(tokens))))
+        z = self.encoder_comp(self._windows.through(self.transformer_encoder, self._embed_positions(self.tokenizer(tokens))))
         if self.linear is not None:
             z = torch.where(self.latent_mask, self.linear.encode(tokens) + z, 0)
         return z
@@ -310,14 +230,15 @@ class Autoencoder(nn.Module):
         self._check("z", z, self.latent_mask)
         if self.linear is not None:
             z = torch.where(self.latent_mask, z, 0)
-        tokens = self.detokenizer(self.transformer_decoder(self._embed_positions(self.decoder_comp(z))))
+        tokens = self.detokenizer(self._windows.through(self.transformer_decoder, self._embed_positions(self.decoder_comp(z))))
         if self.linear is not None:
             tokens = self.linear.restore(self.linear.decode(z) + tokens)
         return tokens if keep_padding else torch.where(self.mask, tokens, 0)
 
     def project(self, z: Tensor) -> Tensor:
-        """``z [k, T, latent] -> [k, projection]``, for the contrastive loss."""
-        return self.projection_head(z)
+        """``z [k, T, latent] -> [k, projection]``, for the contrastive loss: the mean over windows."""
+        count = self._windows.count
+        return self.projection_head(self._windows.cut(z)).unflatten(0, (len(z), count)).mean(1) if count > 1 else self.projection_head(z)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``tokens [k, T, D] -> (z, reconstruction, projection)``."""

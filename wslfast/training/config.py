@@ -88,6 +88,8 @@ class TrainConfig:
     """Dropout of the autoencoder."""
     token_size: int = 0
     """Token size; 0 finds it from the architecture."""
+    window: int = 0
+    """Tokens that attend to each other; 0 is the whole sequence. For networks of thousands of tokens, as ResNets are."""
 
     gather_negatives: bool = True
     """Under torchrun, contrast every model with those of all processes; without, with those of its own process alone."""
@@ -112,7 +114,8 @@ class TrainConfig:
             require(0 <= getattr(self, name) <= 1, f"{name}: expected a number in [0, 1], got {getattr(self, name)}")
         require(self.share > 0, "share: expected a number in (0, 1], got 0")
         require(0 <= self.dropout < 1, f"dropout: expected a number in [0, 1), got {self.dropout}")
-        require(self.seed >= 0 and self.layers >= 0 and self.token_size >= 0, "seed, layers and token_size cannot be negative")
+        for name in ("seed", "layers", "token_size", "window"):
+            require(getattr(self, name) >= 0, f"{name}: expected a non-negative integer, got {getattr(self, name)}")
         for name in ("lr", "distillation_temperature", "contrast_temperature"):
             require(0 < getattr(self, name) < float("inf"), f"{name}: expected a positive number, got {getattr(self, name)}")
         require(0 <= self.weight_decay < float("inf"), f"weight_decay: expected a non-negative number, got {self.weight_decay}")

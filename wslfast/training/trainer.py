@@ -112,7 +112,7 @@ class Trainer:
         config = self.config
         sizes: dict[str, Any] = {
             "d_model": config.d_model, "heads": config.heads, "layers": config.layers, "projection": config.projection,
-            "dropout": config.dropout,
+            "dropout": config.dropout, "window": config.window,
         }  # fmt: skip
         if config.start == "random":
             return Autoencoder(self.layout, latent=config.latent, **sizes)
