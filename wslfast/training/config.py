@@ -95,7 +95,8 @@ class TrainConfig:
     """Under torchrun, contrast every model with those of all processes; without, with those of its own process alone."""
     memory_gb: float = 4.0
     """Weights of the zoo, and its models' outputs on the query pool, stay in memory while each takes at most half of this (in 10^9
-    bytes); beyond, weights are read from mapped shards and outputs computed at every step. Changes results by rounding at most."""
+    bytes); beyond, weights are read from mapped shards and outputs computed at every step (as they are where the run looks up few
+    of them). Changes results by rounding at most."""
 
     log_every: int = 10
     """Steps between records of log.jsonl."""

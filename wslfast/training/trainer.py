@@ -35,6 +35,7 @@ from .models import TrainingModels
 logger = logging.getLogger("wslfast")
 
 _BLOCK = 1024  # models whose targets are computed at once
+_PAYS = 4  # targets computed for one looked up; a zoo that a run sees a small part of is not run whole ahead of it
 
 # what may differ between a run and its resumption; everything else would change the trajectory
 _FREE = {"out", "zoo", "steps", "log_every", "checkpoint_every", "device", "memory_gb"}
@@ -101,10 +102,17 @@ class Trainer:
             self.objective = DistributedDataParallel(self.objective, find_unused_parameters=not self.two_views)
 
     def _targets_of_all(self, limit: float) -> TargetCache | None:
-        """All originals' outputs on the whole pool, or None where they would take too much memory."""
-        models, pool = self.models, self.pool
-        if 4.0 * len(models) * len(pool) * self.architecture.num_classes > limit:
-            logger.info("targets: computed at every step; those of %d models on %d images exceed memory_gb / 2", len(models), len(pool))
+        """All originals' outputs on the whole pool, or None where they take too much memory, or more time than they save."""
+        models, pool, config = self.models, self.pool, self.config
+        pairs = len(models) * len(pool)
+        why = ""
+        if 4.0 * pairs * self.architecture.num_classes > limit:
+            why = "exceed memory_gb / 2"
+        elif pairs > _PAYS * config.steps * self.batch * config.queries:
+            why = f"are more than {config.steps} steps look up"
+        if why:
+            if self.world.writes:
+                logger.info("targets: computed at every step; those of %d models on %d images %s", len(models), len(pool), why)
             return None
         return TargetCache.of_blocks(self.architecture, models.blocks(_BLOCK), len(models), pool)
 

@@ -78,7 +78,7 @@ def save_zoo(
     sketch = manifest([Shard(f"shard-{i:05d}.safetensors", rows, 1, "0" * 64) for i, rows in enumerate(counts)])
     Manifest.parse(sketch.to_json(), str(folder / MANIFEST))
     with region("save"):
-        return _write(folder, weights.split(rows_each), manifest)
+        return write_shards(folder, weights.split(rows_each), manifest)
 
 
 def _table(population: Population, splits: Split | Sequence[str]) -> tuple[dict[str, tuple[Any, ...]], dict[str, Any]]:
@@ -99,7 +99,7 @@ def _table(population: Population, splits: Split | Sequence[str]) -> tuple[dict[
     return {**columns, "split": tuple(splits)}, {"by": "model", "seed": None, "fractions": None}
 
 
-def _write(folder: Path, parts: Sequence[torch.Tensor], describe: Callable[[Sequence[Shard]], Manifest]) -> Manifest:
+def write_shards(folder: Path, parts: Sequence[torch.Tensor], describe: Callable[[Sequence[Shard]], Manifest]) -> Manifest:
     """Shards first, one in memory at a time, synced; then the manifest in one step; then what of ours it does not list goes."""
     made: list[Path] = []
     shards: list[Shard] = []
