@@ -1,4 +1,4 @@
-"""The shell: ``wslfast zoo build | zoo show | train | evaluate | generate | demo | info``."""
+"""The shell: ``wslfast zoo build | import | export | show, train | evaluate | generate | demo | info``."""
 
 from __future__ import annotations
 

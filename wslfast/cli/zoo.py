@@ -1,4 +1,4 @@
-"""``wslfast zoo``: build and show zoos."""
+"""``wslfast zoo``: build, import, export and show zoos."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Annotated, Literal, Union
 
 import tyro
 
-from ..zoo import build_zoo, image_shape, network, summarize
+from ..architecture import Architecture
+from ..zoo import build_zoo, export_zoo, image_shape, import_zoo, network, summarize
 from .console import console, show
 
 
@@ -73,11 +74,84 @@ class ZooShow:
 
 
 @dataclass(frozen=True)
+class ZooImport:
+    """Read a published zoo: ray-tune trees (NN_tune_trainable_*) or pickled dataset_{train,val,test}.pt files.
+
+    Nothing in the files is run, whatever they contain. What is missing, broken, not finite or too large is left out; the counts are
+    printed, and OUT/skipped.json lists every case.
+
+    Example: wslfast zoo import ~/zoos/svhn_cnn3 runs/svhn --epochs 20 30 40 50
+    """
+
+    source: tyro.conf.Positional[str]
+    """Folder (or .pt file) to read."""
+    out: tyro.conf.Positional[str]
+    """Folder of the new zoo."""
+    epochs: tuple[int, ...] = ()
+    """Epochs to keep (default: every one that is there)."""
+    architecture: Literal["auto", "cnn", "cnn2", "cnn3", "lenet5", "resnet18"] = "auto"
+    """What the models are; auto reads params.json, and the names and shapes of the weights."""
+    activation: str = "relu"
+    """Activation of a named architecture."""
+    channels: int = 3
+    """Input channels of a named architecture."""
+    threshold: float = 10_000.0
+    """Leave out checkpoints with a larger weight."""
+    split: tuple[float, float, float] = (0.7, 0.15, 0.15)
+    """Shares of the models for train, val and test (pickled data sets keep theirs)."""
+    seed: int = 0
+    """Seed of the split."""
+    dataset: str | None = None
+    """What the models were trained on (as for zoo build), so that training finds its query images."""
+    overwrite: bool = False
+    """Replace a zoo that is already there."""
+
+    def run(self) -> None:
+        done = import_zoo(
+            self.source, self.out, epochs=self.epochs or None, architecture=self._architecture(), threshold=self.threshold,
+            split=self.split, seed=self.seed, dataset=self.dataset, overwrite=self.overwrite,
+        )  # fmt: skip
+        console.print(f"{self.out}: {done.rows} rows of {done.models} models, architecture {done.architecture.name}", soft_wrap=True)
+        for reason, count in done.skipped.items():
+            console.print(f"  skipped: {count} x {reason}", soft_wrap=True)
+
+    def _architecture(self) -> Architecture | None:
+        if self.architecture == "auto":
+            return None
+        if self.architecture == "resnet18":
+            return Architecture.resnet18(self.channels)
+        return getattr(Architecture, self.architecture)(self.channels, self.activation)
+
+
+@dataclass(frozen=True)
+class ZooExport:
+    """Write a zoo's checkpoints for other code: as a ray-tune tree that the published loaders read, or one .pt a checkpoint.
+
+    Example: wslfast zoo export runs/zoo exported --format ray
+    """
+
+    path: tyro.conf.Positional[str]
+    """Folder of the zoo."""
+    out: tyro.conf.Positional[str]
+    """A new or empty folder."""
+    format: Literal["ray", "state-dicts"] = "ray"
+    """ray: params.json, result.json, checkpoint_000020/checkpoints a model; state-dicts: 00000.pt ... and index.json."""
+    split: Literal["all", "train", "val", "test"] = "all"
+    """Which models."""
+
+    def run(self) -> None:
+        count = export_zoo(self.path, self.out, format=self.format, split=None if self.split == "all" else self.split)
+        console.print(f"{self.out}: {count} checkpoints", soft_wrap=True)
+
+
+@dataclass(frozen=True)
 class Zoo:
-    """Build and show zoos of trained networks."""
+    """Build, import, export and show zoos of trained networks."""
 
     command: Union[
         Annotated[ZooBuild, tyro.conf.subcommand("build")],
+        Annotated[ZooImport, tyro.conf.subcommand("import")],
+        Annotated[ZooExport, tyro.conf.subcommand("export")],
         Annotated[ZooShow, tyro.conf.subcommand("show")],
     ]
 

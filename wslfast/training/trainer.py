@@ -35,6 +35,7 @@ from .models import TrainingModels
 logger = logging.getLogger("wslfast")
 
 _BLOCK = 1024  # models whose targets are computed at once
+_CHEAP = 1 << 20  # targets, a model and an image each: computed once without a thought
 _PAYS = 4  # targets computed for one looked up; a zoo that a run sees a small part of is not run whole ahead of it
 
 # what may differ between a run and its resumption; everything else would change the trajectory
@@ -108,7 +109,7 @@ class Trainer:
         why = ""
         if 4.0 * pairs * self.architecture.num_classes > limit:
             why = "exceed memory_gb / 2"
-        elif pairs > _PAYS * config.steps * self.batch * config.queries:
+        elif pairs > max(_CHEAP, _PAYS * config.steps * self.batch * config.queries):
             why = f"are more than {config.steps} steps look up"
         if why:
             if self.world.writes:

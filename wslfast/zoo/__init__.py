@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from .build import build_zoo
 from .datasets import Dataset, image_shape, load_dataset
+from .export import export_zoo
 from .grid import Grid
+from .importers import Imported, import_zoo
 from .manifest import Manifest
 from .mapped import MappedZoo
 from .source import dataset_of, network
@@ -14,12 +16,15 @@ from .store import load_zoo, read_manifest, save_zoo, summarize
 __all__ = [
     "Dataset",
     "Grid",
+    "Imported",
     "Manifest",
     "MappedZoo",
     "Split",
     "build_zoo",
     "dataset_of",
+    "export_zoo",
     "image_shape",
+    "import_zoo",
     "load_dataset",
     "load_zoo",
     "network",

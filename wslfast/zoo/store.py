@@ -15,7 +15,7 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from ..profiling import region
 from .manifest import MANIFEST, SPLITS, Manifest, Shard, normalised, plain
 from .splits import Split
 
-_SHARD_BYTES = 64 << 20
+SHARD_BYTES = 64 << 20
 _OURS = re.compile(r"shard-\d{5,}(?P<generation>(?:\.[0-9a-f]{12})?)\.safetensors")
 _TEMPORARY = re.compile(r"\.(shard-.*\.safetensors|manifest\.json)\.\d+\.tmp")
 _PATIENCE = 5  # readings of the manifest while somebody replaces the zoo
@@ -63,7 +63,7 @@ def save_zoo(
     require(overwrite or not (folder / MANIFEST).exists(), f"{folder}: there is a zoo already; overwrite=True replaces it")
     weights = population.weights.detach().to("cpu", torch.float32)
     require(bool(weights.isfinite().all()), "population: expected finite weights; drop diverged models first")
-    rows_each = shard_rows or max(1, _SHARD_BYTES // (4 * weights.shape[1]))
+    rows_each = shard_rows or max(1, SHARD_BYTES // (4 * weights.shape[1]))
     require(type(rows_each) is int and rows_each > 0, f"shard_rows: expected a positive integer, got {shard_rows!r}")
     columns, split = _table(population, splits)
     counts = [len(part) for part in torch.empty(len(weights), 0).split(rows_each)]
@@ -99,8 +99,11 @@ def _table(population: Population, splits: Split | Sequence[str]) -> tuple[dict[
     return {**columns, "split": tuple(splits)}, {"by": "model", "seed": None, "fractions": None}
 
 
-def write_shards(folder: Path, parts: Sequence[torch.Tensor], describe: Callable[[Sequence[Shard]], Manifest]) -> Manifest:
-    """Shards first, one in memory at a time, synced; then the manifest in one step; then what of ours it does not list goes."""
+def write_shards(folder: Path, parts: Iterable[torch.Tensor], describe: Callable[[Sequence[Shard]], Manifest]) -> Manifest:
+    """Shards first, one in memory at a time, synced; then the manifest in one step; then what of ours it does not list goes.
+
+    ``parts`` can be gone through more than once; ``describe`` is called when all shards are written.
+    """
     made: list[Path] = []
     shards: list[Shard] = []
     try:
@@ -118,8 +121,8 @@ def write_shards(folder: Path, parts: Sequence[torch.Tensor], describe: Callable
         write_atomically(folder / MANIFEST, _bytes_to(manifest.to_json()))
         made.clear()
     except (OSError, WslfastError) as error:
-        need = 4 * sum(part.numel() for part in parts)
-        raise WslfastError(f"{folder}: cannot write the zoo (about {need:,} bytes): {error}") from error
+        need = f" (about {4 * sum(part.numel() for part in parts):,} bytes)" if isinstance(parts, Sequence) else ""
+        raise WslfastError(f"{folder}: cannot write the zoo{need}: {error}") from error
     finally:
         for stray in made:
             stray.unlink(missing_ok=True)
@@ -138,7 +141,7 @@ def _bytes_to(blob: bytes) -> Callable[[Path], None]:
     return write
 
 
-def _generation(folder: Path, parts: Sequence[torch.Tensor]) -> str:
+def _generation(folder: Path, parts: Iterable[torch.Tensor]) -> str:
     """What shard names carry: nothing in a fresh folder, else a digest of the content, so that no other content is written over."""
     if not any(_OURS.fullmatch(name) for name in os.listdir(folder)):
         return ""

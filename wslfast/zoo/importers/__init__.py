@@ -1,0 +1,184 @@
+"""The field's own zoos, as they are: ray-tune trees and pickled data sets become a zoo of this library, and nothing of them is run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._files import write_text
+from ...architecture import Architecture
+from ...errors import WslfastError, require
+from ...population import Population
+from ...profiling import region
+from ..build import LARGEST_WEIGHT
+from ..datasets import load_dataset
+from ..manifest import MANIFEST, SPLITS, Manifest, Shard, normalised, plain
+from ..splits import Split
+from ..store import SHARD_BYTES, write_shards
+from . import pickled, ray
+from .found import Found, Skips, State, unreadable
+from .recognise import fits, recognise
+
+__all__ = ["Imported", "import_zoo"]
+
+SKIPPED = "skipped.json"
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What an import gave.
+
+    Attributes:
+        rows, models: checkpoints in the new zoo, and the models they are of.
+        architecture: of all of them.
+        skipped: ``{reason: count}``; OUT/skipped.json lists every one as ``{"where", "reason", "detail"}``.
+    """
+
+    rows: int
+    models: int
+    architecture: Architecture
+    skipped: Mapping[str, int]
+
+
+def import_zoo(
+    source: str | Path, out: str | Path, *, epochs: Sequence[int] | None = None, architecture: Architecture | None = None,
+    threshold: float = LARGEST_WEIGHT, split: Sequence[float] = (0.7, 0.15, 0.15), seed: int = 0, dataset: str | Path | None = None,
+    overwrite: bool = False,
+) -> Imported:  # fmt: skip
+    """Read a published zoo and store it as one of this library.
+
+    Args:
+        source: a folder of ray-tune trials (``NN_tune_trainable_*`` and the like, at any depth), a folder with
+            ``dataset_{train,val,test}.pt``, or one such file.
+        out: folder of the new zoo. Rows are in order of sorted folders, then epochs; shards are written as they fill.
+        epochs: those to keep; by default every one that is there.
+        architecture: what the models are; by default recognised from ``params.json`` and the weights' names and shapes.
+        threshold: a checkpoint with a larger weight (or NaN) is left out, as the published pipeline does.
+        split: shares of the models for train, val and test; pickled data sets keep the split their names say.
+        seed: draws that split.
+        dataset: what the models were trained on (see :func:`wslfast.zoo.load_dataset`), recorded so that training and evaluation
+            find their images.
+        overwrite: replace a zoo that is already in ``out``.
+
+    Raises:
+        WslfastError: nothing usable in ``source``, a zoo already in ``out``, or a disk that refuses. What is merely missing or
+            broken is skipped and reported.
+    """
+    folder, place = Path(source), Path(out)
+    require(folder.exists(), f"source: {source}: no such file or folder")
+    require(threshold > 0, f"threshold: expected a positive number, got {threshold!r}")
+    require(overwrite or not (place / MANIFEST).exists(), f"out: {out}: there is a zoo already; overwrite=True (--overwrite) replaces it")
+    kept = None if epochs is None else frozenset(epochs)
+    require(kept is None or all(type(e) is int and e >= 0 for e in kept), f"epochs: expected integers >= 0, got {epochs!r}")
+    plan = Split(tuple(split), seed)  # type: ignore[arg-type]
+    rows = _Rows(folder, kept, architecture, threshold)
+    first = next(iter(rows), None)
+    nothing = "; ".join(f"{reason}: {count}" for reason, count in rows.skips.counts().items()) or "no trials, no dataset_*.pt"
+    require(first is not None and rows.architecture is not None, f"source: {source}: no usable checkpoint ({nothing})")
+    arch = rows.architecture
+    assert arch is not None
+    provenance: dict[str, Any] = {"made_by": "wslfast zoo import", "source": str(source), "threshold": threshold}
+    if dataset is not None:
+        data = load_dataset(dataset, arch.input_shape)
+        provenance["dataset"] = {"name": data.name, "classes": data.classes, **data.provenance}
+
+    def describe(shards: Sequence[Shard]) -> Manifest:
+        given = rows.splits if all(s is not None for s in rows.splits) else None
+        names = plan.assign(rows.models) if given is None else tuple(given)
+        record: dict[str, Any] = {"by": "model", "seed": seed if given is None else None}
+        record["fractions"] = list(plan.fractions) if given is None else None
+        columns = {"model": tuple(rows.models), "epoch": tuple(rows.epochs), **rows.columns(), "split": names}
+        skipped = {**provenance, "skipped": rows.skips.counts()}
+        return Manifest(
+            normalised(arch.to_dict(), "architecture"), arch.num_weights, len(rows.models), columns, record,
+            normalised(skipped, "provenance"), tuple(shards),
+        )  # fmt: skip
+
+    with region("import"):
+        write_shards(place, rows, describe)
+    write_text(place / SKIPPED, json.dumps(rows.skips.entries, indent=1, ensure_ascii=False) + "\n")
+    return Imported(len(rows.models), len(set(rows.models)), arch, rows.skips.counts())
+
+
+class _Rows:
+    """The source's checkpoints in shards, one in memory at a time; every pass over it reads the source again."""
+
+    def __init__(self, source: Path, epochs: Collection[int] | None, architecture: Architecture | None, threshold: float) -> None:
+        self._source, self._epochs, self._threshold = source, epochs, threshold
+        self.architecture = architecture
+        self._files = pickled.files_of(source)
+        self._begin()
+
+    def _begin(self) -> None:
+        self.skips = Skips()
+        self.models: list[int] = []
+        self.epochs: list[int] = []
+        self.splits: list[str | None] = []
+        self._properties: list[Mapping[str, Any]] = []
+
+    def __iter__(self) -> Iterator[Tensor]:
+        self._begin()
+        waiting: list[Tensor] = []
+        for found in self._found():
+            row = self._row(found)
+            if row is None:
+                continue
+            self.models.append(found.model)
+            self.epochs.append(found.epoch)
+            self.splits.append(found.split)
+            self._properties.append(found.properties)
+            waiting.append(row)
+            if 4 * len(waiting) * len(row) >= SHARD_BYTES:
+                yield torch.stack(waiting)
+                waiting = []
+        if waiting:
+            yield torch.stack(waiting)
+
+    def columns(self) -> dict[str, tuple[Any, ...]]:
+        """The properties by name, None where a checkpoint lacks one."""
+        names = dict.fromkeys(name for record in self._properties for name in record if name not in ("model", "epoch", "split"))
+        table = {name: tuple(plain(record.get(name), name) for record in self._properties) for name in names}
+        return {name: column for name, column in table.items() if any(value is not None for value in column)}
+
+    def _found(self) -> Iterator[Found]:
+        if self._files:
+            yield from pickled.checkpoints(self._files, self.architecture, self._epochs, self.skips)
+        else:
+            yield from ray.checkpoints(self._source, self._epochs, self.skips)
+
+    def _row(self, found: Found) -> Tensor | None:
+        """The checkpoint's weights ``[P]``, or None and a note why not."""
+        try:
+            state = found.read()
+            shapes = {name: tuple(value.shape) for name, value in state.items()}
+            if self.architecture is None:
+                self.architecture = recognise(found.config, shapes)
+            if not fits(self.architecture, shapes):
+                self.skips.add(found.where, "another architecture", f"expected {self.architecture.name!r}")
+                return None
+            row = _weights(self.architecture, state)
+        except WslfastError as error:
+            self.skips.add(found.where, "unreadable checkpoint", unreadable(error))
+            return None
+        if not bool(row.isfinite().all()):
+            self.skips.add(found.where, "not finite")
+            return None
+        if float(row.abs().max()) > self._threshold:
+            self.skips.add(found.where, "weight above threshold", f"{float(row.abs().max()):g} > {self._threshold:g}")
+            return None
+        return row
+
+
+def _weights(architecture: Architecture, state: State) -> Tensor:
+    floating = {name: value for name, value in state.items() if value.is_floating_point() or name.endswith("num_batches_tracked")}
+    require(len(floating) == len(state), "weights that are not floating-point numbers")
+    return Population.from_state_dicts(architecture, [state]).weights[0]
+
+
+assert set(pickled.SPLITS) == set(SPLITS)

@@ -1,0 +1,169 @@
+"""Zoos pickled whole: the published ``dataset_{train,val,test}.pt``, a Dataset object with its models inside.
+
+The object's class is not needed: a stub with its attributes is read (``inert.py``). ``data`` holds models of epochs, each a state
+dict or a token matrix; tokens become weights again by the layout of ``reference_checkpoint``'s architecture, and a
+standardisation that the object remembers (``layers``) is undone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...architecture import Architecture
+from ...errors import WslfastError, require
+from ...population import Population
+from ...tokens import TokenLayout
+from .found import Found, Skips, State, state_of
+from .inert import InertFile, Ordered, StoredTensor, Stub
+from .recognise import recognise
+
+SPLITS = ("train", "val", "test")
+
+
+def files_of(source: Path) -> dict[str, Path]:
+    """The pickled data sets at ``source``: a file, or a folder of ``dataset_{split}.pt``; by split ("" for a file of any other name)."""
+    if source.is_file():
+        split = next((s for s in SPLITS if source.stem.endswith(f"_{s}")), "")
+        return {split: source}
+    found = {split: source / f"dataset_{split}.pt" for split in SPLITS}
+    return {split: file for split, file in found.items() if file.is_file()}
+
+
+def checkpoints(
+    files: Mapping[str, Path], architecture: Architecture | None, epochs: Collection[int] | None, skips: Skips
+) -> Iterator[Found]:
+    """Every model and epoch of the data sets, models numbered through."""
+    first = 0
+    for split, file in files.items():
+        with InertFile(file) as opened:
+            for name, stub in _datasets(opened.root, split):
+                models = _Models.of(stub, f"{file.name}{f'[{name}]' if name else ''}", architecture)
+                yield from models.found(first, name if name in SPLITS else split or None, epochs, skips)
+                first += len(models.data)
+
+
+def _datasets(root: Any, split: str) -> list[tuple[str, Stub]]:
+    """The data sets of a file: the object itself, or a dict of ``trainset``, ``valset``, ``testset``."""
+    if isinstance(root, Stub):
+        return [(split, root)]
+    require(isinstance(root, dict), "expected a pickled data set of models")
+    named = [(s, root[f"{s}set"]) for s in SPLITS if isinstance(root.get(f"{s}set"), Stub)]
+    require(bool(named), f"expected a pickled data set of models, got a dict of {[str(k)[:20] for k in list(root)[:5]]}")
+    return named
+
+
+@dataclass
+class _Models:
+    """The models of one data set object."""
+
+    where: str
+    data: list[Any]
+    stub: Stub
+    config: Mapping[str, Any]
+    architecture: Architecture
+    layout: TokenLayout | None
+
+    @classmethod
+    def of(cls, stub: Stub, where: str, architecture: Architecture | None) -> _Models:
+        data = stub.attribute("data")
+        require(isinstance(data, list) and len(data) > 0, f"{where}: {stub!r} has no list of models named data")
+        config = stub.attribute("reference_config")
+        config = config if isinstance(config, dict) else {}
+        if architecture is None:
+            reference = stub.attribute("reference_checkpoint")
+            reference = reference if isinstance(reference, dict) else next((m for m in _flat(data) if isinstance(m, dict)), None)
+            require(reference is not None, f"{where}: no reference_checkpoint says what the tokens are of; pass the architecture")
+            assert reference is not None
+            shapes = {str(k): tuple(v.shape) for k, v in reference.items() if isinstance(v, StoredTensor)}
+            architecture = recognise(config, shapes)
+        tokens = next((m for m in _flat(data) if isinstance(m, StoredTensor)), None)
+        layout = None
+        if tokens is not None:
+            require(len(tokens.shape) == 2, f"{where}: expected tokens [T, D], got {list(tokens.shape)}")
+            ignore = stub.attribute("ignore_bn", False) is True
+            layout = TokenLayout(architecture, int(tokens.shape[1]), ignore_bn=ignore)
+            require(layout.complete, f"{where}: its tokens leave batch norm out; such models cannot be rebuilt")
+        return cls(where, data, stub, config, architecture, layout)
+
+    def found(self, first: int, split: str | None, epochs: Collection[int] | None, skips: Skips) -> Iterator[Found]:
+        restore = self._standardisation()
+        for j, model in enumerate(self.data):
+            rows = model if isinstance(model, list) else [model]
+            for e, row in enumerate(rows):
+                epoch = _at(self.stub.attribute("epochs"), j, e)
+                epoch = epoch if type(epoch) is int else e
+                where = f"{self.where} model {j} epoch {epoch}"
+                if epochs is not None and epoch not in epochs:
+                    continue
+                yield Found(where, first + j, epoch, self._properties(j, e), self.config, partial(self._read, row, restore), split)
+
+    def _properties(self, j: int, e: int) -> dict[str, Any]:
+        table = self.stub.attribute("properties")
+        table = table if isinstance(table, dict) else {}
+        short = {"model::init_type": "init_type", "optim::lr": "lr", "optim::wd": "wd", "training_iteration": None}
+        found: dict[str, Any] = {}
+        for key, column in table.items():
+            name, value = short.get(key, key), _at(column, j, e)
+            if isinstance(name, str) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+                found[name] = value
+        return found
+
+    def _standardisation(self) -> tuple[Tensor, Tensor] | None:
+        """``scale, shift`` of a row of weights that undo the data set's, or None."""
+        kind = self.stub.attribute("standardize", False)
+        if kind is False or kind is None:
+            return None
+        layers = self.stub.attribute("layers")
+        usable = kind in (True, "minmax") and isinstance(layers, dict)
+        require(usable, f"{self.where}: standardised as {kind!r:.20}, which forgets the weights' size; such models cannot be rebuilt")
+        scale, shift = torch.ones(self.architecture.num_weights), torch.zeros(self.architecture.num_weights)
+        for key, figures in layers.items():
+            names = (key, key.replace("weight", "bias")) if isinstance(key, str) else ()
+            for slot in (self.architecture.slots[n] for n in dict.fromkeys(names) if n in self.architecture.slots):
+                a, b = _affine(figures, f"{self.where}: layers[{key!r:.40}]")
+                scale[slot.offset : slot.stop], shift[slot.offset : slot.stop] = a, b
+        return scale, shift
+
+    def _read(self, row: Any, restore: tuple[Tensor, Tensor] | None) -> State:
+        if isinstance(row, StoredTensor):
+            require(self.layout is not None and row.shape == tuple(self.layout.mask.shape), f"expected tokens, got {list(row.shape)}")
+            assert self.layout is not None
+            weights = self.layout.detokenize(row.tensor().float().unsqueeze(0))
+            if restore is None:
+                return Population(self.architecture, weights).state_dict(0)
+        else:
+            state = state_of(row)
+            if restore is None:
+                return state
+            weights = Population.from_state_dicts(self.architecture, [state]).weights
+        return Population(self.architecture, weights * restore[0] + restore[1]).state_dict(0)
+
+
+def _affine(figures: Any, where: str) -> tuple[float, float]:
+    values = {k: v for k, v in figures.items() if isinstance(v, (int, float))} if isinstance(figures, (dict, Ordered)) else {}
+    if {"mean", "std"} <= set(values):
+        return float(values["std"]), float(values["mean"])
+    if {"min", "max"} <= set(values):
+        half = (values["max"] - values["min"]) / 2
+        return float(half), float(values["min"] + half)
+    raise WslfastError(f"{where}: expected mean and std, or min and max")
+
+
+def _flat(data: list[Any]) -> Iterator[Any]:
+    for model in data:
+        yield from model if isinstance(model, list) else [model]
+
+
+def _at(table: Any, j: int, e: int) -> Any:
+    """``table[j][e]``, ``table[j]``, or None."""
+    row = table[j] if isinstance(table, list) and j < len(table) else None
+    if isinstance(row, list):
+        row = row[e] if e < len(row) else None
+    return row.tensor().item() if isinstance(row, StoredTensor) and row.shape == () else row

@@ -1,0 +1,160 @@
+"""Zoos as ray tune left them: one folder a model with ``params.json``, ``result.json`` (a JSON object a line) and checkpoints.
+
+A model's folder is any that has ``params.json``, ``result.json`` or a ``checkpoint_*`` folder (published ones are called
+``NN_tune_trainable_*``); weights are in ``checkpoint_000020/checkpoints`` or ``checkpoint_20/checkpoints``. Folders are visited in
+sorted order, so a zoo is the same on every machine. Links to folders are not followed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ...errors import WslfastError
+from .found import Found, Skips, State, state_of
+from .inert import InertFile
+
+_CHECKPOINT = re.compile(r"checkpoint_(\d{1,9})")
+_LARGEST_JSON = 64 << 20
+_DEEPEST = 8
+_RESULTS = ("train_acc", "val_acc", "test_acc", "train_loss", "val_loss", "test_loss")
+_SETTINGS = {"model::init_type": "init_type", "optim::lr": "lr", "optim::wd": "wd", "model::dropout": "dropout", "seed": "seed"}
+
+
+def is_tree(source: Path) -> bool:
+    """Whether the folder holds ray's trials (somewhere)."""
+    return source.is_dir() and next(_trials(source, Skips()), None) is not None
+
+
+def checkpoints(source: Path, epochs: Collection[int] | None, skips: Skips) -> Iterator[Found]:
+    """Every checkpoint of every trial, in order of folders and epochs; ``epochs`` keeps some. What is missing goes to ``skips``."""
+    for model, folder in enumerate(_trials(source, skips)):
+        where = str(folder.relative_to(source)) if folder != source else folder.name
+        config = _config(folder, where, skips)
+        results = _results(folder, where, skips)
+        there: dict[int, Path] = {}
+        for name in sorted(_listing(folder, where, skips)):
+            match = _CHECKPOINT.fullmatch(name)
+            if match is None:
+                continue
+            file = folder / name / "checkpoints"
+            if file.is_file():
+                there.setdefault(int(match[1]), file)
+            else:
+                skips.add(f"{where}/{name}", "no weights", "expected a file named checkpoints")
+        if not there:
+            skips.add(where, "no checkpoints")
+        wanted = sorted(there) if epochs is None else sorted(epochs)
+        for epoch in wanted:
+            at = f"{where}/checkpoint_{epoch:06d}"
+            if epoch not in there:
+                if there:
+                    skips.add(at, "epoch missing")
+                continue
+            known = {"name": folder.name, **_properties(config, results.get(epoch, {}))}
+            yield Found(at, model, epoch, known, config, partial(_read, there[epoch]))
+
+
+def _trials(source: Path, skips: Skips) -> Iterator[Path]:
+    waiting = [(source, 0)]
+    while waiting:
+        folder, depth = waiting.pop()
+        names = _listing(folder, str(folder), skips)
+        if {"params.json", "result.json"} & set(names) or any(_CHECKPOINT.fullmatch(n) for n in names):
+            yield folder
+            continue
+        below = [folder / n for n in names if not (folder / n).is_symlink() and (folder / n).is_dir()]
+        if depth < _DEEPEST:
+            waiting += [(path, depth + 1) for path in sorted(below, reverse=True)]
+
+
+def _listing(folder: Path, where: str, skips: Skips) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError as error:
+        skips.add(where, "unreadable folder", error.strerror or str(error))
+        return []
+
+
+def _read(file: Path) -> State:
+    with InertFile(file) as opened:
+        return state_of(opened.root)
+
+
+def _json(file: Path) -> Any:
+    try:
+        with open(file, "rb") as opened:
+            data = opened.read(_LARGEST_JSON + 1)
+        if len(data) > _LARGEST_JSON:
+            raise WslfastError(f"larger than {_LARGEST_JSON >> 20} MiB")
+        return data.decode("utf-8")
+    except OSError as error:
+        raise WslfastError(error.strerror or str(error)) from None
+    except UnicodeDecodeError:
+        raise WslfastError("not UTF-8") from None
+
+
+def _object(text: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _config(folder: Path, where: str, skips: Skips) -> dict[str, Any]:
+    file = folder / "params.json"
+    if not file.exists():
+        skips.add(f"{where}/params.json", "no params.json", "the model is read, its settings are unknown")
+        return {}
+    try:
+        value = _object(_json(file))
+    except WslfastError as error:
+        skips.add(f"{where}/params.json", "unreadable params.json", str(error))
+        return {}
+    if value is None:
+        skips.add(f"{where}/params.json", "unreadable params.json", "not a JSON object")
+    return value or {}
+
+
+def _results(folder: Path, where: str, skips: Skips) -> dict[int, Mapping[str, Any]]:
+    """Lines of ``result.json`` by training iteration; a later line of an iteration (a resumed trial) wins."""
+    file = folder / "result.json"
+    if not file.exists():
+        skips.add(f"{where}/result.json", "no result.json", "the model is read, its accuracies are unknown")
+        return {}
+    try:
+        lines = _json(file).splitlines()
+    except WslfastError as error:
+        skips.add(f"{where}/result.json", "unreadable result.json", str(error))
+        return {}
+    found: dict[int, Mapping[str, Any]] = {}
+    for number, line in enumerate(lines):
+        if not line.strip():
+            continue
+        value = _object(line)
+        if value is None:
+            skips.add(f"{where}/result.json:{number + 1}", "unreadable line of result.json")
+            continue
+        iteration = value.get("training_iteration", number)
+        if type(iteration) is int:
+            found[iteration] = value
+    return found
+
+
+def _properties(config: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, Any]:
+    values = {name: _number(result.get(name)) for name in _RESULTS}
+    train, test = values["train_acc"], values["test_acc"]
+    values["ggap"] = train - test if train is not None and test is not None else None
+    settings = {ours: config.get(name) for name, ours in _SETTINGS.items()}
+    return {**values, **{n: v if isinstance(v, str) else _number(v) for n, v in settings.items()}}
+
+
+def _number(value: Any) -> float | int | None:
+    ordinary = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+    return value if ordinary else None
