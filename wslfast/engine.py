@@ -115,7 +115,7 @@ def memory_budget(device: str) -> int:
 
 
 @lru_cache(maxsize=64)
-def _activation_elements(architecture: Architecture) -> int:
+def activation_elements(architecture: Architecture) -> int:
     """Numbers one (model, query) pair keeps for its backward."""
     if architecture.module is None:
         return plan.activation_elements(architecture.layers, architecture.input_shape)
@@ -135,7 +135,7 @@ def _activation_elements(architecture: Architecture) -> int:
 
 def models_per_chunk(architecture: Architecture, n: int, device: str) -> int:
     """Models whose activations, their gradients and one workspace fit the budget; at least one."""
-    per_model = 4 * (3 * n * _activation_elements(architecture) + 2 * architecture.num_weights)
+    per_model = 4 * (3 * n * activation_elements(architecture) + 2 * architecture.num_weights)
     return max(1, memory_budget(device) // per_model)
 
 
