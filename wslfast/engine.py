@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ._chunks import in_chunks
 from .architecture import Architecture
 from .errors import WslfastError, say_once
 from .kernels import cpu, plan, reference
@@ -202,13 +203,16 @@ def forward(weights: Tensor, queries: Tensor, architecture: Architecture, *, bac
         run = _FORWARD[choice.path]
         chunk = models_per_chunk(architecture, n, device)
         # the kernels chunk for themselves, and a loop without a graph holds one model's activations
-        if len(weights) <= chunk or choice.path == "triton" or (not graph and choice.path in ("loop", "cpu")):
+        if choice.path == "triton" or len(weights) == 0 or (not graph and choice.path in ("loop", "cpu")):
             return run(weights, queries, architecture)
-        pieces = []
-        for start in range(0, len(weights), chunk):
-            part = slice(start, start + chunk)
+        pieces: list[Tensor] = []
+
+        def piece(part: slice) -> None:
             arguments = (weights[part], queries[part] if own else queries, architecture)
-            pieces.append(checkpoint(run, *arguments, use_reentrant=False) if graph else run(*arguments))
+            again = graph and part.stop - part.start < len(weights)  # recomputed only where not all fits
+            pieces.append(checkpoint(run, *arguments, use_reentrant=False) if again else run(*arguments))
+
+        in_chunks(len(weights), chunk, piece)
         return torch.cat(pieces)
 
 
@@ -243,8 +247,8 @@ def loss_and_gradient(
         chunk = models_per_chunk(architecture, queries.shape[1] if own else queries.shape[0], device)
         chunk = 1 if choice.path == "functional" and device == "cpu" else chunk  # a loop either way; one graph at a time
         losses, gradient = weights.new_empty(len(weights)), torch.empty_like(weights, memory_format=torch.contiguous_format)
-        for start in range(0, len(weights), chunk):
-            part = slice(start, start + chunk)
+
+        def piece(part: slice) -> None:
             with torch.enable_grad():
                 rows = weights[part].detach().requires_grad_()
                 outputs = _FORWARD[choice.path](rows, queries[part] if own else queries, architecture)
@@ -252,6 +256,8 @@ def loss_and_gradient(
                 # models are independent: the gradient of the sum is each model's own
                 (gradient[part],) = torch.autograd.grad(values.sum(), rows)
             losses[part] = values.detach()
+
+        in_chunks(len(weights), chunk, piece)
         return losses, gradient
 
 
@@ -263,13 +269,15 @@ def _gathered(
     losses, gradient = weights.new_empty(len(weights)), torch.empty_like(weights, memory_format=torch.contiguous_format)
     per_model = pool.element_size() * index.shape[1] * math.prod(architecture.input_shape)
     chunk = max(1, memory_budget(weights.device.type) // (4 * per_model))
-    for start in range(0, len(weights), chunk):
-        part = slice(start, start + chunk)
+
+    def piece(part: slice) -> None:
         with region("gather"):
             own = pool.index_select(0, index[part].reshape(-1)).unflatten(0, index[part].shape)
         losses[part], gradient[part] = loss_and_gradient(
             weights[part], own, targets[part], architecture, criterion, temperature=temperature, backend=backend
         )
+
+    in_chunks(len(weights), chunk, piece)
     return losses, gradient
 
 
