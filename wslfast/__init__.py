@@ -86,8 +86,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "profiling":
-        return importlib.import_module(f"{__name__}.profiling")
+    if name in ("profiling", "sane"):
+        return importlib.import_module(f"{__name__}.{name}")
     if name in _HOME:
         value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
         globals()[name] = value  # the next access is a plain attribute

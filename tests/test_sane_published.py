@@ -1,0 +1,110 @@
+"""The published code itself beside ours, where ``WSLFAST_SANE_SRC`` points to a clone of it; skipped elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import drop_in, published_code
+from wslfast import sane
+
+FOUND = published_code.available()
+pytestmark = pytest.mark.skipif(not FOUND, reason=f"{published_code.VARIABLE} names no clone of the published code")
+paper = pytest.mark.skipif("shrp" not in FOUND, reason="needs a clone of ICLR_WSL_2025-Structure_is_not_enough")
+original = pytest.mark.skipif("SANE" not in FOUND, reason="needs a clone of SANE")
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+    torch.set_num_threads(threads)
+
+
+@paper
+def test_every_item_has_the_published_value() -> None:
+    for item, theirs, ours in [*drop_in.part_rows("shrp"), *drop_in.behaviour_rows("shrp", 4, 5)]:
+        row = drop_in.compare(item, theirs, ours, 1, lambda: 0.0)
+        # rsq averages ratios of nearly equal numbers, and the probe's best penalty decides a rounding
+        tolerance = 1e-3 if "rsq" in item or "probe" in item else 1e-4
+        assert row.difference <= tolerance, row
+
+
+@paper
+def test_training_steps_under_the_patch_have_the_published_losses() -> None:
+    row, shares = drop_in.step("shrp", 3, 5, 3, iter(range(10_000)).__next__)
+    assert row.difference <= 1e-4
+    assert len(shares) == 2
+    assert sane.report() == []
+
+
+@paper
+def test_initial_values_of_a_seed_are_the_published_ones() -> None:
+    for kind in ("pytorch", "gpt2"):
+        made = []
+        for make in (published_code.module("shrp", "models.def_AE").AE, sane.AE):
+            torch.manual_seed(3)
+            made.append(make(drop_in.PAPER | {"ae:transformer_type": kind, "ae:num_layers": 2}).state_dict())
+        assert list(made[0]) == list(made[1])
+        assert all(torch.equal(a, b) for a, b in zip(made[0].values(), made[1].values()))
+
+
+@paper
+def test_states_are_read_both_ways() -> None:
+    assert "equal" in drop_in.state_row("shrp")
+
+
+@paper
+def test_views_are_drawn_and_corrupted_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs, basin = (published_code.module("shrp", name) for name in ("datasets.augmentations", "git_re_basin.git_re_basin"))
+    monkeypatch.setattr(theirs, "ProgressBar", lambda total: type("Bar", (), {"actor": published_code._Actor()}))
+    checkpoint, _, x, _, _ = drop_in.case("CNN3", 2)
+    torch.manual_seed(1)
+    expected, _ = theirs.precompute_permutations(checkpoint, 2, basin.zoo_cnn_large_permutation_spec(), 0, False)
+    torch.manual_seed(1)
+    maps, _ = sane.precompute_permutations(checkpoint, 2, sane.zoo_cnn_large_permutation_spec(), 0, False)
+    assert all(torch.equal(a, b) for a, b in zip(maps, expected))
+    assert torch.equal(sane.permute_model_vector(x[0], 3, 50, maps[0]), theirs.permute_model_vector(x[0], 3, 50, expected[0]))
+
+
+@paper
+@pytest.mark.parametrize(
+    "name",
+    ["zoo_cnn", "zoo_cnn_large", "zoo_lenet", "resnet18", "resnet34", "MiniAlexNet"],
+)
+def test_specs_are_the_published_ones(name: str) -> None:
+    basin = published_code.module("shrp", "git_re_basin.git_re_basin")
+    theirs, ours = (getattr(m, f"{name}_permutation_spec")() for m in (basin, sane))
+    assert ours.axes_to_perm == theirs.axes_to_perm
+    assert ours.perm_to_axes == theirs.perm_to_axes
+
+
+@original
+def test_sane_itself_trains_alike_under_the_patch() -> None:
+    module = published_code.module("SANE", "models.def_AE_module")
+    _, _, x, mask, p = drop_in.case("CNN3", 6)
+    batch = (x[:3], mask[:3], p[:3], x[3:], mask[3:], p[3:])
+    config = drop_in.PAPER | {"ae:num_layers": 2, "ae:d_model": 32, "trainset::batchsize": 3}
+
+    def run() -> list[dict[str, Any]]:
+        made = module.AEModule(config)
+        made.model.train()
+        torch.manual_seed(2)
+        return [{k: float(v) for k, v in made.train_step(*batch).items()} for _ in range(2)]
+
+    expected = run()
+    with sane.patched():
+        assert {row["package"] for row in sane.report()} >= {"SANE"}
+        found = run()
+    for a, b in zip(expected, found):
+        assert set(a) == set(b)
+        assert a["loss/loss"] == pytest.approx(b["loss/loss"], rel=1e-4)

@@ -1,0 +1,82 @@
+"""Query images of a behaviour loss: uniform noise, images of a data set, or half of each.
+
+The published code makes a shuffled DataLoader and takes its first batch, at every step. Here the images lie in one tensor and
+the same ones are gathered: the same draws from torch's generator lead to the same indices.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import describe, require, say_once
+
+KINDS = ("random", "data", "union")
+
+
+class Queries:
+    """Draws ``[n, *shape]`` query images.
+
+    Args:
+        kind: ``"random"``, ``"data"`` or ``"union"``.
+        n: images a draw; of a union each half has ``(n + 1) // 2``.
+        shape: of one image.
+        dump: for data and unions: images ``[Q, C, H, W]``, a data set of (image, label), or a file of either or of
+            ``{"trainset": data set}``. Files are read with ``weights_only=True``; a ``TensorDataset`` in one is let through.
+    """
+
+    def __init__(self, kind: str, n: int, shape: tuple[int, ...], dump: Any) -> None:
+        require(kind in KINDS, f"queryset: expected one of {list(KINDS)}, got {kind!r}")
+        require(isinstance(n, int) and not isinstance(n, bool) and n >= 1, f"n_queries: expected a positive integer, got {n!r}")
+        self.kind, self.shape = kind, shape
+        if kind == "union" and n % 2:
+            say_once(f"wslfast.sane: a union of queries needs an even number; {n} becomes {n + 1}", logging.WARNING)
+        self.n = (n + 1) // 2 if kind == "union" else n
+        self.images: Tensor | None = None
+        if kind != "random":
+            require(dump is not None, f"dump: expected images, a data set or a file for queryset {kind!r}, got None")
+            self.images = _images(dump, shape)
+
+    def draw(self) -> Tensor:
+        """The next images, on the CPU in float32 (in a data set's dtype)."""
+        if self.kind == "random":
+            return self._noise()
+        if self.kind == "data":
+            return self._data()
+        return torch.cat([self._noise(), self._data()])
+
+    def _noise(self) -> Tensor:
+        return torch.rand(self.n, *self.shape)
+
+    def _data(self) -> Tensor:
+        assert self.images is not None
+        # what a fresh DataLoader iterator takes from the generator: its workers' seed, then its sampler's
+        torch.empty((), dtype=torch.int64).random_()
+        seed = int(torch.empty((), dtype=torch.int64).random_())
+        order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(seed))
+        return self.images[order[: self.n]]
+
+
+def _images(dump: Any, shape: tuple[int, ...]) -> Tensor:
+    if isinstance(dump, (str, Path)):
+        require(Path(dump).is_file(), f"dump: expected a file of images, got {str(dump)!r}")
+        with torch.serialization.safe_globals([torch.utils.data.TensorDataset]):  # tensors, and a list of them
+            dump = torch.load(dump, map_location="cpu", weights_only=True)
+    if isinstance(dump, dict):
+        require("trainset" in dump, f"dump: expected a key 'trainset', got {sorted(map(str, dump))[:5]}")
+        dump = dump["trainset"]
+    if isinstance(dump, torch.utils.data.TensorDataset):
+        dump = dump.tensors[0]
+    if not isinstance(dump, Tensor):
+        require(isinstance(dump, Iterable) or hasattr(dump, "__getitem__"), f"dump: expected images or a data set, got {describe(dump)}")
+        dump = torch.stack([torch.as_tensor(dump[j][0]) for j in range(len(dump))])
+    require(
+        dump.ndim == len(shape) + 1 and tuple(dump.shape[1:]) == shape and len(dump) > 0 and dump.is_floating_point(),
+        f"dump: expected floating images [Q, {', '.join(map(str, shape))}], got {describe(dump)}",
+    )
+    return dump.detach().cpu()

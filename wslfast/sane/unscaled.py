@@ -1,0 +1,64 @@
+"""The losses of the package ``SANE`` itself, which has no behaviour term, no positions and no first-value scale.
+
+A script of that package changes its import to this module; ``wslfast.sane`` has the paper's versions (package ``shrp``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from . import losses, structure
+from .semantics import Choice, Semantics
+
+__all__ = ["GammaContrastReconLoss", "MaskedReconLoss", "NT_Xent", "NT_Xent_pos"]
+
+
+class MaskedReconLoss(structure.MaskedReconLoss):
+    """Squared difference of tokens as SANE has it: ``{"loss_recon", "rsq"}``."""
+
+    _paper = False
+
+    def __init__(self, reduction: str, *, semantics: Choice = "published", **flags: bool) -> None:
+        super().__init__(reduction, semantics=semantics, **{"first_value_scale": False} | flags)
+
+    def forward(self, output: Tensor, target: Tensor, mask: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        """Tokens ``[k, T, D]`` of reconstructions and originals, and the mask of that shape."""
+        return super().forward(output, target, mask)
+
+
+class NT_Xent(losses.NT_Xent):
+    """NT-Xent, in its own unit."""
+
+    def __init__(self, batch_size: int, temperature: float, *, semantics: Choice = "published", **flags: bool) -> None:
+        super().__init__(batch_size, temperature, semantics=semantics, **{"first_value_scale": False} | flags)
+
+
+class NT_Xent_pos(losses.NT_Xent_pos):
+    """The ``"positive"`` contrast, in its own unit."""
+
+    def __init__(self, batch_size: int, temperature: float, *, semantics: Choice = "published", **flags: bool) -> None:
+        super().__init__(batch_size, temperature, semantics=semantics, **{"first_value_scale": False} | flags)
+
+
+class GammaContrastReconLoss(losses.GammaContrastReconLoss):
+    """``gamma`` times the contrast plus ``1 - gamma`` times the structural loss."""
+
+    _paper = False
+
+    def __init__(
+        self, gamma: float, reduction: str, batch_size: int, temperature: float, contrast: str = "simclr",
+        z_var_penalty: float = 0.0, z_norm_penalty: float = 0.0, *, semantics: Choice = "published", **flags: bool,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            gamma, reduction, batch_size, temperature, contrast, z_var_penalty, z_norm_penalty, beta=1.0,
+            semantics=semantics, **{"first_value_scale": False} | flags,  # type: ignore[arg-type]
+        )  # fmt: skip
+
+    def _reconstruction(self, beta: float, reduction: str, semantics: Semantics, **behaviour: Any) -> nn.Module:
+        return MaskedReconLoss(reduction, semantics=semantics, first_value_scale=semantics.first_value_scale)
+
+    def forward(self, z_i: Tensor, z_j: Tensor, y: Tensor, t: Tensor, m: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        """Projections ``[k, d]`` of two views; reconstructions, targets and mask ``[2k, T, D]``."""
+        return super().forward(z_i, z_j, y, t, m)

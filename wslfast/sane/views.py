@@ -1,0 +1,80 @@
+"""Which models of a batch are one function in two views, so that an original need not run twice.
+
+Channels are ordered layer by layer, by a number that their own row alone decides (part of its product with a fixed vector, the
+inputs being in that order already). The two orders say which channel of one model would be which of the other; if the weights
+then agree to the bit, the two are permutations of each other, and so the same function. Where orders have ties, weights differ and
+both are run.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..architecture import Architecture
+from ..kernels import plan
+from ..permutation import hidden_channels
+
+_COLUMNS = 32  # of a row decide its channel's place: enough to tell channels apart
+
+
+def shared_functions(rows: Tensor, architecture: Architecture) -> tuple[Tensor | None, Tensor | None]:
+    """For weights ``[k, P]`` whose second half may be views of the first: rows to run, and for each model the one that serves it.
+
+    Returns:
+        ``(first, of)``: indices ``[m]`` into ``rows`` and ``[k]`` into those; ``(None, None)`` if nothing is shared.
+    """
+    k = len(rows)
+    half = k // 2
+    if k % 2 or k == 0:
+        return None, None
+    same = same_functions(rows, architecture)
+    if not bool(same.any()):
+        return None, None
+    low = torch.arange(half, device=rows.device)
+    first = torch.cat([low, half + (~same).nonzero().flatten()])
+    return first, torch.cat([low, torch.where(same, low, half + (~same).cumsum(0) - 1)])
+
+
+def same_functions(rows: Tensor, architecture: Architecture) -> Tensor:
+    """``[k / 2]``: whether model j and model k / 2 + j are views of one another. One with a NaN is not even one of itself."""
+    k, half = len(rows), len(rows) // 2
+    sizes = hidden_channels(architecture)
+    if not sizes or 0 in sizes:
+        return (rows[:half] == rows[half:]).all(1)
+    same = torch.ones(half, dtype=torch.bool, device=rows.device)
+    model = torch.arange(half, device=rows.device).unsqueeze(1)
+    order: Tensor | None = None  # of the layer's input channels, [k, channels]
+    partner: Tensor | None = None  # the first view's input channel that is the second's, [k / 2, channels]
+    layers = [slots for slots in plan.layer_slots(architecture.layers) if slots.weight is not None]
+    for position, slots in enumerate(layers):
+        assert slots.weight is not None
+        out = slots.weight.shape[0]
+        w = rows[:, slots.weight.offset : slots.weight.stop].view(k, out, -1)
+        b = rows.new_zeros(k, out) if slots.bias is None else rows[:, slots.bias.offset : slots.bias.stop]
+        few = w[:, :, :_COLUMNS] if order is None else _columns(w, order, -(-_COLUMNS * order.shape[1] // w.shape[2]))
+        mine, mine_b = w[:half], b[:half]
+        if position < len(sizes):
+            # summed along the row in one fixed order, whatever the row's place: equal rows have equal sums to the bit
+            order = ((few * _vector(few.shape[2], rows)).sum(2) + b).argsort(1)
+            moved = order[:half].gather(1, order[half:].argsort(1))
+            mine, mine_b = mine[model, moved], mine_b[model, moved]
+        else:
+            moved = None
+        if partner is not None:
+            mine = _columns(mine, partner, partner.shape[1])
+        same &= (mine == w[half:]).flatten(1).all(1) & (mine_b == b[half:]).all(1)
+        partner = moved
+    return same
+
+
+def _columns(w: Tensor, order: Tensor, count: int) -> Tensor:
+    """The first ``count`` input channels of ``w [k, out, width]`` in an order; kernels, and after a flatten whole feature maps,
+    move with their channel."""
+    blocks = w.reshape(*w.shape[:2], order.shape[1], -1)
+    index = order[:, None, :count, None].expand(-1, blocks.shape[1], -1, blocks.shape[3])
+    return blocks.gather(2, index).flatten(2)
+
+
+def _vector(width: int, like: Tensor) -> Tensor:
+    return torch.arange(1, width + 1, device=like.device, dtype=like.dtype).mul(0.7548776662).sin()
