@@ -1,31 +1,80 @@
-"""``python -m benchmarks --suite cpu --out DIR``: the rows go to DIR/<suite>.csv, a table to the screen."""
+"""``python -m benchmarks``: run a suite here; ``compare``: two CSVs; ``readme``: README.md from the tracked rows."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
-from . import bench_loss, zoo_building
-from .recording import table, write_rows
+import torch
+
+from . import compare, readme
+from .recording import DATA, Row, merge, read_rows, show
+from .suites import GPU_SECTIONS, SECTIONS, run_cpu, run_gpu
 
 
-def main() -> None:
-    """Run a suite."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="wslfast beside what one would use instead, here")
-    parser.add_argument("--suite", choices=("quick", "cpu"), default="quick", help="quick: a minute; cpu: all sizes, half an hour")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="folder for the CSV (%(default)s)")
-    parser.add_argument("--only", choices=("loss", "zoo"), help="one half of the suite")
-    options = parser.parse_args()
-    rows = []
-    if options.only != "zoo":
-        rows += bench_loss.suite(options.suite, lambda line: print(line, flush=True))
-    if options.only != "loss":
-        rows += zoo_building.suite(options.suite, lambda line: print(line, flush=True))
+def _run(options: argparse.Namespace) -> int:
+    cuda = options.suite == "gpu"
+    if cuda and not torch.cuda.is_available():
+        print("python -m benchmarks: no CUDA device here, --suite gpu has nothing to run on", file=sys.stderr)
+        return 2
+    known = GPU_SECTIONS if cuda else SECTIONS
+    unknown = sorted(set(options.only) - set(known))
+    if unknown:
+        print(
+            f"python -m benchmarks: --only: expected some of {', '.join(known)} for --suite {options.suite}, got {unknown}", file=sys.stderr
+        )
+        return 2
     path = options.out / f"{options.suite}.csv"
-    write_rows(rows, path)
-    print(table(rows))
+    if path.exists() and not options.only:
+        path.unlink()  # a whole run begins anew; a section alone replaces its own rows
+    try:
+        before = read_rows(path) if path.exists() else []
+    except ValueError as error:
+        print(f"python -m benchmarks: {error}", file=sys.stderr)
+        return 2
+    rows: list[Row] = []
+
+    def emit(new: list[Row]) -> None:
+        merge(path, new)
+        rows.extend(new)
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    if cuda:
+        run_gpu(options.only, before, emit, say, options.out)
+    else:
+        run_cpu(options.suite, options.only, before, emit, say)
+    clock = "gpu_ms" if cuda else "wall_ms"
+    show([row for row in rows if row.metric == clock or row.provider == "ceiling" or row.direction in ("step", "zoo")])
     print(f"{len(rows)} rows in {path}")
+    if options.page:
+        from .page import write_page
+
+        print(write_page(read_rows(path), options.out / f"{options.suite}.html"))
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; returns its exit status."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["compare"]:
+        return compare.main(given[1:])
+    if given[:1] == ["readme"]:
+        return readme.main(given[1:])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description="wslfast beside what one would use instead, on this machine",
+        epilog="also: python -m benchmarks compare A.csv B.csv; python -m benchmarks readme",
+    )  # fmt: skip
+    parser.add_argument("--suite", choices=("quick", "cpu", "gpu"), default="quick", help="quick: a minute; cpu: about ten; gpu: hours")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/benchmarks"), help=f"folder of CSV and page (%(default)s; tracked rows: {DATA})"
+    )
+    parser.add_argument("--no-page", dest="page", action="store_false", help="rows alone, no HTML page")
+    parser.add_argument("--only", nargs="+", default=[], metavar="SECTION", help=f"{', '.join(SECTIONS)}; gpu: {', '.join(GPU_SECTIONS)}")
+    return _run(parser.parse_args(given))
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

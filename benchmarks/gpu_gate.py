@@ -1,20 +1,20 @@
-"""The GPU gate, ``make gpu``: tests that need a GPU, then the torch providers side by side, in one go of under ten minutes.
+"""The GPU gate, ``make gpu``: the GPU tests, then the core of the suite, then one profiled training step, in one go of under ten minutes.
 
-Plain ``python3`` with ``PYTHONPATH=.``; needs torch and nothing else (tests are skipped where pytest is missing). Rows go to
-``${OUT:-benchmarks/data}/gpu.csv``, a short table to the screen last. A provider that fails the gate, fails, or runs out of memory
-is a row that says so. Without a GPU: one line, no rows, exit status 0.
+Plain ``python3`` with ``PYTHONPATH=.``; needs torch, numpy, einops and safetensors (tests are skipped where pytest is missing, kernels
+where triton is). Every part runs in processes of its own, has its own time, and writes its rows to ``${OUT:-benchmarks/data}/gpu.csv``
+as soon as it has them; what fails, runs out of memory or of time is a row that says so. ``--only PART...`` runs some parts, replacing
+their rows. Without a GPU: one line, no rows, exit status 0.
 """
 
 from __future__ import annotations
 
+import argparse
+import gzip
 import importlib.util
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 try:
@@ -24,100 +24,127 @@ except ModuleNotFoundError:
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import providers
-from benchmarks.bench_loss import CACHED, RECOMPUTED
-from benchmarks.recording import ROOT, Row, environment, quantiles, table, write_rows
+from benchmarks import derived, suites, tables, workers
+from benchmarks.recording import DATA, ROOT, Row, merge, read_rows
 
-NET, N, KS, PRECISIONS = "cnn3", 256, (128, 1024), ("fp32", "tf32")
-NAMES = ("published", "vmap", "compiled vmap", "grouped", "wslfast", "wslfast-triton")
-BOUNDS = {"fp32": 1e-4, "tf32": 8e-2}  # whole gradient; TF32 flips argmax near-ties of the first convolution
-TEST_SECONDS, TIMING_SECONDS, REPEATS = 200, 300, 7
+# the share of the time that each part may take, in seconds of a whole run; what a part leaves goes to those after it
+PARTS = {"tests": 150.0, "ceilings": 30.0, "core": 205.0, "nets": 40.0, "growth": 50.0, "step": 45.0, "zoo": 25.0}
+TOTAL_S = sum(PARTS.values())
+CELL_S = 60.0  # one provider on one shape, compilation included
 
 
-def run_tests() -> int:
+def allowance(provider: str) -> float:
+    """Seconds that one provider's cells of a part may take."""
+    if provider in suites.KERNELS:
+        return 60.0
+    return 70.0 if provider == "vmap-compiled" else 20.0
+
+
+def _run(command: list[str], log: Path, seconds: float) -> int:
+    """Run a command of ours into a log; its exit status, or 124 where it had to be stopped."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    with log.open("w") as file:
+        try:
+            done = subprocess.run(
+                [sys.executable, *command],
+                cwd=ROOT,
+                env=environment,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                timeout=max(seconds, 5.0),
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return 124
+    return done.returncode
+
+
+def run_tests(log: Path, seconds: float) -> int:
     """``pytest -m gpu`` in its own process; 0 if there is no pytest."""
     if importlib.util.find_spec("pytest") is None:
         print("gpu tests: skipped, pytest is not installed")
         return 0
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "tests/gpu"]
-    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
-    try:
-        status = subprocess.run(command, cwd=ROOT, timeout=TEST_SECONDS, check=False, env=environ).returncode
-    except subprocess.TimeoutExpired:
-        print(f"gpu tests: stopped after {TEST_SECONDS} s")
-        return 1
+    status = _run(["-m", "pytest", "-m", "gpu", "-q", "--tb=short", "-p", "no:cacheprovider", "tests/gpu"], log, seconds)
+    print("\n".join(log.read_text().splitlines()[-12:]))
     return 0 if status == 5 else status  # 5: no test carries the mark
 
 
-def timed(call: Callable[[], object]) -> tuple[list[float], float]:
-    """Milliseconds of ``REPEATS`` calls after two untimed ones (CUDA events), and the peak of their memory in GB."""
-    for _ in range(2):
-        call()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    held = torch.cuda.memory_allocated()
-    times = []
-    for _ in range(REPEATS):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop))
-        if sum(times) > 20_000 and len(times) >= 3:
-            break
-    return times, (torch.cuda.max_memory_allocated() - held) / 1e9
+def run_section(name: str, out: Path, seconds: float) -> None:
+    """A section of ``--suite gpu`` in its own process, its rows into ``gpu.csv``."""
+    log = out / "gpu_sections.log"
+    status = _run(["-m", "benchmarks", "--suite", "gpu", "--only", name, "--out", str(out), "--no-page"], log, seconds)
+    if status:
+        tail = log.read_text().splitlines()[-6:]
+        print("\n".join([f"{name}: {'out of time' if status == 124 else f'failed ({status})'}", *tail]), flush=True)
 
 
-def measure(name: str, k: int, precision: str, deadline: float) -> list[Row]:
-    """Time and memory of one provider, targets recomputed and cached."""
-    architecture = providers.ARCHITECTURES[NET]()
-    row = Row(name, NET, k, N, "", precision, "ms", **environment(cuda=True))
-    if time.monotonic() > deadline:
-        return [replace(row, note="not run: out of time")]
-    try:
-        with providers.matmul_precision(precision):
-            case = next(providers.cases(architecture, 4, 16, "cuda"))
-            error = providers.relative_error(name, (*case, architecture))
-            if error > BOUNDS[precision]:
-                return [replace(row, relative_error=error, note=f"gate: error above {BOUNDS[precision]:g}, not timed")]
-            weights, original, queries = next(providers.cases(architecture, k, N, "cuda"))
-            targets = torch.randn(k, N, architecture.num_classes, device="cuda")
-            rows = []
-            for direction, given in ((RECOMPUTED, None), (CACHED, targets)):
-                if name == "published" and given is not None:
-                    continue  # the published algorithm always recomputes
-                times, peak = timed(partial(providers.PROVIDERS[name], weights, original, queries, given, architecture))
-                median, low, high = quantiles(times)
-                done = replace(row, direction=direction, relative_error=error)
-                rows.append(replace(done, median=median, p20=low, p80=high, note=f"{len(times)} repeats"))
-                rows.append(replace(done, metric="peak GB", median=float(f"{peak:.3g}")))
-            return rows
-    except torch.cuda.OutOfMemoryError:
-        return [replace(row, note="out of memory")]
-    except Exception as error:  # a row that says why is worth more than a gate that stops
-        return [replace(row, note=f"failed: {type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}")]
-    finally:
-        torch.cuda.empty_cache()
+def run_cells(name: str, out: Path, deadline: float) -> None:
+    """The gate and the clocks for the cells of a part."""
+    path = out / "gpu.csv"
+    best = [row for row in (read_rows(path) if path.exists() else []) if row.provider == "ceiling"]
+
+    def emit(rows: list[Row]) -> None:
+        merge(path, rows)
+        clock = next((r for r in rows if r.metric == "gpu_ms"), rows[0])
+        said = f"{clock.median} ms, error {clock.relative_error}" if clock.value is not None else clock.details
+        print(f"{clock.provider} {clock.architecture} k={clock.k} n={clock.n} {clock.precision} {clock.variant}: {said}", flush=True)
+
+    workers.run(
+        suites.GPU_CELLS[name](), emit, device="cuda", deadline=deadline, cell_s=CELL_S, provider_s=allowance, figure_s=0.4, best=best
+    )
+
+
+def pack_trace(out: Path) -> None:
+    """Make the profile of the step two small files: ``trace.json.gz`` and ``phases.json``."""
+    folder = out / "step"
+    if (folder / "trace.json").exists():
+        with gzip.open(out / "trace.json.gz", "wb") as file:
+            file.write((folder / "trace.json").read_bytes())
+        (folder / "trace.json").unlink()
+    if (folder / "phases.json").exists():
+        (folder / "phases.json").replace(out / "phases.json")
+        folder.rmdir()
+
+
+def summary(rows: list[Row]) -> str:
+    """The short table: bars, phases of the step, providers on the job at k=1024."""
+    gpu = derived.Rows(rows)
+    net, n = suites.JOB
+    job = derived.Rows(r for r in rows if (r.architecture, r.n, r.k) == (net, n, 1024) and r.precision in ("tf32", "fp16"))
+    step = [table for table in tables.others(gpu) if table.title == tables.STEP]
+    return "\n\n".join(map(tables.plain, [tables.bars(gpu), *step, *tables.losses(job, "loss+gradient")]))
 
 
 def main() -> int:
-    """Tests, timings, rows; the exit status is that of the tests."""
+    """All parts or some; the exit status is that of the tests."""
+    parser = argparse.ArgumentParser(description="GPU tests, then the core of the benchmark suite, in under ten minutes")
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), help="some parts")
+    options = parser.parse_args()
     if not torch.cuda.is_available():
         print("gpu gate: no CUDA device here, nothing was run")
         return 0
-    status = run_tests()
-    providers.PROVIDERS |= {"compiled vmap": providers.compiled_vmap, "wslfast-triton": providers.wslfast_triton}
-    deadline = time.monotonic() + TIMING_SECONDS
-    rows: list[Row] = []
-    for precision in PRECISIONS:
-        for k in KS:
-            for name in NAMES:
-                rows += measure(name, k, precision, deadline)
-                print(f"{name} k={k} {precision}: {rows[-1].note or 'done'}", flush=True)
-                write_rows(rows, Path(os.environ.get("OUT", ROOT / "benchmarks" / "data")) / "gpu.csv")  # kept if we are stopped
-    print(table(rows))
-    print(f"gpu gate: tests {'passed' if status == 0 else f'failed ({status})'}, {len(rows)} rows")
+    began, status = time.monotonic(), 0
+    out = Path(os.environ.get("OUT") or DATA)
+    out.mkdir(parents=True, exist_ok=True)
+    parts = [part for part in PARTS if part in options.only]
+    for i, part in enumerate(parts):
+        started = time.monotonic()
+        end = started + (began + TOTAL_S - started) * PARTS[part] / sum(PARTS[p] for p in parts[i:])
+        try:
+            if part == "tests":
+                status = run_tests(out / "gpu_tests.log", end - started)
+            elif part in suites.GPU_CELLS:
+                run_cells(part, out, end)
+            else:
+                run_section(part, out, end - started)
+                pack_trace(out)
+        except Exception as error:  # the parts to come are worth more than a gate that stops
+            print(f"{part}: failed: {type(error).__name__}: {error}", flush=True)
+        print(f"-- {part}: {time.monotonic() - started:.0f} s", flush=True)
+    rows = read_rows(out / "gpu.csv") if (out / "gpu.csv").exists() else []
+    if rows:
+        print(summary(rows))
+    print(f"gpu gate: tests {'passed' if status == 0 else f'failed ({status})'}, {len(rows)} rows, {time.monotonic() - began:.0f} s")
     return status
 
 

@@ -2,15 +2,17 @@
 
 A provider takes ``(weights [k, P], original [k, P], queries [n, C, H, W], targets [k, n, K] or None, architecture)`` and returns
 ``(losses [k], gradient [k, P])`` of the ``softmax_mse`` criterion (the published code's ``l2``). Without targets it computes the
-originals' outputs itself, in its own way.
+originals' outputs itself, with the forward pass it is registered with. One that cannot run raises, and says why.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import importlib
+import importlib.util
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Union
+from math import gcd
+from typing import Any, Union
 
 import torch
 import torch.nn.functional as F
@@ -19,44 +21,50 @@ from torch import Tensor
 from wslfast import engine
 from wslfast.architecture import Architecture
 from wslfast.kernels import reference
-from wslfast.kernels.plan import layer_slots
+from wslfast.kernels.plan import Activation, Conv2d, Flatten, Linear, Pool2d, layer_slots
 
-CRITERION = "softmax_mse"
+from .cases import CRITERION
+
 Result = tuple[Tensor, Tensor]
 Provider = Callable[[Tensor, Tensor, Tensor, Union[Tensor, None], Architecture], Result]
+Forward = Callable[[Tensor, Tensor, Architecture], Tensor]
 PROVIDERS: dict[str, Provider] = {}
+FORWARDS: dict[str, Forward] = {}
+OURS = ("wslfast-torch", "wslfast-triton-layerwise", "wslfast-triton-network")
+_GAIN = 2.0**14  # gradients of a mean underflow fp16; what GradScaler does, a power of two and exact
 
 
-def provider(name: str) -> Callable[[Provider], Provider]:
-    """Register a provider under its name in tables."""
+class Unavailable(Exception):
+    """Raised by a provider that this machine or this case is not for."""
+
+
+def provider(name: str, forward: Forward) -> Callable[[Provider], Provider]:
+    """Register a provider under its name in tables, with its forward pass ``(weights, queries, architecture) -> [k, n, K]``."""
 
     def register(function: Provider) -> Provider:
-        PROVIDERS[name] = function
+        PROVIDERS[name], FORWARDS[name] = function, forward
         return function
 
     return register
 
 
-def float64_loop(weights: Tensor, original: Tensor, queries: Tensor, architecture: Architecture) -> Result:
-    """What every provider is checked against."""
-    layers, queries = architecture.layers, queries.double()
-    targets = reference.forward(original.double(), queries, layers)
-    return reference.loss_and_gradient(weights.double(), queries, targets, layers, CRITERION)
+def _differentiated(forward: Forward, weights: Tensor, queries: Tensor, targets: Tensor, architecture: Architecture) -> Result:
+    """Losses and gradient by autograd through ``forward``."""
+    rows = weights.detach().requires_grad_()
+    values = reference.criterion_values(forward(rows, queries, architecture).float(), targets, CRITERION)
+    (gradient,) = torch.autograd.grad(_GAIN * values.sum(), rows)  # models are independent: the sum's gradient is each model's own
+    return values.detach(), gradient / _GAIN
 
 
-def relative_error(name: str, case: tuple[Tensor, Tensor, Tensor, Architecture], cached: bool = False) -> float:
-    """The gate: relative L2 of the gradient (or of the losses, if that is worse) against the float64 loop; inf if not finite."""
-    weights, original, queries, architecture = case
-    losses, truth = float64_loop(weights, original, queries, architecture)
-    targets = reference.forward(original, queries, architecture.layers) if cached else None
-    found, gradient = PROVIDERS[name](weights, original, queries, targets, architecture)
-    if not (found.isfinite().all() and gradient.isfinite().all()):
-        return float("inf")
-    errors = [((a.double() - b).norm() / b.norm()).item() for a, b in ((found, losses), (gradient, truth))]
-    return float(f"{max(errors):.2g}")
+def _targets(name: str, original: Tensor, queries: Tensor, targets: Tensor | None, architecture: Architecture) -> Tensor:
+    """The targets given, else what the provider's own forward pass makes of the originals."""
+    if targets is not None:
+        return targets
+    with torch.no_grad():
+        return FORWARDS[name](original, queries, architecture).float()
 
 
-# -- the published algorithm -------------------------------------------------------------------------------------------
+# -- the published algorithm -----------------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=16)
@@ -85,7 +93,7 @@ def to_tokens(weights: Tensor, architecture: Architecture) -> Tensor:
     return tokens
 
 
-def _from_tokens(tokens: Tensor, architecture: Architecture) -> Tensor:
+def from_tokens(tokens: Tensor, architecture: Architecture) -> Tensor:
     """One model's row ``[P]`` from its tokens ``[T, D]``: rows picked by index, padding dropped."""
     starts, _ = _recipe(architecture)
     pieces, position = [], 0
@@ -101,148 +109,280 @@ def _from_tokens(tokens: Tensor, architecture: Architecture) -> Tensor:
     return torch.cat(pieces)
 
 
-@provider("published")
+def _published_forward(weights: Tensor, queries: Tensor, architecture: Architecture) -> Tensor:
+    def one(tokens: Tensor) -> Tensor:
+        return reference.forward_one(from_tokens(tokens, architecture), queries, architecture.layers)
+
+    return torch.vmap(one)(to_tokens(weights, architecture))
+
+
+@provider("published", _published_forward)
 def published(weights: Tensor, original: Tensor, queries: Tensor, targets: Tensor | None, architecture: Architecture) -> Result:
     """The published loss, restated: vmap over models of token decoding and the network, originals run again at every call.
 
-    Probabilities pass through nan_to_num, and non-finite models leave the mean. Targets that are given are not used: the
-    published algorithm has no place for them.
+    Probabilities pass through nan_to_num, and non-finite models leave the mean.
     """
+    if targets is not None:
+        raise Unavailable("the published algorithm has no place for given targets")
     tokens = to_tokens(weights, architecture).requires_grad_()
 
     def one(output: Tensor, target: Tensor) -> Tensor:
         with torch.no_grad():
-            wanted = reference.forward_one(_from_tokens(target, architecture), queries, architecture.layers)
-        found = reference.forward_one(_from_tokens(output, architecture), queries, architecture.layers)
-        p, q = (torch.nan_to_num(x.softmax(-1), 0.0, 1.0, 0.0) for x in (found, wanted))
+            wanted = reference.forward_one(from_tokens(target, architecture), queries, architecture.layers)
+        found = reference.forward_one(from_tokens(output, architecture), queries, architecture.layers)
+        p, q = (torch.nan_to_num(x.float().softmax(-1), 0.0, 1.0, 0.0) for x in (found, wanted))
         return F.mse_loss(p, q)
 
     losses = torch.vmap(one)(tokens, to_tokens(original, architecture))
-    losses[losses.isfinite()].mean().backward()
+    (_GAIN * losses[losses.isfinite()].mean()).backward()
     assert tokens.grad is not None
     # of the mean over models, so each model's own gradient is k times that
-    gradient = torch.stack([_from_tokens(g, architecture) for g in tokens.grad * len(tokens)])
+    gradient = torch.vmap(lambda g: from_tokens(g, architecture))(tokens.grad * (len(tokens) / _GAIN))
     return losses.detach(), gradient
 
 
-# -- what one would write by hand --------------------------------------------------------------------------------------
+# -- what one would write by hand ------------------------------------------------------------------------------------------
 
 
 def _vmapped(weights: Tensor, queries: Tensor, targets: Tensor, architecture: Architecture) -> Result:
     def one(row: Tensor, target: Tensor) -> Tensor:
-        outputs = reference.forward_one(row, queries, architecture.layers)
-        return reference.criterion_values(outputs[None], target[None], CRITERION)[0]
+        outputs = reference.forward_one(row, queries, architecture.layers).float()
+        return _GAIN * reference.criterion_values(outputs[None], target[None], CRITERION)[0]
 
     gradient, losses = torch.vmap(torch.func.grad_and_value(one))(weights, targets)
-    return losses, gradient
+    return losses / _GAIN, gradient / _GAIN
 
 
 def _vmap_forward(weights: Tensor, queries: Tensor, architecture: Architecture) -> Tensor:
-    with torch.no_grad():
-        return torch.vmap(lambda row: reference.forward_one(row, queries, architecture.layers))(weights)
+    return torch.vmap(lambda row: reference.forward_one(row, queries, architecture.layers))(weights)
 
 
-@provider("vmap")
+@provider("vmap", _vmap_forward)
 def vmap(weights: Tensor, original: Tensor, queries: Tensor, targets: Tensor | None, architecture: Architecture) -> Result:
     """``torch.func``: vmap of grad over models."""
-    if targets is None:
-        targets = _vmap_forward(original, queries, architecture)
-    return _vmapped(weights, queries, targets, architecture)
+    return _vmapped(weights, queries, _targets("vmap", original, queries, targets, architecture), architecture)
 
 
 @lru_cache(maxsize=1)
-def _compiled() -> tuple[Callable[..., Result], Callable[..., Tensor]]:
-    return torch.compile(_vmapped, dynamic=False), torch.compile(_vmap_forward, dynamic=False)
+def _compiled(*_: object) -> tuple[Callable[..., Result], Callable[..., Tensor]]:
+    torch.compiler.reset()  # past eight shapes of one function the compiler would run it uncompiled, without a word
+    return torch.compile(_vmapped, dynamic=False, fullgraph=True), torch.compile(_vmap_forward, dynamic=False, fullgraph=True)
 
 
-def compiled_vmap(weights: Tensor, original: Tensor, queries: Tensor, targets: Tensor | None, architecture: Architecture) -> Result:
-    """The same under ``torch.compile``. Registered where a compiler can be expected (the GPU gate), not here."""
-    both, forward = _compiled()
-    if targets is None:
-        targets = forward(original, queries, architecture)
-    return both(weights, queries, targets, architecture)
+def _compiled_for(weights: Tensor, queries: Tensor, architecture: Architecture) -> tuple[Callable[..., Result], Callable[..., Tensor]]:
+    device = weights.device.type
+    half = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return _compiled(architecture.name, weights.shape, queries.shape, device, half, torch.get_float32_matmul_precision())
 
 
-@provider("grouped")
+def _compiled_forward(weights: Tensor, queries: Tensor, architecture: Architecture) -> Tensor:
+    return _compiled_for(weights, queries, architecture)[1](weights, queries, architecture)
+
+
+@provider("vmap-compiled", _compiled_forward)
+def vmap_compiled(weights: Tensor, original: Tensor, queries: Tensor, targets: Tensor | None, architecture: Architecture) -> Result:
+    """The same under ``torch.compile``, for one shape (needs a C++ compiler on a CPU)."""
+    targets = _targets("vmap-compiled", original, queries, targets, architecture)
+    return _compiled_for(weights, queries, architecture)[0](weights, queries, targets, architecture)
+
+
+def _grouped_forward(weights: Tensor, queries: Tensor, architecture: Architecture) -> Tensor:
+    return reference.forward_grouped(weights, queries, architecture.layers)
+
+
+@provider("grouped", _grouped_forward)
 def grouped(weights: Tensor, original: Tensor, queries: Tensor, targets: Tensor | None, architecture: Architecture) -> Result:
-    """All models in one call a layer: grouped convolutions, batched products, autograd."""
-    layers = architecture.layers
-    if targets is None:
-        with torch.no_grad():
-            targets = reference.forward_grouped(original, queries, layers)
-    rows = weights.detach().requires_grad_()
-    values = reference.criterion_values(reference.forward_grouped(rows, queries, layers), targets, CRITERION)
-    (gradient,) = torch.autograd.grad(values.sum(), rows)
-    return values.detach(), gradient
+    """All models in one call a layer: grouped convolutions (cuDNN, oneDNN), batched products, autograd."""
+    targets = _targets("grouped", original, queries, targets, architecture)
+    return _differentiated(_grouped_forward, weights, queries, targets, architecture)
 
 
-@provider("loop")
+def _unfolded_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, layer: Conv2d, k: int) -> Tensor:
+    """``[n, C, H, W]`` shared by all models or ``[k, n, C, H, W]`` -> ``[k, n, C', H', W']`` by unfolding and one product."""
+    if layer.groups != 1:
+        raise Unavailable("unfold-bmm is written for convolutions without groups")
+    columns = F.unfold(x.flatten(0, -4), layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+    if x.ndim == 4:
+        out = (weight.reshape(k * layer.out_channels, -1) @ columns).unflatten(1, (k, layer.out_channels)).transpose(0, 1)
+    else:
+        out = torch.einsum("koc,kncl->knol", weight.flatten(2), columns.unflatten(0, (k, -1)))
+    reach = [d * (size - 1) + 1 for d, size in zip(layer.dilation, layer.kernel_size, strict=True)]
+    height = (x.shape[-2] + 2 * layer.padding[0] - reach[0]) // layer.stride[0] + 1
+    out = out if bias is None else out + bias[:, None, :, None]
+    return out.unflatten(-1, (height, -1))
+
+
+def _unfold_forward(weights: Tensor, queries: Tensor, architecture: Architecture) -> Tensor:
+    k, x = len(weights), queries
+    for layer, slots in zip(architecture.layers, layer_slots(architecture.layers), strict=True):
+        weight = None if slots.weight is None else weights[:, slots.weight.offset : slots.weight.stop].unflatten(1, slots.weight.shape)
+        bias = None if slots.bias is None else weights[:, slots.bias.offset : slots.bias.stop]
+        if isinstance(layer, Conv2d):
+            assert weight is not None
+            x = _unfolded_convolution(x, weight, bias, layer, k)
+        elif isinstance(layer, Linear):
+            assert weight is not None
+            x = (x.expand(k, *x.shape) if x.ndim == 2 else x) @ weight.transpose(1, 2)
+            x = x if bias is None else x + bias.unsqueeze(1)
+        elif isinstance(layer, Pool2d):
+            pool = F.max_pool2d if layer.mode == "max" else F.avg_pool2d
+            x = pool(x.flatten(0, -4), layer.kernel_size, layer.stride).unflatten(0, x.shape[:-3])
+        elif isinstance(layer, Activation):
+            x = reference.activation(x, layer)
+        elif isinstance(layer, Flatten):
+            x = x.flatten(-3)
+    return x
+
+
+@provider("unfold-bmm", _unfold_forward)
+def unfold_bmm(weights: Tensor, original: Tensor, queries: Tensor, targets: Tensor | None, architecture: Architecture) -> Result:
+    """Convolutions as batched products of unfolded images, autograd."""
+    targets = _targets("unfold-bmm", original, queries, targets, architecture)
+    return _differentiated(_unfold_forward, weights, queries, targets, architecture)
+
+
+def _loop_forward(weights: Tensor, queries: Tensor, architecture: Architecture) -> Tensor:
+    return reference.forward(weights, queries, architecture.layers)
+
+
+def _looped(weights: Tensor, queries: Tensor, targets: Tensor, architecture: Architecture) -> Result:
+    """One model after another, its graph freed before the next begins."""
+    parts = [_differentiated(_loop_forward, w[None], queries, t[None], architecture) for w, t in zip(weights, targets, strict=True)]
+    losses, gradient = (torch.cat(part) for part in zip(*parts, strict=True))
+    return losses, gradient
+
+
+@provider("loop", _loop_forward)
 def loop(weights: Tensor, original: Tensor, queries: Tensor, targets: Tensor | None, architecture: Architecture) -> Result:
     """One model after another, autograd, images as they come (NCHW)."""
-    layers = architecture.layers
-    if targets is None:
-        with torch.no_grad():
-            targets = reference.forward(original, queries, layers)
-    return reference.loss_and_gradient(weights, queries, targets, layers, CRITERION)
+    return _looped(weights, queries, _targets("loop", original, queries, targets, architecture), architecture)
 
 
-@provider("loop-channels-last")
-def loop_channels_last(
-    weights: Tensor, original: Tensor, queries: Tensor, targets: Tensor | None, architecture: Architecture
-) -> Result:
+def _channels_last(queries: Tensor) -> Tensor:
+    return queries.contiguous(memory_format=torch.channels_last)
+
+
+@provider("loop-channels-last", lambda w, q, a: _loop_forward(w, _channels_last(q), a))
+def loop_channels_last(weights: Tensor, original: Tensor, queries: Tensor, targets: Tensor | None, architecture: Architecture) -> Result:
     """The same loop, the queries made channels-last once."""
-    return loop(weights, original, queries.contiguous(memory_format=torch.channels_last), targets, architecture)
+    return loop(weights, original, _channels_last(queries), targets, architecture)
 
 
-@provider("wslfast")
-def wslfast(
-    weights: Tensor, original: Tensor, queries: Tensor, targets: Tensor | None, architecture: Architecture, backend: str = "auto"
-) -> Result:
-    """The engine, as a user meets it."""
-    if targets is None:
-        with torch.no_grad():
-            targets = engine.forward(original, queries, architecture, backend=backend)
+class _Captured:
+    """A function of ``(rows, queries, *more)`` as a CUDA graph over some models at a time; its tensors stay where they are."""
+
+    def __init__(self, function: Callable[..., tuple[Tensor, ...]], *arguments: Tensor) -> None:
+        self.inputs = [a.clone() for a in arguments]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # libraries allocate their workspaces before the capture
+            function(*self.inputs)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.outputs = function(*self.inputs)
+
+    def __call__(self, queries: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
+        """The function of all ``rows``, as many at a time as were captured."""
+        chunk = len(self.inputs[1])
+        results = [rows[0].new_empty(len(rows[0]), *out.shape[1:]) for out in self.outputs]
+        self.inputs[0].copy_(queries)
+        for start in range(0, len(rows[0]), chunk):
+            for place, given in zip(self.inputs[1:], rows, strict=True):
+                place.copy_(given[start : start + chunk])
+            self.graph.replay()
+            for result, out in zip(results, self.outputs, strict=True):
+                result[start : start + chunk] = out
+        return tuple(results)
+
+
+_captured: dict[object, _Captured] = {}  # of one shape: a graph holds its memory
+
+
+def _graph_of(kind: str, architecture: Architecture, queries: Tensor, *rows: Tensor) -> _Captured:
+    if not queries.is_cuda:
+        raise Unavailable("CUDA graphs need a GPU")
+    half = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+    key = (kind, architecture.name, queries.shape, len(rows[0]), half, torch.get_float32_matmul_precision())
+    if key not in _captured:
+        if len(_captured) > 1:
+            _captured.clear()
+
+        def forward(q: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+            return (_loop_forward(w, q, architecture).detach().float(),)
+
+        def both(q: Tensor, w: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+            return _looped(w, q, t, architecture)
+
+        few = gcd(len(rows[0]), 64)
+        _captured[key] = _Captured(forward if kind == "forward" else both, queries, *(r[:few] for r in rows))
+    return _captured[key]
+
+
+def _graphed_forward(weights: Tensor, queries: Tensor, architecture: Architecture) -> Tensor:
+    return _graph_of("forward", architecture, queries, weights)(queries, weights)[0]
+
+
+@provider("loop-cudagraph", _graphed_forward)
+def loop_cudagraph(weights: Tensor, original: Tensor, queries: Tensor, targets: Tensor | None, architecture: Architecture) -> Result:
+    """The loop over up to 64 models captured as a CUDA graph, replayed on all models in turn."""
+    targets = _targets("loop-cudagraph", original, queries, targets, architecture)
+    losses, gradient = _graph_of("both", architecture, queries, weights, targets)(queries, weights, targets)
+    return losses, gradient
+
+
+# -- wslfast ---------------------------------------------------------------------------------------------------------------
+
+
+def _engine_forward(weights: Tensor, queries: Tensor, architecture: Architecture) -> Tensor:
+    return engine.forward(weights, queries, architecture, backend="torch" if weights.is_cuda else "auto")
+
+
+@provider("wslfast-torch", _engine_forward)
+def wslfast_torch(weights: Tensor, original: Tensor, queries: Tensor, targets: Tensor | None, architecture: Architecture) -> Result:
+    """The engine without its Triton kernels, as a user on this device meets it."""
+    targets = _targets("wslfast-torch", original, queries, targets, architecture)
+    backend = "torch" if weights.is_cuda else "auto"
     return engine.loss_and_gradient(weights, queries, targets, architecture, CRITERION, backend=backend)
 
 
-def wslfast_triton(weights: Tensor, original: Tensor, queries: Tensor, targets: Tensor | None, architecture: Architecture) -> Result:
-    """The kernels, asked for: on a CUDA device alone."""
-    return wslfast(weights, original, queries, targets, architecture, backend="triton")
+def _kernels(weights: Tensor) -> tuple[Any, str]:
+    """The kernels' module, and the precision they are asked for: that of autocast, else of torch's float32 products."""
+    if not weights.is_cuda:
+        raise Unavailable("Triton kernels need a GPU")
+    if importlib.util.find_spec("triton") is None:
+        raise Unavailable("triton is not installed")
+    precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    if torch.is_autocast_enabled("cuda"):
+        precision = "bf16" if torch.get_autocast_dtype("cuda") == torch.bfloat16 else "fp16"
+    return importlib.import_module("wslfast.kernels.autograd"), precision
 
 
-# -- cases -------------------------------------------------------------------------------------------------------------
-
-ARCHITECTURES: dict[str, Callable[[], Architecture]] = {
-    "cnn3": lambda: Architecture.cnn3(channels_in=3, activation="relu"),
-    "cnn": lambda: Architecture.cnn(channels_in=1, activation="relu"),
-    "lenet5": lambda: Architecture.lenet5(channels_in=3, activation="relu"),
-}
+def _kernel_forward(weights: Tensor, queries: Tensor, architecture: Architecture) -> Tensor:
+    kernels, precision = _kernels(weights)
+    return kernels.forward(weights, queries, architecture.layers, precision, memory=engine.memory_budget("cuda"))
 
 
-def models(architecture: Architecture, k: int, seed: int) -> Tensor:
-    """``[k, P]``: a zoo's initialisations, by turns."""
-    names = ["kaiming_uniform", "kaiming_normal", "xavier_uniform"]
-    return architecture.initial_weights([names[j % 3] for j in range(k)], range(seed, seed + k))
+@provider("wslfast-triton-layerwise", _kernel_forward)
+def wslfast_triton_layerwise(
+    weights: Tensor, original: Tensor, queries: Tensor, targets: Tensor | None, architecture: Architecture
+) -> Result:
+    """The kernels that run one layer of all models in a launch."""
+    targets = _targets("wslfast-triton-layerwise", original, queries, targets, architecture)
+    kernels, precision = _kernels(weights)
+    memory = engine.memory_budget("cuda")
+    return kernels.loss_and_gradient(weights, queries, targets, architecture.layers, CRITERION, precision=precision, memory=memory)
 
 
-def cases(architecture: Architecture, k: int, n: int, device: str = "cpu") -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Fresh reconstructions, originals and queries, without end."""
-    generator = torch.Generator().manual_seed(1)
-    base = models(architecture, 2 * k, 0)
-    while True:
-        noise = 1 + 0.1 * torch.randn(base.shape, generator=generator)
-        weights, original = (base * noise).to(device).split(k)
-        yield weights, original, torch.randn(n, *architecture.input_shape, generator=generator).to(device)
+def _network_forward(weights: Tensor, queries: Tensor, architecture: Architecture) -> Tensor:
+    _kernels(weights)
+    raise Unavailable("this version has no kernels that run a whole network in a launch")
 
 
-@contextmanager
-def matmul_precision(name: str) -> Iterator[None]:
-    """``fp32`` or ``tf32`` for products and cuDNN's convolutions, and back."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = name == "tf32"
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
+@provider("wslfast-triton-network", _network_forward)
+def wslfast_triton_network(
+    weights: Tensor, original: Tensor, queries: Tensor, targets: Tensor | None, architecture: Architecture
+) -> Result:
+    """The kernels that run a whole network in a launch, its activations on the chip."""
+    targets = _targets("wslfast-triton-network", original, queries, targets, architecture)
+    return _differentiated(_network_forward, weights, queries, targets, architecture)

@@ -7,6 +7,7 @@ threads. Both sides draw their batches from the same resident images and are tim
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +16,16 @@ from torch import Tensor, nn
 from wslfast import engine
 from wslfast.architecture import Architecture
 from wslfast.kernels.plan import Activation, Conv2d, Dropout, Flatten, Linear, Pool2d
+from wslfast.testing import relative_error
 from wslfast.zoo.build import StackedAdam
 
-from .providers import ARCHITECTURES, models
-from .recording import Row, environment, quantiles, take_turns
+from .cases import ARCHITECTURES, models, numerics
+from .recording import Row, digits, environment, quantiles, with_values
+from .timing import take_turns
 
 BATCH, IMAGES, LR = 32, 2048, 1e-3
+BOUNDS = {"highest": 1e-4, "tf32": 1e-2}  # of the weights after two steps, against float64
+VARIANT = "a model and step"
 
 
 def plain_module(architecture: Architecture, row: Tensor) -> nn.Sequential:
@@ -70,37 +75,47 @@ def together(architecture: Architecture, weights: Tensor, images: Tensor, labels
     return weights
 
 
-def measure(architecture_name: str, k: int, rounds: int = 5, baseline_models: int = 3, steps: int = 4) -> list[Row]:
-    """Milliseconds per model and step of both, and their ratio. The baseline trains fewer models: its cost is per model."""
-    architecture = ARCHITECTURES[architecture_name]()
+def _gate(architecture: Architecture, images: Tensor, labels: Tensor) -> dict[str, float]:
+    """Relative error of each way's weights after two steps, against float64."""
+    weights, order = models(architecture, 3, 0).to(images.device), torch.arange(3 * 2 * BATCH, device=images.device).view(3, 2, BATCH)
+    truth = one_after_another(architecture, weights.double(), images.double(), labels, order)
+    ways = {"one-after-another": one_after_another, "wslfast": together}
+    found = {name: way(architecture, weights, images, labels, order) for name, way in ways.items()}
+    return {name: digits(relative_error(value, truth), 2) for name, value in found.items()}
+
+
+def measure(architecture_name: str, k: int, rounds: int = 5, baseline_models: int = 3, steps: int = 4, device: str = "cpu") -> list[Row]:
+    """Milliseconds per model and step of both. The baseline trains fewer models: its cost is per model."""
+    architecture, cuda = ARCHITECTURES[architecture_name](), device == "cuda"
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(IMAGES, *architecture.input_shape, generator=generator)
-    labels = torch.randint(10, (IMAGES,), generator=generator)
+    images = torch.randn(IMAGES, *architecture.input_shape, generator=generator).to(device)
+    labels = torch.randint(10, (IMAGES,), generator=generator).to(device)
 
     def arguments() -> tuple[Tensor, Tensor]:
-        return models(architecture, k, 0), torch.randint(IMAGES, (k, 4 * steps, BATCH), generator=generator)
+        order = torch.randint(IMAGES, (k, 4 * steps, BATCH), generator=generator)
+        return models(architecture, k, 0).to(device), order.to(device)
+
+    def finished(trained: Tensor) -> None:
+        if cuda:
+            torch.cuda.synchronize()
 
     calls: dict[str, Callable[[Tensor, Tensor], object]] = {
-        "one-after-another": lambda w, o: one_after_another(architecture, w[:baseline_models], images, labels, o[:baseline_models]),
-        "wslfast": lambda w, o: together(architecture, w, images, labels, o[:, :steps]),
+        "one-after-another": lambda w, o: finished(
+            one_after_another(architecture, w[:baseline_models], images, labels, o[:baseline_models])
+        ),
+        "wslfast": lambda w, o: finished(together(architecture, w, images, labels, o[:, :steps])),
     }
     per = {"one-after-another": baseline_models * 4 * steps, "wslfast": k * steps}
-    times = take_turns(calls, arguments, rounds)
-    rows, medians = [], {}
-    where = (architecture_name, k, BATCH, "training step", "fp32")
+    precision = "tf32" if cuda else "highest"
+    row = Row("", architecture_name, k, BATCH, "zoo", precision, "wall_ms", **environment(cuda))
+    with numerics(precision, device):
+        errors = _gate(architecture, images, labels)
+        red = [name for name in calls if not errors[name] <= BOUNDS[precision]]
+        times = take_turns({name: call for name, call in calls.items() if name not in red}, arguments, rounds)
+    rows = [replace(row, provider=name, relative_error=errors[name], note=f"{VARIANT}; gate: not timed") for name in red]
     for name, values in times.items():
-        median, low, high = quantiles([v / per[name] for v in values])
-        medians[name] = median
-        rows.append(Row(name, *where, "ms/model", median, low, high, note="Adam", **environment()))
-    ratio = float(f"{medians['one-after-another'] / medians['wslfast']:.3g}")
-    rows.append(Row("wslfast", *where, "x one-after-another", ratio, **environment()))
-    return rows
-
-
-def suite(name: str, say: Callable[[str], None] = print) -> list[Row]:
-    """Rows for every architecture."""
-    rows: list[Row] = []
-    for net in ("cnn",) if name == "quick" else tuple(ARCHITECTURES):
-        rows += measure(net, 32 if name == "quick" else 128, rounds=3 if name == "quick" else 7)
-        say(f"{net} zoo building: {rows[-1].median} {rows[-1].metric}")
+        each = [v / per[name] for v in values]
+        rate = 1e3 * BATCH / IMAGES / quantiles(each)[0]
+        done = replace(row, provider=name, relative_error=errors[name])
+        rows.append(with_values(done, each, f"{VARIANT}; Adam, batch {BATCH}; {rate:.3g} models/s at one epoch of {IMAGES:,} images each"))
     return rows
