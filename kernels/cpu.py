@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from .cpu_layers import CHANNELS_LAST, ConvStep, LinearStep, Packed, PoolStep, Program, compile_program
+from .cpu_pairs import PairedConvStep, PairedPoolStep, paired
 from .plan import Conv2d, Layers, Linear, Unplannable, shapes
 from .reference import CRITERIA, per_model_queries
 
@@ -60,7 +61,8 @@ def _keep_freed_memory() -> None:
 
 @lru_cache(maxsize=64)
 def _program(layers: Layers, input_shape: tuple[int, ...], own_queries: bool) -> Program:
-    return compile_program(layers, input_shape, own_queries)
+    program = compile_program(layers, input_shape, own_queries)
+    return paired(program) if own_queries else program
 
 
 def _dtype() -> torch.dtype:
@@ -108,7 +110,7 @@ def _shared_slabs(queries: Tensor, program: Program, slab: int, dtype: torch.dty
     slabs = []
     for x in queries.to(dtype).split(slab):
         for step in program.steps[: program.first]:
-            x, _ = step.forward(x, None, 1)  # type: ignore[arg-type]
+            x, _ = step.forward(x, None, 1)
         slabs.append(torch.cat((x, torch.zeros_like(x))) if x.ndim == 4 and x.shape[0] == 1 else x)
     return slabs
 
@@ -171,6 +173,9 @@ def _gathered(pool: Tensor, index: Tensor) -> Tensor:
     return pool.index_select(0, index)
 
 
+_WITH_WEIGHTS = (ConvStep, LinearStep, PairedConvStep)
+
+
 class _Call:
     """What holds for all groups and slabs of one call: the compiled network, its slabs of queries, and how models are grouped."""
 
@@ -193,31 +198,31 @@ class _Call:
 
     def pack(self, rows: Tensor) -> list[Packed | None]:
         steps = self.program.steps[self.program.first :]
-        return [step.pack(rows, self.dtype) if isinstance(step, (ConvStep, LinearStep)) else None for step in steps]
+        return [step.pack(rows, self.dtype) if isinstance(step, _WITH_WEIGHTS) else None for step in steps]
 
     def slab_of(self, group: int, start: int) -> Tensor:
         """Input of the first layer with parameters."""
         if not self.own:
             return self.slabs[start // self.slab]
         part = slice(group, group + self.models), slice(start, start + self.slab)
-        mine = self.queries[part] if self.index is None else [_gathered(self.queries, rows) for rows in self.index[part]]
+        mine = list(self.queries[part]) if self.index is None else [_gathered(self.queries, rows) for rows in self.index[part]]
         x = _own_slab(mine, self.program, self.models, self.dtype)
         for step in self.program.steps[: self.program.first]:
-            x, _ = step.forward(x, None, self.models)  # type: ignore[arg-type]
+            x, _ = step.forward(x, None, self.models)
         return x
 
     def outputs(self, group: int, start: int, packed: list[Packed | None]) -> Tensor:
         """Outputs ``[M, q, K]`` of a slab (q at least 2 where images are shared): the same bits as :meth:`forward`, with nothing kept."""
         x = self.slab_of(group, start)
         for step, weights in zip(self.program.steps[self.program.first :], packed, strict=True):
-            x = step.values(x) if isinstance(step, PoolStep) else step.forward(x, weights, self.models)[0]  # type: ignore[arg-type]
+            x = step.values(x) if isinstance(step, (PoolStep, PairedPoolStep)) else step.forward(x, weights, self.models)[0]
         return x
 
     def forward(self, group: int, start: int, packed: list[Packed | None]) -> tuple[Tensor, list[object]]:
         """Outputs ``[M, q, K]`` of a slab, and what the backward of each step wants to see."""
         x, saved = self.slab_of(group, start), []
         for step, weights in zip(self.program.steps[self.program.first :], packed, strict=True):
-            x, keep = step.forward(x, weights, self.models)  # type: ignore[arg-type]
+            x, keep = step.forward(x, weights, self.models)
             saved.append(keep)
         return x, saved
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Union
+from typing import Any, Protocol, Union
 
 import torch
 from torch import Tensor
@@ -35,8 +35,8 @@ from .plan import Activation, Conv2d, Dropout, Flatten, Layer, Layers, Linear, P
 
 # Overloads resolved once: looking one up costs as much as a small operator.
 _aten = torch.ops.aten
-_convolution = _aten.convolution.default
-_convolution_backward = _aten.convolution_backward.default
+convolution = _aten.convolution.default
+convolution_backward = _aten.convolution_backward.default
 _max_pool = _aten.max_pool2d_with_indices.default
 _max_pool_backward = _aten.max_pool2d_with_indices_backward.grad_input
 _avg_pool = _aten.avg_pool2d.default
@@ -46,21 +46,22 @@ CHANNELS_LAST = torch.channels_last
 Packed = tuple[Tensor, Union[Tensor, None]]
 
 
-def _block(rows: Tensor, slot: Slot, *shape: int) -> Tensor:
+def block(rows: Tensor, slot: Slot, *shape: int) -> Tensor:
     """View of one parameter of every model of a group, ``[M, *shape]``."""
     return rows[:, slot.offset : slot.stop].view(rows.shape[0], *(shape or slot.shape))
 
 
-def _put(rows: Tensor, slot: Slot, value: Tensor, fresh: bool) -> None:
-    block = _block(rows, slot)
-    value = value if value.shape == block.shape else value.view(block.shape)
+def put(rows: Tensor, slot: Slot, value: Tensor, fresh: bool) -> None:
+    """Write one parameter's gradient to ``rows``, or add it to what is there."""
+    here = block(rows, slot)
+    value = value if value.shape == here.shape else value.view(here.shape)
     if fresh:
-        block.copy_(value)
+        here.copy_(value)
     else:
-        block.add_(value)
+        here.add_(value)
 
 
-def _bias_gradient(g: Tensor, models: int) -> Tensor:
+def bias_gradient(g: Tensor, models: int) -> Tensor:
     """Sum ``[M, C]`` of ``g [q, M * C, H, W]`` over queries and positions, in an order that no model's slot can change.
 
     An average pooling with divisor 1 adds every channel's numbers one after another, whatever vector the channel is in. First over
@@ -91,29 +92,29 @@ class ConvStep:
 
     def pack(self, rows: Tensor, dtype: torch.dtype) -> Packed:
         channels, *rest = self.weight.shape
-        weight = _block(rows, self.weight).reshape(rows.shape[0] * channels, *rest)
+        weight = block(rows, self.weight).reshape(rows.shape[0] * channels, *rest)
         weight = weight.to(dtype, memory_format=CHANNELS_LAST)
-        return weight, None if self.bias is None else _block(rows, self.bias).reshape(-1).to(dtype)
+        return weight, None if self.bias is None else block(rows, self.bias).reshape(-1).to(dtype)
 
     def _groups(self, models: int) -> int:
         return self.layer.groups * (1 if self.shared else models)
 
     def forward(self, x: Tensor, packed: Packed, models: int) -> tuple[Tensor, Any]:
         conv = self.layer
-        y = _convolution(
+        y = convolution(
             x, *packed, conv.stride, conv.padding, conv.dilation, False, (0, 0), self._groups(models)
         )
         return y, x
 
     def backward(self, g: Tensor, x: Any, packed: Packed, rows: Tensor, fresh: bool) -> Tensor | None:
         conv, models = self.layer, rows.shape[0]
-        gx, gw, _ = _convolution_backward(
+        gx, gw, _ = convolution_backward(
             g, x, packed[0], None, conv.stride, conv.padding, conv.dilation, False, (0, 0), self._groups(models),
             (self.input_gradient, True, False),
         )
-        _put(rows, self.weight, gw, fresh)
+        put(rows, self.weight, gw, fresh)
         if self.bias is not None and self.sums_bias:
-            _put(rows, self.bias, _bias_gradient(g, models), fresh)
+            put(rows, self.bias, bias_gradient(g, models), fresh)
         return gx
 
 
@@ -137,10 +138,10 @@ class LinearStep:
     def pack(self, rows: Tensor, dtype: torch.dtype) -> Packed:
         out, features = self.weight.shape
         weight = rows.new_empty((rows.shape[0], out, self._width()), dtype=dtype)
-        weight[..., :features] = _block(rows, self.weight)
+        weight[..., :features] = block(rows, self.weight)
         weight[..., features:] = 0
         if self.bias is not None:
-            weight[..., features] = _block(rows, self.bias)
+            weight[..., features] = block(rows, self.bias)
         return weight, None
 
     def forward(self, x: Tensor, packed: Packed, models: int) -> tuple[Tensor, Any]:
@@ -162,9 +163,9 @@ class LinearStep:
             tall[:, :q] = g
             g = tall
         gw = torch.bmm(g.transpose(1, 2), x)
-        _put(rows, self.weight, gw[..., :features], fresh)
+        put(rows, self.weight, gw[..., :features], fresh)
         if self.bias is not None:
-            _put(rows, self.bias, gw[..., features], fresh)
+            put(rows, self.bias, gw[..., features], fresh)
         return torch.bmm(g, packed[0])[:, :q, :features].contiguous() if self.input_gradient else None
 
 
@@ -198,7 +199,7 @@ class PoolStep:
     def backward(self, g: Tensor, saved: Any, packed: None, rows: Tensor, fresh: bool) -> Tensor:
         pool, (shape, indices) = self.layer, saved
         if self.bias is not None:
-            _put(rows, self.bias, _bias_gradient(g, rows.shape[0]), fresh)
+            put(rows, self.bias, bias_gradient(g, rows.shape[0]), fresh)
         # The operators look at their "input" for its shape and layout alone, so the output may stand in for it.
         gx = torch.empty(shape, dtype=g.dtype, memory_format=CHANNELS_LAST)
         if pool.mode == "avg":
@@ -238,7 +239,12 @@ class FlattenStep:
         return g.unflatten(2, self.shape).transpose(0, 1).flatten(1, 2).contiguous(memory_format=CHANNELS_LAST)
 
 
-Step = Union[ConvStep, LinearStep, PoolStep, ActivationStep, FlattenStep]
+class Step(Protocol):
+    """One step of a program. ``packed`` are the weights of a step that has some, ``saved`` what its forward kept."""
+
+    def forward(self, x: Tensor, packed: Any, models: int) -> tuple[Tensor, Any]: ...
+
+    def backward(self, g: Tensor, saved: Any, packed: Any, rows: Tensor, fresh: bool) -> Tensor | None: ...
 
 
 @dataclass(frozen=True)
