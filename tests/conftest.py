@@ -6,9 +6,18 @@ import os
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported; with a GPU, kernels are compiled
+
+# The same examples at every run (a failure that comes and goes helps nobody); WSLFAST_FUZZ=1 draws new ones. No example is judged by
+# its time: machines are shared. tmp_path is written anew by every example that uses it.
+settings.register_profile(
+    "wslfast", deadline=None, derandomize="WSLFAST_FUZZ" not in os.environ, print_blob=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
+)  # fmt: skip
+settings.load_profile("wslfast")
 
 _EMPTY = {name: getattr(torch, name) for name in ("empty", "empty_like", "empty_strided")}
 

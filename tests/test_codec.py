@@ -280,7 +280,7 @@ def test_models_of_the_metric() -> None:
     assert good_models(zoo(arch, 3), 24, seed=0).tolist() == [0, 1, 2]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_water_filling(data: st.DataObject) -> None:
     groups = data.draw(st.integers(1, 5))

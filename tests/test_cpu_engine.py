@@ -229,7 +229,7 @@ def _nets(draw: st.DrawFn) -> Net:
     return tuple(layers), start
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25)
 @given(net=_nets(), k=st.integers(1, 9), n=st.integers(1, 20), own=st.booleans())
 def test_any_net(net: Net, k: int, n: int, own: bool) -> None:
     weights, queries, targets, layers = _case(net, k, n, own)

@@ -90,7 +90,7 @@ def _nt_xent_loop(a: np.ndarray, b: np.ndarray, temperature: float) -> float:
     return total / len(x)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(k=st.integers(1, 9), d=st.integers(1, 12), temperature=st.floats(0.05, 2), seed=st.integers(0, 99))
 def test_nt_xent_against_a_loop(k: int, d: int, temperature: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -83,7 +83,7 @@ def test_rows_move_with_their_bias_and_the_next_layers_columns() -> None:
     assert torch.equal(new["c.bias"], old["c.bias"])
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(k=st.integers(1, 5), seed=st.integers(0, 1 << 30))
 def test_composition_is_a_permutation(k: int, seed: int) -> None:
     weights = torch.randn(k, SMALL.num_weights, dtype=torch.float64)

@@ -62,7 +62,7 @@ def test_shapes_are_torchs() -> None:
     assert plan.shapes(CHAIN[:6], (3, 11, 9)) == tuple(shapes)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     size=st.tuples(st.integers(1, 9), st.integers(1, 9)), kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
     stride=st.tuples(st.integers(1, 3), st.integers(1, 3)), padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
@@ -79,7 +79,7 @@ def test_convolution_shape_is_torchs(size: Any, kernel: Any, stride: Any, paddin
     assert plan.output_shape(layer, (2, *size)) == expected
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(size=st.integers(1, 9), kernel=st.integers(1, 4), stride=st.integers(1, 4))
 def test_pool_shape_is_torchs(size: int, kernel: int, stride: int) -> None:
     layer = Pool2d("p", "max", (kernel, kernel), (stride, stride))
@@ -210,7 +210,7 @@ JSON = st.recursive(
 FIELDS = sorted({f for layer in CHAIN for f in plan.layer_to_dict(layer)})
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(base=st.sampled_from(CHAIN), changes=st.dictionaries(st.sampled_from(FIELDS), JSON, min_size=1, max_size=2))
 def test_a_mangled_record_is_a_layer_or_a_value_error(base: Layer, changes: dict[str, Any]) -> None:
     record = {**plan.layer_to_dict(base), **changes}

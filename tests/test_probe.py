@@ -119,7 +119,7 @@ def test_float32_features_are_computed_in_float64() -> None:
     assert fitted.predict(x.float()).dtype == torch.float64
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(m=st.integers(2, 40), d=st.integers(1, 12), seed=st.integers(0, 1000))
 def test_a_linear_target_is_recovered(m: int, d: int, seed: int) -> None:
     g = torch.Generator().manual_seed(seed)

@@ -94,7 +94,7 @@ def test_against_the_naive_loop(arch: Architecture, size: int, ignore_bn: bool, 
     assert not got.tokens[:, ~got.mask].any()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(size=st.integers(1, 20), k=st.integers(1, 4))
 def test_round_trip_at_any_size(size: int, k: int) -> None:
     weights = torch.randn(k, MINI.num_weights)

@@ -303,7 +303,7 @@ def test_a_small_zoo_has_balanced_settings_and_a_seed_for_each_model() -> None:
     assert cells != Grid.small().cells(120, seed=6)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 12), st.integers(0, 99), st.data())
 def test_cells_never_repeat(lrs: int, decays: int, seeds: int, seed: int, drawn: st.DataObject) -> None:
     grid = Grid(("normal", "uniform"), tuple(range(1, lrs + 1)), tuple(range(decays)), tuple(range(seeds)))

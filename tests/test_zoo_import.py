@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -454,7 +454,7 @@ def _read_all(value: Any) -> Any:
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "stream"])
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300)
 @given(st.data())
 def test_damaged_files_raise_nothing_else(tmp_path: Path, zipped: bool, data: st.DataObject) -> None:
     content = bytearray(_sample(zipped))
@@ -465,7 +465,7 @@ def test_damaged_files_raise_nothing_else(tmp_path: Path, zipped: bool, data: st
         _read_all(opened.root)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300)
 @given(st.binary(max_size=200), st.sampled_from([b"", b"\x80\x02", b"\x80\x04\x95"]))
 def test_any_program_raises_nothing_else(tmp_path: Path, program: bytes, start: bytes) -> None:
     (tmp_path / "x.pt").write_bytes(_archive(start + program))
@@ -473,7 +473,7 @@ def test_any_program_raises_nothing_else(tmp_path: Path, program: bytes, start: 
         _read_all(opened.root)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(st.recursive(st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=8), lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=12) | st.sampled_from(["model::type", "model::nlin", "model::dropout", "training_iteration", "train_acc"]), x, max_size=4), max_leaves=12), st.binary(max_size=40))
 def test_any_json_beside_a_checkpoint(tmp_path: Path, value: Any, noise: bytes) -> None:
     trial = tmp_path / "t" / "trial"

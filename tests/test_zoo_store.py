@@ -105,7 +105,7 @@ def test_splits_are_by_model_and_loading_filters_in_manifest_order(tmp_path: Pat
     assert read_manifest(tmp_path).split == {"by": "model", "seed": 3, "fractions": [0.7, 0.15, 0.15]}
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(st.integers(0, 40), min_size=1, max_size=60),
     st.integers(0, 2**40),
@@ -360,7 +360,7 @@ JUNK = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.randoms(use_true_random=False), JUNK, st.integers(1, 6))
 def test_any_other_manifest_is_a_typed_error(rng: random.Random, junk: Any, depth: int) -> None:
     record = json.loads(_example().to_json())
@@ -381,7 +381,7 @@ def test_any_other_manifest_is_a_typed_error(rng: random.Random, junk: Any, dept
     assert parsed == _example()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.randoms(use_true_random=False), JUNK)
 def test_any_other_architecture_is_a_typed_error(rng: random.Random, junk: Any) -> None:
     """Past the checksum, as a stranger who writes one would be."""
@@ -397,7 +397,7 @@ def test_any_other_architecture_is_a_typed_error(rng: random.Random, junk: Any) 
         return
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.binary(max_size=200) | JUNK.map(lambda v: json.dumps(v).encode()))
 def test_any_bytes_are_a_typed_error(data: bytes) -> None:
     with pytest.raises(WslfastError):

@@ -37,7 +37,8 @@ class Stub:
     """An object of a class that is not known here: its name, and what the file would have made it of."""
 
     def __init__(self, kind: str, arguments: tuple[Any, ...] = ()) -> None:
-        self.kind, self.arguments, self.state = kind, arguments, None
+        self.kind, self.arguments = kind, arguments
+        self.state: Any = None
         self.items: list[Any] = []
 
     def attribute(self, name: str, default: Any = None) -> Any:
@@ -96,10 +97,14 @@ class StoredTensor:
         return view if numel == self.storage.numel else view.clone()  # a small part does not keep a large storage alive
 
 
-class _Machine(pickle._Unpickler):  # type: ignore[misc, name-defined] # the pure-Python one: its memo is a dict, whatever index a file claims
+# The pure-Python one: its memo is a dict, whatever index a file claims. Any, since type stubs know little of it and differ in what.
+_PurePython: Any = pickle._Unpickler  # type: ignore[attr-defined]
+
+
+class _Machine(_PurePython):
     """Pickle's stack machine with every door to running code closed."""
 
-    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
+    dispatch: ClassVar[dict[int, Any]] = dict(_PurePython.dispatch)
 
     def __init__(self, file: io.BytesIO, read: _Read) -> None:
         super().__init__(file, encoding="latin1")
@@ -252,7 +257,8 @@ class InertFile:
         require(info.file_size <= min(limit, self.size) and info.compress_type == zipfile.ZIP_STORED, f"{name:.60}: larger than the file")
         data = bytearray(info.file_size)
         with self._archive.open(info) as member:
-            require(member.readinto(data) == len(data) and not member.read(1), f"{name:.60}: shorter than it says")  # and its CRC is right
+            filled = member.readinto(data)  # type: ignore[attr-defined, unused-ignore] # a BufferedIOBase, whatever the stubs call it
+            require(filled == len(data) and not member.read(1), f"{name:.60}: shorter than it says")  # and its CRC is right
         return data
 
     def _archived(self, storage: _Storage) -> bytearray:
