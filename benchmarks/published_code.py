@@ -7,7 +7,7 @@ autoencoder use (ray, lightning, torchvision, ...); what is not installed is sto
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 import sys
 from importlib.machinery import ModuleSpec
@@ -55,7 +55,7 @@ def _stand_in() -> None:
 
 
 def _install(name: str, **names: Any) -> None:
-    """A module of these names under ``name`` and its parents, unless the real one is there."""
+    """A module of these names under ``name`` and its parents, unless the real one is there and can be imported."""
     parts = name.split(".")
     for depth in range(1, len(parts) + 1):
         path = ".".join(parts[:depth])
@@ -63,7 +63,7 @@ def _install(name: str, **names: Any) -> None:
             if not getattr(sys.modules[path], "stands_in", False):
                 return
             continue
-        if depth == 1 and importlib.util.find_spec(path) is not None:
+        if depth == 1 and _works(path):
             return
         stand_in = ModuleType(path)
         stand_in.stands_in = True  # type: ignore[attr-defined]
@@ -74,6 +74,15 @@ def _install(name: str, **names: Any) -> None:
             setattr(sys.modules[".".join(parts[: depth - 1])], parts[depth - 1], stand_in)
     for key, value in names.items():
         setattr(sys.modules[name], key, value)
+
+
+def _works(name: str) -> bool:
+    """Whether a module can be imported: one that was built for another torch is there, and raises."""
+    try:
+        importlib.import_module(name)
+    except Exception:
+        return False
+    return True
 
 
 def _explained_variance(preds: torch.Tensor, target: torch.Tensor, multioutput: str = "uniform_average") -> torch.Tensor:

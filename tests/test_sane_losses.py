@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -200,15 +201,37 @@ def test_data_queries_are_the_images_a_fresh_loader_would_give(tmp_path: Path) -
                 noise = [torch.rand(n, 1, 28, 28)] if kind == "union" else []
                 assert torch.equal(mine, torch.cat([*noise, next(iter(loader))[0]]))
     assert DistillationLoss(checkpoint, params, "union", images, 5).n_queries == 3  # of each half
+    torch.save({"trainset": torch.utils.data.Subset(data, [3, 5, 7])}, tmp_path / "split.pt")
+    drawn = DistillationLoss(checkpoint, params, "data", tmp_path / "split.pt", 64).generate_queries()
+    assert {float(image.sum()) for image in drawn} == {float(images[i].sum()) for i in (3, 5, 7)}
+
+
+def test_settings_may_be_numpys() -> None:
+    checkpoint, params, x, mask, p = _case("CNN")
+    plain, grid = (
+        GammaContrastReconLoss(g, "mean", len(x) // 2, 0.1, beta=b, n_queries_distillation=n, reference_checkpoint=checkpoint, reference_params=params)
+        for g, b, n in ((0.25, 0.5, 3), (np.float32(0.25), np.float32(0.5), np.int64(3)))
+    )  # fmt: skip
+    z = torch.randn(4, 5)
+    values = []
+    for loss in (plain, grid):
+        torch.manual_seed(0)
+        values.append(loss(z, z + 1, 1.1 * x, x, mask, p)["loss/loss"])
+    assert values[0] == values[1]
 
 
 def test_bad_arguments_say_what_was_expected(tmp_path: Path) -> None:
     checkpoint, params, x, mask, p = _case("CNN")
     other, _, *_ = _case("LeNet5")
+    (tmp_path / "noise.pt").write_bytes(b"no file of torch's")
+    torch.save({"trainset": torch.utils.data.ConcatDataset([torch.utils.data.TensorDataset(torch.zeros(2))])}, tmp_path / "objects.pt")
     cases: list[tuple[dict[str, Any], str]] = [
         ({"loss": "kl"}, "loss: expected one of"), ({"reduction": "none"}, "reduction: expected one of"),
         ({"queryset": "stl10"}, "queryset: expected one of"), ({"queryset": "data"}, "dump: expected"),
         ({"queryset": "data", "dump": tmp_path / "none.pt"}, "dump: expected a file"),
+        ({"queryset": "data", "dump": tmp_path / "noise.pt"}, "dump: expected tensors, a TensorDataset"),
+        ({"queryset": "data", "dump": tmp_path / "objects.pt"}, "dump: expected tensors, a TensorDataset"),
+        ({"queryset": "data", "dump": iter([])}, "data set that can be indexed"),
         ({"queryset": "data", "dump": torch.randn(4, 3, 32, 32)}, r"dump: expected floating images \[Q, 1, 28, 28\]"),
         ({"n_queries": 0}, "n_queries: expected"), ({"semantics": "right"}, "'published' or 'corrected'"),
         ({"unmasked": True}, "expected a flag of"),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import logging
 import pickle
 import sys
+import threading
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -216,6 +218,100 @@ def test_objects_and_subclasses_made_before_keep_working(tmp_path: Path) -> None
         assert Mine({}, PARAMS)(y, y, y, None)["loss_recon"] == 48
         assert pickle.loads(pickle.dumps(p.def_loss.NT_Xent)) is p.def_loss.NT_Xent
     assert loss(y, y, y, None)["loss_recon"] == 48
+
+
+def test_objects_made_during_the_patch_can_be_copied_and_pickled(tmp_path: Path) -> None:
+    p = _load(tmp_path)
+    x, _, positions = _batch()[:3]
+    with patched():
+        module = p.def_AE_module.AEModule(CONFIG, _checkpoint(), PARAMS)
+        stored = tmp_path / "whole.pt"
+        torch.save(module.model, stored)
+        # not under the published name's constructor: none of these has arguments to decide by
+        for other in (copy.deepcopy(module).model, pickle.loads(pickle.dumps(module.model)), torch.load(stored, weights_only=False)):
+            assert type(other) is p.def_AE.AE
+            assert torch.equal(other.forward_encoder(x, positions), module.model.forward_encoder(x, positions))
+        assert type(copy.copy(module.criterion)) is p.def_loss.GammaContrastReconLoss
+    assert torch.equal(copy.deepcopy(module).model.forward_encoder(x, positions), module.model.forward_encoder(x, positions))
+
+
+def test_objects_of_either_time_are_of_the_published_name_during_the_patch(tmp_path: Path) -> None:
+    p = _load(tmp_path)
+    before = p.def_loss.DistillationLoss({}, PARAMS)
+    with patched():
+        during = p.def_loss.DistillationLoss(_checkpoint(), PARAMS)
+        fallen = p.def_loss.DistillationLoss({}, PARAMS | {"model::type": "ResCNN"})
+        assert all(isinstance(loss, p.def_loss.DistillationLoss) for loss in (before, during, fallen))
+        assert not isinstance(before, p.def_loss.NT_Xent)
+
+        class Mine(p.def_loss.DistillationLoss):  # type: ignore[misc, name-defined]
+            pass
+
+        assert not isinstance(before, Mine)
+
+
+def test_what_a_script_has_patched_itself_stays_its_own(tmp_path: Path) -> None:
+    p = _load(tmp_path)
+
+    class Mine(p.def_loss.NT_Xent):  # type: ignore[misc, name-defined]
+        pass
+
+    p.def_loss.NT_Xent = Mine
+    with patched():
+        assert p.def_loss.NT_Xent is Mine
+        assert "models.def_loss.NT_Xent" not in {row["name"] for row in report()}
+
+
+def test_a_reloaded_module_is_patched_again(tmp_path: Path) -> None:
+    p = _load(tmp_path)
+    held = p.def_AE_module.GammaContrastReconLoss
+    with patched():
+        importlib.reload(p.def_loss)
+        assert issubclass(p.def_loss.NT_Xent, wslfast.sane.NT_Xent)
+        importlib.reload(p.def_AE_module)
+        module = p.def_AE_module.AEModule(CONFIG, _checkpoint(), PARAMS)
+        assert module.train_step(*_batch())["loss/loss"].item() == pytest.approx(1, abs=1e-5)
+        names = {row["name"] for row in report()}
+        assert len(names) == 15
+    assert not issubclass(p.def_loss.NT_Xent, wslfast.sane.NT_Xent)
+    assert p.def_AE_module.AEModule(CONFIG, {}, PARAMS).train_step(*_batch())["loss/loss"] == -1
+    assert held is not p.def_loss.GammaContrastReconLoss
+
+
+def test_modules_that_answer_nothing_are_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Lazy(types.ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            raise RuntimeError(f"no {name}")
+
+    lazy = Lazy("a_lazy_module")
+    del vars(lazy)["__name__"]
+    monkeypatch.setitem(sys.modules, "a_lazy_module", lazy)
+    p = _load(tmp_path)
+    with patched():
+        assert issubclass(p.def_loss.NT_Xent, wslfast.sane.NT_Xent)
+
+
+def test_threads_that_patch_at_once_leave_nothing_behind(tmp_path: Path) -> None:
+    p = _load(tmp_path)
+    original = p.def_loss.NT_Xent
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        for _ in range(20):
+            try:
+                with patched():
+                    p.def_loss.NT_Xent(2, 0.1)
+            except BaseException as error:
+                failed.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == []
+    assert p.def_loss.NT_Xent is original
+    assert report() == []
 
 
 def test_subclasses_made_during_the_patch_are_of_ours(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -98,8 +99,9 @@ class GammaContrastReconLoss(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         for name, value in (("gamma", gamma), ("beta", beta)):
-            require(isinstance(value, (int, float)) and 0 <= value <= 1, f"{name}: expected a number from 0 to 1, got {value!r}")
+            require(isinstance(value, Real) and 0 <= value <= 1, f"{name}: expected a number from 0 to 1, got {value!r}")
         self.semantics = resolve(semantics, flags)
+        gamma, beta = float(gamma), float(beta)  # of a grid of numpy's, perhaps
         self.gamma, self.lambda_ = gamma, lambda_
         self.z_var_penalty, self.z_norm_penalty = z_var_penalty, z_norm_penalty
         kinds = {"simclr": NT_Xent, "positive": NT_Xent_pos}

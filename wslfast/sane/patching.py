@@ -35,7 +35,6 @@ class Patch:
         self.semantics, self.strict = semantics, strict
         self._names: list[tuple[str, str, Any, Any]] = []  # (package, name, original, replacement)
         self._attributes: list[tuple[type, str, Any, Any]] = []  # methods: (class, attribute, original, replacement)
-        self._done: set[tuple[str, str]] = set()
         self._hook = ImportHook(PACKAGES, self._imported)
         self.active = False
 
@@ -54,13 +53,12 @@ class Patch:
             drift = [item.drift for item in items if item.drift is not None]
             known = "nothing was replaced, as signatures differ from those this version of wslfast knows"
             require(not drift, f"{package}: {known}: {'; '.join(drift)}")
-            found += [item for item in items if (item.package, item.name) not in self._done]
+            found += items
         return found
 
     def _apply(self, items: list[Item]) -> None:
         try:
             for item in items:
-                self._done.add((item.package, item.name))
                 if isinstance(item.holder, type):
                     self._set(item.holder, item.attribute, item.original, item.replacement)
                     continue
@@ -102,7 +100,7 @@ class Patch:
             for holder, attribute, original, replacement in reversed(self._attributes):
                 if holder.__dict__.get(attribute) is replacement:
                     setattr(holder, attribute, original)
-            self._names, self._attributes, self._done, self.active = [], [], set(), False
+            self._names, self._attributes, self.active = [], [], False
             if _active is self:
                 _active = None
 
@@ -114,7 +112,7 @@ class Patch:
 
     @property
     def replaced(self) -> list[dict[str, Any]]:
-        rows = [{"package": package, "name": name, "places": _places(new)} for package, name, _, new in self._names]
+        rows = [{"package": package, "name": name, "places": places} for package, name, _, new in self._names if (places := _places(new))]
         whole = {id(original) for _, _, original, _ in self._names}  # the methods of a replaced class are no rows of their own
         for holder, attribute, _, _ in self._attributes:
             if id(holder) not in whole:
@@ -158,8 +156,9 @@ def patch(*, semantics: Choice = "published", strict: bool = False, **flags: boo
 @contextmanager
 def patched(*, semantics: Choice = "published", strict: bool = False, **flags: bool) -> Iterator[Patch]:
     """:func:`patch` for the length of a ``with`` block; inside another one it changes nothing, and leaves the undoing to that."""
-    outer = _active
-    handle = patch(semantics=semantics, strict=strict, **flags)
+    with _lock:
+        outer = _active
+        handle = patch(semantics=semantics, strict=strict, **flags)
     try:
         yield handle
     finally:
@@ -173,7 +172,9 @@ def report() -> list[dict[str, Any]]:
 
 
 def _modules() -> list[ModuleType]:
-    return [m for m in list(sys.modules.values()) if isinstance(m, ModuleType) and not m.__name__.startswith("wslfast.")]
+    # a module's own dictionary is asked: some answer an attribute with an import, or an error
+    modules = [m for m in list(sys.modules.values()) if isinstance(m, ModuleType)]
+    return [m for m in modules if not str(vars(m).get("__name__", "")).startswith("wslfast.")]
 
 
 def _rebind(pairs: list[tuple[Any, Any]]) -> None:
@@ -186,4 +187,4 @@ def _rebind(pairs: list[tuple[Any, Any]]) -> None:
 
 
 def _places(value: Any) -> list[str]:
-    return [f"{module.__name__}.{name}" for module in _modules() for name, held in list(vars(module).items()) if held is value]
+    return [f"{vars(module).get('__name__')}.{name}" for module in _modules() for name, held in list(vars(module).items()) if held is value]

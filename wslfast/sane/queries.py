@@ -7,14 +7,14 @@ the same ones are gathered: the same draws from torch's generator lead to the sa
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import describe, require, say_once
+from ..errors import WslfastError, describe, require, say_once
 
 KINDS = ("random", "data", "union")
 
@@ -27,12 +27,14 @@ class Queries:
         n: images a draw; of a union each half has ``(n + 1) // 2``.
         shape: of one image.
         dump: for data and unions: images ``[Q, C, H, W]``, a data set of (image, label), or a file of either or of
-            ``{"trainset": data set}``. Files are read with ``weights_only=True``; a ``TensorDataset`` in one is let through.
+            ``{"trainset": data set}``. Files are read with ``weights_only=True``; a ``TensorDataset`` in one, or a ``Subset``, is let
+            through.
     """
 
     def __init__(self, kind: str, n: int, shape: tuple[int, ...], dump: Any) -> None:
         require(kind in KINDS, f"queryset: expected one of {list(KINDS)}, got {kind!r}")
-        require(isinstance(n, int) and not isinstance(n, bool) and n >= 1, f"n_queries: expected a positive integer, got {n!r}")
+        require(isinstance(n, Integral) and not isinstance(n, bool) and n >= 1, f"n_queries: expected a positive integer, got {n!r}")
+        n = int(n)
         self.kind, self.shape = kind, shape
         if kind == "union" and n % 2:
             say_once(f"wslfast.sane: a union of queries needs an even number; {n} becomes {n + 1}", logging.WARNING)
@@ -62,18 +64,29 @@ class Queries:
         return self.images[order[: self.n]]
 
 
+def _read(file: Path) -> Any:
+    # what a published script stores: tensors and a list of them, or a random split of that
+    known = [torch.utils.data.TensorDataset, torch.utils.data.Subset]
+    try:
+        with torch.serialization.safe_globals(known):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        expected = "expected tensors, a TensorDataset or a Subset of one (another data set can be passed as an object)"
+        raise WslfastError(f"dump: {expected} in {str(file)!r}, which weights_only=True refuses: {type(error).__name__}") from error
+
+
 def _images(dump: Any, shape: tuple[int, ...]) -> Tensor:
     if isinstance(dump, (str, Path)):
         require(Path(dump).is_file(), f"dump: expected a file of images, got {str(dump)!r}")
-        with torch.serialization.safe_globals([torch.utils.data.TensorDataset]):  # tensors, and a list of them
-            dump = torch.load(dump, map_location="cpu", weights_only=True)
+        dump = _read(Path(dump))
     if isinstance(dump, dict):
         require("trainset" in dump, f"dump: expected a key 'trainset', got {sorted(map(str, dump))[:5]}")
         dump = dump["trainset"]
     if isinstance(dump, torch.utils.data.TensorDataset):
         dump = dump.tensors[0]
     if not isinstance(dump, Tensor):
-        require(isinstance(dump, Iterable) or hasattr(dump, "__getitem__"), f"dump: expected images or a data set, got {describe(dump)}")
+        indexed = hasattr(dump, "__len__") and hasattr(dump, "__getitem__")
+        require(indexed, f"dump: expected images or a data set that can be indexed, got {describe(dump)}")
         dump = torch.stack([torch.as_tensor(dump[j][0]) for j in range(len(dump))])
     require(
         dump.ndim == len(shape) + 1 and tuple(dump.shape[1:]) == shape and len(dump) > 0 and dump.is_floating_point(),

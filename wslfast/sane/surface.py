@@ -188,6 +188,8 @@ def _items(package: str, forms: dict[str, tuple[Form, ...]], semantics: Semantic
         original = None if holder is None else vars(holder).get(attribute)
         if original is None or getattr(original, "_wslfast", False):
             continue
+        if str(getattr(original, "__module__", None)).partition(".")[0] != package:  # somebody else has patched it: it stays theirs
+            continue
         form, wrong = _match(original, known)
         if form is None:
             out.append(Item(package, name, holder, attribute, original, None, f"{name}: {wrong}"))
@@ -235,16 +237,8 @@ def _replacement(original: Any, form: Form, semantics: Semantics, strict: bool) 
 
         return _like(replacement, original)
 
-    class Replacement(form.ours, metaclass=_Delegating):  # type: ignore[misc, name-defined]
-        _original = original
-
-        def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-            reason = form.unsupported(_bound(original, args, kwargs)) if cls is Replacement else None
-            if reason is None:
-                return super().__new__(cls)
-            require(not strict, f"{original.__name__} (strict=True): {reason}")
-            say_once(f"wslfast.sane: {original.__module__}.{original.__name__} stays the original: {reason}")
-            return original(*args, **kwargs)
+    class Replacement(form.ours, metaclass=_Standing):  # type: ignore[misc, name-defined]
+        _original, _unsupported, _strict = original, staticmethod(form.unsupported), strict
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **{"semantics": semantics} | kwargs)
@@ -253,10 +247,29 @@ def _replacement(original: Any, form: Form, semantics: Semantics, strict: bool) 
     return _like(Replacement, original)
 
 
-class _Delegating(type):
-    """Class attributes that ours lacks are read off the original: objects made before the patch may look them up by name."""
+class _Standing(type):
+    """Makes a class of ours stand for a published one: for its objects, its attributes, and for calls that only it can serve."""
+
+    _original: type
+    _strict: bool
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        """An object of ours, or the original's where ours does not serve; copying and unpickling do not come this way."""
+        if "_original" in vars(cls):  # subclasses, which scripts make, are of ours
+            original = cls._original
+            reason = cls._unsupported(_bound(original, args, kwargs))
+            if reason is not None:
+                require(not cls._strict, f"{original.__name__} (strict=True): {reason}")
+                say_once(f"wslfast.sane: {original.__module__}.{original.__name__} stays the original: {reason}")
+                return original(*args, **kwargs)
+        return super().__call__(*args, **kwargs)
+
+    def __instancecheck__(cls, thing: Any) -> bool:
+        """Objects made before the patch, and those that the original made since, are of the published name, too."""
+        return super().__instancecheck__(thing) or ("_original" in vars(cls) and isinstance(thing, cls._original))
 
     def __getattr__(cls, name: str) -> Any:
+        """Class attributes that ours lacks are read off the original: objects made before the patch may look them up by name."""
         if name.startswith("__") or name == "_original":
             raise AttributeError(name)
         return getattr(cls._original, name)
