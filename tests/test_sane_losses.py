@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -356,6 +357,32 @@ def test_defect_6_nan_gradients(loss: str) -> None:
     assert safe[1].abs().sum() == 0
     assert safe[0].abs().sum() > 0
     torch.testing.assert_close(kept[[0, 2]], values[[0, 2]], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("loss", ["l2", "distillation"])
+def test_an_original_that_is_not_finite_leaves_its_reconstruction_a_gradient(loss: str) -> None:
+    checkpoint, params, x, _, p = _case("CNN", 3)
+    arch, queries = NETS["CNN"][0], torch.randn(4, 1, 28, 28)
+    lost = x.clone()
+    lost[1, 0, 0] = float("nan")
+    y, other = ((1.5 * x).clone().requires_grad_() for _ in range(2))
+    values = DistillationLoss(checkpoint, params, loss=loss, nan_gradients=True).values(y, lost, queries, p)
+    values.sum().backward()
+    outputs = reference.forward(TokenLayout(arch).detokenize(other[1:2]).double(), queries.double(), arch.layers)[0]
+    if loss == "l2":  # probabilities of the original count as zero
+        expected = outputs.softmax(-1).square().mean()
+    else:  # and here as 1e-9
+        expected = 4 * (1e-9 * (math.log(1e-9) - (outputs / 2).log_softmax(-1))).sum() / 4
+    expected.backward()
+    assert y.grad is not None
+    assert other.grad is not None
+    assert values[1].item() == pytest.approx(expected.item(), rel=1e-4)
+    assert y.grad.isfinite().all()
+    torch.testing.assert_close(y.grad[1], other.grad[1], rtol=1e-3, atol=1e-3 * other.grad[1].abs().max().item())
+    alone = (1.5 * x).clone().requires_grad_()
+    DistillationLoss(checkpoint, params, loss=loss).values(alone, x, queries, p).sum().backward()
+    assert alone.grad is not None
+    torch.testing.assert_close(y.grad[[0, 2]], alone.grad[[0, 2]])
 
 
 def test_flags_combine() -> None:

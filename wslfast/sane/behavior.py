@@ -140,7 +140,17 @@ class DistillationLoss(nn.Module):
         queries = queries.float()
         with torch.autocast(output.device.type, dtype=half) if half is not None else nullcontext():
             outputs = self._originals(wanted, queries)
-            return self._raw_cross_entropy(rows, outputs, queries) if self._raw else self._engine(rows, outputs, queries)
+            compute = self._raw_cross_entropy if self._raw else self._engine
+            lost = ~outputs.isfinite().flatten(1).all(1)
+            if not (self.semantics.nan_gradients and bool(lost.any())):
+                return compute(rows, outputs, queries)
+            # of an original that is not finite the published formulas make a constant, and the reconstruction's gradient is finite
+            values = torch.zeros(len(rows), device=rows.device)
+            for which, how in ((lost, self._published), (~lost, compute)):
+                if bool(which.any()):
+                    where = which.nonzero().flatten()
+                    values = values.index_copy(0, where, how(rows[where], outputs[where], queries))
+            return values
 
     # -- originals -----------------------------------------------------------------------------------------------------
 
