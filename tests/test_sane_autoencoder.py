@@ -277,6 +277,17 @@ def test_steps_train_and_epochs_average(tmp_path: Path) -> None:
     assert module.forward_embeddings(batch[0].half(), batch[2]).shape == (2, 8)
 
 
+def test_transforms_may_be_functions_modules_or_none(tmp_path: Path) -> None:
+    module, batch = _module(), _batch()
+    plain = module.test_epoch([batch])
+    for transforms in ((lambda *parts: parts,) * 3, (), (torch.nn.Sequential(),) * 3):
+        module.set_transforms(*transforms)
+        assert (module.transforms_downstream is transforms[2]) if transforms else module.transforms_downstream(3) == 3
+    module = _module()
+    module.set_transforms(lambda *parts: parts, lambda x, *parts: (x, *parts), lambda x: x)
+    assert module.test_epoch([batch]).keys() == plain.keys()
+
+
 def test_a_cycle_term_reads_the_encoded_reconstruction() -> None:
     plain, cycle = (_module(**{"training::lambda": weight}) for weight in (0.0, 1.0))
     batch = _batch()

@@ -64,6 +64,41 @@ def test_states_are_read_both_ways() -> None:
 
 
 @paper
+@pytest.mark.parametrize("mode", ["individual", "token", "joint"])
+def test_models_are_sampled_alike(mode: str) -> None:
+    pytest.importorskip("sklearn")
+    theirs = published_code.module("shrp", "sampling.sample_models")
+    checkpoint, params, x, _, p = drop_in.case("CNN3", 4)
+    config = drop_in.PAPER | {"ae:d_model": 32, "ae:num_layers": 1, "training::beta": 1.0}
+    module = published_code.module("shrp", "models.def_AE_module").AEModule(config, checkpoint, params)
+    z = module.forward_encoder(x, p).detach()
+    for options in ({}, {"batch_size": 3}, {"halo": True, "halo_wse": 31, "halo_hs": 8}):
+        found = [s.sample_models(module, checkpoint, 5, z, p[0], x.shape, mode, **options) for s in (theirs, sane)]
+        (a, z_a, p_a, shape_a), (b, z_b, p_b, shape_b) = found
+        assert torch.equal(z_a, z_b)
+        assert torch.equal(p_a, p_b)
+        assert tuple(shape_a) == tuple(shape_b)
+        assert all(torch.equal(u[name], v[name]) for u, v in zip(a, b, strict=True) for name in u)
+
+
+@paper
+def test_epochs_have_the_published_means() -> None:
+    checkpoint, params, x, mask, p = drop_in.case("CNN3", 8)
+    loader = [(x[s], mask[s], p[s], x[s], mask[s], p[s]) for s in (slice(0, 2), slice(2, 4))]
+    config = drop_in.PAPER | {"ae:d_model": 32, "ae:num_layers": 1, "trainset::batchsize": 2, "training::n_queries_distillation": 4}
+    for change in ({}, {"training::lambda": 0.05}, {"training::gradient_clipping": "value", "optim::optimizer": "sgd"}):
+        results = []
+        for kind in (published_code.module("shrp", "models.def_AE_module").AEModule, sane.AEModule):
+            made = kind(config | change, checkpoint, params)
+            made.set_transforms(*[lambda *parts: parts] * 3)
+            torch.manual_seed(1)
+            results.append((made.train_epoch(loader), made.test_epoch(loader)))
+        for theirs, ours in zip(*results):
+            assert set(theirs) == set(ours)
+            assert ours["loss/loss"] == pytest.approx(theirs["loss/loss"], rel=1e-4)
+
+
+@paper
 def test_views_are_drawn_and_corrupted_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     theirs, basin = (published_code.module("shrp", name) for name in ("datasets.augmentations", "git_re_basin.git_re_basin"))
     monkeypatch.setattr(theirs, "ProgressBar", lambda total: type("Bar", (), {"actor": published_code._Actor()}))

@@ -276,9 +276,21 @@ def test_models_are_decoded_whole_and_by_windows() -> None:
     for row, checkpoint in zip(decoded, made):
         expected = tokens_to_checkpoint(row, pos, reference)
         assert all(torch.allclose(checkpoint[n], v, atol=1e-6) for n, v in expected.items())
-    # the published stack attends over models alone, so a token does not see its window
+    # windows of all models are one sequence of a batch's entries, and the published stack attends over those
     halo = sample_models(ae, reference, 4, anchors, pos, shape, "joint", 4, False, halo=True, halo_wse=10, halo_hs=4)
-    assert all(torch.allclose(a[n], b[n], atol=1e-5) for a, b in zip(halo, made) for n in a)
+    low = [0, 6, 16, 26, 30]  # 18 tokens each: ten of their own and four on either side, moved inwards at the ends
+    windows = [(model, start) for model in range(4) for start in low]
+    assembled = torch.zeros(4, 48, 201)
+    for i in range(0, 20, 4):
+        some = windows[i : i + 4]
+        batch = torch.stack([z[model, start : start + 18] for model, start in some]).float()
+        part = ae.forward_decoder(batch, torch.stack([pos[start : start + 18].int() for _, start in some]))
+        for (model, start), tokens in zip(some, part):
+            own = slice(10 * low.index(start), min(10 * low.index(start) + 10, 48))
+            assembled[model, own] = tokens[own.start - start : own.stop - start]
+    for row, checkpoint in zip(assembled, halo):
+        assert all(torch.allclose(checkpoint[n], v, atol=1e-6) for n, v in tokens_to_checkpoint(row, pos, reference).items())
+    assert not all(torch.allclose(a[n], b[n], atol=1e-5) for a, b in zip(halo, made) for n in a)
     wider = _checkpoint(Architecture.from_layers([*arch.layers[:-1], type(arch.layers[-1])("module_list.11", 20, 13)], (1, 28, 28)))
     with pytest.raises(WslfastError, match="expected a network of 48 tokens"):
         sample_models(ae, wider, 2, anchors, pos, shape)

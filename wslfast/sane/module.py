@@ -68,6 +68,10 @@ def _objective(self: Any, x_i: Tensor, m_i: Tensor, p_i: Tensor, x_j: Tensor, m_
         return self.criterion(z_i=zp_i, z_j=zp_j, **dict(zip("ytmp", both)), z=z, z_hat=z_hat)
 
 
+def _as_it_comes(*batch: Any) -> Any:
+    return batch if len(batch) != 1 else batch[0]
+
+
 class AEModule(nn.Module):
     """The published ``AEModule`` from its config keys.
 
@@ -153,10 +157,10 @@ class AEModule(nn.Module):
 
     def set_transforms(self, transforms_train: Any = None, transforms_test: Any = None, transforms_downstream: Any = None) -> None:
         """What turns a batch of the loader into two views ``(x_i, m_i, p_i, x_j, m_j, p_j)``; None: the batch holds them."""
-        as_is = nn.Identity()
-        self.transforms_train = transforms_train if transforms_train is not None else lambda *batch: batch
-        self.transforms_test = transforms_test if transforms_test is not None else lambda *batch: batch
-        self.transforms_downstream = transforms_downstream if transforms_downstream is not None else as_is
+        # no module stands for "none": once a module holds one under a name, it takes no function there
+        self.transforms_train = transforms_train if transforms_train is not None else _as_it_comes
+        self.transforms_test = transforms_test if transforms_test is not None else _as_it_comes
+        self.transforms_downstream = transforms_downstream if transforms_downstream is not None else _as_it_comes
 
     # -- the autoencoder -----------------------------------------------------------------------------------------------
 

@@ -69,7 +69,7 @@ def sample_models(
         anchor_pos: positions ``[T, 3]`` of one of them.
         anchor_w_shape: ``[M, T, D]``, the shape of the anchors' tokens.
         mode, bandwidth, generator: see :func:`sample_latents`.
-        batch_size: latents decoded at a time; 0: as many as there are anchors.
+        batch_size: latents (with ``halo``, windows of them) decoded at a time; 0: as many as there are anchors.
         return_new_anchor: whether latents, positions and the shape of the new tokens are returned as well.
         reset_classifier: draw the last layer anew (and pad or cut tokens where the wanted network's length differs).
         halo, halo_wse, halo_hs: decode windows of ``halo_wse`` tokens with ``halo_hs`` tokens of context on either side.
@@ -87,14 +87,15 @@ def sample_models(
     )
     windows = _windows(t, halo_wse, halo_hs) if halo else [(0, t, 0, t)]
     decoder = getattr(ae_model, "model", ae_model).decoder_comp.weight
-    tokens = torch.empty(repetitions, t, d)
+    # a model's windows follow each other, as published: where attention is over the batch, its composition matters
+    pieces = torch.stack([z[:, low:high] for low, high, _, _ in windows], 1).flatten(0, 1)
+    places = torch.stack([pos[low:high] for low, high, _, _ in windows]).repeat(repetitions, 1, 1)
+    count = batch_size or len(anchor_z)
     with torch.no_grad(), torch.autocast("cuda", dtype=torch.float16, enabled=decoder.is_cuda):
-        for start in range(0, repetitions, batch_size or len(anchor_z)):
-            part = slice(start, start + (batch_size or len(anchor_z)))
-            for low, high, first, last in windows:
-                piece = z[part, low:high].to(decoder)
-                place = pos[low:high].expand(len(piece), -1, -1).to(decoder.device)
-                tokens[part, first:last] = ae_model.forward_decoder(piece, place)[:, first - low : last - low].float().cpu()
+        batches = zip(pieces.split(count), places.split(count))
+        parts = [ae_model.forward_decoder(piece.to(decoder), place.to(decoder.device)).float().cpu() for piece, place in batches]
+    made = torch.cat(parts).unflatten(0, (repetitions, len(windows)))
+    tokens = torch.cat([made[:, i, first - low : last - low] for i, (low, _, first, last) in enumerate(windows)], 1)
     decoded = tokens if same else _fit(tokens, len(wanted))
     out = [tokens_to_checkpoint(row, positions, checkpoint_ref) for row in decoded]
     if reset_classifier:
