@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -43,7 +44,7 @@ def module(package: str, name: str) -> Any:
 
 
 def _stand_in() -> None:
-    _install("tqdm", tqdm=lambda iterable, **_: iterable)
+    _install("tqdm", tqdm=Bar)
     _install("torchmetrics.functional", explained_variance=_explained_variance, r2_score=None)
     _install("lightning.fabric", Fabric=object, seed_everything=torch.manual_seed)
     _install("ray", remote=_remote, get=lambda values: values, init=lambda **_: None, shutdown=lambda: None)
@@ -110,6 +111,25 @@ def _remote(*arguments: Any, **_: Any) -> Any:
         return holder
 
     return decorate(arguments[0]) if arguments else decorate
+
+
+class Bar:
+    """A progress bar that shows nothing, for tqdm's and for the published one, an actor of ray's."""
+
+    def __init__(self, iterable: Any = (), **_: Any) -> None:
+        self.iterable, self.actor = iterable, _Actor()
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.iterable)
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_, **__: None
 
 
 class _Actor:

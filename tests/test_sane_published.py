@@ -6,13 +6,16 @@ import contextlib
 import io
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import drop_in, published_code
-from wslfast import sane
+from wslfast import Architecture, Population, load_zoo, sane
+from wslfast.zoo import export_zoo, import_zoo, save_zoo
+from wslfast.zoo.splits import Split
 
 FOUND = published_code.available()
 pytestmark = pytest.mark.skipif(not FOUND, reason=f"{published_code.VARIABLE} names no clone of the published code")
@@ -101,7 +104,7 @@ def test_epochs_have_the_published_means() -> None:
 @paper
 def test_views_are_drawn_and_corrupted_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     theirs, basin = (published_code.module("shrp", name) for name in ("datasets.augmentations", "git_re_basin.git_re_basin"))
-    monkeypatch.setattr(theirs, "ProgressBar", lambda total: type("Bar", (), {"actor": published_code._Actor()}))
+    monkeypatch.setattr(theirs, "ProgressBar", published_code.Bar)
     checkpoint, _, x, _, _ = drop_in.case("CNN3", 2)
     torch.manual_seed(1)
     expected, _ = theirs.precompute_permutations(checkpoint, 2, basin.zoo_cnn_large_permutation_spec(), 0, False)
@@ -121,6 +124,33 @@ def test_specs_are_the_published_ones(name: str) -> None:
     theirs, ours = (getattr(m, f"{name}_permutation_spec")() for m in (basin, sane))
     assert ours.axes_to_perm == theirs.axes_to_perm
     assert ours.perm_to_axes == theirs.perm_to_axes
+
+
+@pytest.mark.parametrize("package", FOUND)
+@pytest.mark.parametrize("standardize", [False, True])
+def test_their_data_sets_read_our_trees_and_are_read_back(
+    package: str, standardize: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arch = Architecture.cnn()
+    table = {"model": (0, 0, 1, 1), "epoch": (1, 2, 1, 2), "test_acc": (0.5, 0.75, 0.25, 0.5), "train_acc": (1.0,) * 4}
+    weights = arch.initial_weights(["kaiming_uniform"] * 4, range(4))
+    save_zoo(Population(arch, weights, table), tmp_path / "zoo", splits=Split((1.0, 0.0, 0.0), 0), provenance={})
+    export_zoo(tmp_path / "zoo", tmp_path / "ray")
+    for name in ("dataset_epochs", "dataset_properties", "dataset_tokens"):
+        module = published_code.module(package, f"datasets.{name}")
+        monkeypatch.setattr(module, "ProgressBar", published_code.Bar, raising=False)  # an actor of ray's
+    made = published_code.module(package, "datasets.dataset_tokens").DatasetTokens(
+        root=[tmp_path / "ray"], epoch_lst=[1, 2], permutation_spec=None, standardize=standardize, train_val_test="train",
+        ds_split=[1.0, 0.0, 0.0], max_samples=None, shuffle_path=False,
+        property_keys={"result_keys": ["test_acc", "training_iteration", "ggap"], "config_keys": []},
+    )  # fmt: skip
+    torch.save(made, tmp_path / "dataset_train.pt")
+    done = import_zoo(tmp_path / "dataset_train.pt", tmp_path / "back")
+    assert (done.rows, done.models, dict(done.skipped)) == (4, 2, {})
+    back = load_zoo(tmp_path / "back")
+    order = [back.properties["test_acc"].index(v) for v in (0.75, 0.25)]  # folders in the listing's order
+    torch.testing.assert_close(back.weights[order], weights[[1, 2]], rtol=1e-4, atol=1e-6)
+    assert set(back.properties["split"]) == {"train"}
 
 
 @original

@@ -158,7 +158,28 @@ def test_an_explicit_split_does_not_depend_on_the_listing(tmp_path: Path, tree: 
 def test_links_are_not_followed(tmp_path: Path, tree: Path) -> None:
     (tree / "loop").symlink_to(tree)
     (tree / "NN_tune_trainable_00009").symlink_to(tree / "NN_tune_trainable_00000")
-    assert import_zoo(tree, tmp_path / "out").models == 6
+    done = import_zoo(tree, tmp_path / "out")
+    assert (done.models, dict(done.skipped)) == (6, {"a link to a folder": 2})
+
+
+def test_trials_that_never_began_are_counted(tmp_path: Path, tree: Path) -> None:
+    (tree / "NN_tune_trainable_00007").mkdir()
+    (tree / "NN_tune_trainable_00008").mkdir()
+    (tree / "NN_tune_trainable_00008" / "error.txt").write_text("CUDA out of memory")
+    (tree / "notes").mkdir()
+    deep = tree.joinpath(*"abcdefghij")
+    deep.mkdir(parents=True)
+    done = import_zoo(tree, tmp_path / "out")
+    assert (done.models, dict(done.skipped)) == (6, {"no checkpoints": 2, "too deep": 1})
+
+
+def test_trials_come_before_the_data_sets_made_of_them(tmp_path: Path, tree: Path) -> None:
+    for split in ("train", "test"):
+        (tree / f"dataset_{split}.pt").write_bytes(b"never opened")
+    done = import_zoo(tree, tmp_path / "out")
+    assert (done.rows, dict(done.skipped)) == (18, {"a data set beside trials": 2})
+    with pytest.raises(WslfastError, match=r"dataset_test\.pt"):
+        import_zoo(tree / "dataset_test.pt", tmp_path / "other")
 
 
 def test_shards_are_written_as_they_fill(tmp_path: Path, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:

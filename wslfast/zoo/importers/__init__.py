@@ -55,7 +55,7 @@ def import_zoo(
 
     Args:
         source: a folder of ray-tune trials (``NN_tune_trainable_*`` and the like, at any depth), a folder with
-            ``dataset_{train,val,test}.pt``, or one such file.
+            ``dataset_{train,val,test}.pt`` (trials come first where both are there), or one such file.
         out: folder of the new zoo. Rows are in order of sorted folders, then epochs; shards are written as they fill.
         epochs: those to keep; by default every one that is there.
         architecture: what the models are; by default recognised from ``params.json`` and the weights' names and shapes.
@@ -113,6 +113,7 @@ class _Rows:
         self._source, self._epochs, self._threshold = source, epochs, threshold
         self.architecture = architecture
         self._files = pickled.files_of(source)
+        self._tree = not source.is_file() and (not self._files or ray.is_tree(source))
         self._begin()
 
     def _begin(self) -> None:
@@ -147,10 +148,12 @@ class _Rows:
         return {name: column for name, column in table.items() if any(value is not None for value in column)}
 
     def _found(self) -> Iterator[Found]:
-        if self._files:
+        if not self._tree:
             yield from pickled.checkpoints(self._files, self.architecture, self._epochs, self.skips)
-        else:
-            yield from ray.checkpoints(self._source, self._epochs, self.skips)
+            return
+        for file in self._files.values():  # the published pipeline leaves what it made of the trials beside them
+            self.skips.add(file.name, "a data set beside trials", "the trials are read; name the file itself to read it")
+        yield from ray.checkpoints(self._source, self._epochs, self.skips)
 
     def _row(self, found: Found) -> Tensor | None:
         """The checkpoint's weights ``[P]``, or None and a note why not."""

@@ -20,6 +20,7 @@ from .found import Found, Skips, State, state_of
 from .inert import InertFile
 
 _CHECKPOINT = re.compile(r"checkpoint_(\d{1,9})")
+_TRIAL = "NN_tune_trainable_"
 _LARGEST_JSON = 64 << 20
 _DEEPEST = 8
 _RESULTS = ("train_acc", "val_acc", "test_acc", "train_loss", "val_loss", "test_loss")
@@ -27,8 +28,9 @@ _SETTINGS = {"model::init_type": "init_type", "optim::lr": "lr", "optim::wd": "w
 
 
 def is_tree(source: Path) -> bool:
-    """Whether the folder holds ray's trials (somewhere)."""
-    return source.is_dir() and next(_trials(source, Skips()), None) is not None
+    """Whether the folder holds a trial with weights (somewhere)."""
+    nothing = Skips()
+    return source.is_dir() and any(_weights(folder, "", nothing) for folder in _trials(source, nothing))
 
 
 def checkpoints(source: Path, epochs: Collection[int] | None, skips: Skips) -> Iterator[Found]:
@@ -37,16 +39,7 @@ def checkpoints(source: Path, epochs: Collection[int] | None, skips: Skips) -> I
         where = str(folder.relative_to(source)) if folder != source else folder.name
         config = _config(folder, where, skips)
         results = _results(folder, where, skips)
-        there: dict[int, Path] = {}
-        for name in sorted(_listing(folder, where, skips)):
-            match = _CHECKPOINT.fullmatch(name)
-            if match is None:
-                continue
-            file = folder / name / "checkpoints"
-            if file.is_file():
-                there.setdefault(int(match[1]), file)
-            else:
-                skips.add(f"{where}/{name}", "no weights", "expected a file named checkpoints")
+        there = _weights(folder, where, skips)
         if not there:
             skips.add(where, "no checkpoints")
         wanted = sorted(there) if epochs is None else sorted(epochs)
@@ -60,6 +53,21 @@ def checkpoints(source: Path, epochs: Collection[int] | None, skips: Skips) -> I
             yield Found(at, model, epoch, known, config, partial(_read, there[epoch]))
 
 
+def _weights(folder: Path, where: str, skips: Skips) -> dict[int, Path]:
+    """Files of weights in a trial's folder by epoch."""
+    there: dict[int, Path] = {}
+    for name in sorted(_listing(folder, where, skips)):
+        match = _CHECKPOINT.fullmatch(name)
+        if match is None:
+            continue
+        file = folder / name / "checkpoints"
+        if file.is_file():
+            there.setdefault(int(match[1]), file)
+        else:
+            skips.add(f"{where}/{name}", "no weights", "expected a file named checkpoints")
+    return there
+
+
 def _trials(source: Path, skips: Skips) -> Iterator[Path]:
     waiting = [(source, 0)]
     while waiting:
@@ -68,9 +76,17 @@ def _trials(source: Path, skips: Skips) -> Iterator[Path]:
         if {"params.json", "result.json"} & set(names) or any(_CHECKPOINT.fullmatch(n) for n in names):
             yield folder
             continue
-        below = [folder / n for n in names if not (folder / n).is_symlink() and (folder / n).is_dir()]
-        if depth < _DEEPEST:
-            waiting += [(path, depth + 1) for path in sorted(below, reverse=True)]
+        below = sorted((folder / n for n in names if (folder / n).is_dir()), reverse=True)
+        for path in below:
+            where = str(path.relative_to(source))
+            if path.is_symlink():
+                skips.add(where, "a link to a folder", "links are not followed")
+            elif depth == _DEEPEST:
+                skips.add(where, "too deep", f"more than {_DEEPEST} folders down")
+            else:
+                waiting.append((path, depth + 1))
+        if not below and folder.name.startswith(_TRIAL):
+            skips.add(str(folder.relative_to(source)), "no checkpoints", "an empty trial")
 
 
 def _listing(folder: Path, where: str, skips: Skips) -> list[str]:
