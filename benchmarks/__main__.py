@@ -10,7 +10,7 @@ import torch
 
 from . import compare, readme
 from .recording import DATA, Row, merge, read_rows, show
-from .suites import GPU_SECTIONS, SECTIONS, run_cpu, run_gpu
+from .suites import GPU_SECTIONS, QUICK, SECTIONS, run_cpu, run_gpu
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -18,7 +18,7 @@ def _run(options: argparse.Namespace) -> int:
     if cuda and not torch.cuda.is_available():
         print("python -m benchmarks: no CUDA device here, --suite gpu has nothing to run on", file=sys.stderr)
         return 2
-    known = GPU_SECTIONS if cuda else SECTIONS
+    known = {"gpu": GPU_SECTIONS, "cpu": SECTIONS, "quick": QUICK}[options.suite]
     unknown = sorted(set(options.only) - set(known))
     if unknown:
         print(
@@ -72,7 +72,8 @@ def main(arguments: list[str] | None = None) -> int:
         "--out", type=Path, default=Path("runs/benchmarks"), help=f"folder of CSV and page (%(default)s; tracked rows: {DATA})"
     )
     parser.add_argument("--no-page", dest="page", action="store_false", help="rows alone, no HTML page")
-    parser.add_argument("--only", nargs="+", default=[], metavar="SECTION", help=f"{', '.join(SECTIONS)}; gpu: {', '.join(GPU_SECTIONS)}")
+    sections = f"quick: {', '.join(QUICK)}; cpu: {', '.join(SECTIONS)}; gpu: {', '.join(GPU_SECTIONS)}"
+    parser.add_argument("--only", nargs="+", default=[], metavar="SECTION", help=sections)
     return _run(parser.parse_args(given))
 
 

@@ -237,6 +237,9 @@ def test_suites_hold_what_was_asked() -> None:
 def test_only_is_checked(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["--suite", "cpu", "--only", "tokenz", "--out", str(tmp_path)]) == 2
     assert "growth-k" in capsys.readouterr().err
+    assert main(["--suite", "quick", "--only", "growth-k", "--out", str(tmp_path)]) == 2  # it would measure nothing
+    assert "some of ceilings, loss, zoo, tokens for --suite quick" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 # -- compare ---------------------------------------------------------------------------------------------------------------

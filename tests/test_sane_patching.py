@@ -250,16 +250,23 @@ def test_objects_of_either_time_are_of_the_published_name_during_the_patch(tmp_p
         assert not isinstance(before, Mine)
 
 
-def test_what_a_script_has_patched_itself_stays_its_own(tmp_path: Path) -> None:
-    p = _load(tmp_path)
+def test_modules_made_in_memory_are_patched(monkeypatch: pytest.MonkeyPatch) -> None:
+    class NT_Xent(torch.nn.Module):
+        def __init__(self, batch_size: int, temperature: float) -> None:
+            super().__init__()
 
-    class Mine(p.def_loss.NT_Xent):  # type: ignore[misc, name-defined]
-        pass
+        def forward(self, z_i: torch.Tensor, z_j: torch.Tensor) -> torch.Tensor:
+            return z_i
 
-    p.def_loss.NT_Xent = Mine
+    for name in ("shrp", "shrp.models", "shrp.models.def_loss"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))  # without a spec, a file or a loader
+    home = sys.modules["shrp.models.def_loss"]
+    home.NT_Xent = NT_Xent  # type: ignore[attr-defined]
     with patched():
-        assert p.def_loss.NT_Xent is Mine
-        assert "models.def_loss.NT_Xent" not in {row["name"] for row in report()}
+        assert home.NT_Xent is not NT_Xent
+        assert [row["name"] for row in report()] == ["models.def_loss.NT_Xent"]
+        assert home.NT_Xent(2, 0.1)(torch.randn(2, 3), torch.randn(2, 3)).shape == ()
+    assert home.NT_Xent is NT_Xent
 
 
 def test_a_reloaded_module_is_patched_again(tmp_path: Path) -> None:

@@ -188,8 +188,6 @@ def _items(package: str, forms: dict[str, tuple[Form, ...]], semantics: Semantic
         original = None if holder is None else vars(holder).get(attribute)
         if original is None or getattr(original, "_wslfast", False):
             continue
-        if str(getattr(original, "__module__", None)).partition(".")[0] != package:  # somebody else has patched it: it stays theirs
-            continue
         form, wrong = _match(original, known)
         if form is None:
             out.append(Item(package, name, holder, attribute, original, None, f"{name}: {wrong}"))
