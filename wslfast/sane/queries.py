@@ -66,7 +66,7 @@ class Queries:
 
 def _read(file: Path) -> Any:
     # what a published script stores: tensors and a list of them, or a random split of that
-    known = [torch.utils.data.TensorDataset, torch.utils.data.Subset]
+    known: list[Any] = [torch.utils.data.TensorDataset, torch.utils.data.Subset]
     try:
         with torch.serialization.safe_globals(known):
             return torch.load(file, map_location="cpu", weights_only=True)

@@ -18,7 +18,8 @@ class Semantics:
         unmasked_target: (3) the structural loss masks the output alone, and its mean counts padding.
         first_value_scale: (4) every loss is divided by the first value it had.
         raw_logit_cross_entropy: (5) ``cross_entropy`` takes the originals' logits for class probabilities.
-        nan_gradients: (6) a model that is not finite leaves the value, but its NaN gradient reaches the whole batch.
+        nan_gradients: (6) a model that is not finite leaves the value (or counts, under ``l2``), but its NaN gradient reaches the
+            whole batch.
         softmax_mse: ``l2`` compares probabilities; corrected, outputs, by the paper's formula.
         decoder_dropout: the ``pytorch`` decoder drops out 10 % whatever ``ae:dropout`` says.
         half_precision: queries and weights are rounded to the output's dtype (float16 under autocast) before networks run.
