@@ -44,6 +44,12 @@ def population(k: int = 6, epochs: tuple[int, ...] = (0, 2, 5), arch: Architectu
     return Population(arch, weights, table)
 
 
+def _restate(trial: Path, **settings: Any) -> None:
+    """Change a trial's settings; None takes one away."""
+    config = json.loads((trial / "params.json").read_text()) | settings
+    (trial / "params.json").write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
+
+
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     save_zoo(population(), tmp_path / "zoo", splits=Split((0.5, 0.25, 0.25), 7), provenance={})
@@ -137,6 +143,37 @@ def test_holes_are_left_out_and_counted(tmp_path: Path, tree: Path, how: str, ro
     kept = {(m, e): i for i, (m, e) in enumerate(zip(whole.properties["model"], whole.properties["epoch"], strict=True))}
     index = [kept[pair] for pair in zip(zoo.properties["model"], zoo.properties["epoch"], strict=True)]
     assert torch.equal(zoo.weights, whole.weights[index])
+
+
+def test_another_activation_is_another_architecture(tmp_path: Path, tree: Path) -> None:
+    for trial in ("NN_tune_trainable_00001", "NN_tune_trainable_00004"):
+        _restate(tree / trial, **{"model::nlin": "tanh"})
+    done = import_zoo(tree, tmp_path / "relu")
+    assert (done.models, dict(done.skipped)) == (4, {"another architecture": 6})
+    assert "expected activation relu, got 'tanh'" in (tmp_path / "relu" / "skipped.json").read_text()
+    done = import_zoo(tree, tmp_path / "tanh", architecture=Architecture.cnn(1, "tanh"))
+    assert (done.models, dict(done.skipped)) == (2, {"another architecture": 12})
+
+
+def test_an_activation_that_is_not_stated_is_that_of_the_others(tmp_path: Path, tree: Path) -> None:
+    trials = sorted(tree.iterdir())
+    for trial in trials:
+        _restate(trial, **{"model::nlin": "tanh"})
+    (trials[0] / "params.json").unlink()
+    file = trials[0] / "result.json"
+    results = [{name: v for name, v in json.loads(line).items() if name != "config"} for line in file.read_text().splitlines()]
+    file.write_text("\n".join(map(json.dumps, results)))
+    done = import_zoo(tree, tmp_path / "a")
+    assert done.architecture == Architecture.cnn(1, "tanh")
+    assert dict(done.skipped) == {"no params.json": 1}
+    for trial in trials[1:]:
+        _restate(trial, **{"model::nlin": None})
+    done = import_zoo(tree, tmp_path / "b")
+    assert (done.rows, done.architecture) == (18, ARCH)
+    assert dict(done.skipped) == {"no params.json": 1, "activation not stated": 1}
+    config = {"model::type": "CNN", "model::nlin": "gelu", "model::channels_in": 1}  # ray repeats the settings in every line
+    file.write_text("\n".join(json.dumps(r | {"config": config}) for r in results))
+    assert import_zoo(tree, tmp_path / "c").architecture == Architecture.cnn(1, "gelu")
 
 
 def test_the_threshold_is_the_callers(tmp_path: Path, tree: Path) -> None:

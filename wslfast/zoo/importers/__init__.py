@@ -23,7 +23,7 @@ from ..splits import Split
 from ..store import SHARD_BYTES, write_shards
 from . import pickled, ray
 from .found import Found, Skips, State, unreadable
-from .recognise import fits, recognise
+from .recognise import contradiction, fits, recognise
 
 __all__ = ["Imported", "import_zoo"]
 
@@ -114,10 +114,12 @@ class _Rows:
         self.architecture = architecture
         self._files = pickled.files_of(source)
         self._tree = not source.is_file() and (not self._files or ray.is_tree(source))
+        self._guess: str | None = None  # where the architecture was recognised, if its activation is a guess
         self._begin()
 
     def _begin(self) -> None:
         self.skips = Skips()
+        self._note_guess()
         self.models: list[int] = []
         self.epochs: list[int] = []
         self.splits: list[str | None] = []
@@ -155,15 +157,31 @@ class _Rows:
             self.skips.add(file.name, "a data set beside trials", "the trials are read; name the file itself to read it")
         yield from ray.checkpoints(self._source, self._epochs, self.skips)
 
+    def _settings(self, found: Found) -> Mapping[str, Any]:
+        """A trial's settings; if they do not state the activation, with that of the first trial that does."""
+        if "model::nlin" in found.config:
+            return found.config
+        others = ray.stated(self._source, "model::nlin") if self._tree else None
+        if others is None:
+            self._guess = found.where
+            self._note_guess()
+        return {**found.config, **({} if others is None else {"model::nlin": others})}
+
+    def _note_guess(self) -> None:
+        if self._guess is not None:
+            self.skips.add(self._guess, "activation not stated", "taken for the default; pass the architecture if it is another")
+
     def _row(self, found: Found) -> Tensor | None:
         """The checkpoint's weights ``[P]``, or None and a note why not."""
         try:
             state = found.read()
             shapes = {name: tuple(value.shape) for name, value in state.items()}
             if self.architecture is None:
-                self.architecture = recognise(found.config, shapes)
-            if not fits(self.architecture, shapes):
-                self.skips.add(found.where, "another architecture", f"expected {self.architecture.name!r}")
+                self.architecture = recognise(self._settings(found), shapes)
+            other = None if fits(self.architecture, shapes) else f"expected {self.architecture.name!r}"
+            wrong = other or contradiction(self.architecture, found.config)
+            if wrong is not None:
+                self.skips.add(found.where, "another architecture", wrong)
                 return None
             row = _weights(self.architecture, state)
         except WslfastError as error:

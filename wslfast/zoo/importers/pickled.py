@@ -102,7 +102,9 @@ class _Models:
                 where = f"{self.where} model {j} epoch {epoch}"
                 if epochs is not None and epoch not in epochs:
                     continue
-                yield Found(where, first + j, epoch, self._properties(j, e), self.config, partial(self._read, row, restore), split)
+                known = self._properties(j, e)
+                config = {**self.config, **{key: known[key] for key in ("model::nlin",) if key in known}}  # the model's own
+                yield Found(where, first + j, epoch, known, config, partial(self._read, row, restore), split)
 
     def _properties(self, j: int, e: int) -> dict[str, Any]:
         table = self.stub.attribute("properties")

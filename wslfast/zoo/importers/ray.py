@@ -39,6 +39,7 @@ def checkpoints(source: Path, epochs: Collection[int] | None, skips: Skips) -> I
         where = str(folder.relative_to(source)) if folder != source else folder.name
         config = _config(folder, where, skips)
         results = _results(folder, where, skips)
+        config = config or next((r["config"] for r in results.values() if isinstance(r.get("config"), dict)), {})  # ray repeats it there
         there = _weights(folder, where, skips)
         if not there:
             skips.add(where, "no checkpoints")
@@ -51,6 +52,12 @@ def checkpoints(source: Path, epochs: Collection[int] | None, skips: Skips) -> I
                 continue
             known = {"name": folder.name, **_properties(config, results.get(epoch, {}))}
             yield Found(at, model, epoch, known, config, partial(_read, there[epoch]))
+
+
+def stated(source: Path, key: str) -> Any:
+    """The first value of a setting that a trial's ``params.json`` states, or None."""
+    nothing = Skips()
+    return next((value for folder in _trials(source, nothing) if (value := _config(folder, "", nothing).get(key)) is not None), None)
 
 
 def _weights(folder: Path, where: str, skips: Skips) -> dict[int, Path]:

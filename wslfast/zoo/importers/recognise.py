@@ -7,6 +7,7 @@ from typing import Any
 
 from ...architecture import Architecture
 from ...errors import WslfastError
+from ...kernels.plan import ACTIVATIONS, Activation
 
 Shapes = Mapping[str, tuple[int, ...]]
 _CNNS: dict[str, Callable[..., Architecture]] = {
@@ -47,6 +48,15 @@ def fits(architecture: Architecture, shapes: Shapes) -> bool:
     wanted = {slot.name: slot.shape for slot in architecture.parameters}
     held = {name: shape for name, shape in shapes.items() if not name.endswith("num_batches_tracked") and name not in architecture.aliases}
     return wanted == held
+
+
+def contradiction(architecture: Architecture, config: Mapping[str, Any]) -> str | None:
+    """What in a trial's settings says that it is another network of the same shapes (its activation), or None."""
+    stated = str(config.get("model::nlin")).replace("_", "")
+    used = {layer.function for layer in architecture.layers if isinstance(layer, Activation)}
+    if stated not in ACTIVATIONS or not used or stated in used:
+        return None
+    return f"expected activation {' or '.join(sorted(used))}, got {stated!r}"
 
 
 def _cnns(makers: Mapping[str, Callable[..., Architecture]], config: Mapping[str, Any], shapes: Shapes) -> list[Architecture | None]:
