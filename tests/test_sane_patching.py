@@ -6,6 +6,7 @@ import copy
 import importlib
 import logging
 import pickle
+import runpy
 import sys
 import threading
 import types
@@ -151,6 +152,15 @@ def test_modules_imported_during_the_patch_are_patched_and_restored(tmp_path: Pa
     assert not issubclass(script.AE, wslfast.sane.AE)
     assert script.AE is sys.modules["shrp.models.def_AE"].AE
     assert script.def_loss.NT_Xent.__mro__[1] is torch.nn.Module
+
+
+def test_a_script_of_the_package_runs_as_main(tmp_path: Path) -> None:
+    write(tmp_path, "shrp", PAPER)
+    (tmp_path / "shrp" / "train.py").write_text("from shrp.models.def_loss import NT_Xent\n")
+    importlib.invalidate_caches()
+    with patched():
+        names = runpy.run_module("shrp.train", run_name="__main__")  # asks the loader for the code
+        assert issubclass(names["NT_Xent"], wslfast.sane.NT_Xent)
 
 
 def test_signature_drift_replaces_nothing(tmp_path: Path) -> None:

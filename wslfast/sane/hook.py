@@ -35,6 +35,9 @@ class _Loader(importlib.abc.Loader):
     def __init__(self, loader: Any, then: Callable[[], None]) -> None:
         self._loader, self._then = loader, then
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_loader"], name)  # runpy asks for the code
+
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
 
