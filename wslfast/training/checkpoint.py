@@ -1,22 +1,31 @@
-"""A run's checkpoint: one file with everything, written atomically, loadable without running any code of the file."""
+"""A run's checkpoint: one file with everything, written atomically, loadable without running any code of the file.
+
+The file is what ``torch.save`` writes, an archive, with the SHA-256 of all its other bytes as the archive's comment: ``torch.load`` reads
+it too, but tells no damaged weights from sound ones.
+"""
 
 from __future__ import annotations
 
-import pickle
+import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
-from .._files import write_atomically
+from .._files import write_tensors
 from ..architecture import Architecture
 from ..autoencoder import Autoencoder
 from ..errors import WslfastError, check_device, require
 from ..tokens import TokenLayout
+from ..zoo.importers.found import unreadable
+from ..zoo.importers.inert import InertFile
 from .config import TrainConfig
 
 SCHEMA = 1
+_SEAL, _DIGITS = b"sha256 ", 64
+_BLOCK = 1 << 20
 _KEYS = ("schema", "step", "config", "architecture", "autoencoder", "model", "optimizer", "schedule", "normalizers", "rng", "sampler")
 
 
@@ -28,7 +37,7 @@ def checkpoint_path(out: str | Path) -> Path:
 def save_checkpoint(out: str | Path, state: dict[str, Any]) -> None:
     """Replace the run's checkpoint by ``state`` (tensors and plain values under the keys of this module)."""
     assert set(state) == set(_KEYS) - {"schema"}, set(state) ^ set(_KEYS)
-    write_atomically(checkpoint_path(out), lambda temporary: torch.save({"schema": SCHEMA, **state}, temporary))
+    write_tensors(checkpoint_path(out), {"schema": SCHEMA, **state}, _seal)
 
 
 def load_checkpoint(out: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -36,14 +45,43 @@ def load_checkpoint(out: str | Path, device: torch.device | str = "cpu") -> dict
     path, device = checkpoint_path(out), check_device(device)
     require(path.is_file(), f"no checkpoint in {out} (expected {path})")
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, TypeError, IndexError, AttributeError, pickle.UnpicklingError) as error:
-        raise WslfastError(f"checkpoint {path} is damaged: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+        with InertFile(path, _check_seal) as file:
+            state = file.plain(device)
+    except WslfastError as error:
+        raise WslfastError(f"checkpoint {path} is damaged: {unreadable(error)}") from error
     require(isinstance(state, dict) and isinstance(state.get("schema"), int), f"checkpoint {path} is not one of wslfast's")
     require(state["schema"] <= SCHEMA, f"checkpoint {path} is from a newer version (schema {state['schema']}, this one reads {SCHEMA})")
     missing = [key for key in _KEYS if key not in state]
     require(not missing, f"checkpoint {path} lacks {missing}")
     return state
+
+
+def _seal(path: Path) -> None:
+    """Make the digest of the archive its comment."""
+    with open(path, "rb+") as file:
+        file.seek(-2, os.SEEK_END)  # the comment's length ends the archive
+        file.write((len(_SEAL) + _DIGITS).to_bytes(2, "little") + _SEAL)
+        end = file.tell()
+        digest = _digest(file, end)
+        file.seek(end)
+        file.write(digest)
+
+
+def _check_seal(file: BinaryIO) -> None:
+    end = max(0, file.seek(0, os.SEEK_END) - _DIGITS)
+    digest = _digest(file, end)
+    file.seek(max(0, end - len(_SEAL)))
+    require(file.read() == _SEAL + digest, "its SHA-256 is not the one it was written with")
+
+
+def _digest(file: BinaryIO, size: int) -> bytes:
+    """SHA-256 of the first ``size`` bytes, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    file.seek(0)
+    while size > 0 and (block := file.read(min(size, _BLOCK))):
+        digest.update(block)
+        size -= len(block)
+    return digest.hexdigest().encode()
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Union
 import torch
 from torch import Tensor
 
-from .._files import write_text
+from .._files import remove_leftovers, write_text
 from ..errors import WslfastError, require
 from ..population import Population
 from ..zoo import MappedZoo, dataset_of
@@ -67,6 +67,7 @@ def train(
                 trainer.restore(saved)
             _announce(trainer, saved is not None)
             if world.writes:
+                remove_leftovers(checkpoint_path(out), out / "config.toml", out / "log.jsonl")
                 write_text(out / "config.toml", config.to_toml())
             recorder = Recorder(out / "profile", str(device)) if profiled and world.writes else None
             with RunLog(out / "log.jsonl" if world.writes else None, trainer.step_index, on_record) as log:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .._files import write_atomically, write_text
+from .._files import write_tensors, write_text
 from ..architecture import Architecture
 from ..errors import WslfastError, require
 from ..kernels.plan import Activation, Conv2d, Dropout
@@ -96,8 +96,7 @@ def _state_dicts(models: MappedZoo, folder: Path) -> int:
 
 
 def _save(population: Population, row: int, file: Path) -> None:
-    state = population.state_dict(row)
-    write_atomically(file, lambda temporary: torch.save(state, temporary))
+    write_tensors(file, population.state_dict(row))
 
 
 def _config(architecture: Architecture) -> dict[str, Any]:

@@ -23,7 +23,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from .._files import write_atomically
+from .._files import write_bytes
 from ..architecture import Architecture
 from ..errors import WslfastError, require
 from ..population import Population
@@ -113,12 +113,12 @@ def write_shards(folder: Path, parts: Iterable[torch.Tensor], describe: Callable
             blob = safetensors.torch.save({"weights": part.contiguous()})
             shard = Shard(f"shard-{i:05d}{generation}.safetensors", len(part), len(blob), hashlib.sha256(blob).hexdigest())
             existed = (folder / shard.file).exists()
-            write_atomically(folder / shard.file, _bytes_to(blob))
+            write_bytes(folder / shard.file, blob)
             shards.append(shard)
             if not existed:
                 made.append(folder / shard.file)
         manifest = describe(shards)
-        write_atomically(folder / MANIFEST, _bytes_to(manifest.to_json()))
+        write_bytes(folder / MANIFEST, manifest.to_json())
         made.clear()
     except (OSError, WslfastError) as error:
         need = f" (about {4 * sum(part.numel() for part in parts):,} bytes)" if isinstance(parts, Sequence) else ""
@@ -132,13 +132,6 @@ def write_shards(folder: Path, parts: Iterable[torch.Tensor], describe: Callable
             if name not in listed and (_OURS.fullmatch(name) or _TEMPORARY.fullmatch(name)):
                 (folder / name).unlink(missing_ok=True)
     return manifest
-
-
-def _bytes_to(blob: bytes) -> Callable[[Path], None]:
-    def write(path: Path) -> None:
-        path.write_bytes(blob)
-
-    return write
 
 
 def _generation(folder: Path, parts: Iterable[torch.Tensor]) -> str:

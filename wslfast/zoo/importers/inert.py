@@ -16,13 +16,15 @@ import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 import torch
 from torch import Tensor
 
 from ...errors import WslfastError, require
 
+_DEEPEST = 64  # containers in containers of a state
+_PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _LONGEST_PROGRAM = 256 << 20  # bytes of pickle; tensors are not among them
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of the stream form
 _STORAGES = {
@@ -80,6 +82,11 @@ class StoredTensor:
 
     def tensor(self) -> Tensor:
         """The numbers, in memory of their own. Raises WslfastError for a view that leaves its storage."""
+        view = self.within(self.read)
+        return view if view.numel() == self.storage.numel else view.clone()  # a small part does not keep a large storage alive
+
+    def within(self, read: _Read) -> Tensor:
+        """The numbers, in the memory that ``read(storage)`` gives."""
         dtype = _STORAGES.get(self.storage.kind)
         require(dtype is not None, f"storage of unknown kind {self.storage.kind!r:.60}")
         whole = all(type(v) is int and 0 <= v < 1 << 62 for v in (self.offset, self.storage.numel, *self.shape, *self.stride))
@@ -93,8 +100,7 @@ class StoredTensor:
         assert dtype is not None
         if numel == 0:
             return torch.empty(self.shape, dtype=dtype)
-        view = torch.frombuffer(self.read(self.storage), dtype=dtype).as_strided(self.shape, self.stride, self.offset)
-        return view if numel == self.storage.numel else view.clone()  # a small part does not keep a large storage alive
+        return torch.frombuffer(read(self.storage), dtype=dtype).as_strided(self.shape, self.stride, self.offset)
 
 
 # The pure-Python one: its memo is a dict, whatever index a file claims. Any, since type stubs know little of it and differ in what.
@@ -201,19 +207,25 @@ class _Machine(_PurePython):
 class InertFile:
     """An open file of ``torch.save``: ``root`` is the object, its tensors :class:`StoredTensor`. A context manager.
 
+    Args:
+        path: the file.
+        check: called with the open file before anything is read of it; what it raises is this class's error.
+
     Raises:
         WslfastError: for anything that is not such a file, or is damaged; nothing else, whatever the bytes.
     """
 
     root: Any
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, check: Callable[[BinaryIO], None] | None = None) -> None:
         self.path = Path(path)
         try:
             self._file = open(path, "rb")  # noqa: SIM115 - closed by close()
         except OSError as error:
             raise WslfastError(f"{path}: cannot be read: {error.strerror or error}") from None
         try:
+            if check is not None:
+                check(self._file)
             self.size = self._file.seek(0, io.SEEK_END)
             self._file.seek(0)
             start = self._file.read(8)
@@ -238,6 +250,45 @@ class InertFile:
 
     def close(self) -> None:
         self._file.close()
+
+    def plain(self, device: torch.device | str = "cpu") -> Any:
+        """The object with its tensors read, on the device: dicts, lists, tuples, sets, numbers, strings and tensors, which share what they shared.
+
+        Raises:
+            WslfastError: for anything else in it, for what contains itself, and for storages that are together larger than the file.
+        """
+        storages: dict[str, bytearray] = {}
+        done: dict[int, Any] = {}
+
+        def read(tensor: StoredTensor) -> Tensor:
+            key = tensor.storage.key
+            if key not in storages:
+                held = tensor.storage.numel * _width(tensor.storage) + sum(map(len, storages.values()))
+                require(held <= self.size, f"{self.path}: its storages are larger than the file")
+                storages[key] = tensor.read(tensor.storage)
+            return tensor.within(lambda storage: _exactly(storages[key], storage)).to(device)
+
+        def of(value: Any, depth: int) -> Any:
+            require(depth <= _DEEPEST, f"{self.path}: nested too deeply")
+            if isinstance(value, _PLAIN):
+                return value
+            if id(value) not in done:
+                if isinstance(value, StoredTensor):
+                    made: Any = read(value)
+                elif isinstance(value, dict):
+                    made = {of(k, depth + 1): of(v, depth + 1) for k, v in value.items()}
+                else:
+                    require(isinstance(value, (list, tuple, set)), f"{self.path}: expected tensors and plain values, got {value!r:.80}")
+                    made = (list if isinstance(value, list) else type(value))(of(v, depth + 1) for v in value)
+                done[id(value)] = made
+            return done[id(value)]
+
+        try:
+            return of(self.root, 0)
+        except WslfastError as error:
+            raise WslfastError(str(error) if str(error).startswith(str(self.path)) else f"{self.path}: {error}") from None
+        except (TypeError, ValueError, RuntimeError) as error:  # an unhashable key, a shape beyond torch's arithmetic
+            raise WslfastError(f"{self.path}: damaged: {error}") from None
 
     # -- the archive ---------------------------------------------------------------------------------------------------
 
