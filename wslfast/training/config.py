@@ -98,6 +98,9 @@ class TrainConfig:
     bytes); beyond, weights are read from mapped shards and outputs computed at every step (as they are where the run looks up few
     of them). Changes results by rounding at most."""
 
+    skip_bad: bool = False
+    """Leave out shards of the zoo that are missing or damaged, with a count, instead of stopping."""
+
     log_every: int = 10
     """Steps between records of log.jsonl."""
     checkpoint_every: int = 200

@@ -57,7 +57,7 @@ def train(
             logger.info("%s is finished (%d steps); nothing to do", out, saved["step"])
             return load_run(out, device=device, architecture=None if population is None else population.architecture)
         if population is None:
-            population = MappedZoo(config.zoo, "train")
+            population = MappedZoo(config.zoo, "train", skip_bad=config.skip_bad)
         if images is None:
             images = dataset_of(config.zoo, population.architecture).train_images
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # the caller's random state is not touched

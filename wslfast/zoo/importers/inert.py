@@ -80,6 +80,11 @@ class StoredTensor:
     stride: tuple[int, ...]
     read: _Read
 
+    @property
+    def num_bytes(self) -> int:
+        """What its whole storage takes."""
+        return self.storage.numel * _width(self.storage)
+
     def tensor(self) -> Tensor:
         """The numbers, in memory of their own. Raises WslfastError for a view that leaves its storage."""
         view = self.within(self.read)
@@ -252,43 +257,44 @@ class InertFile:
         self._file.close()
 
     def plain(self, device: torch.device | str = "cpu") -> Any:
-        """The object with its tensors read, on the device: dicts, lists, tuples, sets, numbers, strings and tensors, which share what they shared.
+        """The object with its tensors read, on the device: dicts, lists, tuples, sets, numbers, strings, and tensors that share
+        what they shared.
 
         Raises:
             WslfastError: for anything else in it, for what contains itself, and for storages that are together larger than the file.
         """
         storages: dict[str, bytearray] = {}
         done: dict[int, Any] = {}
+        held = 0
 
         def read(tensor: StoredTensor) -> Tensor:
-            key = tensor.storage.key
-            if key not in storages:
-                held = tensor.storage.numel * _width(tensor.storage) + sum(map(len, storages.values()))
-                require(held <= self.size, f"{self.path}: its storages are larger than the file")
+            nonlocal held
+            if (key := tensor.storage.key) not in storages:
+                held += tensor.num_bytes
+                require(held <= self.size, "its storages are larger than the file")
                 storages[key] = tensor.read(tensor.storage)
             return tensor.within(lambda storage: _exactly(storages[key], storage)).to(device)
 
         def of(value: Any, depth: int) -> Any:
-            require(depth <= _DEEPEST, f"{self.path}: nested too deeply")
+            require(depth <= _DEEPEST, "nested too deeply")
             if isinstance(value, _PLAIN):
                 return value
             if id(value) not in done:
+                made: Any
                 if isinstance(value, StoredTensor):
-                    made: Any = read(value)
+                    made = read(value)
                 elif isinstance(value, dict):
                     made = {of(k, depth + 1): of(v, depth + 1) for k, v in value.items()}
                 else:
-                    require(isinstance(value, (list, tuple, set)), f"{self.path}: expected tensors and plain values, got {value!r:.80}")
+                    require(isinstance(value, (list, tuple, set)), f"expected tensors and plain values, got {value!r:.80}")
                     made = (list if isinstance(value, list) else type(value))(of(v, depth + 1) for v in value)
                 done[id(value)] = made
             return done[id(value)]
 
         try:
             return of(self.root, 0)
-        except WslfastError as error:
-            raise WslfastError(str(error) if str(error).startswith(str(self.path)) else f"{self.path}: {error}") from None
-        except (TypeError, ValueError, RuntimeError) as error:  # an unhashable key, a shape beyond torch's arithmetic
-            raise WslfastError(f"{self.path}: damaged: {error}") from None
+        except (TypeError, ValueError, RuntimeError) as error:  # a WslfastError; an unhashable key; a shape beyond torch's arithmetic
+            raise WslfastError(f"{self.path}: {str(error).removeprefix(f'{self.path}: ')}") from None
 
     # -- the archive ---------------------------------------------------------------------------------------------------
 
@@ -366,8 +372,7 @@ def _no_storage(storage: _Storage) -> bytearray:
 
 
 def _width(storage: _Storage) -> int:
-    dtype = _STORAGES.get(storage.kind)
-    return 0 if dtype is None else dtype.itemsize
+    return _STORAGES[storage.kind].itemsize if storage.kind in _STORAGES else 0
 
 
 def _exactly(data: bytearray | memoryview, storage: _Storage) -> bytearray:
