@@ -60,6 +60,10 @@ def _harm(zoo: Path, kind: str, rng: random.Random) -> set[int]:
     return chosen
 
 
+def _whole(zoo: Population | MappedZoo) -> Population:
+    return zoo.load() if isinstance(zoo, MappedZoo) else zoo
+
+
 @pytest.mark.parametrize("kind", ["truncated", "empty", "missing", "swapped", "extra"])
 def test_bad_shards_are_named_or_counted(tmp_path: Path, zoo: Path, population: Population, kind: str, caplog: pytest.LogCaptureFixture) -> None:
     rng, cases = random.Random(kind), many(6, 100)
@@ -70,16 +74,14 @@ def test_bad_shards_are_named_or_counted(tmp_path: Path, zoo: Path, population: 
         split = rng.choice([None, "train", "val"])
         for read in (load_zoo, MappedZoo):
             with pytest.raises(WslfastError, match=r"shard-\d{5}\.safetensors") as caught:
-                loaded = read(broken, split)
-                loaded.load() if isinstance(loaded, MappedZoo) else None
+                _whole(read(broken, split))
             if bad and split is None:
                 assert any(f"shard-{i:05d}" in str(caught.value) for i in bad)
         good = [j for j in range(ROWS) if j // (ROWS // SHARDS) not in bad and split in (None, SPLITS[j])]
         for read in (load_zoo, MappedZoo):
             errors._said.clear()
             caplog.clear()
-            loaded = read(broken, split, skip_bad=True)
-            loaded = loaded.load() if isinstance(loaded, MappedZoo) else loaded
+            loaded = _whole(read(broken, split, skip_bad=True))
             assert torch.equal(loaded.weights, population.weights[good])
             assert loaded.properties["model"] == tuple(good)
             (said,) = (r.getMessage() for r in caplog.records)

@@ -18,12 +18,13 @@ from .._files import write_tensors
 from ..architecture import Architecture
 from ..autoencoder import Autoencoder
 from ..errors import WslfastError, check_device, require
-from ..tokens import TokenLayout
+from ..tokens import TokenLayout, num_tokens
 from ..zoo.importers.found import unreadable
 from ..zoo.importers.inert import InertFile
 from .config import TrainConfig
 
 SCHEMA = 1
+_TABLES = ("config", "architecture", "autoencoder", "model", "optimizer", "normalizers", "rng", "sampler")
 _SEAL, _DIGITS = b"sha256 ", 64
 _BLOCK = 1 << 20
 _KEYS = ("schema", "step", "config", "architecture", "autoencoder", "model", "optimizer", "schedule", "normalizers", "rng", "sampler")
@@ -53,6 +54,8 @@ def load_checkpoint(out: str | Path, device: torch.device | str = "cpu") -> dict
     require(state["schema"] <= SCHEMA, f"checkpoint {path} is from a newer version (schema {state['schema']}, this one reads {SCHEMA})")
     missing = [key for key in _KEYS if key not in state]
     require(not missing, f"checkpoint {path} lacks {missing}")
+    wrong = [key for key in _TABLES if not isinstance(state[key], dict)] + ["step"] * (type(state["step"]) is not int)
+    require(not wrong, f"checkpoint {path} holds something else under {wrong}")
     return state
 
 
@@ -102,11 +105,27 @@ class Run:
 def load_run(out: str | Path, *, architecture: Architecture | None = None, device: torch.device | str = "cpu") -> Run:
     """The autoencoder of a run's latest checkpoint, in evaluation mode (``architecture`` for zoos of opaque networks)."""
     state = load_checkpoint(out, device)
-    config = TrainConfig.from_dict(state["config"])
-    arch = architecture if architecture is not None else Architecture.from_dict(state["architecture"])
-    model = Autoencoder.from_config(TokenLayout(arch, config.token_size), state["autoencoder"])
     try:
-        model.load_state_dict(state["model"])
-    except RuntimeError as error:
-        raise WslfastError(f"checkpoint {checkpoint_path(out)} does not fit its own config: {error}") from None
-    return Run(Path(out), int(state["step"]), config, model.to(device).eval())
+        config = TrainConfig.from_dict(state["config"])
+        arch = architecture if architecture is not None else Architecture.from_dict(state["architecture"])
+        model = _rebuilt(arch, state)
+    except Exception as error:  # whatever the library makes of a state that nobody trained
+        raise WslfastError(f"checkpoint {checkpoint_path(out)} cannot be rebuilt: {error}") from error
+    return Run(Path(out), state["step"], config, model.to(device).eval())
+
+
+def _rebuilt(architecture: Architecture, state: dict[str, Any]) -> Autoencoder:
+    """The autoencoder of a state. Its sizes are compared with the tensors that are there before any memory of that size is taken."""
+    sizes, held = state["autoencoder"], {name: tuple(value.shape) for name, value in state["model"].items()}
+    require(len(held.get("mask", ())) == 2, "it has no mask of tokens")
+    size = held["mask"][1]
+    require(size > 0 and held["mask"][0] == num_tokens(architecture, size), f"its tokens are not of {architecture.name!r}")
+    layout = TokenLayout(architecture, size)
+    require(type(sizes.get("layers")) is int and sizes["layers"] <= len(held), "it lacks layers")
+    with torch.device("meta"):
+        wanted = {name: tuple(value.shape) for name, value in Autoencoder.from_config(layout, sizes).state_dict().items()}
+    differ = [name for name in {**wanted, **held} if wanted.get(name) != held.get(name)]
+    require(not differ, f"{differ[:3]} have other shapes")
+    model = Autoencoder.from_config(layout, sizes)
+    model.load_state_dict(state["model"])
+    return model

@@ -150,6 +150,8 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
         """From a mapping. Raises WslfastError for unknown keys and wrong types."""
+        named = isinstance(values, Mapping) and all(isinstance(name, str) for name in values)
+        require(named, f"config: expected settings by name, got {type(values).__name__}")
         known = [f.name for f in dataclasses.fields(cls)]
         unknown = sorted(set(values) - set(known))
         require(not unknown, f"config: unknown keys {unknown}; known: {known}")

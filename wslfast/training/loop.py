@@ -64,7 +64,10 @@ def train(
             torch.manual_seed(config.seed)
             trainer = Trainer(config, population, images, None if saved is None else saved["autoencoder"], world, device)
             if saved is not None:
-                trainer.restore(saved)
+                try:
+                    trainer.restore(saved)
+                except (LookupError, TypeError, AttributeError, RuntimeError) as error:  # a state that no trainer wrote
+                    raise WslfastError(f"checkpoint {checkpoint_path(out)} cannot be resumed: {error}") from error
             _announce(trainer, saved is not None)
             if world.writes:
                 remove_leftovers(checkpoint_path(out), out / "config.toml", out / "log.jsonl")
