@@ -7,6 +7,7 @@ is met too.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -30,7 +31,7 @@ from wslfast import Population, TrainConfig, WslfastError, train
 from wslfast.training import load_run
 from wslfast.training.checkpoint import _seal, checkpoint_path
 from wslfast.zoo import export_zoo, import_zoo, save_zoo
-from wslfast.zoo.importers.inert import InertFile
+from wslfast.zoo.importers.state import load_plain
 from wslfast.zoo.manifest import MANIFEST, Manifest
 
 SEED = int(os.environ.get("WSLFAST_FUZZ", "0"))
@@ -113,10 +114,9 @@ def test_any_manifest() -> None:
     def make(rng: random.Random) -> bytes:
         if rng.random() < 0.7:
             return mutated(data, rng, _TOKENS)
-        node: Any = record
         changed = json.loads(data)
-        node = changed
-        for _ in range(rng.randint(1, 4)):  # somewhere inside, another value
+        node: Any = changed
+        while True:  # somewhere inside, another value
             key = rng.choice(list(node)) if isinstance(node, dict) else rng.randrange(len(node))
             if not isinstance(node[key], (dict, list)) or not node[key] or rng.random() < 0.3:
                 break
@@ -143,7 +143,7 @@ def test_any_architecture_behind_a_right_checksum() -> None:
         if isinstance(record, dict):
             Manifest(**{**vars(made), "architecture": record}).rebuild(MANIFEST)
 
-    fuzz("architecture records", many(3000, 150_000), lambda rng: mutated(text, rng, _TOKENS), read)
+    fuzz("architecture records", many(3000, 250_000), lambda rng: mutated(text, rng, _TOKENS), read)
 
 
 @pytest.mark.parametrize("form", ["archive", "stream", "program"])
@@ -152,7 +152,7 @@ def test_any_file_of_torch_save(memory: Path, form: str) -> None:
     words = [bytes([code]) for code in _OPCODES] + [b"h\x00", b"j\xff\xff\xff\x7f", b"\x8a\x08" + b"\xff" * 7 + b"\x7f", b"ctorch._utils\n_rebuild_tensor_v2\n"]
     sample = _sample(form == "archive")
     if form == "program":
-        with zipfile.ZipFile(__import__("io").BytesIO(_sample(True))) as archive:
+        with zipfile.ZipFile(io.BytesIO(_sample(True))) as archive:
             members = {name: archive.read(name) for name in archive.namelist()}
         pickled = next(name for name in members if name.endswith("data.pkl"))
 
@@ -166,10 +166,9 @@ def test_any_file_of_torch_save(memory: Path, form: str) -> None:
                     archive.writestr(name, data if name == pickled else content)
         else:
             file.write_bytes(data)
-        with InertFile(file) as opened:
-            opened.plain()
+        load_plain(file)
 
-    outcomes = fuzz(f"torch.save's {form}s", many(1500, {"archive": 60_000, "stream": 100_000, "program": 60_000}[form]), make, read)
+    outcomes = fuzz(f"torch.save's {form}s", many(1500, {"archive": 60_000, "stream": 130_000, "program": 55_000}[form]), make, read)
     assert outcomes["errors"] > 0
 
 
@@ -187,7 +186,7 @@ def test_any_tree_of_checkpoints(memory: Path) -> None:
             Path(file).write_bytes(content)
         import_zoo(memory / "tree", memory / "out", overwrite=True, architecture=ARCH)
 
-    fuzz("checkpoint trees", many(60, 5000), make, read)
+    fuzz("checkpoint trees", many(30, 1500), make, read)
 
 
 def test_any_configuration(memory: Path) -> None:
@@ -203,7 +202,7 @@ def test_any_configuration(memory: Path) -> None:
         file.write_bytes(data)
         TrainConfig.from_toml(file)
 
-    outcomes = fuzz("configurations", many(2000, 150_000), make, read)
+    outcomes = fuzz("configurations", many(2000, 100_000), make, read)
     assert min(outcomes["errors"], outcomes["values"]) > 0
 
 
@@ -233,7 +232,7 @@ def test_any_checkpoint(memory: Path) -> None:
             _seal(file)
         load_run(memory / "run")
 
-    outcomes = fuzz("checkpoints", many(400, 75_000), make, read)
+    outcomes = fuzz("checkpoints", many(150, 4000), make, read)
     assert outcomes["errors"] > 0
 
 
@@ -249,15 +248,14 @@ DEEP = 50_000
 def test_depth_and_cycles_are_errors(tmp_path: Path, program: bytes) -> None:
     with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
         archive.writestr("archive/data.pkl", program)
-    with pytest.raises(WslfastError, match=r"x\.pt"), InertFile(tmp_path / "x.pt") as opened:
-        opened.plain()
+    with pytest.raises(WslfastError, match=r"x\.pt"):
+        load_plain(tmp_path / "x.pt")
 
 
-def test_one_object_many_times_is_one_object(tmp_path: Path) -> None:
-    """Sixty lists, each twice in the next, are 2**60 if one is not careful."""
+def test_what_would_not_end_when_written_out_is_refused(tmp_path: Path) -> None:
+    """Sixty lists, each twice in the next, are 2**60 for whoever walks or prints them."""
     program = b"\x80\x02]q\x00" + b"".join(b"]q%c(h%ch%ce" % (i, i - 1, i - 1) for i in range(1, 60)) + b"."
     with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
         archive.writestr("archive/data.pkl", program)
-    with InertFile(tmp_path / "x.pt") as opened:
-        value = opened.plain()
-    assert value[0] is value[1]
+    with pytest.raises(WslfastError, match="more values than the file"):
+        load_plain(tmp_path / "x.pt")

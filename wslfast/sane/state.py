@@ -11,7 +11,7 @@ from typing import Any
 
 from .._files import write_tensors
 from ..errors import WslfastError, require
-from ..zoo.importers.inert import InertFile
+from ..zoo.importers.state import load_plain
 from .behavior import DistillationLoss
 
 State = dict[str, Any]
@@ -26,8 +26,7 @@ def load_state(path: str | Path, device: Any = "cpu") -> State:
     file = Path(path) / "state.pt" if Path(path).is_dir() else Path(path)
     require(file.is_file(), f"state: expected a file state.pt, got {str(file)!r}")
     try:
-        with InertFile(file) as opened:
-            state = opened.plain(device)
+        state = load_plain(file, device)
     except WslfastError as error:
         raise WslfastError(f"state: expected tensors and plain containers in {error}") from None
     require(isinstance(state, dict) and "model" in state, f"state: expected a key 'model' in {str(file)!r}")

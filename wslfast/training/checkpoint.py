@@ -20,7 +20,7 @@ from ..autoencoder import Autoencoder
 from ..errors import WslfastError, check_device, require
 from ..tokens import TokenLayout, num_tokens
 from ..zoo.importers.found import unreadable
-from ..zoo.importers.inert import InertFile
+from ..zoo.importers.state import load_plain
 from .config import TrainConfig
 
 SCHEMA = 1
@@ -46,8 +46,7 @@ def load_checkpoint(out: str | Path, device: torch.device | str = "cpu") -> dict
     path, device = checkpoint_path(out), check_device(device)
     require(path.is_file(), f"no checkpoint in {out} (expected {path})")
     try:
-        with InertFile(path, _check_seal) as file:
-            state = file.plain(device)
+        state = load_plain(path, device, _check_seal)
     except WslfastError as error:
         raise WslfastError(f"checkpoint {path} is damaged: {unreadable(error)}") from error
     require(isinstance(state, dict) and isinstance(state.get("schema"), int), f"checkpoint {path} is not one of wslfast's")

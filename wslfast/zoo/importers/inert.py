@@ -23,8 +23,6 @@ from torch import Tensor
 
 from ...errors import WslfastError, require
 
-_DEEPEST = 64  # containers in containers of a state
-_PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _LONGEST_PROGRAM = 256 << 20  # bytes of pickle; tensors are not among them
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of the stream form
 _STORAGES = {
@@ -256,46 +254,6 @@ class InertFile:
     def close(self) -> None:
         self._file.close()
 
-    def plain(self, device: torch.device | str = "cpu") -> Any:
-        """The object with its tensors read, on the device: dicts, lists, tuples, sets, numbers, strings, and tensors that share
-        what they shared.
-
-        Raises:
-            WslfastError: for anything else in it, for what contains itself, and for storages that are together larger than the file.
-        """
-        storages: dict[str, bytearray] = {}
-        done: dict[int, Any] = {}
-        held = 0
-
-        def read(tensor: StoredTensor) -> Tensor:
-            nonlocal held
-            if (key := tensor.storage.key) not in storages:
-                held += tensor.num_bytes
-                require(held <= self.size, "its storages are larger than the file")
-                storages[key] = tensor.read(tensor.storage)
-            return tensor.within(lambda storage: _exactly(storages[key], storage)).to(device)
-
-        def of(value: Any, depth: int) -> Any:
-            require(depth <= _DEEPEST, "nested too deeply")
-            if isinstance(value, _PLAIN):
-                return value
-            if id(value) not in done:
-                made: Any
-                if isinstance(value, StoredTensor):
-                    made = read(value)
-                elif isinstance(value, dict):
-                    made = {of(k, depth + 1): of(v, depth + 1) for k, v in value.items()}
-                else:
-                    require(isinstance(value, (list, tuple, set)), f"expected tensors and plain values, got {value!r:.80}")
-                    made = (list if isinstance(value, list) else type(value))(of(v, depth + 1) for v in value)
-                done[id(value)] = made
-            return done[id(value)]
-
-        try:
-            return of(self.root, 0)
-        except (TypeError, ValueError, RuntimeError) as error:  # a WslfastError; an unhashable key; a shape beyond torch's arithmetic
-            raise WslfastError(f"{self.path}: {str(error).removeprefix(f'{self.path}: ')}") from None
-
     # -- the archive ---------------------------------------------------------------------------------------------------
 
     def _open_archive(self) -> None:
@@ -321,7 +279,7 @@ class InertFile:
     def _archived(self, storage: _Storage) -> bytearray:
         name = f"{self._root}data/{storage.key}"
         try:
-            return _exactly(self._member(name, self.size), storage)
+            return exactly(self._member(name, self.size), storage)
         except WslfastError as error:
             raise WslfastError(f"{self.path}: {error}") from None
         except KeyError:
@@ -344,7 +302,7 @@ class InertFile:
             require(storage.key in places, f"{self.path}: storage {storage.key!r:.40} is missing")
             at, count = places[storage.key]
             width = _width(storage)
-            return _exactly(data.getbuffer()[at : at + count * width], storage)
+            return exactly(data.getbuffer()[at : at + count * width], storage)
 
         self.root = _run(data, streamed)
         keys = _run(data, refuse)
@@ -375,7 +333,8 @@ def _width(storage: _Storage) -> int:
     return _STORAGES[storage.kind].itemsize if storage.kind in _STORAGES else 0
 
 
-def _exactly(data: bytearray | memoryview, storage: _Storage) -> bytearray:
+def exactly(data: bytearray | memoryview, storage: _Storage) -> bytearray:
+    """The data, if it is as long as the storage says."""
     require(
         len(data) == storage.numel * _width(storage),
         f"storage {storage.key!r:.40}: expected {storage.numel} numbers, got {len(data)} bytes",
