@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import describe, require, say_once
+from ..errors import WslfastError, describe, require, say_once
 
 KINDS = ("random", "data", "union")
 
@@ -65,8 +65,11 @@ class Queries:
 def _images(dump: Any, shape: tuple[int, ...]) -> Tensor:
     if isinstance(dump, (str, Path)):
         require(Path(dump).is_file(), f"dump: expected a file of images, got {str(dump)!r}")
-        with torch.serialization.safe_globals([torch.utils.data.TensorDataset]):  # tensors, and a list of them
-            dump = torch.load(dump, map_location="cpu", weights_only=True)
+        try:
+            with torch.serialization.safe_globals([torch.utils.data.TensorDataset]):  # tensors, and a list of them
+                dump = torch.load(dump, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch's unpickler has many
+            raise WslfastError(f"dump: cannot be read from {str(dump)!r}: {error}") from None
     if isinstance(dump, dict):
         require("trainset" in dump, f"dump: expected a key 'trainset', got {sorted(map(str, dump))[:5]}")
         dump = dump["trainset"]
