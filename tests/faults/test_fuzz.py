@@ -232,7 +232,7 @@ def test_any_checkpoint(memory: Path) -> None:
             _seal(file)
         load_run(memory / "run")
 
-    outcomes = fuzz("checkpoints", many(150, 4000), make, read)
+    outcomes = fuzz("checkpoints", many(80, 4000), make, read)
     assert outcomes["errors"] > 0
 
 
