@@ -274,7 +274,9 @@ def loss_and_gradient(
             found = _built(architecture, lambda: _triton_loss(weights, queries, targets, architecture, criterion, temperature))
             if found is not None:
                 return found
-            return loss_and_gradient(weights, queries, targets, architecture, criterion, temperature=temperature, backend=backend)
+            return loss_and_gradient(
+                weights, queries, targets, architecture, criterion, temperature=temperature, backend=backend, index=index
+            )
         if choice.path == "loop":
             return reference.loss_and_gradient(weights, queries, targets, architecture.layers, criterion, temperature)
         own = queries.ndim == len(architecture.input_shape) + 2
