@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: help demo test lint types quick slow ci gpu bench clean
+.PHONY: help demo test lint types quick slow faults ci gpu bench clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -42,6 +42,12 @@ quick: $(VENV)/.dev
 
 slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_FLAGS)
+
+faults: $(VENV)/.dev ## the fault matrix with its full figures, the guards, and docs/reliability.md's table (about half an hour)
+	@rm -rf build/faults
+	WSLFAST_FAULTS=full WSLFAST_FAULTS_OUT=build/faults $(BIN)/python -m pytest tests/faults -m "not gpu" $(PYTEST_FLAGS)
+	$(BIN)/python tests/faults/guards.py --json build/faults/guards.json
+	$(BIN)/python tests/faults/render.py build/faults docs/reliability.md
 
 ci: test slow ## all that can be tested without a GPU (at most 45 minutes)
 

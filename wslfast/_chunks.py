@@ -17,6 +17,7 @@ def in_chunks(models: int, size: int, run: Callable[[slice], None]) -> None:
     model alone does not fit.
     """
     start, size = 0, max(1, size)
+    failed = 0  # models in the first attempt for which there was no memory
     while start < models:
         part = slice(start, min(start + size, models))
         shortage: str | None = None
@@ -28,14 +29,16 @@ def in_chunks(models: int, size: int, run: Callable[[slice], None]) -> None:
             shortage = (str(error) or type(error).__name__).splitlines()[0]
         # outside the except block, whose traceback would keep the failed attempt's tensors alive
         if shortage is None:
+            if failed:
+                hint = "WSLFAST_MEMORY_MB bounds it ahead"
+                say_once(f"wslfast: out of memory on {failed} models at once; going on with {size} ({hint})", logging.WARNING)
+                failed = 0
             start = part.stop
             continue
         tried = part.stop - part.start
         if tried == 1:
             raise WslfastError(f"out of memory on one model alone; pass fewer queries at a time ({shortage})")
-        size = tried // 2
-        hint = "WSLFAST_MEMORY_MB bounds it ahead"
-        say_once(f"wslfast: out of memory on {tried} models at once; going on with {size} ({hint})", logging.WARNING)
+        failed, size = failed or tried, tried // 2
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

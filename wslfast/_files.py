@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from .errors import WslfastError
 
@@ -20,32 +25,95 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], None], need: int = 0) -> None:
     """Call ``write(temporary)`` beside ``path``, flush it to disk, then rename it into place.
 
+    Args:
+        path: the file; its folder is made if absent.
+        write: makes the whole file under the name it is given, which is nobody's yet.
+        need: bytes that it will take, for the error.
+
     Raises:
-        WslfastError: the file could not be written (disk full, read-only folder, ...): names it, the old content is intact
-            and nothing is left behind.
+        WslfastError: the file could not be written (disk full, read-only folder, ...): names it and what it needs, the old content
+            is intact and nothing is left behind.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)  # whatever has this name, a link to elsewhere say, is not written through
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        raise WslfastError(f"cannot write {path}: {error} (anything that was there before is intact)") from error
+        room = _room(path.parent, need)
+        raise WslfastError(f"cannot write {path}: {_reason(error)} ({room}anything that was there before is intact)") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """:func:`write_atomically` for bytes."""
+    write_atomically(path, lambda temporary: _put(temporary, content), len(content))
+
+
 def write_text(path: Path, text: str) -> None:
     """:func:`write_atomically` for a text in UTF-8."""
-    write_atomically(path, lambda temporary: _put(temporary, text))
+    try:
+        content = text.encode()
+    except UnicodeEncodeError as error:  # a path in bytes that are no UTF-8, say
+        raise WslfastError(f"cannot write {path}: {error}") from None
+    write_bytes(path, content)
 
 
-def _put(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+def write_tensors(path: Path, value: Any, finish: Callable[[Path], None] | None = None) -> None:
+    """:func:`write_atomically` for what ``torch.save`` writes; ``finish(temporary)`` may add to the file."""
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:  # a file of Python's: torch's own forgets why it could not be written
+            torch.save(value, file)
+        if finish is not None:
+            finish(temporary)
+
+    write_atomically(path, write, _tensor_bytes(value))
+
+
+def remove_leftovers(*paths: Path) -> None:
+    """Remove what a writer of these files that was killed left half-written beside them. One writer a file at a time."""
+    for path in paths:
+        name = re.compile(rf"\.{re.escape(path.name)}\.\d+\.tmp")
+        with contextlib.suppress(OSError):
+            for stray in filter(name.fullmatch, os.listdir(path.parent)):
+                (path.parent / stray).unlink()
+
+
+def _put(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+
+
+def _tensor_bytes(value: Any) -> int:
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return sum(map(_tensor_bytes, inner))
+
+
+def _reason(error: BaseException) -> BaseException:
+    """What the system said, if it did: torch.save's own error hides it."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, OSError):
+        found = found.__context__
+    return found or error
+
+
+def _room(folder: Path, need: int) -> str:
+    """What a writer needs, and what there is."""
+    if need == 0:
+        return ""
+    try:
+        free = f", {shutil.disk_usage(folder).free:,} are free"
+    except OSError:
+        free = ""
+    return f"it needs about {need:,} bytes{free}; "

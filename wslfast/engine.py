@@ -13,8 +13,10 @@ import importlib.util
 import logging
 import math
 import os
+import subprocess
+from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +29,14 @@ from .kernels import cpu, plan, reference
 from .kernels.schedule import schedule
 from .profiling import region
 
+_T = TypeVar("_T")
 BACKENDS = ("auto", "triton", "torch")
 _CPU_CHUNK = 1 << 30
 _CUDA_CHUNK = 4 << 30
 # The kernels are proved in the interpreter and by compiling them; until `make gpu` has been green on a device, only an explicit
 # backend="triton" runs them.
 _TRITON_BY_DEFAULT = False
+_unbuildable: dict[Architecture, str] = {}  # whose kernels failed to build in this process, and why
 
 
 class Choice(NamedTuple):
@@ -55,7 +59,8 @@ def choose(architecture: Architecture, device: str, dtype: torch.dtype, backend:
             return Choice("triton", "kernels, all models in one launch a layer")
         if backend == "triton":
             raise WslfastError(f"backend='triton' cannot run this: {reason}")
-        say_once(f"wslfast: no Triton kernels for architecture {architecture.name!r}: {reason}; using torch", logging.INFO)
+        level = logging.INFO if _why_no_kernels(architecture) is None else logging.WARNING
+        say_once(f"wslfast: no Triton kernels for architecture {architecture.name!r}: {reason}; using torch", level)
     if not architecture.planned:
         return Choice("functional", "not a plain chain of layers: torch.func.functional_call, in chunks that fit memory")
     if device == "cuda":
@@ -78,13 +83,18 @@ def _why_not_triton(architecture: Architecture, device: str, dtype: torch.dtype)
         return "kernels have no float64"
     if not architecture.planned:
         return f"architecture {architecture.name!r} is not a plain chain of layers"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
+    if (reason := _why_no_kernels(architecture)) is not None:
+        return reason
     try:
         schedule(architecture.layers, architecture.input_shape)
     except plan.Unplannable as error:
         return str(error)
     return None
+
+
+def _why_no_kernels(architecture: Architecture) -> str | None:
+    """None if this machine can build them, else the reason: what a user may want to mend, and is warned of."""
+    return "triton is not installed" if importlib.util.find_spec("triton") is None else _unbuildable.get(architecture)
 
 
 def _triton_precision() -> str:
@@ -178,6 +188,27 @@ def _triton(weights: Tensor, queries: Tensor, architecture: Architecture) -> Ten
     return kernels.population_forward(weights, queries, None, key, precision, memory_budget("cuda"))
 
 
+def _triton_loss(
+    weights: Tensor, queries: Tensor, targets: Tensor, architecture: Architecture, criterion: str, temperature: float
+) -> tuple[Tensor, Tensor]:
+    kernels, precision, memory = importlib.import_module("wslfast.kernels.autograd"), _triton_precision(), memory_budget("cuda")
+    return kernels.loss_and_gradient(weights, queries, targets, architecture.layers, criterion, temperature, precision, memory=memory)
+
+
+def _built(architecture: Architecture, run: Callable[[], _T]) -> _T | None:
+    """What ``run`` gives, or None where its kernels cannot be built on this machine: from then on :func:`choose` says why."""
+    try:
+        return run()
+    except Exception as error:
+        triton = type(error).__module__.partition(".")[0] == "triton"  # its compiler, or a kernel that wants more than the GPU has
+        system = isinstance(error, (ImportError, OSError, subprocess.CalledProcessError))  # a broken install, a read-only cache, gcc
+        if not (triton or system or "C compiler" in str(error)):
+            raise
+        first = (str(error).strip() or "no message").splitlines()[0]
+        _unbuildable[architecture] = f"they cannot be built here: {type(error).__name__}: {first:.200}"
+        return None
+
+
 _FORWARD = {"loop": _loop, "grouped": _grouped, "functional": _functional, "cpu": _loop, "triton": _triton}
 
 
@@ -201,9 +232,12 @@ def forward(weights: Tensor, queries: Tensor, architecture: Architecture, *, bac
             outputs = cpu.forward(weights, queries, architecture.layers)
             return outputs.to(torch.get_autocast_dtype(device)) if autocast else outputs
         run = _FORWARD[choice.path]
+        if choice.path == "triton":  # the kernels chunk for themselves
+            made = _built(architecture, lambda: run(weights, queries, architecture))
+            return made if made is not None else forward(weights, queries, architecture, backend=backend)
         chunk = models_per_chunk(architecture, n, device)
-        # the kernels chunk for themselves, and a loop without a graph holds one model's activations
-        if choice.path == "triton" or len(weights) == 0 or (not graph and choice.path in ("loop", "cpu")):
+        # a loop without a graph holds one model's activations
+        if len(weights) == 0 or (not graph and choice.path in ("loop", "cpu")):
             return run(weights, queries, architecture)
         pieces: list[Tensor] = []
 
@@ -237,9 +271,11 @@ def loss_and_gradient(
         if choice.path == "cpu":
             return cpu.loss_and_gradient(weights, queries, targets, architecture.layers, criterion, temperature, index)
         if choice.path == "triton":
-            kernels, precision = importlib.import_module("wslfast.kernels.autograd"), _triton_precision()
-            return kernels.loss_and_gradient(
-                weights, queries, targets, architecture.layers, criterion, temperature, precision, memory=memory_budget("cuda")
+            found = _built(architecture, lambda: _triton_loss(weights, queries, targets, architecture, criterion, temperature))
+            if found is not None:
+                return found
+            return loss_and_gradient(
+                weights, queries, targets, architecture, criterion, temperature=temperature, backend=backend, index=index
             )
         if choice.path == "loop":
             return reference.loss_and_gradient(weights, queries, targets, architecture.layers, criterion, temperature)

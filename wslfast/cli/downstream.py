@@ -34,12 +34,14 @@ class Evaluate:
     """JSON file for the figures (default: RUN/evaluation-SPLIT.json)."""
     device: str = "cpu"
     """cpu, cuda or cuda:N."""
+    skip_bad: bool = False
+    """Leave out shards of the zoo that are missing or damaged, with a count, instead of stopping."""
     json: bool = False
     """Print JSON instead of a table."""
 
     def run(self) -> None:
         out = self.out or str(Path(self.run_folder) / f"evaluation-{self.split}.json")
-        results = evaluate(self.run_folder, self.zoo, split=self.split, out=out, device=self.device)
+        results = evaluate(self.run_folder, self.zoo, split=self.split, out=out, device=self.device, skip_bad=self.skip_bad)
         if self.json:
             print(Path(out).read_text())
         else:
@@ -72,11 +74,13 @@ class Generate:
     """Seed of the draw."""
     device: str = "cpu"
     """cpu, cuda or cuda:N."""
+    skip_bad: bool = False
+    """Leave out shards of the zoo that are missing or damaged, with a count, instead of stopping."""
 
     def run(self) -> None:
         made = generate(
             self.run_folder, self.zoo, samples=self.samples, anchors=self.anchors, bandwidth=self.bandwidth, seed=self.seed,
-            out=self.out, device=self.device,
+            out=self.out, device=self.device, skip_bad=self.skip_bad,
         )  # fmt: skip
         for name in ("test_acc", "novelty"):
             values = made.column(name)

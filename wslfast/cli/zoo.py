@@ -138,9 +138,12 @@ class ZooExport:
     """ray: params.json, result.json, checkpoint_000020/checkpoints a model; state-dicts: 00000.pt ... and index.json."""
     split: Literal["all", "train", "val", "test"] = "all"
     """Which models."""
+    skip_bad: bool = False
+    """Leave out shards that are missing or damaged, with a count, instead of stopping."""
 
     def run(self) -> None:
-        count = export_zoo(self.path, self.out, format=self.format, split=None if self.split == "all" else self.split)
+        split = None if self.split == "all" else self.split
+        count = export_zoo(self.path, self.out, format=self.format, split=split, skip_bad=self.skip_bad)
         console.print(f"{self.out}: {count} checkpoints", soft_wrap=True)
 
 

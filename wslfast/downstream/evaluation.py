@@ -68,7 +68,7 @@ def evaluate_code(code: Code, population: Population, images: Tensor, labels: Te
 
 def evaluate(
     run: str | Path, zoo: str | Path | None = None, *, split: str = "test", baselines: bool = True, out: str | Path | None = None,
-    device: str = "cpu",
+    device: str = "cpu", skip_bad: bool = False,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Reconstruct a split of a zoo with a trained run and measure how its models behave.
 
@@ -78,6 +78,7 @@ def evaluate(
         split: ``"train"``, ``"val"`` or ``"test"``: held-out models, on the data set's test images.
         baselines: also evaluate the closed-form codes at the same latent size (``"linear"``, ``"linear-metric"``).
         out: file to write the figures to, as JSON.
+        skip_bad: leave out shards of the zoo that are missing or damaged, with a count, instead of raising.
 
     Returns:
         Figures by variant (``"run"`` and the baselines): means over models of accuracy of original and reconstruction,
@@ -89,13 +90,13 @@ def evaluate(
     require(split in ("train", "val", "test"), f"split: expected train, val or test, got {split!r}")
     loaded = load_run(run, device=device)
     folder = str(zoo if zoo is not None else loaded.config.zoo)
-    population = load_zoo(folder, split).to(device)
+    population = load_zoo(folder, split, skip_bad=skip_bad).to(device)
     require(len(population) > 0, f"zoo {folder} has no {split} models")
     dataset = dataset_of(folder, population.architecture)
     images, labels = dataset.split("test")
     codes: dict[str, Code] = {"run": loaded.autoencoder}
     if baselines:
-        train, numbers = load_zoo(folder, "train").to(device), loaded.autoencoder.latent_numbers
+        train, numbers = load_zoo(folder, "train", skip_bad=skip_bad).to(device), loaded.autoencoder.latent_numbers
         codes |= linear_baselines(train, dataset, numbers, loaded.config.token_size)
     results = {}
     for name, result in evaluate_codes(codes, population, images, labels).items():

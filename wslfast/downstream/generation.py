@@ -49,7 +49,7 @@ def nearest(weights: Tensor, others: Tensor, *, block: int = 256) -> Tensor:
 
 def generate(
     run: str | Path, zoo: str | Path | None = None, *, samples: int = 64, anchors: float = 0.3, bandwidth: float = 0.05,
-    seed: int = 0, out: str | Path | None = None, device: str = "cpu",
+    seed: int = 0, out: str | Path | None = None, device: str = "cpu", skip_bad: bool = False,
 ) -> Population:  # fmt: skip
     """Sample new models from a trained run: latents around those of its zoo's best training models, decoded.
 
@@ -62,6 +62,7 @@ def generate(
         seed: of the draw.
         out: folder to store the generated models in, as a zoo.
         device: where to run.
+        skip_bad: leave out shards of the zoo that are missing or damaged, with a count, instead of raising.
 
     Returns:
         A population with, a model: ``anchor`` (the zoo's ``model`` it was drawn around), ``anchor_epoch``, ``val_acc`` and
@@ -75,7 +76,7 @@ def generate(
     require(0 <= bandwidth < float("inf"), f"bandwidth: expected a non-negative number, got {bandwidth!r}")
     loaded = load_run(run, device=device)
     folder = str(zoo if zoo is not None else loaded.config.zoo)
-    train = load_zoo(folder, "train").to(device)
+    train = load_zoo(folder, "train", skip_bad=skip_bad).to(device)
     data = dataset_of(folder, train.architecture)
     rows = best_rows(train, anchors)
     with region("generate"), torch.no_grad():

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .._files import write_atomically
+from .._files import write_text
 from ..errors import describe, require
 from . import _figures
 from .reconstruction import Reconstruction
@@ -79,11 +79,7 @@ def write_report(
         require(known, f"latent_accuracy: expected [{k}], got {describe(latent_accuracy)}")
         require(latent_groups is None or len(latent_groups) == k, f"latent_groups: expected {k} names, got {len(latent_groups or ())}")
     page = _page(title, headline, variants, _sections(variants, latents, latent_accuracy, latent_groups), facts)
-
-    def write(temporary: Path) -> None:
-        temporary.write_text(page, encoding="utf-8")
-
-    write_atomically(Path(path), write)
+    write_text(Path(path), page)
     return Path(path)
 
 

@@ -217,5 +217,5 @@ class AEModule(nn.Module):
         save_model(self, experiment_dir)
 
     def load_model(self, experiment_dir: str | Path) -> None:
-        """Read ``state.pt`` of the published code or of this class, with ``weights_only=True``."""
+        """Read ``state.pt`` of the published code or of this class; nothing in it is run."""
         load_model(self, experiment_dir)

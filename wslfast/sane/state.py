@@ -9,17 +9,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from .._files import write_atomically
+from .._files import write_tensors
 from ..errors import WslfastError, require
+from ..zoo.importers.state import load_plain
 from .behavior import DistillationLoss
 
 State = dict[str, Any]
 
 
-def load_state(path: str | Path, map_location: Any = "cpu") -> State:
-    """The content of a ``state.pt`` (or of the folder that holds it), read with ``weights_only=True``.
+def load_state(path: str | Path, device: Any = "cpu") -> State:
+    """The content of a ``state.pt`` (or of the folder that holds it): nothing in it is run, and its checksums are right.
 
     Raises:
         WslfastError: where there is no such file, or none that is plain tensors.
@@ -27,9 +26,9 @@ def load_state(path: str | Path, map_location: Any = "cpu") -> State:
     file = Path(path) / "state.pt" if Path(path).is_dir() else Path(path)
     require(file.is_file(), f"state: expected a file state.pt, got {str(file)!r}")
     try:
-        state = torch.load(file, map_location=map_location, weights_only=True)
-    except Exception as error:
-        raise WslfastError(f"state: expected tensors and plain containers in {str(file)!r}: {error}") from None
+        state = load_plain(file, device)
+    except WslfastError as error:
+        raise WslfastError(f"state: expected tensors and plain containers in {error}") from None
     require(isinstance(state, dict) and "model" in state, f"state: expected a key 'model' in {str(file)!r}")
     return state
 
@@ -40,7 +39,7 @@ def save_model(module: Any, experiment_dir: str | Path) -> None:
     state = {"model": model.state_dict(), "optimizer": with_template(module.optimizer.state_dict(), _template_sizes(module))}
     if getattr(module, "scheduler", None) is not None:
         state["scheduler"] = module.scheduler.state_dict()
-    write_atomically(Path(experiment_dir) / "state.pt", lambda file: torch.save(state, file))
+    write_tensors(Path(experiment_dir) / "state.pt", state)
 
 
 def load_model(module: Any, experiment_dir: str | Path) -> None:

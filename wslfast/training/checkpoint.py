@@ -1,22 +1,32 @@
-"""A run's checkpoint: one file with everything, written atomically, loadable without running any code of the file."""
+"""A run's checkpoint: one file with everything, written atomically, loadable without running any code of the file.
+
+The file is what ``torch.save`` writes, an archive, with the SHA-256 of all its other bytes as the archive's comment: ``torch.load`` reads
+it too, but tells no damaged weights from sound ones.
+"""
 
 from __future__ import annotations
 
-import pickle
+import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
-from .._files import write_atomically
+from .._files import write_tensors
 from ..architecture import Architecture
 from ..autoencoder import Autoencoder
 from ..errors import WslfastError, check_device, require
-from ..tokens import TokenLayout
+from ..tokens import TokenLayout, num_tokens
+from ..zoo.importers.found import unreadable
+from ..zoo.importers.state import load_plain
 from .config import TrainConfig
 
 SCHEMA = 1
+_TABLES = ("config", "architecture", "autoencoder", "model", "optimizer", "normalizers", "rng", "sampler")
+_SEAL, _DIGITS = b"sha256 ", 64
+_BLOCK = 1 << 20
 _KEYS = ("schema", "step", "config", "architecture", "autoencoder", "model", "optimizer", "schedule", "normalizers", "rng", "sampler")
 
 
@@ -28,7 +38,7 @@ def checkpoint_path(out: str | Path) -> Path:
 def save_checkpoint(out: str | Path, state: dict[str, Any]) -> None:
     """Replace the run's checkpoint by ``state`` (tensors and plain values under the keys of this module)."""
     assert set(state) == set(_KEYS) - {"schema"}, set(state) ^ set(_KEYS)
-    write_atomically(checkpoint_path(out), lambda temporary: torch.save({"schema": SCHEMA, **state}, temporary))
+    write_tensors(checkpoint_path(out), {"schema": SCHEMA, **state}, _seal)
 
 
 def load_checkpoint(out: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -36,14 +46,44 @@ def load_checkpoint(out: str | Path, device: torch.device | str = "cpu") -> dict
     path, device = checkpoint_path(out), check_device(device)
     require(path.is_file(), f"no checkpoint in {out} (expected {path})")
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, TypeError, IndexError, AttributeError, pickle.UnpicklingError) as error:
-        raise WslfastError(f"checkpoint {path} is damaged: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+        state = load_plain(path, device, _check_seal)
+    except WslfastError as error:
+        raise WslfastError(f"checkpoint {path} is damaged: {unreadable(error)}") from error
     require(isinstance(state, dict) and isinstance(state.get("schema"), int), f"checkpoint {path} is not one of wslfast's")
     require(state["schema"] <= SCHEMA, f"checkpoint {path} is from a newer version (schema {state['schema']}, this one reads {SCHEMA})")
     missing = [key for key in _KEYS if key not in state]
     require(not missing, f"checkpoint {path} lacks {missing}")
+    wrong = [key for key in _TABLES if not isinstance(state[key], dict)] + ["step"] * (type(state["step"]) is not int)
+    require(not wrong, f"checkpoint {path} holds something else under {wrong}")
     return state
+
+
+def _seal(path: Path) -> None:
+    """Make the digest of the archive its comment."""
+    with open(path, "rb+") as file:
+        file.seek(-2, os.SEEK_END)  # the comment's length ends the archive
+        file.write((len(_SEAL) + _DIGITS).to_bytes(2, "little") + _SEAL)
+        end = file.tell()
+        digest = _digest(file, end)
+        file.seek(end)
+        file.write(digest)
+
+
+def _check_seal(file: BinaryIO) -> None:
+    end = max(0, file.seek(0, os.SEEK_END) - _DIGITS)
+    digest = _digest(file, end)
+    file.seek(max(0, end - len(_SEAL)))
+    require(file.read() == _SEAL + digest, "its SHA-256 is not the one it was written with")
+
+
+def _digest(file: BinaryIO, size: int) -> bytes:
+    """SHA-256 of the first ``size`` bytes, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    file.seek(0)
+    while size > 0 and (block := file.read(min(size, _BLOCK))):
+        digest.update(block)
+        size -= len(block)
+    return digest.hexdigest().encode()
 
 
 @dataclass(frozen=True)
@@ -64,11 +104,27 @@ class Run:
 def load_run(out: str | Path, *, architecture: Architecture | None = None, device: torch.device | str = "cpu") -> Run:
     """The autoencoder of a run's latest checkpoint, in evaluation mode (``architecture`` for zoos of opaque networks)."""
     state = load_checkpoint(out, device)
-    config = TrainConfig.from_dict(state["config"])
-    arch = architecture if architecture is not None else Architecture.from_dict(state["architecture"])
-    model = Autoencoder.from_config(TokenLayout(arch, config.token_size), state["autoencoder"])
     try:
-        model.load_state_dict(state["model"])
-    except RuntimeError as error:
-        raise WslfastError(f"checkpoint {checkpoint_path(out)} does not fit its own config: {error}") from None
-    return Run(Path(out), int(state["step"]), config, model.to(device).eval())
+        config = TrainConfig.from_dict(state["config"])
+        arch = architecture if architecture is not None else Architecture.from_dict(state["architecture"])
+        model = _rebuilt(arch, state)
+    except Exception as error:  # whatever the library makes of a state that nobody trained
+        raise WslfastError(f"checkpoint {checkpoint_path(out)} cannot be rebuilt: {error}") from error
+    return Run(Path(out), state["step"], config, model.to(device).eval())
+
+
+def _rebuilt(architecture: Architecture, state: dict[str, Any]) -> Autoencoder:
+    """The autoencoder of a state. Its sizes are compared with the tensors that are there before any memory of that size is taken."""
+    sizes, held = state["autoencoder"], {name: tuple(value.shape) for name, value in state["model"].items()}
+    require(len(held.get("mask", ())) == 2, "it has no mask of tokens")
+    size = held["mask"][1]
+    require(size > 0 and held["mask"][0] == num_tokens(architecture, size), f"its tokens are not of {architecture.name!r}")
+    layout = TokenLayout(architecture, size)
+    require(type(sizes.get("layers")) is int and sizes["layers"] <= len(held), "it lacks layers")
+    with torch.device("meta"):
+        wanted = {name: tuple(value.shape) for name, value in Autoencoder.from_config(layout, sizes).state_dict().items()}
+    differ = [name for name in {**wanted, **held} if wanted.get(name) != held.get(name)]
+    require(not differ, f"{differ[:3]} have other shapes")
+    model = Autoencoder.from_config(layout, sizes)
+    model.load_state_dict(state["model"])
+    return model

@@ -98,6 +98,9 @@ class TrainConfig:
     bytes); beyond, weights are read from mapped shards and outputs computed at every step (as they are where the run looks up few
     of them). Changes results by rounding at most."""
 
+    skip_bad: bool = False
+    """Leave out shards of the zoo that are missing or damaged, with a count, instead of stopping."""
+
     log_every: int = 10
     """Steps between records of log.jsonl."""
     checkpoint_every: int = 200
@@ -147,6 +150,8 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
         """From a mapping. Raises WslfastError for unknown keys and wrong types."""
+        named = isinstance(values, Mapping) and all(isinstance(name, str) for name in values)
+        require(named, f"config: expected settings by name, got {type(values).__name__}")
         known = [f.name for f in dataclasses.fields(cls)]
         unknown = sorted(set(values) - set(known))
         require(not unknown, f"config: unknown keys {unknown}; known: {known}")

@@ -10,7 +10,7 @@ from typing import Union
 import torch
 from torch import Tensor
 
-from .._files import write_text
+from .._files import remove_leftovers, write_text
 from ..errors import WslfastError, require
 from ..population import Population
 from ..zoo import MappedZoo, dataset_of
@@ -57,16 +57,20 @@ def train(
             logger.info("%s is finished (%d steps); nothing to do", out, saved["step"])
             return load_run(out, device=device, architecture=None if population is None else population.architecture)
         if population is None:
-            population = MappedZoo(config.zoo, "train")
+            population = MappedZoo(config.zoo, "train", skip_bad=config.skip_bad)
         if images is None:
             images = dataset_of(config.zoo, population.architecture).train_images
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # the caller's random state is not touched
             torch.manual_seed(config.seed)
             trainer = Trainer(config, population, images, None if saved is None else saved["autoencoder"], world, device)
             if saved is not None:
-                trainer.restore(saved)
+                try:
+                    trainer.restore(saved)
+                except (LookupError, TypeError, AttributeError, RuntimeError) as error:  # a state that no trainer wrote
+                    raise WslfastError(f"checkpoint {checkpoint_path(out)} cannot be resumed: {error}") from error
             _announce(trainer, saved is not None)
             if world.writes:
+                remove_leftovers(checkpoint_path(out), out / "config.toml", out / "log.jsonl")
                 write_text(out / "config.toml", config.to_toml())
             recorder = Recorder(out / "profile", str(device)) if profiled and world.writes else None
             with RunLog(out / "log.jsonl" if world.writes else None, trainer.step_index, on_record) as log:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .._files import write_text
+from ..errors import WslfastError
 from ..profiling import Profile, profile
 
 logger = logging.getLogger("wslfast")
@@ -63,8 +64,11 @@ class RunLog:
         self.step = record["step"]
         if self._file is None:
             return
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise WslfastError(f"cannot write {self.path}: {error} (the run goes on from its last checkpoint with resume)") from error
         if self.on_record is not None:
             self.on_record(record)
 

@@ -39,7 +39,7 @@ _CHEAP = 1 << 20  # targets, a model and an image each: computed once without a 
 _PAYS = 4  # targets computed for one looked up; a zoo that a run sees a small part of is not run whole ahead of it
 
 # what may differ between a run and its resumption; everything else would change the trajectory
-_FREE = {"out", "zoo", "steps", "log_every", "checkpoint_every", "device", "memory_gb"}
+_FREE = {"out", "zoo", "steps", "log_every", "checkpoint_every", "device", "memory_gb", "skip_bad"}
 
 
 class Trainer:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .._files import write_atomically, write_text
+from .._files import write_tensors, write_text
 from ..architecture import Architecture
 from ..errors import WslfastError, require
 from ..kernels.plan import Activation, Conv2d, Dropout
@@ -23,7 +23,7 @@ _SETTINGS = {"init_type": "model::init_type", "lr": "optim::lr", "wd": "optim::w
 _BLOCK = 256
 
 
-def export_zoo(zoo: str | Path, out: str | Path, *, format: str = "ray", split: str | None = None) -> int:
+def export_zoo(zoo: str | Path, out: str | Path, *, format: str = "ray", split: str | None = None, skip_bad: bool = False) -> int:
     """Write a zoo's checkpoints for other code; returns how many.
 
     Args:
@@ -33,6 +33,7 @@ def export_zoo(zoo: str | Path, out: str | Path, *, format: str = "ray", split: 
             keys, which the published loaders read, and :func:`wslfast.zoo.import_zoo` too, to the bit. ``"state-dicts"``: one
             ``.pt`` a checkpoint and ``index.json`` with the properties of each.
         split: "train", "val" or "test" alone.
+        skip_bad: leave out shards that are missing or damaged, with a count, instead of raising.
 
     Raises:
         WslfastError: unreadable zoo, a folder that is not empty, unknown format, two checkpoints of a model at one epoch.
@@ -40,7 +41,7 @@ def export_zoo(zoo: str | Path, out: str | Path, *, format: str = "ray", split: 
     require(format in FORMATS, f"format: expected one of {FORMATS}, got {format!r}")
     folder = Path(out)
     require(not folder.exists() or (folder.is_dir() and not any(folder.iterdir())), f"out: {out}: expected a new or an empty folder")
-    models = MappedZoo(zoo, split)
+    models = MappedZoo(zoo, split, skip_bad=skip_bad)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -96,8 +97,7 @@ def _state_dicts(models: MappedZoo, folder: Path) -> int:
 
 
 def _save(population: Population, row: int, file: Path) -> None:
-    state = population.state_dict(row)
-    write_atomically(file, lambda temporary: torch.save(state, temporary))
+    write_tensors(file, population.state_dict(row))
 
 
 def _config(architecture: Architecture) -> dict[str, Any]:

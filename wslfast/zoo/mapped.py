@@ -23,7 +23,7 @@ from ..architecture import Architecture
 from ..errors import WslfastError, describe, require
 from ..population import Population
 from .manifest import MANIFEST, SPLITS, Shard
-from .store import agree, check_shards, check_weights, read_manifest, regular_file
+from .store import agree, check_shards, check_weights, read_manifest, regular_file, sound_part
 
 WINDOW = 8  # shards: 512 MiB of those that save_zoo writes
 _HASH_BLOCK = 1 << 20
@@ -37,6 +37,7 @@ class MappedZoo:
         split: None for every row, or "train", "val", "test".
         architecture: what the models are, for a zoo whose architecture cannot be rebuilt from its manifest.
         verify: check a shard's SHA-256 when it is first opened.
+        skip_bad: leave out shards that are missing or damaged, as :func:`wslfast.load_zoo` does; reads all of them now.
 
     Attributes:
         architecture, properties: as a :class:`Population`'s.
@@ -49,11 +50,16 @@ class MappedZoo:
     properties: Mapping[str, tuple[Any, ...]]
 
     def __init__(
-        self, path: str | Path, split: str | None = None, *, architecture: Architecture | None = None, verify: bool = True
-    ) -> None:
+        self, path: str | Path, split: str | None = None, *, architecture: Architecture | None = None, verify: bool = True,
+        skip_bad: bool = False,
+    ) -> None:  # fmt: skip
         require(split is None or split in SPLITS, f"split: expected None or one of {SPLITS}, got {split!r}")
         self._folder, self._verify = Path(path), verify
         manifest, where = read_manifest(path), str(Path(path) / MANIFEST)
+        if skip_bad:
+            manifest = sound_part(self._folder, manifest, verify)
+        else:
+            check_shards(self._folder, manifest)  # a hole is found now and not in the middle of an epoch
         if architecture is None:
             architecture = manifest.rebuild(where)
         else:
@@ -69,8 +75,7 @@ class MappedZoo:
         self._shard_of = torch.searchsorted(starts, rows, right=True) - 1
         self._row_in = rows - starts[self._shard_of]
         self._open: OrderedDict[int, Tensor] = OrderedDict()
-        self._sound: set[int] = set()
-        check_shards(self._folder, manifest)  # a hole is found now and not in the middle of an epoch
+        self._sound: set[int] = set(range(len(manifest.shards))) if skip_bad else set()
 
     def __len__(self) -> int:
         return len(self._row_in)

@@ -16,6 +16,8 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,9 @@ import safetensors
 import safetensors.torch
 import torch
 
-from .._files import write_atomically
+from .._files import write_bytes
 from ..architecture import Architecture
-from ..errors import WslfastError, require
+from ..errors import WslfastError, require, say_once
 from ..population import Population
 from ..profiling import region
 from .manifest import MANIFEST, SPLITS, Manifest, Shard, normalised, plain
@@ -113,12 +115,12 @@ def write_shards(folder: Path, parts: Iterable[torch.Tensor], describe: Callable
             blob = safetensors.torch.save({"weights": part.contiguous()})
             shard = Shard(f"shard-{i:05d}{generation}.safetensors", len(part), len(blob), hashlib.sha256(blob).hexdigest())
             existed = (folder / shard.file).exists()
-            write_atomically(folder / shard.file, _bytes_to(blob))
+            write_bytes(folder / shard.file, blob)
             shards.append(shard)
             if not existed:
                 made.append(folder / shard.file)
         manifest = describe(shards)
-        write_atomically(folder / MANIFEST, _bytes_to(manifest.to_json()))
+        write_bytes(folder / MANIFEST, manifest.to_json())
         made.clear()
     except (OSError, WslfastError) as error:
         need = f" (about {4 * sum(part.numel() for part in parts):,} bytes)" if isinstance(parts, Sequence) else ""
@@ -132,13 +134,6 @@ def write_shards(folder: Path, parts: Iterable[torch.Tensor], describe: Callable
             if name not in listed and (_OURS.fullmatch(name) or _TEMPORARY.fullmatch(name)):
                 (folder / name).unlink(missing_ok=True)
     return manifest
-
-
-def _bytes_to(blob: bytes) -> Callable[[Path], None]:
-    def write(path: Path) -> None:
-        path.write_bytes(blob)
-
-    return write
 
 
 def _generation(folder: Path, parts: Iterable[torch.Tensor]) -> str:
@@ -161,7 +156,9 @@ def read_manifest(path: str | Path) -> Manifest:
     return Manifest.parse(_bytes(Path(path), MANIFEST), str(file))
 
 
-def load_zoo(path: str | Path, split: str | None = None, *, architecture: Architecture | None = None, verify: bool = True) -> Population:
+def load_zoo(
+    path: str | Path, split: str | None = None, *, architecture: Architecture | None = None, verify: bool = True, skip_bad: bool = False
+) -> Population:
     """The population stored in folder ``path``: every row in manifest order, or one split's rows.
 
     Args:
@@ -169,6 +166,7 @@ def load_zoo(path: str | Path, split: str | None = None, *, architecture: Archit
         split: None for every row, or "train", "val", "test".
         architecture: what the models are, for a zoo whose architecture cannot be rebuilt from its manifest; where it can, both must agree.
         verify: check every shard's SHA-256. The rest is always checked.
+        skip_bad: leave out shards that are missing or damaged, with one warning that counts them and their rows, instead of raising.
 
     Raises:
         WslfastError: naming the manifest's field or the shard that is missing, damaged or not what the manifest says.
@@ -178,7 +176,7 @@ def load_zoo(path: str | Path, split: str | None = None, *, architecture: Archit
     raw = _bytes(folder, MANIFEST)
     for _ in range(_PATIENCE):
         try:
-            return _load(folder, Manifest.parse(raw, str(folder / MANIFEST)), split, architecture, verify)
+            return _load(folder, Manifest.parse(raw, str(folder / MANIFEST)), split, architecture, verify, skip_bad)
         except (WslfastError, OSError) as error:
             before, raw = raw, _bytes(folder, MANIFEST)
             if raw == before and isinstance(error, WslfastError):
@@ -188,10 +186,15 @@ def load_zoo(path: str | Path, split: str | None = None, *, architecture: Archit
     raise WslfastError(f"{folder}: the zoo was replaced {_PATIENCE} times while it was read")
 
 
-def _load(folder: Path, manifest: Manifest, split: str | None, architecture: Architecture | None, verify: bool) -> Population:
+def _load(
+    folder: Path, manifest: Manifest, split: str | None, architecture: Architecture | None, verify: bool, skip_bad: bool
+) -> Population:
     where = str(folder / MANIFEST)
     width = manifest.num_weights
-    check_shards(folder, manifest)  # before anything is allocated
+    if skip_bad:
+        manifest = sound_part(folder, manifest, verify)
+    else:
+        check_shards(folder, manifest)  # before anything is allocated
     if architecture is None:
         architecture = manifest.rebuild(where)
     else:
@@ -213,17 +216,52 @@ def _load(folder: Path, manifest: Manifest, split: str | None, architecture: Arc
 
 def check_shards(folder: Path, manifest: Manifest) -> None:
     """Every shard that the manifest lists is a file of the folder and of the right size, and no other one is there."""
+    for extra in _extra_shards(folder, manifest):
+        raise WslfastError(f"{folder / extra}: extra shard: the manifest does not list it")
+    for shard in manifest.shards:
+        _check_size(folder, shard, manifest.num_weights)
+
+
+def sound_part(folder: Path, manifest: Manifest, verify: bool) -> Manifest:
+    """The manifest of the shards that can be read: without the others and their rows, which one warning counts.
+
+    Raises WslfastError if none can be read.
+    """
+    bad: dict[str, str] = {}
+    kept: list[bool] = []
+    for shard in manifest.shards:
+        try:
+            _check_size(folder, shard, manifest.num_weights)
+            _shard(folder, shard, manifest.num_weights, verify)
+        except WslfastError as error:
+            bad[shard.file] = str(error)
+        kept += [shard.file not in bad] * shard.rows
+    reasons = "; ".join([*bad.values()][:3]) + ("; ..." if len(bad) > 3 else "")
+    require(any(kept), f"{folder}: none of the zoo's {len(bad)} shards can be read: {reasons}")
+    extra = len(_extra_shards(folder, manifest))
+    if bad or extra:
+        lost = f"{len(bad)} of {len(manifest.shards)} shards with {kept.count(False)} of {manifest.rows} rows left out"
+        say_once(f"wslfast: {folder}: {lost}, {extra} extra shards ignored{': ' if bad else ''}{reasons}")
+    return replace(
+        manifest,
+        rows=kept.count(True),
+        properties={name: tuple(compress(column, kept)) for name, column in manifest.properties.items()},
+        shards=tuple(shard for shard in manifest.shards if shard.file not in bad),
+    )
+
+
+def _extra_shards(folder: Path, manifest: Manifest) -> list[str]:
+    """Shards in the folder that are of the zoo's own generation (others belong to a writer at work or one that died) and not listed."""
     names = {shard.file for shard in manifest.shards}
     generations = {m["generation"] for m in map(_OURS.fullmatch, names) if m}
-    # other generations belong to a writer at work or one that died; one of this zoo's own that it does not list is a mistake
-    for found in sorted(set(os.listdir(folder)) - names):
-        match = _OURS.fullmatch(found)
-        require(match is None or match["generation"] not in generations, f"{folder / found}: extra shard: the manifest does not list it")
-    width = manifest.num_weights
-    for shard in manifest.shards:
-        size = regular_file(folder, shard.file).stat().st_size
-        require(size == shard.bytes, f"{folder / shard.file}: expected {shard.bytes:,} bytes, got {size:,}")
-        require(size >= 4 * shard.rows * width, f"{folder / shard.file}: {size:,} bytes cannot hold [{shard.rows}, {width}] float32")
+    found = ((name, _OURS.fullmatch(name)) for name in sorted(set(os.listdir(folder)) - names))
+    return [name for name, match in found if match is not None and match["generation"] in generations]
+
+
+def _check_size(folder: Path, shard: Shard, width: int) -> None:
+    size = regular_file(folder, shard.file).stat().st_size
+    require(size == shard.bytes, f"{folder / shard.file}: expected {shard.bytes:,} bytes, got {size:,}")
+    require(size >= 4 * shard.rows * width, f"{folder / shard.file}: {size:,} bytes cannot hold [{shard.rows}, {width}] float32")
 
 
 def _shard(folder: Path, shard: Shard, width: int, verify: bool) -> torch.Tensor:

@@ -52,7 +52,15 @@ def state_of(value: Any) -> State:
     require(isinstance(value, dict) and len(value) > 0, "expected a state dict (names to tensors)")
     wrong = [k for k, v in value.items() if not isinstance(k, str) or not isinstance(v, StoredTensor)]
     require(not wrong, f"expected a state dict of tensors; {str(wrong[0])[:60] if wrong else ''!r} is something else")
-    state = {name: stored.tensor() for name, stored in value.items()}
+    state: dict[str, Tensor] = {}
+    storages: dict[str, int] = {}
+    total = 0
+    for name, stored in value.items():
+        state[name] = stored.tensor()
+        storages[stored.storage.key] = stored.num_bytes
+        total += state[name].numel() * state[name].element_size()
+        # tied weights are listed twice; a file of a few storages under thousands of names would fill the memory
+        require(total <= 2 * sum(storages.values()), f"its tensors are more than twice as large as their storages, at {name:.60}")
     for name in [n for n in state if n.startswith("_orig_mod.")]:  # torch.compile's
         state[name.removeprefix("_orig_mod.")] = state.pop(name)
     return state

@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 import torch
 from torch import Tensor
@@ -78,8 +78,18 @@ class StoredTensor:
     stride: tuple[int, ...]
     read: _Read
 
+    @property
+    def num_bytes(self) -> int:
+        """What its whole storage takes."""
+        return self.storage.numel * _width(self.storage)
+
     def tensor(self) -> Tensor:
         """The numbers, in memory of their own. Raises WslfastError for a view that leaves its storage."""
+        view = self.within(self.read)
+        return view if view.numel() == self.storage.numel else view.clone()  # a small part does not keep a large storage alive
+
+    def within(self, read: _Read) -> Tensor:
+        """The numbers, in the memory that ``read(storage)`` gives."""
         dtype = _STORAGES.get(self.storage.kind)
         require(dtype is not None, f"storage of unknown kind {self.storage.kind!r:.60}")
         whole = all(type(v) is int and 0 <= v < 1 << 62 for v in (self.offset, self.storage.numel, *self.shape, *self.stride))
@@ -93,8 +103,7 @@ class StoredTensor:
         assert dtype is not None
         if numel == 0:
             return torch.empty(self.shape, dtype=dtype)
-        view = torch.frombuffer(self.read(self.storage), dtype=dtype).as_strided(self.shape, self.stride, self.offset)
-        return view if numel == self.storage.numel else view.clone()  # a small part does not keep a large storage alive
+        return torch.frombuffer(read(self.storage), dtype=dtype).as_strided(self.shape, self.stride, self.offset)
 
 
 # The pure-Python one: its memo is a dict, whatever index a file claims. Any, since type stubs know little of it and differ in what.
@@ -201,19 +210,25 @@ class _Machine(_PurePython):
 class InertFile:
     """An open file of ``torch.save``: ``root`` is the object, its tensors :class:`StoredTensor`. A context manager.
 
+    Args:
+        path: the file.
+        check: called with the open file before anything is read of it; what it raises is this class's error.
+
     Raises:
         WslfastError: for anything that is not such a file, or is damaged; nothing else, whatever the bytes.
     """
 
     root: Any
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, check: Callable[[BinaryIO], None] | None = None) -> None:
         self.path = Path(path)
         try:
             self._file = open(path, "rb")  # noqa: SIM115 - closed by close()
         except OSError as error:
             raise WslfastError(f"{path}: cannot be read: {error.strerror or error}") from None
         try:
+            if check is not None:
+                check(self._file)
             self.size = self._file.seek(0, io.SEEK_END)
             self._file.seek(0)
             start = self._file.read(8)
@@ -264,7 +279,7 @@ class InertFile:
     def _archived(self, storage: _Storage) -> bytearray:
         name = f"{self._root}data/{storage.key}"
         try:
-            return _exactly(self._member(name, self.size), storage)
+            return exactly(self._member(name, self.size), storage)
         except WslfastError as error:
             raise WslfastError(f"{self.path}: {error}") from None
         except KeyError:
@@ -287,7 +302,7 @@ class InertFile:
             require(storage.key in places, f"{self.path}: storage {storage.key!r:.40} is missing")
             at, count = places[storage.key]
             width = _width(storage)
-            return _exactly(data.getbuffer()[at : at + count * width], storage)
+            return exactly(data.getbuffer()[at : at + count * width], storage)
 
         self.root = _run(data, streamed)
         keys = _run(data, refuse)
@@ -315,11 +330,11 @@ def _no_storage(storage: _Storage) -> bytearray:
 
 
 def _width(storage: _Storage) -> int:
-    dtype = _STORAGES.get(storage.kind)
-    return 0 if dtype is None else dtype.itemsize
+    return _STORAGES[storage.kind].itemsize if storage.kind in _STORAGES else 0
 
 
-def _exactly(data: bytearray | memoryview, storage: _Storage) -> bytearray:
+def exactly(data: bytearray | memoryview, storage: _Storage) -> bytearray:
+    """The data, if it is as long as the storage says."""
     require(
         len(data) == storage.numel * _width(storage),
         f"storage {storage.key!r:.40}: expected {storage.numel} numbers, got {len(data)} bytes",

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...architecture import Architecture
-from ...errors import WslfastError, require
+from ...errors import WslfastError, describe, require
 from ...population import Population
 from ...tokens import TokenLayout
 from .found import Found, Skips, State, state_of
@@ -124,7 +124,7 @@ class _Models:
             return None
         layers = self.stub.attribute("layers")
         usable = kind in (True, "minmax") and isinstance(layers, dict)
-        require(usable, f"{self.where}: standardised as {kind!r:.20}, which forgets the weights' size; such models cannot be rebuilt")
+        require(usable, f"{self.where}: standardised as {describe(kind)}, which forgets the weights' size; such models cannot be rebuilt")
         scale, shift = torch.ones(self.architecture.num_weights), torch.zeros(self.architecture.num_weights)
         for key, figures in layers.items():
             names = (key, key.replace("weight", "bias")) if isinstance(key, str) else ()

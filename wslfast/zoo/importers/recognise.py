@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ...architecture import Architecture
-from ...errors import WslfastError
+from ...errors import WslfastError, describe
 from ...kernels.plan import ACTIVATIONS, Activation
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -39,7 +39,7 @@ def recognise(config: Mapping[str, Any], shapes: Shapes) -> Architecture:
         if candidate is not None and fits(candidate, shapes):
             return candidate
     first = ", ".join(f"{name} {list(shape)}" for name, shape in list(shapes.items())[:3])
-    named = f"model::type {kind!r:.40}" if kind is not None else "no model::type"
+    named = f"model::type {describe(kind)}" if kind is not None else "no model::type"
     raise WslfastError(f"no known network has these weights ({named}; {first}, ...); pass the architecture")
 
 
