@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,7 @@ class Architecture:
     parameters: tuple[Slot, ...]
     module: nn.Module | None = field(default=None, repr=False)
     recipe: tuple[str, tuple[tuple[str, Any], ...]] | None = field(default=None, repr=False)
+    handle: str = field(init=False, repr=False, compare=False)  # what torch operators take in its place, see from_handle
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "handle", _handle(self))
@@ -60,9 +61,6 @@ class Architecture:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         object.__setattr__(self, "handle", _handle(self))
-
-    if TYPE_CHECKING:
-        handle: str  # what torch operators, whose arguments are tensors and plain values, take instead; see from_handle
 
     # -- sizes ---------------------------------------------------------------------------------------------------------
 

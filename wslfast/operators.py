@@ -25,6 +25,7 @@ from . import engine
 from ._chunks import in_chunks
 from .architecture import Architecture, from_handle
 from .errors import WslfastError, require
+from .kernels.once import once
 from .kernels.reference import criterion_values
 from .tokens import layout, num_tokens
 
@@ -207,40 +208,23 @@ def _evaluate(
     return values, bad, slopes
 
 
-class _Once(torch.autograd.Function):
-    """The loss' backward where somebody means to differentiate it: the same numbers, and an error for that. (torch's own
-    once_differentiable keeps silent where the incoming gradient is a constant, as behind a mean.)"""
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, grad_values: Tensor, marker: Tensor) -> Tensor:
-        return gradient * grad_values.unsqueeze(1)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> None:
-        raise RuntimeError("the behavioural loss is once_differentiable: its gradient comes without a gradient of its own")
-
-
-def _scaled(gradient: Tensor, grad_values: Tensor) -> Tensor:
-    if not torch.is_grad_enabled():
-        return gradient * grad_values.unsqueeze(1)
-    return _Once.apply(gradient, grad_values, gradient.new_zeros(()).requires_grad_())
-
-
 class _BehavioralLoss(torch.autograd.Function):
     """What eager code runs."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, queries: Tensor, targets: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-        *options, mean = options
-        values, bad, gradient = _evaluate(rows, queries, targets, *options, True, mean)
+    def forward(
+        ctx: Any, rows: Tensor, queries: Tensor, targets: Tensor, architecture: Architecture, criterion: str, temperature: float,
+        nan_policy: str, backend: str, mean: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        options = (criterion, temperature, nan_policy, backend)
+        values, bad, gradient = _evaluate(rows, queries, targets, architecture, *options, True, mean)
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(bad)
-        ctx.others = 3 + len(options)
         return values, bad
 
     @staticmethod
     def backward(ctx: Any, grad_values: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return _scaled(ctx.saved_tensors[0], grad_values), *(None,) * ctx.others
+        return once(ctx.saved_tensors[0] * grad_values.unsqueeze(1)), *(None,) * 8
 
 
 @torch.library.custom_op("wslfast::behavioral_loss", mutates_args=())
@@ -250,8 +234,8 @@ def _behavioral_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """:func:`_evaluate` as an operator."""
     with _inside(rows, autocast):
-        options = (criterion, temperature, nan_policy, backend, gradient, mean)
-        return _evaluate(rows, queries, targets, from_handle(architecture), *options)
+        options = (criterion, temperature, nan_policy, backend)
+        return _evaluate(rows, queries, targets, from_handle(architecture), *options, gradient, mean)
 
 
 @_behavioral_loss.register_fake
@@ -289,7 +273,7 @@ def _keep_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
 
 
 def _differentiate_loss(ctx: Any, grad_values: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    slope = None if grad_values is None else _scaled(ctx.saved_tensors[0], grad_values)
+    slope = None if grad_values is None else once(ctx.saved_tensors[0] * grad_values.unsqueeze(1))
     return slope, *(None,) * 10
 
 
