@@ -24,7 +24,7 @@ from torch import Tensor
 from .convolution import launch_configuration, stage_dw, stage_dx, stage_forward
 from .head import fits, head_loss_and_gradient
 from .once import once
-from .packing import fold, pack, stack, storage
+from .packing import fold, pack, stack, stack_pool, storage
 from .plan import Layers, Linear, layer_from_dict, layer_to_dict
 from .schedule import PRECISIONS, element_size, schedule
 from .stages import Schedule
@@ -93,7 +93,7 @@ class _Queries:
             raise ValueError(f"expected a pool of {rank + 1} axes with an index, got {queries.ndim}")
         self.shared = queries.ndim == rank + 1 and index is None
         self.n = queries.shape[0] if self.shared else queries.shape[1] if index is None else index.shape[1]
-        self.images = stack(queries, plan, rank, precision)
+        self.images = (stack if index is None else stack_pool)(queries, plan, rank, precision)
         self.index = None if index is None else index.contiguous()
         self.per_model = 0 if self.shared else self.n
         if self.n < 1:

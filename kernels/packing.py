@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .activations import rounded
 from .schedule import launch_options
@@ -100,6 +101,26 @@ def stack(queries: Tensor, plan: Schedule, rank: int, precision: str) -> Tensor:
         H=stage.H, W=stage.W, C=stage.C, B=1024, PREC=precision, **launch_options(),
     )  # fmt: skip
     return out
+
+
+_pools: WeakIdKeyDictionary = WeakIdKeyDictionary()  # pool -> (what its stacked form depends on, that form)
+
+
+def stack_pool(pool: Tensor, plan: Schedule, rank: int, precision: str) -> Tensor:
+    """:func:`stack` of a pool that many calls index: stacked once and kept as long as the pool lives and nobody writes to it.
+
+    Kept for one stream, the one that wrote it, and not while a CUDA graph is being captured, whose memory is the graph's own.
+    """
+    if pool.is_inference() or (pool.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return stack(pool, plan, rank, precision)
+    stream = torch.cuda.current_stream(pool.device).cuda_stream if pool.is_cuda else 0
+    stage = plan.stages[0]
+    state = (pool._version, pool.data_ptr(), pool.shape, pool.stride(), stage.H, stage.W, stage.C, rank, precision, stream)
+    known, images = _pools.get(pool, (None, None))
+    if known != state or images is None:
+        images = stack(pool, plan, rank, precision)
+        _pools[pool] = (state, images)
+    return images
 
 
 def fold(partials: Tensor, gain: Tensor, out: Tensor, plan: Schedule, tables: FoldTables, scale: float) -> None:

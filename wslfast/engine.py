@@ -175,7 +175,8 @@ def _functional(weights: Tensor, queries: Tensor, architecture: Architecture) ->
 def _triton(weights: Tensor, queries: Tensor, architecture: Architecture) -> Tensor:
     kernels = importlib.import_module("wslfast.kernels.autograd")
     key, precision = kernels.layers_key(architecture.layers), _triton_precision()
-    return kernels.population_forward(weights, queries, None, key, precision, memory_budget("cuda"))
+    outputs = kernels.population_forward(weights, queries, None, key, precision, memory_budget("cuda"))
+    return outputs.to(torch.get_autocast_dtype("cuda")) if torch.is_autocast_enabled("cuda") else outputs
 
 
 _FORWARD = {"loop": _loop, "grouped": _grouped, "functional": _functional, "cpu": _loop, "triton": _triton}
@@ -229,7 +230,7 @@ def loss_and_gradient(
     choice = choose(architecture, device, weights.dtype, backend, torch.is_autocast_enabled(device))
     _say_functional(architecture, choice)
     weights, targets = weights.detach(), targets.detach()
-    if index is not None and choice.path != "cpu":
+    if index is not None and choice.path not in ("cpu", "triton"):
         return _gathered(weights, queries, targets, index, architecture, criterion, temperature, backend)
     if queries.ndim == 4 and choice.path == "loop":
         queries = queries.contiguous(memory_format=torch.channels_last)
@@ -239,8 +240,9 @@ def loss_and_gradient(
         if choice.path == "triton":
             kernels, precision = importlib.import_module("wslfast.kernels.autograd"), _triton_precision()
             return kernels.loss_and_gradient(
-                weights, queries, targets, architecture.layers, criterion, temperature, precision, memory=memory_budget("cuda")
-            )
+                weights, queries, targets, architecture.layers, criterion, temperature, precision,
+                index=index, memory=memory_budget("cuda"),
+            )  # fmt: skip
         if choice.path == "loop":
             return reference.loss_and_gradient(weights, queries, targets, architecture.layers, criterion, temperature)
         own = queries.ndim == len(architecture.input_shape) + 2
