@@ -26,7 +26,7 @@ from .head import fits, head_loss_and_gradient
 from .once import once
 from .packing import fold, pack, stack, stack_pool, storage
 from .plan import Layers, Linear, layer_from_dict, layer_to_dict
-from .schedule import PRECISIONS, element_size, schedule
+from .schedule import PRECISIONS, element_size, schedule, splits
 from .stages import Schedule
 from .tables import FoldTables, fold_tables
 from .tail import criterion_forward_backward, gradient_scale
@@ -60,8 +60,8 @@ def models_per_chunk(plan: Schedule, k: int, n: int, precision: str, gradient: b
     return max(1, min(k, memory // each))
 
 
-def _splits(plan: Schedule, n: int) -> list[int]:
-    return fold_tables(plan, n, torch.device("cpu")).splits
+def _splits(plan: Schedule, n: int) -> tuple[int, ...]:
+    return tuple(splits(stage, n) for stage in plan.stages)
 
 
 class _Activations:

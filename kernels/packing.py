@@ -18,6 +18,7 @@ from .activations import rounded
 from .schedule import launch_options
 from .stages import Schedule, blocks
 from .tables import FoldTables, pack_table
+from .tiles import wide
 
 TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -30,11 +31,11 @@ def storage(precision: str) -> torch.dtype:
 @triton.jit(do_not_specialize=["programs", "packed"])
 def pack_kernel(weights, table, out, programs, packed, stride, step, B: tl.constexpr, PREC: tl.constexpr):
     pid = tl.program_id(0)
-    j = (pid // programs).to(tl.int64)
+    j = wide(pid // programs)
     t = (pid % programs) * B + tl.arange(0, B)
     mask = t < packed
-    at = tl.load(table + t, mask=mask, other=-1).to(tl.int64)
-    v = tl.load(weights + j * stride + at * step, mask=at >= 0, other=0.0).to(tl.float32)
+    at = tl.load(table + t, mask=mask, other=-1)
+    v = tl.load(weights + j * stride + wide(at) * step, mask=at >= 0, other=0.0).to(tl.float32)
     tl.store(out + j * packed + t, rounded(v, PREC), mask=mask)
 
 
@@ -43,7 +44,7 @@ def stack_kernel(
     queries, out, count, channels, q_stride, c_stride, y_stride, x_stride,
     H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, B: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    e = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
+    e = wide(tl.program_id(0)) * B + tl.arange(0, B)
     mask = e < count
     c = e % C
     pixel = e // C
@@ -61,7 +62,7 @@ def fold_kernel(
     D: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
-    j = (pid // programs).to(tl.int64)
+    j = wide(pid // programs)
     p = (pid % programs) * B + tl.arange(0, B)
     mask = p < parameters
     count = tl.load(counts + p, mask=mask, other=0)

@@ -63,15 +63,15 @@ def test_a_pool_is_stacked_once_until_it_changes_or_dies(monkeypatch: pytest.Mon
     stack = packing.stack
     monkeypatch.setattr(packing, "stack", lambda *a: stacked.append(1) or stack(*a))
 
-    def check(expect: int) -> None:
+    def check(pool: Tensor, expect: int) -> None:
         losses, _ = autograd.loss_and_gradient(weights, pool, targets, MLP.layers, "mse", 2.0, "ieee", index=index)
         assert error(losses, oracle(weights, pool[index], targets, MLP.layers, "mse")[0]) < 5e-6
         assert len(stacked) == expect
 
-    check(1)
-    check(1)
+    check(pool, 1)
+    check(pool, 1)
     pool[0] += 1  # written to: stacked again
-    check(2)
+    check(pool, 2)
     autograd.forward(weights, pool, MLP.layers, "fp16", index=index)  # another precision
     assert len(stacked) == 3
     before = len(packing._pools)

@@ -275,40 +275,6 @@ def test_nan_in_one_window_position_survives_pooling(name: str) -> None:
     assert error(found[:, :1], reference.forward(weights.double(), queries[:1].double(), case.layers)) < 5e-6
 
 
-@pytest.mark.slow
-def test_offsets_of_models_pass_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the last two models of 70 million are run; their activations lie past 2^31 numbers."""
-    from triton.runtime import interpreter
-
-    weights, queries, _ = make(MLP, 2, 2)
-    plan = schedule(MLP.layers, MLP.shape)
-    stage, place = plan.stages[0], plan.placements[0]
-    config = convolution.launch_configuration("forward", stage, "fp16", weights.device)
-    assert place.bias is not None
-    packed = kernels.pack(weights[:1], plan, "fp16")
-    images = kernels.stack(queries, plan, 1, "fp16")
-    small = torch.empty(2 * stage.OUTPUTS, dtype=torch.float16)
-    convolution.stage_forward(
-        images, None, packed, weights[:, place.bias.offset :], small, None, None, 1, 2, stage, config, shared=True, gradient=False
-    )
-    first = 2**31 // (2 * stage.OUTPUTS) + 3
-    try:
-        big = torch.empty((first + 2) * 2 * stage.OUTPUTS, dtype=torch.float16)
-    except RuntimeError:
-        pytest.skip("no address space for 2^31 numbers")
-    builder = interpreter.interpreter_builder
-    set_grid_idx = builder.set_grid_idx
-    monkeypatch.setattr(builder, "set_grid_idx", lambda x, y, z: set_grid_idx(x + first, y, z))
-    monkeypatch.setattr(builder, "set_grid_dim", lambda x, y, z: None)
-    builder.grid_dim = (first + 2, 1, 1)
-    convolution.stage_forward(
-        images, None, packed.expand(2, -1), weights[:1, place.bias.offset :].expand(2, -1), big, None, None,
-        2, 2, stage, config, shared=True, gradient=False,
-    )  # fmt: skip
-    for j in (first, first + 1):
-        assert torch.equal(big[j * small.numel() : (j + 1) * small.numel()], small)
-
-
 def test_queries_that_pass_32_bit_offsets_are_refused() -> None:
     weights = make(SMALL, 1, 1)[0]
     many = torch.zeros(1).expand(20_000_000, 2, 9, 8)
