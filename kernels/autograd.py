@@ -23,9 +23,10 @@ from torch import Tensor
 
 from .convolution import launch_configuration, stage_dw, stage_dx, stage_forward
 from .head import fits, head_loss_and_gradient
-from .packing import fold, pack, stack, storage
-from .plan import Layers, input_rank, layer_from_dict, layer_to_dict
-from .schedule import PRECISIONS, element_size, schedule
+from .once import once
+from .packing import fold, pack, stack, stack_pool, storage
+from .plan import Layers, Linear, layer_from_dict, layer_to_dict
+from .schedule import PRECISIONS, element_size, schedule, splits
 from .stages import Schedule
 from .tables import FoldTables, fold_tables
 from .tail import criterion_forward_backward, gradient_scale
@@ -59,8 +60,8 @@ def models_per_chunk(plan: Schedule, k: int, n: int, precision: str, gradient: b
     return max(1, min(k, memory // each))
 
 
-def _splits(plan: Schedule, n: int) -> list[int]:
-    return fold_tables(plan, n, torch.device("cpu")).splits
+def _splits(plan: Schedule, n: int) -> tuple[int, ...]:
+    return tuple(splits(stage, n) for stage in plan.stages)
 
 
 class _Activations:
@@ -86,15 +87,13 @@ class _Activations:
 class _Queries:
     """Queries as the first stage reads them, and how a model finds its own."""
 
-    def __init__(
-        self, queries: Tensor, index: Tensor | None, plan: Schedule, layers: Layers, k: int, precision: str
-    ) -> None:
-        rank = input_rank(layers)
-        if queries.ndim not in (rank + 1, rank + 2) or (index is not None and queries.ndim != rank + 1):
-            raise ValueError(f"expected queries of {rank + 1} or {rank + 2} axes (a pool: {rank + 1}), got {queries.ndim}")
+    def __init__(self, queries: Tensor, index: Tensor | None, plan: Schedule, k: int, precision: str) -> None:
+        rank = _axes(queries)
+        if index is not None and queries.ndim != rank + 1:
+            raise ValueError(f"expected a pool of {rank + 1} axes with an index, got {queries.ndim}")
         self.shared = queries.ndim == rank + 1 and index is None
         self.n = queries.shape[0] if self.shared else queries.shape[1] if index is None else index.shape[1]
-        self.images = stack(queries, plan, rank, precision)
+        self.images = (stack if index is None else stack_pool)(queries, plan, rank, precision)
         self.index = None if index is None else index.contiguous()
         self.per_model = 0 if self.shared else self.n
         if self.n < 1:
@@ -157,8 +156,15 @@ def _check(weights: Tensor, plan: Schedule, n: int, precision: str) -> None:
         raise ValueError(f"{n} queries are {n * widest} numbers a model; the kernels address fewer than {OFFSETS}")
 
 
+def _axes(queries: Tensor) -> int:
+    """Axes of one query, three or one. Told by the queries, not by the layers: a network that begins by flattening takes both."""
+    if not 2 <= queries.ndim <= 5:
+        raise ValueError(f"expected queries [n, C, H, W] or [n, features], or with a leading axis over models, got {list(queries.shape)}")
+    return 1 if queries.ndim < 4 else 3
+
+
 def _plan(layers: Layers, queries: Tensor) -> Schedule:
-    return schedule(layers, tuple(queries.shape[-input_rank(layers) :]))
+    return schedule(layers, tuple(queries.shape[-_axes(queries) :]))
 
 
 def forward(
@@ -168,7 +174,7 @@ def forward(
     """Outputs ``[k, n, K]`` fp32, without autograd. ``memory`` bounds the bytes of activations in flight."""
     plan, k = _plan(layers, queries), weights.shape[0]
     with torch.no_grad(), _device(weights):
-        source = _Queries(queries, index, plan, layers, k, precision)
+        source = _Queries(queries, index, plan, k, precision)
         n = source.n
         _check(weights, plan, n, precision)
         outputs = torch.empty(k, n, plan.classes, device=weights.device)
@@ -198,7 +204,7 @@ def loss_and_gradient(
     """
     plan, k = _plan(layers, queries), weights.shape[0]
     with torch.no_grad(), _device(weights):
-        source = _Queries(queries, index, plan, layers, k, precision)
+        source = _Queries(queries, index, plan, k, precision)
         n, device = source.n, weights.device
         _check(weights, plan, n, precision)
         if not targets.is_floating_point():
@@ -299,10 +305,11 @@ def population_loss(
 
 @population_forward.register_fake
 def _(weights: Tensor, queries: Tensor, index: Tensor | None, layers: str, precision: str, memory: int) -> Tensor:
-    plan = _plan(_layers(layers), queries)
-    own = queries.ndim == input_rank(_layers(layers)) + 2
+    # sizes may be symbols here: no plan, whose last stage is the last linear layer
+    classes = next(layer.out_features for layer in reversed(_layers(layers)) if isinstance(layer, Linear))
+    own = queries.ndim == _axes(queries) + 2
     n = index.shape[1] if index is not None else queries.shape[int(own)]
-    return weights.new_empty(weights.shape[0], n, plan.classes, dtype=torch.float32)
+    return weights.new_empty(weights.shape[0], n, classes, dtype=torch.float32)
 
 
 @population_loss.register_fake
@@ -327,21 +334,20 @@ def _differentiate_forward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     weights, queries, index = ctx.saved_tensors
     layers, precision, memory = ctx.options
     _, gradient = population_loss(weights, queries, index, grad.float(), layers, "gradient", 1.0, precision, memory)
-    return gradient.to(weights.dtype), None, None, None, None, None
+    return once(gradient.to(weights.dtype)), None, None, None, None, None
 
 
 def _keep_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
     ctx.kind = inputs[0].dtype
+    ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1])
 
 
-def _differentiate_loss(ctx: Any, grad_losses: Tensor | None, grad_gradient: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad_gradient is not None:
-        raise RuntimeError("the kernels' losses can be differentiated once only")
+def _differentiate_loss(ctx: Any, grad_losses: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     (gradient,) = ctx.saved_tensors
-    found = None if grad_losses is None else (grad_losses[:, None] * gradient).to(ctx.kind)
-    return found, None, None, None, None, None, None, None, None
+    found = None if grad_losses is None else once((gradient * grad_losses.unsqueeze(1)).to(ctx.kind))
+    return found, *(None,) * 8
 
 
 population_forward.register_autograd(_differentiate_forward, setup_context=_keep_forward)

@@ -30,7 +30,7 @@ from .activations import matmul, rounded, slope_of_output
 from .schedule import Configuration, configuration, launch_options, splits
 from .stages import Stage, blocks
 from .tables import step
-from .tiles import between, held, output_gradient, patches, pool_and_store, query, replace, spread, weights, zeros
+from .tiles import between, held, output_gradient, patches, pool_and_store, query, replace, share, spread, weights, wide, zeros
 
 
 @triton.jit
@@ -48,7 +48,7 @@ def _convolve(x, w, ws, acc0, acc1, q, oy, ox, mask, ch, s: tl.constexpr, c: tl.
     PREC: tl.constexpr = c.PREC
     HOIST: tl.constexpr = c.HOIST
     for a in tl.static_range(TILES):
-        A = patches(x, q, oy, ox, mask, a, ch * KD, s, PATCH, KD, EXACT)
+        A = patches(x, q, oy, ox, mask, a, ch * KD, s, PATCH, KD, EXACT, False)
         if between(a, 0, KR):
             acc0 = matmul(A, weights(w, ws, a * NCH + ch, KD * ND, HOIST), acc0, PREC)
         if ACCS == 2 and between(a - S, 0, KR):
@@ -78,12 +78,8 @@ def forward_kernel(
     NOUT: tl.constexpr = s.NOUT
     HOIST: tl.constexpr = c.HOIST
     BM: tl.constexpr = c.BM
-    pid = tl.program_id(0)
-    j = (pid // (programs * NB)).to(tl.int64)
-    block = (pid // programs) % NB
     rows = n * (HO * WO)
-    t0 = (pid % programs) * (tiles * BM)
-    t1 = tl.minimum(t0 + tiles * BM, rows)
+    j, block, t0, t1 = share(programs, NB, rows, tiles * BM)
     if not (SHARED or INDEXED):
         x += j * n * INPUTS
     y += j * n * OUTPUTS
@@ -95,8 +91,8 @@ def forward_kernel(
     ws = held(wp, COUNT, TILE, HOIST)
     b = tl.zeros([ND], tl.float32)
     if s.BIAS:
-        channel = (block * BN + nd % BN).to(tl.int64)
-        b = tl.load(bias + j * bias_stride + channel * bias_step, mask=channel < NOUT, other=0.0).to(tl.float32)
+        channel = block * BN + nd % BN
+        b = tl.load(bias + j * bias_stride + wide(channel) * bias_step, mask=channel < NOUT, other=0.0).to(tl.float32)
     for t in tl.range(t0, t1, BM, num_stages=c.STAGES):
         m = t + tl.arange(0, BM)
         mask = m < rows
@@ -119,7 +115,8 @@ def dw_kernel(
     x, index, g, code, slope, part, n, count, rows_per_split, part_stride, part_step,
     s: tl.constexpr, c: tl.constexpr, SHARED: tl.constexpr, INDEXED: tl.constexpr,
 ):  # fmt: skip
-    """Program (model, pass, split): partial dW[i] += A[i + dy * S]^T @ G[dy] over the split's rows, kept in registers."""
+    """Program (model, pass, split): partial dW[i] += A[i + dy * S]^T @ G[dy] over the split's rows, kept in registers. When FLAT,
+    i is not a kernel row but a tile over all of them."""
     HO: tl.constexpr = s.HO
     WO: tl.constexpr = s.WO
     S: tl.constexpr = s.S
@@ -127,7 +124,8 @@ def dw_kernel(
     BN: tl.constexpr = s.BN
     ND: tl.constexpr = s.ND
     KD: tl.constexpr = s.KDW
-    KR: tl.constexpr = s.KR
+    KR: tl.constexpr = s.KRW
+    FLAT: tl.constexpr = s.FLAT > 0
     NI: tl.constexpr = s.NI
     NCH: tl.constexpr = s.NCHW
     P: tl.constexpr = s.P
@@ -137,20 +135,17 @@ def dw_kernel(
     INPUTS: tl.constexpr = s.INPUTS
     CODES: tl.constexpr = s.CODES
     SLOPES: tl.constexpr = s.SLOPES
-    BIAS_AT: tl.constexpr = s.NB * s.KR * s.NCHW * s.KDW * s.ND
+    BIAS_AT: tl.constexpr = s.NB * s.KRW * s.NCHW * s.KDW * s.ND
     PATCH: tl.constexpr = s.PATCH
     EXACT: tl.constexpr = s.EXACTW
     PREC: tl.constexpr = c.PREC
     BM: tl.constexpr = c.BM
-    pid = tl.program_id(0)
-    j = (pid // (count * PASSES)).to(tl.int64)
-    split = pid % count
-    turn = (pid // count) % PASSES  # (output block, run, group of kernel rows)
+    j, turn, t0, t1 = share(count, PASSES, n * (HO * WO), rows_per_split)
+    split = tl.program_id(0) % count
+    # turn: (output block, run, group of kernel rows or tiles)
     block = turn // (NCH * (KR // NI))
     ch = turn // (KR // NI) % NCH
     i0 = turn % (KR // NI) * NI
-    t0 = split * rows_per_split
-    t1 = tl.minimum(t0 + rows_per_split, n * (HO * WO))
     if not (SHARED or INDEXED):
         x += j * n * INPUTS
     g += j * n * CODES
@@ -181,12 +176,21 @@ def dw_kernel(
             sums += tl.load(g + m[:, None] * N + (block * BN + bn)[None, :], mask=mask[:, None], other=0.0).to(tl.float32)
         else:
             sums += G0.to(tl.float32)
-        for a in tl.static_range(NI + (ACCS - 1) * S):
-            A = tl.trans(patches(x, q, oy, ox, mask, i0 + a, ch * KD, s, PATCH, KD, EXACT))
-            if between(a, 0, NI):
-                accs = replace(accs, a, matmul(A, G0, accs[a], PREC), NI)
-            if ACCS == 2 and between(a - S, 0, NI):
-                accs = replace(accs, a - S, matmul(A, G1, accs[a - S], PREC), NI)
+        if FLAT:
+            for i in tl.static_range(NI):
+                A = tl.trans(patches(x, q, oy, ox, mask, 0, (i0 + i) * KD, s, False, KD, EXACT, True))
+                acc = matmul(A, G0, accs[i], PREC)
+                if ACCS == 2:
+                    A = tl.trans(patches(x, q, oy, ox, mask, S, (i0 + i) * KD, s, False, KD, EXACT, True))
+                    acc = matmul(A, G1, acc, PREC)
+                accs = replace(accs, i, acc, NI)
+        else:
+            for a in tl.static_range(NI + (ACCS - 1) * S):
+                A = tl.trans(patches(x, q, oy, ox, mask, i0 + a, ch * KD, s, PATCH, KD, EXACT, False))
+                if between(a, 0, NI):
+                    accs = replace(accs, a, matmul(A, G0, accs[a], PREC), NI)
+                if ACCS == 2 and between(a - S, 0, NI):
+                    accs = replace(accs, a - S, matmul(A, G1, accs[a - S], PREC), NI)
     part += j * part_stride + split * part_step
     tile = tl.arange(0, KD)[:, None] * ND + nd[None, :]
     for i in tl.static_range(NI):
@@ -202,7 +206,7 @@ def dw_kernel(
 @triton.jit
 def _gather(g, code, slope, w, ws, accs, q, by, bx, mask, nb, s: tl.constexpr, c: tl.constexpr):
     """acc[ry] += G @ W[i] over the pooled positions whose patch meets the block, i = ry + ny * PS - dy * S, for output
-    block ``nb``."""
+    block ``nb``. A product takes JX columns of the pooling window at once: reading them one by one reads ``g`` once."""
     HO: tl.constexpr = s.HO
     WO: tl.constexpr = s.WO
     S: tl.constexpr = s.S
@@ -213,25 +217,27 @@ def _gather(g, code, slope, w, ws, accs, q, by, bx, mask, nb, s: tl.constexpr, c
     NY: tl.constexpr = s.NY
     NX: tl.constexpr = s.NX
     KH: tl.constexpr = s.KH
-    KX: tl.constexpr = s.P * s.BN
+    JX: tl.constexpr = s.JX
+    TURNS: tl.constexpr = s.P // s.JX
     HOIST: tl.constexpr = c.HOIST
     PREC: tl.constexpr = c.PREC
-    TILE: tl.constexpr = s.P * s.BN * s.PS * s.BC
-    kx = tl.arange(0, KX)
+    TILE: tl.constexpr = s.JX * s.BN * s.PS * s.BC
+    kx = tl.arange(0, JX * BN)
+    col = nb * BN + kx % BN
     for ny in tl.static_range(NY):
         for nx in tl.static_range(NX):
             oy = by - ny
             ox = bx - nx
             there = mask & (oy >= 0) & (oy < HO) & (ox >= 0) & (ox < WO)
             m = (q * HO + oy) * WO + ox
-            col = nb * BN + kx % BN
             G, at = output_gradient(g, code, m, col, there[:, None], s)
             for dy in tl.static_range(P):
-                A = spread(G, at, slope, m, col, there[:, None], kx // BN + dy * P, s)
-                for ry in tl.static_range(PS):
-                    if between(ry + ny * PS - dy * S, 0, KH):
-                        B = weights(w, ws, ((ry + ny * PS - dy * S) * NX + nx) * NB + nb, TILE, HOIST)
-                        accs = replace(accs, ry, matmul(A, B, accs[ry], PREC), PS)
+                for dx in tl.static_range(TURNS):
+                    A = spread(G, at, slope, m, col, there[:, None], kx // BN + (dy * P + dx), s)
+                    for ry in tl.static_range(PS):
+                        if between(ry + ny * PS - dy * S, 0, KH):
+                            B = weights(w, ws, (((ry + ny * PS - dy * S) * NX + nx) * NB + nb) * TURNS + dx, TILE, HOIST)
+                            accs = replace(accs, ry, matmul(A, B, accs[ry], PREC), PS)
     return accs
 
 
@@ -253,10 +259,10 @@ def dx_kernel(
     NB: tl.constexpr = s.NB
     HB: tl.constexpr = s.HB
     WB: tl.constexpr = s.WB
-    KX: tl.constexpr = s.P * s.BN
+    KX: tl.constexpr = s.JX * s.BN
     NXD: tl.constexpr = s.PS * s.BC
-    TILE: tl.constexpr = s.P * s.BN * s.PS * s.BC
-    COUNT: tl.constexpr = s.KH * s.NX * s.NB
+    TILE: tl.constexpr = s.JX * s.BN * s.PS * s.BC
+    COUNT: tl.constexpr = s.KH * s.NX * s.NB * (s.P // s.JX)
     INPUTS: tl.constexpr = s.INPUTS
     CODES: tl.constexpr = s.CODES
     SLOPES: tl.constexpr = s.SLOPES
@@ -266,12 +272,8 @@ def dx_kernel(
     HOIST: tl.constexpr = c.HOIST
     PREC: tl.constexpr = c.PREC
     BM: tl.constexpr = c.BM
-    pid = tl.program_id(0)
-    j = (pid // (programs * CB)).to(tl.int64)
-    cb = (pid // programs) % CB
     rows = n * (HB * WB)
-    t0 = (pid % programs) * (tiles * BM)
-    t1 = tl.minimum(t0 + tiles * BM, rows)
+    j, cb, t0, t1 = share(programs, CB, rows, tiles * BM)
     g += j * n * CODES
     code += j * n * CODES
     slope += j * n * SLOPES
@@ -310,10 +312,15 @@ def dx_kernel(
 
 
 def _programs(rows: int, c: Configuration) -> tuple[int, int]:
-    """(row tiles a program, programs a model): eight tiles keep the weights that a program holds busy."""
+    """(row tiles a program, programs a model): several tiles keep the weights that a program holds busy."""
     tiles = blocks(rows, c.BM)
-    each = min(8, tiles)
+    each = min(c.TILES, tiles)
     return each, blocks(tiles, each)
+
+
+def _given(tensor: Tensor | None, other: Tensor) -> Tensor:
+    """A kernel's argument that it does not read where there is none."""
+    return other if tensor is None else tensor
 
 
 def stage_forward(
@@ -324,9 +331,9 @@ def stage_forward(
     ``[k, ...]`` at its bias in a row of weights; ``code`` and ``slope`` are written when ``gradient``."""
     each, programs = _programs(n * stage.POSITIONS, config)
     forward_kernel[(k * stage.NB * programs,)](
-        x, x if index is None else index, packed, bias, y, y if code is None else code, y if slope is None else slope,
+        x, _given(index, x), packed, bias, y, _given(code, y), _given(slope, y),
         n, each, programs, packed.stride(0), bias.stride(0), bias.stride(1),
-        s=stage, c=config, SHARED=shared, INDEXED=index is not None, GRAD=gradient, **launch_options(config.WARPS),
+        s=stage, c=config, SHARED=shared, INDEXED=index is not None, GRAD=gradient, **launch_options(config.WARPS, config.REGISTERS),
     )  # fmt: skip
 
 
@@ -338,9 +345,9 @@ def stage_dw(
     count = splits(stage, n)
     per_split = blocks(blocks(n * stage.POSITIONS, count), config.BM) * config.BM
     dw_kernel[(k * stage.PASSES * count,)](
-        x, x if index is None else index, g, g if code is None else code, g if slope is None else slope, partials,
+        x, _given(index, x), g, _given(code, g), _given(slope, g), partials,
         n, count, per_split, partials.stride(0), step(stage),
-        s=stage, c=config, SHARED=shared, INDEXED=index is not None, **launch_options(config.WARPS),
+        s=stage, c=config, SHARED=shared, INDEXED=index is not None, **launch_options(config.WARPS, config.REGISTERS),
     )  # fmt: skip
 
 
@@ -351,9 +358,8 @@ def stage_dx(
     """Launch the input-gradient kernel: ``xg`` holds the stage's input and receives dL/dz of the stage ``below``."""
     each, programs = _programs(n * stage.HB * stage.WB, config)
     dx_kernel[(k * stage.CB * programs,)](
-        g, g if code is None else code, g if slope is None else slope, packed,
-        xg, xg if below_slope is None else below_slope, n, each, programs, packed.stride(0),
-        s=stage, below=below, c=config, **launch_options(config.WARPS),
+        g, _given(code, g), _given(slope, g), packed, xg, _given(below_slope, xg), n, each, programs, packed.stride(0),
+        s=stage, below=below, c=config, **launch_options(config.WARPS, config.REGISTERS),
     )  # fmt: skip
 
 

@@ -20,7 +20,8 @@ from torch import Tensor
 from .activations import activate, matmul, rounded, slope_of_input, slope_of_output
 from .schedule import Configuration, launch_options
 from .stages import Schedule
-from .tail import criterion_terms, gain_for, loss_scale, read_targets
+from .tail import criterion_terms, gain_for, loss_scale, read_targets, target_strides
+from .tiles import wide
 
 MOST_QUERIES = 1024  # one program walks over all of a model's queries
 
@@ -41,7 +42,7 @@ def _bias(bias, step, N: tl.constexpr, NOUT: tl.constexpr, BIAS: tl.constexpr):
     n = tl.arange(0, N)
     b = tl.zeros([N], tl.float32)
     if BIAS:
-        b = tl.load(bias + n.to(tl.int64) * step, mask=n < NOUT, other=0.0).to(tl.float32)
+        b = tl.load(bias + wide(n) * step, mask=n < NOUT, other=0.0).to(tl.float32)
     return b
 
 
@@ -92,7 +93,7 @@ def head_kernel(
     SHARE: tl.constexpr = 0.25 if below.POOL == "avg" else 1.0
     BM: tl.constexpr = c.BM
     PREC: tl.constexpr = c.PREC
-    j = tl.program_id(0).to(tl.int64)
+    j = wide(tl.program_id(0))
     x += j * n * C
     below_slope += j * n * C
     targets += j * k_stride
@@ -174,12 +175,11 @@ def head_loss_and_gradient(
     below, one, two = plan.stages[-3:]
     first, second = plan.placements[-2:]
     biases = [weights if p.bias is None else weights[:, p.bias.offset :] for p in (first, second)]
-    strides = targets.stride() if targets.ndim == 3 else (*targets.stride(), 0)
     head_kernel[(k,)](
         x, x if below_slope is None else below_slope,
         packed[:, first.forward :], packed[:, second.forward :], packed[:, first.backward :], packed[:, second.backward :],
         *biases, targets, losses, gain, partials[:, bases[-2] :], partials[:, bases[-1] :],
-        n, packed.stride(0), weights.stride(0), weights.stride(1), partials.stride(0), *strides,
+        n, packed.stride(0), weights.stride(0), weights.stride(1), partials.stride(0), *target_strides(targets),
         temperature, loss_scale(criterion, n, two.NOUT, temperature),
-        s1=one, s2=two, below=below, c=config, CRITERION=criterion, **launch_options(config.WARPS),
+        s1=one, s2=two, below=below, c=config, CRITERION=criterion, **launch_options(config.WARPS, config.REGISTERS),
     )  # fmt: skip

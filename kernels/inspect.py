@@ -160,6 +160,11 @@ def _kernels(
 
 def rows(target: str, precisions: tuple[str, ...], architectures: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     """One row a kernel, see FIELDS."""
+    return (row for row, _ in listings(target, precisions, architectures))
+
+
+def listings(target: str, precisions: tuple[str, ...], architectures: tuple[str, ...]) -> Iterator[tuple[dict[str, Any], str]]:
+    """The same with the kernel's machine code, empty for one without matrix products."""
     for architecture in architectures:
         plan = schedule(*ARCHITECTURES[architecture])
         for precision in precisions:
@@ -179,7 +184,7 @@ def rows(target: str, precisions: tuple[str, ...], architectures: tuple[str, ...
                     name, role, architecture, precision, target, int(numbers[1]), int(numbers[2]),
                     found.metadata.shared, dots, mma, round(seconds, 2),
                 )  # fmt: skip
-                yield dict(zip(FIELDS, values, strict=True))
+                yield dict(zip(FIELDS, values, strict=True)), sass
 
 
 def table(found: list[dict[str, Any]]) -> str:

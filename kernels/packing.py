@@ -12,11 +12,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .activations import rounded
 from .schedule import launch_options
 from .stages import Schedule, blocks
 from .tables import FoldTables, pack_table
+from .tiles import wide
 
 TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -29,11 +31,11 @@ def storage(precision: str) -> torch.dtype:
 @triton.jit(do_not_specialize=["programs", "packed"])
 def pack_kernel(weights, table, out, programs, packed, stride, step, B: tl.constexpr, PREC: tl.constexpr):
     pid = tl.program_id(0)
-    j = (pid // programs).to(tl.int64)
+    j = wide(pid // programs)
     t = (pid % programs) * B + tl.arange(0, B)
     mask = t < packed
-    at = tl.load(table + t, mask=mask, other=-1).to(tl.int64)
-    v = tl.load(weights + j * stride + at * step, mask=at >= 0, other=0.0).to(tl.float32)
+    at = tl.load(table + t, mask=mask, other=-1)
+    v = tl.load(weights + j * stride + wide(at) * step, mask=at >= 0, other=0.0).to(tl.float32)
     tl.store(out + j * packed + t, rounded(v, PREC), mask=mask)
 
 
@@ -42,7 +44,7 @@ def stack_kernel(
     queries, out, count, channels, q_stride, c_stride, y_stride, x_stride,
     H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, B: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    e = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
+    e = wide(tl.program_id(0)) * B + tl.arange(0, B)
     mask = e < count
     c = e % C
     pixel = e // C
@@ -60,7 +62,7 @@ def fold_kernel(
     D: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
-    j = (pid // programs).to(tl.int64)
+    j = wide(pid // programs)
     p = (pid % programs) * B + tl.arange(0, B)
     mask = p < parameters
     count = tl.load(counts + p, mask=mask, other=0)
@@ -100,6 +102,26 @@ def stack(queries: Tensor, plan: Schedule, rank: int, precision: str) -> Tensor:
         H=stage.H, W=stage.W, C=stage.C, B=1024, PREC=precision, **launch_options(),
     )  # fmt: skip
     return out
+
+
+_pools: WeakIdKeyDictionary = WeakIdKeyDictionary()  # pool -> (what its stacked form depends on, that form)
+
+
+def stack_pool(pool: Tensor, plan: Schedule, rank: int, precision: str) -> Tensor:
+    """:func:`stack` of a pool that many calls index: stacked once and kept as long as the pool lives and nobody writes to it.
+
+    Kept for one stream, the one that wrote it, and not while a CUDA graph is being captured, whose memory is the graph's own.
+    """
+    if pool.is_inference() or (pool.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return stack(pool, plan, rank, precision)
+    stream = torch.cuda.current_stream(pool.device).cuda_stream if pool.is_cuda else 0
+    stage = plan.stages[0]
+    state = (pool._version, pool.data_ptr(), pool.shape, pool.stride(), stage.H, stage.W, stage.C, rank, precision, stream)
+    known, images = _pools.get(pool, (None, None))
+    if known != state or images is None:
+        images = stack(pool, plan, rank, precision)
+        _pools[pool] = (state, images)
+    return images
 
 
 def fold(partials: Tensor, gain: Tensor, out: Tensor, plan: Schedule, tables: FoldTables, scale: float) -> None:

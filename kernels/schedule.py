@@ -8,6 +8,8 @@ kernel's launch parameters. All pure functions of shapes: no tensors and no Trit
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -109,27 +111,71 @@ def _runs(length: int, columns: int) -> tuple[int, int]:
     return kd, blocks(length, kd)
 
 
-def _gradient_tiles(run: int, rows: int, columns: int) -> tuple[int, int, int]:
-    """(elements a tile, tiles, kernel rows a program) of the weight gradient: every pass reads the gradient again."""
-    choices = [
-        (kd, blocks(run, kd), taps)
+def _gradient_tiles(run: int, rows: int, columns: int, accumulators: int) -> tuple[int, int, int, int]:
+    """(elements a tile, tiles, kernel rows a program, 0) of the weight gradient, or (elements a tile, 1, tiles a program, tiles) where
+    tiles run on over kernel rows.
+
+    Every pass reads the gradient again, and the matrix unit takes 64 elements at a time: fewer are repeated over warps. Tiles of
+    one kernel row share what they read between the rows of the pooling window; tiles over all rows do not, but waste no
+    elements at the end of a row. They are taken where products would be repeated, or where they save a tenth of them and 16
+    columns make that the larger part.
+    """
+    fit = GRADIENT_ACCUMULATORS // columns
+    by_row = [
+        (kd, blocks(run, kd), taps, 0)
         for kd in (128, 64, 32, 16) if kd <= power_of_two(max(16, run))
-        for taps in range(rows, 0, -1) if rows % taps == 0 and kd * columns * taps <= GRADIENT_ACCUMULATORS
+        for taps in range(rows, 0, -1) if rows % taps == 0 and kd * taps <= fit
     ]  # fmt: skip
-    return min(choices, key=lambda c: c[1] * (rows // c[2]) * (c[0] * c[2] + 4 * columns + 64))
+    best = min(by_row, key=lambda c: c[1] * (rows // c[2]) * (c[0] * c[2] + 4 * columns + 64))
+    if rows == 1:
+        return best
+    flat = [
+        (kd, 1, count, blocks(run * rows, kd))
+        for kd in (128, 64) for count in range(blocks(run * rows, kd), 0, -1)
+        if blocks(run * rows, kd) % count == 0 and kd * count <= fit
+    ]  # fmt: skip
+    other = min(flat, key=lambda c: (c[0] * c[3], c[3] // c[2] * (accumulators * c[0] * c[2] + 4 * columns + 64)), default=None)
+    products = max(best[0], 64) * best[1] * rows
+    saves = other is not None and 10 * other[0] * other[3] <= 9 * products
+    return other if other is not None and saves and (best[0] < 64 or columns <= 16) else best
 
 
-def _stage(block: _Block, stored: int, first: bool, last: bool) -> Stage:
-    """``stored``: channels (linear: features) of the input as the stage below stores them."""
+def _extent(size: int, kernel: int, stride: int, padding: int, pool: int) -> int:
+    """Pooled outputs along one axis."""
+    return ((size + 2 * padding - kernel) // stride + 1) // pool
+
+
+def _maps(found: list[_Block]) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """(input, output) map of every block, rows and columns that no later layer reads left out: a pooling drops what does not
+    fill a window, and then nobody needs the rows below that only the dropped ones saw."""
+    out: list[tuple[tuple[int, int], tuple[int, int]]] = [((1, 1), (1, 1))] * len(found)
+    read: tuple[int, int] | None = None  # what the block above reads of this one's outputs
+    for i in range(len(found) - 1, -1, -1):
+        layer, pool = found[i].layer, 1 if found[i].pool is None else 2
+        if isinstance(layer, Linear):
+            read = None
+            continue
+        geometry = list(zip(found[i].rows[1:], layer.kernel_size, layer.stride, layer.padding, strict=True))
+        outputs = read or tuple(_extent(*axis, pool) for axis in geometry)
+        inputs = tuple(
+            min(size, ((count - 1) * pool + pool - 1) * stride + kernel - padding)
+            for count, (size, kernel, stride, padding) in zip(outputs, geometry, strict=True)
+        )
+        out[i], read = (inputs, outputs), inputs  # type: ignore[assignment]
+    return out
+
+
+def _stage(block: _Block, maps: tuple[tuple[int, int], tuple[int, int]], stored: int, first: bool, last: bool) -> Stage:
+    """``maps``: see :func:`_maps`; ``stored``: channels (linear: features) of the input as the stage below stores them."""
     layer, act, pool = block.layer, block.activation, block.pool
     if isinstance(layer, Conv2d):
-        (kh, kw), s, (py, px), (h, w) = layer.kernel_size, layer.stride[0], layer.padding, block.rows[1:]
+        (kh, kw), s, (py, px) = layer.kernel_size, layer.stride[0], layer.padding
         nout = layer.out_channels
     else:
-        (kh, kw), s, (py, px), (h, w) = (1, 1), 1, (0, 0), (1, 1)
+        (kh, kw), s, (py, px) = (1, 1), 1, (0, 0)
         nout = layer.out_features
     p = 1 if pool is None else 2
-    ho, wo = (((size + 2 * pad - k) // s + 1) // p for size, pad, k in ((h, py, kh), (w, px, kw)))
+    (h, w), (ho, wo) = maps
     # A dot needs 8 columns forward and, as the inner dimension of dX, P * N >= 16.
     n = max(16 // p, power_of_two(nout))
     name = "identity" if act is None else act.function
@@ -152,15 +198,15 @@ def _stage(block: _Block, stored: int, first: bool, last: bool) -> Stage:
     nd = bn * (p * p if patch else p)
     if patch:
         kd, nch = max(16, power_of_two(r) * run), 1
-        kdw, nchw, ni = kd, 1, 1
+        kdw, nchw, ni, flat = kd, 1, 1, 0
     else:
         kd, nch = _runs(rx * stored, nd)
-        kdw, nchw, ni = _gradient_tiles(rx * stored, kh, nd)
+        kdw, nchw, ni, flat = _gradient_tiles(rx * stored, kh, nd, p)
     bc = min(power_of_two(stored), 64, max(8, 128 // (p * s) ** 2))
     return Stage(
         H=h, W=w, C=stored, KH=kh, KW=kw, S=s, PY=py, PX=px, P=p, POOL=mode, HO=ho, WO=wo, N=n, NOUT=nout, ACT=name,
         PARAM=parameter, ACT_FIRST=act_first, SLOPE=slope, BIAS=layer.bias, LAST=last, INPUT=first, PATCH=patch,
-        RUN=run, KD=kd, NCH=nch, BN=bn, KDW=kdw, NCHW=nchw, NI=ni, BC=bc,
+        RUN=run, KD=kd, NCH=nch, BN=bn, KDW=kdw, NCHW=nchw, NI=ni, FLAT=flat, BC=bc,
     )  # fmt: skip
 
 
@@ -168,6 +214,7 @@ def _stage(block: _Block, stored: int, first: bool, last: bool) -> Stage:
 def schedule(layers: Layers, input_shape: tuple[int, ...]) -> Schedule:
     """Plan a network for inputs of ``input_shape`` (no batch axis). Raises Unplannable naming a layer that does not fit."""
     found = _collect(layers, tuple(input_shape))
+    maps = _maps(found)
     stages: list[Stage] = []
     placements: list[Placement] = []
     offset = 0
@@ -178,7 +225,7 @@ def schedule(layers: Layers, input_shape: tuple[int, ...]) -> Schedule:
             stored = blocks(block.rows[0], 16) * 16 if linear else power_of_two(block.rows[0])
         else:
             stored = stages[-1].OUTPUTS if linear else stages[-1].N
-        stage = _stage(block, stored, first=i == 0, last=i == len(found) - 1)
+        stage = _stage(block, maps[i], stored, first=i == 0, last=i == len(found) - 1)
         stages.append(stage)
         forward, backward = offset, offset + blocks(stage.WSIZE, 16) * 16
         offset = backward + blocks(stage.XSIZE, 16) * 16
@@ -191,18 +238,21 @@ def schedule(layers: Layers, input_shape: tuple[int, ...]) -> Schedule:
 
 @dataclass(frozen=True)
 class Configuration:
-    """How one kernel is launched: rows a tile, warps, pipeline stages, and whether weights stay in shared memory."""
+    """How one kernel is launched: rows a tile, warps, pipeline stages, whether weights stay in shared memory, the precision, row
+    tiles a program, and a limit to registers a thread (0: the compiler's own)."""
 
     BM: int
     WARPS: int
     STAGES: int
     HOIST: bool
     PREC: str
+    TILES: int = 8
+    REGISTERS: int = 0
 
 
-def launch_options(warps: int = 4) -> dict[str, int | bool]:
+def launch_options(warps: int = 4, registers: int = 0) -> dict[str, int | bool]:
     """Options of every launch. Fused multiply-adds are asked for by name: Triton's default is about to change."""
-    return {"num_warps": warps, "enable_fp_fusion": True}
+    return {"num_warps": warps, "enable_fp_fusion": True, **({"maxnreg": registers} if registers else {})}
 
 
 def element_size(precision: str) -> int:
@@ -210,12 +260,9 @@ def element_size(precision: str) -> int:
 
 
 @lru_cache(maxsize=1024)
-def configuration(role: str, stage: Stage, precision: str, hopper: bool = True) -> Configuration:
-    """Launch parameters of ``role`` (forward | dx | dw): a pure function, so that no first call tunes.
-
-    Hopper's matrix instruction takes 64 rows a warpgroup. Before it, and for the three products of tf32x3, operands pass
-    through registers and the rows are as few as keep them from spilling.
-    """
+def _default(role: str, stage: Stage, precision: str, hopper: bool) -> Configuration:
+    """Hopper's matrix instruction takes 64 rows a warpgroup. Before it, and for the three products of tf32x3, operands pass
+    through registers and the rows are as few as keep them from spilling."""
     size = element_size(precision)
     if precision == "tf32x3":
         rows = 32 if role == "dw" and hopper else 16
@@ -224,19 +271,51 @@ def configuration(role: str, stage: Stage, precision: str, hopper: bool = True) 
     else:
         rows = 32 if role == "forward" or size == 2 else 16
     weights = 0 if role == "dw" else stage.WSIZE // stage.NB if role == "forward" else stage.XSIZE // stage.CB
-    # Held weights take shared memory and, in dX, where the gradients of two tiles are live as well, registers.
+    # Held weights take shared memory and, in dX, where wide gradients are live as well, registers.
     held = role != "dw" and precision != "tf32x3" and (hopper or size == 2 or role == "dx")
-    hoist = held and weights * size <= (49152 if role == "forward" else 32768)
+    hoist = held and weights * size <= (49152 if role == "forward" or stage.JX < stage.P else 32768)
     return Configuration(BM=rows, WARPS=4, STAGES=1, HOIST=hoist, PREC=precision)
+
+
+SPLIT_ROWS = 4096  # of a weight gradient's sum
+Choice = Callable[[str, Stage, str, Configuration], Configuration]
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What a measurement tries in place of the defaults: ``choose(role, stage, precision, default)``, and rows a split."""
+
+    choose: Choice = lambda role, stage, precision, default: default
+    split_rows: int = SPLIT_ROWS
+
+
+_tuning: Tuning | None = None
+
+
+@contextmanager
+def tuned(tuning: Tuning) -> Iterator[None]:
+    """The one hook of ``benchmarks/tune.py``: inside, every launch of this process takes its configuration from ``tuning``."""
+    global _tuning
+    before, _tuning = _tuning, tuning
+    try:
+        yield
+    finally:
+        _tuning = before
+
+
+def configuration(role: str, stage: Stage, precision: str, hopper: bool = True) -> Configuration:
+    """Launch parameters of ``role`` (forward | dx | dw): a pure function, so that no first call tunes."""
+    found = _default(role, stage, precision, hopper)
+    return found if _tuning is None else _tuning.choose(role, stage, precision, found)
 
 
 def splits(stage: Stage, n: int) -> int:
     """Parts of the rows that a weight gradient is summed over; never a function of k, so a model's sum keeps its order."""
-    return min(16, blocks(n * stage.POSITIONS, 4096))
+    return min(16, blocks(n * stage.POSITIONS, SPLIT_ROWS if _tuning is None else _tuning.split_rows))
 
 
 def needed_multiply_adds(stage: Stage, placement: Placement, role: str) -> int:
-    """Multiply-adds a (model, query) pair that the maths needs, rows that pooling drops left out."""
+    """Multiply-adds a (model, query) pair that the maths needs, rows that nobody reads left out."""
     if stage.INPUT and role == "dx":
         return 0
     return stage.POSITIONS * stage.P**2 * math.prod(placement.weight.shape)
@@ -251,7 +330,7 @@ def executed_multiply_adds(stage: Stage, role: str) -> int:
             if 0 <= ry + y * stage.PS - dy * stage.S < stage.KH
         ) * stage.NX  # fmt: skip
         return 0 if stage.INPUT else stage.HB * stage.WB * dots * stage.P * stage.N * stage.CB * stage.PS * stage.BC
-    kd = stage.KDW * stage.NCHW if role == "dw" else stage.KD * stage.NCH
-    return stage.POSITIONS * stage.NB * stage.KR * stage.ACCS * kd * stage.ND
+    tiles = stage.KRW * stage.NCHW * stage.KDW if role == "dw" else stage.KR * stage.NCH * stage.KD
+    return stage.POSITIONS * stage.NB * stage.ACCS * tiles * stage.ND
 
 

@@ -65,6 +65,7 @@ class Stage:
     KDW: int
     NCHW: int
     NI: int
+    FLAT: int  # tiles that run on over all kernel rows, RUNLEN elements each; 0: every kernel row has tiles of its own
     # input gradients: PS accumulators [BM, PS * BC] a program
     BC: int
 
@@ -92,6 +93,11 @@ class Stage:
     def KR(self) -> int:
         """Weight matrices a tile column: one a kernel row, or one for the whole patch."""
         return 1 if self.PATCH else self.KH
+
+    @property
+    def KRW(self) -> int:
+        """The same for the weight gradient, whose tiles may run on over kernel rows."""
+        return self.FLAT or self.KR
 
     @property
     def TILES(self) -> int:
@@ -127,7 +133,7 @@ class Stage:
     @property
     def EXACTW(self) -> bool:
         """The same for the tiles of the weight gradient."""
-        return self.EXACT if self.PATCH else self.KDW * self.NCHW == self.RUNLEN
+        return self.EXACT if self.PATCH else self.KDW * self.NCHW * self.KRW == self.RUNLEN * self.KH
 
     @property
     def NY(self) -> int:
@@ -164,13 +170,18 @@ class Stage:
 
     @property
     def GSIZE(self) -> int:
-        """Weight-gradient partial ``[NB, KR, NCHW, KDW, ND]``, then the bias' ``[NB, ND]``."""
-        return self.NB * (self.KR * self.NCHW * self.KDW + 1) * self.ND
+        """Weight-gradient partial ``[NB, KRW, NCHW, KDW, ND]``, then the bias' ``[NB, ND]``."""
+        return self.NB * (self.KRW * self.NCHW * self.KDW + 1) * self.ND
 
     @property
     def PASSES(self) -> int:
         """Weight-gradient programs a model and split: output blocks x runs x groups of kernel rows."""
-        return self.NB * self.NCHW * (self.KR // self.NI)
+        return self.NB * self.NCHW * (self.KRW // self.NI)
+
+    @property
+    def JX(self) -> int:
+        """Columns of the pooling window that a product of the input gradient takes at once: as few as fill its inner dimension."""
+        return self.P if self.BN < 32 else 1
 
     @property
     def POSITIONS(self) -> int:

@@ -63,6 +63,17 @@ def forward_table(stage: Stage, placement: Placement, kd: int, tiles: int) -> Te
     return _positions(stage, placement, nb * stage.BN + bn, element % stage.C, row, column, inside).flatten()
 
 
+def gradient_table(stage: Stage, placement: Placement) -> Tensor:
+    """``[NB, KRW, NCHW, KDW, ND]``, flat: the weight behind every number of a weight-gradient partial."""
+    if not stage.FLAT:
+        return forward_table(stage, placement, stage.KDW, stage.NCHW)
+    nb, tile, e, dx, bn = (_axis(size, at, 5) for at, size in enumerate((stage.NB, stage.FLAT, stage.KDW, stage.P, stage.BN)))
+    row, element = (tile * stage.KDW + e) // stage.RUNLEN, (tile * stage.KDW + e) % stage.RUNLEN
+    return _positions(
+        stage, placement, nb * stage.BN + bn, element % stage.C, row, element // stage.C - dx * stage.S, nb >= 0
+    ).flatten()
+
+
 def backward_table(stage: Stage, placement: Placement) -> Tensor:
     """``[CB, KH, NX, NB, P (dx), BN, PS (rx), BC]``, flat: the form that gathers the gradient of an input block."""
     cb, i, nx, nb, dx, bn, rx, bc = (
@@ -91,21 +102,21 @@ class FoldTables:
     s < counts[p]), s outermost. ``bases`` are the stages' offsets in that row, ``row`` its length.
     """
 
-    def __init__(self, plan: Schedule, n: int, device: torch.device) -> None:
+    def __init__(self, plan: Schedule, parts: tuple[int, ...], device: torch.device) -> None:
         self.bases: list[int] = []
-        self.splits = [splits(stage, n) for stage in plan.stages]
+        self.splits = parts
         places = torch.full((plan.parameters, most_places(plan)), -1)
         steps, counts = torch.zeros(plan.parameters, dtype=torch.long), torch.zeros(plan.parameters, dtype=torch.long)
         base = 0
-        for stage, place, parts in zip(plan.stages, plan.placements, self.splits, strict=True):
+        for stage, place, count in zip(plan.stages, plan.placements, parts, strict=True):
             self.bases.append(base)
             table = _gradient_table(stage, place)
             at, width = _invert(table, plan.parameters)
             places[:, :width] = torch.where(at >= 0, base + at, places[:, :width])
             for slot in (place.weight, place.bias):
                 if slot is not None:
-                    steps[slot.offset : slot.stop], counts[slot.offset : slot.stop] = step(stage), parts
-            base += parts * step(stage)
+                    steps[slot.offset : slot.stop], counts[slot.offset : slot.stop] = step(stage), count
+            base += count * step(stage)
         self.row = base
         self.places, self.steps, self.counts = (t.to(torch.int32).to(device).contiguous() for t in (places, steps, counts))
 
@@ -117,7 +128,7 @@ def step(stage: Stage) -> int:
 
 def _gradient_table(stage: Stage, place: Placement) -> Tensor:
     """``[GSIZE]``: the parameter behind every number of a weight-gradient partial, -1 for padding."""
-    weight = forward_table(stage, place, stage.KDW, stage.NCHW)
+    weight = gradient_table(stage, place)
     n = torch.arange(stage.NB).view(-1, 1) * stage.BN + torch.arange(stage.ND) % stage.BN
     # Averages hand every position of the window its share; a maximum's gradient is summed once, in the first BN columns.
     used = torch.arange(stage.ND) < (stage.ND if stage.POOL == "avg" else stage.BN)
@@ -145,10 +156,14 @@ def most_places(plan: Schedule) -> int:
     return max(stage.P**2 for stage in plan.stages)
 
 
-@lru_cache(maxsize=64)
 def fold_tables(plan: Schedule, n: int, device: torch.device) -> FoldTables:
     """Cached :class:`FoldTables`."""
-    return FoldTables(plan, n, device)
+    return _fold_tables(plan, tuple(splits(stage, n) for stage in plan.stages), device)
+
+
+@lru_cache(maxsize=64)
+def _fold_tables(plan: Schedule, parts: tuple[int, ...], device: torch.device) -> FoldTables:
+    return FoldTables(plan, parts, device)
 
 
 def round_tf32(x: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from torch import Tensor
 from .activations import rounded, slope_of_output
 from .schedule import launch_options
 from .stages import Stage, power_of_two
+from .tiles import wide
 
 
 @triton.jit
@@ -79,14 +80,14 @@ def read_targets(targets, q, n, q_stride, c_stride, K: tl.constexpr, KP: tl.cons
     """Targets [BQ, KP] of queries q; one-hot for labels."""
     c = tl.arange(0, KP)
     mask = (q < n)[:, None] & (c < K)[None, :]
-    at = q.to(tl.int64)
+    at = wide(q)
     if CRITERION == "labels":
         label = tl.load(targets + at * q_stride, mask=q < n, other=-1)
         y = tl.where(label[:, None] == c[None, :], 1.0, 0.0)
         # A label that names no class: NaN, not a silent zero.
         return tl.where(((label < 0) | (label >= K))[:, None] & mask, float("nan"), y)
     else:
-        at = at[:, None] * q_stride + c.to(tl.int64)[None, :] * c_stride
+        at = at[:, None] * q_stride + wide(c)[None, :] * c_stride
         return tl.load(targets + at, mask=mask, other=0.0).to(tl.float32)
 
 
@@ -107,7 +108,7 @@ def criterion_kernel(
     PARAM: tl.constexpr = s.PARAM
     K: tl.constexpr = s.NOUT
     N: tl.constexpr = s.N
-    j = tl.program_id(0).to(tl.int64)
+    j = wide(tl.program_id(0))
     outputs += j * n * K
     targets += j * k_stride
     g += j * n * N
@@ -155,6 +156,11 @@ def loss_scale(criterion: str, n: int, classes: int, temperature: float) -> floa
     return scales.get(criterion, 1.0 / n)
 
 
+def target_strides(targets: Tensor) -> tuple[int, ...]:
+    """(model, query, class) strides of targets ``[k, n, K]`` or labels ``[k, n]``."""
+    return targets.stride() if targets.ndim == 3 else (*targets.stride(), 0)
+
+
 def query_block(stage: Stage) -> int:
     """Queries a step of the criterion kernel: about a thousand logits."""
     return max(1, 1024 // stage.N)
@@ -166,9 +172,8 @@ def criterion_forward_backward(
 ) -> None:  # fmt: skip
     """Fill ``losses`` ``[k]``, ``gain`` ``[k]`` and ``g`` ``[k, n, N]`` from outputs ``[k, n, K]`` and targets ``[k, n, K]``
     (``[k, n]`` integers for ``labels``) of any strides."""
-    strides = targets.stride() if targets.ndim == 3 else (*targets.stride(), 0)
     criterion_kernel[(k,)](
-        outputs, targets, g if slope is None else slope, losses, gain, g, n, *strides,
+        outputs, targets, g if slope is None else slope, losses, gain, g, n, *target_strides(targets),
         temperature, loss_scale(criterion, n, stage.NOUT, temperature),
         s=stage, CRITERION=criterion, KP=max(stage.N, power_of_two(stage.NOUT)), BQ=query_block(stage),
         PREC=precision, **launch_options(),

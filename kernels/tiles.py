@@ -18,6 +18,20 @@ def between(value, low, high):
 
 
 @triton.jit
+def wide(x):
+    """64 bits: for what is multiplied by a model's, a query's or an argument's stride. Every such offset goes through here."""
+    return x.to(tl.int64)
+
+
+@triton.jit
+def share(programs, BLOCKS: tl.constexpr, rows, each):
+    """(model, block, first row, end) of the program (model, block, one of ``programs`` runs of ``each`` rows)."""
+    pid = tl.program_id(0)
+    t0 = (pid % programs) * each
+    return wide(pid // (programs * BLOCKS)), (pid // programs) % BLOCKS, t0, tl.minimum(t0 + each, rows)
+
+
+@triton.jit
 def replace(values, at: tl.constexpr, value, SIZE: tl.constexpr):
     """A tuple with one entry exchanged."""
     out = ()
@@ -61,16 +75,18 @@ def weights(w, ws, i, SIZE: tl.constexpr, HOIST: tl.constexpr):
 def query(index, j, n, q, mask, INDEXED: tl.constexpr):
     """Row of the image pool behind query q of model j; a pool may pass 2^31 numbers, a model's own block may not."""
     if INDEXED:
-        return tl.load(index + j * n + q, mask=mask, other=0).to(tl.int64)
+        return wide(tl.load(index + j * n + q, mask=mask, other=0))
     else:
         return q
 
 
 @triton.jit
-def patches(x, q, oy, ox, mask, row, first, s: tl.constexpr, PATCH: tl.constexpr, KD: tl.constexpr, EXACT: tl.constexpr):
-    """A tile [BM, KD] of patch elements: from patch row ``row`` the run that begins at element ``first``, or, when PATCH,
-    all patch rows, RUN elements apart. What lies outside the run or the image is zero: it is masked, not only multiplied
-    by zero weights, because a buffer's neighbour may hold NaN."""
+def patches(
+    x, q, oy, ox, mask, row, first, s: tl.constexpr, PATCH: tl.constexpr, KD: tl.constexpr, EXACT: tl.constexpr, FLAT: tl.constexpr
+):
+    """A tile [BM, KD] of patch elements: from patch row ``row`` the run that begins at element ``first``; when FLAT, going on into
+    the rows below it; or, when PATCH, all patch rows, RUN elements apart. What lies outside the run or the image is zero: it is
+    masked, not only multiplied by zero weights, because a buffer's neighbour may hold NaN."""
     H: tl.constexpr = s.H
     W: tl.constexpr = s.W
     C: tl.constexpr = s.C
@@ -79,11 +95,15 @@ def patches(x, q, oy, ox, mask, row, first, s: tl.constexpr, PATCH: tl.constexpr
     PS: tl.constexpr = s.PS
     RUN: tl.constexpr = s.RUN
     R: tl.constexpr = s.R
+    KH: tl.constexpr = s.KH
     RUNLEN: tl.constexpr = s.RUNLEN
     e = tl.arange(0, KD)
     if PATCH:
         r = e // RUN
         run = e % RUN
+    elif FLAT:
+        r = (first + e) // RUNLEN + row
+        run = (first + e) % RUNLEN
     else:
         r = e * 0 + row
         run = e + first
@@ -91,7 +111,10 @@ def patches(x, q, oy, ox, mask, row, first, s: tl.constexpr, PATCH: tl.constexpr
     p = x + base[:, None] + (r * (W * C) + run)[None, :]  # [BM, KD]
     m = mask[:, None]
     if not EXACT:
-        m = m & ((r < R) & (run < RUNLEN))[None, :]
+        if FLAT:
+            m = m & (first + e < KH * RUNLEN)[None, :]
+        else:
+            m = m & ((r < R) & (run < RUNLEN))[None, :]
     if PY > 0:
         iy = (oy * PS - PY)[:, None] + r[None, :]
         m = m & (iy >= 0) & (iy < H)

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from kernel_cases import CASES, HEADS, MLP, SMALL, Net, cnn3, cnn28, error, gradient_errors, lenet5, make, oracle, random_net
-from torch import Tensor
 
 from wslfast.kernels import reference
 
@@ -276,113 +275,8 @@ def test_nan_in_one_window_position_survives_pooling(name: str) -> None:
     assert error(found[:, :1], reference.forward(weights.double(), queries[:1].double(), case.layers)) < 5e-6
 
 
-@pytest.mark.slow
-def test_offsets_of_models_pass_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the last two models of 70 million are run; their activations lie past 2^31 numbers."""
-    from triton.runtime import interpreter
-
-    weights, queries, _ = make(MLP, 2, 2)
-    plan = schedule(MLP.layers, MLP.shape)
-    stage, place = plan.stages[0], plan.placements[0]
-    config = convolution.launch_configuration("forward", stage, "fp16", weights.device)
-    assert place.bias is not None
-    packed = kernels.pack(weights[:1], plan, "fp16")
-    images = kernels.stack(queries, plan, 1, "fp16")
-    small = torch.empty(2 * stage.OUTPUTS, dtype=torch.float16)
-    convolution.stage_forward(
-        images, None, packed, weights[:, place.bias.offset :], small, None, None, 1, 2, stage, config, shared=True, gradient=False
-    )
-    first = 2**31 // (2 * stage.OUTPUTS) + 3
-    try:
-        big = torch.empty((first + 2) * 2 * stage.OUTPUTS, dtype=torch.float16)
-    except RuntimeError:
-        pytest.skip("no address space for 2^31 numbers")
-    builder = interpreter.interpreter_builder
-    set_grid_idx = builder.set_grid_idx
-    monkeypatch.setattr(builder, "set_grid_idx", lambda x, y, z: set_grid_idx(x + first, y, z))
-    monkeypatch.setattr(builder, "set_grid_dim", lambda x, y, z: None)
-    builder.grid_dim = (first + 2, 1, 1)
-    convolution.stage_forward(
-        images, None, packed.expand(2, -1), weights[:1, place.bias.offset :].expand(2, -1), big, None, None,
-        2, 2, stage, config, shared=True, gradient=False,
-    )  # fmt: skip
-    for j in (first, first + 1):
-        assert torch.equal(big[j * small.numel() : (j + 1) * small.numel()], small)
-
-
 def test_queries_that_pass_32_bit_offsets_are_refused() -> None:
     weights = make(SMALL, 1, 1)[0]
     many = torch.zeros(1).expand(20_000_000, 2, 9, 8)
     with pytest.raises(ValueError, match="address"):
         kernels._check(weights, schedule(SMALL.layers, SMALL.shape), many.shape[0], "ieee")
-
-
-# -- operators ---------------------------------------------------------------------------------------------------------
-
-
-def _operator(weights: Tensor, queries: Tensor, index: Tensor | None = None) -> Tensor:
-    return kernels.population_forward(weights, queries, index, kernels.layers_key(SMALL.layers), "ieee", 0)
-
-
-def test_forward_operator_differentiates() -> None:
-    weights, queries, targets = make(SMALL, 2, 3)
-    weights.requires_grad_()
-    wide = weights.detach().double().requires_grad_()
-    expected = reference.forward(wide, queries.double(), SMALL.layers)
-    for loss in (lambda y: (y.tanh() * targets).sum(), lambda y: y.sum(), lambda y: y[0, 1, 2]):
-        weights.grad = wide.grad = None
-        outputs = _operator(weights, queries)
-        loss(outputs).backward(retain_graph=True)
-        once = weights.grad.clone()
-        loss(expected).backward(retain_graph=True)
-        assert error(once, wide.grad) < 5e-6
-        loss(outputs).backward()
-        assert torch.equal(weights.grad, 2 * once)
-
-
-def test_loss_operator_differentiates_once() -> None:
-    weights, queries, targets = make(SMALL, 2, 3)
-    weights.requires_grad_()
-    key = kernels.layers_key(SMALL.layers)
-    losses, gradient = kernels.population_loss(weights, queries, None, targets, key, "mse", 2.0, "ieee", 0)
-    (losses * torch.tensor([1.0, -3.0])).sum().backward(retain_graph=True)
-    assert torch.equal(weights.grad, gradient.detach() * torch.tensor([[1.0], [-3.0]]))
-    (slope,) = torch.autograd.grad(losses.sum(), weights, create_graph=True)
-    with pytest.raises(RuntimeError, match="once"):
-        slope.sum().backward()
-    outputs = _operator(weights, queries)
-    (slope,) = torch.autograd.grad(outputs.sum(), weights, create_graph=True)
-    with pytest.raises(RuntimeError):
-        slope.square().sum().backward()
-
-
-def test_no_gradient_for_queries_is_an_error() -> None:
-    weights, queries, _ = make(SMALL, 2, 3)
-    with pytest.raises(ValueError, match="queries"):
-        _operator(weights.requires_grad_(), queries.requires_grad_())
-
-
-@pytest.mark.parametrize("criterion", ["mse", "labels"])
-def test_warmup(criterion: str) -> None:
-    kernels.warmup(MLP.layers, MLP.shape, 3, criterion, "ieee", "cpu")
-
-
-@pytest.mark.slow
-def test_operators_pass_opcheck_and_compile() -> None:
-    weights, queries, targets = make(MLP, 2, 3)
-    weights.requires_grad_()
-    key = kernels.layers_key(MLP.layers)
-    index = torch.tensor([[0, 2], [1, 1]])
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
-    torch.library.opcheck(kernels.population_forward, (weights, queries, None, key, "ieee", 0), test_utils=tests)
-    torch.library.opcheck(kernels.population_forward, (weights, queries, index, key, "ieee", 0), test_utils=tests)
-    arguments = (weights.detach(), queries, None, targets, key, "mse", 2.0, "ieee", 0)
-    torch.library.opcheck(kernels.population_loss, arguments, test_utils=tests)
-
-    def step(w: Tensor) -> Tensor:
-        return (kernels.population_forward(w, queries, None, key, "ieee", 0) - targets).square().sum()
-
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    (found,) = torch.autograd.grad(compiled(weights), weights)
-    (expected,) = torch.autograd.grad(step(weights), weights)
-    assert torch.equal(found, expected)

@@ -86,12 +86,12 @@ def test_every_weight_is_packed_and_folded(name: str) -> None:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_fold_is_the_transpose_of_pack(name: str) -> None:
-    """<pack(w), v> = <w, fold(v)>, with the forward tiles' sizes used for the gradient as well."""
+    """<pack(w), v> = <w, fold(v)>, with the gradient's own tiles."""
     case = NETWORKS[name]
     plan = schedule(case.layers, case.shape)
     for stage, place in zip(plan.stages, plan.placements, strict=True):
         weights = make_weights(case.layers, 1)[0].double()
-        table = tables.forward_table(stage, place, stage.KDW, stage.NCHW)
+        table = tables.gradient_table(stage, place)
         packed = torch.where(table >= 0, weights[table.clamp(min=0)], 0.0)
         v = torch.randn(packed.numel(), dtype=torch.float64)
         gradient = torch.zeros_like(weights).index_add_(0, table.clamp(min=0), torch.where(table >= 0, v, 0.0))
@@ -169,7 +169,7 @@ def test_splits_know_nothing_of_k_and_cover_every_row() -> None:
             assert 1 <= planner.splits(stage, n) <= 16
 
 
-@pytest.mark.parametrize(("name", "most"), [("cnn3", 2.0), ("lenet5", 2.5), ("cnn28", 2.6)])
+@pytest.mark.parametrize(("name", "most"), [("cnn3", 1.8), ("lenet5", 2.35), ("cnn28", 2.5)])
 def test_executed_multiply_adds(name: str, most: float) -> None:
     case = NETWORKS[name]
     plan = schedule(case.layers, case.shape)
@@ -178,7 +178,7 @@ def test_executed_multiply_adds(name: str, most: float) -> None:
     executed = sum(executed_multiply_adds(s, r) for s in plan.stages for r in roles)
     assert executed <= most * needed
     if name == "cnn3":
-        assert needed == 2_979_816
+        assert needed == 2_979_816 - 2 * 432 * (900 - 784)  # of conv 1's outputs 28 x 28 are read, of 30 x 30
 
 
 def test_plan_tables_and_reference_need_no_triton() -> None:

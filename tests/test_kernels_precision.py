@@ -72,8 +72,10 @@ def _pinned(weights: Tensor, queries: Tensor, case: Net, picks: list[Tensor]) ->
             x = F.linear(x, weight, bias)
         elif isinstance(layer, Pool2d):
             n, c, h, w = x.shape
+            choice = next(picked)  # of the outputs that a later layer reads; what the others pick reaches nothing
+            choice = F.pad(choice, (0, w // 2 - choice.shape[3], 0, h // 2 - choice.shape[2]))
             windows = x[:, :, : h // 2 * 2, : w // 2 * 2].reshape(n, c, h // 2, 2, w // 2, 2).transpose(3, 4).flatten(-2)
-            x = windows.gather(-1, next(picked).unsqueeze(-1))[..., 0]
+            x = windows.gather(-1, choice.unsqueeze(-1))[..., 0]
         elif isinstance(layer, Flatten):
             x = x.flatten(1)
         else:

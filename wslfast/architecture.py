@@ -9,10 +9,13 @@ field's zoos were made with (``module_list.{i}``, all biases 0.01).
 from __future__ import annotations
 
 import copy
+import itertools
+import json
 import math
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -50,6 +53,14 @@ class Architecture:
     parameters: tuple[Slot, ...]
     module: nn.Module | None = field(default=None, repr=False)
     recipe: tuple[str, tuple[tuple[str, Any], ...]] | None = field(default=None, repr=False)
+    handle: str = field(init=False, repr=False, compare=False)  # what torch operators take in its place, see from_handle
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "handle", _handle(self))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        object.__setattr__(self, "handle", _handle(self))
 
     # -- sizes ---------------------------------------------------------------------------------------------------------
 
@@ -259,6 +270,30 @@ class Architecture:
             )
             return cls.resnet18(**recipe[1])
         raise WslfastError(f"architecture {name!r} has no layer list; pass architecture= (the module the zoo was made with)")
+
+
+_opaque_handles = itertools.count()
+_opaque_architectures: weakref.WeakValueDictionary[str, Architecture] = weakref.WeakValueDictionary()
+
+
+def _handle(architecture: Architecture) -> str:
+    if architecture.planned:
+        return json.dumps(architecture.to_dict())
+    handle = f"{architecture.name} ({next(_opaque_handles)})"
+    _opaque_architectures[handle] = architecture
+    return handle
+
+
+def from_handle(handle: str) -> Architecture:
+    """The architecture behind a ``handle``: a planned one anywhere, an opaque one while somebody holds it in this process."""
+    found = _opaque_architectures.get(handle)
+    return found if found is not None else _planned(handle)
+
+
+@lru_cache(maxsize=64)
+def _planned(handle: str) -> Architecture:
+    require(handle.startswith("{"), f"architecture {handle!r}: an opaque architecture has to be kept as long as what was compiled with it")
+    return Architecture.from_dict(json.loads(handle))
 
 
 def _input_shape(value: Sequence[int]) -> tuple[int, ...]:

@@ -185,14 +185,17 @@ def _functional(weights: Tensor, queries: Tensor, architecture: Architecture) ->
 def _triton(weights: Tensor, queries: Tensor, architecture: Architecture) -> Tensor:
     kernels = importlib.import_module("wslfast.kernels.autograd")
     key, precision = kernels.layers_key(architecture.layers), _triton_precision()
-    return kernels.population_forward(weights, queries, None, key, precision, memory_budget("cuda"))
+    outputs = kernels.population_forward(weights, queries, None, key, precision, memory_budget("cuda"))
+    return outputs.to(torch.get_autocast_dtype("cuda")) if torch.is_autocast_enabled("cuda") else outputs
 
 
 def _triton_loss(
-    weights: Tensor, queries: Tensor, targets: Tensor, architecture: Architecture, criterion: str, temperature: float
+    weights: Tensor, queries: Tensor, targets: Tensor, architecture: Architecture, criterion: str, temperature: float, index: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     kernels, precision, memory = importlib.import_module("wslfast.kernels.autograd"), _triton_precision(), memory_budget("cuda")
-    return kernels.loss_and_gradient(weights, queries, targets, architecture.layers, criterion, temperature, precision, memory=memory)
+    return kernels.loss_and_gradient(
+        weights, queries, targets, architecture.layers, criterion, temperature, precision, index=index, memory=memory
+    )
 
 
 def _built(architecture: Architecture, run: Callable[[], _T]) -> _T | None:
@@ -263,7 +266,7 @@ def loss_and_gradient(
     choice = choose(architecture, device, weights.dtype, backend, torch.is_autocast_enabled(device))
     _say_functional(architecture, choice)
     weights, targets = weights.detach(), targets.detach()
-    if index is not None and choice.path != "cpu":
+    if index is not None and choice.path not in ("cpu", "triton"):
         return _gathered(weights, queries, targets, index, architecture, criterion, temperature, backend)
     if queries.ndim == 4 and choice.path == "loop":
         queries = queries.contiguous(memory_format=torch.channels_last)
@@ -271,7 +274,7 @@ def loss_and_gradient(
         if choice.path == "cpu":
             return cpu.loss_and_gradient(weights, queries, targets, architecture.layers, criterion, temperature, index)
         if choice.path == "triton":
-            found = _built(architecture, lambda: _triton_loss(weights, queries, targets, architecture, criterion, temperature))
+            found = _built(architecture, lambda: _triton_loss(weights, queries, targets, architecture, criterion, temperature, index))
             if found is not None:
                 return found
             return loss_and_gradient(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,10 +16,11 @@ class WslfastError(ValueError):
     """Raised for every wrong input; the message says what was expected and what came."""
 
 
-def require(condition: bool, message: str) -> None:
-    """Raise :class:`WslfastError` unless ``condition`` holds."""
+def require(condition: bool, message: str | Callable[[], str]) -> None:
+    """Raise :class:`WslfastError` unless ``condition`` holds. A message that is a function is put together only then, which a
+    compiler needs where it names sizes."""
     if not condition:
-        raise WslfastError(message)
+        raise WslfastError(message if isinstance(message, str) else message())
 
 
 def say_once(message: str, level: int = logging.WARNING) -> None:
