@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .cpu_layers import CHANNELS_LAST, ConvStep, LinearStep, Packed, PoolStep, Program, compile_program
-from .cpu_pairs import PairedConvStep, PairedPoolStep, paired
+from .cpu_pairs import PairedConvStep, paired
 from .plan import Conv2d, Layers, Linear, Unplannable, shapes
 from .reference import CRITERIA, per_model_queries
 
@@ -61,8 +61,7 @@ def _keep_freed_memory() -> None:
 
 @lru_cache(maxsize=64)
 def _program(layers: Layers, input_shape: tuple[int, ...], own_queries: bool) -> Program:
-    program = compile_program(layers, input_shape, own_queries)
-    return paired(program) if own_queries else program
+    return paired(compile_program(layers, input_shape, own_queries), own_queries)
 
 
 def _dtype() -> torch.dtype:
@@ -173,7 +172,17 @@ def _gathered(pool: Tensor, index: Tensor) -> Tensor:
     return pool.index_select(0, index)
 
 
-_WITH_WEIGHTS = (ConvStep, LinearStep, PairedConvStep)
+def _model_by_model(queries: Tensor, index: Tensor | None, part: tuple[slice, slice], program: Program, dtype: torch.dtype) -> Tensor:
+    """Own queries ``[m, q, C, H, W]`` of the m models there are, cropped, each model's channels-last."""
+    if index is None:
+        x = queries[part].permute(0, 1, 3, 4, 2)
+    else:
+        x = queries.permute(0, 2, 3, 1).index_select(0, index[part].flatten()).unflatten(0, index[part].shape)
+    _, height, width = program.crop
+    return x[:, :, :height, :width].to(dtype).contiguous().permute(0, 1, 4, 2, 3)
+
+
+_WITH_WEIGHTS = (ConvStep, LinearStep)
 
 
 class _Call:
@@ -205,6 +214,8 @@ class _Call:
         if not self.own:
             return self.slabs[start // self.slab]
         part = slice(group, group + self.models), slice(start, start + self.slab)
+        if isinstance(self.program.steps[0], PairedConvStep):
+            return _model_by_model(self.queries, self.index, part, self.program, self.dtype)
         mine = list(self.queries[part]) if self.index is None else [_gathered(self.queries, rows) for rows in self.index[part]]
         x = _own_slab(mine, self.program, self.models, self.dtype)
         for step in self.program.steps[: self.program.first]:
@@ -215,7 +226,7 @@ class _Call:
         """Outputs ``[M, q, K]`` of a slab (q at least 2 where images are shared): the same bits as :meth:`forward`, with nothing kept."""
         x = self.slab_of(group, start)
         for step, weights in zip(self.program.steps[self.program.first :], packed, strict=True):
-            x = step.values(x) if isinstance(step, (PoolStep, PairedPoolStep)) else step.forward(x, weights, self.models)[0]
+            x = step.values(x) if isinstance(step, PoolStep) else step.forward(x, weights, self.models)[0]
         return x
 
     def forward(self, group: int, start: int, packed: list[Packed | None]) -> tuple[Tensor, list[object]]:
