@@ -16,9 +16,10 @@ float32, and under CPU autocast its dtype (operands; losses, sums over slabs and
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import Union
 
 import torch
 from torch import Tensor
@@ -29,6 +30,9 @@ from .plan import Conv2d, Layers, Linear, Unplannable, shapes
 from .reference import CRITERIA, per_model_queries
 
 __all__ = ["forward", "group_shape", "loss_and_gradient", "supports"]
+
+# A criterion by name, or a function of outputs and targets ``[M, q, K]`` to values ``[M]`` that add up over queries.
+Criterion = Union[str, Callable[[Tensor, Tensor], Tensor]]
 
 
 @lru_cache(maxsize=256)
@@ -131,11 +135,16 @@ def _own_slab(queries: Sequence[Tensor], program: Program, models: int, dtype: t
     return x.view(q, height, width, models * channels).permute(0, 3, 1, 2)
 
 
-def _criterion(outputs: Tensor, targets: Tensor, n: int, criterion: str, temperature: float) -> tuple[Tensor, Tensor]:
+def _criterion(outputs: Tensor, targets: Tensor, n: int, criterion: Criterion, temperature: float) -> tuple[Tensor, Tensor]:
     """This slab's share ``[M]`` of the losses over n queries, and its gradient with respect to ``outputs [M, q, K]``.
 
     The formulas of :func:`reference.criterion_values` and their derivatives; targets are ``[M, q, K]``, or labels ``[M, q]``.
     """
+    if not isinstance(criterion, str):
+        with torch.enable_grad():
+            leaf = outputs.detach().requires_grad_()
+            values = criterion(leaf, targets)
+        return values.detach(), torch.autograd.grad(values, leaf, torch.ones_like(values))[0]
     if criterion == "mse":
         g = outputs - targets
         return _per_model(g.square()) / (2 * n), g / n
@@ -251,7 +260,7 @@ def _plain() -> Iterator[None]:
 
 
 def loss_and_gradient(
-    weights: Tensor, queries: Tensor, targets: Tensor, layers: Layers, criterion: str, temperature: float = 2.0,
+    weights: Tensor, queries: Tensor, targets: Tensor, layers: Layers, criterion: Criterion, temperature: float = 2.0,
     index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Per-model losses ``[k]`` and gradients ``[k, P]`` with respect to each model's own weights.
@@ -259,9 +268,10 @@ def loss_and_gradient(
     Queries ``[n, *input]`` shared by all models or ``[k, n, *input]``; with ``index [k, n]`` (int64 or int32), a pool
     ``[N, *input]`` from which each model takes its own (fastest where the pool is channels-last).
     Targets ``[k, n, K]``, or labels ``[k, n]`` for
-    ``cross_entropy``. Raises :class:`Unplannable` for what the reference has to run.
+    ``cross_entropy``. A criterion that has no name here may be a function (:data:`Criterion`), which torch differentiates with
+    respect to the outputs alone. Raises :class:`Unplannable` for what the reference has to run.
     """
-    if criterion not in CRITERIA:
+    if isinstance(criterion, str) and criterion not in CRITERIA:
         raise ValueError(f"unknown criterion {criterion!r}; known: {list(CRITERIA)}")
     call = _Call(weights, queries, layers, index)
     k, models = weights.shape[0], call.models
