@@ -16,19 +16,23 @@ float32, and under CPU autocast its dtype (operands; losses, sums over slabs and
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import Union
 
 import torch
 from torch import Tensor
 
 from .cpu_layers import CHANNELS_LAST, ConvStep, LinearStep, Packed, PoolStep, Program, compile_program
-from .cpu_pairs import PairedConvStep, PairedPoolStep, paired
+from .cpu_pairs import PairedConvStep, paired
 from .plan import Conv2d, Layers, Linear, Unplannable, shapes
 from .reference import CRITERIA, per_model_queries
 
 __all__ = ["forward", "group_shape", "loss_and_gradient", "supports"]
+
+# A criterion by name, or a function of outputs and targets ``[M, q, K]`` to values ``[M]`` that add up over queries.
+Criterion = Union[str, Callable[[Tensor, Tensor], Tensor]]
 
 
 @lru_cache(maxsize=256)
@@ -61,8 +65,7 @@ def _keep_freed_memory() -> None:
 
 @lru_cache(maxsize=64)
 def _program(layers: Layers, input_shape: tuple[int, ...], own_queries: bool) -> Program:
-    program = compile_program(layers, input_shape, own_queries)
-    return paired(program) if own_queries else program
+    return paired(compile_program(layers, input_shape, own_queries), own_queries)
 
 
 def _dtype() -> torch.dtype:
@@ -132,11 +135,16 @@ def _own_slab(queries: Sequence[Tensor], program: Program, models: int, dtype: t
     return x.view(q, height, width, models * channels).permute(0, 3, 1, 2)
 
 
-def _criterion(outputs: Tensor, targets: Tensor, n: int, criterion: str, temperature: float) -> tuple[Tensor, Tensor]:
+def _criterion(outputs: Tensor, targets: Tensor, n: int, criterion: Criterion, temperature: float) -> tuple[Tensor, Tensor]:
     """This slab's share ``[M]`` of the losses over n queries, and its gradient with respect to ``outputs [M, q, K]``.
 
     The formulas of :func:`reference.criterion_values` and their derivatives; targets are ``[M, q, K]``, or labels ``[M, q]``.
     """
+    if not isinstance(criterion, str):
+        with torch.enable_grad():
+            leaf = outputs.detach().requires_grad_()
+            values = criterion(leaf, targets)
+        return values.detach(), torch.autograd.grad(values, leaf, torch.ones_like(values))[0]
     if criterion == "mse":
         g = outputs - targets
         return _per_model(g.square()) / (2 * n), g / n
@@ -173,7 +181,17 @@ def _gathered(pool: Tensor, index: Tensor) -> Tensor:
     return pool.index_select(0, index)
 
 
-_WITH_WEIGHTS = (ConvStep, LinearStep, PairedConvStep)
+def _model_by_model(queries: Tensor, index: Tensor | None, part: tuple[slice, slice], program: Program, dtype: torch.dtype) -> Tensor:
+    """Own queries ``[m, q, C, H, W]`` of the m models there are, cropped, each model's channels-last."""
+    if index is None:
+        x = queries[part].permute(0, 1, 3, 4, 2)
+    else:
+        x = queries.permute(0, 2, 3, 1).index_select(0, index[part].flatten()).unflatten(0, index[part].shape)
+    _, height, width = program.crop
+    return x[:, :, :height, :width].to(dtype).contiguous().permute(0, 1, 4, 2, 3)
+
+
+_WITH_WEIGHTS = (ConvStep, LinearStep)
 
 
 class _Call:
@@ -205,6 +223,8 @@ class _Call:
         if not self.own:
             return self.slabs[start // self.slab]
         part = slice(group, group + self.models), slice(start, start + self.slab)
+        if isinstance(self.program.steps[0], PairedConvStep):
+            return _model_by_model(self.queries, self.index, part, self.program, self.dtype)
         mine = list(self.queries[part]) if self.index is None else [_gathered(self.queries, rows) for rows in self.index[part]]
         x = _own_slab(mine, self.program, self.models, self.dtype)
         for step in self.program.steps[: self.program.first]:
@@ -215,7 +235,7 @@ class _Call:
         """Outputs ``[M, q, K]`` of a slab (q at least 2 where images are shared): the same bits as :meth:`forward`, with nothing kept."""
         x = self.slab_of(group, start)
         for step, weights in zip(self.program.steps[self.program.first :], packed, strict=True):
-            x = step.values(x) if isinstance(step, (PoolStep, PairedPoolStep)) else step.forward(x, weights, self.models)[0]
+            x = step.values(x) if isinstance(step, PoolStep) else step.forward(x, weights, self.models)[0]
         return x
 
     def forward(self, group: int, start: int, packed: list[Packed | None]) -> tuple[Tensor, list[object]]:
@@ -240,7 +260,7 @@ def _plain() -> Iterator[None]:
 
 
 def loss_and_gradient(
-    weights: Tensor, queries: Tensor, targets: Tensor, layers: Layers, criterion: str, temperature: float = 2.0,
+    weights: Tensor, queries: Tensor, targets: Tensor, layers: Layers, criterion: Criterion, temperature: float = 2.0,
     index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Per-model losses ``[k]`` and gradients ``[k, P]`` with respect to each model's own weights.
@@ -248,9 +268,10 @@ def loss_and_gradient(
     Queries ``[n, *input]`` shared by all models or ``[k, n, *input]``; with ``index [k, n]`` (int64 or int32), a pool
     ``[N, *input]`` from which each model takes its own (fastest where the pool is channels-last).
     Targets ``[k, n, K]``, or labels ``[k, n]`` for
-    ``cross_entropy``. Raises :class:`Unplannable` for what the reference has to run.
+    ``cross_entropy``. A criterion that has no name here may be a function (:data:`Criterion`), which torch differentiates with
+    respect to the outputs alone. Raises :class:`Unplannable` for what the reference has to run.
     """
-    if criterion not in CRITERIA:
+    if isinstance(criterion, str) and criterion not in CRITERIA:
         raise ValueError(f"unknown criterion {criterion!r}; known: {list(CRITERIA)}")
     call = _Call(weights, queries, layers, index)
     k, models = weights.shape[0], call.models

@@ -107,11 +107,14 @@ class ConvStep:
         return y, x
 
     def backward(self, g: Tensor, x: Any, packed: Packed, rows: Tensor, fresh: bool) -> Tensor | None:
+        return self._backward(g, x, packed[0], rows, fresh, self.input_gradient)
+
+    def _backward(self, g: Tensor, x: Any, weight: Tensor, rows: Tensor, fresh: bool, input_gradient: bool) -> Tensor | None:
         conv, models = self.layer, rows.shape[0]
         gx, gw, _ = convolution_backward(
-            g, x, packed[0], None, conv.stride, conv.padding, conv.dilation, False, (0, 0), self._groups(models),
-            (self.input_gradient, True, False),
-        )
+            g, x, weight, None, conv.stride, conv.padding, conv.dilation, False, (0, 0), self._groups(models),
+            (input_gradient, True, False),
+        )  # fmt: skip
         put(rows, self.weight, gw, fresh)
         if self.bias is not None and self.sums_bias:
             put(rows, self.bias, bias_gradient(g, models), fresh)

@@ -1,127 +1,126 @@
-"""First layers where every model has its own queries (zoo building): two columns of a narrow convolution at once.
+"""Two columns at once, where a convolution makes so few channels that most of a vector would stay empty.
 
-A first convolution on shared queries has the outputs of all models beside each other in its vectors. With queries of their own
-models are groups, and a group of 6 or 8 outputs fills half a vector. So the convolution computes two neighbouring columns at
-once: twice the outputs, of a kernel one column wider (the second column's weights moved by one), at stride 2,
+oneDNN puts 16 of the channels that a convolution makes into a vector. Two convolutions of a group of models make 8 or fewer a group:
+the first one where every model has its own queries (zoo building), and the gradient of the input of a narrow layer. Both compute
+two neighbouring columns together: twice the channels, of a kernel one column wider (the second column's weights moved by one), at
+stride 2. For a 5 x 5 kernel that is 1.2 times the products in twice the lanes.
 
-    y [q, H, W / 2, M, 2, C]   in memory,
-
-which costs 1.2 times the products of a 5 x 5 kernel and fills twice the lanes. The 2 x 2 max pooling that has to follow takes the
-maximum over both columns, and leaves the group's own layout ``[q, H / 2, W / 2, M, C]``.
+The columns come out on the wrong side of the models in memory, ``[q, H, W / 2, M, 2, C]``. Copying rows of C numbers through a table puts
+them right for a tenth of what the convolution saves; elementwise operators on them, in runs of C, would cost more than all of it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .cpu_layers import (
-    CHANNELS_LAST,
-    ActivationStep,
-    ConvStep,
-    Packed,
-    PoolStep,
-    Program,
-    bias_gradient,
-    block,
-    convolution,
-    convolution_backward,
-    put,
-)
-from .plan import Conv2d, Slot, shapes
+from .cpu_layers import ConvStep, FlattenStep, Packed, Program, bias_gradient, block, convolution, convolution_backward, put
+from .plan import shapes
 
 _LANES = 16
 
 
-@dataclass(frozen=True)
-class PairedConvStep:
-    """The convolution of two columns at once: ``[q, M * C_in, H, W] -> [q, M * 2 * C, H', W' / 2]``."""
+def _two_columns(kernels: Tensor) -> Tensor:
+    """``[M, C, height, width, C_in] -> [M * 2 * C, C_in, height, width + 1]`` channels-last: a group's C outputs in two columns."""
+    models, out, height, width, channels = kernels.shape
+    pair = kernels.new_zeros((models, 2, out, height, width + 1, channels))
+    pair[:, 0, :, :, :width] = kernels
+    pair[:, 1, :, :, 1:] = kernels
+    return pair.view(models * 2 * out, height, width + 1, channels).permute(0, 3, 1, 2)
 
-    layer: Conv2d
-    weight: Slot
-    bias: Slot | None
+
+@lru_cache(maxsize=32)
+def _columns_to_models(pairs: int, models: int) -> Tensor:
+    """Rows of ``[pairs, M, 2, C]`` in the order ``[pairs, 2, M]``."""
+    return torch.arange(pairs * models * 2, dtype=torch.int32).view(pairs, models, 2).transpose(1, 2).flatten()
+
+
+@lru_cache(maxsize=32)
+def _model_by_model(positions: int, models: int, real: int) -> Tensor:
+    """Rows of ``[positions, M, C]`` in the order ``[M, positions]``, of the first ``real`` models."""
+    return torch.arange(positions * models, dtype=torch.int32).view(positions, models).t()[:real].flatten()
+
+
+@dataclass(frozen=True)
+class PairedConvStep(ConvStep):
+    """A first convolution of own queries, model by model: ``[m, q, C_in, H, W]`` of the m <= M models there are -> ``[q, M * C, H', W']``.
+
+    For one model on its own both orders of columns are the same memory; the models meet in a copy of rows.
+    """
 
     def pack(self, rows: Tensor, dtype: torch.dtype) -> Packed:
-        models, (out, channels, height, width) = rows.shape[0], self.weight.shape
-        weight = block(rows, self.weight).permute(0, 1, 3, 4, 2)  # [M, C, height, width, C_in]
-        pair = weight.new_zeros((models, 2, out, height, width + 1, channels), dtype=dtype)
-        pair[:, 0, :, :, :width] = weight
-        pair[:, 1, :, :, 1:] = weight
-        kernels = pair.view(models * 2 * out, height, width + 1, channels).permute(0, 3, 1, 2)
-        return kernels, None if self.bias is None else block(rows, self.bias).to(dtype).repeat(1, 2).view(-1)
+        pair = _two_columns(block(rows, self.weight).to(dtype).permute(0, 1, 3, 4, 2))
+        return pair, None if self.bias is None else block(rows, self.bias).to(dtype).repeat(1, 2)
 
-    def _geometry(self, models: int) -> tuple[Any, ...]:
+    def _geometry(self) -> tuple[Any, ...]:
         conv = self.layer
-        return (conv.stride[0], 2), conv.padding, conv.dilation, False, (0, 0), models
+        return (conv.stride[0], 2), conv.padding, conv.dilation, False, (0, 0), 1
 
     def forward(self, x: Tensor, packed: Packed, models: int) -> tuple[Tensor, Any]:
-        return convolution(x, *packed, *self._geometry(models)), x
+        out = self.weight.shape[0]
+        kernels, biases = packed[0].view(models, 2 * out, *packed[0].shape[1:]), packed[1]
+        made = [convolution(mine, kernels[j], None if biases is None else biases[j], *self._geometry()) for j, mine in enumerate(x)]
+        q, _, height, half = made[0].shape
+        columns = [y.permute(0, 2, 3, 1).reshape(-1, out) for y in made]
+        columns += [torch.zeros_like(columns[0])] * (models - len(made))
+        return torch.cat(columns, 1).view(q, height, 2 * half, models * out).permute(0, 3, 1, 2), x
 
     def backward(self, g: Tensor, x: Any, packed: Packed, rows: Tensor, fresh: bool) -> None:
-        models, (out, _, _, width) = rows.shape[0], self.weight.shape
-        _, gw, _ = convolution_backward(g, x, packed[0], None, *self._geometry(models), (False, True, False))
-        gw = gw.unflatten(0, (models, 2, out))
+        models, real, (out, _, _, width) = rows.shape[0], len(x), self.weight.shape
+        q, _, height, columns = g.shape
+        mine = g.permute(0, 2, 3, 1).reshape(-1, out).index_select(0, _model_by_model(q * height * columns, models, real))
+        mine = mine.view(real, q, height, columns // 2, 2 * out).permute(0, 1, 4, 2, 3)
+        kernels = packed[0].view(models, 2 * out, *packed[0].shape[1:])
+        gw = g.new_zeros((models, *kernels.shape[1:]))
+        for j in range(real):
+            gw[j] = convolution_backward(mine[j], x[j], kernels[j], None, *self._geometry(), (False, True, False))[1]
+        gw = gw.unflatten(1, (2, out))
         put(rows, self.weight, gw[:, 0, ..., :width] + gw[:, 1, ..., 1:], fresh)
+        if self.bias is not None and self.sums_bias:
+            put(rows, self.bias, bias_gradient(g, models), fresh)
 
 
 @dataclass(frozen=True)
-class PairedPoolStep:
-    """2 x 2 max pooling of paired columns: ``[q, M * 2 * C, H, W / 2] -> [q, M * C, H / 2, W / 2]``; ties go to the first, as torch's."""
+class NarrowConvStep(ConvStep):
+    """A convolution whose input gradient, a convolution of the output's gradient with the flipped kernels, makes two columns at once."""
 
-    channels: int
-    bias: Slot | None
+    def pack(self, rows: Tensor, dtype: torch.dtype) -> Any:
+        flipped = block(rows, self.weight).to(dtype).flip(3, 4).permute(0, 2, 3, 4, 1)
+        return *super().pack(rows, dtype), _two_columns(flipped)
 
-    def _corners(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The four numbers of every window, ``[q, H / 2, W / 2, M, C]`` each."""
-        rows = y.permute(0, 2, 3, 1).unflatten(3, (-1, 2, self.channels))
-        upper, lower = rows[:, 0 : y.shape[2] // 2 * 2 : 2], rows[:, 1 : y.shape[2] // 2 * 2 : 2]
-        return upper[..., 0, :], upper[..., 1, :], lower[..., 0, :], lower[..., 1, :]
+    def forward(self, x: Tensor, packed: Any, models: int) -> tuple[Tensor, Any]:
+        return super().forward(x, packed[:2], models)
 
-    def forward(self, y: Tensor, packed: None, models: int) -> tuple[Tensor, Any]:
-        a, b, c, d = self._corners(y)
-        upper, lower = torch.maximum(a, b), torch.maximum(c, d)
-        routes = b > a, d > c, lower > upper
-        return torch.maximum(upper, lower, out=upper).flatten(3).permute(0, 3, 1, 2), (y.shape, routes)
-
-    def values(self, y: Tensor) -> Tensor:
-        return self.forward(y, None, 1)[0]
-
-    def backward(self, g: Tensor, saved: Any, packed: None, rows: Tensor, fresh: bool) -> Tensor:
-        shape, (right_above, right_below, below) = saved
-        if self.bias is not None:
-            put(rows, self.bias, bias_gradient(g, rows.shape[0]), fresh)
-        gy = torch.empty(shape, dtype=g.dtype, memory_format=CHANNELS_LAST)
-        if shape[2] % 2:
-            gy[:, :, -1] = 0
-        g = g.permute(0, 2, 3, 1).unflatten(3, (-1, self.channels))
-        zero = g.new_zeros(())
-        upper, lower = torch.where(below, zero, g), torch.where(below, g, zero)
-        a, b, c, d = self._corners(gy)
-        a.copy_(torch.where(right_above, zero, upper))
-        b.copy_(torch.where(right_above, upper, zero))
-        c.copy_(torch.where(right_below, zero, lower))
-        d.copy_(torch.where(right_below, lower, zero))
-        return gy
+    def backward(self, g: Tensor, x: Any, packed: Any, rows: Tensor, fresh: bool) -> Tensor:
+        self._backward(g, x, packed[0], rows, fresh, input_gradient=False)
+        models, (_, channels, height, width) = rows.shape[0], self.weight.shape
+        around = height - 1 - self.layer.padding[0], width - 1 - self.layer.padding[1]
+        gx = convolution(g, packed[2], None, (1, 2), around, (1, 1), False, (0, 0), models).permute(0, 2, 3, 1)
+        q, tall, half, _ = gx.shape
+        gx = gx.reshape(-1, channels).index_select(0, _columns_to_models(q * tall * half, models))
+        return gx.view(q, tall, 2 * half, models * channels).permute(0, 3, 1, 2)
 
 
-def paired(program: Program) -> Program:
-    """``program`` (of models with their own queries) with its first layers in pairs of columns, where that fills more lanes."""
-    first = program.steps[0]
-    pool = next((i for i, step in enumerate(program.steps) if isinstance(step, PoolStep)), None)
-    if not isinstance(first, ConvStep) or pool is None or not all(isinstance(s, ActivationStep) for s in program.steps[1:pool]):
-        return program
-    conv, last = first.layer, program.steps[pool]
-    assert isinstance(last, PoolStep)
-    plain = conv.groups == 1 and conv.stride[1] == 1 and conv.dilation == (1, 1)
-    halves = last.layer.mode == "max" and last.layer.kernel_size == last.layer.stride == (2, 2)
-    width = shapes((conv,), program.crop)[-1][2]
-    if not plain or not halves or width % 2 or 2 * conv.out_channels > _LANES:
-        return program
-    # the bias is summed behind the pooling, which hands every gradient on once; through an activation it is not the same gradient
-    if first.sums_bias and first.bias is not None:
-        return program
-    steps = (PairedConvStep(conv, first.weight, first.bias), *program.steps[1:pool], PairedPoolStep(conv.out_channels, last.bias))
-    return replace(program, steps=(*steps, *program.steps[pool + 1 :]))
+def paired(program: Program, own_queries: bool) -> Program:
+    """``program`` with two columns at once where that fills more lanes than it wastes."""
+    steps, size = list(program.steps), program.crop
+    for i, step in enumerate(steps):
+        if isinstance(step, FlattenStep):
+            break
+        before, size = size, shapes((step.layer,), size)[-1]  # type: ignore[attr-defined]
+        if not isinstance(step, ConvStep) or step.layer.groups != 1 or step.layer.dilation != (1, 1):
+            continue
+        conv = step.layer
+        if i == 0 and own_queries:
+            # one channel's channels-last memory is NCHW as well, which torch takes it for: twice the time
+            if conv.stride[1] == 1 and size[2] % 2 == 0 and 2 * conv.out_channels <= _LANES and conv.in_channels > 1:
+                steps[i] = PairedConvStep(conv, step.weight, step.bias, step.shared, step.input_gradient, step.sums_bias)
+        elif step.input_gradient and conv.stride == (1, 1) and before[2] % 2 == 0 and 2 * conv.in_channels <= _LANES:
+            reaches = all(p < k for p, k in zip(conv.padding, conv.kernel_size, strict=True))
+            if reaches and conv.kernel_size[1] > 2:
+                steps[i] = NarrowConvStep(conv, step.weight, step.bias, step.shared, step.input_gradient, step.sums_bias)
+    return replace(program, steps=tuple(steps))

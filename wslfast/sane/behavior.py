@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .. import engine
 from ..architecture import Architecture
 from ..behavior import batched_behavioral_loss
 from ..errors import WslfastError, describe, require
+from ..kernels import cpu
 from ..tokens import layout
 from .queries import Queries
 from .semantics import Choice, resolve
@@ -206,9 +208,13 @@ class DistillationLoss(nn.Module):
     def _raw_cross_entropy(self, rows: Tensor, targets: Tensor, queries: Tensor) -> Tensor:
         """Cross-entropy with logits for class probabilities, which is no criterion of the engine.
 
-        Its gradient to the outputs f is (S softmax(f) - t) / n, S the sum of t; ``mse`` has the same with f minus n times that as
-        target. So the values come from one forward without a graph, and the gradient from the engine all the same.
+        The CPU path differentiates any function of the outputs. Elsewhere: its gradient to the outputs f is (S softmax(f) - t) / n,
+        S the sum of t; ``mse`` has the same with f minus n times that as target. So the values come from one forward without a
+        graph, and the gradient from the engine all the same.
         """
+        if rows.requires_grad and torch.is_grad_enabled() and _on_cpu_path(rows, self.architecture):
+            values = _OnePass.apply(rows, queries, targets, self)
+            return self._repaired(values, rows, targets, queries)
         with torch.no_grad():
             outputs = engine.forward(rows, queries, self.architecture).float()
             values = self._formula(outputs, targets)
@@ -219,7 +225,10 @@ class DistillationLoss(nn.Module):
             rows, None, queries, self.architecture, targets=pulled, criterion="mse", reduction="none", nan_policy=self._policy
         )
         surrogate = surrogate * (1 if self.reduction == "mean" else targets.shape[1])
-        values = values + (surrogate - surrogate.detach())
+        return self._repaired(values + (surrogate - surrogate.detach()), rows, targets, queries)
+
+    def _repaired(self, values: Tensor, rows: Tensor, targets: Tensor, queries: Tensor) -> Tensor:
+        """``values`` with those that are not finite by the published formula, whose NaN gradients count where ``nan_gradients``."""
         bad = ~values.detach().isfinite()
         if bool(bad.any()) and self.semantics.nan_gradients:
             where = bad.nonzero().flatten()
@@ -264,6 +273,36 @@ class DistillationLoss(nn.Module):
         low = float(torch.tensor(tiny).log())
         log_p = torch.nan_to_num((outputs / self.temperature).log_softmax(-1), nan=low, posinf=0.0, neginf=low)
         return (q * (q.log() - log_p)).sum((1, 2)) / n * self.temperature**2
+
+
+class _OnePass(torch.autograd.Function):
+    """Raw-logit cross-entropy ``[k]`` of one model each, loss and gradient together; a model whose outputs are not finite is NaN."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, queries: Tensor, targets: Tensor, loss: DistillationLoss) -> Tensor:
+        divisor = targets.shape[1] if loss.reduction == "mean" else 1
+
+        def share(outputs: Tensor, wanted: Tensor) -> Tensor:
+            # the last term is zero, and NaN where an output is not finite
+            return (-(wanted * outputs.log_softmax(-1)) / divisor + 0 * outputs).sum((1, 2))
+
+        values, gradient = cpu.loss_and_gradient(rows, queries, targets, loss.architecture.layers, share)
+        if not loss.semantics.nan_gradients:
+            bad = ~(values.isfinite() & gradient.isfinite().all(1))
+            values = values.masked_fill(bad, float("nan"))
+            gradient = gradient.masked_fill(bad.unsqueeze(1), 0.0)
+        ctx.save_for_backward(gradient)
+        return values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_values.unsqueeze(1), None, None, None
+
+
+def _on_cpu_path(rows: Tensor, architecture: Architecture) -> bool:
+    return engine.choose(architecture, rows.device.type, rows.dtype).path == "cpu"
 
 
 class ReconDistillationLoss(nn.Module):

@@ -43,37 +43,39 @@ def same_functions(rows: Tensor, architecture: Architecture) -> Tensor:
     if not sizes or 0 in sizes:
         return (rows[:half] == rows[half:]).all(1)
     same = torch.ones(half, dtype=torch.bool, device=rows.device)
-    model = torch.arange(half, device=rows.device).unsqueeze(1)
     order: Tensor | None = None  # of the layer's input channels, [k, channels]
     partner: Tensor | None = None  # the first view's input channel that is the second's, [k / 2, channels]
     layers = [slots for slots in plan.layer_slots(architecture.layers) if slots.weight is not None]
     for position, slots in enumerate(layers):
         assert slots.weight is not None
         out = slots.weight.shape[0]
-        w = rows[:, slots.weight.offset : slots.weight.stop].view(k, out, -1)
+        w = rows[:, slots.weight.offset : slots.weight.stop].contiguous().view(k, out, -1)
         b = rows.new_zeros(k, out) if slots.bias is None else rows[:, slots.bias.offset : slots.bias.stop]
-        few = w[:, :, :_COLUMNS] if order is None else _columns(w, order, -(-_COLUMNS * order.shape[1] // w.shape[2]))
-        mine, mine_b = w[:half], b[:half]
+        moved, mine_b = None, b[:half]
         if position < len(sizes):
+            few = w[:, :, :_COLUMNS] if order is None else _moved(w, None, order, -(-_COLUMNS * order.shape[1] // w.shape[2]))
             # summed along the row in one fixed order, whatever the row's place: equal rows have equal sums to the bit
             order = ((few * _vector(few.shape[2], rows)).sum(2) + b).argsort(1)
             moved = order[:half].gather(1, order[half:].argsort(1))
-            mine, mine_b = mine[model, moved], mine_b[model, moved]
-        else:
-            moved = None
-        if partner is not None:
-            mine = _columns(mine, partner, partner.shape[1])
+            mine_b = mine_b.gather(1, moved)
+        mine = _moved(w[:half], moved, partner, None)
         same &= (mine == w[half:]).flatten(1).all(1) & (mine_b == b[half:]).all(1)
         partner = moved
     return same
 
 
-def _columns(w: Tensor, order: Tensor, count: int) -> Tensor:
-    """The first ``count`` input channels of ``w [k, out, width]`` in an order; kernels, and after a flatten whole feature maps,
-    move with their channel."""
-    blocks = w.reshape(*w.shape[:2], order.shape[1], -1)
-    index = order[:, None, :count, None].expand(-1, blocks.shape[1], -1, blocks.shape[3])
-    return blocks.gather(2, index).flatten(2)
+def _moved(w: Tensor, outputs: Tensor | None, inputs: Tensor | None, count: int | None) -> Tensor:
+    """``w [k, out, width]`` with its output channels, and the first ``count`` of its input channels, in an order.
+
+    Kernels, and after a flatten whole feature maps, move with their channel: one copy of rows of such blocks.
+    """
+    k, out, width = w.shape
+    channels = 1 if inputs is None else inputs.shape[1]
+    row = torch.arange(k, device=w.device).unsqueeze(1) * out
+    row = row + (torch.arange(out, device=w.device) if outputs is None else outputs)  # [k, out]
+    column = row.new_zeros(k, 1) if inputs is None else inputs[:, :count]
+    index = row.unsqueeze(2) * channels + column.unsqueeze(1)  # [k, out, count]
+    return w.reshape(k * out * channels, -1).index_select(0, index.flatten()).view(k, out, -1)
 
 
 def _vector(width: int, like: Tensor) -> Tensor:
