@@ -140,7 +140,7 @@ def _torchvision() -> Any:
     except RuntimeError as error:
         # its operators come compiled against one build of torch; beside another the import fails with "torchvision::nms does not exist"
         raise WslfastError(
-            f"torchvision does not load beside torch {torch.__version__} ({error}): its compiled operators belong to another build of torch. "
+            f"torchvision does not load beside torch {torch.__version__} ({error}): its operators belong to another build of torch. "
             "Install torch and torchvision as one pair, both from the same index and both for the CPU or both for CUDA "
             "(pip install --force-reinstall torch torchvision), or keep the images in an .npz file"
         ) from None

@@ -79,9 +79,10 @@ def load_dataset(name_or_path: str | Path, input_shape: Sequence[int], *, seed: 
         name_or_path: a name, or an ``.npz`` file. Names: "digits" (scikit-learn's 1,797 8x8 images, split 1,200 / 200 / 397); "fashion"
             (Fashion-MNIST, a sub-sample of 12,000: 9,000 / 1,000 / 2,000) and "fashion-full" (54,000 / 6,000 / 10,000); "photos"
             (32x32 patches of ten scikit-image photographs, 3,000 / 500 / 1,000: texture identification); "svhn", "cifar10", "eurosat"
-            and "stl10" with the splits and the normalisation of the published zoos. A file has ``images`` and ``labels`` (split 0.7 / 0.1 / 0.2), or with ``train_images``, ``train_labels``, ``test_images``, ``test_labels`` and maybe
-            ``val_images``, ``val_labels`` (without them one eighth of train is held out). Images are uint8 or floats
-            ``[N, H, W]``, ``[N, C, H, W]`` or ``[N, H, W, C]``; labels integers ``[N]`` from 0.
+            and "stl10" with the splits and the normalisation of the published zoos. A file has ``images`` and ``labels`` (split
+            0.7 / 0.1 / 0.2), or ``train_images``, ``train_labels``, ``test_images``, ``test_labels`` and maybe ``val_images``,
+            ``val_labels`` (without them one eighth of train is held out). Images are uint8 or floats ``[N, H, W]``, ``[N, C, H, W]``
+            or ``[N, H, W, C]``; labels integers ``[N]`` from 0.
         input_shape: ``(C, H, W)``, or ``(features,)``: images are resized bilinearly, one channel is repeated where C are
             wanted; for a flat architecture they are flattened, after resizing to a square where sizes differ.
         seed: of the split; 0 is the published one where there is one.
