@@ -188,8 +188,8 @@ def test_errors_say_what_is_wrong() -> None:
         fitted(latent=1.5)
     with pytest.raises(WslfastError, match="damping"):
         fitted(damping=0.0)
+    opaque = Architecture.resnet18(1, 3, width=4)
     with pytest.raises(WslfastError, match="not a plain chain"):
-        opaque = Architecture.resnet18(1, 3, width=4)
         AdaptiveCodec(Population(opaque, torch.randn(2, opaque.num_weights)), queries=torch.zeros(2, 1, 32, 32))
     grouped = Architecture.from_layers(
         (Conv2d("a", 2, 4, (3, 3)), Conv2d("b", 4, 4, (3, 3), groups=2), Flatten("f"), Linear("c", 4, 3)), (2, 5, 5)

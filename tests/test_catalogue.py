@@ -149,7 +149,7 @@ def test_cifar10(tmp_path: Path, torchvision: ModuleType, monkeypatch: pytest.Mo
         (folder / name).write_bytes(pickle.dumps({"data": images, "labels": labels}))
         batches[name] = images.reshape(n, 3, 32, 32).transpose(0, 2, 3, 1), np.array(labels)
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
-    with pytest.raises(WslfastError, match="cifar10.*not found or corrupted"):  # pickles of other checksums are not opened
+    with pytest.raises(WslfastError, match=r"cifar10.*not found or corrupted"):  # pickles of other checksums are not opened
         load_dataset("cifar10", (3, 32, 32), root=tmp_path)
     monkeypatch.setattr(reader, "train_list", [[f"data_batch_{i}", md5(folder / f"data_batch_{i}")] for i in range(1, 6)])
     monkeypatch.setattr(reader, "test_list", [["test_batch", md5(folder / "test_batch")]])

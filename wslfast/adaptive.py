@@ -34,7 +34,7 @@ from .queries import QueryPool
 from .tokens import layout
 
 _QUERIES = 256
-_CHUNK_BYTES = 1 << 28  # patches of all queries, of as many models at once
+_CHUNK_BYTES = 1 << 26  # patches of all queries, of as many models at once
 
 
 class AdaptiveCodec(LinearCodec):
@@ -175,14 +175,14 @@ class AdaptiveCodec(LinearCodec):
             for piece, (half, inverse) in enumerate(roots):
                 group = span.first + piece
                 n, width = self.groups.sizes[group], self.widths[group]
-                place = (slice(None), slice(span.start + piece, span.stop, span.chunks))
+                channels = slice(span.start + piece, span.stop, span.chunks)
                 center, deviation = self.center[group, :n].double(), self.deviation[group, :width]
                 basis = self._basis(group, half)
                 if rows is not None:
                     t = (target[..., start : start + n] - center) @ half
-                    z[(*place, slice(0, width))] = (t @ basis / deviation).float()
-                kept = z[(*place, slice(0, width))].double() * deviation
-                out[(*place, slice(0, n))] = (kept @ basis.mT @ inverse + center).float()
+                    z[:, channels, :width] = (t @ basis / deviation).float()
+                kept = z[:, channels, :width].double() * deviation
+                out[:, channels, :n] = (kept @ basis.mT @ inverse + center).float()
                 start += n
             if index + 1 < len(self._units):
                 seen = unit(self.groups.rows(out)[index], seen)

@@ -115,7 +115,7 @@ def _source(parts: Parts, provenance: dict[str, Any], normalisation: tuple[Seque
 
 def _cut(images: Tensor, labels: Tensor, sizes: Sequence[float], generator: torch.Generator) -> Parts:
     """Train, val (and test) as ``random_split`` of torch draws them."""
-    parts = random_split(range(len(images)), sizes, generator)  # type: ignore[arg-type]
+    parts: list[Any] = random_split(range(len(images)), sizes, generator)  # type: ignore[arg-type]
     return {key: (images[part.indices], labels[part.indices]) for key, part in zip(("train", "val", "test"), parts, strict=False)}
 
 

@@ -37,8 +37,8 @@ def photo_patches(seed: int = 0) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         cells = generator.permutation(_cells(grey))
         cuts = np.split(cells, [round(_SHARES[0] * len(cells)), round(sum(_SHARES) * len(cells))])
         for (split, count), own in zip(_COUNTS.items(), cuts, strict=True):
-            corners = own[generator.integers(len(own), size=8 * count)] + generator.integers(CELL - PATCH + 1, size=(8 * count, 2))
-            corners = [(y, x) for y, x in corners if grey[y : y + PATCH, x : x + PATCH].std() >= _FLAT_PATCH][:count]
+            drawn = own[generator.integers(len(own), size=8 * count)] + generator.integers(CELL - PATCH + 1, size=(8 * count, 2))
+            corners = [(y, x) for y, x in drawn if grey[y : y + PATCH, x : x + PATCH].std() >= _FLAT_PATCH][:count]
             patches = np.stack([photo[y : y + PATCH, x : x + PATCH] for y, x in corners])
             if grey is photo:
                 tints = generator.uniform(0.4, 1.0, (count, 1, 1, 3))
