@@ -150,6 +150,15 @@ def test_cut_rows_and_missing_biases() -> None:
     torch.testing.assert_close(codec.reconstruct(some.weights[:3]), some.weights[:3], rtol=1e-3, atol=1e-4)
 
 
+def test_layers_before_the_first_weights_run_on_the_queries() -> None:
+    arch = Architecture.from_layers((Pool2d("p"), Flatten("f"), Linear("a", 25, 4), Activation("r", "tanh"), Linear("b", 4, 3)), (1, 10, 10))
+    same = Architecture.from_layers((Linear("a", 25, 4), Activation("r", "tanh"), Linear("b", 4, 3)), (25,))
+    weights = torch.randn(20, arch.num_weights, generator=torch.Generator().manual_seed(0))
+    ahead, after = images(30), F.max_pool2d(images(30), 2).flatten(1)
+    codes = [AdaptiveCodec(Population(a, weights), queries=q, latent=0.5, models=4) for a, q in ((arch, ahead), (same, after))]
+    torch.testing.assert_close(codes[0].reconstruct(weights[:3]), codes[1].reconstruct(weights[:3]), rtol=1e-4, atol=1e-5)
+
+
 def test_broken_models_touch_nobody_else() -> None:
     codec = fitted()
     weights = models(5, seed=7).weights.clone()
@@ -194,6 +203,7 @@ def test_errors_say_what_is_wrong() -> None:
     grouped = Architecture.from_layers(
         (Conv2d("a", 2, 4, (3, 3)), Conv2d("b", 4, 4, (3, 3), groups=2), Flatten("f"), Linear("c", 4, 3)), (2, 5, 5)
     )
+    assert [AdaptiveCodec.supports(a) for a in (opaque, grouped, ARCH)] == [False, False, True]
     with pytest.raises(WslfastError, match=r"grouped convolutions, got \['b'\]"):
         AdaptiveCodec(Population(grouped, torch.randn(2, grouped.num_weights)), queries=torch.zeros(2, 2, 5, 5))
     with pytest.raises(WslfastError, match="latents: expected"):

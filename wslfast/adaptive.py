@@ -27,7 +27,7 @@ from .architecture import Architecture
 from .codec import LinearCodec, budget_of, deviations, principal, row_moments, scales, water_filling
 from .errors import describe, require
 from .kernels import plan
-from .kernels.plan import Conv2d, Layers, Linear
+from .kernels.plan import Conv2d, Layer, Layers, Linear
 from .kernels.reference import forward_grouped
 from .population import Population
 from .queries import QueryPool
@@ -118,9 +118,19 @@ class AdaptiveCodec(LinearCodec):
         super()._place(place)
         architecture = self.architecture
         require(architecture.planned, f"architecture {architecture.name!r}: not a plain chain of layers; use LinearCodec(metric='plain')")
-        self._units = _units(architecture)
-        grouped = [u.layer.name for u in self._units if isinstance(u.layer, Conv2d) and u.layer.groups > 1]
+        self._head, self._units = _units(architecture)
+        grouped = [u.layer.name for u in self._units if _grouped(u.layer)]
         require(not grouped, f"architecture {architecture.name!r}: expected no grouped convolutions, got {grouped}")
+
+    @staticmethod
+    def supports(architecture: Architecture) -> bool:
+        """Whether models of this architecture can be coded: a plain chain of layers without grouped convolutions."""
+        return architecture.planned and not any(_grouped(layer) for layer in architecture.layers)
+
+    def _seen(self, k: int) -> Tensor:
+        """What reaches the first layer with weights, ``[k, n, ...]``: the same for every model."""
+        images = forward_grouped(self.queries.new_zeros(1, 0), self.queries, self._head)
+        return images.expand(k, *images.shape[1:])
 
     def __repr__(self) -> str:
         return super().__repr__().replace("LinearCodec", "AdaptiveCodec", 1)
@@ -157,7 +167,7 @@ class AdaptiveCodec(LinearCodec):
         z = given if tokens is None else torch.zeros(k, *self.mask.shape, device=device)
         out = torch.zeros(k, *self.layout.mask.shape, device=device)
         rows = None if tokens is None else self.groups.rows(given)
-        seen = true = self.queries.expand(k, *self.queries.shape)
+        seen = true = self._seen(k)
         for index, (unit, span) in enumerate(zip(self._units, self.groups.spans, strict=True)):
             # every model sees the same images, so one moment serves the first layer of all
             inputs = _columns(seen[:1] if index == 0 else seen, unit.layer)
@@ -210,7 +220,7 @@ class AdaptiveCodec(LinearCodec):
         """``E[x x^T]`` of every layer's inputs in every model, ``[k, width, width]`` float64 (``[1, ...]`` for the first layer)."""
         parts: list[list[Tensor]] = []
         for tokens in self.layout.tokenize(weights).tokens.split(self._chunk()):
-            seen, moments = self.queries.expand(len(tokens), *self.queries.shape), []
+            seen, moments = self._seen(len(tokens)), []
             for index, unit in enumerate(self._units):
                 inputs = _columns(seen[:1] if index == 0 else seen, unit.layer)
                 moments.append((inputs.mT @ inputs / inputs.shape[1]).double())
@@ -280,12 +290,16 @@ class _Unit:
         return (math.prod(self.layer.weight_shape[1:]) + 1) * math.prod(shapes[self.position + 1][1:])
 
 
-def _units(architecture: Architecture) -> tuple[_Unit, ...]:
-    starts = [i for i, layer in enumerate(architecture.layers) if isinstance(layer, (Conv2d, Linear))]
-    ends = [*starts[1:], len(architecture.layers)]
-    # what comes before the first layer with weights (a Flatten) would have to run on the images
-    require(starts[0] == 0, f"architecture {architecture.name!r}: expected a layer with weights first, got {architecture.layers[0]!r}")
-    return tuple(_Unit(architecture.layers[a], architecture.layers[a:b], a) for a, b in zip(starts, ends, strict=True))  # type: ignore[arg-type]
+def _grouped(layer: Layer) -> bool:
+    return isinstance(layer, Conv2d) and layer.groups > 1
+
+
+def _units(architecture: Architecture) -> tuple[Layers, tuple[_Unit, ...]]:
+    """What comes before the first layer with weights, and the units."""
+    layers = architecture.layers
+    starts = [i for i, layer in enumerate(layers) if isinstance(layer, (Conv2d, Linear))]
+    ends = [*starts[1:], len(layers)]
+    return layers[: starts[0]], tuple(_Unit(layers[a], layers[a:b], a) for a, b in zip(starts, ends, strict=True))  # type: ignore[arg-type]
 
 
 def _pieces(groups: TokenGroups, layer: int, moment: Tensor) -> Iterator[Tensor]:

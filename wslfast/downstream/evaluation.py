@@ -115,12 +115,14 @@ def linear_baselines(train: Population, dataset: Dataset, latent: int, token_siz
     """
     latent = min(latent, train.architecture.num_weights)
     images = dataset.train_images[:512].to(train.weights.device)
-    return {
+    codes = {
         "linear": LinearCodec(train, latent=latent, views=False, token_size=token_size, seed=seed),
         "linear-views": LinearCodec(train, latent=latent, token_size=token_size, seed=seed),
         "linear-metric": LinearCodec(train, latent=latent, metric="activation", queries=images, token_size=token_size, seed=seed),
-        "adaptive": AdaptiveCodec(train, latent=latent, queries=images, token_size=token_size, seed=seed),
     }
+    if AdaptiveCodec.supports(train.architecture):
+        codes["adaptive"] = AdaptiveCodec(train, latent=latent, queries=images, token_size=token_size, seed=seed)
+    return codes
 
 
 def latent_numbers(code: Code) -> int:
