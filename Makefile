@@ -9,6 +9,7 @@ PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
 help: ## what there is to make
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
 
+# torchvision without its dependencies: it would bring another torch; beside a CPU-only one its data set readers are all that works.
 # One stamp an extra, so that `make demo` does not wait for linters and test tools. The package is installed editable: a changed
 # source file needs no new stamp, changed metadata does.
 $(BIN)/python:
@@ -20,7 +21,8 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) install --constraint constraints.txt --editable '.[eval,plot,triton,dev]'
+	$(PIP) install --constraint constraints.txt --editable '.[eval,plot,photos,triton,dev]'
+	$(PIP) install --constraint constraints.txt --no-deps torchvision
 	@touch $@ $(VENV)/.demo
 
 demo: $(VENV)/.demo ## a zoo, two autoencoders and the report, in a few minutes on a laptop's CPU: runs/demo/report.html

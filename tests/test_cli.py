@@ -66,7 +66,7 @@ def test_zoo_train_resume_evaluate(tmp_path: Path, images: Path, shell: Shell) -
     table = shell("evaluate", "--run", run)
     assert all(word in table for word in ("agreement", "others", "linear-metric"))
     figures = json.loads(shell("evaluate", "--run", run, "--split", "val", "--json"))["variants"]
-    assert set(figures) == {"run", "linear", "linear-views", "linear-metric"}
+    assert set(figures) == {"run", "linear", "linear-views", "linear-metric", "adaptive"}
     assert 0 <= figures["run"]["agreement"] <= 1
     made = tmp_path / "made"
     assert "novelty" in shell("generate", "--run", run, "--samples", 5, "--out", made)

@@ -146,11 +146,11 @@ def symmetrise(moment: Tensor, channels: int, bias: int, extra: int = 0) -> Tens
 
 
 def root(moment: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """``C^(1/2), C^(-1/2)`` of ``C = moment + damping * mean eigenvalue * I``, in float64."""
-    scale = moment.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
-    value, vector = torch.linalg.eigh((moment + moment.T) / 2)
-    half = (value.clamp_min(0) + damping * scale).sqrt()
-    return (vector * half) @ vector.T, (vector / half) @ vector.T
+    """``C^(1/2), C^(-1/2)`` of ``C = moment + damping * mean eigenvalue * I``, in float64; ``[..., n, n]`` each."""
+    scale = moment.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    value, vector = torch.linalg.eigh((moment + moment.mT) / 2)
+    half = (value.clamp_min(0) + damping * scale).sqrt().unsqueeze(-2)
+    return (vector * half) @ vector.mT, (vector / half) @ vector.mT
 
 
 def output_sensitivity(
@@ -163,7 +163,7 @@ def output_sensitivity(
 
     Args:
         weights: ``[k, P]`` of the models that run; queries ``[n, *input_shape]``, of which 128 are used.
-        roots: ``C^(1/2), C^(-1/2)`` of every group.
+        roots: ``C^(1/2), C^(-1/2)`` of every group, ``[n, n]`` each, or ``[k, n, n]``: one a model.
 
     Returns:
         For every group (all groups of a layer alike): relative change of the outputs (mean squared change over the variance of

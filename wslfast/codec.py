@@ -88,27 +88,28 @@ class LinearCodec:
         require(not bad, f"population: models {bad[:10]} have non-finite weights; leave them out")
         self._place(layout(population.architecture, token_size))
         self.metric = metric
-        budget = _budget(latent, int(self.layout.mask.sum()))
+        budget = budget_of(latent, int(self.layout.mask.sum()))
         device = population.weights.device
 
-        center, covariance = _moments(population.weights, self.groups, views)
-        sizes, wide = self.groups.sizes, self.layout.token_size
-        self.scale = torch.stack([c.diagonal().mean().sqrt() for c in covariance])
-        self.scale = torch.where(self.scale > 0, self.scale, 1.0).float()  # a layer that never varies
+        center, covariance = row_moments(population.weights, self.groups, views)
+        sizes = self.groups.sizes
+        self.scale = scales(covariance)
         roots = [(torch.eye(n, dtype=torch.float64, device=device),) * 2 for n in sizes]
         importance = [1.0] * len(sizes)
         if metric == "activation":
             roots, importance = self._activation_metric(population, queries, models, damping, seed)
-        values, vectors = [], []
-        for sigma, (half, _) in zip(covariance, roots, strict=True):
-            lam, basis = torch.linalg.eigh(half @ sigma @ half)
-            values.append(lam.flip(0).clamp_min(0))
-            vectors.append(basis.flip(1))
-
+        values, vectors = principal(covariance, roots)
         most = [n if max_width is None else min(n, max_width) for n in sizes]
         choose = water_filling if widths == "water-filling" else equal_widths
         worth = [v[:m] * i for v, m, i in zip(values, most, importance, strict=True)]
         self.widths = choose(worth, self.groups.members, budget)
+        self._fill(center, roots, values, vectors, budget)
+
+    def _fill(
+        self, center: list[Tensor], roots: list[tuple[Tensor, Tensor]], values: list[Tensor], vectors: list[Tensor], budget: int
+    ) -> None:  # fmt: skip
+        """The maps, from every group's mean row, root of its metric, and components."""
+        sizes, wide, device = self.groups.sizes, self.layout.token_size, center[0].device
         width = max(self.widths)
         require(width > 0, f"latent: {budget} numbers a model buy no component; the cheapest costs {min(self.groups.members)}")
         self.center = torch.zeros(len(sizes), wide, device=device)
@@ -116,9 +117,7 @@ class LinearCodec:
         self.decoder = torch.zeros(len(sizes), width, wide, device=device)
         for g, (n, w) in enumerate(zip(sizes, self.widths, strict=True)):
             half, inverse = roots[g]
-            deviation = values[g].sqrt()
-            floor = deviation[0] * _FLOOR if deviation[0] > 0 else 1.0
-            deviation = deviation[:w].clamp_min(floor)
+            deviation = deviations(values[g])[:w]
             self.center[g, :n] = center[g].float()
             self.encoder[g, :n, :w] = (half @ vectors[g][:, :w] / deviation).float()
             self.decoder[g, :w, :n] = (deviation.unsqueeze(1) * vectors[g][:, :w].T @ inverse).float()
@@ -161,14 +160,17 @@ class LinearCodec:
 
     def decode(self, latents: Tensor) -> Tensor:
         """``[k, T, W] -> [k, P]``; differentiable. What lies outside ``mask`` is ignored."""
+        self._check_latents(latents)
+        center, decoder = (t.to(latents.dtype) for t in (self.center, self.decoder))
+        tokens = self.groups.linear(torch.where(self.mask, latents, 0), decoder)
+        return self.layout.detokenize(tokens + center[self.groups.of_token.to(center.device)])
+
+    def _check_latents(self, latents: Tensor) -> None:
         shape = tuple(self.mask.shape)
         require(
             isinstance(latents, Tensor) and latents.ndim == 3 and tuple(latents.shape[1:]) == shape and latents.is_floating_point(),
             f"latents: expected floating [k, {shape[0]}, {shape[1]}], got {describe(latents)}",
         )
-        center, decoder = (t.to(latents.dtype) for t in (self.center, self.decoder))
-        tokens = self.groups.linear(torch.where(self.mask, latents, 0), decoder)
-        return self.layout.detokenize(tokens + center[self.groups.of_token.to(center.device)])
 
     def reconstruct(self, weights: Tensor) -> Tensor:
         """``decode(encode(weights))``."""
@@ -211,7 +213,25 @@ class LinearCodec:
         return codec
 
 
-def _budget(latent: Union[float, int], total: int) -> int:
+def scales(covariance: list[Tensor]) -> Tensor:
+    """``[G]``: the standard deviation of every group's numbers; 1 for one that never varies."""
+    scale = torch.stack([c.diagonal().mean().sqrt() for c in covariance])
+    return torch.where(scale > 0, scale, 1.0).float()
+
+
+def principal(covariance: list[Tensor], roots: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+    """Variances ``[..., n]``, falling, and directions ``[..., n, n]`` (columns) of ``t = w C^(1/2)``, of every group."""
+    pairs = [torch.linalg.eigh(half @ sigma @ half) for sigma, (half, _) in zip(covariance, roots, strict=True)]
+    return [v.flip(-1).clamp_min(0) for v, _ in pairs], [basis.flip(-1) for _, basis in pairs]
+
+
+def deviations(variances: Tensor) -> Tensor:
+    """Square roots of falling variances, none smaller than a small share of the first; ones where nothing varies."""
+    deviation = variances.sqrt()
+    return deviation.clamp_min(float(deviation[0]) * _FLOOR if deviation[0] > 0 else 1.0)
+
+
+def budget_of(latent: Union[float, int], total: int) -> int:
     """Numbers a model that ``latent`` stands for, of ``total``."""
     number = isinstance(latent, (int, float)) and not isinstance(latent, bool)
     ok = number and (0 < latent <= 1 if isinstance(latent, float) else 0 < latent <= total)
@@ -219,7 +239,7 @@ def _budget(latent: Union[float, int], total: int) -> int:
     return round(latent * total) if isinstance(latent, float) else latent
 
 
-def _moments(weights: Tensor, groups: TokenGroups, views: bool) -> tuple[list[Tensor], list[Tensor]]:
+def row_moments(weights: Tensor, groups: TokenGroups, views: bool) -> tuple[list[Tensor], list[Tensor]]:
     """Mean row ``[n]`` and covariance ``[n, n]`` (float64) of every group, over channels, models and, with ``views``, over every
     permutation of a layer's input channels."""
     architecture = groups.layout.architecture

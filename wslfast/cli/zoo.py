@@ -24,7 +24,11 @@ class ZooBuild:
     out: str
     """Folder of the new zoo."""
     dataset: str = "digits"
-    """digits (scikit-learn's, nothing is downloaded), or an .npz file with images and labels."""
+    """digits, fashion, fashion-full, photos, svhn, cifar10, eurosat or stl10 (local files, nothing is downloaded), or an .npz file
+    with images and labels."""
+    data: str | None = None
+    """Folder with a named data set's files, as torchvision lays them out (default: data; fashion is also looked for where Debian's
+    dataset-fashion-mnist puts it; digits and photos need none)."""
     architecture: Literal["auto", "cnn", "cnn2", "cnn3", "lenet5"] = "auto"
     """The published networks; auto takes the one that fits the images."""
     models: int = 64
@@ -49,6 +53,7 @@ class ZooBuild:
         population = build_zoo(
             self.dataset, self.out, architecture=arch, models=self.models, epochs=self.epochs, keep=self.keep or None, grid=self.grid,
             batch_size=self.batch_size, seed=self.seed, device=self.device, progress=console.is_terminal, overwrite=self.overwrite,
+            root=self.data,
         )  # fmt: skip
         accuracy = population.column("test_acc")
         console.print(f"{self.out}: {len(population)} rows, test accuracy {accuracy.mean():.3f} +- {accuracy.std():.3f}")

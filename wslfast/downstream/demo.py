@@ -97,6 +97,7 @@ def demo(config: DemoConfig, *, progress: bool = False, on_stage: Callable[[str]
         "linear": "closed form: PCA of each layer; where both autoencoders start",
         "linear-views": "closed form: PCA over all permuted views",
         "linear-metric": "closed form: PCA over all views in the activation metric",
+        "adaptive": "closed form: layer by layer in the metric of each model's own activations",
     }
 
     test, (images, labels) = splits["test"], dataset.split("test")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._files import write_text
+from ..adaptive import AdaptiveCodec
 from ..autoencoder import Autoencoder
 from ..behavior import batched_forward
 from ..codec import LinearCodec
@@ -76,7 +77,7 @@ def evaluate(
         run: folder of a training run.
         zoo: folder of the zoo; by default the one that the run was trained on.
         split: ``"train"``, ``"val"`` or ``"test"``: held-out models, on the data set's test images.
-        baselines: also evaluate the closed-form codes at the same latent size (``"linear"``, ``"linear-metric"``).
+        baselines: also evaluate the closed-form codes at the same latent size (see :func:`linear_baselines`).
         out: file to write the figures to, as JSON.
         skip_bad: leave out shards of the zoo that are missing or damaged, with a count, instead of raising.
 
@@ -111,15 +112,18 @@ def linear_baselines(train: Population, dataset: Dataset, latent: int, token_siz
     """The closed-form codes of a zoo with ``latent`` numbers a model: what any trained autoencoder has to beat.
 
     ``linear`` is PCA of the stored weights, ``linear-views`` PCA over all their permuted views, ``linear-metric`` the same in
-    the activation metric.
+    the activation metric, ``adaptive`` in the metric of each model's own activations (see :mod:`wslfast.adaptive`).
     """
     latent = min(latent, train.architecture.num_weights)
     images = dataset.train_images[:512].to(train.weights.device)
-    return {
+    codes = {
         "linear": LinearCodec(train, latent=latent, views=False, token_size=token_size, seed=seed),
         "linear-views": LinearCodec(train, latent=latent, token_size=token_size, seed=seed),
         "linear-metric": LinearCodec(train, latent=latent, metric="activation", queries=images, token_size=token_size, seed=seed),
     }
+    if AdaptiveCodec.supports(train.architecture):
+        codes["adaptive"] = AdaptiveCodec(train, latent=latent, queries=images, token_size=token_size, seed=seed)
+    return codes
 
 
 def latent_numbers(code: Code) -> int:

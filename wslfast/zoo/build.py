@@ -38,12 +38,13 @@ def build_zoo(
     dataset: str | Path | Dataset = "digits", out: str | Path | None = None, *, architecture: Architecture | None = None,
     models: int = 64, epochs: int = 5, keep: Sequence[int] | None = None, grid: str | Grid = "small", batch_size: int = 32,
     seed: int = 0, split: Sequence[float] = (0.7, 0.15, 0.15), device: str | torch.device = "cpu", progress: bool = False,
-    overwrite: bool = False,
+    overwrite: bool = False, root: str | Path | None = None,
 ) -> Population:  # fmt: skip
     """Train ``models`` networks and return their checkpoints at the kept epochs; with ``out``, store them as a zoo there.
 
     Args:
-        dataset: "digits", an ``.npz`` file (see :func:`wslfast.zoo.load_dataset`), or a :class:`Dataset`.
+        dataset: a name ("digits", "fashion", "photos", "svhn", ...) or an ``.npz`` file (see :func:`wslfast.zoo.load_dataset`), or a
+            :class:`Dataset`.
         out: folder of the zoo; None keeps it in memory only.
         architecture: what every model is; by default ``Architecture.cnn`` for 28x28 images and ``cnn3`` for 32x32 ones.
         models: how many; a sub-sample of the grid where it is larger.
@@ -58,6 +59,7 @@ def build_zoo(
         device: where to train.
         progress: show a progress bar (with rich).
         overwrite: replace a zoo that is already in ``out``.
+        root: folder with a named data set's files (see :func:`wslfast.zoo.load_dataset`).
 
     Returns:
         A population in model order, epochs ascending within a model. Properties: model, epoch, train_acc, val_acc, test_acc,
@@ -84,7 +86,7 @@ def build_zoo(
         except OSError as error:
             raise WslfastError(f"out: {out}: cannot be made: {error.strerror or error}") from None
     with region("dataset"):
-        architecture, data = _matched(dataset, architecture)
+        architecture, data = _matched(dataset, architecture, root)
     with _bar(progress, kept[-1] * math.ceil(len(data.train_labels) / batch_size)) as advance:
         population, dropped = _sound(_train(architecture, data, cells, kept, batch_size, where, advance))
     table = population.properties
@@ -118,7 +120,9 @@ def _kept(epochs: int, keep: Sequence[int] | None) -> tuple[int, ...]:
     return tuple(sorted(values))
 
 
-def _matched(dataset: str | Path | Dataset, architecture: Architecture | None) -> tuple[Architecture, Dataset]:
+def _matched(
+    dataset: str | Path | Dataset, architecture: Architecture | None, root: str | Path | None = None
+) -> tuple[Architecture, Dataset]:
     """Architecture and dataset that fit each other. Raises WslfastError saying what does not."""
     if architecture is None:
         shape = tuple(dataset.train_images.shape[1:]) if isinstance(dataset, Dataset) else image_shape(dataset)
@@ -127,7 +131,7 @@ def _matched(dataset: str | Path | Dataset, architecture: Architecture | None) -
         architecture = makers[tuple(shape[1:])](shape[0])  # type: ignore[index]
     require(isinstance(architecture, Architecture), f"architecture: expected an Architecture, got {type(architecture).__name__}")
     require(architecture.planned, f"architecture: {architecture.name!r} is not a plain chain of layers; a zoo of it cannot be trained here")
-    data = dataset if isinstance(dataset, Dataset) else load_dataset(dataset, architecture.input_shape)
+    data = dataset if isinstance(dataset, Dataset) else load_dataset(dataset, architecture.input_shape, root=root)
     came, wanted = tuple(data.train_images.shape[1:]), architecture.input_shape
     require(came == wanted, f"dataset {data.name!r}: expected images {list(wanted)} for {architecture.name!r}, got {list(came)}")
     require(

@@ -1,7 +1,7 @@
-"""Labelled images to train a zoo on: scikit-learn's digits, or any ``.npz`` file. Nothing is downloaded.
+"""Labelled images to train a zoo on: data sets known by name, or any ``.npz`` file. Nothing is downloaded.
 
-Images come normalised (train mean and standard deviation of each channel) in the shape that an architecture wants, split
-once by a seed. A file is read without pickle.
+Images come normalised (train mean and standard deviation of each channel, or the published ones) in the shape that an architecture
+wants, split once by a seed. A file is read without pickle.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import WslfastError, describe, require
+from .catalogue import NAMES, Parts, Source, named_shape, read_named
 
 _PREFIXES = ("train", "val", "test")
 _FRACTIONS = (0.7, 0.1, 0.2)
@@ -31,7 +32,7 @@ class Dataset:
     """Normalised images and labels in three splits.
 
     Attributes:
-        name: what to call it: "digits", or a file's name.
+        name: what to call it: one of ``NAMES`` (digits, fashion, photos, ...), or a file's name.
         train_images, val_images, test_images: float32 ``[N, C, H, W]`` (``[N, features]`` for a flat architecture).
         train_labels, val_labels, test_labels: int64 ``[N]``, in ``range(classes)``.
         classes: how many labels there are.
@@ -71,20 +72,25 @@ class Dataset:
         return getattr(self, f"{name}_images"), getattr(self, f"{name}_labels")
 
 
-def load_dataset(name_or_path: str | Path, input_shape: Sequence[int], *, seed: int = 0) -> Dataset:
+def load_dataset(name_or_path: str | Path, input_shape: Sequence[int], *, seed: int = 0, root: str | Path | None = None) -> Dataset:
     """Images and labels in an architecture's shape.
 
     Args:
-        name_or_path: "digits" (scikit-learn's 1,797 8x8 images, split 1,200 / 200 / 397), or an ``.npz`` file with ``images`` and
-            ``labels`` (split 0.7 / 0.1 / 0.2), or with ``train_images``, ``train_labels``, ``test_images``, ``test_labels`` and maybe
-            ``val_images``, ``val_labels`` (without them one eighth of train is held out). Images are uint8 or floats
-            ``[N, H, W]``, ``[N, C, H, W]`` or ``[N, H, W, C]``; labels integers ``[N]`` from 0.
+        name_or_path: a name, or an ``.npz`` file. Names: "digits" (scikit-learn's 1,797 8x8 images, split 1,200 / 200 / 397); "fashion"
+            (Fashion-MNIST, a sub-sample of 12,000: 9,000 / 1,000 / 2,000) and "fashion-full" (54,000 / 6,000 / 10,000); "photos"
+            (32x32 patches of ten scikit-image photographs, 3,000 / 500 / 1,000: texture identification); "svhn", "cifar10", "eurosat"
+            and "stl10" with the splits and the normalisation of the published zoos. A file has ``images`` and ``labels`` (split
+            0.7 / 0.1 / 0.2), or ``train_images``, ``train_labels``, ``test_images``, ``test_labels`` and maybe ``val_images``,
+            ``val_labels`` (without them one eighth of train is held out). Images are uint8 or floats ``[N, H, W]``, ``[N, C, H, W]``
+            or ``[N, H, W, C]``; labels integers ``[N]`` from 0.
         input_shape: ``(C, H, W)``, or ``(features,)``: images are resized bilinearly, one channel is repeated where C are
             wanted; for a flat architecture they are flattened, after resizing to a square where sizes differ.
-        seed: of the split.
+        seed: of the split; 0 is the published one where there is one.
+        root: folder with a named data set's files, as torchvision lays them out; default ``data``, and for fashion also where Debian's
+            dataset-fashion-mnist puts them.
 
     Raises:
-        WslfastError: naming file and key, what was expected and what came; for digits without scikit-learn, how to install it.
+        WslfastError: naming file and key, what was expected and what came; for a package that is missing, how to install it.
     """
     shape = tuple(input_shape)
     require(
@@ -92,12 +98,19 @@ def load_dataset(name_or_path: str | Path, input_shape: Sequence[int], *, seed: 
         f"input_shape: expected (C, H, W) or (features,), got {input_shape!r}",
     )
     require(type(seed) is int, f"seed: expected an integer, got {seed!r}")
-    name, raw, provenance = _raw(name_or_path, shape[0] if len(shape) == 3 else None)
-    parts = _split(raw, name, seed)
+    if str(name_or_path) in NAMES and str(name_or_path) != "digits":
+        name, source = str(name_or_path), read_named(str(name_or_path), root, seed)
+    else:
+        name, raw, facts = _raw(name_or_path, shape[0] if len(shape) == 3 else None)
+        source = Source(_split(raw, name, seed), facts)
+    parts, provenance = source.parts, source.provenance
     images = {key: _resized(pixels, shape, f"{name}: {key}") for key, (pixels, _) in parts.items()}
     train = images["train"].double()
     axes = (0,) if train.ndim == 2 else (0, 2, 3)
-    mean, std = (train.mean(), train.std(correction=0)) if train.ndim == 2 else (train.mean(axes), train.std(axes, correction=0))
+    if source.normalisation is not None and train.ndim == 4:
+        mean, std = (torch.tensor(values, dtype=torch.float64) for values in source.normalisation)
+    else:
+        mean, std = (train.mean(), train.std(correction=0)) if train.ndim == 2 else (train.mean(axes), train.std(axes, correction=0))
     std = torch.where(std > 0, std, 1.0)
     view = (1, -1) if train.ndim == 2 else (1, -1, 1, 1)
     arrays: dict[str, Tensor] = {}
@@ -106,19 +119,16 @@ def load_dataset(name_or_path: str | Path, input_shape: Sequence[int], *, seed: 
         arrays[f"{key}_labels"] = labels
     classes = 1 + max(int(labels.max()) for _, labels in parts.values())
     sizes = [len(labels) for _, labels in parts.values()]
-    facts = {"seed": seed, "sizes": sizes, "mean": mean.reshape(-1).tolist(), "std": std.reshape(-1).tolist()}
-    return Dataset(name, **arrays, classes=classes, provenance={**provenance, **facts})  # type: ignore[arg-type]
+    made = {"seed": seed, "sizes": sizes, "mean": mean.reshape(-1).tolist(), "std": std.reshape(-1).tolist()}
+    return Dataset(name, **arrays, classes=classes, provenance={**provenance, **made})  # type: ignore[arg-type]
 
 
 def image_shape(name_or_path: str | Path) -> tuple[int, int, int]:
-    """``(C, H, W)`` of a dataset's images before any resizing, except that digits are 28x28, what they are meant for."""
-    if str(name_or_path) == "digits":
-        return (1, 28, 28)
+    """``(C, H, W)`` of a dataset's images before any resizing; of a named one, what it is meant for (digits: 28x28)."""
+    if str(name_or_path) in NAMES:
+        return named_shape(str(name_or_path))
     _, raw, _ = _raw(name_or_path, None)
     return tuple(next(iter(raw.values()))[0].shape[1:])  # type: ignore[return-value]
-
-
-Parts = dict[str, tuple[Tensor, Tensor]]
 
 
 def _raw(source: str | Path, channels: int | None) -> tuple[str, Parts, dict[str, Any]]:
@@ -132,7 +142,7 @@ def _raw(source: str | Path, channels: int | None) -> tuple[str, Parts, dict[str
         pixels = torch.from_numpy(np.ascontiguousarray(digits.images)).float().div_(16).unsqueeze(1)
         return "digits", {"": (pixels, torch.from_numpy(digits.target).long())}, {"source": "scikit-learn load_digits"}
     path = Path(source)
-    require(path.suffix == ".npz", f"dataset: expected 'digits' or a path ending in .npz, got {str(source)!r}")
+    require(path.suffix == ".npz", f"dataset: expected one of {', '.join(NAMES)} or a path ending in .npz, got {str(source)!r}")
     require(path.is_file(), f"dataset: {path}: no such file")
     try:
         with np.load(path, allow_pickle=False) as file:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..architecture import Architecture
 from ..errors import WslfastError, require
+from .catalogue import NAMES
 from .datasets import Dataset, load_dataset
 from .store import read_manifest
 
@@ -26,13 +27,17 @@ def dataset_of(zoo: str | Path, architecture: Architecture) -> Dataset:
         isinstance(record, Mapping) and isinstance(record.get("name"), str) and type(record.get("seed", 0)) is int,
         f"zoo {zoo}: its manifest does not say which data set it was trained on; pass images=",
     )
-    source = "digits" if record["name"] == "digits" else _file(Path(zoo), record)
+    source = record["name"] if record["name"] in NAMES else _file(Path(zoo), record)
+    root = record.get("root")
+    if root is not None and not Path(str(root)).is_dir():
+        root = None  # from another machine: perhaps the files are in the usual places
     try:
-        data = load_dataset(str(source), architecture.input_shape, seed=record.get("seed", 0))
+        data = load_dataset(str(source), architecture.input_shape, seed=record.get("seed", 0), root=root)
     except WslfastError as error:
         raise WslfastError(f"zoo {zoo}: the data set it was trained on cannot be read: {error}") from None
     known, found = record.get("sha256"), data.provenance.get("sha256")
-    require(known == found, f"zoo {zoo}: {source} is not the file it was trained on (its SHA-256 differs)")
+    what = f"data set {source!r} is not what" if record["name"] in NAMES else f"{source} is not the file"
+    require(known == found, f"zoo {zoo}: {what} it was trained on (its SHA-256 differs)")
     return data
 
 
