@@ -24,7 +24,7 @@ def _comparison(k: int = 9, seed: int = 0, **counts: int) -> Reconstruction:
     others = c / 2 if k > 1 else torch.full((k,), math.nan, dtype=torch.float64)
     identified = (d > 0.5).double() if k > 1 else others
     counts = {"images": 597, "non_finite": 0, "non_finite_original": 0} | counts
-    return Reconstruction(a, b, b - a, c, others, c - others, identified, 3 + d, d, 1 - d, d, **counts)
+    return Reconstruction(a, b, b - a, c, others, c - others, identified, 3 + d, d, 1 - d, d, d, d / 2, **counts)
 
 
 def _curve(keys: tuple[str, ...] = ("loss", "structural")) -> list[dict[str, Any]]:
@@ -132,7 +132,7 @@ def test_one_model_and_undefined_metrics(tmp_path: Path) -> None:
     assert "–" in page
     assert "Latent map" not in page
     assert "Training" not in page
-    everything_undefined = Reconstruction(*[torch.full((3,), math.nan, dtype=torch.float64)] * 11, 10, 0, 3)
+    everything_undefined = Reconstruction(*[torch.full((3,), math.nan, dtype=torch.float64)] * 13, 10, 0, 3)
     _Audit(_write(tmp_path, variants=[Variant("nothing", everything_undefined, [], 3, 0.5)]))
 
 
