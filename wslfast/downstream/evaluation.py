@@ -136,15 +136,16 @@ def latent_numbers(code: Code) -> int:
 
 def write_json(path: str | Path, value: Mapping[str, Any]) -> None:
     """Write figures as JSON, atomically; NaN becomes null."""
-    text = json.dumps(_plain(value), indent=1, allow_nan=False) + "\n"
+    text = json.dumps(json_ready(value), indent=1, allow_nan=False) + "\n"
     write_text(Path(path), text)
 
 
-def _plain(value: Any) -> Any:
+def json_ready(value: Any) -> Any:
+    """Mappings, sequences and numbers as JSON has them; what is not finite becomes None."""
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): json_ready(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return [json_ready(v) for v in value]
     if isinstance(value, float) and not abs(value) < float("inf"):
         return None
     return value

@@ -56,6 +56,7 @@ class Source:
         rows: ``[m]`` anchors' rows in ``train``, best first.
         latents: ``[m, T, W]``, theirs.
         data: labelled images of the zoo.
+        known_classes: ``[K, n]``, classes that the training models choose on test images, where they are known already.
     """
 
     code: Code
@@ -63,12 +64,13 @@ class Source:
     rows: Tensor
     latents: Tensor
     data: Dataset
+    known_classes: Tensor | None = None
 
     @classmethod
-    def of(cls, code: Code, train: Population, data: Dataset, anchors: float) -> Source:
+    def of(cls, code: Code, train: Population, data: Dataset, anchors: float, classes: Tensor | None = None) -> Source:
         """Around the best share ``anchors`` of ``train`` by validation accuracy."""
         rows = best_rows(train, anchors)
-        return cls(code, train, rows, encode(code, train.weights[rows.to(train.weights.device)]), data)
+        return cls(code, train, rows, encode(code, train.weights[rows.to(train.weights.device)]), data, classes)
 
     def decode(self, latents: Tensor) -> Tensor:
         """``[k, T, W] -> [k, P]``."""
@@ -77,6 +79,8 @@ class Source:
     @cached_property
     def train_classes(self) -> Tensor:
         """Classes that the training models choose on test images, ``[K, n]``."""
+        if self.known_classes is not None:
+            return self.known_classes
         return classes_of(self.train.weights, self.data.split("test")[0], self.train.architecture)
 
     def outputs(self, weights: Tensor, split: str) -> Tensor:

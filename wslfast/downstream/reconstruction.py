@@ -83,10 +83,10 @@ class Reconstruction:
         """JSON-able figures over models. Flat keys are means, except ``accuracy_change`` and ``accuracy_change_abs``: medians
         of the per-model signed and absolute change. ``spread`` holds mean, median, std and the 20th and 80th percentile of
         every metric. Undefined values are left out; what has none is None. No best-of anywhere."""
-        spread = {name: _spread(values) for name, values in self.metrics().items()}
+        spread = {name: spread_of(values) for name, values in self.metrics().items()}
         flat = {name: figures["mean"] for name, figures in spread.items()}
         flat["accuracy_change"] = spread["accuracy_change"]["median"]
-        flat["accuracy_change_abs"] = _spread(self.accuracy_change.abs())["median"]
+        flat["accuracy_change_abs"] = spread_of(self.accuracy_change.abs())["median"]
         counts = {"n_models": len(self), "n_images": self.images, "non_finite": self.non_finite}
         return {**flat, **counts, "non_finite_original": self.non_finite_original, "spread": spread}
 
@@ -238,7 +238,7 @@ def _distances(original: Tensor, reconstructed: Tensor, finite_o: Tensor, block:
     return l2, norm, energy
 
 
-def _spread(values: Tensor) -> dict[str, float | None]:
+def spread_of(values: Tensor) -> dict[str, float | None]:
     """Mean, median, std (of a sample; None for one value) and 20th and 80th percentile of the values that are defined."""
     kept = values[values.isfinite()]
     if len(kept) == 0:
