@@ -55,6 +55,7 @@ class LatentDensity:
         chosen = torch.randint(m, (samples, *where), generator=generator)
         noise = torch.randn(samples, *shape, generator=generator).to(self.anchors)
         index = chosen.reshape(samples, *where, *(1,) * (len(shape) - len(where))).expand(samples, *shape).to(self.anchors.device)
+        assert self.scale is not None
         latents = self.anchors.gather(0, index) + self.bandwidth * self.scale * noise
         return latents, chosen.to(self.anchors.device) if self.mode == "joint" else None
 

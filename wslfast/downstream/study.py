@@ -121,10 +121,10 @@ class _Work:
     def run(self, variant: str, run: Run, **more: Any) -> None:
         print_ = self.bench.fingerprint("run", file_digest(checkpoint_path(run.out)))
         facts = {**run_facts(run), **more}
-        make: Callable[[], Unit] = lambda: code_unit(  # noqa: E731
-            self.bench, run.autoencoder, variant, run.config.seed, "run", print_, facts, curve_of(run.out)
+        seed = run.config.seed
+        self.need(
+            variant, seed, print_, lambda: code_unit(self.bench, run.autoencoder, variant, seed, "run", print_, facts, curve_of(run.out))
         )
-        self.need(variant, run.config.seed, print_, make)
 
     def zero_layer(self, variant: str, run: Run) -> None:
         """The run's settings without transformer blocks, trained here."""
@@ -151,9 +151,10 @@ class _Work:
 
         for name in CLOSED_FORM:
             variant, print_ = f"{name}-{share}", self.bench.fingerprint("code", name, share, token_size)
-            make: Callable[[], Unit] = lambda n=name, v=variant, p=print_: code_unit(  # noqa: E731
-                self.bench, fitted(n), v, 0, "code", p, {"baseline": "closed form", "code": n}
-            )
+
+            def make(name: str = name, variant: str = variant, print_: str = print_) -> Unit:
+                return code_unit(self.bench, fitted(name), variant, 0, "code", print_, {"baseline": "closed form", "code": name})
+
             self.need(variant, 0, print_, make)
 
     def untrained(self, run: Run) -> None:
@@ -181,9 +182,12 @@ class _Work:
             kinds["raw-weights"] = ("every weight", lambda w: w)
         for variant, (note, of) in kinds.items():
             print_ = self.bench.fingerprint(variant)
-            make: Callable[[], Unit] = lambda v=variant, p=print_, n=note, f=of: self._probed(  # noqa: E731
-                v, p, {s: f(population.weights) for s, population in self.bench.splits.items()}, n
-            )
+
+            def make(
+                variant: str = variant, print_: str = print_, note: str = note, of: Callable[[Tensor], Tensor] = of
+            ) -> Unit:  # fmt: skip
+                return self._probed(variant, print_, {s: of(p.weights) for s, p in self.bench.splits.items()}, note)
+
             self.need(variant, 0, print_, make)
 
     def _probed(self, variant: str, print_: str, features: Mapping[str, Tensor], note: str) -> Unit:

@@ -10,7 +10,7 @@ from .. import _figures
 from .._html import document
 from ..results import Results
 from . import extras, figures, published, tables
-from .markup import CSS, figure, note, number, over_seeds, percent, section
+from .markup import CSS, beside, figure, note, number, over_seeds, percent, section
 
 __all__ = ["render"]
 
@@ -39,7 +39,7 @@ def headline(results: Results) -> str:
             continue
         get = lambda metric, variant=run, z=zoo: over_seeds(results, z, variant, metric)[0]  # noqa: E731
         share = get("latent_share")
-        size = f" at {share:.0%} of the numbers" if share else ""
+        size = f" at {100 * share:.0f} % of the numbers" if share else ""
         text = f"On {zoo}, reconstructions by {run} agree with their originals on {percent(get('agreement'))} % of images{size}"
         code = tables.best(results, zoo, results.variants(zoo, "code"), "agreement")
         if code is not None:
@@ -59,8 +59,8 @@ def _reconstruction(results: Results, zoos: list[str]) -> str:
             _zoo_heading(zoo, zoos),
             _figure(
                 figures.overview(results, zoo, colors),
-                "Dots are means over models, bars the middle 60 % of models. A reconstruction that has collapsed to one good network agrees "
-                "with everybody's original: its filled and open dots coincide.",
+                "Dots are means over models, bars the middle 60 % of models. A reconstruction that has collapsed to one good network "
+                "agrees with everybody's original: its filled and open dots coincide.",
             ),
             tables.reconstruction_table(results, zoo, colors),
             _figure(
@@ -71,15 +71,15 @@ def _reconstruction(results: Results, zoos: list[str]) -> str:
         ]  # fmt: skip
     if not any(tables.trained(results, z) for z in zoos):
         return ""
-    beside = [
-        "<h3>Beside the paper</h3>", "<h4>Agreement with the own original, % of test images</h4>",
-        tables.side_by_side(results, "agreement", published.AGREEMENT, percent), "<h4>L2 distance in weights</h4>",
-        tables.side_by_side(results, "l2_masked", published.L2, number),
+    paper = [
+        "<h3>Beside the paper</h3>",
+        beside(("Agreement with the own original, %", tables.side_by_side(results, "agreement", published.AGREEMENT, percent)),
+               ("L2 distance in weights", tables.side_by_side(results, "l2_masked", published.L2, number))),
         note(tables.PAPER_NOTE + " Its L2 includes the decoder's output on padding; ours is over real weights alone. Its encoder attends "
              "over the batch, so a model's code depends on its neighbours; ours does not."),
     ]  # fmt: skip
     lead = "Encode a held-out model, decode it, and compare the network that comes out with the one that went in."
-    return section("Reconstruction", *parts, *beside, lead=lead)
+    return section("Reconstruction", *parts, *paper, lead=lead)
 
 
 def _probes(results: Results, zoos: list[str]) -> str:
@@ -90,21 +90,23 @@ def _probes(results: Results, zoos: list[str]) -> str:
         if not drawn:
             continue
         caption = (
-            "Dots: R2 on test models; bars: standard deviation over seeds, or over resamples of the test models. Values below −0.5 are at the "
-            "edge."
+            "Dots: R2 on test models; bars: standard deviation over seeds, or over resamples of the test models. Values below −0.5 are at "
+            "the edge."
         )
         parts += [_zoo_heading(zoo, zoos), _figure(drawn, caption), tables.probe_table(results, zoo, colors)]
     if not parts:
         return ""
     untrained = {"untrained": "untrained-"}
-    beside = [
-        "<h3>Beside the paper</h3>", "<h4>R2 of test accuracy</h4>",
-        tables.side_by_side(results, "probe_r2", published.PROBE_ACCURACY, number, extra=untrained), "<h4>R2 of the generalisation gap</h4>",
-        tables.side_by_side(results, "probe_r2_ggap", published.PROBE_GGAP, number, extra=untrained),
+    paper = [
+        "<h3>Beside the paper</h3>",
+        beside(*((title, tables.side_by_side(results, metric, theirs, number, extra=untrained)) for title, metric, theirs in (
+            ("R2 of test accuracy", "probe_r2", published.PROBE_ACCURACY),
+            ("R2 of the generalisation gap", "probe_r2_ggap", published.PROBE_GGAP),
+        ))),
         note(tables.PAPER_NOTE + " Its repeats of one setting differ by .03 on SVHN and .01 on the others."),
     ]  # fmt: skip
-    lead = "Ridge regression from a model's latents to what is known of it: fitted on training models, its penalty chosen on validation models."
-    return section("What latents know: probes", *parts, *beside, lead=lead)
+    lead = "Ridge regression from a model's latents to what is known of it: fitted on training models, penalty chosen on validation models."
+    return section("What latents know: probes", *parts, *paper, lead=lead)
 
 
 def _generation(results: Results, zoos: list[str]) -> str:
@@ -131,14 +133,15 @@ def _generation(results: Results, zoos: list[str]) -> str:
     beta = figures.against_beta(results)
     if beta:
         parts.append("<h3>Against beta</h3>" + figure(beta, "Dashed: the zoo's anchors. Bars: standard deviation over seeds."))
-    beside = [
-        "<h3>Beside the paper</h3>", "<h4>Structural diversity: mean L2 over pairs of new models</h4>",
-        tables.side_by_side(results, "diversity", published.DIVERSITY, number, extra={"zoo": "zoo"}),
-        "<h4>Best model of each set</h4>", tables.best_table(results),
+    paper = [
+        "<h3>Beside the paper</h3>",
+        beside(("Structural diversity: mean L2 over pairs of new models",
+                tables.side_by_side(results, "diversity", published.DIVERSITY, number, extra={"zoo": "zoo"})),
+               ("Best model of each set, test accuracy", tables.best_table(results))),
         note(tables.PAPER_NOTE + " The best of many is the paper's headline; it says nothing of the rest, so read the means above."),
     ]  # fmt: skip
     lead = "Sample latents around those of the zoo's best training models, decode them, and measure every network that comes out."
-    return section("New models", *parts, *beside, lead=lead)
+    return section("New models", *parts, *paper, lead=lead)
 
 
 def _maps(results: Results, zoos: list[str]) -> str:
@@ -186,12 +189,16 @@ def _facts(results: Results) -> Mapping[str, str]:
         "versions": str(facts.get("versions", "")),
         "seeds": "; ".join(f"{zoo}: {', '.join(map(str, s))}" for zoo, s in seeds.items()),
         "sizes": sizes,
-        "runs": "; ".join(f"{v['zoo']}/{v['variant']} seed {v['seed']}: {tables.settings(v)}, lr {v.get('lr', '')}, start {v.get('start', '')}"
-                          for v in runs),
+        "runs": "; ".join(
+            f"{v['zoo']}/{v['variant']} seed {v['seed']}: {tables.settings(v)}, lr {v.get('lr', '')}, start {v.get('start', '')}"
+            for v in runs
+        ),
         "rows": "rows.csv and the other tables beside this page hold every figure on it",
     }  # fmt: skip
     return {name: text for name, text in lines.items() if text}
 
 
 def _text(value: Any) -> str:
-    return "/".join(f"{v:g}" for v in value) if isinstance(value, (list, tuple)) else f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, (list, tuple)):
+        return "/".join(f"{v:g}" for v in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import statistics
 from collections.abc import Sequence
 from html import escape
 
@@ -59,8 +59,8 @@ def _ablation(rows: Sequence[Row], metrics: Sequence[tuple[str, str, str]], axis
             for place, v in enumerate(variants):
                 found = [r[column] for r in rows if str(r["variant"]) == v and r["metric"] == metric]
                 values = [scale * x for x in found if isinstance(x, (int, float))]
-                mean = sum(values) / len(values) if values else None
-                spread = math.sqrt(sum((x - mean) ** 2 for x in values) / (len(values) - 1)) if mean is not None and len(values) > 1 else None
+                mean = statistics.fmean(values) if values else None
+                spread = statistics.stdev(values) if len(values) > 1 else None
                 points.append((float(setting[v]) if numeric else place, mean, spread))  # type: ignore[arg-type]
             errors(axes, points, _HUES[0], heading)
             if not numeric:
@@ -89,9 +89,9 @@ def gradients(results: Results) -> str:
         own = [r for r in rows if (str(r["zoo"]), str(r["variant"])) == (zoo, variant)]
         parts.append(f"<h3>{escape(variant)}, {escape(zoo)}</h3>" + figure(
             _sweeps([r for r in own if r.get("direction")]),
-            "A model's weights moved by an error of a given size, relative to their norm, in several directions: medians over models. Left, "
-            "the measured behavioural loss over its quadratic form (1 where the first-order step holds); then accuracy, and agreement with "
-            "the model that was moved.",
+            "A model's weights moved by an error of a given size, relative to their norm, in several directions: medians over models. "
+            "Left, the quadratic form over the measured behavioural loss (1 where the first-order step holds); then accuracy, and "
+            "agreement with the model that was moved.",
         ))  # fmt: skip
         alone = [r for r in own if not r.get("direction")]
         if alone:

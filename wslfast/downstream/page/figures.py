@@ -12,8 +12,8 @@ from torch import Tensor
 from .. import _figures
 from .._figures import INK, ORIGINAL, SOFT
 from ..results import Results, Row
-from .markup import over_seeds
-from .tables import trained, zoos
+from .markup import number, over_seeds
+from .tables import grouped, trained, zoos
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,16 +45,28 @@ def _column(rows: Sequence[Row], name: str) -> Tensor:
     return torch.tensor([float(r[name]) for r in rows if isinstance(r.get(name), (int, float))], dtype=torch.float64)
 
 
+def _placed(results: Results, zoo: str, metric: str) -> list[tuple[float, str]]:
+    """A height for each variant that has the metric, a gap between kinds."""
+    places, y = [], 0.0
+    for members in grouped(results, zoo).values():
+        known = [v for v in members if results.value(zoo, v, metric)]
+        places += [(y + i, v) for i, v in enumerate(known)]
+        y += len(known) + (0.6 if known else 0)
+    return places
+
+
 def overview(results: Results, zoo: str, colors: Mapping[str, str]) -> str:
     """Agreement with own and others' originals, and accuracy before and after: means and the middle 60 % of models."""
-    rows = {v: results.table("models", zoo, v) for v in results.variants(zoo, "run", "code", "model")}
-    rows = {v: r for v, r in rows.items() if r}
+    rows = {v: r for _, v in _placed(results, zoo, "agreement") if (r := results.table("models", zoo, v))}
     if not rows:
         return ""
-    with _figures._figure(0.9 + 0.38 * len(rows)) as (figure, svg):
+    place = {v: y for y, v in _placed(results, zoo, "agreement")}
+    bottom = max(place.values())
+    with _figures._figure(0.9 + 0.36 * (bottom + 1)) as (figure, svg):
         left, right = figure.subplots(1, 2, sharey=True)
         for axes, first, second in ((left, "agreement_others", "agreement"), (right, "accuracy_original", "accuracy_reconstructed")):
-            for y, (variant, own) in enumerate(rows.items()):
+            for variant, own in rows.items():
+                y = place[variant]
                 _figures._interval(axes, y - 0.17, _column(own, first), SOFT, filled=False)
                 _figures._interval(axes, y + 0.17, _column(own, second), colors.get(variant, INK), filled=True)
             axes.set_xlim(0, 100)
@@ -62,8 +74,8 @@ def overview(results: Results, zoo: str, colors: Mapping[str, str]) -> str:
             axes.spines["left"].set_visible(False)
             axes.tick_params(axis="y", length=0)
             axes.set_xlabel("% of test images")
-        left.set_yticks(range(len(rows)), list(rows), color=INK, fontsize=9)
-        left.set_ylim(len(rows) - 0.5, -0.5)
+        left.set_yticks([place[v] for v in rows], list(rows), color=INK, fontsize=9)
+        left.set_ylim(bottom + 0.5, -0.5)
         left.set_title("Agreement with own (filled) and others' originals (open)")
         right.set_title("Accuracy of reconstructions (filled) and originals (open)")
         return svg()
@@ -100,17 +112,18 @@ def histograms(results: Results, zoo: str, variants: Sequence[str], colors: Mapp
 
 def probes(results: Results, zoo: str, colors: Mapping[str, str]) -> str:
     """R2 of every probe on test models, with the standard deviation over resamples of them (or over seeds)."""
-    variants = [v for v in results.variants(zoo, "run", "code", "features") if results.value(zoo, v, "probe_r2")]
+    places = _placed(results, zoo, "probe_r2")
+    variants, bottom = [v for _, v in places], max([y for y, _ in places], default=0.0)
     targets = [(m, t) for m, t in (("probe_r2", "test accuracy"), ("probe_r2_ggap", "generalisation gap"), ("probe_r2_epoch", "epoch"))
                if any(results.value(zoo, v, m) for v in variants)]  # fmt: skip
     if not targets:
         return ""
-    with _figures._figure(0.9 + 0.3 * len(variants)) as (figure, svg):
+    with _figures._figure(0.9 + 0.29 * (bottom + 1)) as (figure, svg):
         panels = figure.subplots(1, max(2, len(targets)), sharey=True, squeeze=False)[0]
         for axes in panels[len(targets) :]:
             axes.set_visible(False)
         for axes, (metric, title) in zip(panels, targets):
-            for y, variant in enumerate(variants):
+            for y, variant in places:
                 value, spread, count = over_seeds(results, zoo, variant, metric)
                 if value is None:
                     continue
@@ -120,7 +133,7 @@ def probes(results: Results, zoo: str, colors: Mapping[str, str]) -> str:
                 if spread is not None and value > -0.5:
                     axes.plot((max(value - spread, -0.5), min(value + spread, 1)), (y, y), color=color, linewidth=1.6, alpha=0.55)
                 axes.plot(shown, y, "o" if value > -0.5 else "<", color=color, markersize=5.5)
-                axes.text(1.04, y, f"{value:.2f}".replace("-", "−"), color=color, va="center_baseline", fontsize=8)
+                axes.text(1.04, y, number(value, 2), color=color, va="center_baseline", fontsize=8)
             axes.axvline(0, color=SOFT, linewidth=0.8)
             axes.set_xlim(-0.55, 1.0)
             axes.grid(axis="x")
@@ -128,8 +141,8 @@ def probes(results: Results, zoo: str, colors: Mapping[str, str]) -> str:
             axes.tick_params(axis="y", length=0)
             axes.set_title(title)
             axes.set_xlabel("R2 on test models")
-        panels[0].set_yticks(range(len(variants)), variants, color=INK, fontsize=9)
-        panels[0].set_ylim(len(variants) - 0.5, -0.5)
+        panels[0].set_yticks([y for y, _ in places], variants, color=INK, fontsize=9)
+        panels[0].set_ylim(bottom + 0.5, -0.5)
         return svg()
 
 
@@ -264,7 +277,7 @@ def against_beta(results: Results) -> str:
         return ""
     panels = (
         ("agreement", "agreement (%)", 100.0), ("generated_accuracy", "accuracy of new models (%)", 100.0),
-        ("diversity", "their diversity (L2 of weights)", 1.0), ("diversity_disagreement", "their disagreement (% of images)", 100.0),
+        ("diversity", "their diversity (L2 of weights)", 1.0), ("diversity_disagreement", "their disagreement (%)", 100.0),
     )  # fmt: skip
     with _figures._figure(2.6) as (figure, svg):
         for axes, (metric, title, unit) in zip(figure.subplots(1, len(panels)), panels):

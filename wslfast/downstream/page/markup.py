@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from html import escape
 
@@ -18,6 +19,9 @@ section > p { max-width: 52em; }
 h2 { font-size: 22px; margin: 60px 0 6px; }
 h3 { font-size: 16px; margin: 30px 0 8px; }
 h4 { font-size: 13px; font-weight: 600; color: var(--soft); margin: 22px 0 4px; }
+h3 + figure, h3 + .wide { margin-top: 0; }
+figure, .note + .wide, figure + .wide { margin-top: 24px; }
+.pair { display: flex; flex-wrap: wrap; gap: 0 56px; }
 .lead { color: var(--soft); max-width: 52em; margin: 0 0 14px; }
 .data { font-size: 14px; }
 .data td, .data th { white-space: normal; }
@@ -26,7 +30,8 @@ table.plain th, table.plain td { padding: 5px 0 5px 20px; }
 table.plain th:first-child { padding-left: 0; }
 table td.paper, table th.paper { background: #f6f3ea; padding-right: 12px; }
 table.plain td.paper:last-child, table.plain th.paper:last-child { padding-right: 14px; }
-th.over { text-align: center; border-bottom: 0; }
+thead th.over { text-align: center; border-bottom: 0; padding-bottom: 0; color: var(--soft); font-weight: 400; }
+.data th, .data td { text-align: left; }
 tr.group th { font-size: 12px; color: var(--soft); font-weight: 600; padding-top: 16px; }
 tr.group { border-bottom: 0; }
 td.best { font-weight: 700; }
@@ -37,16 +42,20 @@ td.left { text-align: left; white-space: normal; }
 )
 
 
-def number(value: float | None, digits: int = 2) -> str:
-    """With a minus sign that is one; a dash for what is not known."""
-    return DASH if value is None or not math.isfinite(value) else f"{value:,.{digits}f}".replace("-", "−")
+def number(value: float | None, digits: int | None = None) -> str:
+    """With a minus sign that is one; a dash for what is not known. Two decimals, one from 10 on, unless ``digits`` says otherwise."""
+    if value is None or not math.isfinite(value):
+        return DASH
+    places = digits if digits is not None else 2 if abs(value) < 9.95 else 1
+    text = f"{value:,.{places}f}"
+    return (text.lstrip("-") if not text.strip("-0.") else text).replace("-", "−")
 
 
 def percent(value: float | None, *, signed: bool = False, digits: int = 1) -> str:
     if value is None or not math.isfinite(value):
         return DASH
     text = f"{100 * value:{'+' if signed else ''}.{digits}f}"
-    return ("0." + "0" * digits if float(text) == 0 else text).replace("-", "−")
+    return (text.lstrip("+-") if float(text) == 0 else text).replace("-", "−")
 
 
 def over_seeds(results: Results, zoo: str, variant: str, metric: str, column: str = "mean") -> tuple[float | None, float | None, int]:
@@ -54,9 +63,7 @@ def over_seeds(results: Results, zoo: str, variant: str, metric: str, column: st
     values = results.value(zoo, variant, metric, column)
     if not values:
         return None, None, 0
-    mean = sum(values) / len(values)
-    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else None
-    return mean, spread, len(values)
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values)
 
 
 def cell(value: str, small: str = "", kind: str = "") -> str:
@@ -81,6 +88,11 @@ def row_head(name: str, color: str | None = None, small: str = "") -> str:
 def table(header: str, rows: Sequence[str], kind: str = "") -> str:
     attribute = f' class="{kind}"' if kind else ""
     return f'<div class="wide"><table{attribute}><thead>{header}</thead><tbody>{"".join(rows)}</tbody></table></div>'
+
+
+def beside(*titled: tuple[str, str]) -> str:
+    """Small tables under their titles, next to one another where there is room."""
+    return f'<div class="pair">{"".join(f"<div><h4>{escape(title)}</h4>{body}</div>" for title, body in titled)}</div>'
 
 
 def note(text: str) -> str:

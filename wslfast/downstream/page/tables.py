@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
@@ -10,7 +11,10 @@ from ..results import Results
 from . import published
 from .markup import DASH, cell, head, note, number, over_seeds, percent, row_head, table
 
-KINDS = {"run": "Trained here", "code": "Closed form, the same latent size", "model": "A zoo model in its place", "features": "No code"}
+KINDS = {
+    "run": "Trained", "twin": "The same without transformer blocks", "code": "Closed form, the same latent size",
+    "model": "A zoo model in its place", "features": "No code",
+}  # fmt: skip
 _SAMPLERS = {"joint": "kernel density, whole latents", "token": "kernel density by token", "individual": "kernel density by number",
              "uniform": "uniform in the anchors' box", "neighbours": "between neighbouring anchors"}  # fmt: skip
 PAPER_NOTE = (
@@ -24,8 +28,18 @@ def zoos(results: Results) -> list[str]:
 
 
 def trained(results: Results, zoo: str) -> list[str]:
-    """Runs of a zoo that are not somebody's baseline."""
-    return [v for v in results.variants(zoo, "run") if not results.about(zoo, v).get("baseline")]
+    """Runs of a zoo that are not somebody's baseline: structure alone first, then with behaviour, then by name."""
+    runs = [v for v in results.variants(zoo, "run") if not results.about(zoo, v).get("baseline")]
+    return sorted(runs, key=lambda v: ("B" in str(results.about(zoo, v).get("losses", "")), len(v), v))
+
+
+def grouped(results: Results, zoo: str) -> dict[str, list[str]]:
+    """A zoo's variants by kind, in the page's order."""
+    runs = trained(results, zoo)
+    twins = [v for name in runs for v in results.variants(zoo, "run") if v == f"{name}-zero-layer"]
+    twins += [v for v in results.variants(zoo, "run") if v not in runs and v not in twins]
+    rest = {kind: results.variants(zoo, kind) for kind in ("code", "model", "features")}
+    return {"run": runs, "twin": twins, **rest}
 
 
 def best(results: Results, zoo: str, variants: Sequence[str], metric: str) -> str | None:
@@ -111,7 +125,8 @@ def _new_goal(results: Results, zoo: str) -> tuple[str, bool | None, str]:
     newer = get("novelty") > get("novelty_reconstruction")
     share = get("diversity") / max(get("diversity", "zoo"), 1e-12)
     text = f"{percent(get('generated_accuracy'))} of {percent(get('accuracy_anchors', 'zoo'))} %"
-    small = f"{who}: distance {number(get('novelty'))} (a copy: {number(get('novelty_reconstruction'))}), diversity {share:.0%}"
+    distance = f"distance {number(get('novelty'))} (a copy: {number(get('novelty_reconstruction'))})"
+    small = f"{who}: {distance}, diversity {100 * share:.0f} % of theirs"
     return text, accurate and newer and share >= 0.5, small
 
 
@@ -125,8 +140,8 @@ def reconstruction_table(results: Results, zoo: str, palette: Mapping[str, str])
         ("Softmax L2", "of outputs"),
     )  # fmt: skip
     rows = []
-    for kind in ("run", "code", "model"):
-        variants = [v for v in results.variants(zoo, kind) if results.value(zoo, v, "agreement")]
+    for kind, members in grouped(results, zoo).items():
+        variants = [v for v in members if results.value(zoo, v, "agreement")]
         if variants:
             rows.append(f'<tr class="group"><th colspan="{len(names)}">{KINDS[kind]}</th></tr>')
         rows += [_reconstruction_row(results, zoo, v, palette) for v in variants]
@@ -152,7 +167,7 @@ def _reconstruction_row(results: Results, zoo: str, variant: str, palette: Mappi
         return cell(shown(value, **options), f"± {shown(spread)}" if spread is not None else "")
 
     numbers, share = get("latent_numbers"), get("latent_share")
-    latent = cell(number(numbers, 0), f"{share:.0%} of weights" if share is not None else "") if numbers else cell(DASH)
+    latent = cell(number(numbers, 0), f"{100 * share:.0f} % of weights" if share is not None else "") if numbers else cell(DASH)
     seeds = len(results.value(zoo, variant, "agreement"))
     small = str(about.get("baseline") or settings(about)) + (f"; {seeds} seeds" if seeds > 1 else "")
     cells = (
@@ -204,10 +219,16 @@ def side_by_side(
         told.add(losses)
         cells += [cell(shown(v), kind="paper") for v in theirs]
         rows.append(f"<tr>{row_head(label)}{''.join(cells)}</tr>")
+    return _with_paper("Losses", ours, rows)
+
+
+def _with_paper(first: str, ours: Sequence[str], rows: Sequence[str]) -> str:
+    """Columns of our zoos, then the paper's, tinted."""
     n = len(ours)
-    over = f'<tr><th></th><th class="over" colspan="{n}">here</th><th class="over paper" colspan="3">the paper</th></tr>'
-    names = [("Losses", ""), *((z, "") for z in ours), *((z, "") for z in published.ZOOS)]
-    return table(over + head(names, dict.fromkeys(range(n + 1, n + 4), "paper")), rows, "plain")
+    here, theirs = f'<th class="over" colspan="{n}">here</th>', '<th class="over paper" colspan="3">the paper</th>'
+    names = [(first, ""), *((z, "") for z in ours), *((z, "") for z in published.ZOOS)]
+    header = f'<tr><th class="over"></th>{here}{theirs}</tr>' + head(names, dict.fromkeys(range(n + 1, n + 4), "paper"))
+    return table(header, rows, "plain")
 
 
 # -- generation ------------------------------------------------------------------------------------------------------------
@@ -234,7 +255,8 @@ def generation_table(results: Results, zoo: str, palette: Mapping[str, str]) -> 
         return f"<tr>{row_head(label, color, small)}{''.join(cells)}</tr>"
 
     rows = [line("zoo: anchors", "zoo", "", "accuracy_anchors", False, "the best training models")]
-    for variant in [v for v in results.variants(zoo, "run", "code") if results.value(zoo, v, "generated_accuracy")]:
+    members = [v for kind in ("run", "twin", "code") for v in grouped(results, zoo)[kind]]
+    for variant in [v for v in members if results.value(zoo, v, "generated_accuracy")]:
         h = over_seeds(results, zoo, variant, "generated_bandwidth")[0]
         small = f"bandwidth {h:g}" if h is not None else ""
         rows.append(line(variant, variant, "", "generated_accuracy", True, small, palette.get(variant)))
@@ -280,9 +302,7 @@ def best_table(results: Results) -> str:
         cells = [cell(percent(over_seeds(results, z, by_zoo[z], metric)[0])) for z in ours]
         cells += [cell(percent(v), kind="paper") for v in published.BEST[word].get(losses, (None, None, None))]
         rows.append(f"<tr>{row_head(word if losses == 'zoo' else f'{word}, {losses}')}{''.join(cells)}</tr>")
-    over = f'<tr><th></th><th class="over" colspan="{len(ours)}">here</th><th class="over paper" colspan="3">the paper</th></tr>'
-    names = [("Best accuracy", "%"), *((z, "") for z in ours), *((z, "") for z in published.ZOOS)]
-    return table(over + head(names, dict.fromkeys(range(len(ours) + 1, len(ours) + 4), "paper")), rows, "plain")
+    return _with_paper("Best accuracy, %", ours, rows)
 
 
 # -- probes and ablations --------------------------------------------------------------------------------------------------
@@ -292,8 +312,8 @@ def probe_table(results: Results, zoo: str, palette: Mapping[str, str]) -> str:
     targets = (("probe_r2", "test accuracy"), ("probe_r2_ggap", "generalisation gap"), ("probe_r2_epoch", "epoch"))
     names = [("Features", ""), *((f"R2 of {what}", "mean token") for _, what in targets), ("R2 of test accuracy", "whole latent")]
     rows = []
-    for kind in ("run", "code", "features"):
-        variants = [v for v in results.variants(zoo, kind) if results.value(zoo, v, "probe_r2")]
+    for kind, members in grouped(results, zoo).items():
+        variants = [v for v in members if results.value(zoo, v, "probe_r2")]
         if variants:
             rows.append(f'<tr class="group"><th colspan="{len(names)}">{KINDS[kind]}</th></tr>')
         for variant in variants:
@@ -319,8 +339,8 @@ def ablation_table(rows: Sequence[Mapping[str, Any]], metrics: Sequence[tuple[st
             column = "median" if metric == "accuracy_change" else "mean"
             values = [r[column] for r in own if r["metric"] == metric and isinstance(r[column], (int, float))]
             shown = percent if unit.startswith("%") or unit == "points" else number
-            mean = sum(values) / len(values) if values else None
-            spread = (sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5 if mean is not None and len(values) > 1 else None
+            mean = statistics.fmean(values) if values else None
+            spread = statistics.stdev(values) if len(values) > 1 else None
             cells.append(cell(shown(mean), f"± {shown(spread)}" if spread is not None else ""))
         lines.append(f"<tr>{row_head(str(variant), small=f'{len(seeds)} seeds' if len(seeds) > 1 else '')}{''.join(cells)}</tr>")
     return table(head([("Variant", ""), *((heading, unit) for _, heading, unit in metrics)]), lines, "plain")
