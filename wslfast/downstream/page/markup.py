@@ -30,6 +30,7 @@ table.plain th, table.plain td { padding: 5px 0 5px 20px; }
 table.plain th:first-child { padding-left: 0; }
 table td.paper, table th.paper { background: #f6f3ea; padding-right: 12px; }
 table.plain td.paper:last-child, table.plain th.paper:last-child { padding-right: 14px; }
+td:not(.paper) + td.paper, th:not(.paper) + th.paper { border-left: 16px solid #fff; }
 thead th.over { text-align: center; border-bottom: 0; padding-bottom: 0; color: var(--soft); font-weight: 400; }
 .data th, .data td { text-align: left; }
 tr.group th { font-size: 12px; color: var(--soft); font-weight: 600; padding-top: 16px; }
