@@ -306,7 +306,8 @@ def _check_folder(folder: Path, bench: Bench) -> None:
 
 
 def _machine(device: str) -> dict[str, Any]:
-    threads = f"{torch.get_num_threads()} threads"
+    count = torch.get_num_threads()
+    threads = f"{count} thread{'s' if count > 1 else ''}"
     where = f"{_processor()}, {threads}" if torch.device(device).type == "cpu" else torch.cuda.get_device_name(device)
     return {"machine": where, "versions": f"wslfast {__version__}, torch {torch.__version__}, Python {platform.python_version()}"}
 

@@ -31,21 +31,22 @@ def render(results: Results) -> str:
 
 
 def headline(results: Results) -> str:
-    """The result in a sentence for each zoo, whichever way it came out."""
-    sentences = []
-    for zoo in tables.zoos(results):
+    """The result in a sentence, whichever way it came out: the best run of each zoo, and the best closed-form code."""
+    parts = []
+    zoos = tables.zoos(results)
+    for zoo in zoos:
         run = tables.best(results, zoo, tables.trained(results, zoo), "agreement")
+        code = tables.best(results, zoo, results.variants(zoo, "code"), "agreement")
+        get = lambda variant, metric="agreement", z=zoo: over_seeds(results, z, variant, metric)[0]  # noqa: E731
         if run is None:
             continue
-        get = lambda metric, variant=run, z=zoo: over_seeds(results, z, variant, metric)[0]  # noqa: E731
-        share = get("latent_share")
+        share = get(run, "latent_share")
         size = f" at {100 * share:.0f} % of the numbers" if share else ""
-        text = f"On {zoo}, reconstructions by {run} agree with their originals on {percent(get('agreement'))} % of images{size}"
-        code = tables.best(results, zoo, results.variants(zoo, "code"), "agreement")
-        if code is not None:
-            text += f"; the best closed-form code, {code}, on {percent(get('agreement', code))} %"
-        sentences.append(text + ".")
-    return " ".join(sentences) or "Nothing was evaluated yet."
+        if len(zoos) == 1:
+            text = f"On {zoo}, reconstructions by {run} agree with their originals on {percent(get(run))} % of images{size}"
+            return text + (f"; the best closed-form code, {code}, on {percent(get(code))} %." if code else ".")
+        parts.append(f"{percent(get(run))} % on {zoo}" + (f" (closed form {percent(get(code))} %)" if code else ""))
+    return f"Reconstructions agree with their originals on {_join(parts)} of test images." if parts else "Nothing was evaluated yet."
 
 
 def _reconstruction(results: Results, zoos: list[str]) -> str:
@@ -182,17 +183,18 @@ def _facts(results: Results) -> Mapping[str, str]:
     protocol = facts.get("protocol") or {}
     sizes = ", ".join(f"{name.replace('_', ' ')} {_text(value)}" for name, value in protocol.items())
     seeds = {zoo: sorted({r["seed"] for r in results.rows if r["zoo"] == zoo and r["variant"] != "zoo"}) for zoo in tables.zoos(results)}
-    runs = [v for v in facts.get("variants", ()) if v.get("folder") and v.get("kind") == "run"]
+    runs: dict[str, list[str]] = {}
+    for v in facts.get("variants", ()):
+        if v.get("folder") and v.get("kind") == "run":
+            words = f"{tables.settings(v)}, lr {v.get('lr', '')}, {v.get('layers', '')} layers, start {v.get('start', '')}"
+            runs.setdefault(f"{v['zoo']}/{v['variant']} ({words})", []).append(str(v["seed"]))
     lines = {
         "measured on": f"{facts.get('machine', '')}{'; quick sizes' if facts.get('quick') else ''}",
         "date": str(facts.get("date", "")),
         "versions": str(facts.get("versions", "")),
         "seeds": "; ".join(f"{zoo}: {', '.join(map(str, s))}" for zoo, s in seeds.items()),
         "sizes": sizes,
-        "runs": "; ".join(
-            f"{v['zoo']}/{v['variant']} seed {v['seed']}: {tables.settings(v)}, lr {v.get('lr', '')}, start {v.get('start', '')}"
-            for v in runs
-        ),
+        "runs": "; ".join(f"{run} seed {', '.join(of)}" for run, of in runs.items()),
         "rows": "rows.csv and the other tables beside this page hold every figure on it",
     }  # fmt: skip
     return {name: text for name, text in lines.items() if text}

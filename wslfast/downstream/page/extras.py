@@ -107,6 +107,9 @@ def _short(row: Row) -> str:
 
 
 def _sweeps(rows: Sequence[Row]) -> str:
+    from matplotlib.ticker import FuncFormatter
+
+    plain = FuncFormatter(lambda value, _: f"{value:g}")
     directions = list(dict.fromkeys(str(r["direction"]) for r in rows))
     panels = (("ratio", "quadratic form / measured loss", 1.0), ("accuracy", "accuracy (%)", 100.0), ("agreement", "agreement (%)", 100.0))
     with _figures._figure(2.9) as (drawing, svg):
@@ -118,10 +121,13 @@ def _sweeps(rows: Sequence[Row]) -> str:
                 axes.plot([x for x, _ in points], [y for _, y in points], "o-", color=hue, markersize=3.5, linewidth=1.3, label=label)
             axes.set_xscale("log")
             axes.set_title(title)
+            axes.xaxis.set_major_formatter(plain)
             axes.set_xlabel("size of the weight error (of the weights' norm)")
             axes.grid(axis="both")
             if metric == "ratio":
                 axes.set_yscale("log")
+                axes.yaxis.set_major_formatter(plain)
+                axes.set_ylim(0.02, 50)  # where outputs do not move to first order the ratio is 0 to rounding: off the scale
                 axes.axhline(1, color=SOFT, linewidth=0.9)
             else:
                 axes.set_ylim(0, 102)

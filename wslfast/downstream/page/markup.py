@@ -24,7 +24,8 @@ figure, .note + .wide, figure + .wide { margin-top: 24px; }
 .pair { display: flex; flex-wrap: wrap; gap: 0 56px; }
 .lead { color: var(--soft); max-width: 52em; margin: 0 0 14px; }
 .data { font-size: 14px; }
-.data td, .data th { white-space: normal; }
+.data td, .data th, .goals td { white-space: normal; }
+.goals td { max-width: 230px; } .goals tbody th small { max-width: 24em; }
 table.plain { width: auto; font-size: 13.5px; }
 table.plain th, table.plain td { padding: 5px 0 5px 20px; }
 table.plain th:first-child { padding-left: 0; }

@@ -87,7 +87,7 @@ def goals_table(results: Results) -> str:
             mark = "" if met is None else f'<span class="{"met" if met else "missed"}">{"met" if met else "missed"}</span> '
             cells.append(cell(f"{mark}{value}", escape(who)))
         rows.append(f"<tr>{row_head(name, small=what)}{''.join(cells)}</tr>")
-    return table(head([("Goal", "at 55 % latent numbers or fewer"), *((z, "") for z in zoos(results))]), rows, "plain")
+    return table(head([("Goal", "at 55 % latent numbers or fewer"), *((z, "") for z in zoos(results))]), rows, "plain goals")
 
 
 def _within(results: Results, zoo: str) -> list[str]:
