@@ -12,16 +12,17 @@ import numpy as np
 import pytest
 import torch
 
-from wslfast import TrainConfig, WslfastError, build_zoo, load_zoo, train
+from wslfast import Population, TrainConfig, WslfastError, build_zoo, load_zoo, train
 from wslfast.downstream import embeddings, probe
 from wslfast.downstream import study as module
 from wslfast.downstream.bench import Bench, Protocol
-from wslfast.downstream.evaluation import linear_baselines, reconstruct
+from wslfast.downstream.evaluation import BASELINES, linear_baselines, reconstruct
 from wslfast.downstream.protocol import discriminative, generative, zoo_unit
 from wslfast.downstream.results import HEADER, Unit, from_csv, read_results, read_unit, to_csv, unit_path, write_tables, write_unit
 from wslfast.downstream.study import report, study
 from wslfast.testing import oracle_outputs
 from wslfast.training import load_run
+from wslfast.zoo import read_manifest, save_zoo
 
 pytest.importorskip("matplotlib")
 TINY = Protocol(models=8, train_models=40, images=20, samples=5, bandwidths=(0.05, 0.5), finetune_epochs=1, finetune_images=40, map_models=30)
@@ -200,7 +201,9 @@ def test_probe_spread_is_that_of_resampled_models(root: Path) -> None:
 
 def test_the_bandwidth_is_the_widest_that_keeps_validation_accuracy(root: Path) -> None:
     bench = Bench(root / "zoo", TINY)
-    code = linear_baselines(bench.train, bench.data, 400)["linear-metric"]
+    codes = linear_baselines(bench.train, bench.data, 400)
+    assert tuple(codes) == BASELINES
+    code = codes["linear-metric"]
     metrics, tables = generative(bench, code, full=False)
     joint = [r for r in tables["samplings"] if r["sampler"] == "joint"]
     assert [r["bandwidth"] for r in joint] == [0.05, 0.5]
@@ -212,6 +215,15 @@ def test_the_bandwidth_is_the_widest_that_keeps_validation_accuracy(root: Path) 
     assert lenient["generated_bandwidth"][0] == 0.5
     strict, _ = generative(Bench(root / "zoo", replace(TINY, tolerance=-1.0)), code, full=False)
     assert strict["generated_bandwidth"][0] == 0.05
+
+
+def test_a_zoo_without_validation_accuracy_gets_it_from_the_images(root: Path, tmp_path: Path) -> None:
+    zoo = load_zoo(root / "zoo")
+    bare = Population(zoo.architecture, zoo.weights, {n: c for n, c in zoo.properties.items() if n in ("model", "epoch", "test_acc")})
+    save_zoo(bare, tmp_path / "zoo", splits=zoo.properties["split"], provenance=read_manifest(root / "zoo").provenance)
+    bench = Bench(tmp_path / "zoo", TINY)
+    assert torch.allclose(bench.train.column("val_acc"), load_zoo(root / "zoo", "train").column("val_acc"), atol=0.09)  # a tie may fall either way
+    assert "probe_r2_ggap" not in discriminative(bench, {s: p.weights[:, :4] for s, p in bench.splits.items()})
 
 
 def test_the_zoo_unit_is_the_originals(root: Path) -> None:

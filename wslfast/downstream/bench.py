@@ -15,7 +15,7 @@ from ..errors import require
 from ..population import Population
 from ..zoo import Dataset, dataset_of, load_zoo, read_manifest
 from ..zoo.manifest import MANIFEST
-from .diversity import classes_of, outputs_of
+from .diversity import accuracy, classes_of, outputs_of
 from .reconstruction import Reconstruction, compare
 from .results import file_digest, fingerprint
 
@@ -78,6 +78,9 @@ class Bench:
         data = dataset_of(zoo, self.architecture)
         rows = torch.arange(len(data.test_labels))[: protocol.images]
         self.data: Dataset = replace(data, test_images=data.test_images[rows].to(device), test_labels=data.test_labels[rows].to(device))
+        if "val_acc" not in self.train.properties:  # of an imported zoo; anchors are the best by it
+            value = accuracy(outputs_of(self.train.weights, data.val_images, self.architecture), data.val_labels)
+            self.train = Population(self.architecture, self.train.weights, {**self.train.properties, "val_acc": tuple(value.tolist())})
         self.name = name or data.name
         self.facts = {
             "folder": str(zoo), "digest": self.digest[:12], "dataset": data.name, "architecture": self.architecture.name,

@@ -24,7 +24,7 @@ from ..training import Run, TrainConfig, load_run, train
 from ..training.checkpoint import checkpoint_path
 from .bench import Bench, Protocol
 from .diversity import classes_of
-from .evaluation import Code, latent_numbers, linear_baselines
+from .evaluation import BASELINES, Code, latent_numbers, linear_baselines
 from .page import render
 from .probe import weight_statistics
 from .protocol import code_unit, discriminative, embeddings, reconstructive, zoo_unit
@@ -149,7 +149,7 @@ class _Work:
                 codes.update(linear_baselines(self.bench.train, self.bench.data, numbers, token_size))
             return codes[name]
 
-        for name in CLOSED_FORM:
+        for name in BASELINES:
             variant, print_ = f"{name}-{share}", self.bench.fingerprint("code", name, share, token_size)
 
             def make(name: str = name, variant: str = variant, print_: str = print_) -> Unit:
@@ -216,8 +216,6 @@ class _Work:
             "typical-zoo-model": ("the training model that agrees most with the others, for every other", typical_row),
         }
         for variant, (note, rows) in choices.items():
-            if variant == "best-zoo-model" and "val_acc" not in bench.train.properties:
-                continue
             print_ = bench.fingerprint(variant)
 
             def make(variant: str = variant, note: str = note, rows: Callable[[], Tensor] = rows, print_: str = print_) -> Unit:
@@ -226,9 +224,6 @@ class _Work:
                 return Unit(bench.name, variant, 0, "model", print_, {"baseline": note}, metrics, {"models": models})
 
             self.need(variant, 0, print_, make)
-
-
-CLOSED_FORM = ("linear", "linear-views", "linear-metric")
 
 
 def run_facts(run: Run) -> dict[str, Any]:
