@@ -9,7 +9,7 @@ from typing import Any
 
 from wslfast._files import write_text
 from wslfast.downstream import _figures
-from wslfast.downstream.report import _CSS
+from wslfast.downstream._html import CSS as _CSS
 from wslfast.errors import WslfastError
 
 from . import ceilings, tables

@@ -70,6 +70,8 @@ def test_zoo_train_resume_evaluate(tmp_path: Path, images: Path, shell: Shell) -
     assert 0 <= figures["run"]["agreement"] <= 1
     made = tmp_path / "made"
     assert "novelty" in shell("generate", "--run", run, "--samples", 5, "--out", made)
+    tuned = shell("generate", "--run", run, "--samples", 3, "--sampler", "token", "--select", "subsampled", "--finetune", 1)
+    assert "test_acc after 1 epochs" in tuned
     assert json.loads(shell("zoo", "show", made, "--json"))["rows"] == 5
     assert figures["run"]["latent_numbers"] == pytest.approx(figures["linear"]["latent_numbers"], rel=0.02)
 
@@ -87,7 +89,7 @@ def test_a_run_from_toml_with_flags_over_it(tmp_path: Path, images: Path, shell:
 
 @pytest.mark.parametrize(
     "arguments",
-    [(), ("zoo",), ("zoo", "build"), ("zoo", "show"), ("train",), ("evaluate",), ("generate",), ("demo",), ("info",)],
+    [(), ("zoo",), ("zoo", "build"), ("zoo", "show"), ("train",), ("evaluate",), ("report",), ("generate",), ("demo",), ("info",)],
     ids=lambda a: " ".join(a) or "wslfast",
 )
 def test_help_teaches(shell: Shell, arguments: tuple[str, ...]) -> None:
@@ -115,6 +117,11 @@ def test_info(shell: Shell) -> None:
         (("train", "--zoo", "z", "--out", "out", "--steps", 0), "steps: expected at least 1"),
         (("train", "--config", "nowhere.toml", "--zoo", "z", "--out", "o"), "nowhere.toml"),
         (("evaluate", "--run", "nowhere"), "nowhere"),
+        (("evaluate", "--run", "a", "b"), "--out"),
+        (("evaluate", "--run", "a", "b", "--out", "figures.json"), "--out"),
+        (("evaluate", "--run", "a", "--out", "results", "--split", "val"), "--split"),
+        (("evaluate", "--zoo", "z", "--run", "nowhere", "--out", "results"), "nowhere"),
+        (("report", "--out", "nowhere"), "nowhere"),
         (("generate", "--run", "nowhere", "--samples", 0), "samples"),
         (("zoo", "build", "--dataset", "mnist", "--out", "x"), "mnist"),
         (("zoo", "build", "--dataset", "nowhere.npz", "--out", "x"), "nowhere.npz"),
@@ -140,6 +147,30 @@ def test_python_m_wslfast_is_the_same(tmp_path: Path) -> None:
     result = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["wslfast"]
+
+
+@pytest.mark.slow
+def test_a_quick_evaluation_of_digits_and_its_report(tmp_path: Path, shell: Shell) -> None:
+    """The whole way in small: two runs, every baseline, the page, and once more without computing."""
+    zoo, out = tmp_path / "zoo", tmp_path / "results"
+    shell("zoo", "build", "--models", 24, "--epochs", 3, "--out", zoo)
+    for name, beta in (("S", 1.0), ("S+B-seed0", 0.1)):
+        shell("train", "--zoo", zoo, "--out", tmp_path / name, "--beta", beta, "--gamma", 0, "--steps", 6, *TRAIN)
+    runs = ("--run", tmp_path / "S", tmp_path / "S+B-seed0")
+    text = shell("evaluate", "--zoo", zoo, *runs, "--out", out, "--quick")
+    assert "linear-metric-55" in text
+    rows = (out / "rows.csv").read_text()
+    assert rows.startswith("zoo,variant,seed,metric,median,mean,spread\n")
+    for metric in ("agreement", "agreement_others", "accuracy_original", "accuracy_reconstructed", "accuracy_change", "l2_masked", "probe_r2", "diversity"):
+        assert f"\ndigits,S+B,0,{metric}," in rows
+    page = (out / "report.html").read_text()
+    assert "CIFAR-10" in page
+    again = shell("evaluate", "--zoo", zoo, *runs, "--out", out, "--quick")
+    assert again.count("there already") == text.count("- digits: ") - text.count("training")
+    (out / "report.html").unlink()
+    shell("report", "--out", out)
+    assert (out / "report.html").read_text() == page
+    assert (out / "rows.csv").read_text() == rows
 
 
 @pytest.mark.slow

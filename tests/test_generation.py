@@ -62,6 +62,42 @@ def test_what_is_said_of_a_sample_is_true(run: Path) -> None:
     assert not torch.equal(generate(run / "run", samples=6, bandwidth=0.2, seed=1).weights, made.weights)
 
 
+@pytest.mark.parametrize("sampler", ["token", "individual", "uniform", "neighbours"])
+def test_other_samplers_measure_their_models_too(run: Path, sampler: str) -> None:
+    made = generate(run / "run", samples=4, sampler=sampler, bandwidth=0.1, anchors=0.5)
+    assert len(made) == 4
+    assert (None in made.properties["anchor"]) == (sampler != "neighbours")
+    assert torch.equal(made.weights, generate(run / "run", samples=4, sampler=sampler, bandwidth=0.1, anchors=0.5).weights)
+    assert bool((made.column("novelty") > 0).all())
+
+
+def test_selection_is_on_validation_images_best_first(run: Path) -> None:
+    every = generate(run / "run", samples=20, bandwidth=0.3, anchors=0.5, seed=2)
+    best = generate(run / "run", samples=5, candidates=20, select="subsampled", bandwidth=0.3, anchors=0.5, seed=2)
+    value = every.column("val_acc")
+    assert torch.equal(best.column("val_acc"), value.sort(descending=True).values[:5])
+    rows = value.argsort(descending=True, stable=True)[:5].tolist()
+    assert torch.allclose(best.weights, every.weights[rows], atol=1e-6)
+    assert best.properties["anchor"] == tuple(every.properties["anchor"][i] for i in rows)
+    again = generate(run / "run", samples=5, candidates=20, select="bootstrapped", rounds=2, bandwidth=0.3, anchors=0.5, seed=2)
+    assert bool((again.column("val_acc") >= best.column("val_acc")).all())
+    assert set(again.properties["anchor"]) == {None}
+
+
+def test_fine_tuned_samples_stand_behind_what_they_were(run: Path) -> None:
+    plain = generate(run / "run", samples=3, bandwidth=0.2)
+    tuned = generate(run / "run", samples=3, bandwidth=0.2, finetune=2)
+    assert tuned.properties["epoch"] == (0, 1, 2) * 3
+    assert tuned.properties["model"] == (0, 0, 0, 1, 1, 1, 2, 2, 2)
+    assert torch.equal(tuned.weights[0::3], plain.weights)
+    assert tuned.properties["test_acc"][0::3] == plain.properties["test_acc"]
+    assert tuned.properties["anchor"][1::3] == plain.properties["anchor"]
+    assert not torch.equal(tuned.weights[2::3], plain.weights)
+    images, labels = dataset_of(run / "zoo", tuned.architecture).split("test")
+    expected = (oracle_outputs(tuned.weights, images, tuned.architecture).argmax(-1) == labels).double().mean(1)
+    assert torch.allclose(tuned.column("test_acc"), expected, atol=1.5 / len(labels))
+
+
 def test_anchors_are_the_best_by_validation_accuracy(run: Path) -> None:
     zoo = load_zoo(run / "zoo", "train")
     column = [0.1, None, 0.9, 0.5, *[0.0] * (len(zoo) - 4)]
@@ -73,8 +109,12 @@ def test_anchors_are_the_best_by_validation_accuracy(run: Path) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [({"samples": 0}, "samples"), ({"anchors": 0.0}, "anchors"), ({"anchors": 1.5}, "anchors"), ({"bandwidth": -1.0}, "bandwidth")],
-    ids=["samples", "no-anchors", "anchors", "bandwidth"],
+    [
+        ({"samples": 0}, "samples"), ({"anchors": 0.0}, "anchors"), ({"anchors": 1.5}, "anchors"), ({"bandwidth": -1.0}, "bandwidth"),
+        ({"sampler": "kde"}, "sampler"), ({"select": "best"}, "select"), ({"finetune": -1}, "finetune"),
+        ({"select": "subsampled", "candidates": 3}, "candidates"),
+    ],
+    ids=["samples", "no-anchors", "anchors", "bandwidth", "sampler", "select", "finetune", "candidates"],
 )
 def test_a_wrong_argument_is_named(run: Path, arguments: dict, words: str) -> None:
     with pytest.raises(WslfastError, match=words):

@@ -59,6 +59,8 @@ def _naive(original: Tensor, reconstructed: Tensor, images: Tensor, labels: Tens
             "l2_relative": distance / float(original[j].double().norm()),
             "explained_variance": 1 - distance**2 / energy if k > 1 else math.nan,
             "behavior_mse": float(((out_r[j] - out_o[j]) ** 2).sum()) / (2 * n),
+            "output_l2": sum(math.sqrt(float(((out_r[j, q] - out_o[j, q]) ** 2).sum())) for q in range(n)) / n,
+            "softmax_l2": sum(math.sqrt(float(((out_r[j, q].softmax(0) - out_o[j, q].softmax(0)) ** 2).sum())) for q in range(n)) / n,
         }
         for name, value in row.items():
             table.setdefault(name, []).append(value)

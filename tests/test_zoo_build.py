@@ -22,7 +22,7 @@ from wslfast.kernels.plan import Activation, Conv2d, Flatten, Linear, Pool2d
 from wslfast.population import Population
 from wslfast.testing import as_module
 from wslfast.zoo import Dataset, Grid, build, build_zoo, dataset_of, load_dataset, load_zoo, read_manifest
-from wslfast.zoo.build import StackedAdam, batch_generator, default_keep
+from wslfast.zoo.build import StackedAdam, batch_generator, default_keep, fine_tune
 from wslfast.zoo.grid import Cell
 
 ARCH = Architecture.from_layers(
@@ -75,6 +75,38 @@ def test_one_model_is_what_torch_trains(data: Dataset) -> None:
             if epoch != 2:
                 expected = Population.from_state_dicts(ARCH, [module.state_dict()]).weights[0]
                 torch.testing.assert_close(population.weights[row + (1 if epoch == 1 else 2)], expected, atol=2e-5, rtol=2e-5)
+
+
+def test_fine_tuning_is_what_torch_does_from_given_weights(data: Dataset) -> None:
+    population = small(data)[[0, 3, 6]]
+    given = population.weights.clone()
+    tuned = fine_tune(population, data, epochs=2, lr=1e-3, weight_decay=1e-2, batch_size=16, seed=5)
+    assert torch.equal(population.weights, given)
+    assert (tuned.properties["model"], tuned.properties["epoch"]) == ((0, 0, 0, 1, 1, 1, 2, 2, 2), (0, 1, 2) * 3)
+    assert torch.equal(tuned.weights[0::3], given)
+    for j in range(3):
+        module = as_module(ARCH)
+        module.load_state_dict(population.state_dict(j))
+        optimizer = torch.optim.Adam(module.parameters(), lr=1e-3, weight_decay=1e-2)
+        generator = batch_generator(5 + j)
+        for epoch in (1, 2):
+            for batch in torch.randperm(53, generator=generator).split(16):
+                optimizer.zero_grad()
+                F.cross_entropy(module(data.train_images[batch]), data.train_labels[batch]).backward()
+                optimizer.step()
+            row = 3 * j + epoch
+            expected = Population.from_state_dicts(ARCH, [module.state_dict()]).weights[0]
+            torch.testing.assert_close(tuned.weights[row], expected, atol=2e-5, rtol=2e-5)
+            right = (module(data.test_images).argmax(-1) == data.test_labels).double().mean()
+            assert tuned.column("test_acc")[row] == pytest.approx(float(right), abs=1e-9)
+
+
+def test_fine_tuning_refuses_what_does_not_fit(data: Dataset) -> None:
+    population = small(data)
+    with pytest.raises(WslfastError, match="epochs"):
+        fine_tune(population, data, epochs=0)
+    with pytest.raises(WslfastError, match="expected images"):
+        fine_tune(Population(Architecture.cnn(), torch.zeros(2, Architecture.cnn().num_weights)), data)
 
 
 def _noisy(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""The shell: ``wslfast zoo build | import | export | show, train | evaluate | generate | demo | info``."""
+"""The shell: ``wslfast zoo build | import | export | show, train | evaluate | report | generate | demo | info``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .. import __version__
 from ..errors import WslfastError
 from ..training import TrainConfig
 from .console import console, show
-from .downstream import Demo, Evaluate, Generate
+from .downstream import Demo, Evaluate, Generate, Report
 from .training import Train
 from .zoo import Zoo
 
@@ -60,6 +60,7 @@ def _commands(argv: Sequence[str]) -> Any:
         Annotated[Zoo, tyro.conf.subcommand("zoo")],
         Annotated[Train, tyro.conf.subcommand("train", **options)],
         Annotated[Evaluate, tyro.conf.subcommand("evaluate")],
+        Annotated[Report, tyro.conf.subcommand("report")],
         Annotated[Generate, tyro.conf.subcommand("generate")],
         Annotated[Demo, tyro.conf.subcommand("demo")],
         Annotated[Info, tyro.conf.subcommand("info")],

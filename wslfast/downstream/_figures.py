@@ -130,12 +130,12 @@ def accuracy_scatter(compared: Compared) -> str:
     return _small_multiples(compared, draw, "original's test accuracy (%)", "reconstruction's (%)", 2.75)
 
 
-def training_curves(curves: Curves) -> str | None:
+def training_curves(curves: Curves, palette: Mapping[str, str] | None = None) -> str | None:
     """Loss parts over steps, one panel a part, one line a variant; None if no record holds a loss."""
     parts = [key for key in _PARTS if any(_series(records, key)[0] for _, records in curves)]
     if not parts:
         return None
-    palette = colors([name for name, _ in curves])
+    palette = palette or colors([name for name, _ in curves])
     with _figure(2.3) as (figure, svg):
         panels = figure.subplots(1, max(3, len(parts)), squeeze=False)[0]
         for axes in panels[len(parts) :]:
@@ -159,8 +159,6 @@ def training_curves(curves: Curves) -> str | None:
 
 def latent_map(latents: Tensor, accuracy: Tensor | None, groups: Sequence[str] | None) -> str | None:
     """First two principal components of ``latents [k, d]``, coloured by accuracy, one marker a group; None for k < 3."""
-    from matplotlib.lines import Line2D
-
     rows = latents.detach().double().cpu()
     kept = rows.isfinite().all(1)
     if int(kept.sum()) < 3:
@@ -170,7 +168,14 @@ def latent_map(latents: Tensor, accuracy: Tensor | None, groups: Sequence[str] |
     share = [*(s.square() / s.square().sum().clamp_min(1e-300) * 100).tolist(), 0.0]
     xy = torch.nn.functional.pad(u * s, (0, 2))[:, :2]
     level = None if accuracy is None else _cpu(accuracy)[kept] * 100
-    marks = [g for g, keep in zip(groups, kept.tolist()) if keep] if groups is not None else ["models"] * len(xy)
+    return scatter_map(xy, share, level, [g for g, keep in zip(groups, kept.tolist()) if keep] if groups is not None else None)
+
+
+def scatter_map(xy: Tensor, share: Sequence[float], level: Tensor | None, groups: Sequence[str] | None) -> str:
+    """Models at ``xy [k, 2]`` whose axes hold ``share`` per cent of variance, coloured by ``level [k]`` per cent, one marker a group."""
+    from matplotlib.lines import Line2D
+
+    marks = groups if groups is not None else ["models"] * len(xy)
     with _figure(4.4, width=7.4) as (figure, svg):
         axes = figure.subplots()
         scale = {} if level is None else _color_scale(level)

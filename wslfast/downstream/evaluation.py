@@ -24,26 +24,35 @@ from ..zoo import Dataset, dataset_of, load_zoo
 from .reconstruction import Reconstruction, compare
 
 Code = Union[Autoencoder, LinearCodec]
+BASELINES = ("linear", "linear-views", "linear-metric")  # what linear_baselines returns
+
+
+def encode(code: Code, weights: Tensor, *, block: int = 256) -> Tensor:
+    """Latents ``[k, T, W]`` of rows of weights ``[k, P]``, canonical (unpermuted), a block of models at a time."""
+    if isinstance(code, LinearCodec):
+        return code.encode(weights)
+    tokens_of = layout(code.layout.architecture, code.layout.token_size)
+    with torch.no_grad():
+        return torch.cat([code.encode(tokens_of.tokenize(part).tokens).float() for part in weights.split(block)])
+
+
+def decode(code: Code, latents: Tensor, *, block: int = 256) -> Tensor:
+    """The inverse, as far as the code has one: ``[k, T, W] -> [k, P]``."""
+    if isinstance(code, LinearCodec):
+        return code.decode(latents)
+    tokens_of = layout(code.layout.architecture, code.layout.token_size)
+    with torch.no_grad():
+        return torch.cat([tokens_of.detokenize(code.decode(part).float()) for part in latents.split(block)])
 
 
 def reconstruct(code: Code, weights: Tensor, *, block: int = 256) -> Tensor:
-    """Encode and decode rows of weights ``[k, P] -> [k, P]``, canonical (unpermuted), a block of models at a time."""
-    if isinstance(code, LinearCodec):
-        return code.reconstruct(weights)
-    tokens_of = layout(code.layout.architecture, code.layout.token_size)
-    rows = []
-    with torch.no_grad():
-        for part in weights.split(block):
-            tokens = tokens_of.tokenize(part).tokens
-            rows.append(tokens_of.detokenize(code.decode(code.encode(tokens)).float()))
-    return torch.cat(rows)
+    """Encode and decode rows of weights ``[k, P] -> [k, P]``, a block of models at a time."""
+    return torch.cat([decode(code, encode(code, part)) for part in weights.split(block)])
 
 
-def embeddings(code: Autoencoder, weights: Tensor, *, block: int = 256) -> Tensor:
-    """Mean-token latents ``[k, latent]``, the features of the paper's discriminative tasks."""
-    tokens_of = layout(code.layout.architecture, code.layout.token_size)
-    with torch.no_grad():
-        return torch.cat([code.embed(tokens_of.tokenize(part).tokens).float() for part in weights.split(block)])
+def embeddings(code: Code, weights: Tensor, *, block: int = 256) -> Tensor:
+    """Mean-token latents ``[k, W]``, the features of the paper's discriminative tasks."""
+    return torch.cat([encode(code, part).mean(1) for part in weights.split(block)])
 
 
 def evaluate_codes(codes: Mapping[str, Code], population: Population, images: Tensor, labels: Tensor) -> dict[str, Reconstruction]:
@@ -133,15 +142,16 @@ def latent_numbers(code: Code) -> int:
 
 def write_json(path: str | Path, value: Mapping[str, Any]) -> None:
     """Write figures as JSON, atomically; NaN becomes null."""
-    text = json.dumps(_plain(value), indent=1, allow_nan=False) + "\n"
+    text = json.dumps(json_ready(value), indent=1, allow_nan=False) + "\n"
     write_text(Path(path), text)
 
 
-def _plain(value: Any) -> Any:
+def json_ready(value: Any) -> Any:
+    """Mappings, sequences and numbers as JSON has them; what is not finite becomes None."""
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): json_ready(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return [json_ready(v) for v in value]
     if isinstance(value, float) and not abs(value) < float("inf"):
         return None
     return value

@@ -1,20 +1,26 @@
-"""New models from the latents of good ones: a kernel density around anchors, decoded and measured, all samples at once."""
+"""New models from the latents of good ones: sampled, decoded and measured, all at once."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import engine
-from ..autoencoder import Autoencoder
 from ..errors import require
 from ..population import Population
 from ..profiling import region
-from ..tokens import layout
 from ..training import load_run
 from ..zoo import Dataset, dataset_of, load_zoo, save_zoo
+from ..zoo.build import fine_tune
+from .diversity import accuracy, behavioral_novelty, classes_of, nearest, outputs_of
+from .evaluation import Code, decode, encode
+from .sampling import SAMPLERS, bootstrapped, draw, subsampled
+
+SELECTIONS = ("none", "subsampled", "bootstrapped")
 
 
 def best_rows(population: Population, share: float, by: str = "val_acc") -> Tensor:
@@ -35,20 +41,82 @@ def sample_latents(anchors: Tensor, samples: int, bandwidth: float, generator: t
     Returns:
         Latents ``[samples, ...]`` and the anchor ``[samples]`` that each was drawn around.
     """
-    chosen = torch.randint(len(anchors), (samples,), generator=generator)
-    noise = torch.randn(samples, *anchors.shape[1:], generator=generator).to(anchors)
-    spread = anchors.std(0, unbiased=False)
-    chosen = chosen.to(anchors.device)
-    return anchors[chosen] + bandwidth * spread * noise, chosen
+    latents, of = draw(anchors, samples, generator, bandwidth=bandwidth)
+    assert of is not None
+    return latents, of
 
 
-def nearest(weights: Tensor, others: Tensor, *, block: int = 256) -> Tensor:
-    """L2 distance ``[k]`` of each row of weights to the nearest row of ``others``."""
-    return torch.cat([torch.cdist(part.double(), others.double()).amin(1) for part in weights.split(block)])
+@dataclass(frozen=True, eq=False)
+class Source:
+    """What all samplings of one trained code share: the training models, the good ones among them and their latents.
+
+    Attributes:
+        code: an autoencoder, or a closed-form one.
+        train: training models; ``novelty`` is measured against all of them.
+        rows: ``[m]`` anchors' rows in ``train``, best first.
+        latents: ``[m, T, W]``, theirs.
+        data: labelled images of the zoo.
+        known_classes: ``[K, n]``, classes that the training models choose on test images, where they are known already.
+    """
+
+    code: Code
+    train: Population
+    rows: Tensor
+    latents: Tensor
+    data: Dataset
+    known_classes: Tensor | None = None
+
+    @classmethod
+    def of(cls, code: Code, train: Population, data: Dataset, anchors: float, classes: Tensor | None = None) -> Source:
+        """Around the best share ``anchors`` of ``train`` by validation accuracy."""
+        rows = best_rows(train, anchors)
+        return cls(code, train, rows, encode(code, train.weights[rows.to(train.weights.device)]), data, classes)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """``[k, T, W] -> [k, P]``."""
+        return decode(self.code, latents)
+
+    @cached_property
+    def train_classes(self) -> Tensor:
+        """Classes that the training models choose on test images, ``[K, n]``."""
+        if self.known_classes is not None:
+            return self.known_classes
+        return classes_of(self.train.weights, self.data.split("test")[0], self.train.architecture)
+
+    def outputs(self, weights: Tensor, split: str) -> Tensor:
+        """Raw outputs ``[k, n, K]`` on a split's images."""
+        return outputs_of(weights, self.data.split(split)[0], self.train.architecture)
+
+    def accuracy(self, weights: Tensor, split: str) -> Tensor:
+        """``[k]`` on a split's images."""
+        return accuracy(self.outputs(weights, split), self.data.split(split)[1])
+
+    def sample(
+        self, samples: int, generator: torch.Generator, *, sampler: str = "joint", bandwidth: float = 0.05, select: str = "none",
+        candidates: int | None = None, rounds: int = 3,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Weights ``[samples, P]``, and the row in ``train`` of the anchor each was drawn around, None where there is no such one.
+
+        Args:
+            select: ``"none"``; ``"subsampled"``: the best of ``candidates`` by validation accuracy, best first; ``"bootstrapped"``:
+                that, ``rounds`` times over, the survivors being the next round's anchors.
+            candidates: draws a round; default: 4 a sample.
+        """
+        require(select in SELECTIONS, f"select: expected one of {SELECTIONS}, got {select!r}")
+        if select == "none":
+            latents, of = draw(self.latents, samples, generator, sampler=sampler, bandwidth=bandwidth)
+        else:
+            choose: Any = subsampled if select == "subsampled" else bootstrapped
+            settings = {"candidates": candidates or 4 * samples, "sampler": sampler, "bandwidth": bandwidth}
+            settings |= {"rounds": rounds} if select == "bootstrapped" else {}
+            kept = choose(self.latents, samples, generator, lambda z: self.accuracy(self.decode(z), "val"), **settings)
+            latents, of = kept.latents, kept.anchors
+        return self.decode(latents), None if of is None else self.rows[of.cpu()]
 
 
 def generate(
     run: str | Path, zoo: str | Path | None = None, *, samples: int = 64, anchors: float = 0.3, bandwidth: float = 0.05,
+    sampler: str = "joint", select: str = "none", candidates: int | None = None, rounds: int = 3, finetune: int = 0,
     seed: int = 0, out: str | Path | None = None, device: str = "cpu", skip_bad: bool = False,
 ) -> Population:  # fmt: skip
     """Sample new models from a trained run: latents around those of its zoo's best training models, decoded.
@@ -58,56 +126,66 @@ def generate(
         zoo: folder of the zoo; by default the one that the run was trained on.
         samples: how many models.
         anchors: share of the training models, best validation accuracy first, whose latents are sampled around.
-        bandwidth: of the kernel density (see :func:`sample_latents`). Small ones copy the anchors with noise: read ``novelty``.
-        seed: of the draw.
+        bandwidth: of the kernel density, in units of each latent number's standard deviation over the anchors. Small ones copy the
+            anchors with noise: read ``novelty``.
+        sampler: a kernel density whose kernel covers a whole latent (``"joint"``), a token (``"token"``) or a number
+            (``"individual"``); ``"uniform"`` in the anchors' box; ``"neighbours"``: between an anchor and a near one.
+        select: ``"none"`` keeps every sample; ``"subsampled"`` and ``"bootstrapped"`` keep those of ``candidates`` draws (default: 4 a
+            sample) that are best on *validation* images, best first, the latter over ``rounds`` rounds.
+        finetune: epochs of training of all samples at once (Adam 5e-4, weight decay 5e-4, batches of 64: the published setting).
+        seed: of the draw, and of the fine-tuning's batches.
         out: folder to store the generated models in, as a zoo.
         device: where to run.
         skip_bad: leave out shards of the zoo that are missing or damaged, with a count, instead of raising.
 
     Returns:
-        A population with, a model: ``anchor`` (the zoo's ``model`` it was drawn around), ``anchor_epoch``, ``val_acc`` and
-        ``test_acc`` on the zoo's data set, and ``novelty``, the L2 distance in weights to the nearest training model. Every
-        sample is there, in the order drawn: nothing is selected.
+        A population with, a model: ``epoch`` of fine-tuning (0: as decoded), ``anchor`` (the zoo's ``model`` it was drawn around) and
+        ``anchor_epoch`` (None where a sample has no one anchor), ``val_acc`` and ``test_acc`` on the zoo's data set, ``novelty``, the
+        L2 distance in weights to the nearest training model, and ``novelty_behavior``, the share of test images on which it differs
+        from the training model that is most like it. With ``finetune``, ``finetune + 1`` rows a sample.
 
     Raises:
         WslfastError: unreadable run or zoo, arguments out of range.
     """
     require(isinstance(samples, int) and samples >= 1, f"samples: expected a positive integer, got {samples!r}")
     require(0 <= bandwidth < float("inf"), f"bandwidth: expected a non-negative number, got {bandwidth!r}")
+    require(sampler in SAMPLERS, f"sampler: expected one of {SAMPLERS}, got {sampler!r}")
+    require(type(finetune) is int and finetune >= 0, f"finetune: expected a number of epochs >= 0, got {finetune!r}")
     loaded = load_run(run, device=device)
     folder = str(zoo if zoo is not None else loaded.config.zoo)
     train = load_zoo(folder, "train", skip_bad=skip_bad).to(device)
     data = dataset_of(folder, train.architecture)
-    rows = best_rows(train, anchors)
+    source = Source.of(loaded.autoencoder, train, data, anchors)
     with region("generate"), torch.no_grad():
-        weights, drawn = _decode(loaded.autoencoder, train.weights[rows], samples, bandwidth, seed)
-        of = rows[drawn.cpu()].tolist()
-        properties = {
-            "model": tuple(range(samples)),
-            "anchor": tuple(train.properties["model"][j] for j in of),
-            "anchor_epoch": tuple(train.properties["epoch"][j] for j in of),
-            **{f"{name}_acc": _accuracy(weights, data, name, train) for name in ("val", "test")},
-            "novelty": tuple(nearest(weights, train.weights).tolist()),
-        }
-    population = Population(train.architecture, weights.cpu(), properties)
+        generator = torch.Generator().manual_seed(seed)
+        weights, of = source.sample(
+            samples, generator, sampler=sampler, bandwidth=bandwidth, select=select, candidates=candidates, rounds=rounds
+        )
+        tuned = fine_tune(Population(train.architecture, weights), data, epochs=finetune, seed=seed) if finetune else None
+        weights = weights if tuned is None else tuned.weights.to(device)
+        population = Population(train.architecture, weights.cpu(), _properties(source, weights, samples, of))
     if out is not None:
-        settings = {"bandwidth": bandwidth, "anchors": anchors, "seed": seed}
+        settings = {"sampler": sampler, "bandwidth": bandwidth, "anchors": anchors, "select": select, "finetune": finetune, "seed": seed}
+        settings |= {} if select == "none" else {"candidates": candidates or 4 * samples, "rounds": rounds}
         provenance = {"made_by": "wslfast.generate", "run": str(run), "zoo": folder, **settings}
-        save_zoo(population, out, splits=["test"] * samples, provenance=provenance)
+        save_zoo(population, out, splits=["test"] * len(population), provenance=provenance)
     return population
 
 
-def _decode(code: Autoencoder, anchors: Tensor, samples: int, bandwidth: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Weights ``[samples, P]`` and the anchor of each."""
-    place = layout(code.layout.architecture, code.layout.token_size)
-    latents = torch.cat([code.encode(place.tokenize(part).tokens).float() for part in anchors.split(256)])
-    drawn, of = sample_latents(latents, samples, bandwidth, torch.Generator().manual_seed(seed))
-    return torch.cat([place.detokenize(code.decode(part).float()) for part in drawn.split(256)]), of
-
-
-def _accuracy(weights: Tensor, data: Dataset, split: str, like: Population) -> tuple[float, ...]:
-    images, labels = (t.to(weights.device) for t in data.split(split))
-    right = torch.zeros(len(weights), device=weights.device)
-    for queries, target in zip(images.split(256), labels.split(256)):
-        right += (engine.forward(weights, queries, like.architecture).argmax(-1) == target).sum(1)
-    return tuple((right / len(labels)).tolist())
+def _properties(source: Source, weights: Tensor, samples: int, of: Tensor | None) -> dict[str, tuple[Any, ...]]:
+    """The table of :func:`generate`; ``weights`` holds ``samples`` models, each at as many epochs as divide it."""
+    train, epochs = source.train, len(weights) // samples
+    anchors = [None] * samples if of is None else of.tolist()
+    test = source.outputs(weights, "test")
+    return {
+        "model": tuple(j for j in range(samples) for _ in range(epochs)),
+        "epoch": tuple(e for _ in range(samples) for e in range(epochs)),
+        **{
+            name: tuple(None if j is None else train.properties[column][j] for j in anchors for _ in range(epochs))
+            for name, column in (("anchor", "model"), ("anchor_epoch", "epoch"))
+        },
+        "val_acc": tuple(source.accuracy(weights, "val").tolist()),
+        "test_acc": tuple(accuracy(test, source.data.split("test")[1]).tolist()),
+        "novelty": tuple(nearest(weights, train.weights).tolist()),
+        "novelty_behavior": tuple(behavioral_novelty(test.argmax(-1), source.train_classes).tolist()),
+    }

@@ -22,6 +22,7 @@ from ..kernels.reference import criterion_values
 Groups = Union[Sequence[Hashable], Tensor]
 
 _IMAGES = 1024  # queries per forward: bounds the activations, whatever the test set's size
+_GAPS = ("behavior_mse", "output_l2", "softmax_l2")  # distances between outputs, in the order of _behavior
 _SPREAD = ("mean", "median", "std", "p20", "p80")
 
 
@@ -47,6 +48,8 @@ class Reconstruction:
         explained_variance: 1 - squared distance / the originals' mean squared distance from their mean, so that the mean over
             models is the share of the population's variance kept; NaN if the originals do not vary.
         behavior_mse: 1/(2n) sum_i ||f_rec(x_i) - f_orig(x_i)||^2 on raw outputs (arXiv 2503.17138, L_B of one model).
+        output_l2: 1/n sum_i ||f_rec(x_i) - f_orig(x_i)||, on raw outputs.
+        softmax_l2: the same on softmax outputs, 0 to sqrt(2) (the published comparison's first figure).
         images: n, images that everything was measured on.
         non_finite: models whose reconstruction is non-finite.
         non_finite_original: models left out because their original is.
@@ -63,6 +66,8 @@ class Reconstruction:
     l2_relative: Tensor
     explained_variance: Tensor
     behavior_mse: Tensor
+    output_l2: Tensor
+    softmax_l2: Tensor
     images: int
     non_finite: int
     non_finite_original: int
@@ -78,10 +83,10 @@ class Reconstruction:
         """JSON-able figures over models. Flat keys are means, except ``accuracy_change`` and ``accuracy_change_abs``: medians
         of the per-model signed and absolute change. ``spread`` holds mean, median, std and the 20th and 80th percentile of
         every metric. Undefined values are left out; what has none is None. No best-of anywhere."""
-        spread = {name: _spread(values) for name, values in self.metrics().items()}
+        spread = {name: spread_of(values) for name, values in self.metrics().items()}
         flat = {name: figures["mean"] for name, figures in spread.items()}
         flat["accuracy_change"] = spread["accuracy_change"]["median"]
-        flat["accuracy_change_abs"] = _spread(self.accuracy_change.abs())["median"]
+        flat["accuracy_change_abs"] = spread_of(self.accuracy_change.abs())["median"]
         counts = {"n_models": len(self), "n_images": self.images, "non_finite": self.non_finite}
         return {**flat, **counts, "non_finite_original": self.non_finite_original, "spread": spread}
 
@@ -125,13 +130,13 @@ def compare(
             _behavior(original[b], reconstructed[b], images, None if targets is None else targets[b], architecture, backend)
             for b in _blocks(len(original), block)
         ]
-        classes_o, classes_r, finite_o, finite_r, mse = (torch.cat(parts) for parts in zip(*runs))
+        classes_o, classes_r, finite_o, finite_r, gaps = (torch.cat(parts) for parts in zip(*runs))
         agreement, others, identified = _agreement(classes_o, classes_r, ids, finite_o, architecture.num_classes, block)
         l2, norm, energy = _distances(original, reconstructed, finite_o, block)
         accuracy_o = (classes_o == labels).double().mean(1)
         accuracy_r = (classes_r == labels).double().mean(1)
-    nan = torch.full_like(mse, float("nan"))
-    l2, mse = torch.where(finite_r, l2, nan), torch.where(finite_r, mse, nan)
+    nan = torch.full_like(l2, float("nan"))
+    l2, gaps = torch.where(finite_r, l2, nan), torch.where(finite_r.unsqueeze(1), gaps, nan.unsqueeze(1))
     values = {
         "accuracy_original": accuracy_o,
         "accuracy_reconstructed": accuracy_r,
@@ -143,7 +148,7 @@ def compare(
         "l2_masked": l2,
         "l2_relative": torch.where(norm > 0, l2 / norm, nan),
         "explained_variance": 1 - l2.square() / energy if energy > 0 else nan,
-        "behavior_mse": mse,
+        **dict(zip(_GAPS, gaps.unbind(1))),
     }
     return Reconstruction(
         **{name: torch.where(finite_o, value, nan).cpu() for name, value in values.items()},
@@ -160,12 +165,12 @@ def _blocks(count: int, size: int) -> Iterator[slice]:
 def _behavior(
     original: Tensor, reconstructed: Tensor, images: Tensor, targets: Tensor | None, architecture: Architecture, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Classes chosen ``[b, n]`` by originals and reconstructions, which of each are finite ``[b]``, and their L_B ``[b]``.
+    """Classes chosen ``[b, n]`` by originals and reconstructions, which of each are finite ``[b]``, and ``_GAPS`` ``[b, 3]``.
 
     The classes of a non-finite model are -1 (original) and -2 (reconstruction): right nowhere, equal to nobody's.
     """
     finite_o, finite_r = original.isfinite().all(1), reconstructed.isfinite().all(1)
-    mse = torch.zeros(len(original), dtype=torch.float64, device=original.device)
+    gaps = torch.zeros(len(original), len(_GAPS), dtype=torch.float64, device=original.device)
     classes: tuple[list[Tensor], list[Tensor]] = ([], [])
     for part in _blocks(len(images), _IMAGES):
         if targets is None:
@@ -176,12 +181,14 @@ def _behavior(
         finite_o &= outputs_o.isfinite().all(-1).all(-1)
         finite_r &= outputs_r.isfinite().all(-1).all(-1)
         share = outputs_o.shape[1] / len(images)
-        mse += criterion_values(outputs_r.double(), outputs_o.double(), "mse") * share
+        o, r = outputs_o.double(), outputs_r.double()
+        far = [(a - b).norm(dim=-1).mean(1) for a, b in ((r, o), (r.softmax(-1), o.softmax(-1)))]
+        gaps += torch.stack([criterion_values(r, o, "mse"), *far], 1) * share
         for chosen, outputs in zip(classes, (outputs_o, outputs_r)):
             chosen.append(outputs.argmax(-1).to(torch.int16 if architecture.num_classes <= 32_767 else torch.int32))
     classes_o = torch.cat(classes[0], 1).masked_fill_(~finite_o.unsqueeze(1), -1)
     classes_r = torch.cat(classes[1], 1).masked_fill_(~finite_r.unsqueeze(1), -2)
-    return classes_o, classes_r, finite_o, finite_r, mse
+    return classes_o, classes_r, finite_o, finite_r, gaps
 
 
 def _agreement(
@@ -231,7 +238,7 @@ def _distances(original: Tensor, reconstructed: Tensor, finite_o: Tensor, block:
     return l2, norm, energy
 
 
-def _spread(values: Tensor) -> dict[str, float | None]:
+def spread_of(values: Tensor) -> dict[str, float | None]:
     """Mean, median, std (of a sample; None for one value) and 20th and 80th percentile of the values that are defined."""
     kept = values[values.isfinite()]
     if len(kept) == 0:

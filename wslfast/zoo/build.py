@@ -88,7 +88,9 @@ def build_zoo(
     with region("dataset"):
         architecture, data = _matched(dataset, architecture, root)
     with _bar(progress, kept[-1] * math.ceil(len(data.train_labels) / batch_size)) as advance:
-        population, dropped = _sound(_train(architecture, data, cells, kept, batch_size, where, advance))
+        with region("initialise"):
+            weights = architecture.initial_weights([c.init_type for c in cells], [c.seed for c in cells]).to(where)
+        population, dropped = _sound(_train(weights, architecture, data, cells, kept, batch_size, advance))
     table = population.properties
     population = Population(architecture, population.weights, {**table, "split": plan.assign(table["model"])})
     if out is not None:
@@ -102,6 +104,32 @@ def build_zoo(
         }  # fmt: skip
         save_zoo(population, out, splits=plan, provenance=provenance, overwrite=overwrite)
     return population
+
+
+def fine_tune(
+    population: Population, data: Dataset, *, epochs: int = 5, lr: float = 5e-4, weight_decay: float = 5e-4, batch_size: int = 64,
+    seed: int = 0,
+) -> Population:  # fmt: skip
+    """Train every model of a population further on a data set's training images, all at once (the defaults are the published ones).
+
+    Args:
+        population: where training starts; its architecture is a plain chain of layers.
+        seed: model j's batches are drawn from seed + j.
+
+    Returns:
+        ``k * (epochs + 1)`` rows, model-major, epoch 0 (the weights as given) to the last, with the properties that
+        :func:`build_zoo` measures: model (0 to k - 1), epoch, train_acc, val_acc, test_acc, ggap, train_loss, ... Nothing is dropped:
+        a model that diverges stays, with the accuracy it has.
+
+    Raises:
+        WslfastError: for arguments that do not fit one another.
+    """
+    require(type(epochs) is int and epochs > 0, f"epochs: expected a positive integer, got {epochs!r}")
+    require(type(batch_size) is int and batch_size > 0, f"batch_size: expected a positive integer, got {batch_size!r}")
+    _matched(data, population.architecture)
+    cells = [Cell("given", lr, weight_decay, seed + j) for j in range(len(population))]
+    weights = population.weights.clone()  # trained in place
+    return _train(weights, population.architecture, data, cells, tuple(range(epochs + 1)), batch_size, lambda *_: None)
 
 
 def default_keep(epochs: int) -> tuple[int, ...]:
@@ -195,13 +223,12 @@ def batch_generator(seed: int) -> torch.Generator:
 
 
 def _train(
-    architecture: Architecture, data: Dataset, cells: Sequence[Cell], kept: Sequence[int], batch_size: int, device: torch.device,
+    weights: Tensor, architecture: Architecture, data: Dataset, cells: Sequence[Cell], kept: Sequence[int], batch_size: int,
     advance: Callable[[int, int, Tensor], None],
 ) -> Population:  # fmt: skip
-    """Every kept checkpoint, ``k * len(kept)`` rows, model-major, with what was measured."""
-    k, n = len(cells), len(data.train_labels)
-    with region("initialise"):
-        weights = architecture.initial_weights([c.init_type for c in cells], [c.seed for c in cells]).to(device)
+    """Train ``weights [k, P]`` in place, on their device: every kept checkpoint, ``k * len(kept)`` rows, model-major, with what was
+    measured."""
+    k, n, device = len(cells), len(data.train_labels), weights.device
     adam = StackedAdam(weights, [c.lr for c in cells], [c.weight_decay for c in cells])
     generators = [batch_generator(c.seed) for c in cells]
     resident = {}

@@ -1,0 +1,191 @@
+"""Samplers of latents against scikit-learn, closed forms and properties; selection against sorting by hand."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from wslfast.downstream.sampling import SAMPLERS, LatentDensity, between_neighbours, bootstrapped, draw, subsampled, uniform_box
+from wslfast.errors import WslfastError
+
+
+def _generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _anchors(m: int = 7, seed: int = 1) -> Tensor:
+    return torch.randn(m, 3, 2, generator=_generator(seed), dtype=torch.float64) * torch.tensor([1.0, 5.0], dtype=torch.float64)
+
+
+def _pieces(latents: Tensor, mode: str) -> list[Tensor]:
+    """What one kernel covers: ``[n, d]`` each."""
+    if mode == "joint":
+        return [latents.flatten(1)]
+    if mode == "token":
+        return list(latents.unbind(1))
+    return [column.unsqueeze(1) for column in latents.flatten(1).unbind(1)]
+
+
+@pytest.mark.parametrize("mode", ["joint", "token", "individual"])
+@pytest.mark.parametrize("bandwidth", [0.05, 0.7])
+def test_density_equals_sklearn(mode: str, bandwidth: float) -> None:
+    neighbors = pytest.importorskip("sklearn.neighbors")
+    anchors, points = _anchors(), _anchors(5, seed=2)
+    density = LatentDensity(anchors, bandwidth, mode, torch.ones_like(anchors[0])).log_density(points)
+    expected = sum(
+        torch.as_tensor(neighbors.KernelDensity(bandwidth=bandwidth).fit(a.numpy()).score_samples(p.numpy()))
+        for a, p in zip(_pieces(anchors, mode), _pieces(points, mode), strict=True)
+    )
+    torch.testing.assert_close(density, expected, rtol=1e-9, atol=1e-9)
+    # in units of the anchors' deviation: the same density of standardised latents, less the volume that standardising takes away
+    scale = anchors.std(0, unbiased=False)
+    scaled = LatentDensity(anchors, bandwidth, mode).log_density(points)
+    expected = sum(
+        torch.as_tensor(neighbors.KernelDensity(bandwidth=bandwidth).fit(a.numpy()).score_samples(p.numpy()))
+        for a, p in zip(_pieces(anchors / scale, mode), _pieces(points / scale, mode), strict=True)
+    )
+    torch.testing.assert_close(scaled, expected - scale.log().sum(), rtol=1e-9, atol=1e-9)
+
+
+def test_density_far_away_does_not_lose_its_digits() -> None:
+    anchors = torch.zeros(1, 1, 2, dtype=torch.float64) + 1e6
+    density = LatentDensity(anchors, 1.0, scale=torch.ones(1, 2, dtype=torch.float64)).log_density(anchors + 1e-3)
+    assert density.item() == pytest.approx(-math.log(2 * math.pi) - 1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("mode", ["joint", "token", "individual"])
+def test_samples_come_from_the_density(mode: str) -> None:
+    """Mean and covariance of the mixture, in closed form; numbers that share a kernel keep the anchors' covariance, others lose it."""
+    anchors, n = _anchors(), 40_000
+    latents, of = LatentDensity(anchors, 0.5, mode).sample(n, _generator())
+    assert (of is not None) == (mode == "joint")
+    flat = anchors.flatten(1)
+    covariance = torch.cov(flat.T, correction=0)
+    token = torch.arange(6) // 2
+    together = {"joint": torch.ones(6, 6), "token": (token[:, None] == token).double(), "individual": torch.eye(6)}[mode]
+    expected = covariance * together + torch.diag(0.25 * covariance.diagonal())
+    found = latents.flatten(1)
+    unit = covariance.diagonal().sqrt()
+    assert ((found.mean(0) - flat.mean(0)) / unit).abs().max() < 0.03
+    assert ((torch.cov(found.T) - expected) / torch.outer(unit, unit)).abs().max() < 0.04
+
+
+def test_without_bandwidth_samples_are_anchors_piece_by_piece() -> None:
+    anchors = _anchors()
+    latents, of = LatentDensity(anchors, 0.0).sample(50, _generator())
+    assert torch.equal(latents, anchors[of])
+    by_token, _ = LatentDensity(anchors, 0.0, "token").sample(50, _generator())
+    assert all(any(torch.equal(row[t], a[t]) for a in anchors) for row in by_token for t in range(3))
+    assert not all(any(torch.equal(row, a) for a in anchors) for row in by_token)
+    by_number, _ = LatentDensity(anchors, 0.0, "individual").sample(50, _generator())
+    assert bool((by_number.unsqueeze(1) == anchors).any(1).all())
+
+
+def test_numbers_that_do_not_vary_get_no_noise_and_do_not_count() -> None:
+    anchors = _anchors()
+    anchors[:, 1, 0] = 2.5
+    density = LatentDensity(anchors, 0.5)
+    latents, _ = density.sample(20, _generator())
+    assert bool((latents[:, 1, 0] == 2.5).all())
+    kept = torch.tensor([0, 1, 3, 4, 5])
+    fewer = LatentDensity(anchors.flatten(1)[:, kept].unsqueeze(2), 0.5).log_density(latents.flatten(1)[:, kept].unsqueeze(2))
+    torch.testing.assert_close(density.log_density(latents), fewer)
+
+
+def test_uniform_fills_the_box_and_no_more() -> None:
+    anchors = _anchors()
+    latents = uniform_box(anchors, 20_000, _generator())
+    low, high = anchors.amin(0), anchors.amax(0)
+    share = (latents - low) / (high - low)
+    assert float(share.min()) >= 0
+    assert float(share.max()) <= 1
+    assert (share.mean(0) - 0.5).abs().max() < 0.02
+    assert (share.var(0) - 1 / 12).abs().max() < 0.01
+
+
+def test_neighbours_are_joined_to_the_nearest() -> None:
+    anchors = torch.tensor([0.0, 1.0, 10.0, 12.0], dtype=torch.float64).view(4, 1, 1)
+    latents, of = between_neighbours(anchors, 400, _generator(), neighbours=1)
+    nearest = {0: 1, 1: 0, 2: 3, 3: 2}
+    for z, a in zip(latents.flatten().tolist(), of.tolist(), strict=True):
+        low, high = sorted((float(anchors[a]), float(anchors[nearest[a]])))
+        assert low <= z <= high
+    assert set(of.tolist()) == {0, 1, 2, 3}
+    with pytest.raises(WslfastError, match="at least two"):
+        between_neighbours(anchors[:1], 1, _generator())
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_one_generator_for_everything(sampler: str) -> None:
+    anchors = _anchors().float()
+    a, _ = draw(anchors, 5, _generator(3), sampler=sampler)
+    b, _ = draw(anchors, 5, _generator(3), sampler=sampler)
+    c, _ = draw(anchors, 5, _generator(4), sampler=sampler)
+    assert a.dtype == torch.float32
+    assert a.shape == (5, 3, 2)
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+
+
+def _score(latents: Tensor) -> Tensor:
+    return -latents.flatten(1).norm(dim=1)
+
+
+def test_subsampling_keeps_the_best_sorted() -> None:
+    anchors = _anchors()
+    kept = subsampled(anchors, 4, _generator(), _score, candidates=30, bandwidth=0.3)
+    every, of = draw(anchors, 30, _generator(), bandwidth=0.3)
+    order = sorted(range(30), key=lambda i: -float(_score(every)[i]))[:4]
+    assert torch.equal(kept.latents, every[order])
+    assert kept.anchors is not None
+    assert torch.equal(kept.anchors, of[order])
+    assert torch.equal(kept.scores, _score(kept.latents))
+    assert kept.drawn == 30
+
+
+def test_scores_that_are_not_numbers_are_last() -> None:
+    kept = subsampled(_anchors(), 3, _generator(), lambda z: torch.where(torch.arange(len(z)) < 5, math.nan, 1.0), candidates=8)
+    assert kept.scores.tolist() == [1.0, 1.0, 1.0]
+
+
+def test_bootstrapping_improves_and_returns_its_best_sorted() -> None:
+    anchors = _anchors(20)
+    seen: list[Tensor] = []
+
+    def score(latents: Tensor) -> Tensor:
+        seen.append(latents)
+        return _score(latents)
+
+    one = subsampled(anchors, 5, _generator(), _score, candidates=20, bandwidth=0.3)
+    many = bootstrapped(anchors, 5, _generator(), score, candidates=20, rounds=4, bandwidth=0.3)
+    assert len(seen) == 4
+    assert many.drawn == 80
+    everything = torch.cat([_score(z) for z in seen])
+    assert torch.equal(many.scores, everything.sort(descending=True).values[:5])  # survivors compete on: nothing good is lost
+    assert float(many.scores[0]) > float(one.scores[0])
+    # the kernel of later rounds keeps the unit of the first anchors
+    spread = (seen[-1] - seen[-1].mean(0)).flatten(1).std(0)
+    assert bool((spread > 0.25 * anchors.flatten(1).std(0, unbiased=False)).all())
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda a: LatentDensity(a, -1.0), "bandwidth"),
+        (lambda a: LatentDensity(a, float("nan")), "bandwidth"),
+        (lambda a: LatentDensity(a, 0.1, "row"), "mode"),
+        (lambda a: LatentDensity(a[:0], 0.1), "anchors"),
+        (lambda a: LatentDensity(a, 0.0).log_density(a), "bandwidth: 0 has no density"),
+        (lambda a: draw(a, 1, _generator(), sampler="kde"), "sampler"),
+        (lambda a: subsampled(a, 5, _generator(), _score, candidates=4), "candidates"),
+        (lambda a: bootstrapped(a, 5, _generator(), _score, candidates=5, rounds=0), "rounds"),
+    ],
+    ids=["negative", "nan", "mode", "none", "zero", "sampler", "candidates", "rounds"],
+)
+def test_wrong_arguments_are_named(call: Any, words: str) -> None:
+    with pytest.raises(WslfastError, match=words):
+        call(_anchors())
