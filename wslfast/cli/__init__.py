@@ -1,4 +1,4 @@
-"""The shell: ``wslfast zoo build | import | export | show, train | evaluate | generate | demo | info``."""
+"""The shell: ``wslfast zoo build | import | export | show, train | evaluate | generate | queries | ablate | gradients | demo | info``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import tyro
 from .. import __version__
 from ..errors import WslfastError
 from ..training import TrainConfig
+from .analysis import Ablate, Gradients, Queries
 from .console import console, show
 from .downstream import Demo, Evaluate, Generate
 from .training import Train
@@ -61,6 +62,9 @@ def _commands(argv: Sequence[str]) -> Any:
         Annotated[Train, tyro.conf.subcommand("train", **options)],
         Annotated[Evaluate, tyro.conf.subcommand("evaluate")],
         Annotated[Generate, tyro.conf.subcommand("generate")],
+        Annotated[Queries, tyro.conf.subcommand("queries")],
+        Annotated[Ablate, tyro.conf.subcommand("ablate")],
+        Annotated[Gradients, tyro.conf.subcommand("gradients")],
         Annotated[Demo, tyro.conf.subcommand("demo")],
         Annotated[Info, tyro.conf.subcommand("info")],
     ]
