@@ -122,7 +122,8 @@ def _run(trainer: Trainer, out: Path, log: RunLog, recorder: Recorder | None, st
     while not last:
         parts = trainer.step()
         step = trainer.step_index
-        last = step == config.steps or (stop is not None and stop(step))
+        stopped = stop is not None and stop(step)  # asked at the last step, too: it may keep count
+        last = stopped or step == config.steps
         if last or step % config.log_every == 0 or step == 1:
             values = _values(parts, trainer.world)  # synchronises: on log steps only
             if not abs(values["loss"]) < float("inf"):
