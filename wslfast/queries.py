@@ -213,7 +213,7 @@ def load_queries(path: str | Path, architecture: Architecture) -> Tensor:
     try:
         with np.load(path, allow_pickle=False) as file:
             found = file["queries"] if isinstance(file, np.lib.npyio.NpzFile) and "queries" in file.files else None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError) as error:
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, KeyError) as error:
         raise WslfastError(f"{expected}, got {type(error).__name__}: {error}") from None
     require(found is not None, f"{expected}, got a file without it")
     assert found is not None
