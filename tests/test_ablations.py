@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ def test_half_written_figures_are_measured_again_without_training(tmp_path: Path
     ablation = Ablation.from_toml(write(tmp_path / "a.toml", zoo, "[axis]\nbeta = [1.0]", seeds="[0]"))
     rows = run_ablation(ablation, tmp_path)
     (cell,) = (tmp_path / "cells").iterdir()
-    (cell / "figures.json").write_text('{"figures": {"agree')
+    (cell / "figures-test.json").write_text('{"figures": {"agree')
     before = (cell / "checkpoint" / "state.pt").read_bytes()
     again = run_ablation(ablation, tmp_path)
     assert (cell / "checkpoint" / "state.pt").read_bytes() == before
@@ -137,11 +138,11 @@ def test_whatever_changes_a_result_changes_the_cell(tmp_path: Path, zoo: Path) -
         return ablations._key(digest, system, config, ablation)
 
     first = key()
-    assert first == key() == key("[variants.a]\nbeta = 0.1\nlog_every = 7\ncheckpoint_every = 1") == key("[variants.b]\n[variants.a]\nbeta = 0.1")
+    assert first == key() == key(top='split = "val"') == key("[variants.a]\nbeta = 0.1\nlog_every = 7\ncheckpoint_every = 1") == key("[variants.b]\n[variants.a]\nbeta = 0.1")
     images = tmp_path / "q.npz"
     images.write_bytes(b"one")
     others = [
-        key("[variants.a]\nbeta = 0.2"), key(top='split = "val"'), key(top="seconds = 2"), key(top='seconds = 2\nclock = "process"'),
+        key("[variants.a]\nbeta = 0.2"), key(top="seconds = 2"), key(top='seconds = 2\nclock = "process"'),
         key(digest="y"), key(seed=1), key('[variants.a]\nbeta = 0.1\nsemantics = "published"'),
         key(f'[variants.a]\nbeta = 0.1\nquery_set = "{images}"'),
     ]  # fmt: skip
@@ -176,6 +177,20 @@ def test_seeds_are_paired(tmp_path: Path, zoo: Path) -> None:
     assert all(r["mean"] == 1.0 for r in rows if r["metric"] == "agreement")  # that system copies
 
 
+def test_one_training_serves_validation_and_test_models(tmp_path: Path, zoo: Path) -> None:
+    log: list[tuple[str, int]] = []
+    ablation = Ablation.from_toml(write(tmp_path / "a.toml", zoo, "[axis]\nbeta = [0.1]", seeds="[0]"))
+    chosen = run_ablation(replace(ablation, split="val"), tmp_path, systems={"core": counted(log)})
+    (cell,) = (tmp_path / "cells").iterdir()
+    before = (cell / "checkpoint" / "state.pt").stat().st_mtime_ns
+    rows = run_ablation(ablation, tmp_path)
+    assert (cell / "checkpoint" / "state.pt").stat().st_mtime_ns == before
+    figures = [{r["metric"]: r["mean"] for r in t} for t in (chosen, rows)]
+    assert figures[0]["seconds"] == figures[1]["seconds"] > 0
+    assert figures[0]["accuracy_original"] != figures[1]["accuracy_original"]
+    assert read_rows(tmp_path / "ablations-val.csv") != read_rows(tmp_path / "ablations.csv")
+
+
 # -- equal time ----------------------------------------------------------------------------------------------------------
 
 
@@ -189,7 +204,7 @@ def test_a_budget_of_seconds_stops_a_run(tmp_path: Path, zoo: Path, monkeypatch:
     assert [r["mean"] for r in rows if r["metric"] == "seconds"] == [5, 5]
     cells = list((tmp_path / "cells").iterdir())
     assert all(load_run(c).step == 5 for c in cells)
-    (cells[0] / "figures.json").unlink()  # killed between training and measuring: nothing is left to spend
+    (cells[0] / "figures-test.json").unlink()  # killed between training and measuring: nothing is left to spend
     run_ablation(Ablation.from_toml(file), tmp_path)
     assert load_run(cells[0]).step == 5
 
@@ -197,12 +212,12 @@ def test_a_budget_of_seconds_stops_a_run(tmp_path: Path, zoo: Path, monkeypatch:
 def test_the_clock_goes_on_where_a_killed_cell_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setitem(ablations._CLOCKS, "wall", lambda: now[0])
-    first = Stop(tmp_path, "wall", 10.0, 2)
+    first = Stop(tmp_path, "wall", 10.0, 2, 99)
     for step in (1, 2, 3):
         now[0] += 2
         assert not first(step)
     now[0] += 1000  # nobody works
-    second = Stop(tmp_path, "wall", 10.0, 2)
+    second = Stop(tmp_path, "wall", 10.0, 2, 99)
     assert second.resume(2)
     assert second.seconds == 4  # step 3 was not in a checkpoint
     answers = []
@@ -210,7 +225,7 @@ def test_the_clock_goes_on_where_a_killed_cell_stopped(tmp_path: Path, monkeypat
         now[0] += 2
         answers.append(second(step))
     assert answers == [False, False, True]
-    assert not Stop(tmp_path, "wall", 10.0, 2).resume(5)
+    assert not Stop(tmp_path, "wall", 10.0, 2, 99).resume(5)
 
 
 # -- files ---------------------------------------------------------------------------------------------------------------
@@ -299,7 +314,7 @@ def published(tmp_path: Path, zoo: Path, out: str, **changes: Any) -> tuple[Cell
               "latent": 4, "start": "random", "checkpoint_every": 2, "lr": 1e-3}  # fmt: skip
     config = TrainConfig(**(values | changes))
     images = torch.randn(20, 1, 28, 28, generator=torch.Generator().manual_seed(0))
-    return Cell(config, load_zoo(zoo, "train"), images, Stop(Path(config.out), "wall", None, 2)), systems()
+    return Cell(config, load_zoo(zoo, "train"), images, Stop(Path(config.out), "wall", None, 2, config.steps)), systems()
 
 
 @pytest.mark.parametrize("semantics", ["published", "corrected"])

@@ -126,7 +126,7 @@ def test_files_go_round_and_bad_ones_are_named(tmp_path: Path) -> None:
     images = torch.randn(4, 16)
     save_queries(tmp_path / "a.npz", images)
     assert torch.equal(load_queries(tmp_path / "a.npz", MLP), images)
-    with pytest.raises(WslfastError, match="a.npz"):
+    with pytest.raises(WslfastError, match=r"a\.npz"):
         load_queries(tmp_path / "a.npz", CNN)
     with pytest.raises(WslfastError, match="ending in"):
         save_queries(tmp_path / "a.npy", images)

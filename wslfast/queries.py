@@ -18,7 +18,7 @@ from .errors import WslfastError, describe, require
 from .population import Population
 
 SYNTHETIC = ("uniform", "noise", "smooth", "strokes", "blend", "optimised")
-_JUDGES = 48  # models that have to disagree
+_JUDGES = 24  # models that have to disagree
 _ASCENT = 64  # images optimised at a time
 
 
@@ -105,7 +105,7 @@ class TargetCache:
 
 
 def synthetic_queries(
-    kind: str, n: int, architecture: Architecture, *, population: Population | None = None, steps: int = 20, seed: int = 0
+    kind: str, n: int, architecture: Architecture, *, population: Population | None = None, steps: int = 12, seed: int = 0
 ) -> Tensor:
     """Query images made without any data set: ``[n, *architecture.input_shape]`` float32 on the CPU.
 
@@ -131,7 +131,7 @@ def synthetic_queries(
     require(len(population) >= 2, f"population: expected at least 2 models, got {len(population)}")
     rows = torch.randperm(len(population), generator=generator)[:_JUDGES].sort().values
     weights = population.weights[rows.to(population.weights.device)]
-    parts = [_images.draw(k, -(-4 * n // 3), architecture.input_shape, generator) for k in ("smooth", "strokes", "blend")]
+    parts = [_images.draw(k, n, architecture.input_shape, generator) for k in ("smooth", "strokes", "blend")]
     candidates = torch.cat(parts).to(weights.device)
     raised = torch.cat([_ascend(block, weights, architecture, steps) for block in candidates.split(_ASCENT)])
     return raised[distil(raised, weights, architecture, n)].cpu()

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from rich.table import Table
 
 from .. import queries
 from ..downstream.ablation_file import Ablation
-from ..downstream.ablations import over_seeds, run_ablation
+from ..downstream.ablations import over_seeds, rows_file, run_ablation
 from ..downstream.first_order import GradientSettings, analyse
 from ..errors import require
 from ..training.query_sets import query_images
@@ -29,7 +29,7 @@ class Queries:
     Kinds: data, val, test (the zoo's own images), uniform, noise, smooth, strokes, blend, optimised (made without any image of the
     zoo's), a file, or several joined by +.
 
-    Example: wslfast queries --zoo runs/zoo --kind optimised --n 256 --out runs/queries.npz
+    Example: wslfast queries --zoo runs/zoo --kind optimised --n 128 --out runs/queries.npz
     """
 
     zoo: str
@@ -38,8 +38,8 @@ class Queries:
     """The file to write, ending in .npz."""
     kind: str = "optimised"
     """What to make."""
-    n: int = 256
-    """Images of a synthetic set (at most 256 optimised ones)."""
+    n: int = 128
+    """Images of a synthetic set (at most 128 optimised ones)."""
     seed: int = 0
     """Seed of what is drawn."""
 
@@ -64,11 +64,15 @@ class Ablate:
     """Folder of rows, cells and, where the file describes one, the zoo."""
     zoo: str | None = None
     """Folder of a zoo to use instead of the file's."""
+    split: Literal["test", "val"] | None = None
+    """Whose models are measured, instead of the file's; val to choose by (rows go to ablations-val.csv). Nothing is trained twice."""
 
     def run(self) -> None:
         from ..sane.ablation import systems
 
         ablation = Ablation.from_toml(self.file)
+        if self.split is not None:
+            ablation = dataclasses.replace(ablation, split=self.split)
         say = lambda text: console.print(f"- {text}", soft_wrap=True)  # noqa: E731
         rows = run_ablation(ablation, self.out, zoo=self.zoo, systems=systems(), on_cell=say)
         table = Table(ablation.axis, box=None, pad_edge=False, header_style="bold")
@@ -78,7 +82,7 @@ class Ablate:
             cells = (metrics.get(m) for m in _SHOWN)
             table.add_row(variant, *("-" if c is None else f"{c[0]:.3f}" + (f" ± {c[1]:.3f}" if c[1] is not None else "") for c in cells))
         console.print(table)
-        rows_at = Path(self.out) / "ablations.csv"
+        rows_at = Path(self.out) / rows_file(ablation)
         console.print(f"means over models, mean ± standard deviation over seeds; rows in {rows_at}", soft_wrap=True)
 
 

@@ -58,8 +58,8 @@ class Stop:
     The count at every checkpoint is kept beside the run, so that one that was killed goes on with what was left then.
     """
 
-    def __init__(self, folder: Path, clock: str, budget: float | None, every: int) -> None:
-        self.path, self.clock, self.budget, self.every = folder / "clock.json", _CLOCKS[clock], budget, every
+    def __init__(self, folder: Path, clock: str, budget: float | None, every: int, steps: int) -> None:
+        self.path, self.clock, self.budget, self.every, self.steps = folder / "clock.json", _CLOCKS[clock], budget, every, steps
         self.seconds, self.last = 0.0, self.clock()
         try:
             self.known: dict[str, float] = json.loads(self.path.read_text())
@@ -68,14 +68,14 @@ class Stop:
 
     def resume(self, step: int) -> bool:
         """Go on from a checkpoint; whether there is anything left to spend."""
-        self.seconds = self.known.get(str(step), 0.0)
+        self.seconds, self.last = self.known.get(str(step), 0.0), self.clock()
         return self.budget is None or self.seconds < self.budget
 
     def __call__(self, step: int) -> bool:
         now = self.clock()
         self.seconds, self.last = self.seconds + now - self.last, now
         spent = self.budget is not None and self.seconds >= self.budget
-        if spent or step % self.every == 0:
+        if spent or step % self.every == 0 or step == self.steps:
             self.known[str(step)] = self.seconds
             write_text(self.path, json.dumps(self.known))
         return spent
@@ -97,7 +97,8 @@ def core(cell: Cell) -> Trained:
     """The system ``"core"``: :func:`wslfast.train`."""
     config, stop = cell.config, cell.stop
     there = checkpoint_path(config.out).exists()
-    if there and not stop.resume(load_checkpoint(config.out)["step"]):
+    left = not there or stop.resume(load_checkpoint(config.out)["step"])
+    if not left:
         run = load_run(config.out, device=config.device)
     else:
         run = train(config, resume=True, population=cell.zoo, images=cell.images, stop=stop)
@@ -109,7 +110,8 @@ def run_ablation(
     ablation: Ablation, out: str | Path, *, zoo: str | Path | None = None, systems: Mapping[str, System] | None = None,
     on_cell: Callable[[str], None] | None = None,
 ) -> list[Row]:  # fmt: skip
-    """Train and measure every cell that is not there yet; returns all rows and writes them to ``out/ablations.csv``.
+    """Train and measure every cell that is not there yet; returns all rows and writes them to ``out/ablations.csv``
+    (``ablations-val.csv`` for validation models, on validation images).
 
     Rows have :data:`COLUMNS`: median, mean and standard deviation over held-out models of every metric of
     :class:`~wslfast.downstream.Reconstruction`, for one variant and seed, and figures of the cell as a whole (``probe_r2`` of test
@@ -138,11 +140,17 @@ def run_ablation(
         key = _key(data.digest, system, config, ablation)
         place = out / "cells" / key
         if on_cell is not None:
-            on_cell(f"{number} of {len(cells)}: {name}, seed {seed}" + (" (done before)" if (place / "figures.json").exists() else ""))
+            done = " (done before)" if (place / _finished(ablation)).exists() else ""
+            on_cell(f"{number} of {len(cells)}: {name}, seed {seed}{done}")
         figures = _figures(place, known[system], config, ablation, data)
         rows += _rows(figures, ablation, data.name, name, seed)
-        _write(out / "ablations.csv", ablation.name, rows)
+        _write(out / rows_file(ablation), ablation.name, rows)
     return rows
+
+
+def rows_file(ablation: Ablation) -> str:
+    """``ablations.csv``, or ``ablations-val.csv`` for validation models."""
+    return "ablations.csv" if ablation.split == "test" else f"ablations-{ablation.split}.csv"
 
 
 def read_rows(path: str | Path) -> list[Row]:
@@ -198,21 +206,26 @@ def _key(zoo: str, system: str, config: TrainConfig, ablation: Ablation) -> str:
     if files:
         settings["query_set"] = "+".join(files.get(Path(name).name, name) for name in set_names(config.query_set))
     everything = {
-        "version": _VERSION, "zoo": zoo, "system": system, "config": settings, "split": ablation.split,
-        "seconds": ablation.seconds, "clock": ablation.clock if ablation.seconds is not None else None,
+        "version": _VERSION, "zoo": zoo, "system": system, "config": settings, "seconds": ablation.seconds,
+        "clock": ablation.clock if ablation.seconds is not None else None,
     }  # fmt: skip
     return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def _finished(ablation: Ablation) -> str:
+    """A cell's file of figures; one training serves validation models and test models."""
+    return f"figures-{ablation.split}.json"
+
+
 def _figures(place: Path, system: System, config: TrainConfig, ablation: Ablation, data: _Data) -> dict[str, dict[str, float | None]]:
-    finished = place / "figures.json"
+    finished = place / _finished(ablation)
     if finished.exists():
         try:
             return json.loads(finished.read_text())["figures"]
         except (OSError, ValueError, KeyError, TypeError):
             pass  # half a file, or another's: measured again from the run that is there
     config = TrainConfig.from_dict({**config.to_dict(), "out": str(place)})
-    stop = Stop(place, ablation.clock, ablation.seconds, config.checkpoint_every)
+    stop = Stop(place, ablation.clock, ablation.seconds, config.checkpoint_every, config.steps)
     train_models = data.splits["train"].to(config.device)
     images = query_images(config.query_set, data.folder, train_models, n=config.query_pool, seed=config.seed)
     trained = system(Cell(config, train_models, images, stop))

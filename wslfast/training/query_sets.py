@@ -15,7 +15,7 @@ from ..queries import SYNTHETIC, load_queries, synthetic_queries
 from ..zoo import MappedZoo, dataset_of
 
 DATA = {"data": "train", "val": "val", "test": "test"}
-OPTIMISED = 256  # images that an optimised set is distilled to
+OPTIMISED = 128  # images that an optimised set is distilled to
 _DISAGREE = 64  # models read for it
 
 
@@ -39,7 +39,7 @@ def query_images(
             (:func:`wslfast.queries.load_queries`); or several joined by ``+``, each cut to the size of the smallest.
         zoo: folder, for the images.
         source: the training models, for the architecture and for ``optimised``.
-        n: images of each synthetic set (of an optimised one at most 256).
+        n: images of each synthetic set (of an optimised one at most 128).
         seed: of what is drawn.
     """
     architecture = source.architecture
