@@ -13,7 +13,7 @@ from torch import Tensor
 
 from wslfast import Architecture, WslfastError, batched_behavioral_loss, build_zoo
 from wslfast.downstream.first_order import COLUMNS, GradientSettings, analyse, error_directions, sweep
-from wslfast.downstream.gradients import angle, directions, exact_spectrum, jacobian, model_function, spectrum
+from wslfast.downstream.gradients import angle, directions, exact_spectrum, jacobian, model_function, sensitive_directions, spectrum
 from wslfast.testing import oracle_loss, oracle_outputs
 from wslfast.training import TrainConfig, train
 
@@ -152,6 +152,19 @@ def test_error_directions(n: int) -> None:
     if n == 3:
         assert effect["bottom"] < 1e-10 * effect["top"]
     assert angle(found["reconstruction"], rebuilt - original) < 1e-5
+
+
+def test_sensitive_directions_exact_and_sketched() -> None:
+    original, _ = pair(MLP)
+    x = queries(MLP, 40)
+    j = jacobian(original, x, MLP)
+    dense = torch.linalg.eigvalsh(j.T @ j).flip(0)
+    for method in ("exact", "sketch"):
+        rows, whole = sensitive_directions(original, x, MLP, rank=5, method=method)
+        assert whole == (method == "exact")
+        torch.testing.assert_close(rows @ rows.T, torch.eye(len(rows), dtype=torch.float64))
+        torch.testing.assert_close((rows[:5] @ j.T).square().sum(1), dense[:5], rtol=1e-3, atol=0)
+    assert len(sensitive_directions(original, x, MLP, method="exact")[0]) == MLP.num_weights
 
 
 def test_a_sweep_measures_what_the_loss_is() -> None:

@@ -21,7 +21,7 @@ from ..training import load_run
 from ..training.query_sets import query_images
 from ..zoo import MappedZoo, dataset_of, load_zoo
 from .evaluation import reconstruct, write_json
-from .gradients import directions, jacobian, model_function, push, spectrum
+from .gradients import directions, model_function, push, sensitive_directions, spectrum
 
 COLUMNS = ("zoo", "variant", "seed", "metric", "median", "mean", "spread", "direction", "magnitude", "models")
 MAGNITUDES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
@@ -61,15 +61,15 @@ def error_directions(
 
     ``random``: Gaussian. ``layer``: Gaussian, each parameter tensor's part in proportion to that tensor's own norm. ``top`` and
     ``bottom``: a random mixture of the 16 leading eigenvectors of ``J^T J``, and a random vector freed of all that the queries
-    excite (with fewer outputs than weights; else of all but the weakest 16). ``reconstruction``: the error that was made.
+    excite (with fewer outputs than weights; else of all but the weakest 16; of a network too large for its Jacobian, of the leading
+    32). ``reconstruction``: the error that was made.
     """
     p = len(weights)
     size = weights.double().norm()
     noise = torch.randn(3, p, generator=generator, dtype=torch.float64)
     layer = torch.cat([noise[0, s.offset : s.stop] / noise[0, s.offset : s.stop].norm() * weights[s.offset : s.stop].double().norm()
                        for s in architecture.parameters])  # fmt: skip
-    j = jacobian(weights.double(), queries, architecture)
-    basis = torch.linalg.svd(j, full_matrices=False).Vh  # [min(nK, P), P], strongest first
+    basis, _ = sensitive_directions(weights, queries, architecture)
     top = noise[1, : min(_TOP, len(basis))] @ basis[:_TOP]
     strong = basis if len(basis) < p else basis[: max(0, p - _TOP)]
     bottom = noise[2] - strong.T @ (strong @ noise[2])

@@ -99,7 +99,7 @@ def spectrum(
     if method == "exact" or (method == "auto" and size <= EXACT):
         a, b = (jacobian(w.double(), queries, architecture) for w in (original, reconstructed))
         return exact_spectrum(a, b, len(queries))
-    forth, back = products(original, reconstructed, queries, architecture)
+    forth, back = products(original.double(), reconstructed.double(), queries, architecture)
     return _sketch(forth, back, architecture.num_weights, min(rank, architecture.num_weights), probes, seed)
 
 
@@ -163,16 +163,35 @@ def products(original: Tensor, reconstructed: Tensor, queries: Tensor, architect
 def _sketch(forth: Product, back: Product, p: int, rank: int, probes: int, seed: int) -> Spectrum:
     """Leading singular values by randomised subspace iteration (Halko et al. 2011); the rest by Hutchinson's estimator."""
     generator = torch.Generator().manual_seed(seed)
-    wide = min(p, rank + 8)
-    basis = torch.linalg.qr(forth(torch.randn(p, wide, generator=generator, dtype=torch.float64)))[0]
-    for _ in range(3):
-        basis = torch.linalg.qr(forth(torch.linalg.qr(back(basis))[0]))[0]
-    values = torch.linalg.svdvals(back(basis))[:rank]
+    values = torch.linalg.svdvals(back(_range(forth, back, p, rank, generator)))[:rank]
     signs = torch.randint(0, 2, (p, probes), generator=generator).double() * 2 - 1
     fv, ftv = forth(signs), back(signs)
     norm2 = float(fv.square().sum() / probes)
     asymmetry = ((fv - ftv).square().sum() / (fv.square().sum() + ftv.square().sum()) / 2).sqrt()
     return Spectrum(values, values.new_empty(0), float(asymmetry), float((signs * fv).sum() / probes), norm2**0.5, False)
+
+
+def _range(forth: Product, back: Product, p: int, rank: int, generator: torch.Generator) -> Tensor:
+    """Orthonormal columns ``[P, rank + 8]`` that nearly span F's leading left singular vectors, from a generator on the CPU."""
+    basis = torch.linalg.qr(forth(torch.randn(p, min(p, rank + 8), generator=generator, dtype=torch.float64)))[0]
+    for _ in range(3):
+        basis = torch.linalg.qr(forth(torch.linalg.qr(back(basis))[0]))[0]
+    return basis
+
+
+def sensitive_directions(
+    weights: Tensor, queries: Tensor, architecture: Architecture, *, rank: int = 32, method: str = "auto", seed: int = 0
+) -> tuple[Tensor, bool]:
+    """Eigenvectors of ``J^T J`` of one model ``[P]`` as orthonormal rows, strongest first, and whether these are all that differ from
+    zero: ``[min(nK, P), P]`` if exact, the leading ``[rank, P]`` if sketched. ``method`` as in :func:`spectrum`."""
+    _check(weights, queries, architecture)
+    p = architecture.num_weights
+    if method == "exact" or (method == "auto" and len(queries) * architecture.num_classes * p <= EXACT):
+        return torch.linalg.svd(jacobian(weights.double(), queries, architecture), full_matrices=False).Vh, True
+    forth, back = products(weights.double(), weights.double(), queries, architecture)
+    basis = _range(forth, back, p, min(rank, p), torch.Generator().manual_seed(seed))
+    mixed = torch.linalg.eigh(basis.T @ forth(basis)).eigenvectors.flip(1)
+    return (basis @ mixed).T[: min(rank, p)], False
 
 
 @dataclass(frozen=True, eq=False)
