@@ -101,12 +101,14 @@ class Gradients(GradientSettings):
     """Folder for the figures (default: RUN/gradients)."""
     zoo: str | None = None
     """Folder of the zoo (default: the one the run was trained on)."""
+    name: str | None = None
+    """What to call the run in the rows (default: its folder's name)."""
 
     def run(self) -> None:
         require(bool(self.run_folder), "run: expected the folder of a run (--run DIR)")
         settings = GradientSettings(**{f.name: getattr(self, f.name) for f in dataclasses.fields(GradientSettings)})
         out = Path(self.out) if self.out is not None else Path(self.run_folder) / "gradients"
-        rows = analyse(self.run_folder, out, settings, self.zoo)
+        rows = analyse(self.run_folder, out, settings, self.zoo, self.name)
         table = Table("at the reconstruction", "median", "mean", "spread", box=None, pad_edge=False, header_style="bold")
         for row in rows:
             if not row["direction"]:

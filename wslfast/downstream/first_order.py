@@ -105,11 +105,14 @@ def sweep(
     }  # fmt: skip
 
 
-def analyse(run: str | Path, out: str | Path, settings: GradientSettings = GradientSettings(), zoo: str | Path | None = None) -> list[Row]:
+def analyse(
+    run: str | Path, out: str | Path, settings: GradientSettings = GradientSettings(), zoo: str | Path | None = None,
+    name: str | None = None,
+) -> list[Row]:  # fmt: skip
     """Gradients, spectrum and sweeps at the reconstructions of a run's held-out models.
 
     Writes ``out/gradients.csv`` (:data:`COLUMNS`: median, mean and standard deviation over models) and ``out/gradients.json`` (every
-    model's figures and spectra, for plots). Returns the rows.
+    model's figures and spectra, for plots). Returns the rows. ``name`` is their variant, by default the run's folder.
 
     Raises:
         WslfastError: unreadable run or zoo, an empty split.
@@ -130,8 +133,7 @@ def analyse(run: str | Path, out: str | Path, settings: GradientSettings = Gradi
     models: list[dict[str, Any]] = []
     for row, theta, hat in zip(chosen.tolist(), weights, rebuilt, strict=True):
         models.append(_model(theta, hat, queries, images, labels, architecture, settings, generator) | {"row": row})
-    name = Path(run).name
-    rows = _rows(models, {"zoo": dataset.name, "variant": name, "seed": loaded.config.seed}, settings.magnitudes)
+    rows = _rows(models, {"zoo": dataset.name, "variant": name or Path(run).name, "seed": loaded.config.seed}, settings.magnitudes)
     text = io.StringIO()
     table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     table.writeheader()
