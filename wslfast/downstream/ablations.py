@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import io
 import json
 import statistics
 import time
@@ -29,6 +28,7 @@ from ..training.checkpoint import checkpoint_path, load_checkpoint
 from ..training.query_sets import query_images, set_names
 from ..zoo import Dataset, build_zoo, dataset_of, load_zoo, read_manifest
 from ..zoo.manifest import MANIFEST
+from ._rows import Row, write_rows
 from .ablation_file import Ablation, settings_of
 from .evaluation import embeddings, reconstruct, write_json
 from .probe import probe
@@ -38,8 +38,6 @@ COLUMNS = ("zoo", "variant", "seed", "metric", "median", "mean", "spread", "abla
 _VERSION = 1  # of what a cell is; part of its hash
 _NO_RESULT = ("zoo", "out", "log_every", "checkpoint_every", "memory_gb")  # settings that change no result
 _CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "process": time.process_time}
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -272,12 +270,7 @@ def _rows(figures: Mapping[str, Mapping[str, float | None]], ablation: Ablation,
 
 def _write(path: Path, name: str, rows: Sequence[Row]) -> None:
     others = [row for row in read_rows(path) if row["ablation"] != name] if path.exists() else []
-    text = io.StringIO()
-    table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    table.writeheader()
-    for row in (*others, *rows):
-        table.writerow({c: f"{v:.6g}" if isinstance(v, float) else "" if v is None else v for c, v in row.items()})
-    write_text(path, text.getvalue())
+    write_rows(path, COLUMNS, (*others, *rows))
 
 
 def _zoo(ablation: Ablation, out: Path, given: str | Path | None) -> Path:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._files import write_text
 from ..architecture import Architecture
 from ..behavior import batched_forward
 from ..errors import require
@@ -20,14 +17,13 @@ from ..kernels.reference import criterion_values
 from ..training import load_run
 from ..training.query_sets import query_images
 from ..zoo import MappedZoo, dataset_of, load_zoo
+from ._rows import Row, write_rows
 from .evaluation import reconstruct, write_json
 from .gradients import directions, model_function, push, sensitive_directions, spectrum
 
 COLUMNS = ("zoo", "variant", "seed", "metric", "median", "mean", "spread", "direction", "magnitude", "models")
 MAGNITUDES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 _TOP = 16  # eigenvectors that "top" mixes
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -134,11 +130,7 @@ def analyse(
     for row, theta, hat in zip(chosen.tolist(), weights, rebuilt, strict=True):
         models.append(_model(theta, hat, queries, images, labels, architecture, settings, generator) | {"row": row})
     rows = _rows(models, {"zoo": dataset.name, "variant": name or Path(run).name, "seed": loaded.config.seed}, settings.magnitudes)
-    text = io.StringIO()
-    table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    table.writeheader()
-    table.writerows({c: f"{v:.6g}" if isinstance(v, float) else "" if v is None else v for c, v in row.items()} for row in rows)
-    write_text(Path(out) / "gradients.csv", text.getvalue())
+    write_rows(Path(out) / "gradients.csv", COLUMNS, rows)
     facts = {"run": str(run), "zoo": folder, "architecture": architecture.name, "magnitudes": list(settings.magnitudes),
              "queries": settings.queries, "query_set": settings.query_set, "models": models}  # fmt: skip
     write_json(Path(out) / "gradients.json", facts)
