@@ -19,6 +19,7 @@ from wslfast.downstream.ablation_file import Ablation
 from wslfast.downstream.ablations import COLUMNS, Cell, Stop, Trained, over_seeds, read_rows, run_ablation
 from wslfast.sane.ablation import systems
 from wslfast.training import load_run
+from wslfast.training.query_sets import query_images
 
 BASE = "steps = 3\nbatch_size = 4\nqueries = 8\nd_model = 16\nheads = 2\nlayers = 1\nlatent = 4\ncheckpoint_every = 2\ngamma = 0.0\n"
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples" / "ablations").glob("*.toml"))
@@ -161,7 +162,7 @@ def test_seeds_are_paired(tmp_path: Path, zoo: Path) -> None:
     def system(cell: Cell) -> Trained:
         from wslfast.training.trainer import Trainer
 
-        trainer = Trainer(cell.config, cell.zoo, cell.images)
+        trainer = Trainer(cell.config, cell.zoo, query_images(cell.config.query_set, zoo, cell.zoo))
         drawn = [trainer.next_rows(), trainer.pool.draw(cell.config.queries, trainer.draws), trainer.pool.images]
         seen[f"{cell.config.beta} {cell.config.criterion}", cell.config.seed] = drawn
         return Trained(lambda w: w, lambda w: w[:, :2], 1, 1)
@@ -313,8 +314,7 @@ def published(tmp_path: Path, zoo: Path, out: str, **changes: Any) -> tuple[Cell
     values = {"zoo": str(zoo), "out": str(tmp_path / out), "steps": 4, "batch_size": 4, "queries": 6, "d_model": 16, "heads": 2, "layers": 1,
               "latent": 4, "start": "random", "checkpoint_every": 2, "lr": 1e-3}  # fmt: skip
     config = TrainConfig(**(values | changes))
-    images = torch.randn(20, 1, 28, 28, generator=torch.Generator().manual_seed(0))
-    return Cell(config, load_zoo(zoo, "train"), images, Stop(Path(config.out), "wall", None, 2, config.steps)), systems()
+    return Cell(config, load_zoo(zoo, "train"), Stop(Path(config.out), "wall", None, 2, config.steps)), systems()
 
 
 @pytest.mark.parametrize("semantics", ["published", "corrected"])

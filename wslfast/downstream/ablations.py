@@ -25,7 +25,7 @@ from ..errors import WslfastError, require
 from ..population import Population
 from ..training import TrainConfig, load_run, train
 from ..training.checkpoint import checkpoint_path, load_checkpoint
-from ..training.query_sets import query_images, set_names
+from ..training.query_sets import set_names
 from ..zoo import Dataset, build_zoo, dataset_of, load_zoo, read_manifest
 from ..zoo.manifest import MANIFEST
 from ._rows import Row, write_rows
@@ -80,11 +80,10 @@ class Stop:
 
 
 class Cell(NamedTuple):
-    """One training run of an ablation: what a system is asked to do."""
+    """One training run of an ablation: what a system is asked to do, on the zoo's training models."""
 
     config: TrainConfig
     zoo: Population
-    images: Tensor
     stop: Stop
 
 
@@ -99,7 +98,7 @@ def core(cell: Cell) -> Trained:
     if not left:
         run = load_run(config.out, device=config.device)
     else:
-        run = train(config, resume=True, population=cell.zoo, images=cell.images, stop=stop)
+        run = train(config, resume=True, population=cell.zoo, stop=stop)
     model = run.autoencoder
     return Trained(lambda w: reconstruct(model, w), lambda w: embeddings(model, w), model.latent_numbers, run.step)
 
@@ -224,9 +223,7 @@ def _figures(place: Path, system: System, config: TrainConfig, ablation: Ablatio
             pass  # half a file, or another's: measured again from the run that is there
     config = TrainConfig.from_dict({**config.to_dict(), "out": str(place)})
     stop = Stop(place, ablation.clock, ablation.seconds, config.checkpoint_every, config.steps)
-    train_models = data.splits["train"].to(config.device)
-    images = query_images(config.query_set, data.folder, train_models, n=config.query_pool, seed=config.seed)
-    trained = system(Cell(config, train_models, images, stop))
+    trained = system(Cell(config, data.splits["train"].to(config.device), stop))
     held_out = data.held_out.to(config.device)
     pixels, labels = (t.to(config.device) for t in data.images)
     with torch.no_grad():

@@ -22,6 +22,7 @@ from ..kernels.plan import Conv2d, Linear
 from ..population import unstack
 from ..tokens import TokenLayout
 from ..training import TrainConfig
+from ..training.query_sets import query_images
 from .module import AEModule
 from .permutations import PermutationSpec, permutation_spec_from_axes_to_perm, permute_model_vector, precompute_permutations
 from .semantics import resolve
@@ -53,7 +54,8 @@ def train_published(cell: Cell, semantics: str = "published") -> Trained:
     require(equivalent, f"views: expected equivalent ones for semantics {semantics!r}, got views={config.views}, {config.permutations}")
     place = TokenLayout(architecture, config.token_size)
     with torch.random.fork_rng(devices=[]):
-        module = AEModule(_keys(config, place, cell.images), architecture=architecture, semantics=chosen)  # seeds torch
+        images = query_images(config.query_set, config.zoo, cell.zoo, n=config.query_pool, seed=config.seed)
+        module = AEModule(_keys(config, place, images), architecture=architecture, semantics=chosen)  # seeds torch
         template = {name: value[0] for name, value in unstack(cell.zoo.weights[:1].cpu(), architecture).items()}
         maps, _ = precompute_permutations(template, VIEWS, _spec(architecture), place.token_size, False, semantics=chosen)
         steps = _Sitting(module, cell, place, [torch.arange(place.num_tokens * place.token_size).view(maps[0].shape), *maps]).run()
