@@ -76,6 +76,24 @@ def test_zoo_train_resume_evaluate(tmp_path: Path, images: Path, shell: Shell) -
     assert figures["run"]["latent_numbers"] == pytest.approx(figures["linear"]["latent_numbers"], rel=0.02)
 
 
+def test_queries_ablate_gradients(tmp_path: Path, images: Path, shell: Shell) -> None:
+    zoo, made = tmp_path / "zoo", tmp_path / "made.npz"
+    shell("zoo", "build", "--dataset", images, "--models", 10, "--epochs", 1, "--out", zoo)
+    assert "9 query images [1, 28, 28]" in shell("queries", "--zoo", zoo, "--kind", "optimised", "--n", 9, "--out", made)
+    base = "steps = 2\nqueries = 4\nbatch_size = 4\nd_model = 16\nheads = 2\nlayers = 1\n"
+    text = f"seeds = [0, 1]\nzoo = '{zoo}'\n[base]\n{base}[axis]\nquery_set = ['data', '{made}']\n"
+    (tmp_path / "sets.toml").write_text(text)
+    table = shell("ablate", tmp_path / "sets.toml", "--out", tmp_path / "out")
+    assert "4 of 4" in table
+    assert "±" in table
+    assert "ablations.csv" in table
+    assert "done before" in shell("ablate", tmp_path / "sets.toml", "--out", tmp_path / "out")
+    run = next(p.parents[1] for p in (tmp_path / "out" / "cells").rglob("state.pt"))
+    table = shell("gradients", "--run", run, "--zoo", zoo, "--models", 2, "--queries", 3, "--out", tmp_path / "g")
+    assert "angle structural behavioral" in table
+    assert (tmp_path / "g" / "gradients.csv").exists()
+
+
 def test_a_run_from_toml_with_flags_over_it(tmp_path: Path, images: Path, shell: Shell) -> None:
     zoo, run = tmp_path / "zoo", tmp_path / "run"
     shell("zoo", "build", "--dataset", images, "--models", 6, "--epochs", 1, "--out", zoo)
@@ -89,7 +107,8 @@ def test_a_run_from_toml_with_flags_over_it(tmp_path: Path, images: Path, shell:
 
 @pytest.mark.parametrize(
     "arguments",
-    [(), ("zoo",), ("zoo", "build"), ("zoo", "show"), ("train",), ("evaluate",), ("report",), ("generate",), ("demo",), ("info",)],
+    [(), ("zoo",), ("zoo", "build"), ("zoo", "show"), ("train",), ("evaluate",), ("report",), ("generate",), ("queries",), ("ablate",), ("gradients",), ("demo",),
+     ("info",)],
     ids=lambda a: " ".join(a) or "wslfast",
 )
 def test_help_teaches(shell: Shell, arguments: tuple[str, ...]) -> None:
@@ -128,6 +147,11 @@ def test_info(shell: Shell) -> None:
         (("train", "--zoo", "z", "--out", "o", "--device", "tpu"), "tpu"),
         (("evaluate", "--run", "nowhere", "--device", "tpu"), "tpu"),
         (("zoo", "build", "--models", 0, "--out", "x"), "models"),
+        (("train", "--zoo", "z", "--out", "o", "--query-set", "svnh"), "svnh"),
+        (("queries", "--zoo", "nowhere", "--out", "q.npz"), "nowhere"),
+        (("ablate", "nowhere.toml"), "nowhere.toml"),
+        (("gradients", "--run", "nowhere"), "nowhere"),
+        (("gradients", "--run", "nowhere", "--models", 0), "models"),
     ],
     ids=lambda v: "-".join(map(str, v)) if isinstance(v, tuple) else None,
 )

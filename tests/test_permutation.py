@@ -177,3 +177,24 @@ WRONG = {
 def test_bad_arguments(call: object, words: str) -> None:
     with pytest.raises(WslfastError, match=words):
         call()  # type: ignore[operator]
+
+
+def test_other_inputs_scramble_a_model_and_keep_its_weights() -> None:
+    arch = Architecture.cnn(1)
+    weights = arch.initial_weights(["kaiming_normal"] * 3, range(3))
+    outputs = random_permutations(arch, 3, torch.Generator().manual_seed(0))
+    inputs = random_permutations(arch, 3, torch.Generator().manual_seed(1))
+    same, scrambled = permute(weights, arch, outputs, outputs), permute(weights, arch, outputs, inputs)
+    assert torch.equal(same, permute(weights, arch, outputs))
+    assert torch.equal(scrambled.sort(1).values, weights.sort(1).values)
+    x = torch.randn(5, 1, 28, 28, generator=torch.Generator().manual_seed(2))
+    original = oracle_outputs(weights, x, arch)
+    torch.testing.assert_close(oracle_outputs(same, x, arch), original)
+    assert float((oracle_outputs(scrambled, x, arch) - original).norm() / original.norm()) > 0.1
+    # the first layer's rows and the last layer's columns are where each permutation says
+    first, last = arch.parameters[0], arch.parameters[-2]
+    rows = lambda w, s: w[:, s.offset : s.stop].view(3, *s.shape)  # noqa: E731
+    assert torch.equal(rows(scrambled, first)[1], rows(weights, first)[1][outputs[0][1]])
+    assert torch.equal(rows(scrambled, last)[1], rows(weights, last)[1][:, inputs[-1][1]])
+    with pytest.raises(WslfastError, match="inputs"):
+        permute(weights, arch, outputs, inputs[:-1])

@@ -375,3 +375,24 @@ def test_a_run_that_cannot_start_says_why(tmp_path: Path, population: Population
 def test_the_papers_preset_is_the_papers() -> None:
     paper = TrainConfig.paper("zoo", "out")
     assert (paper.gamma, paper.beta, paper.queries, paper.batch_size, paper.d_model, paper.layers, paper.latent) == (0.05, 0.1, 256, 64, 256, 8, 64)
+
+
+# -- scrambled views -------------------------------------------------------------------------------------------------------
+
+
+def test_random_permutations_make_each_view_its_own_original(tmp_path: Path, population: Population, images: Tensor) -> None:
+    trainer = Trainer(config(tmp_path, permutations="random", beta=0.0, gamma=0.0, batch_size=3), population, images)
+    assert trainer.config.views
+    rows, queries = trainer.next_rows(), trainer.pool.draw(8, trainer.draws)
+    state = trainer.views.get_state()
+    _, parts = trainer.losses(rows, queries)
+    trainer.views.set_state(state)
+    seen = trainer._view(population.weights[rows], 3, slice(0, 3))
+    assert not torch.equal(seen, population.weights[rows])
+    outputs = oracle_outputs(seen, trainer.pool[queries], ARCH)
+    known = oracle_outputs(population.weights[rows], trainer.pool[queries], ARCH)
+    assert float((outputs - known).norm() / known.norm()) > 0.1  # not the same functions
+    tokens, _, _ = trainer.layout.tokenize(seen)
+    rebuilt = trainer.layout.detokenize(trainer.model.decode(trainer.model.encode(tokens)))
+    expected = oracle_loss(rebuilt, trainer.pool[queries], outputs, ARCH, "mse")[0].mean() / trainer.normalizers.behavioral
+    assert float(parts["behavioral"]) == pytest.approx(float(expected), rel=1e-4)

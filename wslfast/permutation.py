@@ -51,17 +51,21 @@ def inverse(permutations: Permutations) -> Permutations:
     return tuple(p.argsort(1) for p in permutations)
 
 
-def permute(weights: Tensor, architecture: Architecture, permutations: Permutations) -> Tensor:
+def permute(weights: Tensor, architecture: Architecture, permutations: Permutations, inputs: Permutations | None = None) -> Tensor:
     """Apply one permutation a model and hidden layer: new channel c of a layer is its old channel ``permutation[:, c]``.
 
     Args:
         weights: ``[k, P]``.
         permutations: as from :func:`random_permutations`; for an opaque architecture, an empty tuple (the identity).
+        inputs: of the input channels of the layer after each hidden layer; by default the same, which preserves the function. Others
+            scramble a model: the control of what views are good for.
 
     Returns:
-        ``[k, P]``, the same functions; differentiable.
+        ``[k, P]``, the same functions (unless ``inputs`` are others); differentiable.
     """
     sizes = hidden_channels(architecture)
+    if inputs is not None:
+        require([p.shape for p in inputs] == [p.shape for p in permutations], "inputs: expected the shapes of permutations")
     require(
         weights.ndim == 2 and weights.shape[1] == architecture.num_weights,
         f"weights: expected [k, {architecture.num_weights}], got {describe(weights)}",
@@ -72,7 +76,7 @@ def permute(weights: Tensor, architecture: Architecture, permutations: Permutati
     )
     if not sizes:
         return weights
-    return weights.gather(1, _index(architecture, permutations))
+    return weights.gather(1, _index(architecture, permutations, permutations if inputs is None else inputs))
 
 
 def random_views(weights: Tensor, architecture: Architecture, generator: torch.Generator | None = None) -> Tensor:
@@ -80,7 +84,7 @@ def random_views(weights: Tensor, architecture: Architecture, generator: torch.G
     return permute(weights, architecture, random_permutations(architecture, len(weights), generator, weights.device))
 
 
-def _index(architecture: Architecture, permutations: Permutations) -> Tensor:
+def _index(architecture: Architecture, permutations: Permutations, inputs: Permutations) -> Tensor:
     """``[k, P]``: where each weight of the permuted models is read from."""
     k, device = permutations[0].shape[0], permutations[0].device
     parts: list[Tensor] = []
@@ -99,5 +103,5 @@ def _index(architecture: Architecture, permutations: Permutations) -> Tensor:
         parts.append((slots.weight.offset + rows.unsqueeze(2) * width + columns.unsqueeze(1)).flatten(1))
         if slots.bias is not None:
             parts.append(slots.bias.offset + rows)
-        rows_in = rows_out
+        rows_in = None if rows_out is None else inputs[position]
     return torch.cat(parts, 1)

@@ -1,16 +1,25 @@
-"""Query images that stay on the device, and the originals' outputs on them, computed once."""
+"""Query images: sets made without any data, pools that stay on the device, and the originals' outputs on them, computed once."""
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Iterable
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from . import _images
+from ._files import write_atomically
 from .architecture import Architecture
 from .behavior import batched_forward
-from .errors import describe, require
+from .errors import WslfastError, describe, require
 from .population import Population
+
+SYNTHETIC = ("uniform", "noise", "smooth", "shapes", "strokes", "blend", "optimised")
+_JUDGES = 24  # models that have to disagree
+_ASCENT = 64  # images optimised at a time
 
 
 class QueryPool:
@@ -90,3 +99,127 @@ class TargetCache:
         """Half the variance of the originals' outputs over queries, summed over classes and averaged over models: what
         criterion ``"mse"`` gives a reconstruction that outputs its original's mean. The natural unit of L_B."""
         return float(self.outputs.double().var(1, unbiased=False).sum(1).mean() / 2)
+
+
+# -- sets that need no data --------------------------------------------------------------------------------------------
+
+
+def synthetic_queries(
+    kind: str, n: int, architecture: Architecture, *, population: Population | None = None, steps: int = 12, seed: int = 0
+) -> Tensor:
+    """Query images made without any data set: ``[n, *architecture.input_shape]`` float32 on the CPU.
+
+    Args:
+        kind: ``"uniform"`` U[0, 1), the published code's ``random``; the others have mean 0 and standard deviation 1 a channel:
+            ``"noise"`` white; ``"smooth"`` noise with a spectrum like that of photographs; ``"shapes"`` what of it is above a level;
+            ``"strokes"`` curves of a soft pen; ``"blend"`` strokes over smooth noise; ``"optimised"`` smooth noise, shapes and strokes,
+            altered until the models of ``population`` disagree most, and distilled to the n that leave the least of the
+            disagreement unsaid.
+        population: models to disagree, for ``"optimised"`` alone: weights, never images.
+        steps: of the ascent, for ``"optimised"``.
+        seed: of everything drawn.
+
+    Raises:
+        WslfastError: naming the argument, what was expected and what came.
+    """
+    require(kind in SYNTHETIC, f"kind: expected one of {SYNTHETIC}, got {kind!r}")
+    require(isinstance(n, int) and not isinstance(n, bool) and n >= 1, f"n: expected a positive integer, got {n!r}")
+    generator = torch.Generator().manual_seed(seed)
+    if kind != "optimised":
+        return _images.draw(kind, n, architecture.input_shape, generator)
+    require(isinstance(population, Population), f"population: expected the models that have to disagree, got {describe(population)}")
+    assert population is not None
+    require(len(population) >= 2, f"population: expected at least 2 models, got {len(population)}")
+    rows = torch.randperm(len(population), generator=generator)[:_JUDGES].sort().values
+    weights = population.weights[rows.to(population.weights.device)]
+    parts = [_images.draw(k, n, architecture.input_shape, generator) for k in ("smooth", "shapes", "strokes")]
+    candidates = torch.cat(parts).to(weights.device)
+    raised = torch.cat([_ascend(block, weights, architecture, steps) for block in candidates.split(_ASCENT)])
+    return raised[distil(raised, weights, architecture, n)].cpu()
+
+
+def _ascend(images: Tensor, weights: Tensor, architecture: Architecture, steps: int) -> Tensor:
+    """Images moved towards disagreement: the variance over models of class probabilities.
+
+    Each step is the gradient divided by its own largest entry in frequency space, where low frequencies move most (1 / f), so that
+    images stay images; an image keeps its mean and its contrast, or larger pixels alone would win.
+    """
+    x = images.clone()
+    std, mean = torch.std_mean(x.flatten(1), 1, correction=0, keepdim=True)
+    size = std.clamp_min(1e-3)
+    for step in range(steps):
+        x.requires_grad_()
+        with torch.enable_grad():
+            spread = batched_forward(weights, x, architecture).softmax(2).var(0).sum()
+            (gradient,) = torch.autograd.grad(spread, x)
+        with torch.no_grad():
+            g = torch.where(gradient.isfinite(), gradient, 0.0)
+            if g.ndim == 4:
+                h, w = g.shape[2:]
+                g = torch.fft.irfft2(torch.fft.rfft2(g) / _images.frequencies(h, w).to(g), s=(h, w))
+            g = g.flatten(1)
+            rate = 0.3 * (1 - step / steps) * size  # per step, in units of the image's contrast
+            moved = x.flatten(1) + rate * g / g.std(1, correction=0, keepdim=True).clamp_min(1e-12)
+            s, m = torch.std_mean(moved, 1, correction=0, keepdim=True)
+            x = ((moved - m) / s.clamp_min(1e-12) * size + mean).view_as(images)
+    return x.detach()
+
+
+@torch.no_grad()
+def distil(images: Tensor, weights: Tensor, architecture: Architecture, n: int) -> Tensor:
+    """Indices ``[n]`` of the images that say most about how models ``weights [k, P]`` differ.
+
+    An image is the vector of what each model answers beyond the models' mean; pivoted Cholesky takes, one after another, the image
+    whose vector is furthest from the span of those taken before (greedy D-optimal design). ``n`` is at most the number of images;
+    once everything is said, the rest follow in order of how much they say alone.
+    """
+    require(0 < n <= len(images), f"n: expected 1 to {len(images)} images, got {n!r}")
+    outputs = torch.cat([batched_forward(weights, block, architecture) for block in images.split(1024)], 1).softmax(2).double()
+    outputs = outputs[outputs.isfinite().flatten(1).all(1)]
+    vectors = (outputs - outputs.mean(0)).permute(1, 0, 2).flatten(1)  # [N, k K]
+    alone = vectors.square().sum(1)
+    left, factor = alone.clone(), vectors.new_zeros(len(images), n)
+    chosen: list[int] = []
+    for column in range(n):
+        best = int(left.argmax())
+        if not float(left[best]) > 1e-12 * float(alone.max()):
+            break
+        chosen.append(best)
+        row = vectors @ vectors[best] - factor[:, :column] @ factor[best, :column]
+        factor[:, column] = row / left[best].sqrt()
+        left = (left - factor[:, column].square()).clamp_min(0)
+        left[chosen] = 0
+    taken = set(chosen)
+    rest = [i for i in alone.argsort(descending=True).tolist() if i not in taken]
+    return torch.tensor((chosen + rest)[:n], device=images.device)
+
+
+def save_queries(path: str | Path, images: Tensor) -> None:
+    """Write query images ``[n, ...]`` to an ``.npz`` file, under the key ``queries``."""
+    path = Path(path)
+    require(path.suffix == ".npz", f"queries: expected a path ending in .npz, got {str(path)!r}")
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            np.savez_compressed(file, queries=images.detach().float().cpu().numpy())
+
+    write_atomically(path, write)
+
+
+def load_queries(path: str | Path, architecture: Architecture) -> Tensor:
+    """Query images ``[n, *architecture.input_shape]`` float32 of :func:`save_queries`, or of any ``.npz`` file with a floating array
+    ``queries`` of that shape, used as they are. Raises WslfastError naming the file; nothing is unpickled."""
+    shape = architecture.input_shape
+    expected = f"queries {path}: expected an .npz file with floating 'queries' [n, {', '.join(map(str, shape))}]"
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            found = file["queries"] if isinstance(file, np.lib.npyio.NpzFile) and "queries" in file.files else None
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, KeyError) as error:
+        raise WslfastError(f"{expected}, got {type(error).__name__}: {error}") from None
+    require(found is not None, f"{expected}, got a file without it")
+    assert found is not None
+    fits = found.dtype.kind == "f" and tuple(found.shape[1:]) == shape and found.ndim > 1 and len(found) > 0
+    require(fits, f"{expected}, got {found.dtype} {list(found.shape)}")
+    images = torch.from_numpy(np.ascontiguousarray(found, dtype=np.float32))
+    require(bool(images.isfinite().all()), f"{expected}, got values that are not finite")
+    return images

@@ -1,4 +1,4 @@
-"""The shell: ``wslfast zoo build | import | export | show, train | evaluate | report | generate | demo | info``."""
+"""The shell: ``wslfast zoo build | import | export | show, train | evaluate | report | generate | queries | ablate | gradients | demo | info``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import tyro
 from .. import __version__
 from ..errors import WslfastError
 from ..training import TrainConfig
+from .analysis import Ablate, Gradients, Queries
 from .console import console, show
 from .downstream import Demo, Evaluate, Generate, Report
 from .training import Train
@@ -62,6 +63,9 @@ def _commands(argv: Sequence[str]) -> Any:
         Annotated[Evaluate, tyro.conf.subcommand("evaluate")],
         Annotated[Report, tyro.conf.subcommand("report")],
         Annotated[Generate, tyro.conf.subcommand("generate")],
+        Annotated[Queries, tyro.conf.subcommand("queries")],
+        Annotated[Ablate, tyro.conf.subcommand("ablate")],
+        Annotated[Gradients, tyro.conf.subcommand("gradients")],
         Annotated[Demo, tyro.conf.subcommand("demo")],
         Annotated[Info, tyro.conf.subcommand("info")],
     ]

@@ -12,6 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ..errors import WslfastError, require
 from ..kernels.reference import CRITERIA
+from .query_sets import set_names
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -62,9 +63,15 @@ class TrainConfig:
     queries: int = 256
     """Query images a step, shared by all models."""
     query_pool: int = 2048
-    """Training images that stay on the device with the originals' outputs on them."""
+    """Images that stay on the device with the originals' outputs on them, drawn once from the query set."""
+    query_set: str = "data"
+    """Where they come from: data, val or test (images of the zoo's data set), uniform, noise, smooth, shapes, strokes, blend or
+    optimised (made without any; docs/analysis.md), a file of wslfast queries, or several joined by +."""
     views: bool = True
-    """Draw behaviour-preserving permutations of every model at every step; without, models are seen as stored."""
+    """Draw a permutation of every model at every step; without, models are seen as stored."""
+    permutations: Literal["equivalent", "random"] = "equivalent"
+    """equivalent: views that preserve behaviour. random: a control that scrambles models, the next layer's inputs permuted by another
+    permutation than the outputs they read; each scrambled model is then its own original."""
 
     start: Literal["linear", "random"] = "linear"
     """linear: begin as a closed-form linear code of the zoo, the transformer as a zero-started correction."""
@@ -126,6 +133,7 @@ class TrainConfig:
         require(0 <= self.memory_gb < float("inf"), f"memory_gb: expected a non-negative number, got {self.memory_gb}")
         require(self.clip is None or self.clip > 0, f"clip: expected a positive number or none, got {self.clip}")
         require(self.d_model % (2 * self.heads) == 0, f"d_model: expected a multiple of 2 * heads = {2 * self.heads}, got {self.d_model}")
+        set_names(self.query_set)
         assert set(CRITERIA) == set(get_args(hints["criterion"]))
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Union
 
@@ -13,10 +14,12 @@ from torch import Tensor
 from .._files import remove_leftovers, write_text
 from ..errors import WslfastError, require
 from ..population import Population
-from ..zoo import MappedZoo, dataset_of
+from ..queries import load_queries, save_queries
+from ..zoo import MappedZoo
 from .checkpoint import Run, checkpoint_path, load_checkpoint, load_run, save_checkpoint
 from .config import TrainConfig
 from .distributed import World, joined
+from .query_sets import query_images, set_names
 from .records import OnRecord, Recorder, RunLog
 from .trainer import Trainer
 
@@ -26,6 +29,7 @@ logger = logging.getLogger("wslfast")
 def train(
     config: TrainConfig, *, resume: bool = False, profiled: bool = False, on_record: OnRecord | None = None,
     population: Union[Population, MappedZoo, None] = None, images: Tensor | None = None,
+    stop: Callable[[int], bool] | None = None,
 ) -> Run:  # fmt: skip
     """Train an autoencoder on a zoo; returns the trained run.
 
@@ -41,7 +45,9 @@ def train(
         on_record: called with every record as it is logged.
         population: training models, in memory or on disk, instead of the zoo's ``train`` split (needed, with the architecture
             they carry, for zoos of networks that are not plain layer lists).
-        images: ``[N, *input_shape]`` query images, instead of the training images of the zoo's data set.
+        images: ``[N, *input_shape]`` query images, instead of those of ``config.query_set``.
+        stop: asked after every step, with its number, whether to stop there: the run is then as if killed after a checkpoint. Under
+            torchrun it has to answer alike in all processes.
 
     Raises:
         WslfastError: bad config, unreadable zoo, a folder that already holds a run (without ``resume``), a loss that is not
@@ -59,7 +65,7 @@ def train(
         if population is None:
             population = MappedZoo(config.zoo, "train", skip_bad=config.skip_bad)
         if images is None:
-            images = dataset_of(config.zoo, population.architecture).train_images
+            images = _queries(config, population, saved is not None, world)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # the caller's random state is not touched
             torch.manual_seed(config.seed)
             trainer = Trainer(config, population, images, None if saved is None else saved["autoencoder"], world, device)
@@ -75,7 +81,7 @@ def train(
             recorder = Recorder(out / "profile", str(device)) if profiled and world.writes else None
             with RunLog(out / "log.jsonl" if world.writes else None, trainer.step_index, on_record) as log:
                 try:
-                    _run(trainer, out, log, recorder)
+                    _run(trainer, out, log, recorder, stop)
                 finally:
                     trainer.release()
                     if recorder is not None:
@@ -83,6 +89,19 @@ def train(
         if trainer.cache is not None and world.writes:
             logger.info("targets: the cache replaced %d forward passes of originals", trainer.cache.served)
         return Run(out, trainer.step_index, config, trainer.model.eval())
+
+
+def _queries(config: TrainConfig, source: Union[Population, MappedZoo], resumed: bool, world: World) -> Tensor:
+    """The run's query set. Images made from the zoo's models are kept beside the run: they are not made twice."""
+    made = "optimised" in set_names(config.query_set)
+    require(not made or world.size == 1, "query_set: optimised sets are made by one process; make a file of one: wslfast queries")
+    kept = Path(config.out) / "queries.npz"
+    if made and resumed and kept.exists():
+        return load_queries(kept, source.architecture)
+    images = query_images(config.query_set, config.zoo, source, n=config.query_pool, seed=config.seed)
+    if made:
+        save_queries(kept, images)
+    return images
 
 
 def _announce(trainer: Trainer, resumed: bool) -> None:
@@ -99,14 +118,16 @@ def _announce(trainer: Trainer, resumed: bool) -> None:
         logger.info("targets: %d forward passes of originals, computed once", trainer.cache.computed)
 
 
-def _run(trainer: Trainer, out: Path, log: RunLog, recorder: Recorder | None) -> None:
+def _run(trainer: Trainer, out: Path, log: RunLog, recorder: Recorder | None, stop: Callable[[int], bool] | None) -> None:
     """The loop."""
     config, since = trainer.config, time.perf_counter()
     trainer.model.train()
-    while trainer.step_index < config.steps:
+    last = trainer.step_index >= config.steps
+    while not last:
         parts = trainer.step()
         step = trainer.step_index
-        last = step == config.steps
+        stopped = stop is not None and stop(step)  # asked at the last step, too: it may keep count
+        last = stopped or step == config.steps
         if last or step % config.log_every == 0 or step == 1:
             values = _values(parts, trainer.world)  # synchronises: on log steps only
             if not abs(values["loss"]) < float("inf"):

@@ -149,8 +149,7 @@ class Trainer:
         with region("views"):
             views = [originals] * (2 if self.two_views else 1)
             if config.views:  # drawn for all rows, so that a run does not depend on how many processes share them
-                draws = [random_permutations(self.architecture, len(rows), self.views, self.device) for _ in views]
-                views = [permute(v, self.architecture, tuple(p[mine] for p in d)) for v, d in zip(views, draws, strict=True)]
+                views = [self._view(v, len(rows), mine) for v in views]
         with region("tokenise"):
             tokens, mask, _ = self.layout.tokenize(torch.cat(views))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
@@ -173,8 +172,10 @@ class Trainer:
         if config.uses_behavior:
             with region("detokenise"):
                 weights = self.layout.detokenize(reconstructed)
-            # every view of a model is the same function: one row of targets serves them all
-            targets = self._targets(rows[mine], originals, queries).repeat(len(views), 1, 1)
+            if config.views and config.permutations == "random":
+                targets = self._outputs(torch.cat(views), queries)
+            else:  # every view of a model is the same function: one row of targets serves them all
+                targets = self._targets(rows[mine], originals, queries).repeat(len(views), 1, 1)
             with _matmul_precision(config.behavior_precision, self.device):
                 values = batched_behavioral_loss(
                     weights, None, self.pool[queries], self.architecture, targets=targets, criterion=config.criterion,
@@ -192,8 +193,17 @@ class Trainer:
         """Outputs ``[b, n, K]`` of zoo rows: looked up where they are cached."""
         if self.cache is not None:
             return self.cache.targets(rows.to(self.device), queries)
+        return self._outputs(originals, queries)
+
+    def _outputs(self, weights: Tensor, queries: Tensor) -> Tensor:
         with torch.no_grad(), region("targets"):
-            return batched_forward(originals, self.pool[queries], self.architecture).float()
+            return batched_forward(weights, self.pool[queries], self.architecture).float()
+
+    def _view(self, originals: Tensor, batch: int, mine: slice) -> Tensor:
+        """One view of each of this process' models, out of permutations drawn for the whole batch."""
+        draw = random_permutations(self.architecture, batch, self.views, self.device)
+        inputs = random_permutations(self.architecture, batch, self.views, self.device) if self.config.permutations == "random" else draw
+        return permute(originals, self.architecture, tuple(p[mine] for p in draw), tuple(p[mine] for p in inputs))
 
     def step(self) -> dict[str, Tensor]:
         """One optimiser step; returns the loss parts as device tensors (reading one synchronises)."""

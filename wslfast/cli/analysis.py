@@ -1,0 +1,126 @@
+"""``wslfast queries | ablate | gradients``: what a result depends on."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.table import Table
+
+from .. import queries
+from ..downstream.ablation_file import Ablation
+from ..downstream.ablations import over_seeds, rows_file, run_ablation
+from ..downstream.first_order import GradientSettings, analyse
+from ..errors import require
+from ..training.query_sets import query_images
+from ..zoo import MappedZoo
+from .console import console
+
+_SHOWN = ("agreement", "agreement_others", "accuracy_reconstructed", "l2_masked", "probe_r2", "seconds")
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Make a set of query images for a zoo and keep it in a file: wslfast train --query-set FILE.npz.
+
+    Kinds: data, val, test (the zoo's own images), uniform, noise, smooth, shapes, strokes, blend, optimised (made without any image
+    of the zoo's), a file, or several joined by +.
+
+    Example: wslfast queries --zoo runs/zoo --kind optimised --n 128 --out runs/queries.npz
+    """
+
+    zoo: str
+    """Folder of the zoo."""
+    out: str
+    """The file to write, ending in .npz."""
+    kind: str = "optimised"
+    """What to make."""
+    n: int = 128
+    """Images of a synthetic set (at most 128 optimised ones)."""
+    seed: int = 0
+    """Seed of what is drawn."""
+
+    def run(self) -> None:
+        images = query_images(self.kind, self.zoo, MappedZoo(self.zoo, "train"), n=self.n, seed=self.seed)
+        queries.save_queries(self.out, images)
+        console.print(f"{self.out}: {len(images)} query images {list(images.shape[1:])}", soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Ablate:
+    """Train and measure every variant of an ablation file with every seed; what was finished before is not done again.
+
+    Rows go to OUT/ablations.csv. A killed run goes on where it stopped. Examples of files: examples/ablations/.
+
+    Example: wslfast ablate examples/ablations/beta.toml --out runs/ablations
+    """
+
+    file: Annotated[str, tyro.conf.Positional]
+    """TOML file: a zoo, base settings, what is varied, seeds."""
+    out: str = "runs/ablations"
+    """Folder of rows, cells and, where the file describes one, the zoo."""
+    zoo: str | None = None
+    """Folder of a zoo to use instead of the file's."""
+    split: Literal["test", "val"] | None = None
+    """Whose models are measured, instead of the file's; val to choose by (rows go to ablations-val.csv). Nothing is trained twice."""
+
+    def run(self) -> None:
+        from ..sane.ablation import systems
+
+        ablation = Ablation.from_toml(self.file)
+        if self.split is not None:
+            ablation = dataclasses.replace(ablation, split=self.split)
+        say = lambda text: console.print(f"- {text}", soft_wrap=True)  # noqa: E731
+        rows = run_ablation(ablation, self.out, zoo=self.zoo, systems=systems(), on_cell=say)
+        table = Table(ablation.axis, box=None, pad_edge=False, header_style="bold")
+        for column in _SHOWN:
+            table.add_column(column.replace("_", " "), justify="right")
+        for variant, metrics in over_seeds(rows).items():
+            cells = (metrics.get(m) for m in _SHOWN)
+            table.add_row(variant, *("-" if c is None else f"{c[0]:.3f}" + (f" ± {c[1]:.3f}" if c[1] is not None else "") for c in cells))
+        console.print(table)
+        rows_at = Path(self.out) / rows_file(ablation)
+        console.print(f"means over models, mean ± standard deviation over seeds; rows in {rows_at}", soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Gradients(GradientSettings):
+    """Where structure and behaviour pull a run's reconstructions, the spectrum of what relates the two, and how far first order holds.
+
+    Writes gradients.csv and gradients.json (docs/analysis.md says what is in them).
+
+    Example: wslfast gradients --run runs/ae --out runs/gradients
+    """
+
+    run_folder: Annotated[str, tyro.conf.arg(name="run")] = ""
+    """Folder of the run."""
+    out: str | None = None
+    """Folder for the figures (default: RUN/gradients)."""
+    zoo: str | None = None
+    """Folder of the zoo (default: the one the run was trained on)."""
+    name: str | None = None
+    """What to call the run in the rows (default: its folder's name)."""
+
+    def run(self) -> None:
+        require(bool(self.run_folder), "run: expected the folder of a run (--run DIR)")
+        settings = GradientSettings(**{f.name: getattr(self, f.name) for f in dataclasses.fields(GradientSettings)})
+        out = Path(self.out) if self.out is not None else Path(self.run_folder) / "gradients"
+        rows = analyse(self.run_folder, out, settings, self.zoo, self.name)
+        table = Table("at the reconstruction", "median", "mean", "spread", box=None, pad_edge=False, header_style="bold")
+        for row in rows:
+            if not row["direction"]:
+                cells = ("-" if row[c] is None else f"{row[c]:.4g}" for c in ("median", "mean", "spread"))
+                table.add_row(row["metric"].replace("_", " "), *cells)
+        console.print(table)
+        title = "quadratic form / measured loss, median over models"
+        swept = Table("direction", box=None, pad_edge=False, header_style="bold", title=title)
+        for magnitude in settings.magnitudes:
+            swept.add_column(f"{magnitude:g}", justify="right")
+        for direction in dict.fromkeys(row["direction"] for row in rows if row["direction"]):
+            values = [r["median"] for r in rows if r["direction"] == direction and r["metric"] == "ratio"]
+            swept.add_row(direction, *("-" if v is None else f"{v:.3g}" for v in values))
+        console.print(swept)
+        console.print(f"written to {out}", soft_wrap=True)
