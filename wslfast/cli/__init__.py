@@ -1,4 +1,4 @@
-"""The shell: ``wslfast zoo build | import | export | show, train | evaluate | report | generate | queries | ablate | gradients | demo | info``."""
+"""The shell: ``wslfast zoo build | import | export | show, train, evaluate, report, generate, queries, ablate, gradients, demo, info``."""
 
 from __future__ import annotations
 
