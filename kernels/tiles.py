@@ -58,10 +58,10 @@ def weights(w, ws, i, SIZE: tl.constexpr, HOIST: tl.constexpr):
 
 
 @triton.jit
-def query(index, j, n, q, mask, INDEXED: tl.constexpr):
-    """Row of the image pool behind query q of model j; a pool may pass 2^31 numbers, a model's own block may not."""
+def query(index, q, mask, INDEXED: tl.constexpr):
+    """Row of the image pool behind query q; a pool may pass 2^31 numbers, a model's own block may not."""
     if INDEXED:
-        return tl.load(index + j * n + q, mask=mask, other=0).to(tl.int64)
+        return tl.load(index + q, mask=mask, other=0).to(tl.int64)
     else:
         return q
 
