@@ -91,9 +91,9 @@ class FoldTables:
     s < counts[p]), s outermost. ``bases`` are the stages' offsets in that row, ``row`` its length.
     """
 
-    def __init__(self, plan: Schedule, n: int, device: torch.device) -> None:
+    def __init__(self, plan: Schedule, parts: list[int], device: torch.device) -> None:
         self.bases: list[int] = []
-        self.splits = [splits(stage, n) for stage in plan.stages]
+        self.splits = parts
         places = torch.full((plan.parameters, most_places(plan)), -1)
         steps, counts = torch.zeros(plan.parameters, dtype=torch.long), torch.zeros(plan.parameters, dtype=torch.long)
         base = 0
@@ -147,8 +147,14 @@ def most_places(plan: Schedule) -> int:
 
 @lru_cache(maxsize=64)
 def fold_tables(plan: Schedule, n: int, device: torch.device) -> FoldTables:
-    """Cached :class:`FoldTables`."""
-    return FoldTables(plan, n, device)
+    """Cached :class:`FoldTables` of the layer-by-layer path, for n queries."""
+    return FoldTables(plan, [splits(stage, n) for stage in plan.stages], device)
+
+
+@lru_cache(maxsize=64)
+def whole_tables(plan: Schedule, device: torch.device) -> FoldTables:
+    """Cached :class:`FoldTables` of one sum a stage, as a program of the whole-network path keeps it."""
+    return FoldTables(plan, [1] * len(plan.stages), device)
 
 
 def round_tf32(x: Tensor) -> Tensor:
