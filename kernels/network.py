@@ -120,21 +120,12 @@ def _backward_stage(
         tl.debug_barrier()
 
 
-@triton.jit
-def _row(target_row, j, ROUTED: tl.constexpr):
-    """Where model j's outputs or targets lie."""
-    if ROUTED:
-        return tl.load(target_row + j).to(tl.int64)
-    else:
-        return j
-
-
 @triton.jit(do_not_specialize=["n", "units", "walks", "bias_stride"])
 def network_forward_kernel(
-    x, index, w, bias, target_row, y, scratch, n, units, walks, w_stride, bias_stride, bias_step,
-    net: tl.constexpr, SHARED: tl.constexpr, INDEXED: tl.constexpr, ROUTED: tl.constexpr,
+    x, index, w, bias, y, scratch, n, units, walks, w_stride, bias_stride, bias_step,
+    net: tl.constexpr, SHARED: tl.constexpr, INDEXED: tl.constexpr,
 ):  # fmt: skip
-    """Unit (model, block of queries); outputs of model j go to row target_row[j], and nowhere if that is negative."""
+    """Unit (model, block of queries)."""
     QB: tl.constexpr = net.QB
     SCRATCH: tl.constexpr = net.SCRATCH
     K: tl.constexpr = entry(net, "stages", net.DEPTH - 1).NOUT
@@ -146,11 +137,10 @@ def network_forward_kernel(
         unit = u + zero
         j = unit // walks
         q0 = unit % walks * QB
-        row = _row(target_row, j, ROUTED)
-        count = tl.where(row < 0, 0, tl.minimum(n - q0, QB)).to(tl.int32)
+        count = tl.minimum(n - q0, QB).to(tl.int32)
         images = x + (q0 if SHARED else j * n + q0) * (0 if INDEXED else INPUTS)
         _forward(
-            images, index + (j * n + q0), w + j * w_stride, bias + j * bias_stride, bias_step, y + (row * n + q0) * K,
+            images, index + (j * n + q0), w + j * w_stride, bias + j * bias_stride, bias_step, y + (j * n + q0) * K,
             scratch, scratch, count, net, INDEXED, False,
         )  # fmt: skip
 
@@ -184,7 +174,7 @@ def network_loss_kernel(
     n, units, parts, queries_per_part, w_stride, bias_stride, bias_step, k_stride, q_stride, c_stride, temperature,
     net: tl.constexpr, CRITERION: tl.constexpr, SHARED: tl.constexpr, INDEXED: tl.constexpr, ROUTED: tl.constexpr,
 ):  # fmt: skip
-    """Unit (model, part of its queries): its gradient [P] and the sum of its loss' terms. Model j's targets are row
+    """Unit (model, part of its queries): its gradient [P] and the sum of its loss' terms. Targets of model j are row j, or row
     target_row[j]."""
     QB: tl.constexpr = net.QB
     SCRATCH: tl.constexpr = net.SCRATCH
@@ -208,7 +198,9 @@ def network_loss_kernel(
         j = unit // parts
         first = unit % parts * queries_per_part
         wj = w + j * w_stride
-        targets_j = targets + _row(target_row, j, ROUTED) * k_stride
+        row = j
+        if ROUTED:
+            row = tl.load(target_row + j).to(tl.int64)
         loss = tl.zeros([QB], tl.float32)
         for t in tl.range(0, tl.minimum(queries_per_part, n - first).to(tl.int32), QB, num_stages=1):
             q0 = first + t
@@ -217,7 +209,7 @@ def network_loss_kernel(
             own = index + (j * n + q0)
             _forward(images, own, wj, bias + j * bias_stride, bias_step, outs, codes, scratch, count, net, INDEXED, True)
             found, factor = _criterion(
-                outs, targets_j, scratch, q0, count, q_stride, c_stride, temperature, net, CRITERION
+                outs, targets + row * k_stride, scratch, q0, count, q_stride, c_stride, temperature, net, CRITERION
             )
             loss += found
             for up in tl.static_range(DEPTH - 1):
@@ -300,10 +292,9 @@ class _Launch:
 
 def network_forward(
     weights: Tensor, queries: Tensor, index: Tensor | None, outputs: Tensor, plan: Schedule, precision: str, rank: int,
-    memory: int, *, shared: bool, target_row: Tensor | None = None, block: int | None = None,
+    memory: int, *, shared: bool, block: int | None = None,
 ) -> None:  # fmt: skip
-    """Fill ``outputs`` ``[k, n, K]``, or with ``target_row`` ``[k]`` rows of ``[rows, n, K]``: two launches a chunk.
-    Raises Unplannable if the network does not fit one program."""
+    """Fill ``outputs`` ``[k, n, K]``: two launches a chunk. Raises Unplannable if the network does not fit one program."""
     n = outputs.shape[1]
     net = specialised(plan, precision, False, weights.device, block)
     walks = blocks(n, net.QB)
@@ -311,10 +302,9 @@ def network_forward(
     for start, rows, packed, images, own in launch.chunks(weights, queries, index, rank, shared):
         units = len(rows) * walks
         network_forward_kernel[(min(units, launch.programs),)](
-            images, own, packed, rows, packed if target_row is None else target_row[start:],
-            outputs[start:] if target_row is None else outputs, launch.scratch, n, units, walks,
+            images, own, packed, rows, outputs[start:], launch.scratch, n, units, walks,
             packed.stride(0), rows.stride(0), rows.stride(1),
-            net=net, SHARED=shared, INDEXED=index is not None, ROUTED=target_row is not None, **launch_options(),
+            net=net, SHARED=shared, INDEXED=index is not None, **launch_options(),
         )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from ._chunks import in_chunks
 from .architecture import Architecture
 from .errors import WslfastError, say_once
-from .kernels import cpu, plan, reference
+from .kernels import budget, cpu, plan, reference
 from .kernels.schedule import schedule
 from .profiling import region
 
@@ -52,7 +52,7 @@ def choose(architecture: Architecture, device: str, dtype: torch.dtype, backend:
         if reason is None and backend == "auto" and not _TRITON_BY_DEFAULT:
             reason = "the kernels have not been verified on a GPU yet (backend='triton' runs them)"
         if reason is None:
-            return Choice("triton", "kernels, all models in one launch a layer")
+            return Choice("triton", "kernels, all models in one launch")
         if backend == "triton":
             raise WslfastError(f"backend='triton' cannot run this: {reason}")
         say_once(f"wslfast: no Triton kernels for architecture {architecture.name!r}: {reason}; using torch", logging.INFO)
@@ -178,6 +178,15 @@ def _triton(weights: Tensor, queries: Tensor, architecture: Architecture) -> Ten
     return kernels.population_forward(weights, queries, None, key, precision, memory_budget("cuda"))
 
 
+def _say_mode(architecture: Architecture, queries: Tensor, precision: str) -> None:
+    """Why the kernels leave their usual way, a launch a layer."""
+    n = queries.shape[-len(architecture.input_shape) - 1]
+    planned = schedule(architecture.layers, architecture.input_shape)
+    mode, reason = budget.choose_mode(planned, n, precision, True, memory_budget("cuda"))
+    if mode == "network":
+        say_once(f"wslfast: {architecture.name!r} runs as a whole network in one launch: {reason}", logging.INFO)
+
+
 _FORWARD = {"loop": _loop, "grouped": _grouped, "functional": _functional, "cpu": _loop, "triton": _triton}
 
 
@@ -238,6 +247,7 @@ def loss_and_gradient(
             return cpu.loss_and_gradient(weights, queries, targets, architecture.layers, criterion, temperature, index)
         if choice.path == "triton":
             kernels, precision = importlib.import_module("wslfast.kernels.autograd"), _triton_precision()
+            _say_mode(architecture, queries, precision)
             return kernels.loss_and_gradient(
                 weights, queries, targets, architecture.layers, criterion, temperature, precision, memory=memory_budget("cuda")
             )
