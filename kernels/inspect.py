@@ -46,7 +46,7 @@ POINTERS = {"fp16": "*fp16", "bf16": "*bf16"}
 # Arguments whose value says nothing about alignment: the launchers do not specialise on them.
 PLAIN = {
     "n", "tiles", "programs", "count", "rows_per_split", "bias_stride", "packed", "channels", "parameters", "most",
-    "first", "units", "walks", "parts", "queries_per_part",
+    "first", "units", "walks", "parts", "queries_per_part", "k_stride",
 }  # fmt: skip
 
 

@@ -168,7 +168,7 @@ def _criterion(
     return tl.sum(terms, axis=1), 1.0 / gain
 
 
-@triton.jit(do_not_specialize=["n", "units", "parts", "queries_per_part", "bias_stride", "temperature"])
+@triton.jit(do_not_specialize=["n", "units", "parts", "queries_per_part", "bias_stride", "k_stride", "temperature"])
 def network_loss_kernel(
     x, index, w, bias, targets, target_row, places, steps, counts, partials, terms, codes, scratch, outs, sums,
     n, units, parts, queries_per_part, w_stride, bias_stride, bias_step, k_stride, q_stride, c_stride, temperature,

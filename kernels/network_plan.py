@@ -20,7 +20,7 @@ from .tables import step
 SCRATCH = 2**18  # bytes of activations that a block of queries should stay below
 MOST_SCRATCH = 2**22  # bytes a program may hold: activations of at least one query, and sums of weight gradients
 MOST_QUERIES = 64  # a tile of rows: more queries fill no more of it
-MOST_STAGES, MOST_PRODUCTS = 8, 400  # unrolled into one kernel: what the compiler can be asked for
+MOST_STAGES, MOST_PRODUCTS = 8, 256  # unrolled into one kernel: what the compiler can be asked for
 MOST_LOGITS = 4096  # numbers in the criterion's tile [QB, classes]
 PART = 128  # queries that one program walks over
 
