@@ -139,6 +139,12 @@ def _check(weights: Tensor, plan: Schedule, n: int, precision: str) -> None:
         raise ValueError(f"{n} queries are {n * widest} numbers a model; the kernels address fewer than {OFFSETS}")
 
 
+def _check_rows(target_row: Tensor, k: int, rows: int | None) -> None:
+    if target_row.shape != (k,) or target_row.is_floating_point() or rows is None:
+        given = f"{list(target_row.shape)} {target_row.dtype}"
+        raise ValueError(f"expected target_row [{k}] of integers, and the number of rows, got {given} and {rows}")
+
+
 def _first_of_each(target_row: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     """``[rows]``: the first model that names each row (0 where none does), and whether one does. Waits for no device."""
     models = torch.arange(len(target_row), device=target_row.device)
@@ -168,11 +174,11 @@ def forward(
     ``mode``: ``layers``, ``network`` (raises Unplannable where it cannot), or None for ``choose_mode``.
     """
     if target_row is not None:
-        assert rows is not None, "target_row needs the number of rows"
-        first, named = _first_of_each(target_row, rows)
-        own = queries[first] if queries.ndim == input_rank(layers) + 2 else queries
+        _check_rows(target_row, weights.shape[0], rows)
+        first, named = _first_of_each(target_row, rows or 0)
+        queries = queries[first] if queries.ndim == input_rank(layers) + 2 else queries
         index = None if index is None else index[first]
-        outputs = forward(weights[first], own, layers, precision, index=index, memory=memory, mode=mode)
+        outputs = forward(weights.detach()[first], queries, layers, precision, index=index, memory=memory, mode=mode)
         return outputs.masked_fill_(~named[:, None, None], float("nan"))
     plan, k = _plan(layers, queries), weights.shape[0]
     memory = memory or MEMORY
@@ -218,6 +224,8 @@ def loss_and_gradient(
         source = _Queries(queries, index, plan, layers, k, precision)
         n, device = source.n, weights.device
         _check(weights, plan, n, precision)
+        if target_row is not None:
+            _check_rows(target_row, k, targets.shape[0])
         held_rows = k if target_row is None else targets.shape[0]
         if not targets.is_floating_point():
             if criterion != "cross_entropy" or targets.shape != (held_rows, n):

@@ -91,9 +91,9 @@ class FoldTables:
     s < counts[p]), s outermost. ``bases`` are the stages' offsets in that row, ``row`` its length.
     """
 
-    def __init__(self, plan: Schedule, parts: list[int], device: torch.device) -> None:
+    def __init__(self, plan: Schedule, stage_splits: list[int], device: torch.device) -> None:
         self.bases: list[int] = []
-        self.splits = parts
+        self.splits = stage_splits
         places = torch.full((plan.parameters, most_places(plan)), -1)
         steps, counts = torch.zeros(plan.parameters, dtype=torch.long), torch.zeros(plan.parameters, dtype=torch.long)
         base = 0

@@ -156,6 +156,15 @@ def test_views_share_a_row(mode: str, poisoned_empty: None) -> None:
         assert outputs[2].isnan().all()
 
 
+def test_wrong_rows_are_named() -> None:
+    weights, queries, targets = make(MLP, 2, 3)
+    for rows in (torch.zeros(3, dtype=torch.long), torch.zeros(2)):
+        with pytest.raises(ValueError, match=r"target_row \[2\] of integers"):
+            _loss(MLP, weights, queries, targets, target_row=rows)
+    with pytest.raises(ValueError, match="number of rows"):
+        kernels.forward(weights, queries, MLP.layers, target_row=torch.zeros(2, dtype=torch.long))
+
+
 def test_a_shared_row_is_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
     weights, queries, _ = make(MLP, 6, 3)
     packed: list[int] = []
@@ -213,6 +222,32 @@ def test_a_bad_model_touches_nobody_else(precision: str, value: float, monkeypat
     if value != value:
         assert losses[1].isnan()
         assert gradient[1].isnan().any()
+
+
+@pytest.mark.slow
+def test_offsets_of_programs_pass_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the last two programs of 17 million are run; their scratch lies past 2^31 numbers."""
+    from triton.runtime import interpreter
+
+    weights, queries, _ = make(MLP, 1, 2)
+    plan = schedule(MLP.layers, MLP.shape)
+    expected = kernels.forward(weights, queries, MLP.layers, "fp16", mode="network")
+    net = whole.specialised(plan, "fp16", False, weights.device)
+    first = 2**31 // net.SCRATCH + 3
+    packed, images = whole.prepare(weights, queries, plan, 1, "fp16")
+    try:
+        scratch, outputs = torch.empty((first + 2) * net.SCRATCH, dtype=torch.float16), torch.empty(first + 2, 2, plan.classes)
+    except RuntimeError:
+        pytest.skip("no address space for 2^31 numbers")
+    builder = interpreter.interpreter_builder
+    set_grid_idx = builder.set_grid_idx
+    monkeypatch.setattr(builder, "set_grid_idx", lambda x, y, z: set_grid_idx(x + first, y, z))
+    monkeypatch.setattr(builder, "set_grid_dim", lambda x, y, z: None)
+    builder.grid_dim = (first + 2, 1, 1)
+    whole.network_forward_kernel[(2,)](
+        images, images, packed, weights, outputs, scratch, 2, first + 2, 1, 0, 0, 1, net=net, SHARED=True, INDEXED=False
+    )
+    assert torch.equal(outputs[first:], expected.expand(2, -1, -1))
 
 
 def test_operators_and_warmup_in_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
