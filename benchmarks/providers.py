@@ -21,7 +21,7 @@ from torch import Tensor
 from wslfast import engine
 from wslfast.architecture import Architecture
 from wslfast.kernels import reference
-from wslfast.kernels.plan import Activation, Conv2d, Flatten, Linear, Pool2d, layer_slots
+from wslfast.kernels.plan import Activation, Conv2d, Flatten, Linear, Pool2d, Unplannable, layer_slots
 
 from .cases import CRITERION
 
@@ -358,31 +358,36 @@ def _kernels(weights: Tensor) -> tuple[Any, str]:
     return importlib.import_module("wslfast.kernels.autograd"), precision
 
 
-def _kernel_forward(weights: Tensor, queries: Tensor, architecture: Architecture) -> Tensor:
+def _on_kernels(function: str, mode: str, weights: Tensor, *arguments: Any) -> Any:
+    """The kernels' ``forward`` or ``loss_and_gradient`` in a mode, ``layers`` or ``network``."""
     kernels, precision = _kernels(weights)
-    return kernels.forward(weights, queries, architecture.layers, precision, memory=engine.memory_budget("cuda"))
+    try:
+        return getattr(kernels, function)(weights, *arguments, precision=precision, memory=engine.memory_budget("cuda"), mode=mode)
+    except Unplannable as error:
+        raise Unavailable(f"not planned in mode {mode!r}: {error}") from None
 
 
-@provider("wslfast-triton-layerwise", _kernel_forward)
+def _layerwise_forward(weights: Tensor, queries: Tensor, architecture: Architecture) -> Tensor:
+    return _on_kernels("forward", "layers", weights, queries, architecture.layers)
+
+
+@provider("wslfast-triton-layerwise", _layerwise_forward)
 def wslfast_triton_layerwise(
     weights: Tensor, original: Tensor, queries: Tensor, targets: Tensor | None, architecture: Architecture
 ) -> Result:
     """The kernels that run one layer of all models in a launch."""
     targets = _targets("wslfast-triton-layerwise", original, queries, targets, architecture)
-    kernels, precision = _kernels(weights)
-    memory = engine.memory_budget("cuda")
-    return kernels.loss_and_gradient(weights, queries, targets, architecture.layers, CRITERION, precision=precision, memory=memory)
+    return _on_kernels("loss_and_gradient", "layers", weights, queries, targets, architecture.layers, CRITERION)
 
 
 def _network_forward(weights: Tensor, queries: Tensor, architecture: Architecture) -> Tensor:
-    _kernels(weights)
-    raise Unavailable("this version has no kernels that run a whole network in a launch")
+    return _on_kernels("forward", "network", weights, queries, architecture.layers)
 
 
 @provider("wslfast-triton-network", _network_forward)
 def wslfast_triton_network(
     weights: Tensor, original: Tensor, queries: Tensor, targets: Tensor | None, architecture: Architecture
 ) -> Result:
-    """The kernels that run a whole network in a launch, its activations on the chip."""
+    """The kernels that run a whole network in a launch, its activations in a scratch of each program."""
     targets = _targets("wslfast-triton-network", original, queries, targets, architecture)
-    return _differentiated(_network_forward, weights, queries, targets, architecture)
+    return _on_kernels("loss_and_gradient", "network", weights, queries, targets, architecture.layers, CRITERION)

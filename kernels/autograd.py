@@ -4,7 +4,8 @@ The contract is reference.py's: weights ``[k, P]``, queries ``[n, C, H, W]`` sha
 here also an image pool ``[rows, C, H, W]`` with ``index`` ``[k, n]``; outputs ``[k, n, K]`` fp32.
 
 ``loss_and_gradient`` computes both in one call, layer by layer for all models of a chunk at once, so that no activation
-outlives it. Chunks cut models only, and a model's sums keep their order: neither chunks nor neighbours change a bit.
+outlives it. Chunks cut models only, and a model's sums keep their order: neither chunks nor neighbours change a bit. With
+``mode="network"`` each program takes its model through the whole network instead (network.py): three launches, little memory.
 
 Operators: ``wslfast::population_forward`` (differentiable in the weights: its backward runs the forward pass again rather
 than keeping activations, and leaves saved tensors alone) and ``wslfast::population_loss`` (losses and gradient; the losses
@@ -15,53 +16,30 @@ from __future__ import annotations
 
 import contextlib
 import json
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .budget import MEMORY, choose_mode, models_per_chunk
 from .convolution import launch_configuration, stage_dw, stage_dx, stage_forward
 from .head import fits, head_loss_and_gradient
+from .network import network_forward, network_loss
 from .once import once
 from .packing import fold, pack, stack, stack_pool, storage
 from .plan import Layers, Linear, layer_from_dict, layer_to_dict
-from .schedule import PRECISIONS, element_size, schedule, splits
+from .schedule import PRECISIONS, schedule
 from .stages import Schedule
 from .tables import FoldTables, fold_tables
 from .tail import criterion_forward_backward, gradient_scale
 
 OFFSETS = 2**31  # in-model offsets are 32-bit
-MEMORY = 2**33  # bytes of activations in flight unless the caller says otherwise: no device query, and graphs can capture
 
 
 def _device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device: make it the tensors'."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
-def query_bytes(plan: Schedule, precision: str, gradient: bool) -> int:
-    """Bytes of activations that one (model, query) pair holds while its chunk is in flight."""
-    size = element_size(precision)
-    total = 0
-    for stage in plan.stages:
-        total += stage.OUTPUTS * (4 if stage.LAST else size)
-        if gradient:
-            total += stage.CODES * (stage.POOL == "max") + stage.CODES * size * stage.LAST
-            total += stage.SLOPES * size * (stage.SLOPE in ("pooled", "window"))
-    return total
-
-
-def models_per_chunk(plan: Schedule, k: int, n: int, precision: str, gradient: bool, memory: int) -> int:
-    """Models that are run together so that what they need stays below ``memory`` bytes."""
-    each = n * query_bytes(plan, precision, gradient) + plan.packed * element_size(precision)
-    if gradient:
-        each += 4 * sum(parts * stage.GSIZE for parts, stage in zip(_splits(plan, n), plan.stages, strict=True))
-    return max(1, min(k, memory // each))
-
-
-def _splits(plan: Schedule, n: int) -> tuple[int, ...]:
-    return tuple(splits(stage, n) for stage in plan.stages)
 
 
 class _Activations:
@@ -93,7 +71,7 @@ class _Queries:
             raise ValueError(f"expected a pool of {rank + 1} axes with an index, got {queries.ndim}")
         self.shared = queries.ndim == rank + 1 and index is None
         self.n = queries.shape[0] if self.shared else queries.shape[1] if index is None else index.shape[1]
-        self.images = (stack if index is None else stack_pool)(queries, plan, rank, precision)
+        self.queries, self.rank, self.layout = queries, rank, (plan, rank, precision)
         self.index = None if index is None else index.contiguous()
         self.per_model = 0 if self.shared else self.n
         if self.n < 1:
@@ -102,6 +80,10 @@ class _Queries:
             raise ValueError(f"expected an index [{k}, n] of integers, got {list(index.shape)} {index.dtype}")
         if index is None and not self.shared and queries.shape[0] != k:
             raise ValueError(f"expected queries for {k} models, got {queries.shape[0]}")
+
+    @cached_property
+    def images(self) -> Tensor:
+        return (stack if self.index is None else stack_pool)(self.queries, *self.layout)
 
     def of(self, start: int) -> tuple[Tensor, Tensor | None]:
         """(images, index) of the chunk that begins at model ``start``."""
@@ -163,16 +145,49 @@ def _axes(queries: Tensor) -> int:
     return 1 if queries.ndim < 4 else 3
 
 
+def _check_rows(target_row: Tensor, k: int, rows: int | None) -> None:
+    if target_row.shape != (k,) or target_row.is_floating_point() or rows is None:
+        given = f"{list(target_row.shape)} {target_row.dtype}"
+        raise ValueError(f"expected target_row [{k}] of integers, and the number of rows, got {given} and {rows}")
+
+
+def _first_of_each(target_row: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """``[rows]``: the first model that names each row (0 where none does), and whether one does. Waits for no device."""
+    models = torch.arange(len(target_row), device=target_row.device)
+    first = models.new_full((rows,), len(target_row)).scatter_reduce_(0, target_row.long(), models, "amin")
+    named = first < len(target_row)
+    return torch.where(named, first, 0), named
+
+
 def _plan(layers: Layers, queries: Tensor) -> Schedule:
     return schedule(layers, tuple(queries.shape[-_axes(queries) :]))
 
 
+def _mode(asked: str | None, plan: Schedule, n: int, precision: str, gradient: bool, memory: int) -> str:
+    if asked not in (None, "layers", "network"):
+        raise ValueError(f"unknown mode {asked!r}; known: 'layers', 'network', None")
+    return asked or choose_mode(plan, n, precision, gradient, memory)[0]
+
+
 def forward(
-    weights: Tensor, queries: Tensor, layers: Layers, precision: str = "tf32", *,
-    index: Tensor | None = None, memory: int | None = None,
+    weights: Tensor, queries: Tensor, layers: Layers, precision: str = "tf32", *, index: Tensor | None = None,
+    target_row: Tensor | None = None, rows: int | None = None, memory: int | None = None, mode: str | None = None,
 ) -> Tensor:  # fmt: skip
-    """Outputs ``[k, n, K]`` fp32, without autograd. ``memory`` bounds the bytes of activations in flight."""
+    """Outputs ``[k, n, K]`` fp32, without autograd. ``memory`` bounds the bytes of activations in flight.
+
+    With ``target_row`` ``[k]``, outputs are ``[rows, n, K]``: row target_row[j] holds those of the first model j that names it, and
+    no other model is run (permuted views of one model share a row); a row that nobody names is NaN. Trusted, like ``index``.
+    ``mode``: ``layers``, ``network`` (raises Unplannable where it cannot), or None for ``choose_mode``.
+    """
+    if target_row is not None:
+        _check_rows(target_row, weights.shape[0], rows)
+        first, named = _first_of_each(target_row, rows or 0)
+        queries = queries[first] if index is None and queries.ndim == _axes(queries) + 2 else queries
+        index = None if index is None else index[first]
+        outputs = forward(weights.detach()[first], queries, layers, precision, index=index, memory=memory, mode=mode)
+        return outputs.masked_fill_(~named[:, None, None], float("nan"))
     plan, k = _plan(layers, queries), weights.shape[0]
+    memory = memory or MEMORY
     with torch.no_grad(), _device(weights):
         source = _Queries(queries, index, plan, k, precision)
         n = source.n
@@ -180,46 +195,65 @@ def forward(
         outputs = torch.empty(k, n, plan.classes, device=weights.device)
         if k == 0:
             return outputs
-        chunk = models_per_chunk(plan, k, n, precision, False, memory or MEMORY)
+        if _mode(mode, plan, n, precision, False, memory) == "network":
+            network_forward(
+                weights, queries, source.index, outputs, plan, precision, source.rank, memory, shared=source.shared
+            )
+            return outputs
+        chunk = models_per_chunk(plan, k, n, precision, False, memory)
         held = _Activations(plan, chunk, n, precision, False, weights.device)
         for start in range(0, k, chunk):
-            rows = weights[start : start + chunk]
+            part = weights[start : start + chunk]
             held.outputs[-1] = outputs[start:]
             images, own = source.of(start)
-            _forward(plan, held, rows, pack(rows, plan, precision), images, own, rows.shape[0], n, precision,
+            _forward(plan, held, part, pack(part, plan, precision), images, own, part.shape[0], n, precision,
                      shared=source.shared, gradient=False)  # fmt: skip
         return outputs
 
 
 def loss_and_gradient(
     weights: Tensor, queries: Tensor, targets: Tensor, layers: Layers, criterion: str, temperature: float = 2.0,
-    precision: str = "tf32", *, index: Tensor | None = None, memory: int | None = None,
+    precision: str = "tf32", *, index: Tensor | None = None, target_row: Tensor | None = None, memory: int | None = None,
+    mode: str | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Per-model losses ``[k]`` and gradients ``[k, P]`` with respect to each model's own weights, both fp32.
 
     ``index`` ``[k, n]`` picks rows of a query pool and is trusted: checking it would wait for the device.
 
-    ``targets`` ``[k, n, K]``, or integer labels ``[k, n]`` for cross_entropy. Criteria: see ``reference.criterion_values``;
-    ``gradient`` takes dL/d outputs for targets and gives zeros for losses.
+    ``targets`` ``[k, n, K]``, or integer labels ``[k, n]`` for cross_entropy; with ``target_row`` ``[k]`` (trusted too) model j's are
+    row target_row[j] of ``[rows, n, K]``. Criteria: see ``reference.criterion_values``; ``gradient`` takes dL/d outputs for targets
+    and gives zeros for losses. ``memory`` and ``mode``: see :func:`forward`.
     """
     plan, k = _plan(layers, queries), weights.shape[0]
+    memory = memory or MEMORY
     with torch.no_grad(), _device(weights):
         source = _Queries(queries, index, plan, k, precision)
         n, device = source.n, weights.device
         _check(weights, plan, n, precision)
+        if target_row is not None:
+            _check_rows(target_row, k, targets.shape[0])
+        held_rows = k if target_row is None else targets.shape[0]
         if not targets.is_floating_point():
-            if criterion != "cross_entropy" or targets.shape != (k, n):
-                raise ValueError(f"labels are [{k}, {n}] and for cross_entropy, got {list(targets.shape)}, {criterion}")
+            if criterion != "cross_entropy" or targets.shape != (held_rows, n):
+                raise ValueError(f"labels are [{held_rows}, {n}] and for cross_entropy, got {list(targets.shape)}, {criterion}")
             criterion = "labels"
-        elif targets.shape != (k, n, plan.classes):
-            raise ValueError(f"expected targets {[k, n, plan.classes]}, got {list(targets.shape)}")
+        elif targets.shape != (held_rows, n, plan.classes):
+            raise ValueError(f"expected targets {[held_rows, n, plan.classes]}, got {list(targets.shape)}")
         if criterion not in ("mse", "softmax_mse", "cross_entropy", "distillation", "labels", "gradient"):
             raise ValueError(f"unknown criterion {criterion!r}")
         losses = torch.empty(k, device=device)
         gradient = torch.empty(k, plan.parameters, device=device)
         if k == 0:
             return losses, gradient
-        chunk = models_per_chunk(plan, k, n, precision, True, memory or MEMORY)
+        if _mode(mode, plan, n, precision, True, memory) == "network":
+            network_loss(
+                weights, queries, source.index, targets, losses, gradient, plan, n, criterion, temperature, precision,
+                source.rank, memory, shared=source.shared, target_row=None if target_row is None else target_row.contiguous(),
+            )  # fmt: skip
+            return losses, gradient
+        if target_row is not None:
+            targets = targets.index_select(0, target_row)
+        chunk = models_per_chunk(plan, k, n, precision, True, memory)
         held = _Activations(plan, chunk, n, precision, True, device)
         tables = fold_tables(plan, n, device)
         partials = torch.empty(chunk, tables.row, device=device)
@@ -257,7 +291,7 @@ def loss_and_gradient(
 
 def warmup(
     layers: Layers, input_shape: tuple[int, ...], n: int, criterion: str = "mse", precision: str = "tf32",
-    device: torch.device | str = "cuda",
+    device: torch.device | str = "cuda", *, memory: int | None = None, mode: str | None = None,
 ) -> None:  # fmt: skip
     """Compile the kernels and build the tables that calls with n shared queries use, for any k: after it, a call makes no
     copy from the host and compiles nothing, so a CUDA graph can capture it."""
@@ -267,10 +301,9 @@ def warmup(
     kinds = {"labels": (torch.long, (1, n))}
     kind, shape = kinds.get(criterion, (torch.float32, (1, n, plan.classes)))
     targets = torch.zeros(shape, dtype=kind, device=device)
-    loss_and_gradient(
-        weights, queries, targets, layers, "cross_entropy" if criterion == "labels" else criterion, 2.0, precision
-    )
-    forward(weights, queries, layers, precision)
+    criterion = "cross_entropy" if criterion == "labels" else criterion
+    loss_and_gradient(weights, queries, targets, layers, criterion, 2.0, precision, memory=memory, mode=mode)
+    forward(weights, queries, layers, precision, memory=memory, mode=mode)
 
 
 @lru_cache(maxsize=256)

@@ -30,7 +30,7 @@ from .activations import matmul, rounded, slope_of_output
 from .schedule import Configuration, configuration, launch_options, splits
 from .stages import Stage, blocks
 from .tables import step
-from .tiles import between, held, output_gradient, patches, pool_and_store, query, replace, share, spread, weights, wide, zeros
+from .tiles import between, deposit, held, output_gradient, patches, pool_and_store, query, replace, share, spread, weights, wide, zeros
 
 
 @triton.jit
@@ -56,47 +56,34 @@ def _convolve(x, w, ws, acc0, acc1, q, oy, ox, mask, ch, s: tl.constexpr, c: tl.
     return acc0, acc1
 
 
-@triton.jit(do_not_specialize=["n", "tiles", "programs"])
-def forward_kernel(
-    x, index, w, bias, y, code, slope, n, tiles, programs, w_stride, bias_stride, bias_step,
-    s: tl.constexpr, c: tl.constexpr, SHARED: tl.constexpr, INDEXED: tl.constexpr, GRAD: tl.constexpr,
+@triton.jit
+def forward_rows(
+    x, index, w, bias, bias_step, y, code, slope, t0, t1, block, s: tl.constexpr, c: tl.constexpr,
+    INDEXED: tl.constexpr, GRAD: tl.constexpr,
 ):  # fmt: skip
-    """Program (model, output block, run of ``tiles`` row tiles)."""
+    """Rows t0 to t1 of one model's output block; pointers are at the model's own numbers."""
     HO: tl.constexpr = s.HO
     WO: tl.constexpr = s.WO
     BN: tl.constexpr = s.BN
-    NB: tl.constexpr = s.NB
     ND: tl.constexpr = s.ND
     KD: tl.constexpr = s.KD
     NCH: tl.constexpr = s.NCH
     TILE: tl.constexpr = s.KD * s.ND
     COUNT: tl.constexpr = s.KR * s.NCH
-    INPUTS: tl.constexpr = s.INPUTS
-    OUTPUTS: tl.constexpr = s.OUTPUTS
-    CODES: tl.constexpr = s.CODES
-    SLOPES: tl.constexpr = s.SLOPES
     NOUT: tl.constexpr = s.NOUT
     HOIST: tl.constexpr = c.HOIST
     BM: tl.constexpr = c.BM
-    rows = n * (HO * WO)
-    j, block, t0, t1 = share(programs, NB, rows, tiles * BM)
-    if not (SHARED or INDEXED):
-        x += j * n * INPUTS
-    y += j * n * OUTPUTS
-    code += j * n * CODES
-    slope += j * n * SLOPES
     nd = tl.arange(0, ND)
-    w += j * w_stride + block * (COUNT * TILE)
-    wp = w + tl.arange(0, KD)[:, None] * ND + nd[None, :]  # [KD, ND]
+    wp = w + block * (COUNT * TILE) + tl.arange(0, KD)[:, None] * ND + nd[None, :]  # [KD, ND]
     ws = held(wp, COUNT, TILE, HOIST)
     b = tl.zeros([ND], tl.float32)
     if s.BIAS:
         channel = block * BN + nd % BN
-        b = tl.load(bias + j * bias_stride + wide(channel) * bias_step, mask=channel < NOUT, other=0.0).to(tl.float32)
+        b = tl.load(bias + wide(channel) * bias_step, mask=channel < NOUT, other=0.0).to(tl.float32)
     for t in tl.range(t0, t1, BM, num_stages=c.STAGES):
         m = t + tl.arange(0, BM)
-        mask = m < rows
-        q = query(index, j, n, m // (HO * WO), mask, INDEXED)
+        mask = m < t1
+        q = query(index, m // (HO * WO), mask, INDEXED)
         oy = (m % (HO * WO)) // WO
         ox = m % WO
         acc0 = tl.zeros([BM, ND], tl.float32) + b[None, :]
@@ -110,12 +97,36 @@ def forward_kernel(
         pool_and_store(acc0, acc1, y, code, slope, m, mask, block, s, c, GRAD)
 
 
-@triton.jit(do_not_specialize=["n", "count", "rows_per_split"])
-def dw_kernel(
-    x, index, g, code, slope, part, n, count, rows_per_split, part_stride, part_step,
-    s: tl.constexpr, c: tl.constexpr, SHARED: tl.constexpr, INDEXED: tl.constexpr,
+@triton.jit(do_not_specialize=["n", "tiles", "programs"])
+def forward_kernel(
+    x, index, w, bias, y, code, slope, n, tiles, programs, w_stride, bias_stride, bias_step,
+    s: tl.constexpr, c: tl.constexpr, SHARED: tl.constexpr, INDEXED: tl.constexpr, GRAD: tl.constexpr,
 ):  # fmt: skip
-    """Program (model, pass, split): partial dW[i] += A[i + dy * S]^T @ G[dy] over the split's rows, kept in registers. When FLAT,
+    """Program (model, output block, run of ``tiles`` row tiles)."""
+    NB: tl.constexpr = s.NB
+    INPUTS: tl.constexpr = s.INPUTS
+    OUTPUTS: tl.constexpr = s.OUTPUTS
+    CODES: tl.constexpr = s.CODES
+    SLOPES: tl.constexpr = s.SLOPES
+    POSITIONS: tl.constexpr = s.POSITIONS
+    BM: tl.constexpr = c.BM
+    j, block, t0, t1 = share(programs, NB, n * POSITIONS, tiles * BM)
+    if INDEXED:
+        index += j * n
+    elif not SHARED:
+        x += j * n * INPUTS
+    forward_rows(
+        x, index, w + j * w_stride, bias + j * bias_stride, bias_step, y + j * n * OUTPUTS, code + j * n * CODES,
+        slope + j * n * SLOPES, t0, t1, block, s, c, INDEXED, GRAD,
+    )  # fmt: skip
+
+
+@triton.jit
+def dw_rows(
+    x, index, g, code, slope, part, factor, keep, t0, t1, turn, s: tl.constexpr, c: tl.constexpr,
+    INDEXED: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """One model's dW[i] = A[i + dy * S]^T @ G[dy] over rows t0 to t1, for pass ``turn``; pointers as in forward_rows. When FLAT,
     i is not a kernel row but a tile over all of them."""
     HO: tl.constexpr = s.HO
     WO: tl.constexpr = s.WO
@@ -130,27 +141,15 @@ def dw_kernel(
     NCH: tl.constexpr = s.NCHW
     P: tl.constexpr = s.P
     ACCS: tl.constexpr = s.ACCS
-    PASSES: tl.constexpr = s.PASSES
     SUMS: tl.constexpr = s.ND if s.POOL == "avg" else s.BN
-    INPUTS: tl.constexpr = s.INPUTS
-    CODES: tl.constexpr = s.CODES
-    SLOPES: tl.constexpr = s.SLOPES
     BIAS_AT: tl.constexpr = s.NB * s.KRW * s.NCHW * s.KDW * s.ND
     PATCH: tl.constexpr = s.PATCH
     EXACT: tl.constexpr = s.EXACTW
     PREC: tl.constexpr = c.PREC
     BM: tl.constexpr = c.BM
-    j, turn, t0, t1 = share(count, PASSES, n * (HO * WO), rows_per_split)
-    split = tl.program_id(0) % count
-    # turn: (output block, run, group of kernel rows or tiles)
-    block = turn // (NCH * (KR // NI))
+    block = turn // (NCH * (KR // NI))  # turn = (output block, run, group of kernel rows or tiles)
     ch = turn // (KR // NI) % NCH
     i0 = turn % (KR // NI) * NI
-    if not (SHARED or INDEXED):
-        x += j * n * INPUTS
-    g += j * n * CODES
-    code += j * n * CODES
-    slope += j * n * SLOPES
     nd = tl.arange(0, ND)
     bn = tl.arange(0, BN)
     col = block * BN + nd % BN  # [ND]
@@ -160,7 +159,7 @@ def dw_kernel(
     for t in tl.range(t0, t1, BM, num_stages=c.STAGES):
         m = t + tl.arange(0, BM)
         mask = m < t1
-        q = query(index, j, n, m // (HO * WO), mask, INDEXED)
+        q = query(index, m // (HO * WO), mask, INDEXED)
         oy = (m % (HO * WO)) // WO
         ox = m % WO
         G, at = output_gradient(g, code, m, col, mask[:, None], s)
@@ -191,16 +190,38 @@ def dw_kernel(
                     accs = replace(accs, a, matmul(A, G0, accs[a], PREC), NI)
                 if ACCS == 2 and between(a - S, 0, NI):
                     accs = replace(accs, a - S, matmul(A, G1, accs[a - S], PREC), NI)
-    part += j * part_stride + split * part_step
     tile = tl.arange(0, KD)[:, None] * ND + nd[None, :]
     for i in tl.static_range(NI):
-        tl.store(part + ((block * KR + i0 + i) * NCH + ch) * (KD * ND) + tile, accs[i])
+        deposit(part + ((block * KR + i0 + i) * NCH + ch) * (KD * ND) + tile, accs[i], factor, keep, ADD)
     if (i0 == 0) & (ch == 0):
         bias = part + BIAS_AT + block * ND
         if s.POOL == "avg":
-            tl.store(bias + nd, tl.sum(sums, axis=0))
+            deposit(bias + nd, tl.sum(sums, axis=0), factor, keep, ADD)
         else:
-            tl.store(bias + bn, tl.sum(sums, axis=0))
+            deposit(bias + bn, tl.sum(sums, axis=0), factor, keep, ADD)
+
+
+@triton.jit(do_not_specialize=["n", "count", "rows_per_split"])
+def dw_kernel(
+    x, index, g, code, slope, part, n, count, rows_per_split, part_stride, part_step,
+    s: tl.constexpr, c: tl.constexpr, SHARED: tl.constexpr, INDEXED: tl.constexpr,
+):  # fmt: skip
+    """Program (model, pass, split): a partial of its own."""
+    POSITIONS: tl.constexpr = s.POSITIONS
+    PASSES: tl.constexpr = s.PASSES
+    INPUTS: tl.constexpr = s.INPUTS
+    CODES: tl.constexpr = s.CODES
+    SLOPES: tl.constexpr = s.SLOPES
+    j, turn, t0, t1 = share(count, PASSES, n * POSITIONS, rows_per_split)
+    split = tl.program_id(0) % count
+    if INDEXED:
+        index += j * n
+    elif not SHARED:
+        x += j * n * INPUTS
+    dw_rows(
+        x, index, g + j * n * CODES, code + j * n * CODES, slope + j * n * SLOPES, part + j * part_stride + split * part_step,
+        1.0, True, t0, t1, turn, s, c, INDEXED, False,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -241,13 +262,9 @@ def _gather(g, code, slope, w, ws, accs, q, by, bx, mask, nb, s: tl.constexpr, c
     return accs
 
 
-@triton.jit(do_not_specialize=["n", "tiles", "programs"])
-def dx_kernel(
-    g, code, slope, w, xg, below_slope, n, tiles, programs, w_stride,
-    s: tl.constexpr, below: tl.constexpr, c: tl.constexpr,
-):  # fmt: skip
-    """Program (model, channel block, run of row tiles); a row is a block of PS x PS input pixels. dL/dz of the stage below
-    is written over that stage's stored output ``xg``, which nothing reads any more."""
+@triton.jit
+def dx_rows(g, code, slope, w, xg, below_slope, t0, t1, cb, s: tl.constexpr, below: tl.constexpr, c: tl.constexpr):
+    """Rows t0 to t1 of one model's input gradient, channel block ``cb``; a row is a block of PS x PS input pixels."""
     H: tl.constexpr = s.H
     W: tl.constexpr = s.W
     C: tl.constexpr = s.C
@@ -255,7 +272,6 @@ def dx_kernel(
     PY: tl.constexpr = s.PY
     PX: tl.constexpr = s.PX
     BC: tl.constexpr = s.BC
-    CB: tl.constexpr = s.CB
     NB: tl.constexpr = s.NB
     HB: tl.constexpr = s.HB
     WB: tl.constexpr = s.WB
@@ -263,29 +279,18 @@ def dx_kernel(
     NXD: tl.constexpr = s.PS * s.BC
     TILE: tl.constexpr = s.JX * s.BN * s.PS * s.BC
     COUNT: tl.constexpr = s.KH * s.NX * s.NB * (s.P // s.JX)
-    INPUTS: tl.constexpr = s.INPUTS
-    CODES: tl.constexpr = s.CODES
-    SLOPES: tl.constexpr = s.SLOPES
     SHARE: tl.constexpr = 0.25 if below.POOL == "avg" else 1.0
     ACT: tl.constexpr = below.ACT
     PARAM: tl.constexpr = below.PARAM
     HOIST: tl.constexpr = c.HOIST
     PREC: tl.constexpr = c.PREC
     BM: tl.constexpr = c.BM
-    rows = n * (HB * WB)
-    j, cb, t0, t1 = share(programs, CB, rows, tiles * BM)
-    g += j * n * CODES
-    code += j * n * CODES
-    slope += j * n * SLOPES
-    xg += j * n * INPUTS
-    below_slope += j * n * INPUTS
     rc = tl.arange(0, NXD)
-    w += j * w_stride + cb * (COUNT * TILE)
-    wp = w + tl.arange(0, KX)[:, None] * NXD + rc[None, :]  # [KX, NXD]
+    wp = w + cb * (COUNT * TILE) + tl.arange(0, KX)[:, None] * NXD + rc[None, :]  # [KX, NXD]
     ws = held(wp, COUNT, TILE, HOIST)
     for t in tl.range(t0, t1, BM, num_stages=c.STAGES):
         m = t + tl.arange(0, BM)
-        mask = m < rows
+        mask = m < t1
         q = m // (HB * WB)
         by = (m % (HB * WB)) // WB
         bx = m % WB
@@ -309,6 +314,26 @@ def dx_kernel(
             elif below.SLOPE == "pooled":
                 out = out * tl.load(below_slope + p, mask=inside, other=0.0).to(tl.float32)
             tl.store(xg + p, rounded(out, PREC), mask=inside)
+
+
+@triton.jit(do_not_specialize=["n", "tiles", "programs"])
+def dx_kernel(
+    g, code, slope, w, xg, below_slope, n, tiles, programs, w_stride,
+    s: tl.constexpr, below: tl.constexpr, c: tl.constexpr,
+):  # fmt: skip
+    """Program (model, channel block, run of row tiles). dL/dz of the stage below is written over that stage's stored output
+    ``xg``, which nothing reads any more."""
+    BLOCKS: tl.constexpr = s.HB * s.WB
+    CB: tl.constexpr = s.CB
+    INPUTS: tl.constexpr = s.INPUTS
+    CODES: tl.constexpr = s.CODES
+    SLOPES: tl.constexpr = s.SLOPES
+    BM: tl.constexpr = c.BM
+    j, cb, t0, t1 = share(programs, CB, n * BLOCKS, tiles * BM)
+    dx_rows(
+        g + j * n * CODES, code + j * n * CODES, slope + j * n * SLOPES, w + j * w_stride, xg + j * n * INPUTS,
+        below_slope + j * n * INPUTS, t0, t1, cb, s, below, c,
+    )  # fmt: skip
 
 
 def _programs(rows: int, c: Configuration) -> tuple[int, int]:

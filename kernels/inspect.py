@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,12 @@ from triton.compiler import ASTSource
 
 from .convolution import dw_kernel, dx_kernel, forward_kernel
 from .head import fits, head_kernel
-from .packing import fold_kernel, pack_kernel, stack_kernel
-from .plan import Activation, Conv2d, Dropout, Flatten, Layers, Linear, Pool2d
+from .network import network_forward_kernel, network_loss_kernel, reduce_kernel
+from .network_plan import network
+from .packing import fold_kernel, pack_kernel, prepare_kernel, stack_kernel
+from .plan import Activation, Conv2d, Dropout, Flatten, Layers, Linear, Pool2d, Unplannable
 from .schedule import PRECISIONS, configuration, launch_options, schedule
-from .stages import Stage, power_of_two
+from .stages import Schedule, Stage, power_of_two
 from .tables import most_places
 from .tail import criterion_kernel, query_block
 
@@ -38,9 +41,13 @@ FIELDS = (
     "kernel", "role", "architecture", "precision", "target",
     "registers", "spill_bytes", "shared_bytes", "dots", "mma", "seconds",
 )  # fmt: skip
+ROLES = ("forward", "dx", "dw", "tail", "network_forward", "network_loss", "layout")
 POINTERS = {"fp16": "*fp16", "bf16": "*bf16"}
 # Arguments whose value says nothing about alignment: the launchers do not specialise on them.
-PLAIN = {"n", "tiles", "programs", "count", "rows_per_split", "bias_stride", "packed", "channels", "parameters", "most"}
+PLAIN = {
+    "n", "tiles", "programs", "count", "rows_per_split", "bias_stride", "packed", "channels", "parameters", "most",
+    "first", "units", "walks", "parts", "queries_per_part", "k_stride",
+}  # fmt: skip
 
 
 def _name(i: int) -> str:
@@ -158,19 +165,49 @@ def _kernels(
     yield "fold", "layout", fold_kernel, {**plain, **tables, "out": "*fp32", "scale": "fp32"}, constants, 4
 
 
-def rows(target: str, precisions: tuple[str, ...], architectures: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """One row a kernel, see FIELDS."""
-    return (row for row, _ in listings(target, precisions, architectures))
+def _whole(plan: Schedule, precision: str, hopper: bool) -> Iterator[tuple[str, str, Any, dict[str, str], dict[str, Any], int]]:
+    """The same of the whole-network path, for a network that it takes."""
+    data = POINTERS.get(precision, "*fp32")
+    types = dict.fromkeys(("x", "index", "w", "target_row", "scratch"), data) | {"codes": "*i8", "temperature": "fp32"}
+    types |= dict.fromkeys(("bias", "targets", "partials", "terms", "y", "outs", "sums", "weights", "queries"), "*fp32")
+    types |= dict.fromkeys(("places", "steps", "counts", "table"), "*i32") | {"out": data, "images": data}
+    first = plan.stages[0]
+    constants: dict[str, Any] = {"H": first.H, "W": first.W, "C": first.C, "x_stride": 1, "step": 1, "B": 1024, "PREC": precision}
+    yield "prepare", "layout", prepare_kernel, types, constants, 4
+    sums = {"gradient": "*fp32", "losses": "*fp32", "scale": "fp32", "loss_scale": "fp32"}
+    yield "reduce", "layout", reduce_kernel, {**types, **sums}, {"B": 256}, 4
+    kernels = {"network_forward": network_forward_kernel, "network_loss": network_loss_kernel}
+    for role, kernel in kernels.items():
+        try:
+            net = network(plan, precision, role == "network_loss", hopper)
+        except Unplannable:
+            continue
+        constants = {"net": net, "CRITERION": "mse", "SHARED": True, "INDEXED": False, "ROUTED": False}
+        constants = {n: v for n, v in constants.items() if n in kernel.arg_names} | {"bias_step": 1}
+        if role == "network_loss":
+            constants["c_stride"] = 1
+        yield role, role, kernel, types, constants, 4
 
 
-def listings(target: str, precisions: tuple[str, ...], architectures: tuple[str, ...]) -> Iterator[tuple[dict[str, Any], str]]:
+def rows(
+    target: str, precisions: tuple[str, ...], architectures: tuple[str, ...], roles: tuple[str, ...] = ()
+) -> Iterator[dict[str, Any]]:
+    """One row a kernel, see FIELDS; of some roles, or of all."""
+    return (row for row, _ in listings(target, precisions, architectures, roles))
+
+
+def listings(
+    target: str, precisions: tuple[str, ...], architectures: tuple[str, ...], roles: tuple[str, ...] = ()
+) -> Iterator[tuple[dict[str, Any], str]]:
     """The same with the kernel's machine code, empty for one without matrix products."""
     for architecture in architectures:
         plan = schedule(*ARCHITECTURES[architecture])
         for precision in precisions:
-            for name, role, kernel, types, constants, warps in _kernels(
-                plan.stages, most_places(plan), precision, target == "sm_90", fits(plan, 1)
-            ):
+            hopper = target == "sm_90"
+            layers = _kernels(plan.stages, most_places(plan), precision, hopper, fits(plan, 1))
+            for name, role, kernel, types, constants, warps in chain(layers, _whole(plan, precision, hopper)):
+                if roles and role not in roles:
+                    continue
                 began = time.perf_counter()
                 found = compile_kernel(kernel, types, constants, warps, target)
                 seconds = time.perf_counter() - began
@@ -199,13 +236,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--target", choices=TARGETS, default="sm_90")
     parser.add_argument("--precision", choices=PRECISIONS, nargs="+", default=["fp16", "tf32"])
     parser.add_argument("--architecture", choices=sorted(ARCHITECTURES), nargs="+", default=list(ARCHITECTURES))
+    parser.add_argument("--role", choices=ROLES, nargs="+", default=[])
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     options = parser.parse_args(arguments)
     if triton.knobs.runtime.interpret:
         print("inspect compiles; unset TRITON_INTERPRET", file=sys.stderr)
         return 2
     found = []
-    for row in rows(options.target, tuple(options.precision), tuple(options.architecture)):
+    for row in rows(options.target, tuple(options.precision), tuple(options.architecture), tuple(options.role)):
         found.append(row)
         if options.json:
             print(json.dumps(row), flush=True)

@@ -4,9 +4,11 @@
     stack   images[q, y, x, c] = round(queries[q, c, y, x]), padded channels 0
     fold    gradient[j, p] = scale / gain[j] * sum over splits s and places d of partials[j, places[p, d] + s * steps[p]]
 
-Twins: ``pack`` and ``fold`` in tables.py.
+``prepare`` packs and stacks in one launch. Twins: ``pack`` and ``fold`` in tables.py.
 """
 # mypy: allow-untyped-defs
+
+from typing import Any
 
 import torch
 import triton
@@ -28,9 +30,8 @@ def storage(precision: str) -> torch.dtype:
     return TYPES.get(precision, torch.float32)
 
 
-@triton.jit(do_not_specialize=["programs", "packed"])
-def pack_kernel(weights, table, out, programs, packed, stride, step, B: tl.constexpr, PREC: tl.constexpr):
-    pid = tl.program_id(0)
+@triton.jit
+def _pack(weights, table, out, programs, packed, stride, step, pid, B: tl.constexpr, PREC: tl.constexpr):
     j = wide(pid // programs)
     t = (pid % programs) * B + tl.arange(0, B)
     mask = t < packed
@@ -39,12 +40,12 @@ def pack_kernel(weights, table, out, programs, packed, stride, step, B: tl.const
     tl.store(out + j * packed + t, rounded(v, PREC), mask=mask)
 
 
-@triton.jit(do_not_specialize=["count", "channels"])
-def stack_kernel(
-    queries, out, count, channels, q_stride, c_stride, y_stride, x_stride,
+@triton.jit
+def _stack(
+    queries, out, count, channels, q_stride, c_stride, y_stride, x_stride, pid,
     H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, B: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    e = wide(tl.program_id(0)) * B + tl.arange(0, B)
+    e = wide(pid) * B + tl.arange(0, B)
     mask = e < count
     c = e % C
     pixel = e // C
@@ -56,6 +57,46 @@ def stack_kernel(
     tl.store(out + e, rounded(v, PREC), mask=mask)
 
 
+@triton.jit(do_not_specialize=["programs", "packed"])
+def pack_kernel(weights, table, out, programs, packed, stride, step, B: tl.constexpr, PREC: tl.constexpr):
+    _pack(weights, table, out, programs, packed, stride, step, tl.program_id(0), B, PREC)
+
+
+@triton.jit(do_not_specialize=["count", "channels"])
+def stack_kernel(
+    queries, out, count, channels, q_stride, c_stride, y_stride, x_stride,
+    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, B: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    _stack(queries, out, count, channels, q_stride, c_stride, y_stride, x_stride, tl.program_id(0), H, W, C, B, PREC)
+
+
+@triton.jit(do_not_specialize=["first", "programs", "packed", "count", "channels"])
+def prepare_kernel(
+    weights, table, out, first, programs, packed, stride, step,
+    queries, images, count, channels, q_stride, c_stride, y_stride, x_stride,
+    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, B: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """The first ``first`` programs pack, the others stack."""
+    pid = tl.program_id(0)
+    if pid < first:
+        _pack(weights, table, out, programs, packed, stride, step, pid, B, PREC)
+    else:
+        _stack(queries, images, count, channels, q_stride, c_stride, y_stride, x_stride, pid - first, H, W, C, B, PREC)
+
+
+@triton.jit
+def gathered(partials, places, steps, counts, p, mask, most, D: tl.constexpr):
+    """Gradients of the parameters p: the sum over splits s < counts[p] and places d, s outermost."""
+    count = tl.load(counts + p, mask=mask, other=0)
+    step = tl.load(steps + p, mask=mask, other=0)
+    acc = tl.zeros(p.shape, tl.float32)
+    for s in tl.range(0, most, num_stages=1):
+        for d in tl.static_range(D):
+            at = tl.load(places + p * D + d, mask=mask, other=-1)
+            acc += tl.load(partials + at + s * step, mask=(at >= 0) & (s < count), other=0.0)
+    return acc
+
+
 @triton.jit(do_not_specialize=["programs", "parameters", "most", "scale"])
 def fold_kernel(
     partials, places, steps, counts, gain, out, programs, parameters, most, row, scale,
@@ -65,43 +106,53 @@ def fold_kernel(
     j = wide(pid // programs)
     p = (pid % programs) * B + tl.arange(0, B)
     mask = p < parameters
-    count = tl.load(counts + p, mask=mask, other=0)
-    step = tl.load(steps + p, mask=mask, other=0)
-    acc = tl.zeros([B], tl.float32)
-    partials += j * row
-    for s in tl.range(0, most):
-        for d in tl.static_range(D):
-            at = tl.load(places + p * D + d, mask=mask, other=-1)
-            acc += tl.load(partials + at + s * step, mask=(at >= 0) & (s < count), other=0.0)
+    acc = gathered(partials + j * row, places, steps, counts, p, mask, most, D)
     tl.store(out + j * parameters + p, acc * (scale / tl.load(gain + j)), mask=mask)
 
 
-def pack(weights: Tensor, plan: Schedule, precision: str) -> Tensor:
-    """``[k, P]`` weights of any strides -> ``[k, packed]`` operands."""
+def _packing(weights: Tensor, plan: Schedule, precision: str) -> tuple[Tensor, int, tuple[Tensor, ...], tuple[int, ...]]:
+    """(packed weights to fill, programs, the kernel's tensors, its sizes)."""
     k = weights.shape[0]
     out = torch.empty(k, plan.packed, dtype=storage(precision), device=weights.device)
     programs = blocks(plan.packed, 1024)
-    pack_kernel[(k * programs,)](
-        weights, pack_table(plan, weights.device), out, programs, plan.packed, weights.stride(0), weights.stride(1),
-        B=1024, PREC=precision, **launch_options(),
-    )  # fmt: skip
-    return out
+    table = pack_table(plan, weights.device)
+    return out, k * programs, (weights, table, out), (programs, plan.packed, weights.stride(0), weights.stride(1))
 
 
-def stack(queries: Tensor, plan: Schedule, rank: int, precision: str) -> Tensor:
-    """Queries ``[..., C, H, W]`` (``rank`` 3) or ``[..., features]`` (1) -> ``[rows, H * W * C]`` as the first stage reads
-    them. A network that begins with a linear layer reads an image as a vector in C-order."""
+def _stacking(queries: Tensor, plan: Schedule, rank: int, precision: str) -> tuple[Tensor, tuple[Any, ...], dict[str, int]]:
+    """(images to fill, the kernel's arguments, its constants)."""
     stage = plan.stages[0]
     queries = queries.reshape(-1, *queries.shape[queries.ndim - rank :])
     if plan.flat_input:
         queries = queries.flatten(1)
     out = torch.empty(queries.shape[0], stage.INPUTS, dtype=storage(precision), device=queries.device)
     strides = (*queries.stride(), 0, 0) if plan.flat_input else queries.stride()
-    stack_kernel[(blocks(out.numel(), 1024),)](
-        queries, out, out.numel(), queries.shape[1], *strides,
-        H=stage.H, W=stage.W, C=stage.C, B=1024, PREC=precision, **launch_options(),
-    )  # fmt: skip
+    return out, (queries, out, out.numel(), queries.shape[1], *strides), {"H": stage.H, "W": stage.W, "C": stage.C}
+
+
+def pack(weights: Tensor, plan: Schedule, precision: str) -> Tensor:
+    """``[k, P]`` weights of any strides -> ``[k, packed]`` operands."""
+    out, programs, tensors, sizes = _packing(weights, plan, precision)
+    pack_kernel[(programs,)](*tensors, *sizes, B=1024, PREC=precision, **launch_options())
     return out
+
+
+def stack(queries: Tensor, plan: Schedule, rank: int, precision: str) -> Tensor:
+    """Queries ``[..., C, H, W]`` (``rank`` 3) or ``[..., features]`` (1) -> ``[rows, H * W * C]`` as the first stage reads
+    them. A network that begins with a linear layer reads an image as a vector in C-order."""
+    out, arguments, shape = _stacking(queries, plan, rank, precision)
+    stack_kernel[(blocks(out.numel(), 1024),)](*arguments, **shape, B=1024, PREC=precision, **launch_options())
+    return out
+
+
+def prepare(weights: Tensor, queries: Tensor, plan: Schedule, rank: int, precision: str) -> tuple[Tensor, Tensor]:
+    """``pack`` and ``stack`` in one launch."""
+    packed, first, tensors, sizes = _packing(weights, plan, precision)
+    images, arguments, shape = _stacking(queries, plan, rank, precision)
+    prepare_kernel[(first + blocks(images.numel(), 1024),)](
+        *tensors, first, *sizes, *arguments, **shape, B=1024, PREC=precision, **launch_options()
+    )
+    return packed, images
 
 
 _pools: WeakIdKeyDictionary = WeakIdKeyDictionary()  # pool -> (what its stacked form depends on, that form)

@@ -23,6 +23,7 @@ from .stages import Schedule
 
 PRECISIONS = ("fp16", "tf32")
 ROLES = ("forward", "dw", "dx")
+OTHERS = ("pack", "stack", "criterion mse", "head mse", "fold", "network_forward", "network_loss")  # with resources, without a prediction
 TITLES = {"cnn3": "CNN3", "lenet5": "LeNet-5", "cnn": "CNN (28 x 28)"}
 
 
@@ -110,7 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
     found: dict[tuple[str, str], list[Prediction]] = {(a, p): [] for a in TITLES for p in PRECISIONS}
     for row, sass in inspect.listings("sm_90", PRECISIONS, tuple(TITLES)):
         known = predict(schedule(*inspect.ARCHITECTURES[row["architecture"]]), row, sass)
-        if row["architecture"] == "cnn3" and (known or row["kernel"] in ("pack", "stack", "criterion mse", "head mse", "fold")):
+        if row["architecture"] == "cnn3" and (known or row["kernel"] in OTHERS):
             resources.append(row)
         if known:
             found[row["architecture"], row["precision"]].append(known)

@@ -157,8 +157,13 @@ def most_places(plan: Schedule) -> int:
 
 
 def fold_tables(plan: Schedule, n: int, device: torch.device) -> FoldTables:
-    """Cached :class:`FoldTables`."""
+    """Cached :class:`FoldTables` of the layer-by-layer path, for n queries."""
     return _fold_tables(plan, tuple(splits(stage, n) for stage in plan.stages), device)
+
+
+def whole_tables(plan: Schedule, device: torch.device) -> FoldTables:
+    """Cached :class:`FoldTables` of one sum a stage, as a program of the whole-network path keeps it."""
+    return _fold_tables(plan, (1,) * len(plan.stages), device)
 
 
 @lru_cache(maxsize=64)

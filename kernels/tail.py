@@ -99,13 +99,27 @@ def criterion_terms(f, y, q, n, temperature, K: tl.constexpr, KP: tl.constexpr, 
     return tl.where((q < n)[:, None], terms, 0.0), tl.where((q < n)[:, None], d, 0.0)
 
 
+@triton.jit
+def store_gradient(g, slope, d, f, q, n, s: tl.constexpr, KP: tl.constexpr, PREC: tl.constexpr):
+    """dL/dz of the last stage for queries q, as an operand; ``d`` is dL/df, f = act(z)."""
+    ACT: tl.constexpr = s.ACT
+    PARAM: tl.constexpr = s.PARAM
+    N: tl.constexpr = s.N
+    c = tl.arange(0, KP)
+    stored = (q < n)[:, None] & (c < N)[None, :]
+    if s.SLOPE == "output":
+        d = d * slope_of_output(f, ACT, PARAM)
+    elif s.SLOPE == "pooled":
+        d = d * tl.load(slope + q[:, None] * N + c[None, :], mask=stored, other=0.0).to(tl.float32)
+    # Padded columns too: the matrix products read all N of them.
+    tl.store(g + q[:, None] * N + c[None, :], rounded(d, PREC), mask=stored)
+
+
 @triton.jit(do_not_specialize=["n", "temperature", "loss_scale"])
 def criterion_kernel(
     outputs, targets, slope, losses, gain, g, n, k_stride, q_stride, c_stride, temperature, loss_scale,
     s: tl.constexpr, CRITERION: tl.constexpr, KP: tl.constexpr, BQ: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    ACT: tl.constexpr = s.ACT
-    PARAM: tl.constexpr = s.PARAM
     K: tl.constexpr = s.NOUT
     N: tl.constexpr = s.N
     j = wide(tl.program_id(0))
@@ -131,14 +145,7 @@ def criterion_kernel(
         f = tl.load(outputs + q[:, None] * K + c[None, :], mask=(q < n)[:, None] & (c < K)[None, :], other=0.0)
         y = read_targets(targets, q, n, q_stride, c_stride, K, KP, CRITERION)
         terms, d = criterion_terms(f, y, q, n, temperature, K, KP, CRITERION)
-        d = d * power
-        stored = (q < n)[:, None] & (c < N)[None, :]
-        if s.SLOPE == "output":
-            d = d * slope_of_output(f, ACT, PARAM)
-        elif s.SLOPE == "pooled":
-            d = d * tl.load(slope + q[:, None] * N + c[None, :], mask=stored, other=0.0).to(tl.float32)
-        # Padded columns too: the matrix products read all N of them.
-        tl.store(g + q[:, None] * N + c[None, :], rounded(d, PREC), mask=stored)
+        store_gradient(g, slope, d * power, f, q, n, s, KP, PREC)
 
 
 def gradient_scale(criterion: str, n: int, classes: int, temperature: float) -> float:

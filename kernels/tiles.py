@@ -32,6 +32,14 @@ def share(programs, BLOCKS: tl.constexpr, rows, each):
 
 
 @triton.jit
+def deposit(p, value, factor, keep, ADD: tl.constexpr):
+    """Store a partial sum, or with ADD its product with ``factor`` on top of what is there (when ``keep``)."""
+    if ADD:
+        value = value * factor + tl.load(p, mask=keep, other=0.0)
+    tl.store(p, value)
+
+
+@triton.jit
 def replace(values, at: tl.constexpr, value, SIZE: tl.constexpr):
     """A tuple with one entry exchanged."""
     out = ()
@@ -72,10 +80,10 @@ def weights(w, ws, i, SIZE: tl.constexpr, HOIST: tl.constexpr):
 
 
 @triton.jit
-def query(index, j, n, q, mask, INDEXED: tl.constexpr):
-    """Row of the image pool behind query q of model j; a pool may pass 2^31 numbers, a model's own block may not."""
+def query(index, q, mask, INDEXED: tl.constexpr):
+    """Row of the image pool behind query q; a pool may pass 2^31 numbers, a model's own block may not."""
     if INDEXED:
-        return wide(tl.load(index + j * n + q, mask=mask, other=0))
+        return wide(tl.load(index + q, mask=mask, other=0))
     else:
         return q
 

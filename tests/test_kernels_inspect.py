@@ -18,7 +18,8 @@ from wslfast.kernels import inspect
 
 ROOT = Path(__file__).parent.parent
 SHARED_LIMIT = 99 * 1024  # what a block gets on the smaller GPUs of sm_80's family
-SPILLS = {"forward": 0, "dx": 0, "dw": 0, "layout": 0, "tail": 512}
+SPILLS = {"forward": 0, "dx": 0, "dw": 0, "layout": 0, "tail": 512, "network_forward": 512, "network_loss": 2048}
+LAYERS, WHOLE = ("forward", "dx", "dw", "tail"), ("network_forward", "network_loss")
 
 
 def _run(*arguments: str) -> str:
@@ -56,21 +57,34 @@ def _check(row: dict[str, Any]) -> list[str]:
     return wrong
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("target", inspect.TARGETS)
-def test_resources(target: str) -> None:
-    rows = [json.loads(line) for line in _run("-m", "wslfast.kernels.inspect", "--target", target, "--json").splitlines()]
+def _rows(*arguments: str) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in _run("-m", "wslfast.kernels.inspect", "--json", *arguments).splitlines()]
     assert all(tuple(row) == inspect.FIELDS for row in rows)
     wrong = {(r["architecture"], r["precision"], r["kernel"]): _check(r) for r in rows if _check(r)}
     assert not wrong, wrong
+    return rows
+
+
+def test_a_whole_network_compiles() -> None:
+    (row,) = _rows("--architecture", "cnn", "--precision", "fp16", "--role", "network_forward")
+    assert row["dots"]
+    assert row["mma"] == "HGMMA"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("target", inspect.TARGETS)
+@pytest.mark.parametrize("roles", [(*LAYERS, "layout"), WHOLE], ids=["layers", "network"])
+def test_resources(target: str, roles: tuple[str, ...]) -> None:
+    rows = _rows("--target", target, "--role", *roles)
     covered = {(r["role"], r["architecture"], r["precision"]) for r in rows}
-    for role in ("forward", "dx", "dw", "tail"):
+    for role in set(roles) - {"layout"}:
         for architecture in inspect.ARCHITECTURES:
             for precision in ("fp16", "tf32"):
                 assert (role, architecture, precision) in covered
     if target == "sm_90":  # the big products use Hopper's own instruction
-        assert all(r["mma"] == "HGMMA" for r in rows if r["architecture"] == "cnn3" and r["kernel"] in ("forward 1", "dw 1", "dx 1"))
+        big = ("forward 1", "dw 1", "dx 1", *WHOLE)
+        assert all(r["mma"] == "HGMMA" for r in rows if r["architecture"] == "cnn3" and r["kernel"] in big)
 
 
 COMPILE = """
@@ -95,3 +109,29 @@ def test_every_branch_compiles(precision: str) -> None:
         "bf16": ["average_then_act", "silu_before_max", "activation_last"],
     }
     assert _run("-c", COMPILE, precision, *names[precision]).splitlines()
+
+
+FORMS = """
+from kernel_cases import SMALL
+from wslfast.kernels import inspect
+from wslfast.kernels.schedule import schedule
+forms = {
+    "network_forward": [{"SHARED": False}, {"SHARED": False, "INDEXED": True}],
+    "network_loss": [
+        {"SHARED": False, "INDEXED": True, "ROUTED": True, "CRITERION": "labels"}, {"SHARED": False, "CRITERION": "distillation"},
+        {"CRITERION": "gradient", "ROUTED": True}, {"CRITERION": "softmax_mse"}, {"CRITERION": "cross_entropy"},
+    ],
+}
+for role, form, kernel, types, constants, warps in inspect._whole(schedule(SMALL.layers, SMALL.shape), "fp16", True):
+    for other in forms.get(role, []):
+        own = {**types, "index": "*i64"} if "INDEXED" in other else types
+        own = {**own, "target_row": "*i64"} if "ROUTED" in other else own
+        own = {**own, "targets": "*i64"} if other.get("CRITERION") == "labels" else own
+        print(inspect.compile_kernel(kernel, own, {**constants, **other}, warps, "sm_90").metadata.shared)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_form_of_the_whole_network_compiles() -> None:
+    assert len(_run("-c", FORMS).splitlines()) == 7

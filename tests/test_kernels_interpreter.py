@@ -51,7 +51,7 @@ def test_loss_and_gradient(name: str, poisoned_empty: None) -> None:
 def test_forward(name: str, poisoned_empty: None) -> None:
     case = NETWORKS[name]
     weights, queries, _ = make(case, 2, 3)
-    found = kernels.forward(weights, queries, case.layers, "ieee")
+    found = kernels.forward(weights, queries, case.layers, "ieee", mode="layers")
     assert error(found, reference.forward(weights.double(), queries.double(), case.layers)) < 5e-6
 
 
@@ -183,7 +183,7 @@ def test_queries_of_every_model_and_from_a_pool(poisoned_empty: None) -> None:
         assert error(found[0], expected[0]) < 5e-6
         assert error(found[1], expected[1]) < 5e-6
     assert torch.equal(by_pool[1], by_model[1])
-    outputs = kernels.forward(weights, pool, SMALL.layers, "ieee", index=index.to(torch.int32))
+    outputs = kernels.forward(weights, pool, SMALL.layers, "ieee", index=index.to(torch.int32), mode="layers")
     assert error(outputs, reference.forward(weights.double(), own.double(), SMALL.layers)) < 5e-6
 
 
@@ -238,13 +238,13 @@ def test_chunks_and_neighbours_do_not_change_a_bit() -> None:
     weights, queries, targets = make(SMALL, 5, 3)
     losses, gradient = kernels.loss_and_gradient(weights, queries, targets, SMALL.layers, "mse")
     for memory in (1, 60_000):
-        chunked = kernels.loss_and_gradient(weights, queries, targets, SMALL.layers, "mse", memory=memory)
+        chunked = kernels.loss_and_gradient(weights, queries, targets, SMALL.layers, "mse", memory=memory, mode="layers")
         assert torch.equal(chunked[0], losses)
         assert torch.equal(chunked[1], gradient)
     alone = kernels.loss_and_gradient(weights[3:4], queries, targets[3:4], SMALL.layers, "mse")
     assert torch.equal(alone[1][0], gradient[3])
-    outputs = kernels.forward(weights, queries, SMALL.layers)
-    assert torch.equal(kernels.forward(weights, queries, SMALL.layers, memory=1), outputs)
+    outputs = kernels.forward(weights, queries, SMALL.layers, mode="layers")
+    assert torch.equal(kernels.forward(weights, queries, SMALL.layers, memory=1, mode="layers"), outputs)
 
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32", "fp16", "bf16"])
@@ -270,7 +270,7 @@ def test_nan_in_one_window_position_survives_pooling(name: str) -> None:
     case = NETWORKS[name]
     weights, queries, _ = make(case, 1, 2)
     queries[1, 0, 2, 3] = float("nan")
-    found = kernels.forward(weights, queries, case.layers, "ieee")
+    found = kernels.forward(weights, queries, case.layers, "ieee", mode="layers")
     assert found[0].isnan().any(1).tolist() == [False, True]
     assert error(found[:, :1], reference.forward(weights.double(), queries[:1].double(), case.layers)) < 5e-6
 

@@ -40,7 +40,8 @@ def bind(self, *arguments, grid, warmup, **options):
     return run(self, *arguments, grid=grid, warmup=True, **options)
 
 JITFunction.run = bind
-from wslfast.kernels import autograd, inspect
+from wslfast.kernels import autograd, inspect, plan
+from wslfast.kernels.network import network_forward_kernel, network_loss_kernel
 layers, shape = inspect.ARCHITECTURES["cnn3"]
 
 def call(k, n):
@@ -53,6 +54,19 @@ def variants():
     kernels = (autograd.stage_forward.__globals__[name] for name in ("forward_kernel", "dw_kernel", "dx_kernel"))
     return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
 
+def whole(k, n):
+    launched.clear()
+    weights, targets = torch.randn(k, 30), torch.randn(k, n, 3)
+    autograd.loss_and_gradient(weights, torch.randn(n, 5), targets, MLP, "mse", 2.0, "fp16", mode="network")
+    both = dict(launched)
+    launched.clear()
+    autograd.forward(weights, torch.randn(n, 5), MLP, "fp16", mode="network")
+    return [both, dict(launched)]
+
+MLP = (plan.Linear("a", 5, 3), plan.Activation("b"), plan.Linear("c", 3, 3))
+network = whole(3, 7)
+whole(300, 70), whole(1, 1), whole(5, 256)
+whole_variants = sum(len(c[0]) for k in (network_forward_kernel, network_loss_kernel) for c in k.device_caches.values())
 first = call(3, 7)
 before = variants()
 call(16, 64), call(1, 1), call(5, 256)
@@ -60,7 +74,7 @@ time_began = time.perf_counter()
 for _ in range(20):
     call(5, 256)
 host = (time.perf_counter() - time_began) / 20
-print(json.dumps({"launched": first, "before": before, "after": variants(), "host": host,
+print(json.dumps({"launched": first, "before": before, "after": variants(), "host": host, "network": network, "whole_variants": whole_variants,
                   "grids": all(0 < g[0] < 2**31 for g in grids)}))
 """
 
@@ -76,4 +90,8 @@ def test_launches_without_a_gpu() -> None:
     assert sum(found["launched"].values()) <= 12, found["launched"]
     assert found["after"] == found["before"] == 3 + 3 + 2, "k or n compiled a kernel again"
     assert found["grids"]
+    both, forward = found["network"]
+    assert both == {"prepare_kernel": 1, "network_loss_kernel": 1, "reduce_kernel": 1}
+    assert forward == {"prepare_kernel": 1, "network_forward_kernel": 1}
+    assert found["whole_variants"] == 2, "k or n compiled a whole-network kernel again"
     assert found["host"] < 0.05, "binding arguments takes longer than the work"

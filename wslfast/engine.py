@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from ._chunks import in_chunks
 from .architecture import Architecture
 from .errors import WslfastError, say_once
-from .kernels import cpu, plan, reference
+from .kernels import budget, cpu, plan, reference
 from .kernels.schedule import schedule
 from .profiling import region
 
@@ -56,7 +56,7 @@ def choose(architecture: Architecture, device: str, dtype: torch.dtype, backend:
         if reason is None and backend == "auto" and not _TRITON_BY_DEFAULT:
             reason = "the kernels have not been verified on a GPU yet (backend='triton' runs them)"
         if reason is None:
-            return Choice("triton", "kernels, all models in one launch a layer")
+            return Choice("triton", "kernels, all models in one launch")
         if backend == "triton":
             raise WslfastError(f"backend='triton' cannot run this: {reason}")
         level = logging.INFO if _why_no_kernels(architecture) is None else logging.WARNING
@@ -189,10 +189,19 @@ def _triton(weights: Tensor, queries: Tensor, architecture: Architecture) -> Ten
     return outputs.to(torch.get_autocast_dtype("cuda")) if torch.is_autocast_enabled("cuda") else outputs
 
 
+def _say_mode(architecture: Architecture, n: int, precision: str) -> None:
+    """Why the kernels leave their usual way, a launch a layer."""
+    planned = schedule(architecture.layers, architecture.input_shape)
+    mode, reason = budget.choose_mode(planned, n, precision, True, memory_budget("cuda"))
+    if mode == "network":
+        say_once(f"wslfast: {architecture.name!r} runs as a whole network in one launch: {reason}", logging.INFO)
+
+
 def _triton_loss(
     weights: Tensor, queries: Tensor, targets: Tensor, architecture: Architecture, criterion: str, temperature: float, index: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     kernels, precision, memory = importlib.import_module("wslfast.kernels.autograd"), _triton_precision(), memory_budget("cuda")
+    _say_mode(architecture, queries.shape[-len(architecture.input_shape) - 1] if index is None else index.shape[1], precision)
     return kernels.loss_and_gradient(
         weights, queries, targets, architecture.layers, criterion, temperature, precision, index=index, memory=memory
     )

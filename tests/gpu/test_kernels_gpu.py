@@ -19,6 +19,7 @@ if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 
 from wslfast.kernels import autograd as kernels  # noqa: E402 (with triton and a device)
+from wslfast.kernels import budget  # noqa: E402
 from wslfast.kernels.schedule import schedule  # noqa: E402
 
 NETWORKS = {"cnn3": cnn3(), "cnn3_tanh": cnn3("tanh"), "cnn28": cnn28(), "lenet5": lenet5(), "small": SMALL, **CASES, **HEADS}
@@ -47,7 +48,7 @@ def _bar(parameter: str, case: Net, bars: tuple[float, ...]) -> float:
 def _check(case: Net, k: int, n: int, precision: str, criterion: str = "mse") -> None:
     weights, queries, targets = _on_gpu(case, k, n)
     bars = BARS[precision]
-    outputs = kernels.forward(weights, queries, case.layers, precision)
+    outputs = kernels.forward(weights, queries, case.layers, precision, mode="layers")
     assert error(outputs, reference.forward(weights.double(), queries.double(), case.layers)) < bars[0]
     losses, gradient = kernels.loss_and_gradient(weights, queries, targets, case.layers, criterion, 2.0, precision)
     expected, slopes = oracle(weights, queries, targets, case.layers, criterion)
@@ -95,7 +96,9 @@ def test_two_runs_and_any_chunks_are_equal_to_the_bit(precision: str) -> None:
     weights, queries, targets = _on_gpu(case, 33, 64)
     first = kernels.loss_and_gradient(weights, queries, targets, case.layers, "mse", 2.0, precision)
     for memory in (None, 2**25):
-        again = kernels.loss_and_gradient(weights, queries, targets, case.layers, "mse", 2.0, precision, memory=memory)
+        again = kernels.loss_and_gradient(
+            weights, queries, targets, case.layers, "mse", 2.0, precision, memory=memory, mode="layers"
+        )
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     alone = kernels.loss_and_gradient(weights[7:8], queries, targets[7:8], case.layers, "mse", 2.0, precision)
     assert torch.equal(alone[1][0], first[1][7])
@@ -105,7 +108,7 @@ def test_activations_past_two_to_the_31_numbers() -> None:
     case, n = cnn3(), 256
     plan = schedule(case.layers, case.shape)
     k = 2**31 // (n * plan.stages[0].OUTPUTS) + 2
-    need = k * n * kernels.query_bytes(plan, "fp16", True) * 5 // 4
+    need = k * n * budget.query_bytes(plan, "fp16", True) * 5 // 4
     if torch.cuda.mem_get_info()[0] < need:
         pytest.skip(f"needs {need >> 30} GiB")
     weights, queries, targets = _on_gpu(case, 4, n)
@@ -139,7 +142,7 @@ def test_nan_in_one_window_position_survives_pooling() -> None:
     weights, queries, _ = _on_gpu(case, 2, 3)
     queries[1, 0, 7, 9] = float("nan")
     for precision in BARS:
-        found = kernels.forward(weights, queries, case.layers, precision)
+        found = kernels.forward(weights, queries, case.layers, precision, mode="layers")
         assert found.isnan().any(-1).tolist() == [[False, True, False]] * 2
 
 
