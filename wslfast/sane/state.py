@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .._files import write_atomically
 from ..errors import WslfastError, require
 from .behavior import DistillationLoss
 
@@ -35,13 +36,11 @@ def load_state(path: str | Path, map_location: Any = "cpu") -> State:
 
 def save_model(module: Any, experiment_dir: str | Path) -> None:
     """``state.pt`` of an ``AEModule``, ours or the published one, as the published code reads it."""
-    folder = Path(experiment_dir)
-    folder.mkdir(exist_ok=True, parents=True)
     model = getattr(module.model, "module", module.model)  # DistributedDataParallel keeps it one level down
     state = {"model": model.state_dict(), "optimizer": with_template(module.optimizer.state_dict(), _template_sizes(module))}
     if getattr(module, "scheduler", None) is not None:
         state["scheduler"] = module.scheduler.state_dict()
-    torch.save(state, folder / "state.pt")
+    write_atomically(Path(experiment_dir) / "state.pt", lambda file: torch.save(state, file))
 
 
 def load_model(module: Any, experiment_dir: str | Path) -> None:
