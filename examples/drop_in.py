@@ -49,7 +49,7 @@ module = AEModule(config, reference_checkpoint=checkpoints[0], reference_params=
 module.model.train()
 for step in range(6):
     parts = module.train_step(*batch([view(c) for c in checkpoints]), *batch([view(c) for c in checkpoints]))
-    shown = {name.removeprefix("loss/"): f"{float(value):.3f}" for name, value in parts.items() if name.startswith("loss/loss")}
+    shown = {name.removeprefix("loss/"): f"{value.item():.3f}" for name, value in parts.items() if name.startswith("loss/loss")}
     print(f"step {step}:", shown)
 
 module.model.eval()

@@ -24,7 +24,7 @@ from ..tokens import layout
 from .queries import Queries
 from .semantics import Choice, resolve
 from .structure import MaskedReconLoss
-from .units import FirstValue
+from .units import Scaled
 from .views import shared_functions
 
 LOSSES = ("l2", "cross_entropy", "distillation")
@@ -68,7 +68,7 @@ def _check_checkpoint(checkpoint: Mapping[str, Tensor], architecture: Architectu
         )
 
 
-class DistillationLoss(nn.Module):
+class DistillationLoss(Scaled):
     """Distance in behaviour between reconstructions and originals on queries drawn at every call.
 
     Args:
@@ -93,10 +93,11 @@ class DistillationLoss(nn.Module):
         dump: Any = None, n_queries: int = 64, loss: str = "l2", reduction: str = "mean", temperature: float = 2.0,
         *, architecture: Architecture | None = None, semantics: Choice = "published", **flags: bool,
     ) -> None:  # fmt: skip
-        super().__init__()
         require(loss in LOSSES, f"loss: expected one of {list(LOSSES)}, got {loss!r}")
         require(reduction in REDUCTIONS, f"reduction: expected one of {list(REDUCTIONS)}, got {reduction!r}")
-        self.semantics = resolve(semantics, flags)
+        chosen = resolve(semantics, flags)
+        super().__init__(chosen.first_value_scale)
+        self.semantics = chosen
         if architecture is None:
             architecture = architecture_of(reference_params, reference_checkpoint)
         elif reference_checkpoint is not None:
@@ -109,15 +110,6 @@ class DistillationLoss(nn.Module):
         self.queryset, self.n_queries = queryset, self._queries.n
         self.recipe: dict[str, Tensor] | None = None
         self._order: Tensor | None = None
-        self._unit = FirstValue(self.semantics.first_value_scale)
-
-    @property
-    def scale(self) -> float | None:
-        return self._unit.scale
-
-    @scale.setter
-    def scale(self, value: float | None) -> None:
-        self._unit.scale = value
 
     def generate_queries(self) -> Tensor:
         """The next queries ``[n, C, H, W]``, on the CPU."""
@@ -130,7 +122,7 @@ class DistillationLoss(nn.Module):
             queries = queries.to(output.dtype)
         values = self.values(output, target, queries, pos)
         kept = values[values.isfinite()]
-        loss = self._unit(kept.mean() if self.reduction == "mean" else kept.sum())
+        loss = self.in_unit(kept.mean() if self.reduction == "mean" else kept.sum())
         return {"loss_recon": loss, "loss_structure": torch.tensor(0.0), "loss_behaviour": loss}
 
     def values(self, output: Tensor, target: Tensor, queries: Tensor, pos: Tensor | None = None) -> Tensor:

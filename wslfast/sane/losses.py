@@ -16,31 +16,23 @@ from ..losses import nt_xent
 from .behavior import DistillationLoss, ReconDistillationLoss
 from .semantics import Choice, Semantics, resolve
 from .structure import MaskedReconLoss
-from .units import FirstValue
+from .units import Scaled
 
 _NONE = 1e-10  # weights this close to 0 or 1 leave the other term out
 
 
-class _Contrast(nn.Module):
+class _Contrast(Scaled):
     """What both contrastive losses share. Any number of models may come; ``batch_size`` is kept for scripts that read it."""
 
     def __init__(self, batch_size: int, temperature: float, *, semantics: Choice = "published", **flags: bool) -> None:
-        super().__init__()
-        self.semantics = resolve(semantics, flags)
+        chosen = resolve(semantics, flags)
+        super().__init__(chosen.first_value_scale)
+        self.semantics = chosen
         self.batch_size, self.temperature = batch_size, temperature
-        self._unit = FirstValue(self.semantics.first_value_scale)
-
-    @property
-    def scale(self) -> float | None:
-        return self._unit.scale
-
-    @scale.setter
-    def scale(self, value: float | None) -> None:
-        self._unit.scale = value
 
     def forward(self, z_i: Tensor, z_j: Tensor) -> Tensor:
         """Embeddings ``[k, d]`` of two views; row j of one and row j of the other are partners."""
-        return self._unit(self._value(z_i, z_j))
+        return self.in_unit(self._value(z_i, z_j))
 
     def _value(self, z_i: Tensor, z_j: Tensor) -> Tensor:
         raise NotImplementedError

@@ -72,7 +72,7 @@ def _read(file: Path) -> Any:
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         expected = "expected tensors, a TensorDataset or a Subset of one (another data set can be passed as an object)"
-        raise WslfastError(f"dump: {expected} in {str(file)!r}, which weights_only=True refuses: {type(error).__name__}") from error
+        raise WslfastError(f"dump: cannot be read from {str(file)!r}: {expected}: {error}") from None
 
 
 def _images(dump: Any, shape: tuple[int, ...]) -> Tensor:

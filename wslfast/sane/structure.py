@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from ..errors import describe, require
 from .semantics import Choice, resolve
-from .units import FirstValue
+from .units import Scaled
 
 REDUCTIONS = ("mean", "sum")
 
 
-class MaskedReconLoss(nn.Module):
+class MaskedReconLoss(Scaled):
     """Squared difference of tokens, divided by its first value.
 
     Published: the output is masked and the target is not, and the mean counts padding. Corrected (``unmasked_target=False``):
@@ -33,21 +33,13 @@ class MaskedReconLoss(nn.Module):
     _paper = True  # with the paper's keys; SANE's own version has loss_recon and rsq alone
 
     def __init__(self, reduction: str, *, semantics: Choice = "published", **flags: bool) -> None:
-        super().__init__()
         require(reduction in REDUCTIONS, f"reduction: expected one of {list(REDUCTIONS)}, got {reduction!r}")
-        self.semantics = resolve(semantics, flags)
+        chosen = resolve(semantics, flags)
+        super().__init__(chosen.first_value_scale)
+        self.semantics = chosen
         self.reduction = reduction
         self.criterion = nn.MSELoss(reduction=reduction)
         self.loss_mean: Tensor | None = None
-        self._unit = FirstValue(self.semantics.first_value_scale)
-
-    @property
-    def scale(self) -> float | None:
-        return self._unit.scale
-
-    @scale.setter
-    def scale(self, value: float | None) -> None:
-        self._unit.scale = value
 
     def forward(self, output: Tensor, target: Tensor, mask: Tensor, _: Any = None) -> dict[str, Tensor]:
         """Tokens ``[k, T, D]`` of reconstructions and originals, and the mask of that shape."""
@@ -61,7 +53,7 @@ class MaskedReconLoss(nn.Module):
             output, target = torch.where(keep, output, 0), torch.where(keep, target, 0)
             loss = F.mse_loss(output, target, reduction="sum")
             loss = loss / keep.sum() if self.reduction == "mean" else loss
-        loss = self._unit(loss)
+        loss = self.in_unit(loss)
         rsq = explained_variance(output, target) if self.loss_mean is None else 1 - loss.detach() / self.loss_mean
         out = {"loss_recon": loss, "rsq": rsq}
         if self._paper:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
-class FirstValue:
-    """Divides by the first value it saw (the published code's hidden scale, one ``.item()`` at the first call), or by a constant.
+class Scaled(nn.Module):
+    """A loss in a unit of its own: divided by the first value it had (the published code's hidden scale), or by a constant.
 
     Attributes:
         scale: the divisor; None until the first value came. Setting it, for instance from a checkpoint, makes a run resumable.
     """
 
-    def __init__(self, first: bool) -> None:
-        self.scale: float | None = None if first else 1.0
+    def __init__(self, by_first_value: bool) -> None:
+        super().__init__()
+        self.scale: float | None = None if by_first_value else 1.0
 
-    def __call__(self, value: Tensor) -> Tensor:
+    def in_unit(self, value: Tensor) -> Tensor:
+        """``value`` over the scale, which it becomes if it is the first (one ``.item()``)."""
         if self.scale is None:
             self.scale = float(value.detach())
         return value / self.scale
