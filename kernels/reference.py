@@ -70,9 +70,12 @@ def per_model_queries(queries: Tensor, layers: Layers) -> bool:
 
 
 def forward(weights: Tensor, queries: Tensor, layers: Layers) -> Tensor:
-    """Outputs ``[k, n, K]``: one model after another, so no model can depend on its neighbours."""
+    """Outputs ``[k, n, K]``: one model after another, so no model can depend on its neighbours.
+
+    Rows are copied: BLAS rounds differently at addresses of other alignment, and a row's would depend on its place among the models.
+    """
     own = per_model_queries(queries, layers)
-    return torch.stack([forward_one(w, queries[j] if own else queries, layers) for j, w in enumerate(weights)])
+    return torch.stack([forward_one(w.clone(), queries[j].clone() if own else queries, layers) for j, w in enumerate(weights)])
 
 
 def forward_grouped(weights: Tensor, queries: Tensor, layers: Layers) -> Tensor:
@@ -147,8 +150,8 @@ def loss_and_gradient(
     own = per_model_queries(queries, layers)
     for j in range(weights.shape[0]):
         with torch.enable_grad():
-            row = weights[j].detach().requires_grad_()
-            outputs = forward_one(row, queries[j] if own else queries, layers)
+            row = weights[j].detach().clone().requires_grad_()  # copies, as in forward
+            outputs = forward_one(row, queries[j].clone() if own else queries, layers)
             value = criterion_values(outputs[None].to(weights.dtype), targets[j][None], criterion, temperature)[0]
         losses[j] = value.detach()
         (gradient[j],) = torch.autograd.grad(value, row)

@@ -179,7 +179,8 @@ def _functional(weights: Tensor, queries: Tensor, architecture: Architecture) ->
 
     if weights.device.type == "cuda":
         return torch.vmap(one, in_dims=(0, 0 if own else None))(weights, queries)
-    return torch.stack([one(w, queries[j] if own else queries) for j, w in enumerate(weights)])
+    # copies, as in reference.forward: the bits of a model's output do not depend on where its row stands
+    return torch.stack([one(w.clone(), queries[j].clone() if own else queries) for j, w in enumerate(weights)])
 
 
 def _triton(weights: Tensor, queries: Tensor, architecture: Architecture) -> Tensor:

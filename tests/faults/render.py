@@ -20,7 +20,7 @@ def table(folder: Path) -> str:
     latest: dict[tuple[str, str], dict[str, Any]] = {}
     for line in (folder / "figures.jsonl").read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
-        if record["form"] == "full":
+        if record["form"] == "full" and record["wanted"] != "-":
             latest[record["row"], record["what"]] = record
     records = sorted(latest.values(), key=lambda r: list(ROWS).index(r["row"]))
     if not records:

@@ -230,7 +230,9 @@ def _columns(record: Mapping[str, Any], where: str) -> Mapping[str, tuple[Any, .
 
 def _split(record: Mapping[str, Any], where: str) -> dict[str, Any]:
     value = _object(record, "split", where)
-    seed, fractions = value.get("seed"), value.get("fractions")
+    for key in ("seed", "fractions"):  # null is a value, too: a key that lost a bit is not taken for it
+        require(key in value, f"{where}: split.{key} is missing; there are {[k[:20] for k in list(value)[:8]]}")
+    seed, fractions = value["seed"], value["fractions"]
     require(value.get("by") == "model", f"{where}: split.by: expected 'model', got {_came(value.get('by'))}")
     require(seed is None or type(seed) is int, f"{where}: split.seed: expected an integer or null, got {_came(seed)}")
     numbers = isinstance(fractions, list) and len(fractions) == 3 and all(type(f) in (int, float) for f in fractions)
