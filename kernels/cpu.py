@@ -8,7 +8,8 @@ Forward, loss and backward of one slab follow each other while its activations a
 
 Which M and q is a pure function of n and the architecture, never of k: the last group is filled up with idle models, so every
 operator call has the shape it would have in any other batch, and a model's loss and gradient are the same bits
-alone, among neighbours, in any order and in any chunk. Memory beyond inputs and results does not grow with k.
+alone, among neighbours, in any order and in any chunk (one thread needs less filling: ``_Call.rows``). Memory beyond inputs and
+results does not grow with k.
 
 float32, and under CPU autocast its dtype (operands; losses, sums over slabs and gradients stay float32).
 """
@@ -208,17 +209,24 @@ class _Call:
             self.slabs = [] if self.own else _shared_slabs(self.queries, self.program, self.slab, self.dtype)
 
     def rows(self, group: int) -> Tensor:
-        """Weights ``[M, P]`` of a group; idle models are zeros."""
+        """Weights ``[M, P]`` of a group; idle models are zeros.
+
+        One thread cannot split a sum, so there a last group of 2 or 4 gives the bits of a full one (a plain convolution, of one
+        model, does not). Several threads share the sum over queries of a weight gradient out by the shape of the call.
+        """
         rows = self.weights[group : group + self.models]
-        if rows.shape[0] == self.models:
+        filled = self.models
+        if torch.get_num_threads() == 1:
+            filled = next(size for size in (2, 4, self.models) if size >= min(len(rows), self.models))
+        if rows.shape[0] == filled:
             return rows
-        return torch.cat((rows, rows.new_zeros(self.models - rows.shape[0], rows.shape[1])))
+        return torch.cat((rows, rows.new_zeros(filled - rows.shape[0], rows.shape[1])))
 
     def pack(self, rows: Tensor) -> list[Packed | None]:
         steps = self.program.steps[self.program.first :]
         return [step.pack(rows, self.dtype) if isinstance(step, _WITH_WEIGHTS) else None for step in steps]
 
-    def slab_of(self, group: int, start: int) -> Tensor:
+    def slab_of(self, group: int, start: int, models: int) -> Tensor:
         """Input of the first layer with parameters."""
         if not self.own:
             return self.slabs[start // self.slab]
@@ -226,23 +234,23 @@ class _Call:
         if isinstance(self.program.steps[0], PairedConvStep):
             return _model_by_model(self.queries, self.index, part, self.program, self.dtype)
         mine = list(self.queries[part]) if self.index is None else [_gathered(self.queries, rows) for rows in self.index[part]]
-        x = _own_slab(mine, self.program, self.models, self.dtype)
+        x = _own_slab(mine, self.program, models, self.dtype)
         for step in self.program.steps[: self.program.first]:
-            x, _ = step.forward(x, None, self.models)
+            x, _ = step.forward(x, None, models)
         return x
 
-    def outputs(self, group: int, start: int, packed: list[Packed | None]) -> Tensor:
+    def outputs(self, group: int, start: int, packed: list[Packed | None], models: int) -> Tensor:
         """Outputs ``[M, q, K]`` of a slab (q at least 2 where images are shared): the same bits as :meth:`forward`, with nothing kept."""
-        x = self.slab_of(group, start)
+        x = self.slab_of(group, start, models)
         for step, weights in zip(self.program.steps[self.program.first :], packed, strict=True):
-            x = step.values(x) if isinstance(step, PoolStep) else step.forward(x, weights, self.models)[0]
+            x = step.values(x) if isinstance(step, PoolStep) else step.forward(x, weights, models)[0]
         return x
 
-    def forward(self, group: int, start: int, packed: list[Packed | None]) -> tuple[Tensor, list[object]]:
+    def forward(self, group: int, start: int, packed: list[Packed | None], models: int) -> tuple[Tensor, list[object]]:
         """Outputs ``[M, q, K]`` of a slab, and what the backward of each step wants to see."""
-        x, saved = self.slab_of(group, start), []
+        x, saved = self.slab_of(group, start, models), []
         for step, weights in zip(self.program.steps[self.program.first :], packed, strict=True):
-            x, keep = step.forward(x, weights, self.models)
+            x, keep = step.forward(x, weights, models)
             saved.append(keep)
         return x, saved
 
@@ -280,15 +288,15 @@ def loss_and_gradient(
     with _plain():
         for group in range(0, k, models):
             rows = call.rows(group)
-            packed = call.pack(rows)
+            packed, filled = call.pack(rows), len(rows)
             real = min(models, k - group)
-            grads = gradient[group : group + models] if real == models else torch.empty_like(rows)
-            total = rows.new_zeros(models)
+            grads = gradient[group : group + real] if real == filled else torch.empty_like(rows)
+            total = rows.new_zeros(filled)
             for start in call.starts:
-                y, saved = call.forward(group, start, packed)
+                y, saved = call.forward(group, start, packed, filled)
                 wanted = targets[group : group + real, start : start + call.slab]
-                if real < models:
-                    wanted = torch.cat((wanted, wanted.new_zeros((models - real, *wanted.shape[1:]))))
+                if real < filled:
+                    wanted = torch.cat((wanted, wanted.new_zeros((filled - real, *wanted.shape[1:]))))
                 added = y.shape[1] - wanted.shape[1]
                 value, g = _criterion(y[:, : wanted.shape[1]].float(), wanted, call.n, criterion, temperature)
                 if added:
@@ -296,7 +304,7 @@ def loss_and_gradient(
                 call.backward(g.to(call.dtype), saved, packed, grads, fresh=start == 0)
                 total += value
             losses[group : group + real] = total[:real]
-            if real < models:
+            if real < filled:
                 gradient[group:].copy_(grads[:real])
     return losses, gradient
 
@@ -307,8 +315,9 @@ def forward(weights: Tensor, queries: Tensor, layers: Layers) -> Tensor:
     outputs = call.weights.new_empty(weights.shape[0], call.n, call.program.outputs)
     with _plain():
         for group in range(0, weights.shape[0], call.models):
-            packed = call.pack(call.rows(group))
+            rows = call.rows(group)
+            packed = call.pack(rows)
             for start in call.starts:
                 mine = outputs[group : group + call.models, start : start + call.slab]
-                mine.copy_(call.outputs(group, start, packed)[: mine.shape[0], : mine.shape[1]])
+                mine.copy_(call.outputs(group, start, packed, len(rows))[: mine.shape[0], : mine.shape[1]])
     return outputs
