@@ -8,8 +8,8 @@ Forward, loss and backward of one slab follow each other while its activations a
 
 Which M and q is a pure function of n and the architecture, never of k: the last group is filled up with idle models, so every
 operator call has the shape it would have in any other batch, and a model's loss and gradient are the same bits
-alone, among neighbours, in any order and in any chunk (one thread needs less filling: ``_Call.rows``). Memory beyond inputs and
-results does not grow with k.
+alone, among neighbours, in any order and in any chunk (where fewer idle models give the same bits: ``_smaller_groups``). Memory
+beyond inputs and results does not grow with k.
 
 float32, and under CPU autocast its dtype (operands; losses, sums over slabs and gradients stay float32).
 """
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .cpu_layers import CHANNELS_LAST, ConvStep, LinearStep, Packed, PoolStep, Program, compile_program
 from .cpu_pairs import PairedConvStep, paired
-from .plan import Conv2d, Layers, Linear, Unplannable, shapes
+from .plan import Conv2d, Layers, Linear, Unplannable, layer_slots, shapes
 from .reference import CRITERIA, per_model_queries
 
 __all__ = ["forward", "group_shape", "loss_and_gradient", "supports"]
@@ -198,26 +198,28 @@ _WITH_WEIGHTS = (ConvStep, LinearStep)
 class _Call:
     """What holds for all groups and slabs of one call: the compiled network, its slabs of queries, and how models are grouped."""
 
-    def __init__(self, weights: Tensor, queries: Tensor, layers: Layers, index: Tensor | None = None) -> None:
+    def __init__(
+        self, weights: Tensor, queries: Tensor, layers: Layers, index: Tensor | None = None,
+        shape: tuple[int, int] | None = None, sizes: tuple[int, ...] | None = None,
+    ) -> None:  # fmt: skip
         self.program, self.queries, axis = _compile(weights, queries, layers, index is not None)
         self.own, self.index = axis or index is not None, index
         self.weights, self.dtype = weights.detach(), _dtype()
         self.n = index.shape[1] if index is not None else self.queries.shape[axis]
-        self.models, self.slab = group_shape(layers, tuple(self.queries.shape[1 + axis :]), self.n)
+        image = tuple(self.queries.shape[1 + axis :])
+        self.models, self.slab = shape or group_shape(layers, image, self.n)
+        if sizes is None:
+            left = len(weights) % self.models
+            sizes = _smaller_groups(layers, image, self.own, self.n, self.dtype, torch.get_num_threads()) if left else ()
+        self.sizes = *sizes, self.models
         self.starts = range(0, self.n, self.slab)
         with _plain():
             self.slabs = [] if self.own else _shared_slabs(self.queries, self.program, self.slab, self.dtype)
 
     def rows(self, group: int) -> Tensor:
-        """Weights ``[M, P]`` of a group; idle models are zeros.
-
-        One thread cannot split a sum, so there a last group of 2 or 4 gives the bits of a full one (a plain convolution, of one
-        model, does not). Several threads share the sum over queries of a weight gradient out by the shape of the call.
-        """
+        """Weights ``[M, P]`` of a group, filled up with idle models of zeros."""
         rows = self.weights[group : group + self.models]
-        filled = self.models
-        if torch.get_num_threads() == 1:
-            filled = next(size for size in (2, 4, self.models) if size >= min(len(rows), self.models))
+        filled = next(size for size in self.sizes if size >= len(rows))
         if rows.shape[0] == filled:
             return rows
         return torch.cat((rows, rows.new_zeros(filled - rows.shape[0], rows.shape[1])))
@@ -281,8 +283,11 @@ def loss_and_gradient(
     """
     if isinstance(criterion, str) and criterion not in CRITERIA:
         raise ValueError(f"unknown criterion {criterion!r}; known: {list(CRITERIA)}")
-    call = _Call(weights, queries, layers, index)
-    k, models = weights.shape[0], call.models
+    return _loss_and_gradient(_Call(weights, queries, layers, index), targets, criterion, temperature)
+
+
+def _loss_and_gradient(call: _Call, targets: Tensor, criterion: Criterion, temperature: float) -> tuple[Tensor, Tensor]:
+    k, models = call.weights.shape[0], call.models
     losses = call.weights.new_empty(k)
     gradient = torch.empty_like(call.weights, memory_format=torch.contiguous_format)
     with _plain():
@@ -307,6 +312,34 @@ def loss_and_gradient(
             if real < filled:
                 gradient[group:].copy_(grads[:real])
     return losses, gradient
+
+
+@lru_cache(maxsize=256)
+def _smaller_groups(layers: Layers, image: tuple[int, ...], own: bool, n: int, dtype: torch.dtype, threads: int) -> tuple[int, ...]:
+    """Sizes to which a last group may be filled instead: those that give a full group's bits on this machine, found by trying.
+
+    Filling one model up to eight is waste, but another shape may be another kernel of oneDNN, or another way of sharing a sum out
+    among threads. Neither looks at the numbers, so random ones tell, once a process for each shape; small networks, where few numbers
+    could agree by chance, are filled.
+    """
+    slots = [slot for pair in layer_slots(layers) for slot in (pair.weight, pair.bias) if slot is not None]
+    parameters = sum(slot.size for slot in slots)
+    models, slab = group_shape(layers, image, n)
+    if parameters < 1000:
+        return ()
+    generator = torch.Generator().manual_seed(0)
+    n = slab + n % slab if n > slab else n  # a full slab and the last one
+    weights, targets = torch.randn(models, parameters, generator=generator), torch.randn(models, n, 1, generator=generator)
+    for slot in slots:
+        weights[:, slot.offset : slot.stop] /= math.sqrt(math.prod(slot.shape[1:]))
+    queries = torch.randn(*((models,) if own else ()), n, *image, generator=generator)
+
+    def run(size: int) -> tuple[Tensor, Tensor]:
+        call = _Call(weights[:size], queries[:size] if own else queries, layers, shape=(models, slab), sizes=(size,))
+        return _loss_and_gradient(call, targets[:size], "mse", 1.0)
+
+    full = run(models)
+    return tuple(size for size in (2, 4) if size < models and all(torch.equal(x, y[:size]) for x, y in zip(run(size), full)))
 
 
 def forward(weights: Tensor, queries: Tensor, layers: Layers) -> Tensor:

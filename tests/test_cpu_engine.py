@@ -346,16 +346,33 @@ def test_activations_round_every_element_alike(function: str, parameter: float) 
         assert torch.equal(cpu_activations.backward(g[start:stop].clone(), kept, act), gx[start:stop])
 
 
-@settings(max_examples=25)
-@given(net=_nets(), k=st.integers(1, 7), n=st.integers(1, 20), own=st.booleans())
-def test_a_small_last_group_has_the_bits_of_a_full_one(net: Net, k: int, n: int, own: bool) -> None:
-    """One thread fills groups of 2 or 4; whatever the network, its models are those of a batch of eight."""
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("name", ["lenet5", "cnn", "cnn3"])
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own-queries"])
+def test_a_small_last_group_has_the_bits_of_a_full_one(name: str, own: bool, threads: int) -> None:
+    """Groups that are filled up to 2 or 4 models give what a group of eight does."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     try:
-        _equal(net, own, 8, n, lambda _: torch.arange(k))
+        for k in (1, 2, 3, 5):
+            _equal(NETS[name], own, 8, 19, lambda _, k=k: torch.arange(k))  # type: ignore[misc]
     finally:
         torch.set_num_threads(before)
+
+
+def test_small_groups_are_only_used_where_they_were_seen_to_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine on which another shape rounds differently: groups are filled, and bits are kept."""
+    layers, shape = NETS["cnn"]
+    inner = cpu._loss_and_gradient
+
+    def rounds_by_shape(call: cpu._Call, *rest: object) -> tuple[Tensor, Tensor]:
+        losses, gradient = inner(call, *rest)  # type: ignore[arg-type]
+        return (losses, gradient) if call.sizes[0] == call.models else (losses.nextafter(losses + 1), gradient)
+
+    cpu._smaller_groups.cache_clear()
+    monkeypatch.setattr(cpu, "_loss_and_gradient", rounds_by_shape)
+    assert cpu._smaller_groups(layers, shape, False, 19, torch.float32, torch.get_num_threads()) == ()
+    cpu._smaller_groups.cache_clear()
 
 
 @pytest.mark.parametrize("name", ["lenet5", "cnn", "narrow"])
