@@ -339,7 +339,7 @@ def _smaller_groups(layers: Layers, image: tuple[int, ...], own: bool, n: int, d
         return _loss_and_gradient(call, targets[:size], "mse", 1.0)
 
     full = run(models)
-    return tuple(size for size in (2, 4) if size < models and all(torch.equal(x, y[:size]) for x, y in zip(run(size), full)))
+    return tuple(size for size in (2, 3, 4, 6) if size < models and all(torch.equal(x, y[:size]) for x, y in zip(run(size), full)))
 
 
 def forward(weights: Tensor, queries: Tensor, layers: Layers) -> Tensor:

@@ -69,7 +69,7 @@ def _moved(w: Tensor, outputs: Tensor | None, inputs: Tensor | None, count: int 
 
     Kernels, and after a flatten whole feature maps, move with their channel: one copy of rows of such blocks.
     """
-    k, out, width = w.shape
+    k, out, _ = w.shape
     channels = 1 if inputs is None else inputs.shape[1]
     row = torch.arange(k, device=w.device).unsqueeze(1) * out
     row = row + (torch.arange(out, device=w.device) if outputs is None else outputs)  # [k, out]
