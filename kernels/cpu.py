@@ -8,7 +8,8 @@ Forward, loss and backward of one slab follow each other while its activations a
 
 Which M and q is a pure function of n and the architecture, never of k: the last group is filled up with idle models, so every
 operator call has the shape it would have in any other batch, and a model's loss and gradient are the same bits
-alone, among neighbours, in any order and in any chunk. Memory beyond inputs and results does not grow with k.
+alone, among neighbours, in any order and in any chunk (where fewer idle models give the same bits: ``_smaller_groups``). Memory
+beyond inputs and results does not grow with k.
 
 float32, and under CPU autocast its dtype (operands; losses, sums over slabs and gradients stay float32).
 """
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from .cpu_layers import CHANNELS_LAST, ConvStep, LinearStep, Packed, PoolStep, Program, compile_program
 from .cpu_pairs import PairedConvStep, paired
-from .plan import Conv2d, Layers, Linear, Unplannable, shapes
+from .plan import Conv2d, Layers, Linear, Unplannable, layer_slots, shapes
 from .reference import CRITERIA, per_model_queries
 
 __all__ = ["forward", "group_shape", "loss_and_gradient", "supports"]
@@ -197,28 +198,37 @@ _WITH_WEIGHTS = (ConvStep, LinearStep)
 class _Call:
     """What holds for all groups and slabs of one call: the compiled network, its slabs of queries, and how models are grouped."""
 
-    def __init__(self, weights: Tensor, queries: Tensor, layers: Layers, index: Tensor | None = None) -> None:
+    def __init__(
+        self, weights: Tensor, queries: Tensor, layers: Layers, index: Tensor | None = None,
+        shape: tuple[int, int] | None = None, sizes: tuple[int, ...] | None = None,
+    ) -> None:  # fmt: skip
         self.program, self.queries, axis = _compile(weights, queries, layers, index is not None)
         self.own, self.index = axis or index is not None, index
         self.weights, self.dtype = weights.detach(), _dtype()
         self.n = index.shape[1] if index is not None else self.queries.shape[axis]
-        self.models, self.slab = group_shape(layers, tuple(self.queries.shape[1 + axis :]), self.n)
+        image = tuple(self.queries.shape[1 + axis :])
+        self.models, self.slab = shape or group_shape(layers, image, self.n)
+        if sizes is None:
+            left = len(weights) % self.models
+            sizes = _smaller_groups(layers, image, self.own, self.n, self.dtype, torch.get_num_threads()) if left else ()
+        self.sizes = *sizes, self.models
         self.starts = range(0, self.n, self.slab)
         with _plain():
             self.slabs = [] if self.own else _shared_slabs(self.queries, self.program, self.slab, self.dtype)
 
     def rows(self, group: int) -> Tensor:
-        """Weights ``[M, P]`` of a group; idle models are zeros."""
+        """Weights ``[M, P]`` of a group, filled up with idle models of zeros."""
         rows = self.weights[group : group + self.models]
-        if rows.shape[0] == self.models:
+        filled = next(size for size in self.sizes if size >= len(rows))
+        if rows.shape[0] == filled:
             return rows
-        return torch.cat((rows, rows.new_zeros(self.models - rows.shape[0], rows.shape[1])))
+        return torch.cat((rows, rows.new_zeros(filled - rows.shape[0], rows.shape[1])))
 
     def pack(self, rows: Tensor) -> list[Packed | None]:
         steps = self.program.steps[self.program.first :]
         return [step.pack(rows, self.dtype) if isinstance(step, _WITH_WEIGHTS) else None for step in steps]
 
-    def slab_of(self, group: int, start: int) -> Tensor:
+    def slab_of(self, group: int, start: int, models: int) -> Tensor:
         """Input of the first layer with parameters."""
         if not self.own:
             return self.slabs[start // self.slab]
@@ -226,23 +236,23 @@ class _Call:
         if isinstance(self.program.steps[0], PairedConvStep):
             return _model_by_model(self.queries, self.index, part, self.program, self.dtype)
         mine = list(self.queries[part]) if self.index is None else [_gathered(self.queries, rows) for rows in self.index[part]]
-        x = _own_slab(mine, self.program, self.models, self.dtype)
+        x = _own_slab(mine, self.program, models, self.dtype)
         for step in self.program.steps[: self.program.first]:
-            x, _ = step.forward(x, None, self.models)
+            x, _ = step.forward(x, None, models)
         return x
 
-    def outputs(self, group: int, start: int, packed: list[Packed | None]) -> Tensor:
+    def outputs(self, group: int, start: int, packed: list[Packed | None], models: int) -> Tensor:
         """Outputs ``[M, q, K]`` of a slab (q at least 2 where images are shared): the same bits as :meth:`forward`, with nothing kept."""
-        x = self.slab_of(group, start)
+        x = self.slab_of(group, start, models)
         for step, weights in zip(self.program.steps[self.program.first :], packed, strict=True):
-            x = step.values(x) if isinstance(step, PoolStep) else step.forward(x, weights, self.models)[0]
+            x = step.values(x) if isinstance(step, PoolStep) else step.forward(x, weights, models)[0]
         return x
 
-    def forward(self, group: int, start: int, packed: list[Packed | None]) -> tuple[Tensor, list[object]]:
+    def forward(self, group: int, start: int, packed: list[Packed | None], models: int) -> tuple[Tensor, list[object]]:
         """Outputs ``[M, q, K]`` of a slab, and what the backward of each step wants to see."""
-        x, saved = self.slab_of(group, start), []
+        x, saved = self.slab_of(group, start, models), []
         for step, weights in zip(self.program.steps[self.program.first :], packed, strict=True):
-            x, keep = step.forward(x, weights, self.models)
+            x, keep = step.forward(x, weights, models)
             saved.append(keep)
         return x, saved
 
@@ -273,22 +283,25 @@ def loss_and_gradient(
     """
     if isinstance(criterion, str) and criterion not in CRITERIA:
         raise ValueError(f"unknown criterion {criterion!r}; known: {list(CRITERIA)}")
-    call = _Call(weights, queries, layers, index)
-    k, models = weights.shape[0], call.models
+    return _loss_and_gradient(_Call(weights, queries, layers, index), targets, criterion, temperature)
+
+
+def _loss_and_gradient(call: _Call, targets: Tensor, criterion: Criterion, temperature: float) -> tuple[Tensor, Tensor]:
+    k, models = call.weights.shape[0], call.models
     losses = call.weights.new_empty(k)
     gradient = torch.empty_like(call.weights, memory_format=torch.contiguous_format)
     with _plain():
         for group in range(0, k, models):
             rows = call.rows(group)
-            packed = call.pack(rows)
+            packed, filled = call.pack(rows), len(rows)
             real = min(models, k - group)
-            grads = gradient[group : group + models] if real == models else torch.empty_like(rows)
-            total = rows.new_zeros(models)
+            grads = gradient[group : group + real] if real == filled else torch.empty_like(rows)
+            total = rows.new_zeros(filled)
             for start in call.starts:
-                y, saved = call.forward(group, start, packed)
+                y, saved = call.forward(group, start, packed, filled)
                 wanted = targets[group : group + real, start : start + call.slab]
-                if real < models:
-                    wanted = torch.cat((wanted, wanted.new_zeros((models - real, *wanted.shape[1:]))))
+                if real < filled:
+                    wanted = torch.cat((wanted, wanted.new_zeros((filled - real, *wanted.shape[1:]))))
                 added = y.shape[1] - wanted.shape[1]
                 value, g = _criterion(y[:, : wanted.shape[1]].float(), wanted, call.n, criterion, temperature)
                 if added:
@@ -296,9 +309,37 @@ def loss_and_gradient(
                 call.backward(g.to(call.dtype), saved, packed, grads, fresh=start == 0)
                 total += value
             losses[group : group + real] = total[:real]
-            if real < models:
+            if real < filled:
                 gradient[group:].copy_(grads[:real])
     return losses, gradient
+
+
+@lru_cache(maxsize=256)
+def _smaller_groups(layers: Layers, image: tuple[int, ...], own: bool, n: int, dtype: torch.dtype, threads: int) -> tuple[int, ...]:
+    """Sizes to which a last group may be filled instead: those that give a full group's bits on this machine, found by trying.
+
+    Filling one model up to eight is waste, but another shape may be another kernel of oneDNN, or another way of sharing a sum out
+    among threads. Neither looks at the numbers, so random ones tell, once a process for each shape; small networks, where few numbers
+    could agree by chance, are filled.
+    """
+    slots = [slot for pair in layer_slots(layers) for slot in (pair.weight, pair.bias) if slot is not None]
+    parameters = sum(slot.size for slot in slots)
+    models, slab = group_shape(layers, image, n)
+    if parameters < 1000:
+        return ()
+    generator = torch.Generator().manual_seed(0)
+    n = slab + n % slab if n > slab else n  # a full slab and the last one
+    weights, targets = torch.randn(models, parameters, generator=generator), torch.randn(models, n, 1, generator=generator)
+    for slot in slots:
+        weights[:, slot.offset : slot.stop] /= math.sqrt(math.prod(slot.shape[1:]))
+    queries = torch.randn(*((models,) if own else ()), n, *image, generator=generator)
+
+    def run(size: int) -> tuple[Tensor, Tensor]:
+        call = _Call(weights[:size], queries[:size] if own else queries, layers, shape=(models, slab), sizes=(size,))
+        return _loss_and_gradient(call, targets[:size], "mse", 1.0)
+
+    full = run(models)
+    return tuple(size for size in (2, 3, 4, 6) if size < models and all(torch.equal(x, y[:size]) for x, y in zip(run(size), full)))
 
 
 def forward(weights: Tensor, queries: Tensor, layers: Layers) -> Tensor:
@@ -307,8 +348,9 @@ def forward(weights: Tensor, queries: Tensor, layers: Layers) -> Tensor:
     outputs = call.weights.new_empty(weights.shape[0], call.n, call.program.outputs)
     with _plain():
         for group in range(0, weights.shape[0], call.models):
-            packed = call.pack(call.rows(group))
+            rows = call.rows(group)
+            packed = call.pack(rows)
             for start in call.starts:
                 mine = outputs[group : group + call.models, start : start + call.slab]
-                mine.copy_(call.outputs(group, start, packed)[: mine.shape[0], : mine.shape[1]])
+                mine.copy_(call.outputs(group, start, packed, len(rows))[: mine.shape[0], : mine.shape[1]])
     return outputs

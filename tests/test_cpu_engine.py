@@ -62,6 +62,11 @@ NETS: dict[str, Net] = {
     "cnn": _cnn(),
     "lenet5": _lenet(),
     "lenet5-gelu": _lenet("gelu", 1),  # not monotone, pooled last
+    "narrow": (  # padding, and an activation that stays ahead of the pooling
+        (_conv("c0", 2, 7, (3, 4), padding=(1, 0), stride=(2, 1)), Activation("a0", "silu"), Pool2d("p0", "avg"),
+         _conv("c1", 7, 5, 3, padding=(2, 1)), Activation("a1"), Pool2d("p1"), Flatten("f"), Linear("l", 45, 4)),
+        (2, 16, 15),
+    ),
     "one-conv": ((_conv("c", 2, 3, 7, padding=(3, 3), stride=(2, 2)), Flatten("f")), (2, 9, 11)),
     "overlapping-pools": (
         (_conv("c0", 3, 5, 1, bias=False), Pool2d("p0", "max", (3, 3), (2, 2)), Activation("a0", "gelu", approximate="tanh"),
@@ -339,6 +344,59 @@ def test_activations_round_every_element_alike(function: str, parameter: float) 
         part, kept = cpu_activations.forward(x[start:stop].clone(), act, owned=False)
         assert torch.equal(part, y[start:stop])
         assert torch.equal(cpu_activations.backward(g[start:stop].clone(), kept, act), gx[start:stop])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("name", ["lenet5", "cnn", "cnn3"])
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own-queries"])
+def test_a_small_last_group_has_the_bits_of_a_full_one(name: str, own: bool, threads: int) -> None:
+    """Groups that are filled up to 2 or 4 models give what a group of eight does."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for k in (1, 2, 3, 5):
+            _equal(NETS[name], own, 8, 19, lambda _, k=k: torch.arange(k))  # type: ignore[misc]
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_small_groups_are_only_used_where_they_were_seen_to_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine on which another shape rounds differently: groups are filled, and bits are kept."""
+    layers, shape = NETS["cnn"]
+    inner = cpu._loss_and_gradient
+
+    def rounds_by_shape(call: cpu._Call, *rest: object) -> tuple[Tensor, Tensor]:
+        losses, gradient = inner(call, *rest)  # type: ignore[arg-type]
+        return (losses, gradient) if call.sizes[0] == call.models else (losses.nextafter(losses + 1), gradient)
+
+    cpu._smaller_groups.cache_clear()
+    monkeypatch.setattr(cpu, "_loss_and_gradient", rounds_by_shape)
+    assert cpu._smaller_groups(layers, shape, False, 19, torch.float32, torch.get_num_threads()) == ()
+    cpu._smaller_groups.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["lenet5", "cnn", "narrow"])
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own-queries"])
+def test_two_columns_at_once_are_the_plain_convolution(name: str, own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Narrow layers run in pairs of columns; without, gradients are the same to rounding."""
+    weights, queries, targets, layers = _case(NETS[name], 5, 6, own)
+    losses, gradient = cpu.loss_and_gradient(weights, queries, targets, layers, "mse")
+    kinds = {type(step).__name__ for step in cpu._program(layers, NETS[name][1], own).steps}
+    assert "NarrowConvStep" in kinds
+    assert ("PairedConvStep" in kinds) == (own and name != "cnn")  # one channel is left to the grouped convolution
+    monkeypatch.setattr(cpu, "_program", cpu.compile_program)
+    values, plain = cpu.loss_and_gradient(weights, queries, targets, layers, "mse")
+    torch.testing.assert_close(losses, values, rtol=1e-5, atol=1e-7)
+    _assert_close(gradient, plain.double(), layers)
+
+
+def test_any_function_of_the_outputs_is_a_criterion() -> None:
+    """One that has a name, written as a function: the same losses and gradients."""
+    weights, queries, targets, layers = _case(NETS["cnn"], 9, 70)
+    losses, gradient = cpu.loss_and_gradient(weights, queries, targets, layers, "mse")
+    values, found = cpu.loss_and_gradient(weights, queries, targets, layers, lambda y, t: (y - t).square().sum((1, 2)) / 140)
+    torch.testing.assert_close(values, losses)
+    _assert_close(found, gradient.double(), layers)
 
 
 def test_group_shape_does_not_know_k() -> None:

@@ -17,7 +17,16 @@ from wslfast.errors import WslfastError
 from wslfast.kernels import reference
 from wslfast.permutation import random_views
 from wslfast.population import unstack
-from wslfast.sane import DistillationLoss, GammaContrastReconLoss, MaskedReconLoss, NT_Xent, NT_Xent_pos, ReconDistillationLoss, unscaled
+from wslfast.sane import (
+    DistillationLoss,
+    GammaContrastReconLoss,
+    MaskedReconLoss,
+    NT_Xent,
+    NT_Xent_pos,
+    ReconDistillationLoss,
+    behavior,
+    unscaled,
+)
 from wslfast.sane.views import same_functions, shared_functions
 from wslfast.tokens import TokenLayout
 
@@ -88,6 +97,34 @@ def test_values_and_gradients_are_the_published_ones(net: str, loss: str, reduct
     assert expected_y.grad is not None
     assert (y.grad - expected_y.grad).norm() <= 1e-4 * expected_y.grad.norm()  # both in float32, as the published code runs
     assert list(mine.parameters()) == []  # the template network is no child
+
+
+@pytest.mark.parametrize("nan_gradients", [True, False])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_raw_cross_entropy_is_the_same_in_one_pass_and_in_two(reduction: str, nan_gradients: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paths that cannot differentiate any function of the outputs take a forward more; a model that is not finite included."""
+    checkpoint, params, x, mask, p = _case("CNN3")
+    results = []
+    for one_pass in (True, False):
+        monkeypatch.setattr(behavior, "_on_cpu_path", lambda *_, found=one_pass: found)
+        made = DistillationLoss(
+            checkpoint, params, n_queries=5, loss="cross_entropy", reduction=reduction, nan_gradients=nan_gradients
+        )
+        made.scale = 1.0
+        y = 1.3 * x + 0.01
+        y[0] = float("inf")
+        y.requires_grad_()
+        torch.manual_seed(0)
+        value = made(y, x, mask, p)["loss_recon"]
+        value.backward()
+        assert y.grad is not None
+        results.append((value.detach(), y.grad))
+    (one, gradient), (two, expected) = results
+    assert one.isfinite()
+    torch.testing.assert_close(one, two)
+    assert torch.equal(gradient.isnan(), expected.isnan())
+    assert bool(gradient.isnan().any()) == nan_gradients
+    torch.testing.assert_close(gradient[1:], expected[1:], rtol=1e-4, atol=1e-6 * float(expected[1:].abs().max()), equal_nan=True)
 
 
 # -- goldens of the published code -------------------------------------------------------------------------------------
