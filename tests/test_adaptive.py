@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from wslfast import Architecture, LinearCodec, Population, TokenLayout, WslfastError, batched_forward
+from wslfast import Architecture, Autoencoder, LinearCodec, Population, TokenLayout, WslfastError, batched_forward
 from wslfast.adaptive import AdaptiveCodec
 from wslfast.codec import row_moments
 from wslfast.kernels.plan import Activation, Conv2d, Flatten, Linear, Pool2d
@@ -206,5 +206,7 @@ def test_errors_say_what_is_wrong() -> None:
     assert [AdaptiveCodec.supports(a) for a in (opaque, grouped, ARCH)] == [False, False, True]
     with pytest.raises(WslfastError, match=r"grouped convolutions, got \['b'\]"):
         AdaptiveCodec(Population(grouped, torch.randn(2, grouped.num_weights)), queries=torch.zeros(2, 2, 5, 5))
+    with pytest.raises(WslfastError, match="codec: expected a linear one"):
+        Autoencoder.small(TokenLayout(ARCH), fitted())
     with pytest.raises(WslfastError, match="latents: expected"):
         fitted().decode(torch.zeros(2, 3, 4))

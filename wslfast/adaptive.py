@@ -62,6 +62,8 @@ class AdaptiveCodec(LinearCodec):
         WslfastError: naming the argument, what was expected and what came.
     """
 
+    linear = False
+
     def __init__(
         self,
         population: Population,

@@ -259,6 +259,7 @@ class Autoencoder(nn.Module):
 
 def _check_codec(codec: LinearCodec, layout: TokenLayout) -> None:
     require(isinstance(codec, LinearCodec), f"codec: expected a LinearCodec, got {describe(codec)}")
+    require(codec.linear, f"codec: expected a linear one, whose maps are the same for every model, got {codec!r}")
     same = codec.layout.mask.shape == layout.mask.shape and torch.equal(codec.layout.index, layout.index)
     require(
         same and codec.architecture.parameters == layout.architecture.parameters,

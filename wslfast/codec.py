@@ -63,6 +63,8 @@ class LinearCodec:
         WslfastError: naming the argument, what was expected and what came.
     """
 
+    linear = True  # the same maps for every model
+
     def __init__(
         self,
         population: Population,
