@@ -273,9 +273,10 @@ def generation_table(results: Results, zoo: str, palette: Mapping[str, str]) -> 
 
 
 def samplings_table(results: Results, zoo: str, variant: str) -> str:
-    """Every sampler of one run."""
+    """Every sampler of one run, of its first seed."""
     rows = []
-    for r in results.table("samplings", zoo, variant):
+    found = results.table("samplings", zoo, variant)
+    for r in [r for r in found if r["seed"] == min(x["seed"] for x in found)]:
         h = f"bandwidth {r['bandwidth']:g}" if r.get("bandwidth") is not None else ""
         label = _SAMPLERS.get(str(r["sampler"]), str(r["sampler"])) + (f", {r['select']}" if r["select"] != "none" else "")
         columns = (("test_acc", percent), ("diversity", number), ("diversity_disagreement", percent), ("novelty", number))
