@@ -266,7 +266,8 @@ def generation_table(results: Results, zoo: str, palette: Mapping[str, str]) -> 
     small = (
         "Every sample is counted; none is selected. The bandwidth is the widest whose models keep, on validation images, the mean accuracy "
         "of their anchors' reconstructions (within 2 points). <b>Sorted</b>: after sorting every model's channels, so that permuted copies "
-        "are the same. <b>Distance to training</b>: L2 to the nearest training model; a copy's is that of the anchors' reconstructions. <b>Behaves unlike any</b>: images on which the class differs from that of the most similar "
+        "are the same. <b>Distance to training</b>: L2 to the nearest training model; a copy's is "
+        "that of the anchors' reconstructions. <b>Behaves unlike any</b>: images on which the class differs from that of the most similar "
         "training model."
     )
     return table(head(names), rows) + note(small)
