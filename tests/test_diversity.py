@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from wslfast.architecture import Architecture
-from wslfast.downstream.diversity import accuracy, behavioral_novelty, classes_of, diversity, matched_rows, nearest, outputs_of
+from wslfast.downstream.diversity import (
+    accuracy,
+    behavioral_novelty,
+    classes_of,
+    diversity,
+    matched_rows,
+    nearest,
+    outputs_of,
+    sorted_channels,
+)
 from wslfast.errors import WslfastError
 from wslfast.permutation import random_views
 from wslfast.testing import oracle_outputs
@@ -71,6 +80,19 @@ def test_novelty_in_behaviour_is_blind_to_permutations_and_in_weights_is_not() -
     other = (classes[:1] + 1) % 3
     by_hand = min(sum(int(a != b) for a, b in zip(other[0].tolist(), row.tolist())) / 70 for row in classes)
     assert float(behavioral_novelty(other, classes)[0]) == by_hand
+
+
+@pytest.mark.parametrize("name", ["cnn3", "mlp", "lenet5"])
+def test_sorted_channels_are_the_same_for_every_view_and_the_same_function(name: str) -> None:
+    arch = Architecture.mlp(6, (8, 5), 3) if name == "mlp" else getattr(Architecture, name)()
+    g = torch.Generator().manual_seed(0)
+    weights = 0.3 * torch.randn(3, arch.num_weights, generator=g)
+    canonical = sorted_channels(weights, arch)
+    assert not torch.equal(canonical, weights)
+    assert torch.equal(sorted_channels(random_views(weights, arch, g), arch), canonical)
+    assert torch.equal(sorted_channels(canonical, arch), canonical)
+    images = torch.randn(4, *arch.input_shape, generator=g)
+    torch.testing.assert_close(oracle_outputs(canonical, images, arch), oracle_outputs(weights, images, arch), rtol=1e-9, atol=1e-9)
 
 
 @given(

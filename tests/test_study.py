@@ -81,6 +81,9 @@ def test_every_variant_and_metric_is_there(results: Path) -> None:
     assert len(found.value(zoo, "S+B", "agreement")) == 2
     sizes = [found.value(zoo, v, "latent_numbers")[0] for v in ("S", "S-zero-layer", *found.variants(zoo, "code"))]
     assert max(sizes) <= 1.01 * min(sizes)  # baselines of equal latent size
+    assert not found.value(zoo, "S+B-zero-layer", "finetuned_accuracy")
+    assert {r["sampler"] for r in found.table("samplings", zoo, "S+B-zero-layer")} == {"joint"}
+    assert {"joint", "token", "individual", "uniform", "neighbours"} == {r["sampler"] for r in found.table("samplings", zoo, "S")}
     assert found.about(zoo, "S+B-zero-layer")["layers"] == 0
     assert found.about(zoo, "S+B-zero-layer")["steps"] == found.about(zoo, "S+B")["steps"]
 

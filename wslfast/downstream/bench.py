@@ -15,7 +15,7 @@ from ..errors import require
 from ..population import Population
 from ..zoo import Dataset, dataset_of, load_zoo, read_manifest
 from ..zoo.manifest import MANIFEST
-from .diversity import accuracy, classes_of, outputs_of
+from .diversity import accuracy, classes_of, outputs_of, sorted_channels
 from .reconstruction import Reconstruction, compare
 from .results import file_digest, fingerprint
 
@@ -110,6 +110,11 @@ class Bench:
     def train_accuracy(self) -> Tensor:
         """Test accuracy of every training model, on the CPU."""
         return (self.train_classes == self.data.test_labels).double().mean(1).cpu()
+
+    @cached_property
+    def train_sorted(self) -> Tensor:
+        """Training models' weights with channels in a canonical order."""
+        return sorted_channels(self.train.weights, self.architecture)
 
     def fingerprint(self, *parts: Any) -> str:
         """Of a unit on this zoo: the protocol, the zoo, and what else it was computed from."""

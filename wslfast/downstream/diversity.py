@@ -10,6 +10,8 @@ from torch import Tensor
 from .. import engine
 from ..architecture import Architecture
 from ..errors import describe, require
+from ..kernels import plan
+from ..permutation import hidden_channels, permute
 
 _BLOCK = 128  # images whose [k, k] distances are in memory at a time
 
@@ -17,6 +19,23 @@ _BLOCK = 128  # images whose [k, k] distances are in memory at a time
 def nearest(weights: Tensor, others: Tensor, *, block: int = 256) -> Tensor:
     """L2 distance ``[k]`` of each row of weights to the nearest row of ``others``."""
     return torch.cat([torch.cdist(part.double(), others.double()).amin(1) for part in weights.split(block)])
+
+
+def sorted_channels(weights: Tensor, architecture: Architecture) -> Tensor:
+    """The same functions with every hidden layer's channels in the order of the norms of their incoming weights: ``[k, P] -> [k, P]``.
+
+    A row norm does not change when a layer's inputs are permuted, so all permuted views of a model come out alike, and distances between
+    rows are blind to permutations (an upper bound of the distance between the best views). An opaque architecture stays as it is.
+    """
+    sizes = hidden_channels(architecture)
+    if not sizes:
+        return weights
+    slots = [layer.weight for layer in plan.layer_slots(architecture.layers) if layer.weight is not None]
+    norms = [
+        weights[:, s.offset : s.stop].double().reshape(len(weights), s.shape[0], -1).norm(dim=2)[:, :c]
+        for s, c in zip(slots, sizes, strict=False)  # the last layer's outputs are classes
+    ]
+    return permute(weights, architecture, tuple(n.argsort(1) for n in norms))
 
 
 def outputs_of(weights: Tensor, images: Tensor, architecture: Architecture) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..population import Population
 from ..zoo.build import fine_tune
 from .bench import Bench, Protocol, evenly
-from .diversity import Diversity, accuracy, behavioral_novelty, diversity, matched_rows, nearest, outputs_of
+from .diversity import Diversity, accuracy, behavioral_novelty, diversity, matched_rows, nearest, outputs_of, sorted_channels
 from .evaluation import Code, embeddings, encode, latent_numbers, reconstruct
 from .generation import Source, best_rows
 from .probe import RidgeProbe
@@ -162,6 +162,10 @@ def generative(bench: Bench, code: Code, *, full: bool) -> tuple[Metrics, dict[s
         ),
         "anchor_reconstruction_accuracy": figures(source.accuracy(rebuilt, "test")),
         **spreads(diversity(main.weights, main.outputs)),
+        # the same distances, blind to permutations of channels
+        "diversity_sorted": figures(torch.pdist(sorted_channels(main.weights, bench.architecture).double())),
+        "novelty_sorted": figures(nearest(sorted_channels(main.weights, bench.architecture), bench.train_sorted)),
+        "novelty_sorted_reconstruction": figures(nearest(sorted_channels(rebuilt, bench.architecture), bench.train_sorted)),
     }
     _, partners = matched_rows(main.values["test_acc"], bench.train_accuracy)
     if len(partners) > 1:
@@ -202,11 +206,11 @@ def _tuned(bench: Bench, weights: Tensor) -> tuple[list[Row], Metrics]:
 def code_unit(
     bench: Bench, code: Code, variant: str, seed: int, kind: str, print_: str, facts: Mapping[str, Any], curve: Sequence[Row] = ()
 ) -> Unit:
-    """All three tasks for one code."""
+    """All three tasks for one code; a run that is not a baseline is sampled with every sampler, and its samples are fine-tuned."""
     began = time.perf_counter()
     metrics, models = reconstructive(bench, reconstruct(code, bench.test.weights))
     metrics |= latent_features(bench, code)
-    new, tables = generative(bench, code, full=kind == "run")
+    new, tables = generative(bench, code, full=kind == "run" and "baseline" not in facts)
     numbers = latent_numbers(code)
     sizes = {"latent_numbers": numbers, "latent_share": numbers / bench.architecture.num_weights}
     tables |= {"models": models, "curves": list(curve)} | ({"latents": latent_rows(bench, code)} if kind == "run" else {})
@@ -247,6 +251,7 @@ def zoo_unit(bench: Bench) -> Unit:
     if len(pick) > 1:
         few = anchors[pick.to(anchors.device)]
         metrics |= spreads(diversity(few, outputs_of(few, bench.data.test_images, bench.architecture)))
+        metrics["diversity_sorted"] = figures(torch.pdist(sorted_channels(few, bench.architecture).double()))
     pairs = zip(rows.tolist(), anchors_accuracy.tolist())
     samples: list[Row] = [{"set": "anchors", "model": row, "epoch": None, "test_acc": value} for row, value in pairs]
     return Unit(bench.name, "zoo", 0, "zoo", bench.fingerprint("zoo"), bench.facts, metrics, {"samples": samples})

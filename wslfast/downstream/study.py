@@ -107,7 +107,7 @@ class _Work:
         self.bench, self.folder, self.say = bench, folder, say
         self.seen: set[tuple[str, int]] = set()
 
-    def need(self, variant: str, seed: int, print_: str, make: Callable[[], Unit]) -> None:
+    def need(self, variant: str, seed: int, print_: str, make: Callable[[], Unit | None]) -> None:
         if (variant, seed) in self.seen:  # runs share their baselines
             return
         self.seen.add((variant, seed))
@@ -116,7 +116,9 @@ class _Work:
             self.say(f"{self.bench.name}: {variant}, seed {seed}: there already")
             return
         self.say(f"{self.bench.name}: {variant}, seed {seed}")
-        write_unit(self.folder, make())
+        unit = make()
+        if unit is not None:
+            write_unit(self.folder, unit)
 
     def run(self, variant: str, run: Run, **more: Any) -> None:
         print_ = self.bench.fingerprint("run", file_digest(checkpoint_path(run.out)))
@@ -144,16 +146,18 @@ class _Work:
             return  # more numbers than weights: nothing to compress
         codes: dict[str, Code] = {}
 
-        def fitted(name: str) -> Code:
+        def fitted(name: str) -> Code | None:
             if not codes:
                 codes.update(linear_baselines(self.bench.train, self.bench.data, numbers, token_size))
-            return codes[name]
+            return codes.get(name)
 
         for name in BASELINES:
             variant, print_ = f"{name}-{share}", self.bench.fingerprint("code", name, share, token_size)
 
-            def make(name: str = name, variant: str = variant, print_: str = print_) -> Unit:
-                return code_unit(self.bench, fitted(name), variant, 0, "code", print_, {"baseline": "closed form", "code": name})
+            def make(name: str = name, variant: str = variant, print_: str = print_) -> Unit | None:
+                code = fitted(name)  # None: not for this architecture
+                facts = {"baseline": "closed form", "code": name}
+                return None if code is None else code_unit(self.bench, code, variant, 0, "code", print_, facts)
 
             self.need(variant, 0, print_, make)
 

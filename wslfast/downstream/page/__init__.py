@@ -45,8 +45,8 @@ def headline(results: Results) -> str:
         if len(zoos) == 1:
             text = f"On {zoo}, reconstructions by {run} agree with their originals on {percent(get(run))} % of images{size}"
             return text + (f"; the best closed-form code, {code}, on {percent(get(code))} %." if code else ".")
-        parts.append(f"{percent(get(run))} % on {zoo}" + (f" (closed form {percent(get(code))} %)" if code else ""))
-    return f"Reconstructions agree with their originals on {_join(parts)} of test images." if parts else "Nothing was evaluated yet."
+        parts.append(f"{percent(get(run))} % of images on {zoo}" + (f" (best closed form {percent(get(code))} %)" if code else ""))
+    return f"Agreement of reconstructions with their originals: {_join(parts)}." if parts else "Nothing was evaluated yet."
 
 
 def _reconstruction(results: Results, zoos: list[str]) -> str:

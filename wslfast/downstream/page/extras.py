@@ -70,6 +70,10 @@ def _ablation(rows: Sequence[Row], metrics: Sequence[tuple[str, str, str]], axis
                 axes.set_xlim(-0.5, len(variants) - 0.5)
             else:
                 axes.set_xlabel(axis)
+            low, high = axes.get_ylim()
+            short = (5.0 if scale == 100 else 0.1 * max(abs(low), abs(high), 1.0)) - (high - low)
+            if short > 0:  # a difference of nothing should look like one
+                axes.set_ylim(low - short / 2, high + short / 2)
             axes.set_title(f"{heading} ({unit})")
             axes.grid(axis="y")
         for axes in drawing.axes[len(metrics) :]:

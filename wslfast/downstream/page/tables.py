@@ -246,7 +246,7 @@ def generation_table(results: Results, zoo: str, palette: Mapping[str, str]) -> 
         cells = (
             cell(percent(get(accuracy))),
             cell(percent(get("finetuned_accuracy")) if novel else DASH),
-            cell(number(get(f"diversity{suffix}"))),
+            cell(number(get(f"diversity{suffix}")), f"sorted {number(get('diversity_sorted'))}" if not suffix else ""),
             cell(number(get(f"diversity_behavior{suffix}"))),
             cell(percent(get(f"diversity_disagreement{suffix}"))),
             cell(number(get("novelty")), copy(number(get("novelty_reconstruction")))) if novel else cell(DASH),
@@ -265,7 +265,8 @@ def generation_table(results: Results, zoo: str, palette: Mapping[str, str]) -> 
             rows.append(line("↳ zoo models as accurate", variant, "_matched", "accuracy_matched", False, small))
     small = (
         "Every sample is counted; none is selected. The bandwidth is the widest whose models keep, on validation images, the mean accuracy "
-        "of their anchors' reconstructions (within 2 points). <b>Distance to training</b>: L2 to the nearest training model; a copy's is "
+        "of their anchors' reconstructions (within 2 points). <b>Sorted</b>: after sorting every model's channels, so that permuted copies "
+        "are the same. <b>Distance to training</b>: L2 to the nearest training model; a copy's is "
         "that of the anchors' reconstructions. <b>Behaves unlike any</b>: images on which the class differs from that of the most similar "
         "training model."
     )
@@ -273,9 +274,10 @@ def generation_table(results: Results, zoo: str, palette: Mapping[str, str]) -> 
 
 
 def samplings_table(results: Results, zoo: str, variant: str) -> str:
-    """Every sampler of one run."""
+    """Every sampler of one run, of its first seed."""
     rows = []
-    for r in results.table("samplings", zoo, variant):
+    found = results.table("samplings", zoo, variant)
+    for r in [r for r in found if r["seed"] == min(x["seed"] for x in found)]:
         h = f"bandwidth {r['bandwidth']:g}" if r.get("bandwidth") is not None else ""
         label = _SAMPLERS.get(str(r["sampler"]), str(r["sampler"])) + (f", {r['select']}" if r["select"] != "none" else "")
         columns = (("test_acc", percent), ("diversity", number), ("diversity_disagreement", percent), ("novelty", number))
