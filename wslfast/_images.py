@@ -50,8 +50,8 @@ def _smooth(n: int, c: int, h: int, w: int, generator: torch.Generator) -> Tenso
 def _shapes(n: int, c: int, h: int, w: int, generator: torch.Generator) -> Tensor:
     """Smooth noise where it is above a level, an even ground where it is not: patches with an outline, shaded within."""
     images = _spectral(n, c, h, w, generator)
-    level = torch.rand(n, 1, 1, 1, generator=generator) - 0.2
-    return (images - level).clamp_min(0)
+    low, high = images.flatten(1).quantile(torch.tensor([0.3, 0.8]), dim=1).view(2, n, 1, 1, 1)  # the image's own, or some would be blank
+    return (images - torch.lerp(low, high, torch.rand(n, 1, 1, 1, generator=generator))).clamp_min(0)
 
 
 def _spectral(n: int, c: int, h: int, w: int, generator: torch.Generator) -> Tensor:
