@@ -54,7 +54,7 @@ def test_what_the_kinds_look_like() -> None:
     sets = {kind: synthetic_queries(kind, 200, CNN) for kind in DRAWN}
     assert abs(neighbours(sets["noise"])) < 0.02
     assert abs(neighbours(sets["uniform"])) < 0.02
-    assert all(neighbours(sets[kind]) > 0.7 for kind in ("smooth", "shapes", "strokes", "blend"))
+    assert all(neighbours(sets[kind]) > 0.7 for kind in ("smooth", "strokes", "blend"))
     # power of photograph-like noise falls with frequency; that of white noise does not
     power = {k: torch.fft.rfft2(sets[k][:, 0]).abs().square().mean(0) for k in ("noise", "smooth")}
     assert power["smooth"][0, 2] > 10 * power["smooth"][0, 12]
@@ -78,7 +78,7 @@ def test_optimised_images_raise_disagreement_and_touch_no_data() -> None:
         return float(batched_forward(zoo.weights, x, CNN).softmax(2).var(0).sum(1).mean())
 
     start = synthetic_queries("optimised", 12, CNN, population=zoo, steps=0, seed=1)
-    drawn = max(disagreement(synthetic_queries(kind, 100, CNN)) for kind in ("smooth", "shapes", "strokes", "blend"))
+    drawn = max(disagreement(synthetic_queries(kind, 100, CNN)) for kind in ("smooth", "strokes", "blend"))
     assert disagreement(images) > 1.5 * max(drawn, disagreement(start))
     assert float(images.std()) < 3  # not by larger pixels
     broken = Population(CNN, torch.cat([zoo.weights, torch.full((1, CNN.num_weights), float("inf"))]))

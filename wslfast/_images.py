@@ -42,24 +42,13 @@ def _noise(n: int, c: int, h: int, w: int, generator: torch.Generator) -> Tensor
 
 
 def _smooth(n: int, c: int, h: int, w: int, generator: torch.Generator) -> Tensor:
-    """Noise of amplitude spectrum 1 / f^a; photographs have a near 1 (Field 1987), enlarged images more: each here its own a in [1, 3]."""
-    images = _spectral(n, c, h, w, generator)
-    return images * (0.5 + torch.rand(n, 1, 1, 1, generator=generator))
-
-
-def _shapes(n: int, c: int, h: int, w: int, generator: torch.Generator) -> Tensor:
-    """Smooth noise where it is above a level, an even ground where it is not: patches with an outline, shaded within."""
-    images = _spectral(n, c, h, w, generator)
-    level = torch.rand(n, 1, 1, 1, generator=generator) - 0.2
-    return (images - level).clamp_min(0)
-
-
-def _spectral(n: int, c: int, h: int, w: int, generator: torch.Generator) -> Tensor:
+    """Noise of amplitude spectrum 1 / f^a; photographs have a near 1 (Field 1987), each image here its own a in [0.5, 2]."""
     spectrum = torch.fft.rfft2(torch.randn(n, c, h, w, generator=generator))
-    exponent = 1 + 2 * torch.rand(n, 1, 1, 1, generator=generator)
+    exponent = 0.5 + 1.5 * torch.rand(n, 1, 1, 1, generator=generator)
     images = torch.fft.irfft2(spectrum * frequencies(h, w) ** -exponent, s=(h, w))
     std = images.std((1, 2, 3), correction=0, keepdim=True)
-    return _colored(images / torch.where(std > 0, std, 1.0), generator)
+    contrast = 0.5 + torch.rand(n, 1, 1, 1, generator=generator)
+    return _colored(images / torch.where(std > 0, std, 1.0) * contrast, generator)
 
 
 def frequencies(h: int, w: int) -> Tensor:
@@ -112,5 +101,5 @@ def _colored(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 KINDS: dict[str, Callable[[int, int, int, int, torch.Generator], Tensor]] = {
-    "noise": _noise, "smooth": _smooth, "shapes": _shapes, "strokes": _strokes, "blend": _blend,
+    "noise": _noise, "smooth": _smooth, "strokes": _strokes, "blend": _blend,
 }  # fmt: skip

@@ -17,7 +17,7 @@ from .behavior import batched_forward
 from .errors import WslfastError, describe, require
 from .population import Population
 
-SYNTHETIC = ("uniform", "noise", "smooth", "shapes", "strokes", "blend", "optimised")
+SYNTHETIC = ("uniform", "noise", "smooth", "strokes", "blend", "optimised")
 _JUDGES = 24  # models that have to disagree
 _ASCENT = 64  # images optimised at a time
 
@@ -111,10 +111,9 @@ def synthetic_queries(
 
     Args:
         kind: ``"uniform"`` U[0, 1), the published code's ``random``; the others have mean 0 and standard deviation 1 a channel:
-            ``"noise"`` white; ``"smooth"`` noise with a spectrum like that of photographs; ``"shapes"`` what of it is above a level;
-            ``"strokes"`` curves of a soft pen; ``"blend"`` strokes over smooth noise; ``"optimised"`` smooth noise, shapes and strokes,
-            altered until the models of ``population`` disagree most, and distilled to the n that leave the least of the
-            disagreement unsaid.
+            ``"noise"`` white; ``"smooth"`` noise with a spectrum like that of photographs; ``"strokes"`` curves of a soft pen;
+            ``"blend"`` strokes over smooth noise; ``"optimised"`` smooth noise, strokes and blends, altered until the models of
+            ``population`` disagree most, and distilled to the n that leave the least of the disagreement unsaid.
         population: models to disagree, for ``"optimised"`` alone: weights, never images.
         steps: of the ascent, for ``"optimised"``.
         seed: of everything drawn.
@@ -132,7 +131,7 @@ def synthetic_queries(
     require(len(population) >= 2, f"population: expected at least 2 models, got {len(population)}")
     rows = torch.randperm(len(population), generator=generator)[:_JUDGES].sort().values
     weights = population.weights[rows.to(population.weights.device)]
-    parts = [_images.draw(k, n, architecture.input_shape, generator) for k in ("smooth", "shapes", "strokes")]
+    parts = [_images.draw(k, n, architecture.input_shape, generator) for k in ("smooth", "strokes", "blend")]
     candidates = torch.cat(parts).to(weights.device)
     raised = torch.cat([_ascend(block, weights, architecture, steps) for block in candidates.split(_ASCENT)])
     return raised[distil(raised, weights, architecture, n)].cpu()

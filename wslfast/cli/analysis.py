@@ -26,8 +26,8 @@ _SHOWN = ("agreement", "agreement_others", "accuracy_reconstructed", "l2_masked"
 class Queries:
     """Make a set of query images for a zoo and keep it in a file: wslfast train --query-set FILE.npz.
 
-    Kinds: data, val, test (the zoo's own images), uniform, noise, smooth, shapes, strokes, blend, optimised (made without any image
-    of the zoo's), a file, or several joined by +.
+    Kinds: data, val, test (the zoo's own images), uniform, noise, smooth, strokes, blend, optimised (made without any image of the
+    zoo's), a file, or several joined by +.
 
     Example: wslfast queries --zoo runs/zoo --kind optimised --n 128 --out runs/queries.npz
     """

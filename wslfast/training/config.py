@@ -65,8 +65,8 @@ class TrainConfig:
     query_pool: int = 2048
     """Images that stay on the device with the originals' outputs on them, drawn once from the query set."""
     query_set: str = "data"
-    """Where they come from: data, val or test (images of the zoo's data set), uniform, noise, smooth, shapes, strokes, blend or
-    optimised (made without any; docs/analysis.md), a file of wslfast queries, or several joined by +."""
+    """Where they come from: data, val or test (images of the zoo's data set), uniform, noise, smooth, strokes, blend or optimised (made
+    without any; docs/analysis.md), a file of wslfast queries, or several joined by +."""
     views: bool = True
     """Draw a permutation of every model at every step; without, models are seen as stored."""
     permutations: Literal["equivalent", "random"] = "equivalent"
