@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -163,14 +163,18 @@ def rows(target: str, precisions: tuple[str, ...], architectures: tuple[str, ...
     return (row for row, _ in listings(target, precisions, architectures))
 
 
-def listings(target: str, precisions: tuple[str, ...], architectures: tuple[str, ...]) -> Iterator[tuple[dict[str, Any], str]]:
-    """The same with the kernel's machine code, empty for one without matrix products."""
+def listings(
+    target: str, precisions: tuple[str, ...], architectures: tuple[str, ...], wanted: Callable[[str], bool] = lambda name: True
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """The same with the kernel's machine code, empty for one without matrix products; ``wanted`` picks kernels by name."""
     for architecture in architectures:
         plan = schedule(*ARCHITECTURES[architecture])
         for precision in precisions:
             for name, role, kernel, types, constants, warps in _kernels(
                 plan.stages, most_places(plan), precision, target == "sm_90", fits(plan, 1)
             ):
+                if not wanted(name):
+                    continue
                 began = time.perf_counter()
                 found = compile_kernel(kernel, types, constants, warps, target)
                 seconds = time.perf_counter() - began
