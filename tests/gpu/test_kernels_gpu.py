@@ -103,7 +103,8 @@ def test_labels() -> None:
 @pytest.mark.parametrize("seed", range(size(24, 1)))
 def test_random_networks(seed: int) -> None:
     case = random_net(seed, *size((14, 64), (6, 5)))
-    _check(case, 1 + seed % 4, 1 + 7 * seed % 50, "tf32x3")
+    # several queries: with one, f - y may cancel, and fp32 itself is past the bar
+    _check(case, 1 + seed % 4, 8 + 7 * seed % 50, "tf32x3")
 
 
 @pytest.mark.parametrize("precision", BARS)
