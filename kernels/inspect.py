@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -197,16 +197,17 @@ def rows(
 
 
 def listings(
-    target: str, precisions: tuple[str, ...], architectures: tuple[str, ...], roles: tuple[str, ...] = ()
-) -> Iterator[tuple[dict[str, Any], str]]:
-    """The same with the kernel's machine code, empty for one without matrix products."""
+    target: str, precisions: tuple[str, ...], architectures: tuple[str, ...], roles: tuple[str, ...] = (),
+    wanted: Callable[[str], bool] = lambda name: True,
+) -> Iterator[tuple[dict[str, Any], str]]:  # fmt: skip
+    """The same with the kernel's machine code, empty for one without matrix products; ``wanted`` picks kernels by name."""
     for architecture in architectures:
         plan = schedule(*ARCHITECTURES[architecture])
         for precision in precisions:
             hopper = target == "sm_90"
             layers = _kernels(plan.stages, most_places(plan), precision, hopper, fits(plan, 1))
             for name, role, kernel, types, constants, warps in chain(layers, _whole(plan, precision, hopper)):
-                if roles and role not in roles:
+                if (roles and role not in roles) or not wanted(name):
                     continue
                 began = time.perf_counter()
                 found = compile_kernel(kernel, types, constants, warps, target)

@@ -22,8 +22,8 @@ from .schedule import configuration, executed_multiply_adds, needed_multiply_add
 from .stages import Schedule
 
 PRECISIONS = ("fp16", "tf32")
-ROLES = ("forward", "dw", "dx")
-OTHERS = ("pack", "stack", "criterion mse", "head mse", "fold", "network_forward", "network_loss")  # with resources, without a prediction
+_COUNTED = re.compile(r"(forward|dw|dx) (\d+)")
+_LISTED = ("pack", "stack", "criterion mse", "head mse", "fold", "network_forward", "network_loss")
 TITLES = {"cnn3": "CNN3", "lenet5": "LeNet-5", "cnn": "CNN (28 x 28)"}
 
 
@@ -43,9 +43,13 @@ class Prediction:
         return pipes.nanoseconds(self.clocks, self.traffic)
 
 
+def _wanted(kernel: str) -> bool:
+    return _COUNTED.fullmatch(kernel) is not None or kernel in _LISTED
+
+
 def predict(plan: Schedule, row: dict[str, Any], sass: str) -> Prediction | None:
-    """The prediction behind a row of inspect, None for kernels outside the sum (layouts, the criterion, other variants)."""
-    found = re.fullmatch(r"(forward|dw|dx) (\d+)", row["kernel"])
+    """The prediction behind a row of inspect, None for kernels outside the sum (layouts, the criterion, the head)."""
+    found = _COUNTED.fullmatch(row["kernel"])
     if not found:
         return None
     role, i = found[1], int(found[2])
@@ -109,9 +113,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     resources: list[dict[str, Any]] = []
     found: dict[tuple[str, str], list[Prediction]] = {(a, p): [] for a in TITLES for p in PRECISIONS}
-    for row, sass in inspect.listings("sm_90", PRECISIONS, tuple(TITLES)):
+    for row, sass in inspect.listings("sm_90", PRECISIONS, tuple(TITLES), wanted=_wanted):
         known = predict(schedule(*inspect.ARCHITECTURES[row["architecture"]]), row, sass)
-        if row["architecture"] == "cnn3" and (known or row["kernel"] in OTHERS):
+        if row["architecture"] == "cnn3":
             resources.append(row)
         if known:
             found[row["architecture"], row["precision"]].append(known)
@@ -130,7 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not place.search(page):
             print(f"{options.write} has no place for {name!r}", file=sys.stderr)
             return 1
-        page = place.sub(lambda m, table=table: f"{m[1]}\n{table}\n\n{m[2]}", page)
+        page = place.sub(rf"\g<1>\n{table}\n\n\g<2>", page)
     options.write.write_text(page)
     return 0
 

@@ -24,7 +24,7 @@ from wslfast.kernels.schedule import schedule  # noqa: E402
 
 QUICK = (
     "same_padding", "stride_2", "rectangular", "average_then_act", "act_then_average", "silu_after_max", "gelu_before_max",
-    "negative_leak_before_max", "no_bias_no_act", "activation_last", "silu_last",
+    "negative_leak_before_max", "no_bias_no_act", "activation_last", "silu_last", "flat_gradient", "dx_by_columns",
 )  # fmt: skip
 NETWORKS = {"mlp": MLP, "small": SMALL, "cnn3": cnn3(), "cnn28": cnn28(), "lenet5": lenet5(), **CASES}
 QUICK_NETWORKS = ("mlp", "small", *QUICK)
@@ -64,6 +64,15 @@ def test_every_activation_in_both_orders(act: str, order: str, poisoned_empty: N
     parameter = 0.1 if act == "leakyrelu" else 0.9
     blocks = [Block(5, pool=pool, order=order, act=act, parameter=parameter) for pool in ("max", "avg")]
     _compare(net((1, 14, 13), *blocks, hidden=((9, act),) if act not in ("elu", "celu", "leakyrelu") else ()), 1, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("act", ["leakyrelu", "tanh", "sigmoid", "silu", "gelu"])
+@pytest.mark.parametrize("name", ["cnn3", "cnn28", "lenet5"])
+def test_published_networks_with_every_activation(name: str, act: str, poisoned_empty: None) -> None:
+    """relu is among test_loss_and_gradient; one model and one query."""
+    make_net = {"cnn3": cnn3, "cnn28": cnn28, "lenet5": lenet5}[name]
+    _compare(make_net(act), 1, 1)
 
 
 @pytest.mark.slow

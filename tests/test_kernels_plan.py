@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -187,3 +188,16 @@ def test_plan_tables_and_reference_need_no_triton() -> None:
         "import wslfast.kernels.plan, wslfast.kernels.schedule, wslfast.kernels.tables, wslfast.kernels.reference"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=planner.__file__.rsplit("/", 2)[0])
+
+
+def test_what_the_new_cases_are_for() -> None:
+    """Tiles over kernel rows, products by single columns, maps cropped to what is read."""
+    stages = {name: schedule(CASES[name].layers, CASES[name].shape).stages for name in CASES}
+    assert stages["flat_gradient"][0].FLAT > 0
+    assert stages["flat_gradient_stride_2"][0].FLAT > 0
+    assert stages["dx_by_columns"][1].JX == 1
+    first, second = stages["cropped"][:2]
+    assert (first.HO, first.WO) == (second.H, second.W) == (6, 8)  # of 7 x 8: a pooling of 5 rows reads 4
+    for found in stages.values():
+        for below, stage in pairwise(found):
+            assert stage.KH * stage.KW == 1 or (stage.H, stage.W) == (below.HO, below.WO)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_cases import Net, cnn3, count, error, gradient_errors, lenet5, make, oracle
+from kernel_cases import Net, cnn3, cnn28, count, error, gradient_errors, lenet5, make, oracle
 from torch import Tensor
 
 from wslfast.kernels import reference
@@ -47,9 +47,9 @@ def _data(case: Net, k: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("precision", BARS)
-@pytest.mark.parametrize("name", ["cnn3", "lenet5"])
+@pytest.mark.parametrize("name", ["cnn3", "cnn28", "lenet5"])
 def test_precision(name: str, precision: str) -> None:
-    case = {"cnn3": cnn3("tanh"), "lenet5": lenet5()}[name]
+    case = {"cnn3": cnn3("tanh"), "cnn28": cnn28(), "lenet5": lenet5()}[name]
     weights, queries, targets = _data(case, 1, 16)
     outputs = kernels.forward(weights, queries, case.layers, precision)
     assert error(outputs, reference.forward(weights.double(), queries.double(), case.layers)) < BARS[precision][0]

@@ -1,0 +1,79 @@
+"""The sweep of ``benchmarks/tune.py`` on one tiny network in Triton's interpreter: the hook, the rows, and what is refused."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from kernel_cases import MLP, SMALL
+
+triton = pytest.importorskip("triton")
+if not triton.knobs.runtime.interpret:
+    pytest.skip("needs TRITON_INTERPRET=1 when triton is first imported", allow_module_level=True)
+
+from benchmarks import tune  # noqa: E402 (triton must be there)
+from wslfast.kernels import schedule as planner  # noqa: E402
+
+
+def _job() -> tune.Job:
+    return tune.Job("mlp", MLP.layers, MLP.shape, "fp16", 2, 2, "cpu")
+
+
+def test_a_sweep_of_one_case() -> None:
+    def broken(c: planner.Configuration) -> planner.Configuration:
+        return replace(c, BM=3)  # no power of two: does not compile
+
+    levers = (
+        tune.Lever("rows 32", ("forward",), lambda c: replace(c, BM=32)),
+        tune.Lever("split rows 1", ("dw",), lambda c: c, 1),
+        tune.Lever("broken", ("dx",), broken),
+    )
+    emitted: list[tune.Row] = []
+    rows = tune.sweep(_job(), levers, "cpu", emitted.append, 1, time.monotonic() + 600)
+    assert rows == emitted
+    kernels = {row.kernel for row in rows if row.part == "kernel" and row.lever == "default"}
+    assert kernels == {"forward 0", "forward 1", "dw 0", "dw 1", "dx 1"}
+    assert {row.kernel for row in rows if row.lever == "rows 32" and row.part == "kernel"} == {"forward 0", "forward 1"}
+    assert all(row.keep == "no" and row.note for row in rows if row.lever == "broken")
+    steps = {row.lever: row for row in rows if row.part == "step"}
+    assert {"default", "rows 32", "split rows 1", "broken"} <= set(steps)
+    assert steps["rows 32"].error is not None
+    assert steps["rows 32"].error < tune.AGREES
+    assert steps["split rows 1"].error is not None
+    assert steps["split rows 1"].error < tune.AGREES
+
+
+def test_the_hook_changes_launches_inside_it_alone() -> None:
+    stage = planner.schedule(SMALL.layers, SMALL.shape).stages[1]
+    before = planner.configuration("dw", stage, "fp16"), planner.splits(stage, 64)
+    lever = tune.Lever("both", ("dw",), lambda c: replace(c, BM=16, REGISTERS=128), 64)
+    with planner.tuned(lever.tuning()):
+        assert planner.configuration("dw", stage, "fp16").BM == 16
+        assert planner.configuration("dx", stage, "fp16").BM == 64
+        assert planner.splits(stage, 128) == 2
+    assert (planner.configuration("dw", stage, "fp16"), planner.splits(stage, 64)) == before
+    assert planner.launch_options(4, 128)["maxnreg"] == 128
+    assert "maxnreg" not in planner.launch_options()
+
+
+def test_a_wrong_default_is_not_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = _job()
+    monkeypatch.setattr(tune, "check", lambda job: float("nan"))
+    (row,) = tune.sweep(job, tune.LEVERS, "cpu", lambda row: None, 1, time.monotonic() + 600)
+    assert "nothing was tuned" in row.note
+
+
+def test_every_lever_changes_a_default() -> None:
+    stage = planner.schedule(SMALL.layers, SMALL.shape).stages[1]
+    for lever in tune.LEVERS:
+        changed = any(lever.change(c) != c for role in lever.roles for c in [planner.configuration(role, stage, "tf32")])
+        assert changed or lever.split_rows not in (0, planner.SPLIT_ROWS), lever.name
+
+
+def test_without_a_gpu_nothing_is_run(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert tune.main([]) == 0
+    assert "no CUDA device" in capsys.readouterr().out
