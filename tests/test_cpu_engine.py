@@ -346,16 +346,16 @@ def test_activations_round_every_element_alike(function: str, parameter: float) 
         assert torch.equal(cpu_activations.backward(g[start:stop].clone(), kept, act), gx[start:stop])
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("name", ["lenet5", "cnn", "cnn3"])
 @pytest.mark.parametrize("own", [False, True], ids=["shared", "own-queries"])
 def test_a_small_last_group_has_the_bits_of_a_full_one(name: str, own: bool, threads: int) -> None:
-    """Groups that are filled up to 2 or 4 models give what a group of eight does."""
+    """Groups that are filled up to a few models give what a group of eight does."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for k in (1, 2, 3, 5):
-            _equal(NETS[name], own, 8, 19, lambda _, k=k: torch.arange(k))  # type: ignore[misc]
+        for k in (1, 3):
+            _equal(NETS[name], own, 8, 11, lambda _, k=k: torch.arange(k))  # type: ignore[misc]
     finally:
         torch.set_num_threads(before)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._files import write_atomically
+from .._files import write_tensors
 from ..architecture import Architecture
 from ..downstream.ablations import Cell, System, Trained
 from ..errors import require
@@ -26,7 +26,7 @@ from ..training.query_sets import query_images
 from .module import AEModule
 from .permutations import PermutationSpec, permutation_spec_from_axes_to_perm, permute_model_vector, precompute_permutations
 from .semantics import resolve
-from .units import FirstValue
+from .units import Scaled
 
 VIEWS = 20  # permutations drawn once, before training, as published
 _LOSSES = {"mse": "l2", "softmax_mse": "l2", "cross_entropy": "cross_entropy", "distillation": "distillation"}
@@ -133,9 +133,8 @@ class _Sitting:
             parts += [torch.stack(view), self.mask.expand(shape), self.positions.expand(shape)]
         return parts
 
-    def _units(self) -> list[FirstValue]:
-        parts: list[Any] = [m for m in self.module.criterion.modules() if hasattr(m, "_unit")]
-        return [part._unit for part in parts]
+    def _units(self) -> list[Scaled]:
+        return [part for part in self.module.criterion.modules() if isinstance(part, Scaled)]
 
     def _save(self) -> None:
         scheduler = self.module.scheduler
@@ -145,7 +144,7 @@ class _Sitting:
             "model": self.module.model.state_dict(), "optimizer": self.module.optimizer.state_dict(),
             "scheduler": None if scheduler is None else scheduler.state_dict(),
         }  # fmt: skip
-        write_atomically(self.path, lambda temporary: torch.save(state, temporary))
+        write_tensors(self.path, state)
 
     def _restore(self) -> bool:
         """Go on from the checkpoint; whether nothing is left to do."""
