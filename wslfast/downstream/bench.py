@@ -46,6 +46,8 @@ class Protocol:
     """Training images at most, for the fine-tuning."""
     map_models: int = 600
     """Models on the latent map."""
+    shares: tuple[float, ...] = (0.24, 0.4, 0.55, 0.67)
+    """Latent sizes, as shares of the parameters, at which the closed-form codes stand beside those of the runs' sizes."""
     seed: int = 0
     """Seed of samples and resamples."""
 
@@ -53,7 +55,7 @@ class Protocol:
     def quick(cls) -> Protocol:
         """A few minutes on two cores."""
         few = {"models": 90, "train_models": 400, "images": 400, "samples": 24, "map_models": 200}
-        return cls(**few, bandwidths=(0.1, 0.3), finetune_epochs=2, finetune_images=1000)  # type: ignore[arg-type]
+        return cls(**few, bandwidths=(0.1, 0.3), shares=(), finetune_epochs=2, finetune_images=1000)  # type: ignore[arg-type]
 
 
 class Bench:

@@ -24,7 +24,7 @@ from ..zoo import Dataset, dataset_of, load_zoo
 from .reconstruction import Reconstruction, compare
 
 Code = Union[Autoencoder, LinearCodec]
-BASELINES = ("linear", "linear-views", "linear-metric")  # what linear_baselines returns, where the architecture allows
+BASELINES = ("linear", "linear-views", "linear-metric", "adaptive")  # what linear_baselines returns, where the architecture allows
 
 
 def encode(code: Code, weights: Tensor, *, block: int = 256) -> Tensor:

@@ -81,8 +81,10 @@ def study(
             for variant, run in _twins(loaded, quick, say).items():
                 work.zero_layer(variant, run)
         for run in loaded.values():
-            work.codes(run)
+            work.codes(latent_numbers(run.autoencoder), run.config.token_size)
             work.untrained(run)
+        for share in bench.protocol.shares:
+            work.codes(round(share * bench.architecture.num_weights))
         work.constants()
         work.features()
     facts = {"protocol": asdict(bench.protocol), "quick": quick, **_machine(device), "date": datetime.date.today().isoformat()}
@@ -138,9 +140,8 @@ class _Work:
                 train(config, resume=checkpoint_path(out).exists() and _same_config(config))
         self.run(f"{variant}-zero-layer", load_run(out, device=self.bench.device), baseline="zero-layer autoencoder, same steps")
 
-    def codes(self, run: Run) -> None:
-        """The closed-form codes of the run's latent size."""
-        numbers, token_size = latent_numbers(run.autoencoder), run.config.token_size
+    def codes(self, numbers: int, token_size: int = 0) -> None:
+        """The closed-form codes of a latent size."""
         share = round(100 * numbers / self.bench.architecture.num_weights)
         if share > 100:
             return  # more numbers than weights: nothing to compress
