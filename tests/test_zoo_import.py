@@ -607,3 +607,11 @@ def test_a_stream_storage_larger_than_the_file(tmp_path: Path) -> None:
     (tmp_path / "x.pt").write_bytes(data[:at] + struct.pack("<q", 1 << 40) + data[at + 8 :])
     with pytest.raises(WslfastError):
         InertFile(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("use", [b"}" + b"%bNs", b"(%bNd", b"\x8f(%b\x90", b"(%b\x91"], ids=["setitem", "dict", "additems", "frozenset"])
+def test_a_key_of_nested_tuples_is_refused_at_once(tmp_path: Path, use: bytes) -> None:
+    deep = b")" + b"2\x86" * 100  # t = (t, t), a hundred times: hashing it would outlive the machine
+    (tmp_path / "x.pt").write_bytes(_archive(b"\x80\x04" + use % deep + b"."))
+    with pytest.raises(WslfastError, match="key of nested tuples"):
+        InertFile(tmp_path / "x.pt")

@@ -68,7 +68,7 @@ class _Storage:
     numel: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StoredTensor:
     """A tensor of the file, not read yet."""
 
@@ -138,7 +138,7 @@ class _Machine(_PurePython):
         require(isinstance(what, _Name) and isinstance(arguments, tuple), "it calls something that is no class")
         if what.kind in ("collections.OrderedDict", "collections.defaultdict"):
             pairs = arguments[0] if len(arguments) == 1 and what.kind.endswith("OrderedDict") else ()
-            return Ordered(pairs)
+            return Ordered((_key(key), value) for key, value in pairs)
         if what.kind == "torch._utils._rebuild_tensor_v2" and len(arguments) >= 4 and isinstance(arguments[0], _Storage):
             shape, stride = (tuple(v) if isinstance(v, (tuple, list)) else (None,) for v in arguments[2:4])
             return StoredTensor(arguments[0], arguments[1], shape, stride, self._storage_reader)  # type: ignore[arg-type]
@@ -147,7 +147,7 @@ class _Machine(_PurePython):
         if what.kind == "torch.Size" and len(arguments) == 1 and isinstance(arguments[0], tuple):
             return arguments[0]
         if what.kind in ("builtins.set", "__builtin__.set") and len(arguments) == 1 and isinstance(arguments[0], list):
-            return set(arguments[0])
+            return set(map(_key, arguments[0]))
         return Stub(what.kind, arguments)
 
     def _reduce(self) -> None:
@@ -191,20 +191,40 @@ class _Machine(_PurePython):
         target = self.stack[-1]
         require(isinstance(target, (dict, Stub)), "it sets items of something that is no dict")
         if isinstance(target, dict):
-            target.update(zip(items[::2], items[1::2], strict=True))
+            target.update(zip(map(_key, items[::2]), items[1::2], strict=True))
 
     def _set_item(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
         require(isinstance(self.stack[-1], (dict, Stub)), "it sets items of something that is no dict")
         if isinstance(self.stack[-1], dict):
-            self.stack[-1][key] = value
+            self.stack[-1][_key(key)] = value
+
+    def _dict(self) -> None:
+        items = self.pop_mark()
+        self.append(dict(zip(map(_key, items[::2]), items[1::2], strict=True)))
+
+    def _add_items(self) -> None:
+        items = self.pop_mark()
+        require(isinstance(self.stack[-1], (set, Stub)), "it adds items to something that is no set")
+        if isinstance(self.stack[-1], set):
+            self.stack[-1].update(map(_key, items))
+
+    def _frozen_set(self) -> None:
+        self.append(frozenset(map(_key, self.pop_mark())))
 
     for _code, _method in (
         (pickle.REDUCE, _reduce), (pickle.NEWOBJ, _reduce), (pickle.NEWOBJ_EX, _new_with_keywords), (pickle.BUILD, _build),
         (pickle.INST, _instance), (pickle.OBJ, _object), (pickle.APPENDS, _appends), (pickle.APPEND, _append),
-        (pickle.SETITEMS, _set_items), (pickle.SETITEM, _set_item),
+        (pickle.SETITEMS, _set_items), (pickle.SETITEM, _set_item), (pickle.DICT, _dict), (pickle.ADDITEMS, _add_items),
+        (pickle.FROZENSET, _frozen_set),
     ):  # fmt: skip
         dispatch[_code[0]] = _method
+
+
+def _key(value: Any) -> Any:
+    """A dict's key or a set's item: no tuple of tuples, whose hash takes time exponential in its depth where they share parts."""
+    require(not (isinstance(value, tuple) and any(isinstance(v, tuple) for v in value)), "a key of nested tuples")
+    return value
 
 
 class InertFile:
