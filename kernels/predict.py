@@ -1,8 +1,9 @@
 """Resources and predictions of docs/kernels.md: compiled for sm_90, counted by the model of pipes.py, written as tables.
 
-    python -m wslfast.kernels.predict [--write docs/kernels.md]
+    python -m wslfast.kernels.predict [--network] [--write docs/kernels.md]
 
-Takes some minutes. ``--write`` replaces what stands between ``<!-- NAME: generated -->`` and ``<!-- end -->``.
+Takes some minutes; ``--network``, which adds the resources of the whole network in one launch, as many more. ``--write`` replaces
+what stands between ``<!-- NAME: generated -->`` and ``<!-- end -->``.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from .stages import Schedule
 
 PRECISIONS = ("fp16", "tf32")
 _COUNTED = re.compile(r"(forward|dw|dx) (\d+)")
-_LISTED = ("pack", "stack", "criterion mse", "head mse", "fold", "network_forward", "network_loss")
+_LISTED = ("pack", "stack", "criterion mse", "head mse", "fold")
 TITLES = {"cnn3": "CNN3", "lenet5": "LeNet-5", "cnn": "CNN (28 x 28)"}
 
 
@@ -103,10 +104,22 @@ def summary_table(found: dict[tuple[str, str], list[Prediction]]) -> str:
     return _table(header, lines)
 
 
+def network_table() -> str:
+    """Registers, spills and shared memory of the whole network in one launch: a line a network and target."""
+    lines, roles = [], ("network_forward", "network_loss")
+    for architecture in TITLES:
+        for target in inspect.TARGETS[::-1]:
+            rows = inspect.rows(target, PRECISIONS, (architecture,), roles)
+            cells = {(row["role"], row["precision"]): f"{row['registers']} / {row['spill_bytes']} / {row['shared_bytes']}" for row in rows}
+            lines.append((TITLES[architecture], target, *(cells[role, p] for role in roles for p in PRECISIONS)))
+    return _table(("network", "target", *(f"{what} {p}" for what in ("forward", "loss") for p in PRECISIONS)), lines)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m wslfast.kernels.predict", description=__doc__.split("\n", 1)[0])
     parser.add_argument("--write", type=Path, help="a page with places for the tables")
+    parser.add_argument("--network", action="store_true", help="the whole network in one launch as well")
     options = parser.parse_args(arguments)
     if triton.knobs.runtime.interpret:
         print("predict compiles; unset TRITON_INTERPRET", file=sys.stderr)
@@ -125,6 +138,8 @@ def main(arguments: list[str] | None = None) -> int:
         "summary": summary_table(found),
         **{f"cnn3 {p}": kernel_table(found["cnn3", p]) for p in PRECISIONS},
     }
+    if options.network:
+        tables["network"] = network_table()
     if options.write is None:
         print("\n\n".join(f"{name}\n\n{table}" for name, table in tables.items()))
         return 0
