@@ -7,6 +7,7 @@ import json
 import logging
 import math
 from collections import OrderedDict
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -522,9 +523,8 @@ def test_resnet18_of_100_classes() -> None:
     assert Architecture.resnet18(num_classes=100).num_parameters == 11_220_132
 
 
-def test_resnet18_against_torchvision() -> None:
-    models = pytest.importorskip("torchvision.models")
-    module = models.resnet18(num_classes=10)
+def test_resnet18_against_torchvision(torchvision: ModuleType) -> None:
+    module = torchvision.models.resnet18(num_classes=10)
     module.conv1, module.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
     arch = Architecture.resnet18()
     population = Population.from_state_dicts(arch, [module.state_dict()])

@@ -25,7 +25,7 @@ from wslfast.training import load_run
 from wslfast.zoo import read_manifest, save_zoo
 
 pytest.importorskip("matplotlib")
-TINY = Protocol(models=8, train_models=40, images=20, samples=5, bandwidths=(0.05, 0.5), finetune_epochs=1, finetune_images=40, map_models=30)
+TINY = Protocol(shares=(), models=8, train_models=40, images=20, samples=5, bandwidths=(0.05, 0.5), finetune_epochs=1, finetune_images=40, map_models=30)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_every_variant_and_metric_is_there(results: Path) -> None:
     zoo = "stripes.npz"
     assert {r["zoo"] for r in found.rows} == {zoo}
     assert found.variants(zoo, "run") == ["S", "S+B", "S+B-zero-layer", "S-zero-layer"]
-    assert {v.rpartition("-")[0] for v in found.variants(zoo, "code")} == {"linear", "linear-views", "linear-metric"}
+    assert {v.rpartition("-")[0] for v in found.variants(zoo, "code")} == {"linear", "linear-views", "linear-metric", "adaptive"}
     assert set(found.variants(zoo, "model")) == {"nearest-zoo-model", "best-zoo-model", "typical-zoo-model"}
     assert {"raw-weights", "weight-statistics"} < set(found.variants(zoo, "features"))
     wanted = {
@@ -278,3 +278,18 @@ def test_a_folder_without_results_or_with_damaged_ones(tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text("{")
     with pytest.raises(WslfastError, match="not JSON"):
         report(tmp_path)
+
+
+@pytest.mark.slow
+def test_closed_form_codes_also_stand_at_sizes_of_their_own(root: Path, tmp_path: Path) -> None:
+    found = read_results(_page_at(root, tmp_path, (0.3, 0.6)))
+    weights = found.value("stripes.npz", "S", "latent_numbers")[0] / found.value("stripes.npz", "S", "latent_share")[0]
+    for share in (0.3, 0.6):
+        codes = [v for v in found.variants("stripes.npz", "code") if v.endswith(f"-{round(100 * share)}")]
+        assert {v.rpartition("-")[0] for v in codes} == {"linear", "linear-views", "linear-metric", "adaptive"}
+        assert all(found.value("stripes.npz", v, "latent_numbers")[0] == pytest.approx(share * weights, rel=0.01) for v in codes)
+
+
+def _page_at(root: Path, out: Path, shares: tuple[float, ...]) -> Path:
+    study(root / "zoo", [root / "S"], out, protocol=replace(TINY, shares=shares), zero_layer=False)
+    return out

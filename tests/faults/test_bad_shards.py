@@ -16,7 +16,7 @@ from test_training import ARCH, config
 from wslfast import Population, WslfastError, errors, load_zoo, train
 from wslfast.cli import main
 from wslfast.downstream import evaluation, generation
-from wslfast.training import load_run, loop
+from wslfast.training import load_run, query_sets
 from wslfast.zoo import Dataset, MappedZoo, export_zoo, import_zoo, save_zoo
 
 ROWS, SHARDS = 30, 10
@@ -112,7 +112,7 @@ def test_every_command_that_loads_a_zoo_skips_on_demand(tmp_path: Path, zoo: Pat
     images = torch.randn(24, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(24) % 3
     data = Dataset("noise", images, labels, images, labels, images, labels, 3)
-    for module in (loop, evaluation, generation):
+    for module in (query_sets, evaluation, generation):
         monkeypatch.setattr(module, "dataset_of", lambda *_: data)
     train(config(tmp_path / "run", steps=1, checkpoint_every=1), population=load_zoo(zoo, "train"), images=images)
     _shard(zoo, 2).unlink()
@@ -125,7 +125,7 @@ def test_every_command_that_loads_a_zoo_skips_on_demand(tmp_path: Path, zoo: Pat
         "generate": ["generate", "--run", str(tmp_path / "run"), "--zoo", str(zoo), "--samples", "2", "--out", "OUT"],
     }
     for name, arguments in commands.items():
-        arguments = [str(tmp_path / f"{name}.out") if a == "OUT" else a for a in arguments]
+        arguments = [str(tmp_path / (f"{name}.json" if name == "evaluate" else f"{name}.out")) if a == "OUT" else a for a in arguments]
         with pytest.raises(SystemExit) as stop:
             main(arguments)
         assert stop.value.code == 2
@@ -137,7 +137,7 @@ def test_every_command_that_loads_a_zoo_skips_on_demand(tmp_path: Path, zoo: Pat
         assert "2 of 10 shards with 6 of 30 rows left out" in capsys.readouterr().out
     assert len(list((tmp_path / "export.out").glob("*.pt"))) == 24
     assert load_run(tmp_path / "train.out").finished
-    assert json.loads((tmp_path / "evaluate.out").read_text())["split"] == "val"
+    assert json.loads((tmp_path / "evaluate.json").read_text())["split"] == "val"
     reached("shards", "commands with --skip-bad", len(commands), 4)
 
 

@@ -47,7 +47,8 @@ class Protocol:
     map_models: int = 600
     """Models on the latent map."""
     shares: tuple[float, ...] = (0.24, 0.4, 0.55, 0.67)
-    """Latent sizes, as shares of the parameters, at which the closed-form codes stand beside those of the runs' sizes."""
+    """Latent sizes, as shares of the parameters, at which the closed-form codes are measured besides those of the runs (no models
+    are sampled from these)."""
     seed: int = 0
     """Seed of samples and resamples."""
 

@@ -204,18 +204,20 @@ def _tuned(bench: Bench, weights: Tensor) -> tuple[list[Row], Metrics]:
 
 
 def code_unit(
-    bench: Bench, code: Code, variant: str, seed: int, kind: str, print_: str, facts: Mapping[str, Any], curve: Sequence[Row] = ()
-) -> Unit:
-    """All three tasks for one code; a run that is not a baseline is sampled with every sampler, and its samples are fine-tuned."""
+    bench: Bench, code: Code, variant: str, seed: int, kind: str, print_: str, facts: Mapping[str, Any], curve: Sequence[Row] = (),
+    new: bool = True,
+) -> Unit:  # fmt: skip
+    """All three tasks for one code (without ``new`` models, two); a run that is not a baseline is sampled with every sampler, and its
+    samples are fine-tuned."""
     began = time.perf_counter()
     metrics, models = reconstructive(bench, reconstruct(code, bench.test.weights))
     metrics |= latent_features(bench, code)
-    new, tables = generative(bench, code, full=kind == "run" and "baseline" not in facts)
+    sampled, tables = generative(bench, code, full=kind == "run" and "baseline" not in facts) if new else ({}, {})
     numbers = latent_numbers(code)
     sizes = {"latent_numbers": numbers, "latent_share": numbers / bench.architecture.num_weights}
     tables |= {"models": models, "curves": list(curve)} | ({"latents": latent_rows(bench, code)} if kind == "run" else {})
     facts = {**facts, **sizes, "seconds": round(time.perf_counter() - began, 1)}
-    metrics |= {name: single(float(value)) for name, value in sizes.items()} | new
+    metrics |= {name: single(float(value)) for name, value in sizes.items()} | sampled
     return Unit(bench.name, variant, seed, kind, print_, facts, metrics, tables)
 
 

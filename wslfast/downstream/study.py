@@ -84,7 +84,7 @@ def study(
             work.codes(latent_numbers(run.autoencoder), run.config.token_size)
             work.untrained(run)
         for share in bench.protocol.shares:
-            work.codes(round(share * bench.architecture.num_weights))
+            work.codes(round(share * bench.architecture.num_weights), new=False)
         work.constants()
         work.features()
     facts = {"protocol": asdict(bench.protocol), "quick": quick, **_machine(device), "date": datetime.date.today().isoformat()}
@@ -140,8 +140,8 @@ class _Work:
                 train(config, resume=checkpoint_path(out).exists() and _same_config(config))
         self.run(f"{variant}-zero-layer", load_run(out, device=self.bench.device), baseline="zero-layer autoencoder, same steps")
 
-    def codes(self, numbers: int, token_size: int = 0) -> None:
-        """The closed-form codes of a latent size."""
+    def codes(self, numbers: int, token_size: int = 0, new: bool = True) -> None:
+        """The closed-form codes of a latent size; ``new``: models are sampled from them as well."""
         share = round(100 * numbers / self.bench.architecture.num_weights)
         if share > 100:
             return  # more numbers than weights: nothing to compress
@@ -158,7 +158,7 @@ class _Work:
             def make(name: str = name, variant: str = variant, print_: str = print_) -> Unit | None:
                 code = fitted(name)  # None: not for this architecture
                 facts = {"baseline": "closed form", "code": name}
-                return None if code is None else code_unit(self.bench, code, variant, 0, "code", print_, facts)
+                return None if code is None else code_unit(self.bench, code, variant, 0, "code", print_, facts, new=new)
 
             self.need(variant, 0, print_, make)
 
