@@ -40,14 +40,15 @@ Criterion = Union[str, Callable[[Tensor, Tensor], Tensor]]
 def group_shape(layers: Layers, input_shape: tuple[int, ...], n: int) -> tuple[int, int]:
     """Models a group and queries a slab; k plays no part, or a model's bits would depend on its company.
 
-    - The largest activation of all pairs of a slab stays below 13 MiB, where its layers find it in cache; more pairs than 512 gain
+    - The largest activation of all pairs of a slab stays below 30 MiB, what glibc keeps when it is freed (:func:`_keep_freed_memory`).
+      Smaller slabs are in cache, but calls of 2 threads on less than 10 MiB wait for each other; more pairs than 512 gain
       nothing, and networks that are large for fewer than 16 keep a thread busy anyway.
     - Models: enough for 48 outputs of the first convolution (three vectors), 4 or 8. Eight also where n is so small that four
       do not fill a slab; not more, because the last group is filled up with idle models.
     """
     largest = max(math.prod(shape) for shape in shapes(layers, input_shape)[1:])
     pairs = 16
-    while pairs < 512 and 8 * pairs * largest <= 13 << 20:
+    while pairs < 512 and 8 * pairs * largest <= 30 << 20:
         pairs *= 2
     first = next((layer.out_channels for layer in layers if isinstance(layer, Conv2d)), 16)
     models = 8 if 4 * first < 48 or 4 * n <= pairs // 2 else 4
