@@ -12,7 +12,7 @@ from . import published
 from .markup import DASH, cell, head, note, number, over_seeds, percent, row_head, table
 
 KINDS = {
-    "run": "Trained", "twin": "The same without transformer blocks", "code": "Closed form, the same latent size",
+    "run": "Trained", "twin": "The same without transformer blocks", "code": "Closed form",
     "model": "A zoo model in its place", "features": "No code",
 }  # fmt: skip
 _SAMPLERS = {"joint": "kernel density, whole latents", "token": "kernel density by token", "individual": "kernel density by number",
