@@ -182,9 +182,10 @@ class AdaptiveCodec(LinearCodec):
                 target = rows[index].double()
                 if self.compensate and index > 0:
                     cross = _columns(true, unit.layer).mT @ inputs / inputs.shape[1]
-                    target = self._compensated(target, cross.nan_to_num(0, 0, 0).double(), moment)
+                    inverse = roots[0][1] if len(roots) == 1 else root(moment, self.damping)[1]
+                    target = self._compensated(target, cross.nan_to_num(0, 0, 0).double(), moment, inverse)
             start = 0
-            for piece, (half, inverse) in enumerate(roots):
+            for piece, (half, back) in enumerate(roots):
                 group = span.first + piece
                 n, width = self.groups.sizes[group], self.widths[group]
                 channels = slice(span.start + piece, span.stop, span.chunks)
@@ -194,7 +195,7 @@ class AdaptiveCodec(LinearCodec):
                     t = (target[..., start : start + n] - center) @ half
                     z[:, channels, :width] = (t @ basis / deviation).float()
                 kept = z[:, channels, :width].double() * deviation
-                out[:, channels, :n] = (kept @ basis.mT @ inverse + center).float()
+                out[:, channels, :n] = (kept @ basis.mT @ back + center).float()
                 start += n
             if index + 1 < len(self._units):
                 seen = unit(self.groups.rows(out)[index], seen)
@@ -203,12 +204,15 @@ class AdaptiveCodec(LinearCodec):
         lost = ~finite[:, None, None]
         return z.masked_fill(lost, float("nan")) if tokens is not None else z, out.masked_fill(lost, float("nan"))
 
-    def _compensated(self, rows: Tensor, cross: Tensor, moment: Tensor) -> Tensor:
+    def _compensated(self, rows: Tensor, cross: Tensor, moment: Tensor, inverse: Tensor) -> Tensor:
         """Rows w* for the decoded inputs x^ that come closest to rows w on the true inputs x: least squares of
-        ``E |w x - w* x^|^2``, damped towards w. ``cross = E[x x^^T]``, ``moment = E[x^ x^^T]``."""
+        ``E |w x - w* x^|^2``, damped towards w. ``cross = E[x x^^T]``, ``moment = E[x^ x^^T]``, ``inverse`` its damped C^(-1/2).
+
+        Not by ``torch.linalg.solve``: after ``torch.set_num_threads``, MKL's LU of a batch of wide matrices fails in some builds of torch.
+        """
         scale = self.damping * moment.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(torch.float32).tiny)
         ridge = scale[:, None, None] * torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
-        return torch.linalg.solve(moment + ridge, (rows @ (cross + ridge)).mT).mT
+        return rows @ (cross + ridge) @ inverse @ inverse
 
     def _basis(self, group: int, half: Tensor) -> Tensor:
         """``[k, n, width]``: the leading directions in each model's own metric, turned towards the average code's."""
