@@ -116,6 +116,15 @@ def test_a_view_is_rebuilt_as_the_view_of_the_rebuilt() -> None:
     torch.testing.assert_close(got, expected, rtol=2e-3, atol=2e-4)
 
 
+def test_after_the_number_of_threads_was_set() -> None:
+    """MKL's LU of a batch of wide matrices fails then, in a process of its own choosing: the code does without."""
+    torch.set_num_threads(max(2, torch.get_num_threads()))
+    arch = Architecture.cnn()
+    population = Population(arch, arch.initial_weights(["kaiming_uniform"] * 24, range(24)))
+    codec = AdaptiveCodec(population, queries=torch.randn(32, 1, 28, 28), latent=0.5, models=4)
+    assert codec.reconstruct(population.weights).isfinite().all()
+
+
 def test_latents_are_steady() -> None:
     """Signs and near-ties of eigenvectors do not show: a model that hardly differs has hardly another latent."""
     codec = fitted()
