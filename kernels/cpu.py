@@ -17,14 +17,16 @@ float32, and under CPU autocast its dtype (operands; losses, sums over slabs and
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
-from typing import Union
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
+from . import cpu_jobs
+from .cpu_blocks import BlockedSteps, blocked, in_blocks
+from .cpu_criteria import Criterion, share_of_loss
 from .cpu_layers import CHANNELS_LAST, ConvStep, LinearStep, Packed, PoolStep, Program, compile_program
 from .cpu_pairs import PairedConvStep, paired
 from .plan import Conv2d, Layers, Linear, Unplannable, layer_slots, shapes
@@ -32,23 +34,20 @@ from .reference import CRITERIA, per_model_queries
 
 __all__ = ["forward", "group_shape", "loss_and_gradient", "supports"]
 
-# A criterion by name, or a function of outputs and targets ``[M, q, K]`` to values ``[M]`` that add up over queries.
-Criterion = Union[str, Callable[[Tensor, Tensor], Tensor]]
-
 
 @lru_cache(maxsize=256)
 def group_shape(layers: Layers, input_shape: tuple[int, ...], n: int) -> tuple[int, int]:
     """Models a group and queries a slab; k plays no part, or a model's bits would depend on its company.
 
-    - The largest activation of all pairs of a slab stays below 30 MiB, what glibc keeps when it is freed (:func:`_keep_freed_memory`).
-      Smaller slabs are in cache, but calls of 2 threads on less than 10 MiB wait for each other; more pairs than 512 gain
-      nothing, and networks that are large for fewer than 16 keep a thread busy anyway.
+    - Pairs: up to 1,024, while the largest activation that is whole at any time stays below 5 MiB (``cpu_blocks`` cuts up the first
+      convolution's): more leaves the cache, fewer spend their time on calls.
     - Models: enough for 48 outputs of the first convolution (three vectors), 4 or 8. Eight also where n is so small that four
       do not fill a slab; not more, because the last group is filled up with idle models.
     """
-    largest = max(math.prod(shape) for shape in shapes(layers, input_shape)[1:])
+    cut = in_blocks(layers)
+    largest = max(math.prod(shape) for i, shape in enumerate(shapes(layers, input_shape)[1:]) if i not in cut)
     pairs = 16
-    while pairs < 512 and 8 * pairs * largest <= 30 << 20:
+    while pairs < 1024 and 8 * pairs * largest <= 5 << 20:
         pairs *= 2
     first = next((layer.out_channels for layer in layers if isinstance(layer, Conv2d)), 16)
     models = 8 if 4 * first < 48 or 4 * n <= pairs // 2 else 4
@@ -67,7 +66,8 @@ def _keep_freed_memory() -> None:
 
 @lru_cache(maxsize=64)
 def _program(layers: Layers, input_shape: tuple[int, ...], own_queries: bool) -> Program:
-    return paired(compile_program(layers, input_shape, own_queries), own_queries)
+    program = paired(compile_program(layers, input_shape, own_queries), own_queries)
+    return blocked(program) if cpu_jobs.threads_inside() == 1 else program  # several threads would wait for each other at every block
 
 
 def _dtype() -> torch.dtype:
@@ -137,45 +137,6 @@ def _own_slab(queries: Sequence[Tensor], program: Program, models: int, dtype: t
     return x.view(q, height, width, models * channels).permute(0, 3, 1, 2)
 
 
-def _criterion(outputs: Tensor, targets: Tensor, n: int, criterion: Criterion, temperature: float) -> tuple[Tensor, Tensor]:
-    """This slab's share ``[M]`` of the losses over n queries, and its gradient with respect to ``outputs [M, q, K]``.
-
-    The formulas of :func:`reference.criterion_values` and their derivatives; targets are ``[M, q, K]``, or labels ``[M, q]``.
-    """
-    if not isinstance(criterion, str):
-        with torch.enable_grad():
-            leaf = outputs.detach().requires_grad_()
-            values = criterion(leaf, targets)
-        return values.detach(), torch.autograd.grad(values, leaf, torch.ones_like(values))[0]
-    if criterion == "mse":
-        g = outputs - targets
-        return _per_model(g.square()) / (2 * n), g / n
-    if criterion == "softmax_mse":
-        p = outputs.softmax(-1)
-        difference = p - targets.softmax(-1)
-        scale = n * outputs.shape[-1]
-        along = (p * difference).sum(-1, keepdim=True)
-        return _per_model(difference.square()) / scale, p * (difference - along) * (2 / scale)
-    if criterion == "cross_entropy":
-        log_p = outputs.log_softmax(-1)
-        if targets.is_floating_point():
-            soft = targets.softmax(-1)
-            return -_per_model(soft * log_p) / n, (log_p.exp() - soft) / n
-        labels = targets.unsqueeze(-1)
-        return -_per_model(log_p.gather(-1, labels)) / n, log_p.exp().scatter_add(-1, labels, log_p.new_full(labels.shape, -1.0)) / n
-    # near convergence the two logs agree to the last float32 digits: their difference needs more
-    log_q = (targets.double() / temperature).log_softmax(-1)
-    log_p = (outputs.double() / temperature).log_softmax(-1)
-    q = log_q.exp()
-    value, g = _per_model(q * (log_q - log_p)) * (temperature**2 / n), (log_p.exp() - q) * (temperature / n)
-    return value.to(outputs.dtype), g.to(outputs.dtype)
-
-
-def _per_model(values: Tensor) -> Tensor:
-    """``[M, q, K] -> [M]``: every model's row of ``q * K`` numbers is summed on its own."""
-    return values.flatten(1).sum(1)
-
-
 def _gathered(pool: Tensor, index: Tensor) -> Tensor:
     """``pool[index]``, ``[q, *input]``: whole images at a time if the pool is channels-last, as its gather is then."""
     if pool.ndim == 4:
@@ -193,7 +154,7 @@ def _model_by_model(queries: Tensor, index: Tensor | None, part: tuple[slice, sl
     return x[:, :, :height, :width].to(dtype).contiguous().permute(0, 1, 4, 2, 3)
 
 
-_WITH_WEIGHTS = (ConvStep, LinearStep)
+_WITH_WEIGHTS = (ConvStep, LinearStep, BlockedSteps)
 
 
 class _Call:
@@ -211,7 +172,7 @@ class _Call:
         self.models, self.slab = shape or group_shape(layers, image, self.n)
         if sizes is None:
             left = len(weights) % self.models
-            sizes = _smaller_groups(layers, image, self.own, self.n, self.dtype, torch.get_num_threads()) if left else ()
+            sizes = _smaller_groups(layers, image, self.own, self.n, self.dtype, cpu_jobs.threads_inside()) if left else ()
         self.sizes = *sizes, self.models
         self.starts = range(0, self.n, self.slab)
         with _plain():
@@ -246,7 +207,10 @@ class _Call:
         """Outputs ``[M, q, K]`` of a slab (q at least 2 where images are shared): the same bits as :meth:`forward`, with nothing kept."""
         x = self.slab_of(group, start, models)
         for step, weights in zip(self.program.steps[self.program.first :], packed, strict=True):
-            x = step.values(x) if isinstance(step, PoolStep) else step.forward(x, weights, models)[0]
+            if isinstance(step, BlockedSteps):
+                x = step.values(x, weights, models)
+            else:
+                x = step.values(x) if isinstance(step, PoolStep) else step.forward(x, weights, models)[0]
         return x
 
     def forward(self, group: int, start: int, packed: list[Packed | None], models: int) -> tuple[Tensor, list[object]]:
@@ -287,31 +251,76 @@ def loss_and_gradient(
     return _loss_and_gradient(_Call(weights, queries, layers, index), targets, criterion, temperature)
 
 
+class _Group:
+    """Loss and gradient of one group of models: its slabs one after another, or each on its own and added up in the same order."""
+
+    def __init__(self, call: _Call, start: int, targets: Tensor, criterion: Criterion, temperature: float) -> None:
+        self.call, self.start, self.criterion, self.temperature = call, start, criterion, temperature
+        self.targets = targets[start : start + call.models]
+        self.rows = call.rows(start)
+        self.packed = call.pack(self.rows)
+
+    def add(self, start: int, gradient: Tensor, fresh: bool) -> Tensor:
+        """This slab's share of the losses ``[M]``; that of the gradient is written to, or added to, ``gradient [M, P]``."""
+        call, filled, real = self.call, len(self.rows), len(self.targets)
+        y, saved = call.forward(self.start, start, self.packed, filled)
+        wanted = self.targets[:, start : start + call.slab]
+        if real < filled:
+            wanted = torch.cat((wanted, wanted.new_zeros((filled - real, *wanted.shape[1:]))))
+        added = y.shape[1] - wanted.shape[1]
+        value, g = share_of_loss(y[:, : wanted.shape[1]].float(), wanted, call.n, self.criterion, self.temperature)
+        if added:
+            g = torch.nn.functional.pad(g, (0, 0, 0, added))
+        call.backward(g.to(call.dtype), saved, self.packed, gradient, fresh)
+        return value
+
+    def all(self, losses: Tensor, gradient: Tensor) -> None:
+        """Every slab in turn, into this group's rows ``[m]`` and ``[m, P]`` of the results."""
+        real, filled = len(losses), len(self.rows)
+        grads = gradient if real == filled else torch.empty_like(self.rows)
+        total = self.rows.new_zeros(filled)
+        for start in self.call.starts:
+            total += self.add(start, grads, fresh=start == 0)
+        losses.copy_(total[:real])
+        if real < filled:
+            gradient.copy_(grads[:real])
+
+
 def _loss_and_gradient(call: _Call, targets: Tensor, criterion: Criterion, temperature: float) -> tuple[Tensor, Tensor]:
     k, models = call.weights.shape[0], call.models
     losses = call.weights.new_empty(k)
     gradient = torch.empty_like(call.weights, memory_format=torch.contiguous_format)
+    groups = range(0, k, models)
+
+    def whole(group: int) -> None:
+        with _plain():
+            rows = slice(group, group + models)
+            _Group(call, group, targets, criterion, temperature).all(losses[rows], gradient[rows])
+
+    if len(groups) >= torch.get_num_threads() or len(call.starts) == 1:
+        cpu_jobs.run([partial(whole, group) for group in groups])
+        return losses, gradient
+
+    # Fewer groups than threads: their slabs are jobs, and what each adds is kept until all can be added in the order above.
+    parts: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def part(group: _Group, start: int) -> None:
+        with _plain():
+            grads = torch.empty_like(group.rows)
+            parts[group.start, start] = group.add(start, grads, fresh=True), grads
+
     with _plain():
-        for group in range(0, k, models):
-            rows = call.rows(group)
-            packed, filled = call.pack(rows), len(rows)
-            real = min(models, k - group)
-            grads = gradient[group : group + real] if real == filled else torch.empty_like(rows)
-            total = rows.new_zeros(filled)
-            for start in call.starts:
-                y, saved = call.forward(group, start, packed, filled)
-                wanted = targets[group : group + real, start : start + call.slab]
-                if real < filled:
-                    wanted = torch.cat((wanted, wanted.new_zeros((filled - real, *wanted.shape[1:]))))
-                added = y.shape[1] - wanted.shape[1]
-                value, g = _criterion(y[:, : wanted.shape[1]].float(), wanted, call.n, criterion, temperature)
-                if added:
-                    g = torch.nn.functional.pad(g, (0, 0, 0, added))
-                call.backward(g.to(call.dtype), saved, packed, grads, fresh=start == 0)
+        made = [_Group(call, group, targets, criterion, temperature) for group in groups]
+        cpu_jobs.run([partial(part, group, start) for group in made for start in call.starts])
+        for group in made:
+            first, *others = (parts[group.start, start] for start in call.starts)
+            total, grads = group.rows.new_zeros(len(group.rows)) + first[0], first[1]
+            for value, more in others:
                 total += value
-            losses[group : group + real] = total[:real]
-            if real < filled:
-                gradient[group:].copy_(grads[:real])
+                grads += more
+            real = len(group.targets)
+            losses[group.start : group.start + real] = total[:real]
+            gradient[group.start : group.start + real] = grads[:real]
     return losses, gradient
 
 
@@ -347,11 +356,16 @@ def forward(weights: Tensor, queries: Tensor, layers: Layers) -> Tensor:
     """Outputs ``[k, n, K]``: bit for bit those inside :func:`loss_and_gradient`. Not differentiable."""
     call = _Call(weights, queries, layers)
     outputs = call.weights.new_empty(weights.shape[0], call.n, call.program.outputs)
-    with _plain():
-        for group in range(0, weights.shape[0], call.models):
+
+    def part(group: int, starts: Sequence[int]) -> None:
+        with _plain():
             rows = call.rows(group)
             packed = call.pack(rows)
-            for start in call.starts:
+            for start in starts:
                 mine = outputs[group : group + call.models, start : start + call.slab]
                 mine.copy_(call.outputs(group, start, packed, len(rows))[: mine.shape[0], : mine.shape[1]])
+
+    groups = range(0, weights.shape[0], call.models)
+    cuts = [call.starts] if len(groups) >= torch.get_num_threads() else [(start,) for start in call.starts]
+    cpu_jobs.run([partial(part, group, starts) for group in groups for starts in cuts])
     return outputs

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from wslfast.kernels import cpu, cpu_activations, reference
+from wslfast.kernels import cpu, cpu_activations, cpu_jobs, reference
 from wslfast.kernels.plan import (
     Activation,
     Conv2d,
@@ -318,17 +319,53 @@ def test_bits_at_the_sizes_people_use(name: str, n: int) -> None:
     _equal(NETS[name], True, 9, min(n, 33), torch.randperm)
 
 
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
 def test_bits_at_any_number_of_threads(threads: int) -> None:
     """Work that is cut unevenly among threads must still be cut alike for every model."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with _threads(threads):
         for name in ("cnn3", "cnn", "lenet5", "average"):
             _equal(NETS[name], False, 9, 19, torch.randperm)
             _equal(NETS[name], False, 9, 19, lambda k: torch.tensor([k - 1]))
+
+
+@pytest.mark.skipif(cpu_jobs.setters() is None, reason="this torch cannot be told how many threads a job has")
+@pytest.mark.parametrize(("name", "k", "n"), [("cnn3", 5, 19), ("cnn3", 2, 150), ("lenet5", 9, 140), ("lenet5-gelu", 17, 9), ("mlp", 33, 40)])
+def test_the_same_bits_whatever_the_number_of_threads(name: str, k: int, n: int) -> None:
+    """More groups than threads, or fewer groups whose slabs are then jobs: one sum in one order."""
+    weights, queries, targets, layers = _case(NETS[name], k, n)
+    found = []
+    for threads in (1, 2, 3, 8):
+        with _threads(threads):
+            found.append((cpu.forward(weights, queries, layers), *cpu.loss_and_gradient(weights, queries, targets, layers, "mse")))
+    for other in found[1:]:
+        assert all(map(torch.equal, other, found[0]))
+
+
+@pytest.mark.parametrize("n", [5, 33, 150])
+@pytest.mark.parametrize("name", ["cnn3", "lenet5", "lenet5-gelu", "average", "overlapping-pools", "pool-first"])
+def test_blocks_of_the_first_convolution_are_the_whole_slab(name: str, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, queries, targets, layers = _case(NETS[name], 3, n)
+    outputs = cpu.forward(weights, queries, layers)
+    losses, gradient = cpu.loss_and_gradient(weights, queries, targets, layers, "mse")
+    monkeypatch.setattr(cpu, "blocked", lambda program: program)
+    cpu._program.cache_clear()
+    try:
+        torch.testing.assert_close(cpu.forward(weights, queries, layers), outputs)
+        values, whole = cpu.loss_and_gradient(weights, queries, targets, layers, "mse")
     finally:
-        torch.set_num_threads(before)
+        cpu._program.cache_clear()
+    torch.testing.assert_close(values, losses)
+    assert (whole - gradient).norm() <= 1e-5 * gradient.norm()
 
 
 @pytest.mark.parametrize(("function", "parameter"), ACTIVATIONS, ids=[f"{f}{p}" for f, p in ACTIVATIONS])
@@ -351,13 +388,9 @@ def test_activations_round_every_element_alike(function: str, parameter: float) 
 @pytest.mark.parametrize("own", [False, True], ids=["shared", "own-queries"])
 def test_a_small_last_group_has_the_bits_of_a_full_one(name: str, own: bool, threads: int) -> None:
     """Groups that are filled up to a few models give what a group of eight does."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with _threads(threads):
         for k in (1, 3):
             _equal(NETS[name], own, 8, 11, lambda _, k=k: torch.arange(k))  # type: ignore[misc]
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_small_groups_are_only_used_where_they_were_seen_to_agree(monkeypatch: pytest.MonkeyPatch) -> None:

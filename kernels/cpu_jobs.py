@@ -1,0 +1,118 @@
+"""Jobs of the CPU path side by side: one thread a job, and one torch thread inside each.
+
+torch shares every operator out among its threads, which then wait for each other after every call; a slab of a few networks is too
+little for that. Groups of models have nothing to tell each other, so each is a job of its own, computed by one thread from first layer to
+last. What a job computes then depends on nothing but the job: the bits are the same at any number of threads.
+
+How many threads torch uses inside a thread is told to OpenMP and MKL, for that thread alone, by the functions of theirs that torch
+itself was linked with (``torch.set_num_threads`` would speak for the whole process). Where they are not to be found (another
+threading library, a static build), jobs run one after another on all of torch's threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from functools import lru_cache
+
+import torch
+
+__all__ = ["run", "setters", "threads_inside"]
+
+_MOST = 256  # threads that may ever be started; they are, as jobs ask for them
+
+Setter = Callable[[int], "int | None"]
+
+
+@lru_cache(maxsize=1)
+def setters() -> tuple[Setter, Setter] | None:
+    """``omp_set_num_threads`` and MKL's counterpart, both of the calling thread alone; None where torch does not thread that way."""
+    if "ATen parallel backend: OpenMP" not in torch.__config__.parallel_info():
+        return None
+    try:
+        linked = ctypes.CDLL(torch._C.__file__)  # a search through what torch is linked with
+        openmp, mkl = linked.omp_set_num_threads, linked.MKL_Set_Num_Threads_Local if torch.backends.mkl.is_available() else None
+    except (AttributeError, OSError):
+        return None
+    openmp.restype = None
+    return openmp, mkl or (lambda number: 0)
+
+
+def threads_inside() -> int:
+    """Threads that torch uses inside a job, on which its bits may depend."""
+    return 1 if setters() is not None else torch.get_num_threads()
+
+
+@contextmanager
+def _alone(found: tuple[Setter, Setter], threads: int) -> Iterator[None]:
+    """One torch thread in this thread; ``threads`` again afterwards."""
+    openmp, mkl = found
+    openmp(1)
+    before = mkl(1)
+    try:
+        yield
+    finally:
+        mkl(before or 0)
+        openmp(threads)
+
+
+def _begin(*found: Setter) -> None:
+    """A worker's first act. torch sets a thread's number when it is first asked for: ask, then overrule it."""
+    torch.get_num_threads()
+    for setter in found:
+        setter(1)
+
+
+@lru_cache(maxsize=1)
+def _pool() -> ThreadPoolExecutor:
+    found = setters()
+    assert found is not None
+    return ThreadPoolExecutor(_MOST, thread_name_prefix="wslfast", initializer=_begin, initargs=found)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked process has none of its parent's threads
+
+
+def _taken(waiting: deque[Callable[[], None]]) -> Callable[[], None] | None:
+    try:
+        return waiting.popleft()
+    except IndexError:  # another thread was faster
+        return None
+
+
+def run(jobs: Sequence[Callable[[], None]]) -> None:
+    """Call every job once, in this thread and up to ``torch.get_num_threads() - 1`` others; returns when all are done.
+
+    The first exception keeps the jobs that wait from beginning, and is raised here. Gradient mode and autocast belong to a thread:
+    jobs set their own.
+    """
+    found, threads = setters(), torch.get_num_threads()
+    if found is None or threads == 1:
+        for job in jobs:
+            job()
+        return
+    waiting = deque(jobs)
+    inference = torch.is_inference_mode_enabled()
+
+    def work() -> None:
+        try:
+            with torch.inference_mode(inference):
+                while (job := _taken(waiting)) is not None:
+                    job()
+        except BaseException:
+            waiting.clear()
+            raise
+
+    with _alone(found, threads):
+        others = [_pool().submit(work) for _ in range(min(threads, len(jobs)) - 1)]
+        try:
+            work()
+        finally:
+            wait(others)
+    for other in others:
+        other.result()
