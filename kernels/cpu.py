@@ -35,23 +35,31 @@ from .reference import CRITERIA, per_model_queries
 __all__ = ["forward", "group_shape", "loss_and_gradient", "supports"]
 
 
+_MODELS = 8
+_ALONE = 4_000_000  # activations of a call: below, one thread is done before others have joined in with smaller groups
+
+
 @lru_cache(maxsize=256)
-def group_shape(layers: Layers, input_shape: tuple[int, ...], n: int) -> tuple[int, int]:
+def group_shape(layers: Layers, input_shape: tuple[int, ...]) -> tuple[int, int]:
     """Models a group and queries a slab; k plays no part, or a model's bits would depend on its company.
 
-    - Pairs: up to 1,024, while the largest activation that is whole at any time stays below 5 MiB (``cpu_blocks`` cuts up the first
-      convolution's): more leaves the cache, fewer spend their time on calls.
-    - Models: enough for 48 outputs of the first convolution (three vectors), 4 or 8. Eight also where n is so small that four
-      do not fill a slab; not more, because the last group is filled up with idle models.
+    - Models: 8. Of the networks met in practice, eight fill the vectors of the first convolution (48 outputs and more); more would be
+      waste where the last group is filled up with idle models.
+    - Queries: up to 128, while the largest activation that is whole at any time stays below 12 MiB (``cpu_blocks`` cuts up the first
+      convolution's). More leaves the caches, fewer spend their time on calls.
     """
     cut = in_blocks(layers)
     largest = max(math.prod(shape) for i, shape in enumerate(shapes(layers, input_shape)[1:]) if i not in cut)
-    pairs = 16
-    while pairs < 1024 and 8 * pairs * largest <= 5 << 20:
-        pairs *= 2
-    first = next((layer.out_channels for layer in layers if isinstance(layer, Conv2d)), 16)
-    models = 8 if 4 * first < 48 or 4 * n <= pairs // 2 else 4
-    return models, pairs // models
+    queries = 2
+    while queries < 128 and 2 * 4 * _MODELS * queries * largest <= 12 << 20:
+        queries *= 2
+    return _MODELS, queries
+
+
+@lru_cache(maxsize=256)
+def _numbers(layers: Layers, input_shape: tuple[int, ...]) -> int:
+    """Activations of one model and query."""
+    return sum(math.prod(shape) for shape in shapes(layers, input_shape)[1:])
 
 
 @lru_cache(maxsize=1)
@@ -169,11 +177,17 @@ class _Call:
         self.weights, self.dtype = weights.detach(), _dtype()
         self.n = index.shape[1] if index is not None else self.queries.shape[axis]
         image = tuple(self.queries.shape[1 + axis :])
-        self.models, self.slab = shape or group_shape(layers, image, self.n)
+        full, self.slab = shape or group_shape(layers, image)
+        self.models = full
         if sizes is None:
-            left = len(weights) % self.models
-            sizes = _smaller_groups(layers, image, self.own, self.n, self.dtype, cpu_jobs.threads_inside()) if left else ()
-        self.sizes = *sizes, self.models
+            k, threads = len(weights), torch.get_num_threads()
+            few = k < full * threads and cpu_jobs.threads_inside() < threads and k * self.n * _numbers(layers, image) > _ALONE
+            whole = not few and k % full == 0
+            n = self.n if self.n < self.slab else self.slab + self.n % self.slab  # a full slab and the last one
+            sizes = () if whole else _smaller_groups(layers, image, self.own, n, self.dtype, cpu_jobs.threads_inside())
+            if few:
+                self.models = next(size for size in (*sizes, full) if size * threads >= k)
+        self.sizes = *sizes, full
         self.starts = range(0, self.n, self.slab)
         with _plain():
             self.slabs = [] if self.own else _shared_slabs(self.queries, self.program, self.slab, self.dtype)
@@ -326,19 +340,18 @@ def _loss_and_gradient(call: _Call, targets: Tensor, criterion: Criterion, tempe
 
 @lru_cache(maxsize=256)
 def _smaller_groups(layers: Layers, image: tuple[int, ...], own: bool, n: int, dtype: torch.dtype, threads: int) -> tuple[int, ...]:
-    """Sizes to which a last group may be filled instead: those that give a full group's bits on this machine, found by trying.
+    """Sizes of smaller groups that give a full group's bits on this machine, found by trying: for a last group, and for few models.
 
-    Filling one model up to eight is waste, but another shape may be another kernel of oneDNN, or another way of sharing a sum out
-    among threads. Neither looks at the numbers, so random ones tell, once a process for each shape; small networks, where few numbers
-    could agree by chance, are filled.
+    Filling one model up to eight is waste, and one group is work for one thread alone; but another shape may be another kernel of
+    oneDNN, or another way of sharing a sum out among threads. Neither looks at the numbers, so random ones tell, once a process for
+    each shape; small networks, where few numbers could agree by chance, are filled.
     """
     slots = [slot for pair in layer_slots(layers) for slot in (pair.weight, pair.bias) if slot is not None]
     parameters = sum(slot.size for slot in slots)
-    models, slab = group_shape(layers, image, n)
+    models, slab = group_shape(layers, image)
     if parameters < 1000:
         return ()
     generator = torch.Generator().manual_seed(0)
-    n = slab + n % slab if n > slab else n  # a full slab and the last one
     weights, targets = torch.randn(models, parameters, generator=generator), torch.randn(models, n, 1, generator=generator)
     for slot in slots:
         weights[:, slot.offset : slot.stop] /= math.sqrt(math.prod(slot.shape[1:]))
