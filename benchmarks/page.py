@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from wslfast._files import write_text
 from wslfast.downstream import _figures
-from wslfast.downstream._html import CSS as _CSS
+from wslfast.downstream._html import document
 from wslfast.errors import WslfastError
 
 from . import ceilings, tables
@@ -188,26 +188,13 @@ def html(rows: Sequence[Row]) -> str:
             drawn = {str(error): ""}
         sections += [f"<section><h2>{escape(t)}</h2><figure>{svg}</figure></section>" for t, svg in drawn.items() if svg is not None]
         sections += [_table(table) for table in rest]
-    method = "".join(f"<p class='note'>{escape(text)}</p>" for text in tables.METHOD)
-    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>wslfast: benchmarks</title>
-<style>{_CSS}</style>
-</head>
-<body>
-<main>
-<h1>wslfast: benchmarks</h1>
-{"".join(sections)}
-<section><h2>Method</h2>{method}</section>
-</main>
-</body>
-</html>
-"""
+    sections.append("<section><h2>Method</h2>" + "".join(f"<p class='note'>{escape(text)}</p>" for text in tables.METHOD) + "</section>")
+    facts = {"rows": str(len(rows)), "commits": _all(r.commit for r in rows), "dates": _all(r.date for r in rows)}
+    return document("wslfast: benchmarks", "Loss and gradient of many small networks: times side by side", "\n".join(sections), facts)
+
+
+def _all(values: Iterable[str]) -> str:
+    return ", ".join(sorted(set(values)))
 
 
 def write_page(rows: Sequence[Row], path: Path) -> Path:

@@ -367,27 +367,23 @@ def _on_kernels(function: str, mode: str, weights: Tensor, *arguments: Any) -> A
         raise Unavailable(f"not planned in mode {mode!r}: {error}") from None
 
 
-def _layerwise_forward(weights: Tensor, queries: Tensor, architecture: Architecture) -> Tensor:
-    return _on_kernels("forward", "layers", weights, queries, architecture.layers)
+def _triton_provider(name: str, mode: str, doc: str) -> Provider:
+    """Register the kernels in one of their modes."""
+
+    def forward(weights: Tensor, queries: Tensor, architecture: Architecture) -> Tensor:
+        return _on_kernels("forward", mode, weights, queries, architecture.layers)
+
+    def run(weights: Tensor, original: Tensor, queries: Tensor, targets: Tensor | None, architecture: Architecture) -> Result:
+        targets = _targets(name, original, queries, targets, architecture)
+        return _on_kernels("loss_and_gradient", mode, weights, queries, targets, architecture.layers, CRITERION)
+
+    run.__doc__ = doc
+    return provider(name, forward)(run)
 
 
-@provider("wslfast-triton-layerwise", _layerwise_forward)
-def wslfast_triton_layerwise(
-    weights: Tensor, original: Tensor, queries: Tensor, targets: Tensor | None, architecture: Architecture
-) -> Result:
-    """The kernels that run one layer of all models in a launch."""
-    targets = _targets("wslfast-triton-layerwise", original, queries, targets, architecture)
-    return _on_kernels("loss_and_gradient", "layers", weights, queries, targets, architecture.layers, CRITERION)
-
-
-def _network_forward(weights: Tensor, queries: Tensor, architecture: Architecture) -> Tensor:
-    return _on_kernels("forward", "network", weights, queries, architecture.layers)
-
-
-@provider("wslfast-triton-network", _network_forward)
-def wslfast_triton_network(
-    weights: Tensor, original: Tensor, queries: Tensor, targets: Tensor | None, architecture: Architecture
-) -> Result:
-    """The kernels that run a whole network in a launch, its activations in a scratch of each program."""
-    targets = _targets("wslfast-triton-network", original, queries, targets, architecture)
-    return _on_kernels("loss_and_gradient", "network", weights, queries, targets, architecture.layers, CRITERION)
+wslfast_triton_layerwise = _triton_provider(
+    "wslfast-triton-layerwise", "layers", "The kernels that run one layer of all models in a launch."
+)
+wslfast_triton_network = _triton_provider(
+    "wslfast-triton-network", "network", "The kernels that run a whole network in a launch, its activations in a scratch of each program."
+)

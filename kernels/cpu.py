@@ -36,7 +36,7 @@ __all__ = ["forward", "group_shape", "loss_and_gradient", "supports"]
 
 
 _MODELS = 8
-_ALONE = 4_000_000  # activations of a call: below, one thread is done before others have joined in with smaller groups
+_ALONE = 1_000_000  # activations of a call: below, one thread is done before another has joined in
 
 
 @lru_cache(maxsize=256)

@@ -18,60 +18,69 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
-__all__ = ["run", "setters", "threads_inside"]
+__all__ = ["controls", "run", "threads_inside"]
 
 _MOST = 256  # threads that may ever be started; they are, as jobs ask for them
 
 Setter = Callable[[int], "int | None"]
 
 
+class Controls(NamedTuple):
+    """What OpenMP and MKL are told, all of it about the calling thread alone."""
+
+    openmp: Setter  # threads of its parallel regions
+    mkl: Setter  # threads of MKL's routines; returns what was set, 0 for "as everybody"
+    rest: Setter  # 1: its pool of threads may go (they are made again when needed)
+
+
 @lru_cache(maxsize=1)
-def setters() -> tuple[Setter, Setter] | None:
-    """``omp_set_num_threads`` and MKL's counterpart, both of the calling thread alone; None where torch does not thread that way."""
+def controls() -> Controls | None:
+    """The functions of this build of torch, or None where it does not thread that way."""
     if "ATen parallel backend: OpenMP" not in torch.__config__.parallel_info():
         return None
+    nothing: Setter = lambda number: 0  # noqa: E731
     try:
         linked = ctypes.CDLL(torch._C.__file__)  # a search through what torch is linked with
-        openmp, mkl = linked.omp_set_num_threads, linked.MKL_Set_Num_Threads_Local if torch.backends.mkl.is_available() else None
+        openmp, mkl = linked.omp_set_num_threads, linked.MKL_Set_Num_Threads_Local if torch.backends.mkl.is_available() else nothing
     except (AttributeError, OSError):
         return None
     openmp.restype = None
-    return openmp, mkl or (lambda number: 0)
+    return Controls(openmp, mkl, getattr(linked, "omp_pause_resource_all", nothing))
 
 
 def threads_inside() -> int:
     """Threads that torch uses inside a job, on which its bits may depend."""
-    return 1 if setters() is not None else torch.get_num_threads()
+    return 1 if controls() is not None else torch.get_num_threads()
 
 
 @contextmanager
-def _alone(found: tuple[Setter, Setter], threads: int) -> Iterator[None]:
+def _alone(found: Controls, threads: int) -> Iterator[None]:
     """One torch thread in this thread; ``threads`` again afterwards."""
-    openmp, mkl = found
-    openmp(1)
-    before = mkl(1)
+    found.openmp(1)
+    before = found.mkl(1)
     try:
         yield
     finally:
-        mkl(before or 0)
-        openmp(threads)
+        found.mkl(before or 0)
+        found.openmp(threads)
 
 
-def _begin(*found: Setter) -> None:
+def _begin(found: Controls) -> None:
     """A worker's first act. torch sets a thread's number when it is first asked for: ask, then overrule it."""
     torch.get_num_threads()
-    for setter in found:
-        setter(1)
+    found.openmp(1)
+    found.mkl(1)
 
 
 @lru_cache(maxsize=1)
 def _pool() -> ThreadPoolExecutor:
-    found = setters()
+    found = controls()
     assert found is not None
-    return ThreadPoolExecutor(_MOST, thread_name_prefix="wslfast", initializer=_begin, initargs=found)
+    return ThreadPoolExecutor(_MOST, thread_name_prefix="wslfast", initializer=_begin, initargs=(found,))
 
 
 if hasattr(os, "register_at_fork"):
@@ -91,7 +100,7 @@ def run(jobs: Sequence[Callable[[], None]]) -> None:
     The first exception keeps the jobs that wait from beginning, and is raised here. Gradient mode and autocast belong to a thread:
     jobs set their own.
     """
-    found, threads = setters(), torch.get_num_threads()
+    found, threads = controls(), torch.get_num_threads()
     if found is None or threads == 1:
         for job in jobs:
             job()
@@ -109,6 +118,9 @@ def run(jobs: Sequence[Callable[[], None]]) -> None:
             raise
 
     with _alone(found, threads):
+        if len(jobs) > 1:
+            # OpenMP's threads spin for milliseconds after torch's last call, on the cores that the others are to run on
+            found.rest(1)
         others = [_pool().submit(work) for _ in range(min(threads, len(jobs)) - 1)]
         try:
             work()

@@ -13,13 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from wslfast import TrainConfig, WslfastError, build_zoo, load_zoo
-from wslfast.downstream import ablations
+from wslfast import LinearCodec, TrainConfig, WslfastError, build_zoo, load_zoo
+from wslfast.downstream import ablations, closed_form
 from wslfast.downstream.ablation_file import Ablation
 from wslfast.downstream.ablations import COLUMNS, Cell, Stop, Trained, over_seeds, read_rows, run_ablation
+from wslfast.downstream.evaluation import evaluate_code
 from wslfast.sane.ablation import systems
 from wslfast.training import load_run
 from wslfast.training.query_sets import query_images
+from wslfast.zoo import dataset_of
 
 BASE = "steps = 3\nbatch_size = 4\nqueries = 8\nd_model = 16\nheads = 2\nlayers = 1\nlatent = 4\ncheckpoint_every = 2\ngamma = 0.0\n"
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples" / "ablations").glob("*.toml"))
@@ -363,3 +365,31 @@ def test_published_cells_through_a_file(tmp_path: Path, zoo: Path) -> None:
     linear = write(tmp_path / "l.toml", zoo, '[axis]\nsemantics = ["published"]', seeds="[0]")
     with pytest.raises(WslfastError, match="start: expected random"):
         run_ablation(Ablation.from_toml(linear), tmp_path, systems=systems())
+
+
+# -- closed-form codes -----------------------------------------------------------------------------------------------------
+
+
+def test_closed_form_codes_are_systems(tmp_path: Path, zoo: Path) -> None:
+    """A cell is the code itself, fitted on the query set's images: only codes that look at queries depend on them."""
+    axis = '[axis]\nsemantics = ["linear", "metric", "adaptive"]\nquery_set = ["data", "noise"]'
+    file = write(tmp_path / "codes.toml", zoo, axis, seeds="[0]", base="share = 0.3")
+    rows = run_ablation(Ablation.from_toml(file), tmp_path, systems=closed_form.systems())
+    found = {r["variant"]: r["mean"] for r in rows if r["metric"] == "agreement"}
+    assert found["semantics=linear query_set=data"] == found["semantics=linear query_set=noise"]
+    for name in ("metric", "adaptive"):
+        assert found[f"semantics={name} query_set=data"] != found[f"semantics={name} query_set=noise"]
+    train, test = load_zoo(zoo, "train"), load_zoo(zoo, "test")
+    images, labels = dataset_of(zoo, train.architecture).split("test")
+    expected = evaluate_code(LinearCodec(train, latent=0.3), test, images, labels).summary()["agreement"]
+    assert found["semantics=linear query_set=data"] == pytest.approx(expected)
+
+
+def test_rows_of_other_zoos_stay(tmp_path: Path, zoo: Path) -> None:
+    file = write(tmp_path / "codes.toml", zoo, '[axis]\nsemantics = ["linear"]', seeds="[0]", base="share = 0.3")
+    rows = run_ablation(Ablation.from_toml(file), tmp_path, systems=closed_form.systems())
+    path = tmp_path / "ablations.csv"
+    path.write_text(path.read_text().replace("\ndigits,", "\nelsewhere,"))
+    run_ablation(Ablation.from_toml(file), tmp_path, systems=closed_form.systems())
+    assert {r["zoo"] for r in read_rows(path)} == {"digits", "elsewhere"}
+    assert len(read_rows(path)) == 2 * len(rows)

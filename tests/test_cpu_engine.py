@@ -338,7 +338,7 @@ def test_bits_at_any_number_of_threads(threads: int) -> None:
             _equal(NETS[name], False, 9, 19, lambda k: torch.tensor([k - 1]))
 
 
-@pytest.mark.skipif(cpu_jobs.setters() is None, reason="this torch cannot be told how many threads a job has")
+@pytest.mark.skipif(cpu_jobs.controls() is None, reason="this torch cannot be told how many threads a job has")
 @pytest.mark.parametrize(("name", "k", "n"), [("cnn3", 5, 19), ("cnn3", 2, 150), ("lenet5", 9, 140), ("lenet5-gelu", 17, 9), ("mlp", 33, 40)])
 def test_the_same_bits_whatever_the_number_of_threads(name: str, k: int, n: int) -> None:
     """More groups than threads, or fewer groups whose slabs are then jobs: one sum in one order."""

@@ -15,7 +15,7 @@ import torch
 from wslfast.architecture import Architecture
 from wslfast.kernels import cpu, cpu_jobs
 
-pytestmark = pytest.mark.skipif(cpu_jobs.setters() is None, reason="this torch cannot be told how many threads a job has")
+pytestmark = pytest.mark.skipif(cpu_jobs.controls() is None, reason="this torch cannot be told how many threads a job has")
 
 
 @pytest.fixture(autouse=True)

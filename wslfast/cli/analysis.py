@@ -68,13 +68,14 @@ class Ablate:
     """Whose models are measured, instead of the file's; val to choose by (rows go to ablations-val.csv). Nothing is trained twice."""
 
     def run(self) -> None:
-        from ..sane.ablation import systems
+        from ..downstream import closed_form
+        from ..sane import ablation as published
 
         ablation = Ablation.from_toml(self.file)
         if self.split is not None:
             ablation = dataclasses.replace(ablation, split=self.split)
         say = lambda text: console.print(f"- {text}", soft_wrap=True)  # noqa: E731
-        rows = run_ablation(ablation, self.out, zoo=self.zoo, systems=systems(), on_cell=say)
+        rows = run_ablation(ablation, self.out, zoo=self.zoo, systems={**closed_form.systems(), **published.systems()}, on_cell=say)
         table = Table(ablation.axis, box=None, pad_edge=False, header_style="bold")
         for column in _SHOWN:
             table.add_column(column.replace("_", " "), justify="right")

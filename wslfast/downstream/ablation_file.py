@@ -29,7 +29,8 @@ class Ablation:
     Attributes:
         name: the file's stem.
         zoo: folder of a zoo, or arguments of :func:`wslfast.build_zoo` (dataset, models, epochs, grid, batch_size, seed).
-        variants: settings by name: fields of TrainConfig, and ``semantics`` (``"core"``, or what the caller offers).
+        variants: settings by name: fields of TrainConfig, and ``semantics`` (``"core"``, or what the caller offers; the command offers
+            ``"linear"``, ``"metric"``, ``"adaptive"``, ``"published"`` and ``"corrected"``).
         axis: name of what is varied; joined by ``*`` where there are several, and ``variant`` where variants have names.
         seeds: each variant is trained with each.
         split: whose models are measured: ``"test"``, or ``"val"`` to choose by.

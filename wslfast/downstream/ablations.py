@@ -112,7 +112,8 @@ def run_ablation(
 
     Rows have :data:`COLUMNS`: median, mean and standard deviation over held-out models of every metric of
     :class:`~wslfast.downstream.Reconstruction`, for one variant and seed, and figures of the cell as a whole (``probe_r2`` of test
-    accuracy, ``probe_r2_ggap``, ``latent_numbers``, ``steps``, ``seconds``). Rows of other ablations that are in the file stay.
+    accuracy, ``probe_r2_ggap``, ``latent_numbers``, ``steps``, ``seconds``). Rows of other ablations, and of other zoos, that are in the
+    file stay.
 
     Args:
         ablation: from :meth:`Ablation.from_toml`.
@@ -141,7 +142,7 @@ def run_ablation(
             on_cell(f"{number} of {len(cells)}: {name}, seed {seed}{done}")
         figures = _figures(place, known[system], config, ablation, data)
         rows += _rows(figures, ablation, data.name, name, seed)
-        _write(out / rows_file(ablation), ablation.name, rows)
+        _write(out / rows_file(ablation), ablation.name, data.name, rows)
     return rows
 
 
@@ -265,8 +266,8 @@ def _rows(figures: Mapping[str, Mapping[str, float | None]], ablation: Ablation,
     ]
 
 
-def _write(path: Path, name: str, rows: Sequence[Row]) -> None:
-    others = [row for row in read_rows(path) if row["ablation"] != name] if path.exists() else []
+def _write(path: Path, name: str, zoo: str, rows: Sequence[Row]) -> None:
+    others = [row for row in read_rows(path) if (row["ablation"], row["zoo"]) != (name, zoo)] if path.exists() else []
     write_rows(path, COLUMNS, (*others, *rows))
 
 

@@ -49,6 +49,10 @@ class Protocol:
     shares: tuple[float, ...] = (0.24, 0.4, 0.55, 0.67)
     """Latent sizes, as shares of the parameters, at which the closed-form codes are measured besides those of the runs (no models
     are sampled from these)."""
+    refine_steps: int = 200
+    """Steps by which latents of the metric code are refined at test time (reported apart); 0: none are."""
+    refine_images: int = 1024
+    """Training images at most, for that."""
     seed: int = 0
     """Seed of samples and resamples."""
 
@@ -56,7 +60,7 @@ class Protocol:
     def quick(cls) -> Protocol:
         """A few minutes on two cores."""
         few = {"models": 90, "train_models": 400, "images": 400, "samples": 24, "map_models": 200}
-        return cls(**few, bandwidths=(0.1, 0.3), shares=(), finetune_epochs=2, finetune_images=1000)  # type: ignore[arg-type]
+        return cls(**few, bandwidths=(0.1, 0.3), shares=(), finetune_epochs=2, finetune_images=1000, refine_steps=0)  # type: ignore[arg-type]
 
 
 class Bench:
@@ -121,7 +125,8 @@ class Bench:
 
     def fingerprint(self, *parts: Any) -> str:
         """Of a unit on this zoo: the protocol, the zoo, and what else it was computed from."""
-        return fingerprint(VERSION, asdict(self.protocol), self.digest, *parts)
+        sizes = {name: value for name, value in asdict(self.protocol).items() if not name.startswith("refine_")}  # they name theirs
+        return fingerprint(VERSION, sizes, self.digest, *parts)
 
     def compare(self, reconstructed: Tensor) -> Reconstruction:
         """Rows of weights in the test models' places, against them."""

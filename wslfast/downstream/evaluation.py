@@ -117,22 +117,25 @@ def evaluate(
     return results
 
 
-def linear_baselines(train: Population, dataset: Dataset, latent: int, token_size: int = 0, seed: int = 0) -> dict[str, LinearCodec]:
+def linear_baselines(
+    train: Population, dataset: Dataset, latent: int, token_size: int = 0, seed: int = 0, only: Sequence[str] = BASELINES
+) -> dict[str, LinearCodec]:
     """The closed-form codes of a zoo with ``latent`` numbers a model: what any trained autoencoder has to beat.
 
     ``linear`` is PCA of the stored weights, ``linear-views`` PCA over all their permuted views, ``linear-metric`` the same in
-    the activation metric, ``adaptive`` in the metric of each model's own activations (see :mod:`wslfast.adaptive`).
+    the activation metric, ``adaptive`` in the metric of each model's own activations (see :mod:`wslfast.adaptive`); ``only`` some.
     """
     latent = min(latent, train.architecture.num_weights)
     images = dataset.train_images[:512].to(train.weights.device)
-    codes = {
-        "linear": LinearCodec(train, latent=latent, views=False, token_size=token_size, seed=seed),
-        "linear-views": LinearCodec(train, latent=latent, token_size=token_size, seed=seed),
-        "linear-metric": LinearCodec(train, latent=latent, metric="activation", queries=images, token_size=token_size, seed=seed),
+    given: dict[str, dict[str, Any]] = {
+        "linear": {"views": False}, "linear-views": {}, "linear-metric": {"metric": "activation", "queries": images},
+        "adaptive": {"queries": images},
+    }  # fmt: skip
+    return {
+        name: (AdaptiveCodec if name == "adaptive" else LinearCodec)(train, latent=latent, token_size=token_size, seed=seed, **given[name])
+        for name in only
+        if name != "adaptive" or AdaptiveCodec.supports(train.architecture)
     }
-    if AdaptiveCodec.supports(train.architecture):
-        codes["adaptive"] = AdaptiveCodec(train, latent=latent, queries=images, token_size=token_size, seed=seed)
-    return codes
 
 
 def latent_numbers(code: Code) -> int:

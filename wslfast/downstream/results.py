@@ -39,8 +39,8 @@ class Unit:
 
     Attributes:
         zoo, variant, seed: its name, unique in a folder of results.
-        kind: ``"zoo"`` (the originals themselves), ``"run"``, ``"code"`` (closed form), ``"model"`` (one zoo model for every other),
-            ``"features"`` (probe baselines).
+        kind: ``"zoo"`` (the originals themselves), ``"run"``, ``"code"`` (closed form), ``"refined"`` (latents refined at test
+            time), ``"model"`` (one zoo model for every other), ``"features"`` (probe baselines).
         fingerprint: digest of everything it was computed from.
         facts: JSON-able settings and sizes.
         metrics: name -> (median, mean, spread) over models; spread is the standard deviation. A figure that is one number has it
@@ -162,7 +162,7 @@ class Results:
         return [r for r in self.tables.get(name, ()) if r.get("zoo") == zoo and variant in (None, r.get("variant"))]
 
 
-_KINDS = ("zoo", "run", "code", "model", "features")
+_KINDS = ("zoo", "run", "code", "refined", "model", "features")
 
 
 def write_tables(folder: Path, units: Iterable[Unit], facts: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ import json
 import logging
 import platform
 import re
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,11 +25,12 @@ from ..training import Run, TrainConfig, load_run, train
 from ..training.checkpoint import checkpoint_path
 from .bench import Bench, Protocol
 from .diversity import classes_of
-from .evaluation import BASELINES, Code, latent_numbers, linear_baselines
+from .evaluation import BASELINES, Code, decode, latent_numbers, linear_baselines
 from .page import render
 from .probe import weight_statistics
 from .protocol import code_unit, discriminative, embeddings, reconstructive, zoo_unit
-from .results import Unit, file_digest, read_results, read_unit, read_units, unit_path, write_tables, write_unit
+from .refinement import refine
+from .results import Unit, file_digest, read_results, read_unit, read_units, single, unit_path, write_tables, write_unit
 
 logger = logging.getLogger("wslfast")
 _RAW = 100_000  # parameters up to which raw weights are probe features
@@ -85,6 +87,7 @@ def study(
             work.untrained(run)
         for share in bench.protocol.shares:
             work.codes(round(share * bench.architecture.num_weights), new=False)
+            work.refined(round(share * bench.architecture.num_weights))
         work.constants()
         work.features()
     facts = {"protocol": asdict(bench.protocol), "quick": quick, **_machine(device), "date": datetime.date.today().isoformat()}
@@ -161,6 +164,28 @@ class _Work:
                 return None if code is None else code_unit(self.bench, code, variant, 0, "code", print_, facts, new=new)
 
             self.need(variant, 0, print_, make)
+
+    def refined(self, numbers: int) -> None:
+        """The metric code of a latent size, its latents refined model by model at test time (on training images)."""
+        protocol, share = self.bench.protocol, round(100 * numbers / self.bench.architecture.num_weights)
+        if protocol.refine_steps == 0 or not self.bench.architecture.planned:
+            return
+        sizes = {"refine_steps": protocol.refine_steps, "refine_images": protocol.refine_images}
+        print_ = self.bench.fingerprint("refined", share, sizes)
+
+        def make() -> Unit:
+            began = time.perf_counter()
+            weights, images = self.bench.test.weights, self.bench.data.train_images[: protocol.refine_images].to(self.bench.device)
+            code = linear_baselines(self.bench.train, self.bench.data, numbers, only=("linear-metric",))["linear-metric"]
+            latents = refine(code, weights, images, steps=protocol.refine_steps, seed=protocol.seed)
+            metrics, models = reconstructive(self.bench, decode(code, latents))
+            held = {"latent_numbers": latent_numbers(code), "latent_share": latent_numbers(code) / self.bench.architecture.num_weights}
+            seconds = round(time.perf_counter() - began, 1)
+            facts = {"baseline": f"{protocol.refine_steps} steps a model", **sizes, **held, "seconds": seconds}
+            metrics |= {name: single(float(value)) for name, value in held.items()}
+            return Unit(self.bench.name, f"linear-metric-{share}-refined", 0, "refined", print_, facts, metrics, {"models": models})
+
+        self.need(f"linear-metric-{share}-refined", 0, print_, make)
 
     def untrained(self, run: Run) -> None:
         """Probes of an encoder of the run's sizes with fresh weights (the published iteration 0)."""

@@ -34,7 +34,8 @@ def palette(results: Results, zoo: str) -> dict[str, str]:
         ([v for v in runs if "B" in str(results.about(zoo, v).get("losses", "B"))], _BEHAVIOR),
         ([v for v in runs if "B" not in str(results.about(zoo, v).get("losses", "B"))], _STRUCTURE),
         ([v for v in results.variants(zoo, "run") if v not in runs], ("#9aa5ad", "#b9a58c", "#a9b8a0", "#b5a5b8")),
-        (results.variants(zoo, "code"), _CODES), (results.variants(zoo, "model"), _MODELS), (results.variants(zoo, "features"), _MODELS),
+        *((results.variants(zoo, kind), _CODES) for kind in ("code", "refined")),
+        *((results.variants(zoo, kind), _MODELS) for kind in ("model", "features")),
     ]  # fmt: skip
     for variants, hues in groups:
         colors |= {v: hues[i % len(hues)] for i, v in enumerate(variants)}

@@ -13,6 +13,7 @@ from .markup import DASH, cell, head, note, number, over_seeds, percent, row_hea
 
 KINDS = {
     "run": "Trained", "twin": "The same without transformer blocks", "code": "Closed form",
+    "refined": "Closed form, latents refined at test time on training images",
     "model": "A zoo model in its place", "features": "No code",
 }  # fmt: skip
 _SAMPLERS = {"joint": "kernel density, whole latents", "token": "kernel density by token", "individual": "kernel density by number",
@@ -38,7 +39,7 @@ def grouped(results: Results, zoo: str) -> dict[str, list[str]]:
     runs = trained(results, zoo)
     twins = [v for name in runs for v in results.variants(zoo, "run") if v == f"{name}-zero-layer"]
     twins += [v for v in results.variants(zoo, "run") if v not in runs and v not in twins]
-    rest = {kind: results.variants(zoo, kind) for kind in ("code", "model", "features")}
+    rest = {kind: results.variants(zoo, kind) for kind in ("code", "refined", "model", "features")}
     return {"run": runs, "twin": twins, **rest}
 
 
