@@ -25,7 +25,8 @@ from wslfast.training import load_run
 from wslfast.zoo import read_manifest, save_zoo
 
 pytest.importorskip("matplotlib")
-TINY = Protocol(shares=(), models=8, train_models=40, images=20, samples=5, bandwidths=(0.05, 0.5), finetune_epochs=1, finetune_images=40, map_models=30)
+TINY = Protocol(shares=(), models=8, train_models=40, images=20, samples=5, bandwidths=(0.05, 0.5), finetune_epochs=1, finetune_images=40, map_models=30,
+                refine_steps=4, refine_images=16)
 
 
 @pytest.fixture(scope="module")
@@ -287,7 +288,10 @@ def test_closed_form_codes_also_stand_at_sizes_of_their_own(root: Path, tmp_path
     for share in (0.3, 0.6):
         codes = [v for v in found.variants("stripes.npz", "code") if v.endswith(f"-{round(100 * share)}")]
         assert {v.rpartition("-")[0] for v in codes} == {"linear", "linear-views", "linear-metric", "adaptive"}
-        assert all(found.value("stripes.npz", v, "latent_numbers")[0] == pytest.approx(share * weights, rel=0.01) for v in codes)
+        refined = [v for v in found.variants("stripes.npz", "refined") if v.endswith(f"-{round(100 * share)}-refined")]
+        assert {v.split(f"-{round(100 * share)}")[0] for v in refined} == {"linear-metric", "adaptive"}
+        assert all(found.value("stripes.npz", v, "latent_numbers")[0] == pytest.approx(share * weights, rel=0.01) for v in codes + refined)
+        assert all(found.value("stripes.npz", v, "agreement") for v in refined)
 
 
 def _page_at(root: Path, out: Path, shares: tuple[float, ...]) -> Path:

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import Any, NamedTuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -159,8 +159,33 @@ class AdaptiveCodec(LinearCodec):
         tokens = self.layout.tokenize(weights.detach().float()).tokens
         return self.layout.detokenize(torch.cat([self._walk(None, part)[1] for part in tokens.split(self._chunk())]))
 
-    def _walk(self, latents: Tensor | None, tokens: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Latents and decoded tokens of k models, layer by layer: decoding if ``latents`` are given, else encoding ``tokens``."""
+    @torch.no_grad()
+    def held(self, weights: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Latents ``[k, T, W]`` of models, and the decoder with its bases held where these models' own decoding puts them.
+
+        At these latents it is :meth:`decode`; away from them it is affine in each model's latent, and differentiable, where
+        :meth:`decode` would turn the bases with what it has decoded.
+        """
+        tokens = self.layout.tokenize(weights.detach().float()).tokens
+        latents, parts = [], []
+        for part in tokens.split(self._chunk()):
+            maps: list[_Map] = []
+            latents.append(self._walk(None, part, maps)[0])
+            parts.append([m._replace(matrix=m.matrix.expand(len(part), -1, -1)) for m in maps])
+        joined = [same[0]._replace(matrix=torch.cat([m.matrix for m in same])) for same in zip(*parts, strict=True)]
+
+        def decoder(z: Tensor) -> Tensor:
+            out = z.new_zeros(len(z), *self.layout.mask.shape)
+            for m in joined:
+                width, n = m.matrix.shape[1:]
+                out[:, m.tokens, :n] = z[:, m.tokens, :width] @ m.matrix + m.center
+            return self.layout.detokenize(out)
+
+        return torch.cat(latents), decoder
+
+    def _walk(self, latents: Tensor | None, tokens: Tensor | None, maps: list[_Map] | None = None) -> tuple[Tensor, Tensor]:
+        """Latents and decoded tokens of k models, layer by layer: decoding if ``latents`` are given, else encoding ``tokens``.
+        ``maps`` is told how each piece was decoded."""
         given = latents if latents is not None else tokens
         assert given is not None
         k, device = len(given), given.device
@@ -196,6 +221,8 @@ class AdaptiveCodec(LinearCodec):
                     z[:, channels, :width] = (t @ basis / deviation).float()
                 kept = z[:, channels, :width].double() * deviation
                 out[:, channels, :n] = (kept @ basis.mT @ back + center).float()
+                if maps is not None:
+                    maps.append(_Map(channels, (deviation[:, None] * (basis.mT @ back)).float(), center.float()))
                 start += n
             if index + 1 < len(self._units):
                 seen = unit(self.groups.rows(out)[index], seen)
@@ -306,6 +333,14 @@ def _units(architecture: Architecture) -> tuple[Layers, tuple[_Unit, ...]]:
     starts = [i for i, layer in enumerate(layers) if isinstance(layer, (Conv2d, Linear))]
     ends = [*starts[1:], len(layers)]
     return layers[: starts[0]], tuple(_Unit(layers[a], layers[a:b], a) for a, b in zip(starts, ends, strict=True))  # type: ignore[arg-type]
+
+
+class _Map(NamedTuple):
+    """How one piece of a layer's rows was decoded: ``z[:, tokens, :width] @ matrix + center``."""
+
+    tokens: slice
+    matrix: Tensor  # [k, width, n], or [1, width, n]
+    center: Tensor  # [n]
 
 
 def _pieces(groups: TokenGroups, layer: int, moment: Tensor) -> Iterator[Tensor]:

@@ -50,7 +50,7 @@ class Protocol:
     """Latent sizes, as shares of the parameters, at which the closed-form codes are measured besides those of the runs (no models
     are sampled from these)."""
     refine_steps: int = 200
-    """Steps by which latents of the metric code are refined at test time (reported apart); 0: none are."""
+    """Steps by which latents of closed-form codes are refined at test time (reported apart); 0: none are."""
     refine_images: int = 1024
     """Training images at most, for that."""
     seed: int = 0

@@ -2,32 +2,40 @@
 
 A code is fitted to a zoo once; a model that is stored can be looked at again. With the decoder fixed, the latent z of each model
 descends L_B (arXiv 2503.17138, eq. 2) on query images, from the encoder's latent. The latent keeps its size and the decoder its
-weights, so the figures compare with those of the code; but encoding costs hundreds of forward and backward passes, so
+numbers, so the figures compare with those of the code; but encoding costs hundreds of forward and backward passes, so
 tables report them apart.
+
+The decoder of an adaptive code turns its bases with what it has decoded and cannot be differentiated. Its latents descend with the
+bases held, the network found is encoded again, which turns them, and so on for some rounds.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..adaptive import AdaptiveCodec
+from ..architecture import Architecture
 from ..autoencoder import Autoencoder
 from ..behavior import batched_behavioral_loss, batched_forward
 from ..codec import LinearCodec
 from ..errors import require
 from ..profiling import region
 from ..tokens import layout
-from .evaluation import Code, encode
+from .evaluation import Code, decode, encode
 
+REFINED = ("linear-metric", "adaptive")  # closed-form codes that an evaluation refines
+Decoder = Callable[[Tensor], Tensor]
 _HELD_OUT = 4  # one image in so many judges instead of teaching
 
 
 def refine(
-    code: Code, weights: Tensor, images: Tensor, *, steps: int = 200, queries: int = 256, lr: float = 0.05, criterion: str = "distillation",
-    block: int = 128, seed: int = 0,
+    code: Code, weights: Tensor, images: Tensor, *, steps: int = 200, rounds: int = 2, queries: int = 128, lr: float = 0.05,
+    criterion: str = "distillation", block: int = 128, seed: int = 0,
 ) -> Tensor:  # fmt: skip
     """Latents ``[k, T, W]`` of rows of weights ``[k, P]``, refined on ``images [n, *input_shape]``.
 
@@ -35,58 +43,75 @@ def refine(
     them at a time. A quarter of the images is kept back: a model whose refined latent is not better on them keeps the encoder's.
 
     Args:
-        code: an autoencoder or a linear code, whose decoder can be differentiated; not an :class:`AdaptiveCodec`, whose cannot.
-        steps: of descent; 0 gives the encoder's latents.
+        code: an autoencoder, a linear or an adaptive code.
+        steps: of descent, in all; 0 gives the encoder's latents.
+        rounds: of an adaptive code, whose bases are taken anew at the beginning of each.
         lr: first rate, as a share of the root mean square of a model's latent.
+        criterion: of :func:`wslfast.batched_behavioral_loss`.
 
     Raises:
-        WslfastError: fewer than 8 images, or a code that cannot be refined.
+        WslfastError: fewer than 8 images, or numbers out of range.
     """
-    require(not isinstance(code, AdaptiveCodec), "code: an adaptive code's decoder cannot be differentiated; refine a linear code")
     require(len(images) >= 2 * _HELD_OUT, f"images: expected at least {2 * _HELD_OUT} images, got {len(images)}")
     require(steps >= 0 and queries >= 1, f"steps, queries: expected steps >= 0 and queries >= 1, got {steps}, {queries}")
+    require(rounds >= 1, f"rounds: expected at least 1, got {rounds}")
     generator = torch.Generator().manual_seed(seed)
     judge = torch.arange(len(images)) % _HELD_OUT == 0
-    taught = images[~judge]
-    draws = [torch.randint(len(taught), (min(queries, len(taught)),), generator=generator) for _ in range(steps)]
-    with region("refine"):
-        return torch.cat([_refined(code, part, taught, images[judge], draws, lr, criterion) for part in weights.split(block)])
+    taught, kept_back = images[~judge], images[judge]
+    rounds = min(rounds, steps) if isinstance(code, AdaptiveCodec) else 1
+    draws = [
+        [torch.randint(len(taught), (min(queries, len(taught)),), generator=generator) for _ in range(steps // max(rounds, 1))]
+        for _ in range(rounds)
+    ]
+    with region("refine"), torch.no_grad():
+        parts = []
+        for part in weights.split(block):
+            start = encode(code, part)
+            found = _descended(code, part, taught, draws, lr, criterion)
+            values = [_distance(decode(code, z), part, kept_back, code.layout.architecture, criterion) for z in (start, found)]
+            parts.append(torch.where((values[1] < values[0])[:, None, None], found, start))
+        return torch.cat(parts)
 
 
-def _refined(
-    code: Code, weights: Tensor, taught: Tensor, kept_back: Tensor, draws: list[Tensor], lr: float, criterion: str
-) -> Tensor:  # fmt: skip
-    architecture = code.layout.architecture
-    start = encode(code, weights)
-    with torch.no_grad():
-        targets, wanted = (batched_forward(weights, x, architecture) for x in (taught, kept_back))
-    # in units of each model's own latent, so that a model's path does not depend on its company
-    scale = start.square().mean((1, 2), keepdim=True).sqrt().nan_to_num(1.0)
-    step_by = torch.zeros_like(start, requires_grad=True)
-    adam = torch.optim.Adam([step_by], lr)
-    for step, rows in enumerate(draws):
-        adam.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / len(draws))) / 2
-        with torch.enable_grad():
-            values = batched_behavioral_loss(
-                _decoded(code, start + scale * step_by), None, taught[rows], architecture, targets=targets[:, rows], criterion=criterion,
-                reduction="none", nan_policy="omit",
-            )  # fmt: skip
-            (step_by.grad,) = torch.autograd.grad(values.nan_to_num(0).sum(), step_by)  # a model that overflows stands still
-        adam.step()
-    moved = start + scale * step_by.detach()
-    with torch.no_grad():
-        before, after = (
-            batched_behavioral_loss(
-                _decoded(code, z), None, kept_back, architecture, targets=wanted, criterion=criterion, reduction="none"
-            )
-            for z in (start, moved)
-        )  # fmt: skip
-    return torch.where((after < before)[:, None, None], moved, start)
+def _descended(code: Code, weights: Tensor, images: Tensor, draws: list[list[Tensor]], lr: float, criterion: str) -> Tensor:
+    targets = batched_forward(weights, images, code.layout.architecture)
+    current, latents = weights, encode(code, weights)
+    for batches in draws:
+        latents, decoder = _held(code, current)
+        # in units of each model's own latent, so that a model's path does not depend on its company
+        scale = latents.square().mean((1, 2), keepdim=True).sqrt().nan_to_num(1.0)
+        offset = torch.zeros_like(latents, requires_grad=True)
+        adam = torch.optim.Adam([offset], lr)
+        for step, rows in enumerate(batches):
+            adam.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / len(batches))) / 2
+            with torch.enable_grad():
+                values = batched_behavioral_loss(
+                    decoder(latents + scale * offset), None, images[rows], code.layout.architecture, targets=targets[:, rows],
+                    criterion=criterion, reduction="none", nan_policy="omit",
+                )  # fmt: skip
+                (offset.grad,) = torch.autograd.grad(values.nan_to_num(0).sum(), offset)  # a model that overflows stands still
+            adam.step()
+        latents = latents + scale * offset.detach()
+        current = decoder(latents)
+    return code.encode(current) if isinstance(code, AdaptiveCodec) else latents
 
 
-def _decoded(code: Code, latents: Tensor) -> Tensor:
-    """Weights ``[k, P]`` with their graph."""
+def _held(code: Code, weights: Tensor) -> tuple[Tensor, Decoder]:
+    """Latents, and a decoder that can be differentiated."""
+    if isinstance(code, AdaptiveCodec):
+        return code.held(weights)
     if isinstance(code, LinearCodec):
-        return code.decode(latents)
-    assert isinstance(code, Autoencoder)
+        return code.encode(weights), code.decode
+    return encode(code, weights), partial(_decoded, code)
+
+
+def _decoded(code: Autoencoder, latents: Tensor) -> Tensor:
     return layout(code.layout.architecture, code.layout.token_size).detokenize(code.decode(latents).float())
+
+
+def _distance(rebuilt: Tensor, weights: Tensor, images: Tensor, architecture: Architecture, criterion: str) -> Tensor:
+    """``[k]``; NaN for a model that is not finite."""
+    targets = batched_forward(weights, images, architecture)
+    return batched_behavioral_loss(
+        rebuilt, None, images, architecture, targets=targets, criterion=criterion, reduction="none", nan_policy="omit"
+    )

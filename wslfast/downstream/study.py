@@ -29,7 +29,7 @@ from .evaluation import BASELINES, Code, decode, latent_numbers, linear_baseline
 from .page import render
 from .probe import weight_statistics
 from .protocol import code_unit, discriminative, embeddings, reconstructive, zoo_unit
-from .refinement import refine
+from .refinement import REFINED, refine
 from .results import Unit, file_digest, read_results, read_unit, read_units, single, unit_path, write_tables, write_unit
 
 logger = logging.getLogger("wslfast")
@@ -166,26 +166,31 @@ class _Work:
             self.need(variant, 0, print_, make)
 
     def refined(self, numbers: int) -> None:
-        """The metric code of a latent size, its latents refined model by model at test time (on training images)."""
-        protocol, share = self.bench.protocol, round(100 * numbers / self.bench.architecture.num_weights)
-        if protocol.refine_steps == 0 or not self.bench.architecture.planned:
-            return
+        """Closed-form codes of a latent size, their latents refined model by model at test time, on training images."""
+        bench, protocol = self.bench, self.bench.protocol
+        share = round(100 * numbers / bench.architecture.num_weights)
         sizes = {"refine_steps": protocol.refine_steps, "refine_images": protocol.refine_images}
-        print_ = self.bench.fingerprint("refined", share, sizes)
+        if protocol.refine_steps == 0 or not bench.architecture.planned:
+            return
 
-        def make() -> Unit:
-            began = time.perf_counter()
-            weights, images = self.bench.test.weights, self.bench.data.train_images[: protocol.refine_images].to(self.bench.device)
-            code = linear_baselines(self.bench.train, self.bench.data, numbers, only=("linear-metric",))["linear-metric"]
-            latents = refine(code, weights, images, steps=protocol.refine_steps, seed=protocol.seed)
-            metrics, models = reconstructive(self.bench, decode(code, latents))
-            held = {"latent_numbers": latent_numbers(code), "latent_share": latent_numbers(code) / self.bench.architecture.num_weights}
-            seconds = round(time.perf_counter() - began, 1)
-            facts = {"baseline": f"{protocol.refine_steps} steps a model", **sizes, **held, "seconds": seconds}
-            metrics |= {name: single(float(value)) for name, value in held.items()}
-            return Unit(self.bench.name, f"linear-metric-{share}-refined", 0, "refined", print_, facts, metrics, {"models": models})
+        for name in REFINED:
+            variant, print_ = f"{name}-{share}-refined", bench.fingerprint("refined", name, share, sizes)
 
-        self.need(f"linear-metric-{share}-refined", 0, print_, make)
+            def make(name: str = name, variant: str = variant, print_: str = print_) -> Unit | None:
+                began = time.perf_counter()
+                code = linear_baselines(bench.train, bench.data, numbers, only=(name,)).get(name)
+                if code is None:  # not for this architecture
+                    return None
+                images = bench.data.train_images[: protocol.refine_images].to(bench.device)
+                latents = refine(code, bench.test.weights, images, steps=protocol.refine_steps, seed=protocol.seed)
+                metrics, models = reconstructive(bench, decode(code, latents))
+                held = {"latent_numbers": latent_numbers(code), "latent_share": latent_numbers(code) / bench.architecture.num_weights}
+                metrics |= {name: single(float(value)) for name, value in held.items()}
+                note = {"baseline": f"{protocol.refine_steps} steps a model", "code": name, **sizes, **held}
+                facts = {**note, "seconds": round(time.perf_counter() - began, 1)}
+                return Unit(bench.name, variant, 0, "refined", print_, facts, metrics, {"models": models})
+
+            self.need(variant, 0, print_, make)
 
     def untrained(self, run: Run) -> None:
         """Probes of an encoder of the run's sizes with fresh weights (the published iteration 0)."""
