@@ -113,14 +113,14 @@ def test_a_failing_provider_is_a_row_that_says_why(monkeypatch: pytest.MonkeyPat
 
 def test_a_worker_that_is_late_or_fails_costs_its_cell() -> None:
     found: list[Row] = []
-    todo = [Cell("loop", "cnn", 2, 4), Cell("no such provider", "cnn", 2, 4), Cell("loop", "cnn", 512, 512), Cell("grouped", "cnn", 2, 4)]
+    todo = [Cell("loop", "cnn", 2, 4), Cell("no such provider", "cnn", 2, 4), Cell("loop", "cnn", 2048, 512), Cell("grouped", "cnn", 2, 4)]
     workers.run(
-        todo, found.extend, device="cpu", deadline=time.monotonic() + 60, cell_s=2.5, provider_s=lambda name: 9.0 if name == "loop" else 99.0
+        todo, found.extend, device="cpu", deadline=time.monotonic() + 120, cell_s=10, provider_s=lambda name: 40.0 if name == "loop" else 99.0
     )
     notes = {(r.provider, r.k): r.note for r in found if r.metric == "wall_ms"}
     assert "repeats" in notes["loop", 2]
     assert "failed" in notes["no such provider", 2]
-    assert "stopped after" in notes["loop", 512]
+    assert "stopped after" in notes["loop", 2048]
     assert "repeats" in notes["grouped", 2]
     late: list[Row] = []
     workers.run(todo[:1], late.extend, device="cpu", deadline=time.monotonic() - 1, cell_s=1, provider_s=lambda _: 1.0)

@@ -99,8 +99,6 @@ def test_an_autoencoder_is_refined_and_left_alone() -> None:
 
 
 def test_errors_say_what_is_wrong() -> None:
-    with pytest.raises(WslfastError, match="rounds"):
-        refine(CODEC, models(2), IMAGES, rounds=0)
     with pytest.raises(WslfastError, match="images"):
         refine(CODEC, models(2), IMAGES[:5])
     with pytest.raises(WslfastError, match="steps"):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Union
 
@@ -160,17 +160,20 @@ class AdaptiveCodec(LinearCodec):
         return self.layout.detokenize(torch.cat([self._walk(None, part)[1] for part in tokens.split(self._chunk())]))
 
     @torch.no_grad()
-    def held(self, weights: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    def held(self, weights: Tensor, known: Tensor | None = None, layers: int = 0) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Latents ``[k, T, W]`` of models, and the decoder with its bases held where these models' own decoding puts them.
 
         At these latents it is :meth:`decode`; away from them it is affine in each model's latent, and differentiable, where
-        :meth:`decode` would turn the bases with what it has decoded.
+        :meth:`decode` would turn a layer's bases with what it has decoded of the layers below. With ``known`` latents, those of the first
+        ``layers`` layers are taken from there and the rest of the models is encoded on top of them; the bases of
+        layer ``layers`` are then the decoder's own whatever happens above.
         """
         tokens = self.layout.tokenize(weights.detach().float()).tokens
-        latents, parts = [], []
-        for part in tokens.split(self._chunk()):
+        chunk, latents, parts = self._chunk(), [], []
+        given: Sequence[Tensor | None] = [None] * len(tokens) if known is None else known.split(chunk)
+        for part, mine in zip(tokens.split(chunk), given):
             maps: list[_Map] = []
-            latents.append(self._walk(None, part, maps)[0])
+            latents.append(self._walk(mine, part, maps, layers)[0])
             parts.append([m._replace(matrix=m.matrix.expand(len(part), -1, -1)) for m in maps])
         joined = [same[0]._replace(matrix=torch.cat([m.matrix for m in same])) for same in zip(*parts, strict=True)]
 
@@ -183,15 +186,17 @@ class AdaptiveCodec(LinearCodec):
 
         return torch.cat(latents), decoder
 
-    def _walk(self, latents: Tensor | None, tokens: Tensor | None, maps: list[_Map] | None = None) -> tuple[Tensor, Tensor]:
-        """Latents and decoded tokens of k models, layer by layer: decoding if ``latents`` are given, else encoding ``tokens``.
-        ``maps`` is told how each piece was decoded."""
-        given = latents if latents is not None else tokens
+    def _walk(
+        self, latents: Tensor | None, tokens: Tensor | None, maps: list[_Map] | None = None, known: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Latents and decoded tokens of k models, layer by layer: encoding ``tokens`` if they are given (from layer ``known`` on), else
+        decoding ``latents``. ``maps`` is told how each piece was decoded."""
+        given = tokens if tokens is not None else latents
         assert given is not None
         k, device = len(given), given.device
         finite = given.isfinite().flatten(1).all(1)
         given = torch.where(finite[:, None, None], given, 0)
-        z = given if tokens is None else torch.zeros(k, *self.mask.shape, device=device)
+        z = given if tokens is None else torch.zeros(k, *self.mask.shape, device=device) if latents is None else latents.clone()
         out = torch.zeros(k, *self.layout.mask.shape, device=device)
         rows = None if tokens is None else self.groups.rows(given)
         seen = true = self._seen(k)
@@ -203,8 +208,9 @@ class AdaptiveCodec(LinearCodec):
             finite = finite & sound
             moment = torch.where(sound[:, None, None], moment, torch.eye(moment.shape[1], device=device)).double()
             roots = [root(m, self.damping) for m in _pieces(self.groups, index, moment)]
-            if rows is not None:
-                target = rows[index].double()
+            encoding = rows if index >= known else None
+            if encoding is not None:
+                target = encoding[index].double()
                 if self.compensate and index > 0:
                     cross = _columns(true, unit.layer).mT @ inputs / inputs.shape[1]
                     inverse = roots[0][1] if len(roots) == 1 else root(moment, self.damping)[1]
@@ -216,7 +222,7 @@ class AdaptiveCodec(LinearCodec):
                 channels = slice(span.start + piece, span.stop, span.chunks)
                 center, deviation = self.center[group, :n].double(), self.deviation[group, :width]
                 basis = self._basis(group, half)
-                if rows is not None:
+                if encoding is not None:
                     t = (target[..., start : start + n] - center) @ half
                     z[:, channels, :width] = (t @ basis / deviation).float()
                 kept = z[:, channels, :width].double() * deviation

@@ -5,8 +5,9 @@ descends L_B (arXiv 2503.17138, eq. 2) on query images, from the encoder's laten
 numbers, so the figures compare with those of the code; but encoding costs hundreds of forward and backward passes, so
 tables report them apart.
 
-The decoder of an adaptive code turns its bases with what it has decoded and cannot be differentiated. Its latents descend with the
-bases held, the network found is encoded again, which turns them, and so on for some rounds.
+The decoder of an adaptive code turns the bases of a layer with what it has decoded of the layers below and cannot be differentiated. So
+its latents descend with all bases held, in one round for each layer: after a round, the lowest layer that was free is kept as it is, and
+the layers above are encoded again on top of it. In the last round the bases of the one layer that is left are exact.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _HELD_OUT = 4  # one image in so many judges instead of teaching
 
 
 def refine(
-    code: Code, weights: Tensor, images: Tensor, *, steps: int = 200, rounds: int = 2, queries: int = 128, lr: float = 0.05,
+    code: Code, weights: Tensor, images: Tensor, *, steps: int = 200, queries: int = 128, lr: float = 0.05,
     criterion: str = "distillation", block: int = 128, seed: int = 0,
 ) -> Tensor:  # fmt: skip
     """Latents ``[k, T, W]`` of rows of weights ``[k, P]``, refined on ``images [n, *input_shape]``.
@@ -44,8 +45,7 @@ def refine(
 
     Args:
         code: an autoencoder, a linear or an adaptive code.
-        steps: of descent, in all; 0 gives the encoder's latents.
-        rounds: of an adaptive code, whose bases are taken anew at the beginning of each.
+        steps: of descent, in all (an adaptive code has as many for each layer); 0 gives the encoder's latents.
         lr: first rate, as a share of the root mean square of a model's latent.
         criterion: of :func:`wslfast.batched_behavioral_loss`.
 
@@ -54,13 +54,12 @@ def refine(
     """
     require(len(images) >= 2 * _HELD_OUT, f"images: expected at least {2 * _HELD_OUT} images, got {len(images)}")
     require(steps >= 0 and queries >= 1, f"steps, queries: expected steps >= 0 and queries >= 1, got {steps}, {queries}")
-    require(rounds >= 1, f"rounds: expected at least 1, got {rounds}")
     generator = torch.Generator().manual_seed(seed)
     judge = torch.arange(len(images)) % _HELD_OUT == 0
     taught, kept_back = images[~judge], images[judge]
-    rounds = min(rounds, steps) if isinstance(code, AdaptiveCodec) else 1
+    rounds = len(code.layout.layers) if isinstance(code, AdaptiveCodec) else 1
     draws = [
-        [torch.randint(len(taught), (min(queries, len(taught)),), generator=generator) for _ in range(steps // max(rounds, 1))]
+        [torch.randint(len(taught), (min(queries, len(taught)),), generator=generator) for _ in range(-(-steps // rounds))]
         for _ in range(rounds)
     ]
     with region("refine"), torch.no_grad():
@@ -76,10 +75,11 @@ def refine(
 def _descended(code: Code, weights: Tensor, images: Tensor, draws: list[list[Tensor]], lr: float, criterion: str) -> Tensor:
     targets = batched_forward(weights, images, code.layout.architecture)
     current, latents = weights, encode(code, weights)
-    for batches in draws:
-        latents, decoder = _held(code, current)
+    for fixed, batches in enumerate(draws):
+        latents, decoder = _held(code, current, latents, fixed)
+        free = (code.layout.token_layer >= fixed).to(latents.device)[:, None]
         # in units of each model's own latent, so that a model's path does not depend on its company
-        scale = latents.square().mean((1, 2), keepdim=True).sqrt().nan_to_num(1.0)
+        scale = latents.square().mean((1, 2), keepdim=True).sqrt().nan_to_num(1.0) * free
         offset = torch.zeros_like(latents, requires_grad=True)
         adam = torch.optim.Adam([offset], lr)
         for step, rows in enumerate(batches):
@@ -93,16 +93,14 @@ def _descended(code: Code, weights: Tensor, images: Tensor, draws: list[list[Ten
             adam.step()
         latents = latents + scale * offset.detach()
         current = decoder(latents)
-    return code.encode(current) if isinstance(code, AdaptiveCodec) else latents
+    return latents
 
 
-def _held(code: Code, weights: Tensor) -> tuple[Tensor, Decoder]:
-    """Latents, and a decoder that can be differentiated."""
+def _held(code: Code, weights: Tensor, latents: Tensor, fixed: int) -> tuple[Tensor, Decoder]:
+    """Latents to begin a round with, and a decoder that can be differentiated."""
     if isinstance(code, AdaptiveCodec):
-        return code.held(weights)
-    if isinstance(code, LinearCodec):
-        return code.encode(weights), code.decode
-    return encode(code, weights), partial(_decoded, code)
+        return code.held(weights, latents, fixed)
+    return latents, code.decode if isinstance(code, LinearCodec) else partial(_decoded, code)
 
 
 def _decoded(code: Autoencoder, latents: Tensor) -> Tensor:
