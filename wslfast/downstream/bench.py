@@ -49,9 +49,9 @@ class Protocol:
     shares: tuple[float, ...] = (0.24, 0.4, 0.55, 0.67)
     """Latent sizes, as shares of the parameters, at which the closed-form codes are measured besides those of the runs (no models
     are sampled from these)."""
-    refine_steps: int = 200
+    refine_steps: int = 300
     """Steps by which latents of closed-form codes are refined at test time (reported apart); 0: none are."""
-    refine_images: int = 1024
+    refine_images: int = 4096
     """Training images at most, for that."""
     seed: int = 0
     """Seed of samples and resamples."""

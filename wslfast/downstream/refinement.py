@@ -35,8 +35,8 @@ _HELD_OUT = 4  # one image in so many judges instead of teaching
 
 
 def refine(
-    code: Code, weights: Tensor, images: Tensor, *, steps: int = 200, queries: int = 128, lr: float = 0.05,
-    criterion: str = "distillation", block: int = 128, seed: int = 0,
+    code: Code, weights: Tensor, images: Tensor, *, steps: int = 300, queries: int = 128, lr: float = 0.02,
+    criterion: str = "mse", block: int = 128, seed: int = 0,
 ) -> Tensor:  # fmt: skip
     """Latents ``[k, T, W]`` of rows of weights ``[k, P]``, refined on ``images [n, *input_shape]``.
 
@@ -45,7 +45,7 @@ def refine(
 
     Args:
         code: an autoencoder, a linear or an adaptive code.
-        steps: of descent, in all (an adaptive code has as many for each layer); 0 gives the encoder's latents.
+        steps: of descent, in all (of an adaptive code, shared out among its layers); 0 gives the encoder's latents.
         lr: first rate, as a share of the root mean square of a model's latent.
         criterion: of :func:`wslfast.batched_behavioral_loss`.
 
