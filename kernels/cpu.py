@@ -4,12 +4,13 @@ The loop that a careful user writes runs one model after another. Its convolutio
 neither a vector unit nor the time that an operator call costs. Here M models form a group and q queries a slab, and a layer of all
 M models on all q queries is one call: the first layer one convolution with M * C_out outputs of the shared queries, the others
 grouped convolutions in channels-last memory, linear layers batched products (layouts and backward: ``cpu_layers``).
-Forward, loss and backward of one slab follow each other while its activations are in cache; the gradient adds up over slabs.
+Forward, loss and backward of one slab follow each other while its activations are in cache; the gradient adds up over slabs. Groups are
+jobs of one thread each (``cpu_jobs``).
 
-Which M and q is a pure function of n and the architecture, never of k: the last group is filled up with idle models, so every
+Which M and q is a pure function of the architecture, never of k: the last group is filled up with idle models, so every
 operator call has the shape it would have in any other batch, and a model's loss and gradient are the same bits
-alone, among neighbours, in any order and in any chunk (where fewer idle models give the same bits: ``_smaller_groups``). Memory
-beyond inputs and results does not grow with k.
+alone, among neighbours, in any order, in any chunk and at any number of threads (where smaller groups give the same bits:
+``_smaller_groups``). Memory beyond inputs and results does not grow with k.
 
 float32, and under CPU autocast its dtype (operands; losses, sums over slabs and gradients stay float32).
 """
@@ -35,7 +36,7 @@ from .reference import CRITERIA, per_model_queries
 __all__ = ["forward", "group_shape", "loss_and_gradient", "supports"]
 
 
-_MODELS = 8
+_MODELS = 8  # of a group
 _ALONE = 1_000_000  # activations of a call: below, one thread is done before another has joined in
 
 

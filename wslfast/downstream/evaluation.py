@@ -126,7 +126,8 @@ def linear_baselines(
     the activation metric, ``adaptive`` in the metric of each model's own activations (see :mod:`wslfast.adaptive`); ``only`` some.
     """
     latent = min(latent, train.architecture.num_weights)
-    images = dataset.train_images[:512].to(train.weights.device)
+    stride = -(-len(dataset.train_images) // 512) or 1  # evenly: a data set may be sorted by class
+    images = dataset.train_images[::stride].to(train.weights.device)
     given: dict[str, dict[str, Any]] = {
         "linear": {"views": False}, "linear-views": {}, "linear-metric": {"metric": "activation", "queries": images},
         "adaptive": {"queries": images},

@@ -33,6 +33,7 @@ from .refinement import REFINED, refine
 from .results import Unit, file_digest, read_results, read_unit, read_units, single, unit_path, write_tables, write_unit
 
 logger = logging.getLogger("wslfast")
+_CODES = 2  # of how closed-form codes are fitted; part of their fingerprints
 _RAW = 100_000  # parameters up to which raw weights are probe features
 _ZERO_LAYER_QUICK = 500  # steps up to which a quick evaluation trains the zero-layer autoencoder
 
@@ -156,7 +157,7 @@ class _Work:
             return codes.get(name)
 
         for name in BASELINES:
-            variant, print_ = f"{name}-{share}", self.bench.fingerprint("code", name, share, token_size)
+            variant, print_ = f"{name}-{share}", self.bench.fingerprint("code", _CODES, name, share, token_size)
 
             def make(name: str = name, variant: str = variant, print_: str = print_) -> Unit | None:
                 code = fitted(name)  # None: not for this architecture
@@ -174,14 +175,15 @@ class _Work:
             return
 
         for name in REFINED:
-            variant, print_ = f"{name}-{share}-refined", bench.fingerprint("refined", name, share, sizes)
+            variant, print_ = f"{name}-{share}-refined", bench.fingerprint("refined", _CODES, name, share, sizes)
 
             def make(name: str = name, variant: str = variant, print_: str = print_) -> Unit | None:
                 began = time.perf_counter()
                 code = linear_baselines(bench.train, bench.data, numbers, only=(name,)).get(name)
                 if code is None:  # not for this architecture
                     return None
-                images = bench.data.train_images[: protocol.refine_images].to(bench.device)
+                stride = -(-len(bench.data.train_images) // protocol.refine_images) or 1
+                images = bench.data.train_images[::stride].to(bench.device)
                 latents = refine(code, bench.test.weights, images, steps=protocol.refine_steps, seed=protocol.seed)
                 metrics, models = reconstructive(bench, decode(code, latents))
                 held = {"latent_numbers": latent_numbers(code), "latent_share": latent_numbers(code) / bench.architecture.num_weights}
