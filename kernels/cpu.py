@@ -222,10 +222,10 @@ class _Call:
         """Outputs ``[M, q, K]`` of a slab (q at least 2 where images are shared): the same bits as :meth:`forward`, with nothing kept."""
         x = self.slab_of(group, start, models)
         for step, weights in zip(self.program.steps[self.program.first :], packed, strict=True):
-            if isinstance(step, BlockedSteps):
-                x = step.values(x, weights, models)
+            if isinstance(step, (PoolStep, BlockedSteps)):
+                x = step.values(x, weights, models)  # type: ignore[arg-type]
             else:
-                x = step.values(x) if isinstance(step, PoolStep) else step.forward(x, weights, models)[0]
+                x, _ = step.forward(x, weights, models)
         return x
 
     def forward(self, group: int, start: int, packed: list[Packed | None], models: int) -> tuple[Tensor, list[object]]:

@@ -54,7 +54,7 @@ class BlockedSteps:
         outputs = []
         for y in self._parts(x):
             for step, weights in self._with(packed):
-                y = step.values(y) if isinstance(step, PoolStep) else step.forward(y, weights, models)[0]
+                y = step.values(y, weights, models) if isinstance(step, PoolStep) else step.forward(y, weights, models)[0]
             outputs.append(y)
         return _joined(outputs)
 

@@ -145,6 +145,11 @@ def symmetrise(moment: Tensor, channels: int, bias: int, extra: int = 0) -> Tens
     return out
 
 
+def spaced(images: Tensor, most: int) -> Tensor:
+    """At most so many of the images, evenly spaced: a data set may be sorted by class."""
+    return images[:: -(-len(images) // most) or 1]
+
+
 def root(moment: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """``C^(1/2), C^(-1/2)`` of ``C = moment + damping * mean eigenvalue * I``, in float64; ``[..., n, n]`` each."""
     scale = moment.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)

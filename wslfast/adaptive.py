@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._groups import TokenGroups
-from ._metric import good_models, hidden_inputs, output_sensitivity, root, symmetrise
+from ._metric import good_models, hidden_inputs, output_sensitivity, root, spaced, symmetrise
 from .architecture import Architecture
 from .codec import LinearCodec, budget_of, deviations, principal, row_moments, scales, water_filling
 from .errors import describe, require
@@ -92,7 +92,7 @@ class AdaptiveCodec(LinearCodec):
         self.metric, self.damping, self.compensate = "adaptive", float(damping), bool(compensate)
         budget = budget_of(latent, int(self.layout.mask.sum()))
         weights = population.weights
-        self.queries = images[:: -(-len(images) // _QUERIES) or 1].to(weights.device, torch.float32)
+        self.queries = spaced(images, _QUERIES).to(weights.device, torch.float32)
 
         center, covariance = row_moments(weights, self.groups, views)
         self.scale = scales(covariance)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._groups import TokenGroups
-from ._metric import good_models, hidden_inputs, input_second_moments, output_sensitivity, root, symmetrise
+from ._metric import good_models, hidden_inputs, input_second_moments, output_sensitivity, root, spaced, symmetrise
 from .architecture import Architecture
 from .errors import describe, require
 from .population import Population
@@ -143,7 +143,7 @@ class LinearCodec:
         images = queries.images if isinstance(queries, QueryPool) else queries
         require(isinstance(images, Tensor), f"queries: expected images for metric='activation', got {describe(images)}")
         assert images is not None
-        images = images[:: -(-len(images) // _QUERIES) or 1]
+        images = spaced(images, _QUERIES)
         weights = population.weights[good_models(population, models, seed).to(population.weights.device)]
         roots = [root(c, damping) for c in self.groups.cut(input_second_moments(weights, images, self.architecture))]
         return roots, output_sensitivity(weights, images, self.groups, roots, seed)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._files import write_text
+from .._metric import spaced
 from ..adaptive import AdaptiveCodec
 from ..autoencoder import Autoencoder
 from ..behavior import batched_forward
@@ -126,8 +127,7 @@ def linear_baselines(
     the activation metric, ``adaptive`` in the metric of each model's own activations (see :mod:`wslfast.adaptive`); ``only`` some.
     """
     latent = min(latent, train.architecture.num_weights)
-    stride = -(-len(dataset.train_images) // 512) or 1  # evenly: a data set may be sorted by class
-    images = dataset.train_images[::stride].to(train.weights.device)
+    images = spaced(dataset.train_images, 512).to(train.weights.device)
     given: dict[str, dict[str, Any]] = {
         "linear": {"views": False}, "linear-views": {}, "linear-metric": {"metric": "activation", "queries": images},
         "adaptive": {"queries": images},

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from ..adaptive import AdaptiveCodec
-from ..architecture import Architecture
 from ..autoencoder import Autoencoder
 from ..behavior import batched_behavioral_loss, batched_forward
 from ..codec import LinearCodec
@@ -54,7 +53,7 @@ def refine(
     """
     require(len(images) >= 2 * _HELD_OUT, f"images: expected at least {2 * _HELD_OUT} images, got {len(images)}")
     require(steps >= 0 and queries >= 1, f"steps, queries: expected steps >= 0 and queries >= 1, got {steps}, {queries}")
-    generator = torch.Generator().manual_seed(seed)
+    architecture, generator = code.layout.architecture, torch.Generator().manual_seed(seed)
     judge = torch.arange(len(images)) % _HELD_OUT == 0
     taught, kept_back = images[~judge], images[judge]
     rounds = len(code.layout.layers) if isinstance(code, AdaptiveCodec) else 1
@@ -66,15 +65,23 @@ def refine(
         parts = []
         for part in weights.split(block):
             start = encode(code, part)
-            found = _descended(code, part, taught, draws, lr, criterion)
-            values = [_distance(decode(code, z), part, kept_back, code.layout.architecture, criterion) for z in (start, found)]
-            parts.append(torch.where((values[1] < values[0])[:, None, None], found, start))
+            found = _descended(code, part, start, taught, draws, lr, criterion)
+            targets = batched_forward(part, kept_back, architecture)
+            before, after = (
+                batched_behavioral_loss(
+                    decode(code, z), None, kept_back, architecture, targets=targets, criterion=criterion, reduction="none",
+                    nan_policy="omit",
+                )
+                for z in (start, found)
+            )  # fmt: skip
+            parts.append(torch.where((after < before)[:, None, None], found, start))
         return torch.cat(parts)
 
 
-def _descended(code: Code, weights: Tensor, images: Tensor, draws: list[list[Tensor]], lr: float, criterion: str) -> Tensor:
-    targets = batched_forward(weights, images, code.layout.architecture)
-    current, latents = weights, encode(code, weights)
+def _descended(
+    code: Code, weights: Tensor, latents: Tensor, images: Tensor, draws: list[list[Tensor]], lr: float, criterion: str
+) -> Tensor:  # fmt: skip
+    targets, current = batched_forward(weights, images, code.layout.architecture), weights
     for fixed, batches in enumerate(draws):
         latents, decoder = _held(code, current, latents, fixed)
         free = (code.layout.token_layer >= fixed).to(latents.device)[:, None]
@@ -105,11 +112,3 @@ def _held(code: Code, weights: Tensor, latents: Tensor, fixed: int) -> tuple[Ten
 
 def _decoded(code: Autoencoder, latents: Tensor) -> Tensor:
     return layout(code.layout.architecture, code.layout.token_size).detokenize(code.decode(latents).float())
-
-
-def _distance(rebuilt: Tensor, weights: Tensor, images: Tensor, architecture: Architecture, criterion: str) -> Tensor:
-    """``[k]``; NaN for a model that is not finite."""
-    targets = batched_forward(weights, images, architecture)
-    return batched_behavioral_loss(
-        rebuilt, None, images, architecture, targets=targets, criterion=criterion, reduction="none", nan_policy="omit"
-    )

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import __version__
 from .._files import write_text
+from .._metric import spaced
 from ..autoencoder import Autoencoder
 from ..errors import WslfastError, check_device, require
 from ..profiling import region
@@ -182,8 +183,7 @@ class _Work:
                 code = linear_baselines(bench.train, bench.data, numbers, only=(name,)).get(name)
                 if code is None:  # not for this architecture
                     return None
-                stride = -(-len(bench.data.train_images) // protocol.refine_images) or 1
-                images = bench.data.train_images[::stride].to(bench.device)
+                images = spaced(bench.data.train_images, protocol.refine_images).to(bench.device)
                 latents = refine(code, bench.test.weights, images, steps=protocol.refine_steps, seed=protocol.seed)
                 metrics, models = reconstructive(bench, decode(code, latents))
                 held = {"latent_numbers": latent_numbers(code), "latent_share": latent_numbers(code) / bench.architecture.num_weights}
