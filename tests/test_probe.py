@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from wslfast.architecture import Architecture
-from wslfast.downstream import RidgeProbe, probe, weight_statistics
+from wslfast.downstream import RidgeProbe, behavior_statistics, consensus_of, probe, weight_statistics
 from wslfast.downstream.probe import PENALTIES
 from wslfast.errors import WslfastError
 
@@ -178,3 +178,35 @@ def test_weight_statistics_of_one_model_and_one_number() -> None:
     assert torch.equal(features[:, 2:], features[:, :1].expand(-1, 5))
     with pytest.raises(WslfastError, match="weights: expected floating"):
         weight_statistics(torch.zeros(2, 5), arch)
+
+
+@pytest.mark.parametrize("elements", [1 << 23, 60], ids=["at-once", "in-blocks"])
+def test_behavior_statistics_equal_a_loop(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.import_module("wslfast.downstream.probe"), "_ELEMENTS", elements)
+    generator = torch.Generator().manual_seed(0)
+    outputs, others = (torch.randn(k, 7, 3, generator=generator) * 3 for k in (5, 4))
+    consensus = consensus_of(others)
+    expected = torch.stack([y.double().softmax(1) for y in others]).mean(0)
+    torch.testing.assert_close(consensus, expected)
+    features = behavior_statistics(outputs, consensus)
+    assert features.shape == (5, 3 + 6)
+    for y, found in zip(outputs.double(), features):
+        p = [[math.exp(a) / sum(math.exp(b) for b in row) for a in row] for row in y.tolist()]
+        largest = [max(row) for row in p]
+        mean = sum(largest) / 7
+        agrees = [row.index(max(row)) == c.index(max(c)) for row, c in zip(p, expected.tolist())]
+        cross = [-sum(c * math.log(a) for a, c in zip(row, of)) for row, of in zip(p, expected.tolist())]
+        wanted = [sum(row[c] for row in p) / 7 for c in range(3)]
+        wanted += [mean, math.sqrt(sum((v - mean) ** 2 for v in largest) / 7), -sum(a * math.log(a) for row in p for a in row) / 7]
+        wanted += [sum(agrees) / 7, sum(cross) / 7, math.log(sum(v * v for v in y.flatten().tolist()) / 21)]
+        assert found.tolist() == pytest.approx(wanted, abs=1e-9)
+
+
+def test_behavior_statistics_of_networks_that_diverged_are_finite() -> None:
+    outputs = torch.tensor([[[float("nan"), 1.0], [float("inf"), -float("inf")]], [[1e30, -1e30], [0.0, 0.0]]])
+    features = behavior_statistics(outputs, consensus_of(outputs[1:]))
+    assert bool(features.isfinite().all())
+    with pytest.raises(WslfastError, match="consensus: expected floating"):
+        behavior_statistics(outputs, torch.ones(3, 2))
+    with pytest.raises(WslfastError, match="outputs: expected floating"):
+        behavior_statistics(outputs[0], torch.ones(2, 2))

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from wslfast import Population, TrainConfig, WslfastError, build_zoo, load_zoo, train
-from wslfast.downstream import embeddings, probe
+from wslfast.downstream import behavior_statistics, embeddings, probe
 from wslfast.downstream import study as module
 from wslfast.downstream.bench import Bench, Protocol
 from wslfast.downstream.evaluation import BASELINES, linear_baselines, reconstruct
@@ -70,10 +70,12 @@ def test_every_variant_and_metric_is_there(results: Path) -> None:
     assert found.variants(zoo, "run") == ["S", "S+B", "S+B-zero-layer", "S-zero-layer"]
     assert {v.rpartition("-")[0] for v in found.variants(zoo, "code")} == {"linear", "linear-views", "linear-metric", "adaptive"}
     assert set(found.variants(zoo, "model")) == {"nearest-zoo-model", "best-zoo-model", "typical-zoo-model"}
-    assert {"raw-weights", "weight-statistics"} < set(found.variants(zoo, "features"))
+    features = {"raw-weights", "weight-statistics", "behavior-statistics", "behavior-statistics-drawn"}
+    assert features < set(found.variants(zoo, "features"))
     wanted = {
         "agreement", "agreement_others", "identified", "accuracy_original", "accuracy_reconstructed", "accuracy_change", "l2_masked",
-        "explained_variance", "softmax_l2", "output_l2", "behavior_mse", "probe_r2", "probe_r2_ggap", "probe_r2_epoch", "diversity",
+        "explained_variance", "softmax_l2", "output_l2", "behavior_mse", "probe_r2", "probe_r2_ggap", "probe_r2_epoch",
+        "probe_r2_decoded", "probe_r2_decoded_drawn", "diversity",
         "diversity_matched", "diversity_behavior", "novelty", "novelty_reconstruction", "novelty_behavior", "generated_accuracy",
         "finetuned_accuracy", "latent_numbers",
     }  # fmt: skip
@@ -107,6 +109,13 @@ def test_rows_say_what_the_pieces_give(root: Path, results: Path) -> None:
         {s: embeddings(code, p.weights) for s, p in bench.splits.items()}, {s: p.column("test_acc") for s, p in bench.splits.items()}
     )
     assert value("probe_r2") == pytest.approx(r2["test"], rel=1e-4)
+    # what decoded networks answer on training images: through torch.func here
+    shown = bench.data.train_images[:: -(-len(bench.data.train_images) // TINY.probe_images)]
+    answers = {s: oracle_outputs(reconstruct(code, p.weights), shown, bench.architecture) for s, p in bench.splits.items()}
+    consensus = answers["train"].double().softmax(-1).mean(0)
+    features = {s: behavior_statistics(y, consensus) for s, y in answers.items()}
+    r2 = probe(features, {s: p.column("test_acc") for s, p in bench.splits.items()})
+    assert value("probe_r2_decoded") == pytest.approx(r2["test"], rel=1e-2, abs=1e-3)
     # the nearest zoo model stands in the place of each, and its distance is the smallest there is
     distance = torch.cdist(bench.test.weights.double(), bench.train.weights.double()).amin(1).mean()
     assert value("l2_masked", "nearest-zoo-model") == pytest.approx(float(distance), rel=1e-5)

@@ -2,7 +2,7 @@
 
 from .evaluation import embeddings, evaluate, evaluate_code, linear_baselines, reconstruct
 from .generation import generate
-from .probe import RidgeProbe, probe, weight_statistics
+from .probe import RidgeProbe, behavior_statistics, consensus_of, probe, weight_statistics
 from .reconstruction import Reconstruction, compare
 from .report import Variant, write_report
 
@@ -10,7 +10,9 @@ __all__ = [
     "Reconstruction",
     "RidgeProbe",
     "Variant",
+    "behavior_statistics",
     "compare",
+    "consensus_of",
     "embeddings",
     "evaluate",
     "evaluate_code",

@@ -19,7 +19,7 @@ from .diversity import accuracy, classes_of, outputs_of, sorted_channels
 from .reconstruction import Reconstruction, compare
 from .results import file_digest, fingerprint
 
-VERSION = 1  # of what is measured; part of every fingerprint
+VERSION = 2  # of what is measured; part of every fingerprint
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ class Protocol:
     """Epochs of fine-tuning of the generated models."""
     finetune_images: int = 4000
     """Training images at most, for the fine-tuning."""
+    probe_images: int = 512
+    """Images, their labels unused, on which networks answer for the probes of behaviour."""
     map_models: int = 600
     """Models on the latent map."""
     shares: tuple[float, ...] = (0.24, 0.4, 0.55, 0.67)

@@ -123,6 +123,59 @@ def weight_statistics(weights: Tensor, architecture: Architecture) -> Tensor:
     return torch.cat(columns, 1)
 
 
+def behavior_statistics(outputs: Tensor, consensus: Tensor) -> Tensor:
+    """What networks' answers on *unlabelled* images say of them, a few numbers a network.
+
+    Labels do not enter: how sure a network is, and how far it answers as the others do, tell its accuracy nearly as well. Where the outputs
+    are those of networks decoded from latents, these are features of the latents, read through their decoder.
+
+    Args:
+        outputs: raw outputs ``[k, n, K]`` of k networks on n images (:func:`wslfast.batched_forward`); numbers that are not finite count
+            as 0, an answer without a preference.
+        consensus: class probabilities ``[n, K]`` that the answers are held against, as of :func:`consensus_of` the training models.
+
+    Returns:
+        ``[k, K + 6]`` float64: mean probability of each class; mean and standard deviation (over images) of the largest one; mean entropy,
+        nats; share of images on which the class is the consensus's; cross-entropy to the consensus, nats, at most 20; logarithm of the mean
+        square of the outputs.
+    """
+    require(
+        isinstance(outputs, Tensor) and outputs.ndim == 3 and outputs.is_floating_point() and outputs.shape[1] > 0,
+        f"outputs: expected floating [k, n, K], got {describe(outputs)}",
+    )
+    fits = isinstance(consensus, Tensor) and consensus.shape == outputs.shape[1:] and consensus.is_floating_point()
+    require(fits, f"consensus: expected floating {list(outputs.shape[1:])} (one row an image), got {describe(consensus)}")
+    consensus = consensus.detach().to(outputs.device, torch.float64)
+    rows = max(1, _ELEMENTS // outputs[0].numel()) if len(outputs) else 1
+    return torch.cat([_answers(part, consensus) for part in outputs.detach().split(rows)])
+
+
+def consensus_of(outputs: Tensor) -> Tensor:
+    """Mean class probabilities ``[n, K]`` float64 of networks with raw outputs ``[k, n, K]``."""
+    require(isinstance(outputs, Tensor) and outputs.ndim == 3 and len(outputs) > 0, f"outputs: expected [k, n, K], got {describe(outputs)}")
+    total = outputs.new_zeros(outputs.shape[1:], dtype=torch.float64)
+    for part in outputs.detach().split(max(1, _ELEMENTS // max(1, outputs[0].numel()))):
+        total += _finite(part).softmax(-1).sum(0)
+    return total / len(outputs)
+
+
+def _finite(outputs: Tensor) -> Tensor:
+    return torch.where(outputs.isfinite(), outputs.double(), 0.0)
+
+
+def _answers(outputs: Tensor, consensus: Tensor) -> Tensor:
+    outputs = _finite(outputs)
+    log_p = outputs.log_softmax(-1)
+    p = log_p.exp()
+    largest, chosen = p.max(-1)
+    alone = [
+        largest.mean(1), largest.std(1, unbiased=False), -(p * log_p).sum(-1).mean(1),
+        (chosen == consensus.argmax(-1)).double().mean(1), -(consensus * log_p).sum(-1).mean(1).clamp_max(20),
+        outputs.square().mean((1, 2)).clamp_min(1e-12).log(),
+    ]  # fmt: skip
+    return torch.cat([p.mean(1), torch.stack(alone, 1)], 1)
+
+
 def _statistics(values: Tensor) -> Tensor:
     """``[k, size] -> [k, 7]``; sorted here, as ``torch.quantile`` refuses more than 2^24 numbers."""
     size = values.shape[1]

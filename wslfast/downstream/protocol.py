@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._metric import spaced
 from ..population import Population
+from ..queries import synthetic_queries
 from ..zoo.build import fine_tune
 from .bench import Bench, Protocol, evenly
 from .diversity import Diversity, accuracy, behavioral_novelty, diversity, matched_rows, nearest, outputs_of, sorted_channels
-from .evaluation import Code, embeddings, encode, latent_numbers, reconstruct
+from .evaluation import Code, decode, embeddings, encode, latent_numbers
 from .generation import Source, best_rows
-from .probe import RidgeProbe
+from .probe import RidgeProbe, behavior_statistics, consensus_of
 from .results import Row, Unit, figures, single
 
 TARGETS = {"probe_r2": "test_acc", "probe_r2_ggap": "ggap", "probe_r2_epoch": "epoch"}
@@ -85,11 +87,34 @@ def _bootstrap(predicted: Tensor, target: Tensor, models: Sequence[Any], seed: i
     return float(kept.std()) if len(kept) > 1 else None
 
 
-def latent_features(bench: Bench, code: Code) -> Metrics:
-    """Probes of the mean token (the published features), and of the whole latent."""
-    metrics = discriminative(bench, {s: embeddings(code, p.weights) for s, p in bench.splits.items()})
-    whole = {s: encode(code, p.weights).flatten(1) for s, p in bench.splits.items()}
-    return metrics | {k: v for k, v in discriminative(bench, whole, "_whole").items() if not k.endswith(("_train", "_val"))}
+def latent_features(bench: Bench, latents: Mapping[str, Tensor], rebuilt: Mapping[str, Tensor]) -> Metrics:
+    """Probes of the mean token (the published features), of the whole latent, and of what the networks decoded from it answer.
+
+    Args:
+        latents: ``{split: [m, T, W]}``. rebuilt: the weights ``[m, P]`` they decode to.
+    """
+    metrics = discriminative(bench, {s: z.mean(1) for s, z in latents.items()})
+    further = discriminative(bench, {s: z.flatten(1) for s, z in latents.items()}, "_whole")
+    further |= discriminative(bench, behavior_features(bench, rebuilt), "_decoded")
+    further |= discriminative(bench, behavior_features(bench, rebuilt, drawn=True), "_decoded_drawn")
+    return metrics | {k: v for k, v in further.items() if not k.endswith(("_train", "_val"))}
+
+
+def behavior_features(bench: Bench, weights: Mapping[str, Tensor], *, drawn: bool = False) -> dict[str, Tensor]:
+    """:func:`behavior_statistics` of networks on training images without their labels, or on images ``drawn`` without any data
+    (``strokes`` of :func:`~wslfast.queries.synthetic_queries`); the consensus is that of the training split.
+
+    Args:
+        weights: ``{split: [m, P]}``, ``"train"`` among them.
+    """
+    protocol, arch = bench.protocol, bench.architecture
+    if drawn:
+        images = synthetic_queries("strokes", protocol.probe_images, arch, seed=protocol.seed).to(bench.device)
+    else:
+        images = spaced(bench.data.train_images, protocol.probe_images).to(bench.device)
+    outputs = {split: outputs_of(rows, images, arch) for split, rows in weights.items()}
+    consensus = consensus_of(outputs["train"])
+    return {split: behavior_statistics(y, consensus) for split, y in outputs.items()}
 
 
 def spreads(pairs: Diversity, suffix: str = "") -> Metrics:
@@ -184,7 +209,7 @@ def generative(bench: Bench, code: Code, *, full: bool) -> tuple[Metrics, dict[s
 def _tuned(bench: Bench, weights: Tensor) -> tuple[list[Row], Metrics]:
     """Test accuracy of the generated models after each epoch of fine-tuning, all of them at once."""
     protocol, data = bench.protocol, bench.data
-    some = slice(protocol.finetune_images)
+    some = spaced(torch.arange(len(data.train_labels)), protocol.finetune_images)
     few = replace(data, train_images=data.train_images[some], train_labels=data.train_labels[some])
     tuned = fine_tune(Population(bench.architecture, weights), few, epochs=protocol.finetune_epochs, seed=protocol.seed)
     table = tuned.properties
@@ -210,8 +235,10 @@ def code_unit(
     """All three tasks for one code (without ``new`` models, two); a run that is not a baseline is sampled with every sampler, and its
     samples are fine-tuned."""
     began = time.perf_counter()
-    metrics, models = reconstructive(bench, reconstruct(code, bench.test.weights))
-    metrics |= latent_features(bench, code)
+    latents = {split: encode(code, p.weights) for split, p in bench.splits.items()}
+    rebuilt = {split: decode(code, z) for split, z in latents.items()}
+    metrics, models = reconstructive(bench, rebuilt["test"])
+    metrics |= latent_features(bench, latents, rebuilt)
     sampled, tables = generative(bench, code, full=kind == "run" and "baseline" not in facts) if new else ({}, {})
     numbers = latent_numbers(code)
     sizes = {"latent_numbers": numbers, "latent_share": numbers / bench.architecture.num_weights}

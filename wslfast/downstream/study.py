@@ -29,7 +29,7 @@ from .diversity import classes_of
 from .evaluation import BASELINES, Code, decode, latent_numbers, linear_baselines
 from .page import render
 from .probe import weight_statistics
-from .protocol import code_unit, discriminative, embeddings, reconstructive, zoo_unit
+from .protocol import behavior_features, code_unit, discriminative, embeddings, reconstructive, zoo_unit
 from .refinement import REFINED, refine
 from .results import Unit, file_digest, read_results, read_unit, read_units, single, unit_path, write_tables, write_unit
 
@@ -210,7 +210,7 @@ class _Work:
         self.need(variant, 0, print_, make)
 
     def features(self) -> None:
-        """Probes without any code: weight statistics, and the weights themselves."""
+        """Probes without any code: weight statistics, the weights themselves, and what the networks answer."""
         arch = self.bench.architecture
         kinds: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
             "weight-statistics": ("mean, deviation and quantiles of every layer", lambda w: weight_statistics(w, arch)),
@@ -226,6 +226,16 @@ class _Work:
                 return self._probed(variant, print_, {s: of(p.weights) for s, p in self.bench.splits.items()}, note)
 
             self.need(variant, 0, print_, make)
+
+        for drawn, images in ((False, "training images, no labels"), (True, "drawn images, no data")):
+            variant = "behavior-statistics-drawn" if drawn else "behavior-statistics"
+            print_, note = self.bench.fingerprint(variant), f"what the originals answer on {images}"
+
+            def answers(variant: str = variant, print_: str = print_, note: str = note, drawn: bool = drawn) -> Unit:
+                weights = {s: p.weights for s, p in self.bench.splits.items()}
+                return self._probed(variant, print_, behavior_features(self.bench, weights, drawn=drawn), note)
+
+            self.need(variant, 0, print_, answers)
 
     def _probed(self, variant: str, print_: str, features: Mapping[str, Tensor], note: str) -> Unit:
         return Unit(self.bench.name, variant, 0, "features", print_, {"baseline": note}, discriminative(self.bench, features))

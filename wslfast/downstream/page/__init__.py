@@ -92,7 +92,8 @@ def _probes(results: Results, zoos: list[str]) -> str:
             continue
         caption = (
             "Dots: R2 on test models; bars: standard deviation over seeds, or over resamples of the test models. Values below −0.5 are at "
-            "the edge."
+            "the edge. Decoded: features are what the network that a latent decodes to answers on images without labels (how sure it is, "
+            "how far it answers as the others do), so they hold nothing that the latent does not."
         )
         parts += [_zoo_heading(zoo, zoos), _figure(drawn, caption), tables.probe_table(results, zoo, colors)]
     if not parts:

@@ -115,8 +115,9 @@ def probes(results: Results, zoo: str, colors: Mapping[str, str]) -> str:
     """R2 of every probe on test models, with the standard deviation over resamples of them (or over seeds)."""
     places = _placed(results, zoo, "probe_r2")
     variants, bottom = [v for _, v in places], max([y for y, _ in places], default=0.0)
-    targets = [(m, t) for m, t in (("probe_r2", "test accuracy"), ("probe_r2_ggap", "generalisation gap"), ("probe_r2_epoch", "epoch"))
-               if any(results.value(zoo, v, m) for v in variants)]  # fmt: skip
+    known = (("probe_r2", "test accuracy"), ("probe_r2_decoded", "the same, decoded"), ("probe_r2_ggap", "generalisation gap"),
+             ("probe_r2_epoch", "epoch"))  # fmt: skip
+    targets = [(m, t) for m, t in known if any(results.value(zoo, v, m) for v in variants)]
     if not targets:
         return ""
     with _figures._figure(0.9 + 0.29 * (bottom + 1)) as (figure, svg):

@@ -107,14 +107,19 @@ def _goal(results: Results, zoo: str, metric: str, column: str, least: float) ->
 
 
 def _probe_goal(results: Results, zoo: str) -> tuple[str, bool | None, str]:
-    who = best(results, zoo, _within(results, zoo), "probe_r2")
-    mine = over_seeds(results, zoo, who, "probe_r2")[0] if who else None
-    base = over_seeds(results, zoo, "weight-statistics", "probe_r2")[0]
-    if mine is None:
+    """Of the published features, mean tokens, or of what decoded networks answer, whichever says more."""
+    found = []
+    for metric, features in (("probe_r2", "mean token"), ("probe_r2_decoded", "answers of decoded networks")):
+        who = best(results, zoo, _within(results, zoo), metric)
+        value = over_seeds(results, zoo, who, metric)[0] if who else None
+        if who and value is not None:
+            found.append((value, f"{who}: {features}", max([0.0, *results.value(zoo, who, metric, "spread")])))
+    if not found:
         return DASH, None, ""
-    noise = max([0.0, *results.value(zoo, who or "", "probe_r2", "spread")])
+    mine, who, noise = max(found)
+    base = over_seeds(results, zoo, "weight-statistics", "probe_r2")[0]
     met = mine >= 0.95 or (base is not None and mine > base + noise)
-    return f"{number(mine)} against {number(base)}", met, who or ""
+    return f"{number(mine)} against {number(base)}", met, who
 
 
 def _new_goal(results: Results, zoo: str) -> tuple[str, bool | None, str]:
@@ -313,7 +318,8 @@ def best_table(results: Results) -> str:
 
 def probe_table(results: Results, zoo: str, palette: Mapping[str, str]) -> str:
     targets = (("probe_r2", "test accuracy"), ("probe_r2_ggap", "generalisation gap"), ("probe_r2_epoch", "epoch"))
-    names = [("Features", ""), *((f"R2 of {what}", "mean token") for _, what in targets), ("R2 of test accuracy", "whole latent")]
+    more = (("probe_r2_whole", "whole latent"), ("probe_r2_decoded", "decoded"), ("probe_r2_decoded_drawn", "decoded, drawn images"))
+    names = [("Features", ""), *((f"R2 of {what}", "mean token") for _, what in targets), *(("R2 of test accuracy", w) for _, w in more)]
     rows = []
     for kind, members in grouped(results, zoo).items():
         variants = [v for v in members if results.value(zoo, v, "probe_r2")]
@@ -321,7 +327,7 @@ def probe_table(results: Results, zoo: str, palette: Mapping[str, str]) -> str:
             rows.append(f'<tr class="group"><th colspan="{len(names)}">{KINDS[kind]}</th></tr>')
         for variant in variants:
             cells = []
-            for metric in (*(m for m, _ in targets), "probe_r2_whole"):
+            for metric in (m for m, _ in (*targets, *more)):
                 value, spread, count = over_seeds(results, zoo, variant, metric)
                 if count < 2:
                     spread = next(iter(results.value(zoo, variant, metric, "spread")), None)
