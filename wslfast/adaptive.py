@@ -12,23 +12,19 @@ Nothing is trained, and nothing but the latent tells the decoder about the model
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Union
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ._groups import TokenGroups
+from ._layerwise import before_units, units_of
 from ._metric import good_models, hidden_inputs, output_sensitivity, root, spaced, symmetrise
 from .architecture import Architecture
 from .codec import LinearCodec, budget_of, deviations, principal, row_moments, scales, water_filling
 from .errors import describe, require
-from .kernels import plan
-from .kernels.plan import Conv2d, Layer, Layers, Linear
-from .kernels.reference import forward_grouped
+from .kernels.plan import Conv2d, Layer
 from .population import Population
 from .queries import QueryPool
 from .tokens import layout
@@ -120,7 +116,7 @@ class AdaptiveCodec(LinearCodec):
         super()._place(place)
         architecture = self.architecture
         require(architecture.planned, f"architecture {architecture.name!r}: not a plain chain of layers; use LinearCodec(metric='plain')")
-        self._head, self._units = _units(architecture)
+        self._head, self._units = units_of(architecture)
         grouped = [u.layer.name for u in self._units if _grouped(u.layer)]
         require(not grouped, f"architecture {architecture.name!r}: expected no grouped convolutions, got {grouped}")
 
@@ -129,10 +125,9 @@ class AdaptiveCodec(LinearCodec):
         """Whether models of this architecture can be coded: a plain chain of layers without grouped convolutions."""
         return architecture.planned and not any(_grouped(layer) for layer in architecture.layers)
 
-    def _seen(self, k: int) -> Tensor:
-        """What reaches the first layer with weights, ``[k, n, ...]``: the same for every model."""
-        images = forward_grouped(self.queries.new_zeros(1, 0), self.queries, self._head)
-        return images.expand(k, *images.shape[1:])
+    def _opening(self) -> Tensor:
+        """Patches ``[1, R, width]`` that the rows of the first layer meet: the same in every model."""
+        return self._units[0].patches(before_units(self.queries, self._head))
 
     def __repr__(self) -> str:
         return super().__repr__().replace("LinearCodec", "AdaptiveCodec", 1)
@@ -143,21 +138,24 @@ class AdaptiveCodec(LinearCodec):
     def encode(self, weights: Tensor) -> Tensor:
         """``[k, P] -> [k, T, W]``, zero where ``mask`` is False; NaN for a model that is not finite. No gradient."""
         tokens = self.layout.tokenize(weights.detach().float()).tokens
-        return torch.cat([self._walk(None, part)[0] for part in tokens.split(self._chunk())])
+        first = self._opening()
+        return torch.cat([self._walk(first, None, part)[0] for part in tokens.split(self._chunk())])
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """``[k, T, W] -> [k, P]``. What lies outside ``mask`` is ignored. No gradient."""
         self._check_latents(latents)
         latents = torch.where(self.mask, latents.detach().float(), 0)
-        tokens = torch.cat([self._walk(part, None)[1] for part in latents.split(self._chunk())])
+        first = self._opening()
+        tokens = torch.cat([self._walk(first, part, None)[1] for part in latents.split(self._chunk())])
         return self.layout.detokenize(tokens)
 
     @torch.no_grad()
     def reconstruct(self, weights: Tensor) -> Tensor:
         """``decode(encode(weights))``, in one pass: the encoder decodes anyway."""
         tokens = self.layout.tokenize(weights.detach().float()).tokens
-        return self.layout.detokenize(torch.cat([self._walk(None, part)[1] for part in tokens.split(self._chunk())]))
+        first = self._opening()
+        return self.layout.detokenize(torch.cat([self._walk(first, None, part)[1] for part in tokens.split(self._chunk())]))
 
     @torch.no_grad()
     def held(self, weights: Tensor, known: Tensor | None = None, layers: int = 0) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
@@ -169,11 +167,11 @@ class AdaptiveCodec(LinearCodec):
         layer ``layers`` are then the decoder's own whatever happens above.
         """
         tokens = self.layout.tokenize(weights.detach().float()).tokens
-        chunk, latents, parts = self._chunk(), [], []
+        chunk, first, latents, parts = self._chunk(), self._opening(), [], []
         given: Sequence[Tensor | None] = [None] * len(tokens) if known is None else known.split(chunk)
         for part, mine in zip(tokens.split(chunk), given):
             maps: list[_Map] = []
-            latents.append(self._walk(mine, part, maps, layers)[0])
+            latents.append(self._walk(first, mine, part, maps, layers)[0])
             parts.append([m._replace(matrix=m.matrix.expand(len(part), -1, -1)) for m in maps])
         joined = [same[0]._replace(matrix=torch.cat([m.matrix for m in same])) for same in zip(*parts, strict=True)]
 
@@ -187,10 +185,10 @@ class AdaptiveCodec(LinearCodec):
         return torch.cat(latents), decoder
 
     def _walk(
-        self, latents: Tensor | None, tokens: Tensor | None, maps: list[_Map] | None = None, known: int = 0
+        self, first: Tensor, latents: Tensor | None, tokens: Tensor | None, maps: list[_Map] | None = None, known: int = 0
     ) -> tuple[Tensor, Tensor]:
         """Latents and decoded tokens of k models, layer by layer: encoding ``tokens`` if they are given (from layer ``known`` on), else
-        decoding ``latents``. ``maps`` is told how each piece was decoded."""
+        decoding ``latents``. ``first``: :meth:`_opening`. ``maps`` is told how each piece was decoded."""
         given = tokens if tokens is not None else latents
         assert given is not None
         k, device = len(given), given.device
@@ -199,11 +197,9 @@ class AdaptiveCodec(LinearCodec):
         z = given if tokens is None else torch.zeros(k, *self.mask.shape, device=device) if latents is None else latents.clone()
         out = torch.zeros(k, *self.layout.mask.shape, device=device)
         rows = None if tokens is None else self.groups.rows(given)
-        seen = true = self._seen(k)
+        inputs = true = first  # every model sees the same images, so one moment serves the first layer of all
         for index, (unit, span) in enumerate(zip(self._units, self.groups.spans, strict=True)):
-            # every model sees the same images, so one moment serves the first layer of all
-            inputs = _columns(seen[:1] if index == 0 else seen, unit.layer)
-            moment = inputs.mT @ inputs / inputs.shape[1]
+            moment = unit.moment(inputs, inputs)
             sound = moment.isfinite().all(-1).all(-1)  # weights that overflow leave nothing to code the rest in
             finite = finite & sound
             moment = torch.where(sound[:, None, None], moment, torch.eye(moment.shape[1], device=device)).double()
@@ -212,7 +208,7 @@ class AdaptiveCodec(LinearCodec):
             if encoding is not None:
                 target = encoding[index].double()
                 if self.compensate and index > 0:
-                    cross = _columns(true, unit.layer).mT @ inputs / inputs.shape[1]
+                    cross = unit.moment(true, inputs)
                     inverse = roots[0][1] if len(roots) == 1 else root(moment, self.damping)[1]
                     target = self._compensated(target, cross.nan_to_num(0, 0, 0).double(), moment, inverse)
             start = 0
@@ -231,9 +227,10 @@ class AdaptiveCodec(LinearCodec):
                     maps.append(_Map(channels, (deviation[:, None] * (basis.mT @ back)).float(), center.float()))
                 start += n
             if index + 1 < len(self._units):
-                seen = unit(self.groups.rows(out)[index], seen)
+                above = self._units[index + 1]
+                inputs = above.patches(unit(self.groups.rows(out)[index], inputs), k)
                 if rows is not None and self.compensate:
-                    true = unit(rows[index], true)
+                    true = above.patches(unit(rows[index], true), k)
         lost = ~finite[:, None, None]
         return z.masked_fill(lost, float("nan")) if tokens is not None else z, out.masked_fill(lost, float("nan"))
 
@@ -258,20 +255,20 @@ class AdaptiveCodec(LinearCodec):
     def _own_moments(self, weights: Tensor) -> list[Tensor]:
         """``E[x x^T]`` of every layer's inputs in every model, ``[k, width, width]`` float64 (``[1, ...]`` for the first layer)."""
         parts: list[list[Tensor]] = []
+        first = self._opening()
         for tokens in self.layout.tokenize(weights).tokens.split(self._chunk()):
-            seen, moments = self._seen(len(tokens)), []
+            inputs, moments = first, []
             for index, unit in enumerate(self._units):
-                inputs = _columns(seen[:1] if index == 0 else seen, unit.layer)
-                moments.append((inputs.mT @ inputs / inputs.shape[1]).double())
-                if index + 1 < len(self._units):
-                    seen = unit(self.groups.rows(tokens)[index], seen)
+                if index > 0:
+                    below = self._units[index - 1]
+                    inputs = unit.patches(below(self.groups.rows(tokens)[index - 1], inputs), len(tokens))
+                moments.append(unit.moment(inputs, inputs).double())
             parts.append(moments)
         return [layer[0] if index == 0 else torch.cat(layer) for index, layer in enumerate(zip(*parts, strict=True))]
 
     def _chunk(self) -> int:
         """Models whose patches are held at once."""
-        shapes = plan.shapes(self.architecture.layers, self.architecture.input_shape)
-        sizes = [4 * len(self.queries) * u.columns(shapes) for u in self._units]
+        sizes = [4 * len(self.queries) * unit.width * unit.positions for unit in self._units]
         return max(1, _CHUNK_BYTES // max(sizes))
 
     # -- persistence ---------------------------------------------------------------------------------------------------
@@ -311,34 +308,8 @@ class AdaptiveCodec(LinearCodec):
         return codec
 
 
-@dataclass(frozen=True)
-class _Unit:
-    """A layer with weights and what follows it up to the next one."""
-
-    layer: Conv2d | Linear
-    layers: Layers
-    position: int
-
-    def __call__(self, rows: Tensor, inputs: Tensor) -> Tensor:
-        """Rows ``[k, channels, width]``, bias last, on inputs ``[k, n, ...]``."""
-        flat = torch.cat([rows[..., :-1].flatten(1), rows[..., -1]], 1) if self.layer.bias else rows.flatten(1)
-        return forward_grouped(flat, inputs, self.layers)
-
-    def columns(self, shapes: tuple[tuple[int, ...], ...]) -> int:
-        """Numbers in one query's patches; ``shapes`` are those of all layers' inputs."""
-        return (math.prod(self.layer.weight_shape[1:]) + 1) * math.prod(shapes[self.position + 1][1:])
-
-
 def _grouped(layer: Layer) -> bool:
     return isinstance(layer, Conv2d) and layer.groups > 1
-
-
-def _units(architecture: Architecture) -> tuple[Layers, tuple[_Unit, ...]]:
-    """What comes before the first layer with weights, and the units."""
-    layers = architecture.layers
-    starts = [i for i, layer in enumerate(layers) if isinstance(layer, (Conv2d, Linear))]
-    ends = [*starts[1:], len(layers)]
-    return layers[: starts[0]], tuple(_Unit(layers[a], layers[a:b], a) for a, b in zip(starts, ends, strict=True))  # type: ignore[arg-type]
 
 
 class _Map(NamedTuple):
@@ -355,11 +326,3 @@ def _pieces(groups: TokenGroups, layer: int, moment: Tensor) -> Iterator[Tensor]
     for n in groups.sizes[span.first : span.first + span.chunks]:
         yield moment[:, start : start + n, start : start + n]
         start += n
-
-
-def _columns(x: Tensor, layer: Conv2d | Linear) -> Tensor:
-    """What the rows of a layer meet, ``[k, n, ...] -> [k, R, width]``: patches or features, then 1 if there is a bias."""
-    if isinstance(layer, Conv2d):
-        patches = F.unfold(x.flatten(0, 1), layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # [k * n, width, positions]
-        x = patches.unflatten(0, x.shape[:2]).transpose(2, 3).flatten(1, 2)
-    return F.pad(x, (0, 1), value=1.0) if layer.bias else x
