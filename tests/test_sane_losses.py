@@ -18,6 +18,7 @@ from wslfast.kernels import reference
 from wslfast.permutation import random_views
 from wslfast.population import unstack
 from wslfast.sane import (
+    AEModule,
     DistillationLoss,
     GammaContrastReconLoss,
     MaskedReconLoss,
@@ -27,6 +28,7 @@ from wslfast.sane import (
     behavior,
     unscaled,
 )
+from wslfast.sane.queries import Queries
 from wslfast.sane.views import same_functions, shared_functions
 from wslfast.tokens import TokenLayout
 
@@ -258,11 +260,27 @@ def test_settings_may_be_numpys() -> None:
     assert values[0] == values[1]
 
 
+class Unknown(torch.utils.data.TensorDataset):
+    """A data set whose class is the script's own."""
+
+
+def test_the_published_dump_of_several_data_sets_is_read(tmp_path: Path) -> None:
+    """A ConcatDataset of Subsets whose indices are numpy arrays or ranges, as the multi-zoo script stores it."""
+    sets = torch.utils.data
+    pictures = [torch.rand(6, 1, 28, 28) for _ in range(2)]
+    parts = [sets.TensorDataset(p, torch.zeros(6)) for p in pictures]
+    file = tmp_path / "dump.pt"
+    torch.save({"trainset": sets.ConcatDataset([sets.Subset(parts[0], np.array([4, 0])), sets.Subset(parts[1], range(1, 4))])}, file)
+    found = Queries("data", 3, (1, 28, 28), file).images
+    assert found is not None
+    assert torch.equal(found, torch.cat([pictures[0][[4, 0]], pictures[1][1:4]]))
+
+
 def test_bad_arguments_say_what_was_expected(tmp_path: Path) -> None:
     checkpoint, params, x, mask, p = _case("CNN")
     other, _, *_ = _case("LeNet5")
     (tmp_path / "noise.pt").write_bytes(b"no file of torch's")
-    torch.save({"trainset": torch.utils.data.ConcatDataset([torch.utils.data.TensorDataset(torch.zeros(2))])}, tmp_path / "objects.pt")
+    torch.save({"trainset": torch.utils.data.ConcatDataset([Unknown(torch.zeros(2))])}, tmp_path / "objects.pt")
     cases: list[tuple[dict[str, Any], str]] = [
         ({"loss": "kl"}, "loss: expected one of"), ({"reduction": "none"}, "reduction: expected one of"),
         ({"queryset": "stl10"}, "queryset: expected one of"), ({"queryset": "data"}, "dump: expected"),
@@ -491,3 +509,26 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def test_the_module_of_the_package_sane_needs_its_config_alone() -> None:
+    config = {
+        "ae:i_dim": 9, "ae:d_model": 8, "ae:nhead": 2, "ae:num_layers": 1, "ae:lat_dim": 4, "ae:max_positions": [6, 3, 4],
+        "training::windowsize": 6, "trainset::batchsize": 2, "training::gamma": 0.3, "training::gradient_clipping": "none",
+    }  # fmt: skip
+    with pytest.raises(WslfastError, match=r"reference_params: .*unscaled\.AEModule"):
+        AEModule(config)
+    module = unscaled.AEModule(config)
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(2, 6, 9, generator=generator) for _ in range(2))
+    mask, p = torch.ones(2, 6, 9), torch.zeros(2, 6, 3, dtype=torch.int)
+    (_, y_i, z_i), (_, y_j, z_j) = module(x, p), module(y, p)
+    joined = torch.cat((y_i, y_j)), torch.cat((x, y)), torch.cat((mask, mask))
+    wanted = unscaled.GammaContrastReconLoss(0.3, "mean", 2, 0.1)(z_i, z_j, *joined)
+    found = module.test_step(x, mask, p, y, mask, p)
+    assert set(found) == set(wanted)
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value.detach(), msg=name)
+    before = [v.clone() for v in module.parameters()]
+    module.train_step(x, mask, p, y, mask, p)
+    assert any(not torch.equal(a, b) for a, b in zip(before, module.parameters()))

@@ -21,7 +21,7 @@ from sane_package import PAPER, SANE, forget, write
 import wslfast.sane
 from wslfast.architecture import Architecture
 from wslfast.errors import WslfastError
-from wslfast.population import unstack
+from wslfast.population import Population, unstack
 from wslfast.sane import patch, patched, patching, report, unscaled
 
 NAMES = ("shrp", "SANE", "mzsane")
@@ -213,6 +213,19 @@ def test_an_unsupported_network_falls_back_once_or_raises(tmp_path: Path, caplog
     with patched():
         config = CONFIG | {"ae:use_layer_embs": True}
         assert p.def_AE.AE(config).config is config
+
+
+def test_a_dump_that_only_running_its_code_could_read_falls_back(tmp_path: Path) -> None:
+    p = _load(tmp_path)
+    original = p.def_loss.GammaContrastReconLoss
+    (tmp_path / "dump.pt").write_bytes(b"a pickle of something")
+    checkpoint = Architecture.cnn().initial_weights(["kaiming_uniform"], [0])
+    state = dict(Population(Architecture.cnn(), checkpoint).state_dict(0))
+    given = {"reference_checkpoint": state, "reference_params": PARAMS, "queryset_distillation": "data", "queryset_dump": str(tmp_path / "dump.pt")}
+    with patched():
+        assert type(p.def_loss.GammaContrastReconLoss(0.5, "mean", 3, 0.1, **given)) is original
+    with patched(strict=True), pytest.raises(WslfastError, match=r"strict=True.*dump: cannot be read"):
+        p.def_loss.GammaContrastReconLoss(0.5, "mean", 3, 0.1, **given)
 
 
 def test_objects_and_subclasses_made_before_keep_working(tmp_path: Path) -> None:

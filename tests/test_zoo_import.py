@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from wslfast import Architecture, Population, TokenLayout, WslfastError, load_zoo
 from wslfast.cli import main
-from wslfast.zoo import export_zoo, import_zoo, save_zoo
+from wslfast.zoo import export_zoo, import_zoo, read_manifest, save_zoo
 from wslfast.zoo.importers.inert import InertFile, StoredTensor, Stub
 from wslfast.zoo.importers.recognise import recognise
 from wslfast.zoo.splits import Split
@@ -194,6 +194,45 @@ def test_an_explicit_split_does_not_depend_on_the_listing(tmp_path: Path, tree: 
     assert torch.equal(a.weights, b.weights)
 
 
+def test_a_models_split_depends_on_nothing_that_was_left_out(tmp_path: Path, tree: Path) -> None:
+    shares = {"split": (0.5, 0.25, 0.25), "seed": 3}
+    import_zoo(tree, tmp_path / "all", **shares)  # type: ignore[arg-type]
+    whole = dict(zip(load_zoo(tmp_path / "all").properties["name"], load_zoo(tmp_path / "all").properties["split"]))
+    gone = next(name for name, split in whole.items() if split == "train")  # train has two more
+    (tree / gone / "checkpoint_000005" / "checkpoints").unlink()
+    import_zoo(tree, tmp_path / "last", epochs=[5], **shares)  # type: ignore[arg-type]
+    last = dict(zip(load_zoo(tmp_path / "last").properties["name"], load_zoo(tmp_path / "last").properties["split"]))
+    assert last == {name: split for name, split in whole.items() if name != gone}
+
+
+def test_no_split_is_emptied_by_what_was_left_out(tmp_path: Path, tree: Path) -> None:
+    shares = {"split": (0.5, 0.25, 0.25), "seed": 3}
+    import_zoo(tree, tmp_path / "all", **shares)  # type: ignore[arg-type]
+    zoo = load_zoo(tmp_path / "all")
+    for name in {n for n, split in zip(zoo.properties["name"], zoo.properties["split"]) if split == "val"}:
+        for epoch in (0, 2, 5):
+            (tree / name / f"checkpoint_{epoch:06d}" / "checkpoints").unlink()
+    import_zoo(tree, tmp_path / "rest", **shares)  # type: ignore[arg-type]
+    assert set(load_zoo(tmp_path / "rest").properties["split"]) == {"train", "val", "test"}
+
+
+def test_two_folders_of_one_epoch_and_names_that_are_none(tmp_path: Path, tree: Path) -> None:
+    trial = tree / "NN_tune_trainable_00001"
+    other = population().state_dict(17)
+    (trial / "checkpoint_2").mkdir()
+    torch.save(other, trial / "checkpoint_2" / "checkpoints")  # the published loaders look for this one first
+    (trial / "checkpoint_-00001").mkdir()
+    done = import_zoo(tree, tmp_path / "out", split=(1.0, 0.0, 0.0))
+    assert (done.rows, dict(done.skipped)) == (18, {"epoch twice": 1, "not an epoch": 1})
+    assert torch.equal(load_zoo(tmp_path / "out").weights[4], population().weights[17])
+
+
+def test_no_threshold_is_the_published_default(tmp_path: Path, tree: Path) -> None:
+    _spoil(tree, "weight above threshold")
+    assert import_zoo(tree, tmp_path / "out", threshold=float("inf")).rows == 18
+    assert read_manifest(tmp_path / "out").provenance["threshold"] is None
+
+
 def test_links_are_not_followed(tmp_path: Path, tree: Path) -> None:
     (tree / "loop").symlink_to(tree)
     (tree / "NN_tune_trainable_00009").symlink_to(tree / "NN_tune_trainable_00000")
@@ -351,6 +390,70 @@ def test_pickled_data_sets_are_read_without_their_class(
     assert zoo.properties["lr"] == (1e-3,) * 18
     one = import_zoo(tmp_path / "dataset_val.pt", tmp_path / "one", epochs=[5])
     assert (one.rows, one.models) == (2, 2)
+
+
+def test_running_statistics_were_standardised_twice(tmp_path: Path, published: type) -> None:
+    """The published class goes over a key and then over its bias; a running statistic's bias is itself."""
+    arch = Architecture.resnet18(num_classes=2, width=4)
+    true = torch.rand(2, arch.num_weights, generator=torch.Generator().manual_seed(0)) + 0.25
+    stored, layers = true.clone(), {}
+    for name in arch.slots:
+        if any(part in name for part in ("weight", "running_mean", "running_var")):
+            scale, shift = 2.0, 0.5
+            layers[name] = {"mean": shift, "std": scale}
+            for key in (name, name.replace("weight", "bias")):  # the same key twice where there is no "weight" in it
+                if key in arch.slots:
+                    s = arch.slots[key]
+                    stored[:, s.offset : s.stop] = (stored[:, s.offset : s.stop] - shift) / scale
+    dataset = published()
+    dataset.data = [[OrderedDict(state)] for state in Population(arch, stored).state_dicts()]
+    dataset.epochs, dataset.properties = [[1]] * 2, {}
+    dataset.reference_checkpoint, dataset.reference_config = OrderedDict(Population(arch, true).state_dict(0)), {}
+    dataset.standardize, dataset.layers, dataset.ignore_bn = True, layers, False
+    torch.save(dataset, tmp_path / "zoo.pt")
+    import_zoo(tmp_path / "zoo.pt", tmp_path / "out", architecture=arch, split=(1.0, 0.0, 0.0))
+    torch.testing.assert_close(load_zoo(tmp_path / "out").weights, true, rtol=1e-5, atol=1e-5)
+
+
+def test_epoch_0_is_dropped_from_the_published_list_of_epochs(tmp_path: Path, published: type) -> None:
+    rows = population(2)
+    dataset = _dataset(published, rows, "checkpoint", False)
+    dataset.epochs, dataset.properties = [[2, 5]] * 2, {"test_acc": [[0.2, 0.3]] * 2}
+    dataset.labels = [[f"/zoo/{m}#_#epoch_{e}" for e in (0, 2, 5)] for m in range(2)]
+    torch.save(dataset, tmp_path / "zoo.pt")
+    import_zoo(tmp_path / "zoo.pt", tmp_path / "out", split=(1.0, 0.0, 0.0))
+    zoo = load_zoo(tmp_path / "out")
+    assert zoo.properties["epoch"] == (0, 2, 5) * 2
+    assert zoo.properties["test_acc"] == (None, 0.2, 0.3) * 2
+    assert torch.equal(zoo.weights, rows.weights)
+    del dataset.labels  # then nobody knows which the third is
+    torch.save(dataset, tmp_path / "zoo.pt")
+    with pytest.raises(WslfastError, match="epoch unknown: 6"):
+        import_zoo(tmp_path / "zoo.pt", tmp_path / "unknown")
+
+
+def test_a_flat_list_of_checkpoints_keeps_a_model_together(tmp_path: Path, published: type) -> None:
+    rows = population(4)
+    dataset = _dataset(published, rows, "checkpoint", False)
+    dataset.data = [row for model in dataset.data for row in model]
+    dataset.epochs, dataset.properties = [0, 2, 5] * 4, {}
+    dataset.paths = [f"/zoo/{m}" for m in range(4) for _ in range(3)]
+    torch.save(dataset, tmp_path / "zoo.pt")
+    done = import_zoo(tmp_path / "zoo.pt", tmp_path / "out", split=(0.5, 0.25, 0.25))
+    zoo = load_zoo(tmp_path / "out")
+    assert (done.rows, done.models) == (12, 4)
+    assert zoo.properties["model"] == (0,) * 3 + (1,) * 3 + (2,) * 3 + (3,) * 3
+    assert zoo.properties["epoch"] == (0, 2, 5) * 4
+    assert all(len({zoo.properties["split"][3 * m + e] for e in range(3)}) == 1 for m in range(4))
+
+
+def test_a_broken_file_among_several_is_left_out(tmp_path: Path, published: type) -> None:
+    for split in ("train", "test"):
+        torch.save(_dataset(published, population(2), "checkpoint", False), tmp_path / f"dataset_{split}.pt")
+    (tmp_path / "dataset_val.pt").write_bytes(b"nothing of torch's")
+    done = import_zoo(tmp_path, tmp_path / "out")
+    assert (done.rows, dict(done.skipped)) == (12, {"unreadable data set": 1})
+    assert set(load_zoo(tmp_path / "out").properties["split"]) == {"train", "test"}
 
 
 def test_a_dict_of_data_sets_is_read(tmp_path: Path, published: type) -> None:
@@ -574,6 +677,17 @@ def test_the_ray_form_is_what_published_loaders_expect(tmp_path: Path, tree: Pat
     assert results[5]["config"]["optim::lr"] == 1e-3
     assert json.loads((trial / "params.json").read_text())["model::type"] == "CNN"
     assert set(torch.load(trial / "checkpoint_000005" / "checkpoints", weights_only=True)) == {s.name for s in ARCH.parameters}
+
+
+def test_dropout_goes_with_each_model(tmp_path: Path, tree: Path) -> None:
+    for number in range(6):
+        _restate(tree / f"NN_tune_trainable_{number:05d}", **{"model::dropout": 0.1 * number})
+    import_zoo(tree, tmp_path / "in")
+    export_zoo(tmp_path / "in", tmp_path / "out")
+    for number in range(6):
+        trial = tmp_path / "out" / f"NN_tune_trainable_{number:05d}"
+        assert json.loads((trial / "params.json").read_text())["model::dropout"] == 0.1 * number
+        assert "dropout" not in json.loads((trial / "result.json").read_text().splitlines()[0])
 
 
 def test_export_refuses_what_would_be_lost(tmp_path: Path, tree: Path) -> None:

@@ -17,7 +17,7 @@ from ..architecture import Architecture
 from ..errors import require
 from .autoencoder import AE
 from .losses import GammaContrastReconLoss
-from .semantics import Choice, resolve
+from .semantics import Choice, Semantics, resolve
 from .state import load_model, save_model
 
 Parts = dict[str, Tensor]
@@ -63,6 +63,8 @@ def _objective(self: Any, x_i: Tensor, m_i: Tensor, p_i: Tensor, x_j: Tensor, m_
         z_j, y_j, zp_j = self.forward(x_j, p_j)
         h_j = self.forward_encoder(y_j, p_j) if cycle else z_j
         both = [torch.cat(pair) for pair in ((y_i, y_j), (x_i, x_j), (m_i, m_j), (p_i, p_j))]
+        if not getattr(criterion, "_paper", True):  # the package SANE's, which sees neither positions nor latents
+            return self.criterion(z_i=zp_i, z_j=zp_j, **dict(zip("ytm", both)))
         z = torch.cat([z_i, z_j]) if cycle else None
         z_hat = torch.cat([h_i, h_j]) if cycle else None
         return self.criterion(z_i=zp_i, z_j=zp_j, **dict(zip("ytmp", both)), z=z, z_hat=z_hat)
@@ -70,6 +72,15 @@ def _objective(self: Any, x_i: Tensor, m_i: Tensor, p_i: Tensor, x_j: Tensor, m_
 
 def _as_it_comes(*batch: Any) -> Any:
     return batch if len(batch) != 1 else batch[0]
+
+
+def contrast_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What both packages' objectives take from a config."""
+    return {
+        "gamma": config.get("training::gamma", 0.5), "reduction": config.get("training::reduction", "mean"),
+        "batch_size": config.get("trainset::batchsize", 64), "temperature": config.get("training::temperature", 0.1),
+        "contrast": config.get("training::contrast", "simclr"), "z_var_penalty": config.get("training::z_var_penalty", 0.0),
+    }  # fmt: skip
 
 
 class AEModule(nn.Module):
@@ -102,17 +113,7 @@ class AEModule(nn.Module):
         if config.get("model::compile", False):
             model = torch.compile(model)
         self.model: Any = model
-        self.criterion = GammaContrastReconLoss(
-            gamma=config.get("training::gamma", 0.5), reduction=config.get("training::reduction", "mean"),
-            batch_size=config.get("trainset::batchsize", 64), temperature=config.get("training::temperature", 0.1),
-            contrast=config.get("training::contrast", "simclr"), z_var_penalty=config.get("training::z_var_penalty", 0.0),
-            beta=config.get("training::beta", 0.1), loss_distillation=config.get("training::loss_distillation", "l2"),
-            temperature_distillation=config.get("training::temperature_distillation", 2.0),
-            queryset_distillation=config.get("training::queryset_distillation", "random"),
-            queryset_dump=config.get("training::queryset_dump"), n_queries_distillation=config.get("training::n_queries_distillation", 64),
-            reference_checkpoint=reference_checkpoint, reference_params=reference_params, lambda_=config.get("training::lambda", 0.0),
-            architecture=architecture, semantics=chosen,
-        )  # fmt: skip
+        self.criterion: nn.Module = self._criterion(config, reference_checkpoint, reference_params, architecture, chosen)
         self.to(self.device)
         self.model.eval()
         self.reset_optimizer = False
@@ -122,6 +123,26 @@ class AEModule(nn.Module):
         self.set_clipping(config)
         self.set_scheduler(config)
         self.set_transforms()
+
+    def _criterion(
+        self, config: Mapping[str, Any], reference_checkpoint: Any, reference_params: Any, architecture: Architecture | None,
+        chosen: Semantics,
+    ) -> nn.Module:  # fmt: skip
+        known = reference_checkpoint is not None or reference_params is not None or architecture is not None
+        require(
+            known or config.get("training::beta", 0.1) >= 1,
+            "reference_params: expected the zoo's params, for the behaviour loss; training::beta = 1 goes without, and scripts of the "
+            "package SANE take wslfast.sane.unscaled.AEModule",
+        )
+        return GammaContrastReconLoss(
+            **contrast_settings(config), beta=config.get("training::beta", 0.1),
+            loss_distillation=config.get("training::loss_distillation", "l2"),
+            temperature_distillation=config.get("training::temperature_distillation", 2.0),
+            queryset_distillation=config.get("training::queryset_distillation", "random"),
+            queryset_dump=config.get("training::queryset_dump"), n_queries_distillation=config.get("training::n_queries_distillation", 64),
+            reference_checkpoint=reference_checkpoint, reference_params=reference_params, lambda_=config.get("training::lambda", 0.0),
+            architecture=architecture, semantics=chosen,
+        )  # fmt: skip
 
     # -- settings ------------------------------------------------------------------------------------------------------
 
@@ -148,11 +169,13 @@ class AEModule(nn.Module):
             self.scheduler = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, config["optim::lr"], total_steps=steps)
 
     def set_clipping(self, config: Mapping[str, Any]) -> None:
-        """Clip gradients by norm, by value, or not."""
+        """Clip gradients by norm, by value, or not; ``"none"`` and the like are no clipping, as in the published code."""
         kind = config.get("training::gradient_clipping")
-        require(kind in (None, "norm", "value"), f"training::gradient_clipping: expected None, 'norm' or 'value', got {kind!r}")
+        off = kind is None or (isinstance(kind, str) and kind.lower() in ("none", "off", ""))
+        known = off or kind in ("norm", "value")
+        require(known, f"training::gradient_clipping: expected None, 'none', 'norm' or 'value', got {kind!r}")
         self.clipping_value = config.get("training::gradient_clipp_value", 5)
-        clip: Any = {None: None, "norm": nn.utils.clip_grad_norm_, "value": nn.utils.clip_grad_value_}[kind]
+        clip: Any = {"norm": nn.utils.clip_grad_norm_, "value": nn.utils.clip_grad_value_}.get(str(kind))
         self.clip_grads: Any = None if clip is None else lambda: clip(self.parameters(), self.clipping_value)
 
     def set_transforms(self, transforms_train: Any = None, transforms_test: Any = None, transforms_downstream: Any = None) -> None:

@@ -30,7 +30,7 @@ class DownstreamTaskLearner:
             model: anything with ``forward_embeddings(x [k, T, D], p [k, T, 3]) -> [k, d]``.
             trainset, testset, valset: data sets with ``__get_weights__() -> (tokens [M, T, D], masks)``, ``positions [T, 3]``
                 (or ``pos``, one a model) and ``properties {name: values}`` (nested lists, a model and epoch, are flattened).
-            task_keys: properties; numbers are regressed, strings and booleans classified.
+            task_keys: properties; numbers (booleans too, as published) are regressed, strings classified.
             batch_size: models embedded at a time.
             polar_coordinates: embeddings as their norm and the angle to each axis.
 
@@ -42,7 +42,7 @@ class DownstreamTaskLearner:
         out: dict[str, float] = {}
         for key in task_keys:
             values = {split: _flat(data.properties[key]) for split, data in sets.items()}
-            category = key in _CATEGORIES or isinstance(values["train"][0], (str, bool))
+            category = key in _CATEGORIES or isinstance(values["train"][0], str)
             solve: Any = self.classify_single if category else self.compute_closed_form_solution
             pairs = [argument for split in ("train", "test") for argument in (features[split], values[split])]
             scores = solve(*pairs, features.get("val"), values.get("val"))
@@ -119,7 +119,13 @@ def _numbers(values: Any) -> Tensor:
 
 def _flat(values: Any) -> list[Any]:
     require(isinstance(values, Iterable) and not isinstance(values, (str, Mapping)), f"properties: expected a list, got {describe(values)}")
-    return [v for value in values for v in (value if isinstance(value, (list, tuple)) else [value])]
+    if isinstance(values, Tensor):
+        return list(values.flatten().tolist())
+    found: list[Any] = []
+    for value in values:
+        nested = isinstance(value, (list, tuple, Tensor))
+        found += _flat(value) if nested else [value]
+    return found
 
 
 def _polar(z: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,8 +28,8 @@ class Queries:
         n: images a draw; of a union each half has ``(n + 1) // 2``.
         shape: of one image.
         dump: for data and unions: images ``[Q, C, H, W]``, a data set of (image, label), or a file of either or of
-            ``{"trainset": data set}``. Files are read with ``weights_only=True``; a ``TensorDataset`` in one, or a ``Subset``, is let
-            through.
+            ``{"trainset": data set}``. Files are read with ``weights_only=True``; a ``TensorDataset`` in one, or ``Subset`` and
+            ``ConcatDataset`` of such, are let through.
     """
 
     def __init__(self, kind: str, n: int, shape: tuple[int, ...], dump: Any) -> None:
@@ -65,14 +66,26 @@ class Queries:
 
 
 def _read(file: Path) -> Any:
-    # what a published script stores: tensors and a list of them, or a random split of that
-    known: list[Any] = [torch.utils.data.TensorDataset, torch.utils.data.Subset]
+    # what published scripts store: tensors and a list of them, random splits of that, or several zoos' in a row; indices may be numpy's
+    sets = torch.utils.data
+    known: list[Any] = [sets.TensorDataset, sets.Subset, sets.ConcatDataset, range, np.ndarray, np.dtype, type(np.dtype(np.int64))]
+    known += [type(np.dtype(np.int32)), np.empty(0).__reduce__()[0]]
     try:
         with torch.serialization.safe_globals(known):
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
-        expected = "expected tensors, a TensorDataset or a Subset of one (another data set can be passed as an object)"
+        expected = "expected tensors, a TensorDataset, or Subsets and ConcatDatasets of such (another data set can be passed as an object)"
         raise WslfastError(f"dump: cannot be read from {str(file)!r}: {expected}: {error}") from None
+
+
+def unreadable(dump: Any) -> str | None:
+    """Why a dump cannot be read without running code of the file, or None (nothing is said of what is in it)."""
+    if isinstance(dump, (str, Path)) and Path(dump).is_file():
+        try:
+            _read(Path(dump))
+        except WslfastError as error:
+            return str(error)
+    return None
 
 
 def _images(dump: Any, shape: tuple[int, ...]) -> Tensor:

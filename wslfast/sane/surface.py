@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import require, say_once
-from . import autoencoder, behavior, checkpoints, losses, module, permutations, probe, sampling, state, structure, unscaled
+from . import autoencoder, behavior, checkpoints, losses, module, permutations, probe, queries, sampling, state, structure, unscaled
 from .semantics import Semantics
 
 PACKAGES = ("shrp", "SANE", "mzsane")
@@ -64,7 +64,9 @@ class Item:
 def _network(arguments: dict[str, Any]) -> str | None:
     if arguments.get("beta", 0.0) >= 1 - 1e-10:
         return None
-    return behavior.supports(arguments.get("reference_params"), arguments.get("reference_checkpoint"))
+    why = behavior.supports(arguments.get("reference_params"), arguments.get("reference_checkpoint"))
+    kind = arguments.get("queryset_distillation", arguments.get("queryset"))
+    return why or (None if kind in (None, "random") else queries.unreadable(arguments.get("queryset_dump", arguments.get("dump"))))
 
 
 def _config(arguments: dict[str, Any]) -> str | None:

@@ -1,18 +1,21 @@
-"""The losses of the package ``SANE`` itself, which has no behaviour term, no positions and no first-value scale.
+"""What the package ``SANE`` itself has another way: losses without behaviour term, positions and first-value scale, the module that trains
+with them, and tokens back to checkpoints.
 
 A script of that package changes its import to this module; ``wslfast.sane`` has the paper's versions (package ``shrp``).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from . import losses, structure
+from . import losses, module, structure
+from .checkpoints import tokens_to_checkpoint_without_batchnorm as tokens_to_checkpoint
 from .semantics import Choice, Semantics
 
-__all__ = ["GammaContrastReconLoss", "MaskedReconLoss", "NT_Xent", "NT_Xent_pos"]
+__all__ = ["AEModule", "GammaContrastReconLoss", "MaskedReconLoss", "NT_Xent", "NT_Xent_pos", "tokens_to_checkpoint"]
 
 
 class MaskedReconLoss(structure.MaskedReconLoss):
@@ -62,3 +65,15 @@ class GammaContrastReconLoss(losses.GammaContrastReconLoss):
     def forward(self, z_i: Tensor, z_j: Tensor, y: Tensor, t: Tensor, m: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
         """Projections ``[k, d]`` of two views; reconstructions, targets and mask ``[2k, T, D]``."""
         return super().forward(z_i, z_j, y, t, m)
+
+
+class AEModule(module.AEModule):
+    """:class:`wslfast.sane.AEModule` with SANE's objective: ``AEModule(config)``, no behaviour, no reference network."""
+
+    def __init__(self, config: Mapping[str, Any], *, semantics: Choice = "published", **flags: bool) -> None:
+        super().__init__(config, semantics=semantics, **{"first_value_scale": False} | flags)  # type: ignore[arg-type]
+
+    def _criterion(
+        self, config: Mapping[str, Any], reference_checkpoint: Any, reference_params: Any, architecture: Any, chosen: Semantics
+    ) -> nn.Module:  # fmt: skip
+        return GammaContrastReconLoss(**module.contrast_settings(config), semantics=chosen, first_value_scale=chosen.first_value_scale)

@@ -19,7 +19,7 @@ from .mapped import MappedZoo
 
 FORMATS = ("ray", "state-dicts")
 _TYPES = {"cnn": "CNN", "cnn2": "CNN2", "cnn3": "CNN3", "lenet5": "LeNet5", "mlp": "MLP", "resnet18": "Resnet18"}
-_SETTINGS = {"init_type": "model::init_type", "lr": "optim::lr", "wd": "optim::wd", "seed": "seed"}
+_SETTINGS = {"init_type": "model::init_type", "lr": "optim::lr", "wd": "optim::wd", "dropout": "model::dropout", "seed": "seed"}
 _BLOCK = 256
 
 

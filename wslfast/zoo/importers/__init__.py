@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,17 +81,19 @@ def import_zoo(
     rows = _Rows(folder, kept, architecture, threshold)
     first = next(iter(rows), None)
     nothing = "; ".join(f"{reason}: {count}" for reason, count in rows.skips.counts().items()) or "no trials, no dataset_*.pt"
-    require(first is not None and rows.architecture is not None, f"source: {source}: no usable checkpoint ({nothing})")
+    why = next((f"; {e['where']}: {e['detail']}" for e in rows.skips.entries if e["detail"]), "")
+    require(first is not None and rows.architecture is not None, f"source: {source}: no usable checkpoint ({nothing}){why}")
     arch = rows.architecture
     assert arch is not None
-    provenance: dict[str, Any] = {"made_by": "wslfast zoo import", "source": str(source), "threshold": threshold}
+    limit = threshold if math.isfinite(threshold) else None  # JSON has no infinity; the published default is one
+    provenance: dict[str, Any] = {"made_by": "wslfast zoo import", "source": str(source), "threshold": limit}
     if dataset is not None:
         data = load_dataset(dataset, arch.input_shape)
         provenance["dataset"] = {"name": data.name, "classes": data.classes, **data.provenance}
 
     def describe(shards: Sequence[Shard]) -> Manifest:
         given = rows.splits if all(s is not None for s in rows.splits) else None
-        names = plan.assign(rows.models) if given is None else tuple(given)
+        names = _assigned(plan, rows) if given is None else tuple(given)
         record: dict[str, Any] = {"by": "model", "seed": seed if given is None else None}
         record["fractions"] = list(plan.fractions) if given is None else None
         columns = {"model": tuple(rows.models), "epoch": tuple(rows.epochs), **rows.columns(), "split": names}
@@ -104,6 +107,16 @@ def import_zoo(
         write_shards(place, rows, describe)
     write_text(place / SKIPPED, json.dumps(rows.skips.entries, indent=1, ensure_ascii=False) + "\n")
     return Imported(len(rows.models), len(set(rows.models)), arch, rows.skips.counts())
+
+
+def _assigned(plan: Split, rows: _Rows) -> tuple[str, ...]:
+    """The split of every row. All models of the source are dealt out, those left out too, so that another choice of epochs, or a checkpoint
+    that is broken, moves no other model; unless that left a split without models that could have some."""
+    everybody = sorted({*rows.seen, *rows.models})
+    of = dict(zip(everybody, plan.assign(everybody), strict=True))
+    names = tuple(of[model] for model in rows.models)
+    alone = plan.assign(rows.models)
+    return names if set(alone) <= set(names) else alone
 
 
 class _Rows:
@@ -120,6 +133,7 @@ class _Rows:
     def _begin(self) -> None:
         self.skips = Skips()
         self._note_guess()
+        self.seen: set[int] = set()  # models that the source has, whether or not anything of them is kept
         self.models: list[int] = []
         self.epochs: list[int] = []
         self.splits: list[str | None] = []
@@ -151,11 +165,11 @@ class _Rows:
 
     def _found(self) -> Iterator[Found]:
         if not self._tree:
-            yield from pickled.checkpoints(self._files, self.architecture, self._epochs, self.skips)
+            yield from pickled.checkpoints(self._files, self.architecture, self._epochs, self.skips, self.seen)
             return
         for file in self._files.values():  # the published pipeline leaves what it made of the trials beside them
             self.skips.add(file.name, "a data set beside trials", "the trials are read; name the file itself to read it")
-        yield from ray.checkpoints(self._source, self._epochs, self.skips)
+        yield from ray.checkpoints(self._source, self._epochs, self.skips, self.seen)
 
     def _settings(self, found: Found) -> Mapping[str, Any]:
         """A trial's settings; if they do not state the activation, with that of the first trial that does."""

@@ -7,6 +7,7 @@ standardisation that the object remembers (``layers``) is undone.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,7 @@ from ...architecture import Architecture
 from ...errors import WslfastError, describe, require
 from ...population import Population
 from ...tokens import TokenLayout
-from .found import Found, Skips, State, state_of
+from .found import Found, Skips, State, state_of, unreadable
 from .inert import InertFile, Ordered, StoredTensor, Stub
 from .recognise import recognise
 
@@ -37,16 +38,33 @@ def files_of(source: Path) -> dict[str, Path]:
 
 
 def checkpoints(
-    files: Mapping[str, Path], architecture: Architecture | None, epochs: Collection[int] | None, skips: Skips
+    files: Mapping[str, Path], architecture: Architecture | None, epochs: Collection[int] | None, skips: Skips, seen: set[int]
 ) -> Iterator[Found]:
-    """Every model and epoch of the data sets, models numbered through."""
+    """Every model and epoch of the data sets, models numbered through; the numbers of all go to ``seen``. Of several files, those that
+    cannot be read go to ``skips``."""
     first = 0
     for split, file in files.items():
-        with InertFile(file) as opened:
-            for name, stub in _datasets(opened.root, split):
-                models = _Models.of(stub, f"{file.name}{f'[{name}]' if name else ''}", architecture)
-                yield from models.found(first, name if name in SPLITS else split or None, epochs, skips)
-                first += len(models.data)
+        try:
+            opened = InertFile(file)
+        except WslfastError as error:
+            if len(files) == 1:
+                raise
+            skips.add(file.name, "unreadable data set", unreadable(error))
+            continue
+        with opened:
+            try:
+                named = _datasets(opened.root, split)
+                sets = [(name, _Models.of(stub, f"{file.name}{f'[{name}]' if name else ''}", architecture)) for name, stub in named]
+            except WslfastError as error:
+                if len(files) == 1:
+                    raise
+                skips.add(file.name, "unreadable data set", str(error))
+                continue
+            for name, models in sets:
+                numbers = models.numbers()
+                seen.update(first + n for n in numbers)
+                yield from models.found(first, numbers, name if name in SPLITS else split or None, epochs, skips)
+                first += max(numbers) + 1
 
 
 def _datasets(root: Any, split: str) -> list[tuple[str, Stub]]:
@@ -92,19 +110,49 @@ class _Models:
             require(layout.complete, f"{where}: its tokens leave batch norm out; such models cannot be rebuilt")
         return cls(where, data, stub, config, architecture, layout)
 
-    def found(self, first: int, split: str | None, epochs: Collection[int] | None, skips: Skips) -> Iterator[Found]:
+    def numbers(self) -> list[int]:
+        """The model that each entry of ``data`` is of: itself, or, in a flat list of checkpoints, the one its label or path names."""
+        if any(isinstance(model, list) for model in self.data):
+            return list(range(len(self.data)))
+        labels, paths = self.stub.attribute("labels"), self.stub.attribute("paths")
+        names = [_model_of(_at(labels, j, 0)) or _model_of(_at(paths, j, 0)) or j for j in range(len(self.data))]
+        order = {name: number for number, name in enumerate(dict.fromkeys(names))}
+        return [order[name] for name in names]
+
+    def found(
+        self, first: int, numbers: list[int], split: str | None, epochs: Collection[int] | None, skips: Skips
+    ) -> Iterator[Found]:  # fmt: skip
         restore = self._standardisation()
         for j, model in enumerate(self.data):
             rows = model if isinstance(model, list) else [model]
             for e, row in enumerate(rows):
-                epoch = _at(self.stub.attribute("epochs"), j, e)
-                epoch = epoch if type(epoch) is int else e
-                where = f"{self.where} model {j} epoch {epoch}"
+                epoch, place = self._epoch(j, e, len(rows))
+                where = f"{self.where} model {j} epoch {e if epoch is None else epoch}"
+                if epoch is None:
+                    skips.add(where, "epoch unknown", "fewer epochs than checkpoints, and no labels that say which")
+                    continue
                 if epochs is not None and epoch not in epochs:
                     continue
-                known = self._properties(j, e)
+                known = {} if place is None else self._properties(j, place)
                 config = {**self.config, **{key: known[key] for key in ("model::nlin",) if key in known}}  # the model's own
-                yield Found(where, first + j, epoch, known, config, partial(self._read, row, restore), split)
+                yield Found(where, first + numbers[j], epoch, known, config, partial(self._read, row, restore), split)
+
+    def _epoch(self, j: int, e: int, count: int) -> tuple[int | None, int | None]:
+        """The epoch of a model's e-th checkpoint and its place among the properties, None where not known.
+
+        The published class drops epoch 0 from ``epochs``, and reads properties for what is left; labels (``PATH#_#epoch_0``) keep it.
+        """
+        listed, label = self.stub.attribute("epochs"), _at(self.stub.attribute("labels"), j, e)
+        mine = listed[j] if isinstance(listed, list) and j < len(listed) else None
+        said = re.search(r"#_#epoch_(\d{1,9})$", label) if isinstance(label, str) else None
+        if not isinstance(mine, list):
+            epoch = int(said[1]) if said else mine if type(mine) is int else e
+            return epoch, e
+        if said is None:
+            known = len(mine) >= count
+            return (mine[e] if type(mine[e]) is int else e, e) if known else (None, None)
+        epoch = int(said[1])
+        return epoch, mine.index(epoch) if epoch in mine else None
 
     def _properties(self, j: int, e: int) -> dict[str, Any]:
         table = self.stub.attribute("properties")
@@ -127,9 +175,12 @@ class _Models:
         require(usable, f"{self.where}: standardised as {describe(kind)}, which forgets the weights' size; such models cannot be rebuilt")
         scale, shift = torch.ones(self.architecture.num_weights), torch.zeros(self.architecture.num_weights)
         for key, figures in layers.items():
-            names = (key, key.replace("weight", "bias")) if isinstance(key, str) else ()
+            names = (key, key.replace("weight", "bias")) if isinstance(key, str) else ("", "")
             for slot in (self.architecture.slots[n] for n in dict.fromkeys(names) if n in self.architecture.slots):
-                a, b = _affine(figures, f"{self.where}: layers[{key!r:.40}]")
+                a, b, twice = _affine(figures, f"{self.where}: layers[{key!r:.40}]")
+                if twice and names[0] == names[1]:
+                    # the published class standardises weight and bias of a key; for running statistics both are the key itself
+                    a, b = a * a, b * a + b
                 scale[slot.offset : slot.stop], shift[slot.offset : slot.stop] = a, b
         return scale, shift
 
@@ -148,19 +199,28 @@ class _Models:
         return Population(self.architecture, weights * restore[0] + restore[1]).state_dict(0)
 
 
-def _affine(figures: Any, where: str) -> tuple[float, float]:
+def _affine(figures: Any, where: str) -> tuple[float, float, bool]:
+    """Scale and shift that undo one layer's standardisation, and whether it is the kind that visits a key and then its bias."""
     values = {k: v for k, v in figures.items() if isinstance(v, (int, float))} if isinstance(figures, (dict, Ordered)) else {}
     if {"mean", "std"} <= set(values):
-        return float(values["std"]), float(values["mean"])
+        return float(values["std"]), float(values["mean"]), True
     if {"min", "max"} <= set(values):
         half = (values["max"] - values["min"]) / 2
-        return float(half), float(values["min"] + half)
+        return float(half), float(values["min"] + half), False
     raise WslfastError(f"{where}: expected mean and std, or min and max")
 
 
 def _flat(data: list[Any]) -> Iterator[Any]:
     for model in data:
         yield from model if isinstance(model, list) else [model]
+
+
+def _model_of(name: Any) -> str | None:
+    """The path in a label ``PATH#_#epoch_5``, or a path itself (pickled as its parts)."""
+    if isinstance(name, Stub):
+        parts = [part for part in getattr(name, "arguments", ()) if isinstance(part, str)]
+        name = "/".join(parts)
+    return name.partition("#_#")[0] or None if isinstance(name, str) else None
 
 
 def _at(table: Any, j: int, e: int) -> Any:

@@ -33,9 +33,11 @@ def is_tree(source: Path) -> bool:
     return source.is_dir() and any(_weights(folder, "", nothing) for folder in _trials(source, nothing))
 
 
-def checkpoints(source: Path, epochs: Collection[int] | None, skips: Skips) -> Iterator[Found]:
-    """Every checkpoint of every trial, in order of folders and epochs; ``epochs`` keeps some. What is missing goes to ``skips``."""
+def checkpoints(source: Path, epochs: Collection[int] | None, skips: Skips, seen: set[int]) -> Iterator[Found]:
+    """Every checkpoint of every trial, in order of folders and epochs; ``epochs`` keeps some. What is missing goes to ``skips``, the
+    numbers of all trials to ``seen``."""
     for model, folder in enumerate(_trials(source, skips)):
+        seen.add(model)
         where = str(folder.relative_to(source)) if folder != source else folder.name
         config = _config(folder, where, skips)
         results = _results(folder, where, skips)
@@ -63,13 +65,18 @@ def stated(source: Path, key: str) -> Any:
 def _weights(folder: Path, where: str, skips: Skips) -> dict[int, Path]:
     """Files of weights in a trial's folder by epoch."""
     there: dict[int, Path] = {}
-    for name in sorted(_listing(folder, where, skips)):
+    # shorter names first: where both are there, the published loaders take checkpoint_20 before checkpoint_000020
+    for name in sorted(_listing(folder, where, skips), key=lambda n: (len(n), n)):
         match = _CHECKPOINT.fullmatch(name)
         if match is None:
+            if name.startswith("checkpoint_") and (folder / name).is_dir():
+                skips.add(f"{where}/{name}", "not an epoch", "expected checkpoint_ and a number of up to nine digits")
             continue
         file = folder / name / "checkpoints"
-        if file.is_file():
-            there.setdefault(int(match[1]), file)
+        if file.is_file() and int(match[1]) in there:
+            skips.add(f"{where}/{name}", "epoch twice", f"{there[int(match[1])].parent.name} is read")
+        elif file.is_file():
+            there[int(match[1])] = file
         else:
             skips.add(f"{where}/{name}", "no weights", "expected a file named checkpoints")
     return there
