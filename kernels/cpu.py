@@ -21,6 +21,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,8 +29,9 @@ from torch import Tensor
 from . import cpu_jobs
 from .cpu_blocks import BlockedSteps, blocked, in_blocks
 from .cpu_criteria import Criterion, share_of_loss
-from .cpu_layers import CHANNELS_LAST, ConvStep, LinearStep, Packed, PoolStep, Program, compile_program
+from .cpu_layers import ConvStep, LinearStep, Packed, PoolStep, Program, compile_program
 from .cpu_pairs import PairedConvStep, paired
+from .cpu_queries import gathered, model_by_model, own_slab, shared_slabs
 from .plan import Conv2d, Layers, Linear, Unplannable, layer_slots, shapes
 from .reference import CRITERIA, per_model_queries
 
@@ -70,13 +72,13 @@ def _keep_freed_memory() -> None:
     glibc hands freed memory back to the system above a threshold that follows the largest block it has seen released, up to
     32 MiB; one untouched block of nearly that size raises it. Elsewhere this is one allocation.
     """
-    torch.empty(31 << 20, dtype=torch.uint8)
+    torch.empty(31 << 20, dtype=torch.uint8, device="cpu")
 
 
 @lru_cache(maxsize=64)
-def _program(layers: Layers, input_shape: tuple[int, ...], own_queries: bool) -> Program:
+def _program(layers: Layers, input_shape: tuple[int, ...], own_queries: bool, one_thread: bool) -> Program:
     program = paired(compile_program(layers, input_shape, own_queries), own_queries)
-    return blocked(program) if cpu_jobs.threads_inside() == 1 else program  # several threads would wait for each other at every block
+    return blocked(program) if one_thread else program  # several threads would wait for each other at every block
 
 
 def _dtype() -> torch.dtype:
@@ -107,60 +109,8 @@ def _compile(weights: Tensor, queries: Tensor, layers: Layers, indexed: bool = F
     if not own and not indexed and isinstance(first, Conv2d) and first.groups > 1:
         # Groups of shared channels and groups of models do not fit into one convolution: every model gets its copy.
         queries, own = queries.expand(weights.shape[0], *queries.shape), True
-    return _program(layers, tuple(queries.shape[1 + own :]), own or indexed), queries, own
-
-
-def _shared_slabs(queries: Tensor, program: Program, slab: int, dtype: torch.dtype) -> list[Tensor]:
-    """Slabs of the queries that all models see, cropped and channels-last; the layers ahead of the first weights already run.
-
-    A slab of one image gets a second one, of zeros: torch hands convolutions of a single image to another library, in which a
-    model's bits depend on its place.
-    """
-    if queries.ndim == 4:
-        _, height, width = program.crop
-        # Explicit strides: with one channel, contiguous() would leave a layout that torch reads as NCHW.
-        laid = torch.empty((queries.shape[0], *program.crop), dtype=dtype, memory_format=CHANNELS_LAST)
-        queries = laid.copy_(queries[:, :, :height, :width])
-    slabs = []
-    for x in queries.to(dtype).split(slab):
-        for step in program.steps[: program.first]:
-            x, _ = step.forward(x, None, 1)
-        slabs.append(torch.cat((x, torch.zeros_like(x))) if x.ndim == 4 and x.shape[0] == 1 else x)
-    return slabs
-
-
-def _own_slab(queries: Sequence[Tensor], program: Program, models: int, dtype: torch.dtype) -> Tensor:
-    """``m`` times ``[q, *input]`` -> ``[q, M * C, H, W]`` channels-last or ``[M, q, F]``; idle models see zeros."""
-    q = queries[0].shape[0]
-    empty = torch.empty if len(queries) == models else torch.zeros
-    if queries[0].ndim == 2:
-        flat = empty((models, q, queries[0].shape[1]), dtype=dtype)
-        for row, mine in zip(flat, queries):
-            row.copy_(mine)
-        return flat
-    channels, height, width = program.crop
-    x = empty((q, height, width, models, channels), dtype=dtype)
-    # one model at a time: a third of the time of one copy of them all, whose inner loop would be over the models
-    for j, mine in enumerate(queries):
-        x[:, :, :, j].copy_(mine[..., :height, :width].permute(0, 2, 3, 1))
-    return x.view(q, height, width, models * channels).permute(0, 3, 1, 2)
-
-
-def _gathered(pool: Tensor, index: Tensor) -> Tensor:
-    """``pool[index]``, ``[q, *input]``: whole images at a time if the pool is channels-last, as its gather is then."""
-    if pool.ndim == 4:
-        return pool.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
-    return pool.index_select(0, index)
-
-
-def _model_by_model(queries: Tensor, index: Tensor | None, part: tuple[slice, slice], program: Program, dtype: torch.dtype) -> Tensor:
-    """Own queries ``[m, q, C, H, W]`` of the m models there are, cropped, each model's channels-last."""
-    if index is None:
-        x = queries[part].permute(0, 1, 3, 4, 2)
-    else:
-        x = queries.permute(0, 2, 3, 1).index_select(0, index[part].flatten()).unflatten(0, index[part].shape)
-    _, height, width = program.crop
-    return x[:, :, :height, :width].to(dtype).contiguous().permute(0, 1, 4, 2, 3)
+    program = _program(layers, tuple(queries.shape[1 + own :]), own or indexed, cpu_jobs.threads_inside() == 1)
+    return program, queries, own
 
 
 _WITH_WEIGHTS = (ConvStep, LinearStep, BlockedSteps)
@@ -185,13 +135,13 @@ class _Call:
             few = k < full * threads and cpu_jobs.threads_inside() < threads and k * self.n * _numbers(layers, image) > _ALONE
             whole = not few and k % full == 0
             n = self.n if self.n < self.slab else self.slab + self.n % self.slab  # a full slab and the last one
-            sizes = () if whole else _smaller_groups(layers, image, self.own, n, self.dtype, cpu_jobs.threads_inside())
+            sizes = () if whole else _sizes(layers, image, self.own, n, self.dtype, cpu_jobs.threads_inside())
             if few:
                 self.models = next(size for size in (*sizes, full) if size * threads >= k)
         self.sizes = *sizes, full
         self.starts = range(0, self.n, self.slab)
         with _plain():
-            self.slabs = [] if self.own else _shared_slabs(self.queries, self.program, self.slab, self.dtype)
+            self.slabs = [] if self.own else shared_slabs(self.queries, self.program, self.slab, self.dtype)
 
     def rows(self, group: int) -> Tensor:
         """Weights ``[M, P]`` of a group, filled up with idle models of zeros."""
@@ -211,9 +161,9 @@ class _Call:
             return self.slabs[start // self.slab]
         part = slice(group, group + self.models), slice(start, start + self.slab)
         if isinstance(self.program.steps[0], PairedConvStep):
-            return _model_by_model(self.queries, self.index, part, self.program, self.dtype)
-        mine = list(self.queries[part]) if self.index is None else [_gathered(self.queries, rows) for rows in self.index[part]]
-        x = _own_slab(mine, self.program, models, self.dtype)
+            return model_by_model(self.queries, self.index, part, self.program, self.dtype)
+        mine = list(self.queries[part]) if self.index is None else [gathered(self.queries, rows) for rows in self.index[part]]
+        x = own_slab(mine, self.program, models, self.dtype)
         for step in self.program.steps[: self.program.first]:
             x, _ = step.forward(x, None, models)
         return x
@@ -306,6 +256,8 @@ def _loss_and_gradient(call: _Call, targets: Tensor, criterion: Criterion, tempe
     losses = call.weights.new_empty(k)
     gradient = torch.empty_like(call.weights, memory_format=torch.contiguous_format)
     groups = range(0, k, models)
+    if call.n == 0:  # the mean over no queries, as the reference has it
+        return losses.fill_(float("nan")), gradient.zero_()
 
     def whole(group: int) -> None:
         with _plain():
@@ -316,7 +268,8 @@ def _loss_and_gradient(call: _Call, targets: Tensor, criterion: Criterion, tempe
         cpu_jobs.run([partial(whole, group) for group in groups])
         return losses, gradient
 
-    # Fewer groups than threads: their slabs are jobs, and what each adds is kept until all can be added in the order above.
+    # Fewer groups than threads: their slabs are jobs, and what each adds is kept until it can be added in the order above. A few slabs a
+    # thread at a time, or memory would grow with the queries.
     parts: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def part(group: _Group, start: int) -> None:
@@ -326,17 +279,42 @@ def _loss_and_gradient(call: _Call, targets: Tensor, criterion: Criterion, tempe
 
     with _plain():
         made = [_Group(call, group, targets, criterion, temperature) for group in groups]
-        cpu_jobs.run([partial(part, group, start) for group in made for start in call.starts])
-        for group in made:
-            first, *others = (parts[group.start, start] for start in call.starts)
-            total, grads = group.rows.new_zeros(len(group.rows)) + first[0], first[1]
-            for value, more in others:
-                total += value
-                grads += more
+        total = [(torch.zeros_like(group.rows[:, 0]), torch.empty_like(group.rows)) for group in made]
+        wave = max(1, 2 * torch.get_num_threads() // len(made))
+        for first in range(0, len(call.starts), wave):
+            starts = call.starts[first : first + wave]
+            cpu_jobs.run([partial(part, group, start) for group in made for start in starts])
+            for group, (loss, grads) in zip(made, total, strict=True):
+                for start in starts:
+                    value, more = parts.pop((group.start, start))
+                    loss += value
+                    if start == 0:
+                        grads.copy_(more)
+                    else:
+                        grads += more
+        for group, (loss, grads) in zip(made, total, strict=True):
             real = len(group.targets)
-            losses[group.start : group.start + real] = total[:real]
+            losses[group.start : group.start + real] = loss[:real]
             gradient[group.start : group.start + real] = grads[:real]
     return losses, gradient
+
+
+_TRIALS = 8  # numbers of queries for which smaller groups are tried
+
+
+@lru_cache(maxsize=256)
+def _tried(layers: Layers, image: tuple[int, ...], own: bool) -> set[int]:
+    """Numbers of queries that have had their trial."""
+    return set()
+
+
+def _sizes(layers: Layers, image: tuple[int, ...], own: bool, n: int, dtype: torch.dtype, threads: int) -> tuple[int, ...]:
+    """:func:`_smaller_groups`, or none where the number of queries is another in every call: filling up costs less than so many trials."""
+    tried = _tried(layers, image, own)
+    if n not in tried and len(tried) >= _TRIALS:
+        return ()
+    tried.add(n)
+    return _smaller_groups(layers, image, own, n, dtype, threads)
 
 
 @lru_cache(maxsize=256)
@@ -353,10 +331,11 @@ def _smaller_groups(layers: Layers, image: tuple[int, ...], own: bool, n: int, d
     if parameters < 1000:
         return ()
     generator = torch.Generator().manual_seed(0)
-    weights, targets = torch.randn(models, parameters, generator=generator), torch.randn(models, n, 1, generator=generator)
+    kind: Any = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
+    weights, targets = torch.randn(models, parameters, **kind), torch.randn(models, n, 1, **kind)
     for slot in slots:
         weights[:, slot.offset : slot.stop] /= math.sqrt(math.prod(slot.shape[1:]))
-    queries = torch.randn(*((models,) if own else ()), n, *image, generator=generator)
+    queries = torch.randn(*((models,) if own else ()), n, *image, **kind)
 
     def run(size: int) -> tuple[Tensor, Tensor]:
         call = _Call(weights[:size], queries[:size] if own else queries, layers, shape=(models, slab), sizes=(size,))

@@ -3,7 +3,8 @@
 torch's fused sigmoid, silu, elu and tanh-gelu compute the elements that fill a vector register with one formula and the few
 left over at the end of a thread's share with another, which differs in the last bit. Which models those elements belong to
 depends on the place in the group, so a model's loss would depend on its neighbours. These are therefore built from operators without
-that seam (``exp``, ``expm1``, ``tanh``, ``erf``-gelu and correctly rounded arithmetic; a test runs them all at odd offsets).
+that seam (``exp``, ``expm1``, ``tanh``, ``erf``-gelu and correctly rounded arithmetic; a test runs them all at odd offsets). torch's
+``erf``-gelu is without it on contiguous memory alone, so a channels-last tensor is shown to it as what lies in memory.
 
     sigmoid s = 1 / (1 + exp(-x))        silu' = s (1 + x (1 - s))
     elu, celu = max(x, 0) + a expm1(min(x, 0) / b)   with b = 1 and b = a; derivative 1, or a / b exp(x / b) for x <= 0
@@ -51,6 +52,24 @@ def _tanh_of_gelu(x: Tensor) -> Tensor:
     return (x * x).mul_(_CUBE).add_(1).mul_(x).mul_(_C).tanh_()
 
 
+def _as_it_lies(x: Tensor) -> Tensor:
+    """A contiguous view of a dense channels-last tensor; any other as it is."""
+    return x.permute(0, 2, 3, 1) if x.ndim == 4 and not x.is_contiguous() else x
+
+
+def _gelu(x: Tensor) -> Tensor:
+    lies = _as_it_lies(x)
+    y = torch.nn.functional.gelu(lies.contiguous())
+    return y if lies is x else y.permute(0, 3, 1, 2)
+
+
+def _gelu_gradient(g: Tensor, x: Tensor) -> Tensor:
+    lies = _as_it_lies(x)
+    if lies is x:
+        return _gelu_backward(g.contiguous(), x.contiguous())
+    return _gelu_backward(g.permute(0, 2, 3, 1).contiguous(), lies.contiguous()).permute(0, 3, 1, 2)
+
+
 def forward(x: Tensor, act: Activation, owned: bool) -> tuple[Tensor, Tensor]:
     """``f(x)``, and what :func:`backward` wants to see: the result where the derivative can be read off it, else ``x``.
 
@@ -71,7 +90,7 @@ def forward(x: Tensor, act: Activation, owned: bool) -> tuple[Tensor, Tensor]:
         case "gelu":
             if act.approximate == "tanh":
                 return _tanh_of_gelu(x).add_(1).mul_(x).mul_(0.5), x
-            return torch.nn.functional.gelu(x), x
+            return _gelu(x), x
         case "leakyrelu":
             return _leaky_relu(x, act.parameter), x
         case "elu" | "celu":
@@ -95,7 +114,7 @@ def backward(g: Tensor, saved: Tensor, act: Activation) -> Tensor:
             return s.neg().add_(1).mul_(x).add_(1).mul_(s).mul_(g)
         case "gelu":
             if act.approximate != "tanh":
-                return _gelu_backward(g, x)
+                return _gelu_gradient(g, x)
             t = _tanh_of_gelu(x)
             slope = (x * x).mul_(3 * _CUBE).add_(1).mul_(_C)
             slope = (t * t).neg_().add_(1).mul_(slope).mul_(x)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cpu_layers import FlattenStep, PoolStep, Program, block, put
+from .cpu_layers import FlattenStep, PoolStep, Program, block, needs_sixteen, put
 from .cpu_pairs import PairedConvStep
 from .plan import Activation, Conv2d, Dropout, Layers, Linear, Pool2d, shapes
 
@@ -93,6 +93,8 @@ def blocked(program: Program) -> Program:
     steps = program.steps
     cut = in_blocks(tuple(step.layer for step in steps if not isinstance(step, FlattenStep)))  # type: ignore[attr-defined]
     if not cut or isinstance(steps[cut.start], PairedConvStep):  # which works on one model after another as it is
+        return program
+    if needs_sixteen(steps[cut.start].layer):  # type: ignore[attr-defined]
         return program
     size = program.crop
     for step in steps[: cut.start + 1]:

@@ -94,6 +94,11 @@ def _taken(waiting: deque[Callable[[], None]]) -> Callable[[], None] | None:
         return None
 
 
+def _flushes_denormals() -> bool:
+    """Whether numbers below 1e-38 are zero in this thread (``torch.set_flush_denormal``)."""
+    return float(torch.full((1,), 1e-30, dtype=torch.float32, device="cpu").mul_(1e-10)) == 0
+
+
 def run(jobs: Sequence[Callable[[], None]]) -> None:
     """Call every job once, in this thread and up to ``torch.get_num_threads() - 1`` others; returns when all are done.
 
@@ -106,10 +111,12 @@ def run(jobs: Sequence[Callable[[], None]]) -> None:
             job()
         return
     waiting = deque(jobs)
-    inference = torch.is_inference_mode_enabled()
+    inference, flushed = torch.is_inference_mode_enabled(), _flushes_denormals()
 
     def work() -> None:
         try:
+            if _flushes_denormals() != flushed:  # which belongs to a thread, as the modes do
+                torch.set_flush_denormal(flushed)
             with torch.inference_mode(inference):
                 while (job := _taken(waiting)) is not None:
                     job()
@@ -121,7 +128,12 @@ def run(jobs: Sequence[Callable[[], None]]) -> None:
         if len(jobs) > 1:
             # OpenMP's threads spin for milliseconds after torch's last call, on the cores that the others are to run on
             found.rest(1)
-        others = [_pool().submit(work) for _ in range(min(threads, len(jobs)) - 1)]
+        others = []
+        try:
+            for _ in range(min(threads, len(jobs)) - 1):
+                others.append(_pool().submit(work))
+        except RuntimeError:
+            pass  # no thread can be started any more: the interpreter is on its way out, or the system refuses. This one does it all
         try:
             work()
         finally:

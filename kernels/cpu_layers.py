@@ -74,6 +74,12 @@ def bias_gradient(g: Tensor, models: int) -> Tensor:
     return _avg_pool(column, [q, 1], [1, 1], [0, 0], False, False, 1).view(models, -1)
 
 
+def needs_sixteen(layer: Layer) -> bool:
+    """Whether torch gives a slab of this layer to another library where it has fewer than 16 images: 1 x 1 kernels without stride and one
+    thread. A model's bits depend on its place there, as they do with a single image of any other convolution."""
+    return isinstance(layer, Conv2d) and layer.kernel_size == (1, 1) and layer.stride == (1, 1)
+
+
 def _padded(size: int) -> int:
     """The next multiple of 8: then slices of batched operands and results begin on 16 bytes in every dtype used here."""
     return -size % 8 + size
@@ -102,7 +108,7 @@ class ConvStep:
     def forward(self, x: Tensor, packed: Packed, models: int) -> tuple[Tensor, Any]:
         conv = self.layer
         y = convolution(
-            x, *packed, conv.stride, conv.padding, conv.dilation, False, (0, 0), self._groups(models)
+            x, *packed, conv.stride, conv.padding, conv.spacing, False, (0, 0), self._groups(models)
         )
         return y, x
 
@@ -112,7 +118,7 @@ class ConvStep:
     def _backward(self, g: Tensor, x: Any, weight: Tensor, rows: Tensor, fresh: bool, input_gradient: bool) -> Tensor | None:
         conv, models = self.layer, rows.shape[0]
         gx, gw, _ = convolution_backward(
-            g, x, weight, None, conv.stride, conv.padding, conv.dilation, False, (0, 0), self._groups(models),
+            g, x, weight, None, conv.stride, conv.padding, conv.spacing, False, (0, 0), self._groups(models),
             (input_gradient, True, False),
         )  # fmt: skip
         put(rows, self.weight, gw, fresh)
@@ -204,7 +210,7 @@ class PoolStep:
         if self.bias is not None:
             put(rows, self.bias, bias_gradient(g, rows.shape[0]), fresh)
         # The operators look at their "input" for its shape and layout alone, so the output may stand in for it.
-        gx = torch.empty(shape, dtype=g.dtype, memory_format=CHANNELS_LAST)
+        gx = torch.empty(shape, dtype=g.dtype, device=g.device, memory_format=CHANNELS_LAST)
         if pool.mode == "avg":
             return _avg_pool_backward(g, gx, pool.kernel_size, pool.stride, (0, 0), False, True, None, grad_input=gx)
         return _max_pool_backward(g, gx, pool.kernel_size, pool.stride, (0, 0), (1, 1), False, indices, grad_input=gx)
@@ -259,6 +265,7 @@ class Program:
     outputs: int
     parameters: int
     first: int  # index of the first step with parameters
+    fewest: int = 2  # images of a slab
 
 
 def _canonical(layers: Layers) -> list[tuple[Layer, Slot | None, Slot | None]]:
@@ -285,7 +292,7 @@ def _needed(layers: Sequence[Layer], sizes: Sequence[tuple[int, ...]]) -> tuple[
             if layer.padding != (0, 0):  # padding belongs at the image's true edge
                 need = full
                 continue
-            reach = (d * (k - 1) + 1 for d, k in zip(layer.dilation, layer.kernel_size, strict=True))
+            reach = (d * (k - 1) + 1 for d, k in zip(layer.spacing, layer.kernel_size, strict=True))
             need = (full[0], *((n - 1) * s + r for n, s, r in zip(need[1:], layer.stride, reach, strict=True)))
         elif isinstance(layer, (Flatten, Linear)):
             need = full
@@ -330,4 +337,5 @@ def compile_program(layers: Layers, input_shape: tuple[int, ...], own_queries: b
             steps.append(FlattenStep(sizes[i], shared))
         else:
             raise Unplannable(f"layer {layer!r}: unknown kind")
-    return Program(tuple(steps), crop, sizes[-1][0], sum(w.size + (b.size if b else 0) for _, w, b in kept if w), first)
+    fewest = 16 if any(needs_sixteen(layer) for layer in order) else 2
+    return Program(tuple(steps), crop, sizes[-1][0], sum(w.size + (b.size if b else 0) for _, w, b in kept if w), first, fewest)

@@ -58,7 +58,7 @@ class PairedConvStep(ConvStep):
 
     def _geometry(self) -> tuple[Any, ...]:
         conv = self.layer
-        return (conv.stride[0], 2), conv.padding, conv.dilation, False, (0, 0), 1
+        return (conv.stride[0], 2), conv.padding, conv.spacing, False, (0, 0), 1
 
     def forward(self, x: Tensor, packed: Packed, models: int) -> tuple[Tensor, Any]:
         out = self.weight.shape[0]
@@ -112,7 +112,7 @@ def paired(program: Program, own_queries: bool) -> Program:
         if isinstance(step, FlattenStep):
             break
         before, size = size, shapes((step.layer,), size)[-1]  # type: ignore[attr-defined]
-        if not isinstance(step, ConvStep) or step.layer.groups != 1 or step.layer.dilation != (1, 1):
+        if not isinstance(step, ConvStep) or step.layer.groups != 1 or step.layer.spacing != (1, 1):
             continue
         conv = step.layer
         if i == 0 and own_queries:

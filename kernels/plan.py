@@ -44,6 +44,12 @@ class Conv2d:
     def weight_shape(self) -> tuple[int, ...]:
         return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
 
+    @property
+    def spacing(self) -> Pair:
+        """Pixels from tap to tap: the dilation, but 1 along an axis with a single tap, where it means nothing. oneDNN's channels-last
+        convolutions (torch 2.13) end the process for some images if they are told another dilation there."""
+        return tuple(d if k > 1 else 1 for d, k in zip(self.dilation, self.kernel_size, strict=True))  # type: ignore[return-value]
+
 
 @dataclass(frozen=True)
 class Linear:

@@ -49,7 +49,7 @@ def forward_one(weights: Tensor, queries: Tensor, layers: Layers) -> Tensor:
             weight = weights[slots.weight.offset : slots.weight.stop].view(slots.weight.shape)
             bias = None if slots.bias is None else weights[slots.bias.offset : slots.bias.stop]
         if isinstance(layer, Conv2d):
-            x = F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+            x = F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.spacing, layer.groups)
         elif isinstance(layer, Linear):
             x = F.linear(x, weight, bias)
         elif isinstance(layer, Pool2d):
@@ -94,7 +94,7 @@ def forward_grouped(weights: Tensor, queries: Tensor, layers: Layers) -> Tensor:
         if isinstance(layer, Conv2d):
             x = F.conv2d(
                 x.reshape(n, -1, *x.shape[-2:]), weight.reshape(k * layer.out_channels, *layer.weight_shape[1:]),
-                None if bias is None else bias.reshape(-1), layer.stride, layer.padding, layer.dilation, k * layer.groups,
+                None if bias is None else bias.reshape(-1), layer.stride, layer.padding, layer.spacing, k * layer.groups,
             )
             x = x.view(n, k, layer.out_channels, *x.shape[-2:])
         elif isinstance(layer, Linear):

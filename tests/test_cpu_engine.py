@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -381,6 +382,13 @@ def test_activations_round_every_element_alike(function: str, parameter: float) 
         part, kept = cpu_activations.forward(x[start:stop].clone(), act, owned=False)
         assert torch.equal(part, y[start:stop])
         assert torch.equal(cpu_activations.backward(g[start:stop].clone(), kept, act), gx[start:stop])
+    # channels-last, as convolutions leave it, whatever is left over at the end
+    for shape in ((3, 48, 7, 9), (2, 5, 3, 3), (5, 16, 1, 1)):
+        size = math.prod(shape)
+        image, back = (t[:size].view(shape[0], *shape[2:], shape[1]).permute(0, 3, 1, 2) for t in (x.clone(), g.clone()))
+        made, kept = cpu_activations.forward(image, act, owned=False)
+        assert torch.equal(made.permute(0, 2, 3, 1).flatten(), y[:size])
+        assert torch.equal(cpu_activations.backward(back, kept, act).permute(0, 2, 3, 1).flatten(), gx[:size])
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -414,13 +422,126 @@ def test_two_columns_at_once_are_the_plain_convolution(name: str, own: bool, mon
     """Narrow layers run in pairs of columns; without, gradients are the same to rounding."""
     weights, queries, targets, layers = _case(NETS[name], 5, 6, own)
     losses, gradient = cpu.loss_and_gradient(weights, queries, targets, layers, "mse")
-    kinds = {type(step).__name__ for step in cpu._program(layers, NETS[name][1], own).steps}
+    kinds = {type(step).__name__ for step in cpu._program(layers, NETS[name][1], own, True).steps}
     assert "NarrowConvStep" in kinds
     assert ("PairedConvStep" in kinds) == (own and name != "cnn")  # one channel is left to the grouped convolution
-    monkeypatch.setattr(cpu, "_program", cpu.compile_program)
+    monkeypatch.setattr(cpu, "_program", lambda layers, shape, own, _: cpu.compile_program(layers, shape, own))
     values, plain = cpu.loss_and_gradient(weights, queries, targets, layers, "mse")
     torch.testing.assert_close(losses, values, rtol=1e-5, atol=1e-7)
     _assert_close(gradient, plain.double(), layers)
+
+
+ONE_BY_ONE: Net = (_conv("c", 6, 5, 1), Flatten("f"), Linear("l", 320, 5)), (6, 8, 8)
+INNER_ONE: Net = (_conv("c", 3, 4, 3), Activation("a", "gelu"), _conv("d", 4, 5, 1), Flatten("f"), Linear("l", 5 * 36, 5)), (3, 8, 8)
+ODD_GELU: Net = (_conv("c", 1, 4, 3), Activation("a", "gelu"), Flatten("f"), Linear("l", 4 * 7 * 7, 3)), (1, 9, 9)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own-queries"])
+@pytest.mark.parametrize("n", [2, 3, 4, 15, 17])
+@pytest.mark.parametrize("net", [ONE_BY_ONE, INNER_ONE, ODD_GELU], ids=["one-by-one", "inner", "gelu"])
+def test_few_images_have_the_same_bits_alone_and_in_company(net: Net, n: int, own: bool) -> None:
+    """Where torch would give a call to another library for its few images, or round the last elements of a tensor another way."""
+    for threads in (1, 2):
+        with _threads(threads):
+            for j in range(8):
+                _equal(net, own, 8, n, lambda _, j=j: torch.tensor([j]))  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("conv", "image"),
+    [
+        (_conv("c", 2, 1, (3, 1), stride=(1, 2), padding=(0, 1), dilation=(1, 2)), (2, 7, 1)),
+        (_conv("c", 1, 3, 1, stride=(3, 3), padding=(1, 1), dilation=(3, 3)), (1, 2, 2)),
+    ],
+    ids=["column", "point"],
+)
+def test_a_dilation_between_taps_that_are_not_there(conv: Conv2d, image: tuple[int, ...]) -> None:
+    """It means nothing, and oneDNN's channels-last path ends the process for it."""
+    outputs = math.prod(shapes((conv,), image)[-1])
+    layers: Layers = (conv, Flatten("f"), Linear("l", outputs, 3))
+    weights, queries, targets, _ = _case((layers, image), 3, 5)
+    losses, gradient = cpu.loss_and_gradient(weights, queries, targets, layers, "mse")
+    rows = weights.double().requires_grad_()
+    size = math.prod(conv.weight_shape)
+    values = []
+    for row, wanted in zip(rows, targets.double()):
+        x = torch.nn.functional.conv2d(
+            queries.double(), row[:size].view(conv.weight_shape), row[size : size + conv.out_channels], conv.stride, conv.padding, conv.dilation
+        )
+        rest = row[size + conv.out_channels :]
+        y = x.flatten(1) @ rest[: 3 * outputs].view(3, outputs).T + rest[3 * outputs :]
+        values.append((y - wanted).square().sum() / 10)
+    torch.testing.assert_close(losses.double(), torch.stack(values), rtol=1e-5, atol=1e-6)
+    torch.stack(values).sum().backward()
+    assert rows.grad is not None
+    torch.testing.assert_close(gradient.double(), rows.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_no_queries_are_a_mean_of_nothing(threads: int) -> None:
+    weights, queries, targets, layers = _case(NETS["cnn"], 3, 4)
+    with _threads(threads):
+        losses, gradient = cpu.loss_and_gradient(weights, queries[:0], targets[:, :0], layers, "mse")
+    assert bool(losses.isnan().all())
+    assert not bool(gradient.any())
+
+
+def test_defaults_of_the_process_change_nothing() -> None:
+    weights, queries, targets, layers = _case(NETS["cnn"], 3, 5)
+    wanted = cpu.loss_and_gradient(weights, queries, targets, layers, "mse")
+    for cache in (cpu._smaller_groups, cpu._tried):
+        cache.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = cpu.loss_and_gradient(weights, queries, targets, layers, "mse")
+        with torch.device("meta"):
+            again = cpu.loss_and_gradient(weights, queries, targets, layers, "mse")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, found, wanted))
+    assert all(map(torch.equal, again, wanted))
+
+
+def test_numbers_of_queries_that_never_come_again_have_no_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = NETS["cnn"][0]
+    cpu._tried.cache_clear()
+    asked: list[int] = []
+    inner = cpu._smaller_groups
+    monkeypatch.setattr(cpu, "_smaller_groups", lambda *a: asked.append(a[3]) or inner(*a))
+    for n in range(3, 3 + 2 * cpu._TRIALS):
+        weights, queries, targets, _ = _case(NETS["cnn"], 9, n)
+        losses, _ = cpu.loss_and_gradient(weights, queries, targets, layers, "mse")
+        alone, _ = cpu.loss_and_gradient(weights[8:], queries, targets[8:], layers, "mse")
+        assert torch.equal(losses[8:], alone)
+    assert set(asked) == set(range(3, 3 + cpu._TRIALS))
+    cpu._tried.cache_clear()
+
+
+LAST_WORDS = """
+import threading, torch
+from wslfast import Architecture, batched_behavioral_loss
+torch.set_num_threads(2)
+arch = Architecture.cnn()
+w = arch.initial_weights(["kaiming_uniform"] * 24, range(24))
+q = torch.rand(40, 1, 28, 28)
+first = batched_behavioral_loss(w, w.flip(0), q, arch, reduction="none")
+torch.set_flush_denormal(True)
+tiny = w * 1e-13
+flushed = [batched_behavioral_loss(tiny, w, q, arch, reduction="none") for _ in range(6)]
+assert all(torch.equal(f, flushed[0]) for f in flushed)
+torch.set_flush_denormal(False)
+def late():
+    threading.main_thread().join()
+    assert torch.equal(batched_behavioral_loss(w, w.flip(0), q, arch, reduction="none"), first)
+    print("the same")
+threading.Thread(target=late).start()
+"""
+
+
+def test_after_the_main_thread_and_without_denormals() -> None:
+    """A worker has its caller's treatment of denormals, and nobody is needed to help."""
+    done = subprocess.run([sys.executable, "-c", LAST_WORDS], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "the same\n", "")
 
 
 def test_any_function_of_the_outputs_is_a_criterion() -> None:

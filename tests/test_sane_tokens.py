@@ -26,6 +26,7 @@ from wslfast.sane import (
     permutation_spec_from_axes_to_perm,
     permute_model_vector,
     precompute_permutations,
+    printProgressBar,
     resnet18_permutation_spec,
     resnet34_permutation_spec,
     resnet50_permutation_spec,
@@ -297,3 +298,9 @@ def test_models_are_decoded_whole_and_by_windows() -> None:
     reset = sample_models(ae, wider, 2, anchors, pos, shape, "joint", 2, False, True)
     assert reset[0]["module_list.11.weight"].shape == (13, 20)
     assert not torch.equal(reset[0]["module_list.11.weight"], reset[1]["module_list.11.weight"])
+
+
+def test_a_line_of_progress(capsys: pytest.CaptureFixture[str]) -> None:
+    printProgressBar(1, 4, "load", "of it", decimals=0, length=8, fill="#")
+    printProgressBar(4, 4, length=3, fill="#")
+    assert capsys.readouterr().out == "\rload |##------| 25% of it\r\r |###| 100.0% \r\n"

@@ -60,7 +60,7 @@ class Unit:
             x = F.pad(x, (right, right, down, down)) if down or right else x
             x = x.permute(0, 2, 3, 1).contiguous()
             image, line, pixel = x.stride()[:3]
-            (sy, sx), (dy, dx) = layer.stride, layer.dilation
+            (sy, sx), (dy, dx) = layer.stride, layer.spacing
             windows = x.as_strided(
                 (len(x), *self.outputs[1:], height, size, x.shape[3]), (image, sy * line, sx * pixel, dy * line, dx * pixel, 1)
             )

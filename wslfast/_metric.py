@@ -107,7 +107,7 @@ def _one_model(row: Tensor, queries: Tensor, architecture: Architecture, chunk: 
 def _moment(x: Tensor, layer: Layer) -> Tensor:
     """``[width, width]`` float64 of one batch of inputs."""
     if isinstance(layer, Conv2d):
-        patches = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # [n, C * kh * kw, positions]
+        patches = F.unfold(x, layer.kernel_size, layer.spacing, layer.padding, layer.stride)  # [n, C * kh * kw, positions]
         patches = patches.unflatten(1, (layer.groups, -1))  # a row of a grouped convolution sees its own group's channels
         rows = patches.permute(0, 1, 3, 2).flatten(0, 2)
     else:

@@ -72,7 +72,9 @@ def choose(architecture: Architecture, device: str, dtype: torch.dtype, backend:
 
 @lru_cache(maxsize=64)
 def _cpu_plans(architecture: Architecture) -> bool:
-    return cpu.supports(torch.zeros(1, architecture.num_weights), torch.zeros(1, *architecture.input_shape), architecture.layers)
+    sizes = (architecture.num_weights,), architecture.input_shape
+    weights, query = (torch.zeros(1, *size, dtype=torch.float32, device="cpu") for size in sizes)
+    return cpu.supports(weights, query, architecture.layers)
 
 
 def _why_not_triton(architecture: Architecture, device: str, dtype: torch.dtype) -> str | None:

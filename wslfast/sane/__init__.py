@@ -14,6 +14,7 @@ from __future__ import annotations
 from .autoencoder import AE
 from .behavior import DistillationLoss, ReconDistillationLoss
 from .checkpoints import (
+    printProgressBar,
     test_checkpoint_for_nan,
     test_checkpoint_with_threshold,
     tokenize_checkpoint,
@@ -72,6 +73,7 @@ __all__ = [
     "permutation_spec_from_axes_to_perm",
     "permute_model_vector",
     "precompute_permutations",
+    "printProgressBar",
     "report",
     "resnet18_permutation_spec",
     "resnet34_permutation_spec",

@@ -114,6 +114,17 @@ def test_checkpoint_with_threshold(checkpoint: Checkpoint, threshold: float) -> 
     return not math.isinf(threshold) and any(bool((value.abs() > threshold).any()) for value in checkpoint.values())
 
 
+def printProgressBar(
+    iteration: int, total: int, prefix: str = "", suffix: str = "", decimals: int = 1, length: int = 100, fill: str = "█",
+    printEnd: str = "\r",
+) -> None:  # fmt: skip
+    """A line of progress on standard output, ``length`` characters of bar, ended with ``printEnd`` (a new line at the end)."""
+    share, done = iteration / total, length * iteration // total
+    print(f"\r{prefix} |{fill * done}{'-' * (length - done)}| {100 * share:.{decimals}f}% {suffix}", end=printEnd)
+    if iteration == total:
+        print()
+
+
 # pytest takes their names for tests
 test_checkpoint_for_nan.__test__ = test_checkpoint_with_threshold.__test__ = False  # type: ignore[attr-defined]
 
