@@ -261,6 +261,9 @@ def test_the_clock_goes_on_where_a_killed_cell_stopped(tmp_path: Path, monkeypat
         ('zoo = "z"\n[variants]\na = 3', "variants: expected tables"),
         ('zoo = "z"\nvariants = 3', "variants: expected a dict"),
         ('zoo = "z"\n[variants.a]\nsemantics = 3', "semantics: expected a name"),
+        ("seeds = [{a = 1}]\nzoo = 'z'\n[axis]\nbeta = [1]", "seeds: expected integers"),
+        ("[zoo]\ndataset = 3\n[axis]\nbeta = [1]", "zoo: dataset: expected str"),
+        ("[zoo]\nmodels = 2.5\n[axis]\nbeta = [1]", "zoo: models: expected int"),
     ],
 )
 def test_a_bad_file_is_one_clear_error(tmp_path: Path, text: str, words: str) -> None:
@@ -279,6 +282,10 @@ def test_what_only_running_can_tell_is_told_before_training(tmp_path: Path, zoo:
     absent = Ablation.from_toml(write(tmp_path / "a.toml", tmp_path / "none", "[axis]\nbeta = [1]"))
     with pytest.raises(WslfastError, match="none"):
         run_ablation(absent, tmp_path)
+    for axis, words in (('query_set = ["data", "nofile.npz"]', "nofile.npz"), ('device = ["cpu", "cuda:99"]', "does not have it")):
+        late = Ablation.from_toml(write(tmp_path / "a.toml", zoo, f"[axis]\n{axis}"))
+        with pytest.raises(WslfastError, match=words):
+            run_ablation(late, tmp_path)
     (tmp_path / "t.csv").write_text("zoo,variant\na,b\n")
     with pytest.raises(WslfastError, match="missing"):
         read_rows(tmp_path / "t.csv")
@@ -292,6 +299,13 @@ def test_a_zoo_that_a_file_describes_is_built_once(tmp_path: Path) -> None:
     before = (folder / "manifest.json").stat().st_mtime_ns
     run_ablation(Ablation.from_toml(tmp_path / "a.toml"), tmp_path / "out")
     assert (folder / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_values_that_are_told_apart_have_names_that_are(tmp_path: Path, zoo: Path) -> None:
+    text = '[axis]\nlr = [1.2345678e-4, 1.2345679e-4]\nquery_set = ["my file.npz", "data"]'
+    ablation = Ablation.from_toml(write(tmp_path / "a.toml", zoo, text))
+    assert len(ablation.variants) == 4
+    assert sorted({ablation.value(v).split("*")[1] for v in ablation.variants}) == ["data", "my_file.npz"]
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)

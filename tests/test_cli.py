@@ -190,6 +190,7 @@ def test_a_quick_evaluation_of_digits_and_its_report(tmp_path: Path, shell: Shel
     page = (out / "report.html").read_text()
     assert "CIFAR-10" in page
     again = shell("evaluate", "--zoo", zoo, *runs, "--out", out, "--quick")
+    assert json.loads(shell("evaluate", "--zoo", zoo, *runs, "--out", out, "--quick", "--json"))["digits S 0"]["agreement"] > 0
     assert again.count("there already") == text.count("- digits: ") - text.count("training")
     (out / "report.html").unlink()
     shell("report", "--out", out)

@@ -223,3 +223,10 @@ def test_analyse_writes_rows_and_figures(tmp_path: Path) -> None:
     swept = [r for r in table if r["direction"] == "random" and r["metric"] == "ratio"]
     assert [float(r["magnitude"]) for r in swept] == [0.01, 0.1]
     assert {r["models"] for r in swept} == {"2"}
+    # another run's rows stand beside it; the same run's take its place
+    analyse(tmp_path / "run", tmp_path / "out", GradientSettings(models=2, queries=4, magnitudes=(0.01,)), name="again")
+    analyse(tmp_path / "run", tmp_path / "out", GradientSettings(models=1, queries=4, magnitudes=(0.01,)), name="again")
+    with (tmp_path / "out" / "gradients.csv").open(newline="") as file:
+        both = list(csv.DictReader(file))
+    assert [r for r in both if r["variant"] == "run"] == table
+    assert {r["models"] for r in both if r["variant"] == "again"} == {"1"}

@@ -81,6 +81,11 @@ def _page(folder: Path) -> str:
     return report(folder).read_text()
 
 
+def _page_of(folder: Path) -> str:
+    """Drawn from the folder as it is."""
+    return report(folder).read_text()
+
+
 def _text(page: str) -> str:
     return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", re.sub(r"<(svg|style).*?</\1>", " ", page, flags=re.DOTALL)))
 
@@ -147,6 +152,37 @@ def test_goals_are_met_or_missed_in_words(tmp_path: Path, undrawn: None) -> None
     # shares above 55 % do not count; S alone is below
     assert re.search(r"Agreement at least 95 % of images missed 51\.3 % S ", text)
     assert re.search(r"missed 0\.51 against 0\.42 S: mean token ", text)  # better, but within the spread of 0.1
+
+
+def test_a_collapse_that_gains_accuracy_keeps_none(tmp_path: Path, undrawn: None) -> None:
+    folder = _folder(tmp_path)
+    rows = (folder / "rows.csv").read_text().splitlines(keepends=True)
+    changed = [("digits,S,0,accuracy_change,0.35,0.35,0.05\n" if r.startswith("digits,S,0,accuracy_change") else r) for r in rows]
+    assert changed != rows
+    others = [r for r in changed if "accuracy_change," not in r or ",S,0," in r]
+    (folder / "rows.csv").write_text("".join(others))
+    assert re.search(r"median change within 1 point missed \+35\.0 points S ", _text(_page_of(folder)))
+
+
+def test_the_goal_at_40_per_cent_is_against_the_metric_code(tmp_path: Path, undrawn: None) -> None:
+    folder = _folder(tmp_path)
+    more = [("adaptive-40", 0.83), ("linear-metric-40", 0.72), ("adaptive-55", 0.99)]
+    with (folder / "rows.csv").open("a") as file:
+        for variant, value in more:
+            share = int(variant[-2:]) / 100
+            file.write(f"digits,{variant},0,agreement,{value},{value},0.1\ndigits,{variant},0,latent_share,{share},{share},\n")
+    facts = json.loads((folder / "report.json").read_text())
+    facts["variants"] += [{"zoo": "digits", "variant": v, "seed": 0, "kind": "code"} for v, _ in more]
+    (folder / "report.json").write_text(json.dumps(facts))
+    assert re.search(r"10 points above the metric code met 83\.0 against 72\.0 % adaptive-40 ", _text(_page_of(folder)))
+
+
+def test_names_inside_figures_are_one_figures_own(tmp_path: Path) -> None:
+    page = _page(_folder(tmp_path))
+    names = re.findall(r'\bid="([^"]+)"', page)
+    assert len(names) == len(set(names))
+    for link in re.findall(r'xlink:href="#([^"]+)"|url\(#([^)]+)\)', page):
+        assert (link[0] or link[1]) in set(names)
 
 
 def test_rows_alone_make_a_page(tmp_path: Path, undrawn: None) -> None:

@@ -198,6 +198,60 @@ def test_wrong_runs(root: Path, tmp_path: Path, runs: list[str], words: str) -> 
     assert not (tmp_path / "out").exists()
 
 
+def test_runs_that_would_take_each_others_place_are_refused(root: Path, tmp_path: Path) -> None:
+    for name in ("other/S+B-seed7", "zoo", "linear-40"):  # the first was trained with seed 0, as S+B-seed0 was
+        shutil.copytree(root / "S+B-seed0", tmp_path / name)
+    for runs, words in (
+        ([root / "S+B-seed0", tmp_path / "other" / "S+B-seed7"], r"S\+B, seed 0 more than once"),
+        ([tmp_path / "zoo"], "zoo: the page calls baselines so"), ([tmp_path / "linear-40"], "linear-40: the page calls"),
+    ):  # fmt: skip
+        with pytest.raises(WslfastError, match=words):
+            study(root / "zoo", runs, tmp_path / "out", protocol=TINY)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_code_is_sampled_whichever_call_came_first(root: Path, tmp_path: Path, undrawn: None) -> None:
+    share = load_run(root / "S").autoencoder.latent_numbers / Bench(root / "zoo", TINY).architecture.num_weights
+    few = replace(TINY, shares=(share,), refine_steps=0)
+    first = _work(root, tmp_path / "out", few)
+    first.codes(round(share * first.bench.architecture.num_weights), new=False)
+    name = f"linear-{round(100 * share)}"
+    unit = read_unit(unit_path(tmp_path / "out", "stripes.npz", name, 0))
+    assert unit is not None
+    assert "generated_accuracy" not in unit.metrics
+    _said(root, tmp_path / "out", ["S"], protocol=few)
+    assert read_results(tmp_path / "out").value("stripes.npz", name, "generated_accuracy")
+    said = _said(root, tmp_path / "out", ["S"], protocol=few)
+    assert all("there already" in line for line in said)
+
+
+def test_what_was_measured_with_other_sizes_is_left_off_the_page(root: Path, tmp_path: Path, undrawn: None) -> None:
+    _said(root, tmp_path / "out", ["S"])
+    said = _said(root, tmp_path / "out", ["S+B-seed0"], protocol=replace(TINY, models=4))
+    assert "stripes.npz: left out, as they were measured with other sizes: S" in said
+    assert read_results(tmp_path / "out").variants("stripes.npz", "run") == ["S+B"]
+
+
+def test_a_model_that_overflows_is_no_feature_and_no_anchor(root: Path, tmp_path: Path, undrawn: None) -> None:
+    zoo = load_zoo(root / "zoo")
+    weights = zoo.weights.clone()
+    splits = zoo.properties["split"]
+    for split in ("train", "test"):
+        row = splits.index(split)
+        weights[row] = 9000 * weights[row].sign()
+    record = {**read_manifest(root / "zoo").provenance}
+    save_zoo(Population(zoo.architecture, weights, zoo.properties), tmp_path / "zoo", splits=splits, provenance=record)
+    study(tmp_path / "zoo", [root / "S"], tmp_path / "out", protocol=replace(TINY, models=100), zero_layer=False)
+    found = read_results(tmp_path / "out")
+    (name,) = (v for v in found.variants("stripes.npz", "code") if v.startswith("adaptive"))
+    assert found.value("stripes.npz", name, "probe_r2_whole")
+    assert found.value("stripes.npz", name, "non_finite") == [1]
+
+
+def _work(root: Path, out: Path, protocol: Protocol) -> Any:
+    return module._Work(Bench(root / "zoo", protocol), out, lambda _: None)
+
+
 def test_probe_spread_is_that_of_resampled_models(root: Path) -> None:
     bench = Bench(root / "zoo", replace(TINY, models=100))
     features = {s: p.weights[:, :4] for s, p in bench.splits.items()}

@@ -47,3 +47,9 @@ def check_device(device: torch.device | str) -> torch.device:
     there = found.type == "cpu" or (torch.cuda.is_available() and (found.index or 0) < torch.cuda.device_count())
     require(there, f"device: {device!r} was asked for, and this machine does not have it")
     return found
+
+
+def check_seed(seed: Any, name: str = "seed") -> int:
+    """The seed, if torch's and numpy's generators take it. Raises WslfastError otherwise."""
+    require(type(seed) is int and 0 <= seed < 1 << 63, f"{name}: expected an integer from 0 to 2^63 - 1, got {seed!r}")
+    return int(seed)

@@ -14,7 +14,7 @@ from . import _images
 from ._files import write_atomically
 from .architecture import Architecture
 from .behavior import batched_forward
-from .errors import WslfastError, describe, require
+from .errors import WslfastError, check_seed, describe, require
 from .population import Population
 
 SYNTHETIC = ("uniform", "noise", "smooth", "strokes", "blend", "optimised")
@@ -113,17 +113,18 @@ def synthetic_queries(
         kind: ``"uniform"`` U[0, 1), the published code's ``random``; the others have mean 0 and standard deviation 1 a channel:
             ``"noise"`` white; ``"smooth"`` noise with a spectrum like that of photographs; ``"strokes"`` curves of a soft pen;
             ``"blend"`` strokes over smooth noise; ``"optimised"`` smooth noise, strokes and blends, altered until the models of
-            ``population`` disagree most, and distilled to the n that leave the least of the disagreement unsaid.
+            ``population`` disagree most, and distilled to the n that leave the least of the disagreement unsaid (their mean and
+            deviation are near those of what they were chosen from).
         population: models to disagree, for ``"optimised"`` alone: weights, never images.
         steps: of the ascent, for ``"optimised"``.
-        seed: of everything drawn.
+        seed: of everything drawn, 0 to 2^63 - 1.
 
     Raises:
         WslfastError: naming the argument, what was expected and what came.
     """
     require(kind in SYNTHETIC, f"kind: expected one of {SYNTHETIC}, got {kind!r}")
     require(isinstance(n, int) and not isinstance(n, bool) and n >= 1, f"n: expected a positive integer, got {n!r}")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(check_seed(seed))
     if kind != "optimised":
         return _images.draw(kind, n, architecture.input_shape, generator)
     require(isinstance(population, Population), f"population: expected the models that have to disagree, got {describe(population)}")

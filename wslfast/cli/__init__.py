@@ -96,6 +96,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     except WslfastError as error:
         print(f"wslfast: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "allocate memory" not in str(error) and "not enough memory" not in str(error):
+            raise
+        print(f"wslfast: not enough memory: {str(error)[:200]}", file=sys.stderr)
+        raise SystemExit(2) from None
     except BrokenPipeError:  # the reader, say `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None

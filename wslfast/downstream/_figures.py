@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import re
@@ -225,7 +226,10 @@ def _to_svg(figure: Figure) -> str:
     svg = buffer.getvalue()
     # inside HTML the prolog and metadata are noise, and the namespaces are implied
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    return re.sub(r'\s(xmlns(:xlink)?)="[^"]*"', "", svg, count=2)
+    svg = re.sub(r'\s(xmlns(:xlink)?)="[^"]*"', "", svg, count=2)
+    # every figure calls its parts axes_1 and so on; in one page names must differ, and the same figure must give the same text
+    mark = hashlib.sha256(svg.encode()).hexdigest()[:8]
+    return re.sub(r'((?:\bid="|xlink:href="#|url\(#))', rf"\g<1>f{mark}-", svg)
 
 
 def _small_multiples(compared: Compared, draw: Callable[[Axes, Reconstruction, str], None], x: str, y: str, height: float) -> str:

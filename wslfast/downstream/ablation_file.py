@@ -71,10 +71,13 @@ class Ablation:
         if isinstance(zoo, dict):
             wrong = sorted(set(zoo) - set(_ZOO_KEYS))
             require(not wrong, f"zoo: unknown keys {wrong}; known: {list(_ZOO_KEYS)}")
+            for key, value in zoo.items():
+                wanted: type = str if key in ("dataset", "grid") else int
+                require(type(value) is wanted, f"zoo: {key}: expected {wanted.__name__}, got {value!r}")
         axis, variants = _variants(values, base)
         seeds, seconds = tuple(values.get("seeds", (0, 1, 2))), values.get("seconds")
+        require(all(type(s) is int and 0 <= s < 1 << 63 for s in seeds), f"seeds: expected integers from 0 to 2^63 - 1, got {list(seeds)}")
         require(len(seeds) > 0 and len(set(seeds)) == len(seeds), f"seeds: expected distinct integers, got {list(seeds)}")
-        require(all(type(s) is int and s >= 0 for s in seeds), f"seeds: expected integers >= 0, got {list(seeds)}")
         require(values.get("split", "test") in ("test", "val"), f"split: expected test or val, got {values.get('split')!r}")
         require(values.get("clock", "wall") in ("wall", "process"), f"clock: expected wall or process, got {values.get('clock')!r}")
         number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and 0 < seconds < float("inf")
@@ -123,4 +126,9 @@ def _variants(values: Mapping[str, Any], base: Mapping[str, Any]) -> tuple[str, 
 
 
 def _text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+    """A value in a variant's name: as short as it can be told from others, without the spaces that part settings."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+    return str(value).replace(" ", "_")

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .._files import write_text
-from ..errors import WslfastError, require
+from ..errors import WslfastError, check_device, require
 from ..population import Population
 from ..training import TrainConfig, load_run, train
 from ..training.checkpoint import checkpoint_path, load_checkpoint
@@ -133,6 +133,13 @@ def run_ablation(
     data = _Data(folder, ablation.split)
     rows: list[Row] = []
     cells = [(seed, name) for seed in ablation.seeds for name in ablation.variants]
+    for seed, name in cells:  # what is wrong with the last is said before the first is trained
+        try:
+            system, config = settings_of(ablation, name, str(folder), seed)
+            check_device(config.device)
+            _key(data.digest, system, config, ablation)
+        except WslfastError as error:
+            raise WslfastError(f"ablation {ablation.name}: {name}: {error}") from None
     for number, (seed, name) in enumerate(cells, 1):
         system, config = settings_of(ablation, name, str(folder), seed)
         key = _key(data.digest, system, config, ablation)

@@ -125,10 +125,18 @@ class Bench:
         """Training models' weights with channels in a canonical order."""
         return sorted_channels(self.train.weights, self.architecture)
 
+    @property
+    def _sizes(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self.protocol).items() if not name.startswith("refine_")}  # they name theirs
+
+    @property
+    def sizes(self) -> str:
+        """Digest of the protocol, so that what was measured with another is told apart."""
+        return fingerprint(VERSION, self._sizes)
+
     def fingerprint(self, *parts: Any) -> str:
         """Of a unit on this zoo: the protocol, the zoo, and what else it was computed from."""
-        sizes = {name: value for name, value in asdict(self.protocol).items() if not name.startswith("refine_")}  # they name theirs
-        return fingerprint(VERSION, sizes, self.digest, *parts)
+        return fingerprint(VERSION, self._sizes, self.digest, *parts)
 
     def compare(self, reconstructed: Tensor) -> Reconstruction:
         """Rows of weights in the test models' places, against them."""

@@ -43,6 +43,7 @@ def _images(zoo: Population, config: TrainConfig) -> torch.Tensor:
 def _system(fit: Callable[[Population, TrainConfig], LinearCodec]) -> System:
     def system(cell: Cell) -> Trained:
         code = fit(cell.zoo, cell.config)
+        cell.stop(cell.config.steps)  # the seconds it took
         return Trained(lambda w: reconstruct(code, w), lambda w: embeddings(code, w), code.latent_size, 0)
 
     return system

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..architecture import Architecture
 from ..behavior import batched_forward
-from ..errors import require
+from ..errors import check_seed, require
 from ..kernels.reference import criterion_values
 from ..training import load_run
 from ..training.query_sets import query_images
@@ -20,6 +20,7 @@ from ..zoo import MappedZoo, dataset_of, load_zoo
 from ._rows import Row, write_rows
 from .evaluation import reconstruct, write_json
 from .gradients import directions, model_function, push, sensitive_directions, spectrum
+from .results import from_csv
 
 COLUMNS = ("zoo", "variant", "seed", "metric", "median", "mean", "spread", "direction", "magnitude", "models")
 MAGNITUDES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
@@ -107,12 +108,14 @@ def analyse(
 ) -> list[Row]:  # fmt: skip
     """Gradients, spectrum and sweeps at the reconstructions of a run's held-out models.
 
-    Writes ``out/gradients.csv`` (:data:`COLUMNS`: median, mean and standard deviation over models) and ``out/gradients.json`` (every
-    model's figures and spectra, for plots). Returns the rows. ``name`` is their variant, by default the run's folder.
+    Writes ``out/gradients.csv`` (:data:`COLUMNS`: median, mean and standard deviation over models; rows of other runs stay) and
+    ``out/gradients.json`` (every model's figures and spectra, for plots). Returns the rows. ``name`` is their variant, by default the
+    run's folder.
 
     Raises:
         WslfastError: unreadable run or zoo, an empty split.
     """
+    check_seed(settings.seed)
     loaded = load_run(run)
     folder = str(zoo if zoo is not None else loaded.config.zoo)
     population = load_zoo(folder, settings.split)
@@ -130,11 +133,22 @@ def analyse(
     for row, theta, hat in zip(chosen.tolist(), weights, rebuilt, strict=True):
         models.append(_model(theta, hat, queries, images, labels, architecture, settings, generator) | {"row": row})
     rows = _rows(models, {"zoo": dataset.name, "variant": name or Path(run).name, "seed": loaded.config.seed}, settings.magnitudes)
-    write_rows(Path(out) / "gradients.csv", COLUMNS, rows)
+    table = Path(out) / "gradients.csv"
+    write_rows(table, COLUMNS, (*_others(table, rows[0]), *rows))
     facts = {"run": str(run), "zoo": folder, "architecture": architecture.name, "magnitudes": list(settings.magnitudes),
              "queries": settings.queries, "query_set": settings.query_set, "models": models}  # fmt: skip
     write_json(Path(out) / "gradients.json", facts)
     return rows
+
+
+def _others(table: Path, mine: Row) -> list[Row]:
+    """Rows of other runs that are in the file."""
+    if not table.exists():
+        return []
+    there = from_csv(table)
+    key = ("zoo", "variant", "seed")
+    require(not there or set(COLUMNS) <= set(there[0]), f"{table}: expected columns {', '.join(COLUMNS)}")
+    return [row for row in there if [str(row[c]) for c in key] != [str(mine[c]) for c in key]]
 
 
 def _model(

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import require
+from ..errors import check_seed, require
 from ..population import Population
 from ..profiling import region
 from ..training import load_run
 from ..zoo import Dataset, dataset_of, load_zoo, save_zoo
 from ..zoo.build import fine_tune
+from ..zoo.manifest import MANIFEST
 from .diversity import accuracy, behavioral_novelty, classes_of, nearest, outputs_of
 from .evaluation import Code, decode, encode
 from .sampling import SAMPLERS, bootstrapped, draw, subsampled
@@ -68,9 +69,12 @@ class Source:
 
     @classmethod
     def of(cls, code: Code, train: Population, data: Dataset, anchors: float, classes: Tensor | None = None) -> Source:
-        """Around the best share ``anchors`` of ``train`` by validation accuracy."""
+        """Around the best share ``anchors`` of ``train`` by validation accuracy; a model whose latent is not finite is no anchor."""
         rows = best_rows(train, anchors)
-        return cls(code, train, rows, encode(code, train.weights[rows.to(train.weights.device)]), data, classes)
+        latents = encode(code, train.weights[rows.to(train.weights.device)])
+        sound = latents.isfinite().flatten(1).all(1)
+        require(bool(sound.any()), "anchors: none of them has a finite latent")
+        return cls(code, train, rows[sound.to(rows.device)], latents[sound], data, classes)
 
     def decode(self, latents: Tensor) -> Tensor:
         """``[k, T, W] -> [k, P]``."""
@@ -151,6 +155,12 @@ def generate(
     require(0 <= bandwidth < float("inf"), f"bandwidth: expected a non-negative number, got {bandwidth!r}")
     require(sampler in SAMPLERS, f"sampler: expected one of {SAMPLERS}, got {sampler!r}")
     require(type(finetune) is int and finetune >= 0, f"finetune: expected a number of epochs >= 0, got {finetune!r}")
+    check_seed(seed)
+    drawn = candidates is None or (type(candidates) is int and candidates >= 1)
+    require(drawn, f"candidates: expected a positive integer, got {candidates!r}")
+    if out is not None:
+        taken = (Path(out) / MANIFEST).exists()
+        require(not taken, f"out: {out}: there is a zoo already; name another folder")
     loaded = load_run(run, device=device)
     folder = str(zoo if zoo is not None else loaded.config.zoo)
     train = load_zoo(folder, "train", skip_bad=skip_bad).to(device)

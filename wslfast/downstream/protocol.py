@@ -49,19 +49,25 @@ def reconstructive(bench: Bench, reconstructed: Tensor) -> tuple[Metrics, list[R
 def discriminative(bench: Bench, features: Mapping[str, Tensor], prefix: str = "") -> Metrics:
     """R2 of ridge probes for test accuracy, generalisation gap and epoch, on test models.
 
-    Fitted on training models, the penalty chosen on validation models. The spread is that of the test score over resamples of the
-    test *models* (checkpoints of one model are drawn together).
+    Fitted on training models, the penalty chosen on validation models; models whose features are not finite are left out. The spread
+    is that of the test score over resamples of the test *models* (checkpoints of one model are drawn together).
     """
     metrics: Metrics = {}
+    models = {split: p.properties["model"] for split, p in bench.splits.items()}
+    sound = {split: f.isfinite().all(1) for split, f in features.items()}  # a code may have nothing to say of a model that overflows
+    features = {split: f[sound[split]] for split, f in features.items()}
+    if any(len(f) == 0 for f in features.values()):
+        return metrics
+    of_test = [m for m, kept in zip(models["test"], sound["test"].tolist()) if kept]
     for name, column in TARGETS.items():
         if any(column not in p.properties for p in bench.splits.values()):
             continue
-        target = {split: p.column(column).to(features[split].device) for split, p in bench.splits.items()}
+        target = {split: p.column(column).to(features[split].device)[sound[split]] for split, p in bench.splits.items()}
         if all(bool(t.isnan().all()) for t in target.values()):
             continue
         judge = (features["val"], target["val"]) if "val" in target else None
         fitted = RidgeProbe.fit(features["train"], target["train"], validation=judge)
-        spread = _bootstrap(fitted.predict(features["test"]), target["test"], bench.test.properties["model"], bench.protocol.seed)
+        spread = _bootstrap(fitted.predict(features["test"]), target["test"], of_test, bench.protocol.seed)
         metrics[name + prefix] = single(fitted.r2(features["test"], target["test"]), spread)
         for split in ("train", "val"):
             if split in target:

@@ -65,6 +65,9 @@ def refine(
         parts = []
         for part in weights.split(block):
             start = encode(code, part)
+            if steps == 0:
+                parts.append(start)
+                continue
             found = _descended(code, part, start, taught, draws, lr, criterion)
             targets = batched_forward(part, kept_back, architecture)
             before, after = (

@@ -35,6 +35,8 @@ from .results import Unit, file_digest, read_results, read_unit, read_units, sin
 
 logger = logging.getLogger("wslfast")
 _CODES = 2  # of how closed-form codes are fitted; part of their fingerprints
+_RESERVED = re.compile(r"zoo|.*-zoo-model|.*-zero-layer|(raw-weights|weight-statistics|behavior-statistics.*|untrained-.*)|"
+                       rf"({'|'.join(BASELINES)})-\d+(-refined)?")  # fmt: skip
 _RAW = 100_000  # parameters up to which raw weights are probe features
 _ZERO_LAYER_QUICK = 500  # steps up to which a quick evaluation trains the zero-layer autoencoder
 
@@ -70,7 +72,12 @@ def study(
     require(not folder.is_file(), f"out: expected a folder, got the file {out}")
     require(len(runs) > 0, "runs: expected at least one")
     loaded = {_named(path): load_run(path, device=device) for path in runs}
-    require(len(loaded) == len(runs), f"runs: expected distinct variants and seeds, got {[str(r) for r in runs]}")
+    names = [(variant, run.config.seed) for (variant, _), run in loaded.items()]
+    twice = [f"{variant}, seed {seed}" for variant, seed in dict.fromkeys(names) if names.count((variant, seed)) > 1]
+    same = len(loaded) == len(runs) and not twice
+    require(same, f"runs: expected distinct variants and seeds, got {', '.join(twice) or [str(r) for r in runs]} more than once")
+    taken = sorted({variant for variant, _ in names if _RESERVED.fullmatch(variant)})
+    require(not taken, f"runs: {', '.join(taken)}: the page calls baselines so; rename the folder")
     bench = Bench(zoo, protocol or (Protocol.quick() if quick else Protocol()), device=device, name=name)
     for run in loaded.values():
         same = run.autoencoder.layout.architecture.parameters == bench.architecture.parameters
@@ -93,7 +100,12 @@ def study(
         work.constants()
         work.features()
     facts = {"protocol": asdict(bench.protocol), "quick": quick, **_machine(device), "date": datetime.date.today().isoformat()}
-    write_tables(folder, read_units(folder), facts)
+    units = read_units(folder)
+    kept = [u for u in units if u.zoo != bench.name or u.facts.get("sizes", bench.sizes) == bench.sizes]
+    if len(kept) < len(units):
+        others = sorted({u.variant for u in units} - {u.variant for u in kept})
+        say(f"{bench.name}: left out, as they were measured with other sizes: {', '.join(others)}")
+    write_tables(folder, kept, facts)
     return report(folder)
 
 
@@ -114,18 +126,19 @@ class _Work:
         self.bench, self.folder, self.say = bench, folder, say
         self.seen: set[tuple[str, int]] = set()
 
-    def need(self, variant: str, seed: int, print_: str, make: Callable[[], Unit | None]) -> None:
+    def need(self, variant: str, seed: int, print_: str, make: Callable[[], Unit | None], *, more: str | None = None) -> None:
+        """``more``: the fingerprint of a unit that holds all of this one's figures and others."""
         if (variant, seed) in self.seen:  # runs share their baselines
             return
         self.seen.add((variant, seed))
         there = read_unit(unit_path(self.folder, self.bench.name, variant, seed))
-        if there is not None and there.fingerprint == print_:
+        if there is not None and there.fingerprint in (print_, more):
             self.say(f"{self.bench.name}: {variant}, seed {seed}: there already")
             return
         self.say(f"{self.bench.name}: {variant}, seed {seed}")
         unit = make()
         if unit is not None:
-            write_unit(self.folder, unit)
+            write_unit(self.folder, replace(unit, facts={**unit.facts, "sizes": self.bench.sizes}))
 
     def run(self, variant: str, run: Run, **more: Any) -> None:
         print_ = self.bench.fingerprint("run", file_digest(checkpoint_path(run.out)))
@@ -158,14 +171,16 @@ class _Work:
             return codes.get(name)
 
         for name in BASELINES:
-            variant, print_ = f"{name}-{share}", self.bench.fingerprint("code", _CODES, name, share, token_size)
+            variant = f"{name}-{share}"
+            sampled, plain = (self.bench.fingerprint("code", _CODES, name, numbers, token_size, s) for s in (True, False))
+            print_ = sampled if new else plain
 
             def make(name: str = name, variant: str = variant, print_: str = print_) -> Unit | None:
                 code = fitted(name)  # None: not for this architecture
                 facts = {"baseline": "closed form", "code": name}
                 return None if code is None else code_unit(self.bench, code, variant, 0, "code", print_, facts, new=new)
 
-            self.need(variant, 0, print_, make)
+            self.need(variant, 0, print_, make, more=sampled)
 
     def refined(self, numbers: int) -> None:
         """Closed-form codes of a latent size, their latents refined model by model at test time, on training images."""
@@ -176,7 +191,7 @@ class _Work:
             return
 
         for name in REFINED:
-            variant, print_ = f"{name}-{share}-refined", bench.fingerprint("refined", _CODES, name, share, sizes)
+            variant, print_ = f"{name}-{share}-refined", bench.fingerprint("refined", _CODES, name, numbers, sizes)
 
             def make(name: str = name, variant: str = variant, print_: str = print_) -> Unit | None:
                 began = time.perf_counter()

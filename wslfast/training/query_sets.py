@@ -9,7 +9,7 @@ from typing import Union
 import torch
 from torch import Tensor
 
-from ..errors import require
+from ..errors import check_seed, require
 from ..population import Population
 from ..queries import SYNTHETIC, load_queries, synthetic_queries
 from ..zoo import MappedZoo, dataset_of
@@ -43,6 +43,7 @@ def query_images(
         seed: of what is drawn.
     """
     architecture = source.architecture
+    check_seed(seed)
 
     @cache
     def data() -> dict[str, Tensor]:

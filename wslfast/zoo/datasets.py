@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import WslfastError, describe, require
+from ..errors import WslfastError, check_seed, describe, require
 from .catalogue import NAMES, Parts, Source, named_shape, read_named
 
 _PREFIXES = ("train", "val", "test")
@@ -97,7 +97,7 @@ def load_dataset(name_or_path: str | Path, input_shape: Sequence[int], *, seed: 
         len(shape) in (1, 3) and all(type(s) is int and s > 0 for s in shape),
         f"input_shape: expected (C, H, W) or (features,), got {input_shape!r}",
     )
-    require(type(seed) is int, f"seed: expected an integer, got {seed!r}")
+    check_seed(seed)
     if str(name_or_path) in NAMES and str(name_or_path) != "digits":
         name, source = str(name_or_path), read_named(str(name_or_path), root, seed)
     else:

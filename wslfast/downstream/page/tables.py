@@ -75,8 +75,9 @@ def data_table(results: Results) -> str:
 def goals_table(results: Results) -> str:
     """Where we stand: the goals, and what the best run or code of at most 55 % latent numbers makes of them."""
     lines: list[tuple[str, str, Callable[[str], tuple[str, bool | None, str]]]] = [
-        ("Accuracy kept", "median change within 1 point", lambda zoo: _goal(results, zoo, "accuracy_change", "median", -0.01)),
-        ("Agreement", "at least 95 % of images", lambda zoo: _goal(results, zoo, "agreement", "mean", 0.95)),
+        ("Accuracy kept", "median change within 1 point", lambda zoo: _kept_goal(results, zoo)),
+        ("Agreement", "at least 95 % of images", lambda zoo: _agreement_goal(results, zoo)),
+        ("Agreement, 40 %", "10 points above the metric code", lambda zoo: _small_goal(results, zoo)),
         ("Probe", "R2 of accuracy at least .95, or above weight statistics", lambda zoo: _probe_goal(results, zoo)),
         ("New models", "as accurate as their anchors, newer than copies, half as diverse", lambda zoo: _new_goal(results, zoo)),
     ]
@@ -91,19 +92,39 @@ def goals_table(results: Results) -> str:
     return table(head([("Goal", "at 55 % latent numbers or fewer"), *((z, "") for z in zoos(results))]), rows, "plain goals")
 
 
-def _within(results: Results, zoo: str) -> list[str]:
+def _within(results: Results, zoo: str, share: float = 0.555) -> list[str]:
     found = results.variants(zoo, "run", "code")
-    return [v for v in found if (over_seeds(results, zoo, v, "latent_share")[0] or 0) <= 0.555]
+    return [v for v in found if (over_seeds(results, zoo, v, "latent_share")[0] or 0) <= share]
 
 
-def _goal(results: Results, zoo: str, metric: str, column: str, least: float) -> tuple[str, bool | None, str]:
-    scored = [(over_seeds(results, zoo, v, metric, column)[0], v) for v in _within(results, zoo)]
+def _best(results: Results, zoo: str, metric: str, column: str, share: float = 0.555, but: str = "") -> tuple[float, str] | None:
+    """The largest value, and whose; of changes, the smallest change."""
+    scored = [(over_seeds(results, zoo, v, metric, column)[0], v) for v in _within(results, zoo, share) if v != but]
     known = [(value, v) for value, v in scored if value is not None]
     if not known:
+        return None
+    return min(known, key=lambda pair: abs(pair[0])) if metric == "accuracy_change" else max(known)
+
+
+def _kept_goal(results: Results, zoo: str) -> tuple[str, bool | None, str]:
+    """Either way: a decoder that answers with one good network gains accuracy over weak originals."""
+    found = _best(results, zoo, "accuracy_change", "median")
+    if found is None:
         return DASH, None, ""
-    value, who = max(known)
-    text = percent(value, signed=True) + " points" if metric == "accuracy_change" else percent(value) + " %"
-    return text, value >= least, who
+    return percent(found[0], signed=True) + " points", abs(found[0]) <= 0.01, found[1]
+
+
+def _agreement_goal(results: Results, zoo: str) -> tuple[str, bool | None, str]:
+    found = _best(results, zoo, "agreement", "mean")
+    return (DASH, None, "") if found is None else (percent(found[0]) + " %", found[0] >= 0.95, found[1])
+
+
+def _small_goal(results: Results, zoo: str) -> tuple[str, bool | None, str]:
+    found = _best(results, zoo, "agreement", "mean", 0.405, but="linear-metric-40")
+    base = over_seeds(results, zoo, "linear-metric-40", "agreement")[0]
+    if found is None or base is None:
+        return DASH, None, ""
+    return f"{percent(found[0])} against {percent(base)} %", found[0] >= base + 0.1, found[1]
 
 
 def _probe_goal(results: Results, zoo: str) -> tuple[str, bool | None, str]:
