@@ -79,7 +79,7 @@ def test_novelty_in_behaviour_is_blind_to_permutations_and_in_weights_is_not() -
     assert float(nearest(weights, weights).max()) < 1e-6
     other = (classes[:1] + 1) % 3
     by_hand = min(sum(int(a != b) for a, b in zip(other[0].tolist(), row.tolist())) / 70 for row in classes)
-    assert float(behavioral_novelty(other, classes)[0]) == by_hand
+    assert float(behavioral_novelty(other, classes)[0]) == pytest.approx(by_hand, abs=1e-12)
 
 
 @pytest.mark.parametrize("name", ["cnn3", "mlp", "lenet5"])
@@ -113,3 +113,10 @@ def test_matching_more_than_there_are_takes_an_even_sample() -> None:
     rows, partners = matched_rows(wanted, available)
     assert rows.tolist() == [1, 4, 7]
     assert partners.tolist() == [1, 2, 0]
+
+
+def test_behavioral_novelty_equals_a_loop() -> None:
+    generator = torch.Generator().manual_seed(0)
+    classes, others = (torch.randint(-1, 4, (k, 50), generator=generator).to(torch.int16) for k in (6, 9))  # -1: not finite
+    wanted = [min(sum(a != b for a, b in zip(row, other)) / 50 for other in others.tolist()) for row in classes.tolist()]
+    assert behavioral_novelty(classes, others).tolist() == pytest.approx(wanted, abs=1e-12)

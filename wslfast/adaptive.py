@@ -37,7 +37,8 @@ class AdaptiveCodec(LinearCodec):
     """Encoder and decoder of models, layer by layer in the metric of the model's own activations.
 
     Latents keep the coordinates of the average code: a model's own directions are turned among themselves towards the average
-    ones (orthogonal Procrustes), so latents of different models compare, and a sign or a near-tie among eigenvalues changes nothing.
+    ones (orthogonal Procrustes), so latents of different models compare, and a sign or a near-tie among eigenvalues changes nothing. (Of a
+    model whose activations are next to nothing the turn itself is left to rounding: its outputs are kept, its weights less so.)
     It is not a linear map, and no gradient flows through it.
 
     Args:
