@@ -144,7 +144,8 @@ def _probe_goal(results: Results, zoo: str) -> tuple[str, bool | None, str]:
 
 
 def _new_goal(results: Results, zoo: str) -> tuple[str, bool | None, str]:
-    who = best(results, zoo, [v for v in trained(results, zoo) if v in _within(results, zoo)], "generated_accuracy")
+    """Of runs and of codes, whichever's new models are the most accurate."""
+    who = best(results, zoo, _within(results, zoo), "generated_accuracy")
     if who is None:
         return DASH, None, ""
     get = lambda metric, variant=who: over_seeds(results, zoo, variant, metric)[0] or 0.0  # noqa: E731
