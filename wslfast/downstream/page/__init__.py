@@ -31,16 +31,17 @@ def render(results: Results) -> str:
 
 
 def headline(results: Results) -> str:
-    """The result in a sentence, whichever way it came out: the best run of each zoo, and the best closed-form code."""
+    """The result in a sentence, whichever way it came out: the best run of each zoo, and the best closed-form code that is no larger."""
     parts = []
     zoos = tables.zoos(results)
     for zoo in zoos:
         run = tables.best(results, zoo, tables.trained(results, zoo), "agreement")
-        code = tables.best(results, zoo, results.variants(zoo, "code"), "agreement")
         get = lambda variant, metric="agreement", z=zoo: over_seeds(results, z, variant, metric)[0]  # noqa: E731
         if run is None:
             continue
         share = get(run, "latent_share")
+        codes = [v for v in results.variants(zoo, "code") if share is None or (get(v, "latent_share") or 0) <= share + 0.005]
+        code = tables.best(results, zoo, codes, "agreement")
         size = f" at {100 * share:.0f} % of the numbers" if share else ""
         if len(zoos) == 1:
             text = f"On {zoo}, reconstructions by {run} agree with their originals on {percent(get(run))} % of images{size}"
