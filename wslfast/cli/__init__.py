@@ -13,6 +13,7 @@ from typing import Annotated, Any, Union
 
 import torch
 import tyro
+from rich.console import Console
 
 from .. import __version__
 from ..errors import WslfastError
@@ -72,16 +73,20 @@ def _commands(argv: Sequence[str]) -> Any:
 
 
 class _ConsoleHandler(logging.Handler):
-    """Log lines through the console, so that they stand above a progress bar and not in it."""
+    """Log lines through the console, so that they stand above a progress bar and not in it; beside JSON, to standard error."""
+
+    def __init__(self, beside_json: bool) -> None:
+        super().__init__()
+        self.console = Console(stderr=True) if beside_json else console
 
     def emit(self, record: logging.LogRecord) -> None:
-        console.print(record.getMessage(), markup=False, soft_wrap=True)
+        self.console.print(record.getMessage(), markup=False, soft_wrap=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of ``wslfast``. Exits with 2 and one line on wrong input, 130 when interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    handler = _ConsoleHandler()
+    handler = _ConsoleHandler("--json" in arguments)
     logger = logging.getLogger("wslfast")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
