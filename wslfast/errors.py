@@ -49,7 +49,7 @@ def check_device(device: torch.device | str) -> torch.device:
     return found
 
 
-def check_seed(seed: Any, name: str = "seed") -> int:
+def check_seed(seed: Any) -> int:
     """The seed, if torch's and numpy's generators take it. Raises WslfastError otherwise."""
-    require(type(seed) is int and 0 <= seed < 1 << 63, f"{name}: expected an integer from 0 to 2^63 - 1, got {seed!r}")
+    require(type(seed) is int and 0 <= seed < 1 << 63, f"seed: expected an integer from 0 to 2^63 - 1, got {seed!r}")
     return int(seed)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from rich.console import Console
 
 from ..downstream import evaluate, generate
 from ..downstream.demo import DemoConfig, demo
@@ -70,10 +69,10 @@ class Evaluate:
         require(not self.skip_bad, "skip_bad: the page is of a whole zoo; --skip-bad is for the table of one run")
         require(self.split == "test", "split: the page is of test models; --split is for the table of one run")
         zoo = self.zoo or load_run(first, device=self.device).config.zoo
-        told = Console(stderr=True) if self.json else console  # standard output is the JSON's
         page = study(
             zoo, self.run_folders, str(self.out), quick=self.quick, zero_layer=self.zero_layer, name=self.name, device=self.device,
-            on_stage=functools.partial(told.print, "-", soft_wrap=True, markup=False),
+            # beside JSON stages are log lines, which go to standard error
+            on_stage=None if self.json else functools.partial(console.print, "-", soft_wrap=True, markup=False),
         )  # fmt: skip
         _told(page, self.json)
 

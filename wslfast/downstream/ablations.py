@@ -132,17 +132,16 @@ def run_ablation(
     folder = _zoo(ablation, out, zoo)
     data = _Data(folder, ablation.split)
     rows: list[Row] = []
-    cells = [(seed, name) for seed in ablation.seeds for name in ablation.variants]
-    for seed, name in cells:  # what is wrong with the last is said before the first is trained
-        try:
-            system, config = settings_of(ablation, name, str(folder), seed)
-            check_device(config.device)
-            _key(data.digest, system, config, ablation)
-        except WslfastError as error:
-            raise WslfastError(f"ablation {ablation.name}: {name}: {error}") from None
-    for number, (seed, name) in enumerate(cells, 1):
-        system, config = settings_of(ablation, name, str(folder), seed)
-        key = _key(data.digest, system, config, ablation)
+    cells: list[tuple[int, str, str, TrainConfig, str]] = []
+    for seed in ablation.seeds:  # what is wrong with the last cell is said before the first is trained
+        for name in ablation.variants:
+            try:
+                system, config = settings_of(ablation, name, str(folder), seed)
+                check_device(config.device)
+                cells.append((seed, name, system, config, _key(data.digest, system, config, ablation)))
+            except WslfastError as error:
+                raise WslfastError(f"ablation {ablation.name}: {name}: {error}") from None
+    for number, (seed, name, system, config, key) in enumerate(cells, 1):
         place = out / "cells" / key
         if on_cell is not None:
             done = " (done before)" if (place / _finished(ablation)).exists() else ""

@@ -226,31 +226,30 @@ class _Work:
 
     def features(self) -> None:
         """Probes without any code: weight statistics, the weights themselves, and what the networks answer."""
-        arch = self.bench.architecture
-        kinds: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
-            "weight-statistics": ("mean, deviation and quantiles of every layer", lambda w: weight_statistics(w, arch)),
-        }
+        bench, arch = self.bench, self.bench.architecture
+        weights = {split: p.weights for split, p in bench.splits.items()}
+        kinds: dict[str, tuple[str, Callable[[], Mapping[str, Tensor]]]] = {
+            "weight-statistics": (
+                "mean, deviation and quantiles of every layer", lambda: {s: weight_statistics(w, arch) for s, w in weights.items()}
+            ),
+            "behavior-statistics": (
+                "what the originals answer on training images, no labels", lambda: behavior_features(bench, weights)
+            ),
+            "behavior-statistics-drawn": (
+                "what the originals answer on drawn images, no data", lambda: behavior_features(bench, weights, drawn=True)
+            ),
+        }  # fmt: skip
         if arch.num_weights <= _RAW:
-            kinds["raw-weights"] = ("every weight", lambda w: w)
+            kinds["raw-weights"] = ("every weight", lambda: weights)
         for variant, (note, of) in kinds.items():
-            print_ = self.bench.fingerprint(variant)
+            print_ = bench.fingerprint(variant)
 
             def make(
-                variant: str = variant, print_: str = print_, note: str = note, of: Callable[[Tensor], Tensor] = of
+                variant: str = variant, print_: str = print_, note: str = note, of: Callable[[], Mapping[str, Tensor]] = of
             ) -> Unit:  # fmt: skip
-                return self._probed(variant, print_, {s: of(p.weights) for s, p in self.bench.splits.items()}, note)
+                return self._probed(variant, print_, of(), note)
 
             self.need(variant, 0, print_, make)
-
-        for drawn, images in ((False, "training images, no labels"), (True, "drawn images, no data")):
-            variant = "behavior-statistics-drawn" if drawn else "behavior-statistics"
-            print_, note = self.bench.fingerprint(variant), f"what the originals answer on {images}"
-
-            def answers(variant: str = variant, print_: str = print_, note: str = note, drawn: bool = drawn) -> Unit:
-                weights = {s: p.weights for s, p in self.bench.splits.items()}
-                return self._probed(variant, print_, behavior_features(self.bench, weights, drawn=drawn), note)
-
-            self.need(variant, 0, print_, answers)
 
     def _probed(self, variant: str, print_: str, features: Mapping[str, Tensor], note: str) -> Unit:
         return Unit(self.bench.name, variant, 0, "features", print_, {"baseline": note}, discriminative(self.bench, features))

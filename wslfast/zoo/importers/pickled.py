@@ -218,8 +218,7 @@ def _flat(data: list[Any]) -> Iterator[Any]:
 def _model_of(name: Any) -> str | None:
     """The path in a label ``PATH#_#epoch_5``, or a path itself (pickled as its parts)."""
     if isinstance(name, Stub):
-        parts = [part for part in getattr(name, "arguments", ()) if isinstance(part, str)]
-        name = "/".join(parts)
+        name = "/".join(part for part in name.arguments if isinstance(part, str))
     return name.partition("#_#")[0] or None if isinstance(name, str) else None
 
 
