@@ -32,6 +32,7 @@ test: lint types quick ## linter, type checker, quick tests (at most 12 minutes 
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 
 # mypy knows no package-dir: the check runs on a tree of links that is laid out like the installed package.
 types: $(VENV)/.dev

@@ -64,9 +64,10 @@ def main(arguments: list[str] | None = None) -> int:
     if given[:1] == ["readme"]:
         return readme.main(given[1:])
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks", description="wslfast beside what one would use instead, on this machine",
+        prog="python -m benchmarks",
+        description="wslfast beside what one would use instead, on this machine",
         epilog="also: python -m benchmarks compare A.csv B.csv; python -m benchmarks readme",
-    )  # fmt: skip
+    )
     parser.add_argument("--suite", choices=("quick", "cpu", "gpu"), default="quick", help="quick: a minute; cpu: about ten; gpu: hours")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/benchmarks"), help=f"folder of CSV and page (%(default)s; tracked rows: {DATA})"

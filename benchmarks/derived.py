@@ -25,9 +25,16 @@ class Rows:
         self._by_key = {row.key: row for row in self.all}
 
     def get(
-        self, provider: str, net: str, k: int, n: int, variant: str = GIVEN, precision: str = "highest",
-        direction: str = "loss+gradient", metric: str | None = None,
-    ) -> float | None:  # fmt: skip
+        self,
+        provider: str,
+        net: str,
+        k: int,
+        n: int,
+        variant: str = GIVEN,
+        precision: str = "highest",
+        direction: str = "loss+gradient",
+        metric: str | None = None,
+    ) -> float | None:
         """A median, or None."""
         row = self._by_key.get((provider, net, k, n, direction, precision, metric or self.clock, variant))
         return None if row is None else row.value

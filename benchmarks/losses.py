@@ -46,9 +46,16 @@ class Cell:
         """A row without a number."""
         metric = "gpu_ms" if cuda else "wall_ms"
         return Row(
-            self.provider, self.architecture, self.k, self.n, self.direction, self.precision, metric,
-            note=self.variant, **environment(cuda),
-        )  # fmt: skip
+            self.provider,
+            self.architecture,
+            self.k,
+            self.n,
+            self.direction,
+            self.precision,
+            metric,
+            note=self.variant,
+            **environment(cuda),
+        )
 
     def failed(self, why: str, cuda: bool, error: float | str = "") -> Row:
         """The row that says why there is no number."""

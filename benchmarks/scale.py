@@ -65,8 +65,15 @@ def run(zoo: Path, out: Path, steps: int, memory_gb: float) -> dict[str, float]:
     rates: list[float] = []
     images = torch.randn(2048, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     settings = TrainConfig(
-        zoo=str(zoo), out=str(out), steps=steps, queries=64, log_every=5, checkpoint_every=steps, memory_gb=memory_gb, query_pool=512,
-    )  # fmt: skip
+        zoo=str(zoo),
+        out=str(out),
+        steps=steps,
+        queries=64,
+        log_every=5,
+        checkpoint_every=steps,
+        memory_gb=memory_gb,
+        query_pool=512,
+    )
     train(settings, images=images, on_record=lambda record: rates.append(record["models_per_s"]))
     return {
         "memory_gb": memory_gb,

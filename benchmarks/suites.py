@@ -108,9 +108,12 @@ def net_cells() -> list[Cell]:
     """CNN and LeNet-5 at k=1024."""
     peers = ("published", "vmap", "grouped", "wslfast-torch", *KERNELS)
     return [
-        cell for precision in ("tf32", "fp16") for net in ("cnn", "lenet5") for group in _both(peers, net, 1024, 256, precision)
+        cell
+        for precision in ("tf32", "fp16")
+        for net in ("cnn", "lenet5")
+        for group in _both(peers, net, 1024, 256, precision)
         for cell in group
-    ]  # fmt: skip
+    ]
 
 
 def growth_cells() -> list[Cell]:
@@ -124,9 +127,13 @@ def size_cells() -> list[Cell]:
     """Every provider over the whole range of k and n, for a machine that has the time."""
     shapes = [(16, 64), (16, 1024), (128, 64), (128, 1024), (1024, 64), (1024, 1024), (4096, 256), (16384, 256)]
     return [
-        cell for net in ARCHITECTURES for k, n in shapes for precision in PRECISIONS
-        for group in _both(EVERYONE, net, k, n, precision) for cell in group
-    ]  # fmt: skip
+        cell
+        for net in ARCHITECTURES
+        for k, n in shapes
+        for precision in PRECISIONS
+        for group in _both(EVERYONE, net, k, n, precision)
+        for cell in group
+    ]
 
 
 GPU_CELLS: dict[str, Callable[[], list[Cell]]] = {"core": core_cells, "nets": net_cells, "growth": growth_cells, "sizes": size_cells}

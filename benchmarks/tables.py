@@ -60,10 +60,16 @@ def _between(row: Row) -> str:
 
 def bars(rows: Rows) -> Table:
     lines = [
-        (b.what, f"{'at most ' if b.at_most else ''}{number(b.bar)} {b.unit}", f"{number(b.moonshot)} {b.unit}",
-         f"{number(b.obtained)} {b.unit}" if b.obtained is not None else "", b.verdict, b.detail)
+        (
+            b.what,
+            f"{'at most ' if b.at_most else ''}{number(b.bar)} {b.unit}",
+            f"{number(b.moonshot)} {b.unit}",
+            f"{number(b.obtained)} {b.unit}" if b.obtained is not None else "",
+            b.verdict,
+            b.detail,
+        )
         for b in derived.bars(rows)
-    ]  # fmt: skip
+    ]
     return Table("Bars", "What the project holds itself to.", ("", "bar", "moonshot", "obtained", "", "with"), lines)
 
 
@@ -72,9 +78,11 @@ def peers(rows: Rows) -> Table:
         (f"{p.architecture} k={p.k} n={p.n}", f"{p.variant}, {p.precision}", p.provider, f"{ratio:.2f}")
         for p, _, ratio in derived.peers_ahead(rows)
     ]
-    caption = "Shapes at which somebody else is faster than the fastest of ours, and how many times." if lines else (
-        "At no shape measured here is another provider faster than the fastest of ours."
-    )  # fmt: skip
+    caption = (
+        "Shapes at which somebody else is faster than the fastest of ours, and how many times."
+        if lines
+        else ("At no shape measured here is another provider faster than the fastest of ours.")
+    )
     return Table("Where a peer wins", caption, ("shape", "what", "fastest", "times faster"), lines, 3)
 
 
@@ -134,10 +142,17 @@ def losses(rows: Rows, direction: str) -> list[Table]:
         for row in sorted(some, key=lambda r: (r.variant, r.value is None, r.value or 0.0)):
             ratio, rate = derived.against(rows, row), derived.rates(rows, row)
             lines.append(
-                (row.provider, row.variant, number(row.value) if row.value is not None else row.details, _between(row),
-                 number(ratio), f"{row.relative_error:.1e}" if isinstance(row.relative_error, float) else "",
-                 number(rate.value / 1e9) if rate and rate.value else "", *_more(rows, row))
-            )  # fmt: skip
+                (
+                    row.provider,
+                    row.variant,
+                    number(row.value) if row.value is not None else row.details,
+                    _between(row),
+                    number(ratio),
+                    f"{row.relative_error:.1e}" if isinstance(row.relative_error, float) else "",
+                    number(rate.value / 1e9) if rate and rate.value else "",
+                    *_more(rows, row),
+                )
+            )
         header = (
             "provider",
             "",

@@ -31,9 +31,12 @@ _SLOW_MS = 250.0  # a call above it is repeated three times, and not captured
 
 
 def take_turns(
-    calls: Mapping[Name, Callable[..., Any]], arguments: Callable[[], tuple[Any, ...]], rounds: int, budget_s: float = 60.0,
+    calls: Mapping[Name, Callable[..., Any]],
+    arguments: Callable[[], tuple[Any, ...]],
+    rounds: int,
+    budget_s: float = 60.0,
     warm: bool = True,
-) -> dict[Name, list[float]]:  # fmt: skip
+) -> dict[Name, list[float]]:
     """Milliseconds of each call in ``rounds`` rounds, all calls once a round on that round's fresh arguments.
 
     With ``warm``, one untimed round goes first. A call that has used ``budget_s`` sits out the remaining rounds (three at least): the

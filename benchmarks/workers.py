@@ -30,9 +30,15 @@ class _Worker:
     def __init__(self, device: str) -> None:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.workers", device], cwd=ROOT, env=environment, text=True, start_new_session=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            [sys.executable, "-m", "benchmarks.workers", device],
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            start_new_session=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
         self.lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -67,9 +73,16 @@ class _Worker:
 
 
 def run(
-    cells: Sequence[Cell], emit: Callable[[list[Row]], None], *, device: str, deadline: float, cell_s: float,
-    provider_s: Callable[[str], float], figure_s: float = 1.0, best: Sequence[Row] = (),
-) -> None:  # fmt: skip
+    cells: Sequence[Cell],
+    emit: Callable[[list[Row]], None],
+    *,
+    device: str,
+    deadline: float,
+    cell_s: float,
+    provider_s: Callable[[str], float],
+    figure_s: float = 1.0,
+    best: Sequence[Row] = (),
+) -> None:
     """Rows of all cells, one ``emit`` a cell, in order.
 
     Args:

@@ -93,38 +93,87 @@ class _Queries:
 
 
 def _forward(
-    plan: Schedule, held: _Activations, weights: Tensor, packed: Tensor, images: Tensor, index: Tensor | None,
-    k: int, n: int, precision: str, *, shared: bool, gradient: bool, stages: int | None = None,
-) -> None:  # fmt: skip
+    plan: Schedule,
+    held: _Activations,
+    weights: Tensor,
+    packed: Tensor,
+    images: Tensor,
+    index: Tensor | None,
+    k: int,
+    n: int,
+    precision: str,
+    *,
+    shared: bool,
+    gradient: bool,
+    stages: int | None = None,
+) -> None:
     """The first ``stages`` stages, all of them by default."""
     for i, (stage, place) in enumerate(zip(plan.stages[:stages], plan.placements, strict=False)):
         stage_forward(
-            images if i == 0 else held.outputs[i - 1], index if i == 0 else None, packed[:, place.forward :],
+            images if i == 0 else held.outputs[i - 1],
+            index if i == 0 else None,
+            packed[:, place.forward :],
             weights if place.bias is None else weights[:, place.bias.offset :],
-            held.outputs[i], held.codes[i], held.slopes[i], k, n, stage,
-            launch_configuration("forward", stage, precision, packed.device), shared=shared and i == 0, gradient=gradient,
-        )  # fmt: skip
+            held.outputs[i],
+            held.codes[i],
+            held.slopes[i],
+            k,
+            n,
+            stage,
+            launch_configuration("forward", stage, precision, packed.device),
+            shared=shared and i == 0,
+            gradient=gradient,
+        )
 
 
 def _backward(
-    plan: Schedule, held: _Activations, packed: Tensor, images: Tensor, index: Tensor | None,
-    partials: Tensor, tables: FoldTables, k: int, n: int, precision: str, *, shared: bool, g: Tensor, stages: int,
-) -> None:  # fmt: skip
+    plan: Schedule,
+    held: _Activations,
+    packed: Tensor,
+    images: Tensor,
+    index: Tensor | None,
+    partials: Tensor,
+    tables: FoldTables,
+    k: int,
+    n: int,
+    precision: str,
+    *,
+    shared: bool,
+    g: Tensor,
+    stages: int,
+) -> None:
     """Weight-gradient partials of the first ``stages`` stages, down from ``g``, the gradient of the last one's output.
     Overwrites the activations: a stage's weight gradient reads its input before the input gradient is written over it."""
     for i in range(stages - 1, -1, -1):
         stage = plan.stages[i]
         stage_dw(
-            images if i == 0 else held.outputs[i - 1], index if i == 0 else None, g, held.codes[i], held.slopes[i],
-            partials[:, tables.bases[i] :], k, n, stage, launch_configuration("dw", stage, precision, packed.device),
+            images if i == 0 else held.outputs[i - 1],
+            index if i == 0 else None,
+            g,
+            held.codes[i],
+            held.slopes[i],
+            partials[:, tables.bases[i] :],
+            k,
+            n,
+            stage,
+            launch_configuration("dw", stage, precision, packed.device),
             shared=shared and i == 0,
-        )  # fmt: skip
+        )
         if i:
             below = held.outputs[i - 1]
             stage_dx(
-                g, held.codes[i], held.slopes[i], packed[:, plan.placements[i].backward :], below, held.slopes[i - 1],
-                k, n, stage, plan.stages[i - 1], launch_configuration("dx", stage, precision, packed.device),
-            )  # fmt: skip
+                g,
+                held.codes[i],
+                held.slopes[i],
+                packed[:, plan.placements[i].backward :],
+                below,
+                held.slopes[i - 1],
+                k,
+                n,
+                stage,
+                plan.stages[i - 1],
+                launch_configuration("dx", stage, precision, packed.device),
+            )
             g = below
 
 
@@ -170,9 +219,17 @@ def _mode(asked: str | None, plan: Schedule, n: int, precision: str, gradient: b
 
 
 def forward(
-    weights: Tensor, queries: Tensor, layers: Layers, precision: str = "tf32", *, index: Tensor | None = None,
-    target_row: Tensor | None = None, rows: int | None = None, memory: int | None = None, mode: str | None = None,
-) -> Tensor:  # fmt: skip
+    weights: Tensor,
+    queries: Tensor,
+    layers: Layers,
+    precision: str = "tf32",
+    *,
+    index: Tensor | None = None,
+    target_row: Tensor | None = None,
+    rows: int | None = None,
+    memory: int | None = None,
+    mode: str | None = None,
+) -> Tensor:
     """Outputs ``[k, n, K]`` fp32, without autograd. ``memory`` bounds the bytes of activations in flight.
 
     With ``target_row`` ``[k]``, outputs are ``[rows, n, K]``: row target_row[j] holds those of the first model j that names it, and
@@ -196,9 +253,7 @@ def forward(
         if k == 0:
             return outputs
         if _mode(mode, plan, n, precision, False, memory) == "network":
-            network_forward(
-                weights, queries, source.index, outputs, plan, precision, source.rank, memory, shared=source.shared
-            )
+            network_forward(weights, queries, source.index, outputs, plan, precision, source.rank, memory, shared=source.shared)
             return outputs
         chunk = models_per_chunk(plan, k, n, precision, False, memory)
         held = _Activations(plan, chunk, n, precision, False, weights.device)
@@ -206,16 +261,36 @@ def forward(
             part = weights[start : start + chunk]
             held.outputs[-1] = outputs[start:]
             images, own = source.of(start)
-            _forward(plan, held, part, pack(part, plan, precision), images, own, part.shape[0], n, precision,
-                     shared=source.shared, gradient=False)  # fmt: skip
+            _forward(
+                plan,
+                held,
+                part,
+                pack(part, plan, precision),
+                images,
+                own,
+                part.shape[0],
+                n,
+                precision,
+                shared=source.shared,
+                gradient=False,
+            )
         return outputs
 
 
 def loss_and_gradient(
-    weights: Tensor, queries: Tensor, targets: Tensor, layers: Layers, criterion: str, temperature: float = 2.0,
-    precision: str = "tf32", *, index: Tensor | None = None, target_row: Tensor | None = None, memory: int | None = None,
+    weights: Tensor,
+    queries: Tensor,
+    targets: Tensor,
+    layers: Layers,
+    criterion: str,
+    temperature: float = 2.0,
+    precision: str = "tf32",
+    *,
+    index: Tensor | None = None,
+    target_row: Tensor | None = None,
+    memory: int | None = None,
     mode: str | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """Per-model losses ``[k]`` and gradients ``[k, P]`` with respect to each model's own weights, both fp32.
 
     ``index`` ``[k, n]`` picks rows of a query pool and is trusted: checking it would wait for the device.
@@ -247,9 +322,22 @@ def loss_and_gradient(
             return losses, gradient
         if _mode(mode, plan, n, precision, True, memory) == "network":
             network_loss(
-                weights, queries, source.index, targets, losses, gradient, plan, n, criterion, temperature, precision,
-                source.rank, memory, shared=source.shared, target_row=None if target_row is None else target_row.contiguous(),
-            )  # fmt: skip
+                weights,
+                queries,
+                source.index,
+                targets,
+                losses,
+                gradient,
+                plan,
+                n,
+                criterion,
+                temperature,
+                precision,
+                source.rank,
+                memory,
+                shared=source.shared,
+                target_row=None if target_row is None else target_row.contiguous(),
+            )
             return losses, gradient
         if target_row is not None:
             targets = targets.index_select(0, target_row)
@@ -267,32 +355,82 @@ def loss_and_gradient(
             packed = pack(rows, plan, precision)
             images, own = source.of(start)
             _forward(
-                plan, held, rows, packed, images, own, count, n, precision,
-                shared=source.shared, gradient=True, stages=stages,
-            )  # fmt: skip
+                plan,
+                held,
+                rows,
+                packed,
+                images,
+                own,
+                count,
+                n,
+                precision,
+                shared=source.shared,
+                gradient=True,
+                stages=stages,
+            )
             if fused:
                 head_loss_and_gradient(
-                    held.outputs[-3], held.slopes[-3], packed, rows, targets[start:], losses[start:], gain, partials,
-                    tables.bases, count, n, plan, launch_configuration("forward", plan.stages[-2], precision, device),
-                    criterion, temperature,
-                )  # fmt: skip
+                    held.outputs[-3],
+                    held.slopes[-3],
+                    packed,
+                    rows,
+                    targets[start:],
+                    losses[start:],
+                    gain,
+                    partials,
+                    tables.bases,
+                    count,
+                    n,
+                    plan,
+                    launch_configuration("forward", plan.stages[-2], precision, device),
+                    criterion,
+                    temperature,
+                )
             else:
                 criterion_forward_backward(
-                    held.outputs[-1], targets[start:], held.slopes[-1], losses[start:], gain, held.gradient,
-                    count, n, plan.stages[-1], criterion, temperature, precision,
-                )  # fmt: skip
+                    held.outputs[-1],
+                    targets[start:],
+                    held.slopes[-1],
+                    losses[start:],
+                    gain,
+                    held.gradient,
+                    count,
+                    n,
+                    plan.stages[-1],
+                    criterion,
+                    temperature,
+                    precision,
+                )
             _backward(
-                plan, held, packed, images, own, partials, tables, count, n, precision,
-                shared=source.shared, g=held.outputs[-3] if fused else held.gradient, stages=stages,
-            )  # fmt: skip
+                plan,
+                held,
+                packed,
+                images,
+                own,
+                partials,
+                tables,
+                count,
+                n,
+                precision,
+                shared=source.shared,
+                g=held.outputs[-3] if fused else held.gradient,
+                stages=stages,
+            )
             fold(partials[:count], gain, gradient[start:], plan, tables, scale)
         return losses, gradient
 
 
 def warmup(
-    layers: Layers, input_shape: tuple[int, ...], n: int, criterion: str = "mse", precision: str = "tf32",
-    device: torch.device | str = "cuda", *, memory: int | None = None, mode: str | None = None,
-) -> None:  # fmt: skip
+    layers: Layers,
+    input_shape: tuple[int, ...],
+    n: int,
+    criterion: str = "mse",
+    precision: str = "tf32",
+    device: torch.device | str = "cuda",
+    *,
+    memory: int | None = None,
+    mode: str | None = None,
+) -> None:
     """Compile the kernels and build the tables that calls with n shared queries use, for any k: after it, a call makes no
     copy from the host and compiles nothing, so a CUDA graph can capture it."""
     plan = schedule(layers, input_shape)
@@ -318,18 +456,23 @@ def _layers(key: str) -> Layers:
 
 
 @torch.library.custom_op("wslfast::population_forward", mutates_args=())
-def population_forward(
-    weights: Tensor, queries: Tensor, index: Tensor | None, layers: str, precision: str, memory: int
-) -> Tensor:
+def population_forward(weights: Tensor, queries: Tensor, index: Tensor | None, layers: str, precision: str, memory: int) -> Tensor:
     """:func:`forward` as an operator; ``memory`` 0 for the default."""
     return forward(weights, queries, _layers(layers), precision, index=index, memory=memory or None)
 
 
 @torch.library.custom_op("wslfast::population_loss", mutates_args=())
 def population_loss(
-    weights: Tensor, queries: Tensor, index: Tensor | None, targets: Tensor, layers: str, criterion: str,
-    temperature: float, precision: str, memory: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    weights: Tensor,
+    queries: Tensor,
+    index: Tensor | None,
+    targets: Tensor,
+    layers: str,
+    criterion: str,
+    temperature: float,
+    precision: str,
+    memory: int,
+) -> tuple[Tensor, Tensor]:
     """:func:`loss_and_gradient` as an operator; ``memory`` 0 for the default."""
     return loss_and_gradient(
         weights, queries, targets, _layers(layers), criterion, temperature, precision, index=index, memory=memory or None
@@ -347,9 +490,16 @@ def _(weights: Tensor, queries: Tensor, index: Tensor | None, layers: str, preci
 
 @population_loss.register_fake
 def _(
-    weights: Tensor, queries: Tensor, index: Tensor | None, targets: Tensor, layers: str, criterion: str,
-    temperature: float, precision: str, memory: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    weights: Tensor,
+    queries: Tensor,
+    index: Tensor | None,
+    targets: Tensor,
+    layers: str,
+    criterion: str,
+    temperature: float,
+    precision: str,
+    memory: int,
+) -> tuple[Tensor, Tensor]:
     return (
         weights.new_empty(weights.shape[0], dtype=torch.float32),
         weights.new_empty(weights.shape, dtype=torch.float32),

@@ -58,9 +58,22 @@ def _convolve(x, w, ws, acc0, acc1, q, oy, ox, mask, ch, s: tl.constexpr, c: tl.
 
 @triton.jit
 def forward_rows(
-    x, index, w, bias, bias_step, y, code, slope, t0, t1, block, s: tl.constexpr, c: tl.constexpr,
-    INDEXED: tl.constexpr, GRAD: tl.constexpr,
-):  # fmt: skip
+    x,
+    index,
+    w,
+    bias,
+    bias_step,
+    y,
+    code,
+    slope,
+    t0,
+    t1,
+    block,
+    s: tl.constexpr,
+    c: tl.constexpr,
+    INDEXED: tl.constexpr,
+    GRAD: tl.constexpr,
+):
     """Rows t0 to t1 of one model's output block; pointers are at the model's own numbers."""
     HO: tl.constexpr = s.HO
     WO: tl.constexpr = s.WO
@@ -99,9 +112,25 @@ def forward_rows(
 
 @triton.jit(do_not_specialize=["n", "tiles", "programs"])
 def forward_kernel(
-    x, index, w, bias, y, code, slope, n, tiles, programs, w_stride, bias_stride, bias_step,
-    s: tl.constexpr, c: tl.constexpr, SHARED: tl.constexpr, INDEXED: tl.constexpr, GRAD: tl.constexpr,
-):  # fmt: skip
+    x,
+    index,
+    w,
+    bias,
+    y,
+    code,
+    slope,
+    n,
+    tiles,
+    programs,
+    w_stride,
+    bias_stride,
+    bias_step,
+    s: tl.constexpr,
+    c: tl.constexpr,
+    SHARED: tl.constexpr,
+    INDEXED: tl.constexpr,
+    GRAD: tl.constexpr,
+):
     """Program (model, output block, run of ``tiles`` row tiles)."""
     NB: tl.constexpr = s.NB
     INPUTS: tl.constexpr = s.INPUTS
@@ -116,16 +145,42 @@ def forward_kernel(
     elif not SHARED:
         x += j * n * INPUTS
     forward_rows(
-        x, index, w + j * w_stride, bias + j * bias_stride, bias_step, y + j * n * OUTPUTS, code + j * n * CODES,
-        slope + j * n * SLOPES, t0, t1, block, s, c, INDEXED, GRAD,
-    )  # fmt: skip
+        x,
+        index,
+        w + j * w_stride,
+        bias + j * bias_stride,
+        bias_step,
+        y + j * n * OUTPUTS,
+        code + j * n * CODES,
+        slope + j * n * SLOPES,
+        t0,
+        t1,
+        block,
+        s,
+        c,
+        INDEXED,
+        GRAD,
+    )
 
 
 @triton.jit
 def dw_rows(
-    x, index, g, code, slope, part, factor, keep, t0, t1, turn, s: tl.constexpr, c: tl.constexpr,
-    INDEXED: tl.constexpr, ADD: tl.constexpr,
-):  # fmt: skip
+    x,
+    index,
+    g,
+    code,
+    slope,
+    part,
+    factor,
+    keep,
+    t0,
+    t1,
+    turn,
+    s: tl.constexpr,
+    c: tl.constexpr,
+    INDEXED: tl.constexpr,
+    ADD: tl.constexpr,
+):
     """One model's dW[i] = A[i + dy * S]^T @ G[dy] over rows t0 to t1, for pass ``turn``; pointers as in forward_rows. When FLAT,
     i is not a kernel row but a tile over all of them."""
     HO: tl.constexpr = s.HO
@@ -203,9 +258,22 @@ def dw_rows(
 
 @triton.jit(do_not_specialize=["n", "count", "rows_per_split"])
 def dw_kernel(
-    x, index, g, code, slope, part, n, count, rows_per_split, part_stride, part_step,
-    s: tl.constexpr, c: tl.constexpr, SHARED: tl.constexpr, INDEXED: tl.constexpr,
-):  # fmt: skip
+    x,
+    index,
+    g,
+    code,
+    slope,
+    part,
+    n,
+    count,
+    rows_per_split,
+    part_stride,
+    part_step,
+    s: tl.constexpr,
+    c: tl.constexpr,
+    SHARED: tl.constexpr,
+    INDEXED: tl.constexpr,
+):
     """Program (model, pass, split): a partial of its own."""
     POSITIONS: tl.constexpr = s.POSITIONS
     PASSES: tl.constexpr = s.PASSES
@@ -219,9 +287,22 @@ def dw_kernel(
     elif not SHARED:
         x += j * n * INPUTS
     dw_rows(
-        x, index, g + j * n * CODES, code + j * n * CODES, slope + j * n * SLOPES, part + j * part_stride + split * part_step,
-        1.0, True, t0, t1, turn, s, c, INDEXED, False,
-    )  # fmt: skip
+        x,
+        index,
+        g + j * n * CODES,
+        code + j * n * CODES,
+        slope + j * n * SLOPES,
+        part + j * part_stride + split * part_step,
+        1.0,
+        True,
+        t0,
+        t1,
+        turn,
+        s,
+        c,
+        INDEXED,
+        False,
+    )
 
 
 @triton.jit
@@ -318,9 +399,20 @@ def dx_rows(g, code, slope, w, xg, below_slope, t0, t1, cb, s: tl.constexpr, bel
 
 @triton.jit(do_not_specialize=["n", "tiles", "programs"])
 def dx_kernel(
-    g, code, slope, w, xg, below_slope, n, tiles, programs, w_stride,
-    s: tl.constexpr, below: tl.constexpr, c: tl.constexpr,
-):  # fmt: skip
+    g,
+    code,
+    slope,
+    w,
+    xg,
+    below_slope,
+    n,
+    tiles,
+    programs,
+    w_stride,
+    s: tl.constexpr,
+    below: tl.constexpr,
+    c: tl.constexpr,
+):
     """Program (model, channel block, run of row tiles). dL/dz of the stage below is written over that stage's stored output
     ``xg``, which nothing reads any more."""
     BLOCKS: tl.constexpr = s.HB * s.WB
@@ -331,9 +423,19 @@ def dx_kernel(
     BM: tl.constexpr = c.BM
     j, cb, t0, t1 = share(programs, CB, n * BLOCKS, tiles * BM)
     dx_rows(
-        g + j * n * CODES, code + j * n * CODES, slope + j * n * SLOPES, w + j * w_stride, xg + j * n * INPUTS,
-        below_slope + j * n * INPUTS, t0, t1, cb, s, below, c,
-    )  # fmt: skip
+        g + j * n * CODES,
+        code + j * n * CODES,
+        slope + j * n * SLOPES,
+        w + j * w_stride,
+        xg + j * n * INPUTS,
+        below_slope + j * n * INPUTS,
+        t0,
+        t1,
+        cb,
+        s,
+        below,
+        c,
+    )
 
 
 def _programs(rows: int, c: Configuration) -> tuple[int, int]:
@@ -349,43 +451,115 @@ def _given(tensor: Tensor | None, other: Tensor) -> Tensor:
 
 
 def stage_forward(
-    x: Tensor, index: Tensor | None, packed: Tensor, bias: Tensor, y: Tensor, code: Tensor | None, slope: Tensor | None,
-    k: int, n: int, stage: Stage, config: Configuration, *, shared: bool, gradient: bool,
-) -> None:  # fmt: skip
+    x: Tensor,
+    index: Tensor | None,
+    packed: Tensor,
+    bias: Tensor,
+    y: Tensor,
+    code: Tensor | None,
+    slope: Tensor | None,
+    k: int,
+    n: int,
+    stage: Stage,
+    config: Configuration,
+    *,
+    shared: bool,
+    gradient: bool,
+) -> None:
     """Launch the forward kernel of ``stage`` for all k models. ``packed`` begins at the stage's forward form, ``bias``
     ``[k, ...]`` at its bias in a row of weights; ``code`` and ``slope`` are written when ``gradient``."""
     each, programs = _programs(n * stage.POSITIONS, config)
     forward_kernel[(k * stage.NB * programs,)](
-        x, _given(index, x), packed, bias, y, _given(code, y), _given(slope, y),
-        n, each, programs, packed.stride(0), bias.stride(0), bias.stride(1),
-        s=stage, c=config, SHARED=shared, INDEXED=index is not None, GRAD=gradient, **launch_options(config.WARPS, config.REGISTERS),
-    )  # fmt: skip
+        x,
+        _given(index, x),
+        packed,
+        bias,
+        y,
+        _given(code, y),
+        _given(slope, y),
+        n,
+        each,
+        programs,
+        packed.stride(0),
+        bias.stride(0),
+        bias.stride(1),
+        s=stage,
+        c=config,
+        SHARED=shared,
+        INDEXED=index is not None,
+        GRAD=gradient,
+        **launch_options(config.WARPS, config.REGISTERS),
+    )
 
 
 def stage_dw(
-    x: Tensor, index: Tensor | None, g: Tensor, code: Tensor | None, slope: Tensor | None, partials: Tensor,
-    k: int, n: int, stage: Stage, config: Configuration, *, shared: bool,
-) -> None:  # fmt: skip
+    x: Tensor,
+    index: Tensor | None,
+    g: Tensor,
+    code: Tensor | None,
+    slope: Tensor | None,
+    partials: Tensor,
+    k: int,
+    n: int,
+    stage: Stage,
+    config: Configuration,
+    *,
+    shared: bool,
+) -> None:
     """Launch the weight-gradient kernel; ``partials`` ``[k, ...]`` begins at the stage's first split."""
     count = splits(stage, n)
     per_split = blocks(blocks(n * stage.POSITIONS, count), config.BM) * config.BM
     dw_kernel[(k * stage.PASSES * count,)](
-        x, _given(index, x), g, _given(code, g), _given(slope, g), partials,
-        n, count, per_split, partials.stride(0), step(stage),
-        s=stage, c=config, SHARED=shared, INDEXED=index is not None, **launch_options(config.WARPS, config.REGISTERS),
-    )  # fmt: skip
+        x,
+        _given(index, x),
+        g,
+        _given(code, g),
+        _given(slope, g),
+        partials,
+        n,
+        count,
+        per_split,
+        partials.stride(0),
+        step(stage),
+        s=stage,
+        c=config,
+        SHARED=shared,
+        INDEXED=index is not None,
+        **launch_options(config.WARPS, config.REGISTERS),
+    )
 
 
 def stage_dx(
-    g: Tensor, code: Tensor | None, slope: Tensor | None, packed: Tensor, xg: Tensor, below_slope: Tensor | None,
-    k: int, n: int, stage: Stage, below: Stage, config: Configuration,
-) -> None:  # fmt: skip
+    g: Tensor,
+    code: Tensor | None,
+    slope: Tensor | None,
+    packed: Tensor,
+    xg: Tensor,
+    below_slope: Tensor | None,
+    k: int,
+    n: int,
+    stage: Stage,
+    below: Stage,
+    config: Configuration,
+) -> None:
     """Launch the input-gradient kernel: ``xg`` holds the stage's input and receives dL/dz of the stage ``below``."""
     each, programs = _programs(n * stage.HB * stage.WB, config)
     dx_kernel[(k * stage.CB * programs,)](
-        g, _given(code, g), _given(slope, g), packed, xg, _given(below_slope, xg), n, each, programs, packed.stride(0),
-        s=stage, below=below, c=config, **launch_options(config.WARPS, config.REGISTERS),
-    )  # fmt: skip
+        g,
+        _given(code, g),
+        _given(slope, g),
+        packed,
+        xg,
+        _given(below_slope, xg),
+        n,
+        each,
+        programs,
+        packed.stride(0),
+        s=stage,
+        below=below,
+        c=config,
+        **launch_options(config.WARPS, config.REGISTERS),
+    )
 
 
 def launch_configuration(role: str, stage: Stage, precision: str, device: torch.device) -> Configuration:

@@ -120,9 +120,14 @@ class _Call:
     """What holds for all groups and slabs of one call: the compiled network, its slabs of queries, and how models are grouped."""
 
     def __init__(
-        self, weights: Tensor, queries: Tensor, layers: Layers, index: Tensor | None = None,
-        shape: tuple[int, int] | None = None, sizes: tuple[int, ...] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        weights: Tensor,
+        queries: Tensor,
+        layers: Layers,
+        index: Tensor | None = None,
+        shape: tuple[int, int] | None = None,
+        sizes: tuple[int, ...] | None = None,
+    ) -> None:
         self.program, self.queries, axis = _compile(weights, queries, layers, index is not None)
         self.own, self.index = axis or index is not None, index
         self.weights, self.dtype = weights.detach(), _dtype()
@@ -200,9 +205,14 @@ def _plain() -> Iterator[None]:
 
 
 def loss_and_gradient(
-    weights: Tensor, queries: Tensor, targets: Tensor, layers: Layers, criterion: Criterion, temperature: float = 2.0,
+    weights: Tensor,
+    queries: Tensor,
+    targets: Tensor,
+    layers: Layers,
+    criterion: Criterion,
+    temperature: float = 2.0,
     index: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """Per-model losses ``[k]`` and gradients ``[k, P]`` with respect to each model's own weights.
 
     Queries ``[n, *input]`` shared by all models or ``[k, n, *input]``; with ``index [k, n]`` (int64 or int32), a pool

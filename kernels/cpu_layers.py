@@ -107,9 +107,7 @@ class ConvStep:
 
     def forward(self, x: Tensor, packed: Packed, models: int) -> tuple[Tensor, Any]:
         conv = self.layer
-        y = convolution(
-            x, *packed, conv.stride, conv.padding, conv.spacing, False, (0, 0), self._groups(models)
-        )
+        y = convolution(x, *packed, conv.stride, conv.padding, conv.spacing, False, (0, 0), self._groups(models))
         return y, x
 
     def backward(self, g: Tensor, x: Any, packed: Packed, rows: Tensor, fresh: bool) -> Tensor | None:
@@ -118,9 +116,18 @@ class ConvStep:
     def _backward(self, g: Tensor, x: Any, weight: Tensor, rows: Tensor, fresh: bool, input_gradient: bool) -> Tensor | None:
         conv, models = self.layer, rows.shape[0]
         gx, gw, _ = convolution_backward(
-            g, x, weight, None, conv.stride, conv.padding, conv.spacing, False, (0, 0), self._groups(models),
+            g,
+            x,
+            weight,
+            None,
+            conv.stride,
+            conv.padding,
+            conv.spacing,
+            False,
+            (0, 0),
+            self._groups(models),
             (input_gradient, True, False),
-        )  # fmt: skip
+        )
         put(rows, self.weight, gw, fresh)
         if self.bias is not None and self.sums_bias:
             put(rows, self.bias, bias_gradient(g, models), fresh)

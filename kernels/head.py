@@ -47,9 +47,7 @@ def _bias(bias, step, N: tl.constexpr, NOUT: tl.constexpr, BIAS: tl.constexpr):
 
 
 @triton.jit
-def _forward(
-    x, w1, w2, b1, b2, q, n, s1: tl.constexpr, s2: tl.constexpr, PREC: tl.constexpr, BM: tl.constexpr
-):
+def _forward(x, w1, w2, b1, b2, q, n, s1: tl.constexpr, s2: tl.constexpr, PREC: tl.constexpr, BM: tl.constexpr):
     """(x, z1, h, z2, f) of queries q."""
     C: tl.constexpr = s1.C
     KD: tl.constexpr = s1.KD
@@ -69,10 +67,35 @@ def _forward(
 
 @triton.jit(do_not_specialize=["n", "temperature", "loss_scale", "bias_stride"])
 def head_kernel(
-    x, below_slope, w1, w2, w1x, w2x, bias1, bias2, targets, losses, gain, part1, part2,
-    n, w_stride, bias_stride, bias_step, part_stride, k_stride, q_stride, c_stride, temperature, loss_scale,
-    s1: tl.constexpr, s2: tl.constexpr, below: tl.constexpr, c: tl.constexpr, CRITERION: tl.constexpr,
-):  # fmt: skip
+    x,
+    below_slope,
+    w1,
+    w2,
+    w1x,
+    w2x,
+    bias1,
+    bias2,
+    targets,
+    losses,
+    gain,
+    part1,
+    part2,
+    n,
+    w_stride,
+    bias_stride,
+    bias_step,
+    part_stride,
+    k_stride,
+    q_stride,
+    c_stride,
+    temperature,
+    loss_scale,
+    s1: tl.constexpr,
+    s2: tl.constexpr,
+    below: tl.constexpr,
+    c: tl.constexpr,
+    CRITERION: tl.constexpr,
+):
     C: tl.constexpr = s1.C
     KD: tl.constexpr = s1.KD
     BC: tl.constexpr = s1.BC
@@ -167,19 +190,51 @@ def fits(plan: Schedule, n: int) -> bool:
 
 
 def head_loss_and_gradient(
-    x: Tensor, below_slope: Tensor | None, packed: Tensor, weights: Tensor, targets: Tensor, losses: Tensor, gain: Tensor,
-    partials: Tensor, bases: list[int], k: int, n: int, plan: Schedule, config: Configuration,
-    criterion: str, temperature: float,
-) -> None:  # fmt: skip
+    x: Tensor,
+    below_slope: Tensor | None,
+    packed: Tensor,
+    weights: Tensor,
+    targets: Tensor,
+    losses: Tensor,
+    gain: Tensor,
+    partials: Tensor,
+    bases: list[int],
+    k: int,
+    n: int,
+    plan: Schedule,
+    config: Configuration,
+    criterion: str,
+    temperature: float,
+) -> None:
     """Launch the fused head: ``x`` ``[k, n, C]`` becomes its own gradient; losses, gain and both partials are filled."""
     below, one, two = plan.stages[-3:]
     first, second = plan.placements[-2:]
     biases = [weights if p.bias is None else weights[:, p.bias.offset :] for p in (first, second)]
     head_kernel[(k,)](
-        x, x if below_slope is None else below_slope,
-        packed[:, first.forward :], packed[:, second.forward :], packed[:, first.backward :], packed[:, second.backward :],
-        *biases, targets, losses, gain, partials[:, bases[-2] :], partials[:, bases[-1] :],
-        n, packed.stride(0), weights.stride(0), weights.stride(1), partials.stride(0), *target_strides(targets),
-        temperature, loss_scale(criterion, n, two.NOUT, temperature),
-        s1=one, s2=two, below=below, c=config, CRITERION=criterion, **launch_options(config.WARPS, config.REGISTERS),
-    )  # fmt: skip
+        x,
+        x if below_slope is None else below_slope,
+        packed[:, first.forward :],
+        packed[:, second.forward :],
+        packed[:, first.backward :],
+        packed[:, second.backward :],
+        *biases,
+        targets,
+        losses,
+        gain,
+        partials[:, bases[-2] :],
+        partials[:, bases[-1] :],
+        n,
+        packed.stride(0),
+        weights.stride(0),
+        weights.stride(1),
+        partials.stride(0),
+        *target_strides(targets),
+        temperature,
+        loss_scale(criterion, n, two.NOUT, temperature),
+        s1=one,
+        s2=two,
+        below=below,
+        c=config,
+        CRITERION=criterion,
+        **launch_options(config.WARPS, config.REGISTERS),
+    )

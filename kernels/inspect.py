@@ -148,9 +148,13 @@ def _kernels(
     types = {**plain, "slope": data, "g": data, "temperature": "fp32", "loss_scale": "fp32"}
     for criterion in ("mse", "softmax_mse", "distillation"):
         constants = {
-            "s": last, "CRITERION": criterion, "KP": max(last.N, power_of_two(last.NOUT)), "BQ": query_block(last),
-            "PREC": precision, "c_stride": 1,
-        }  # fmt: skip
+            "s": last,
+            "CRITERION": criterion,
+            "KP": max(last.N, power_of_two(last.NOUT)),
+            "BQ": query_block(last),
+            "PREC": precision,
+            "c_stride": 1,
+        }
         yield f"criterion {criterion}", "tail", criterion_kernel, types, constants, 4
     one, two = stages[-2:]
     c = configuration("forward", one, precision, hopper)
@@ -189,17 +193,18 @@ def _whole(plan: Schedule, precision: str, hopper: bool) -> Iterator[tuple[str, 
         yield role, role, kernel, types, constants, 4
 
 
-def rows(
-    target: str, precisions: tuple[str, ...], architectures: tuple[str, ...], roles: tuple[str, ...] = ()
-) -> Iterator[dict[str, Any]]:
+def rows(target: str, precisions: tuple[str, ...], architectures: tuple[str, ...], roles: tuple[str, ...] = ()) -> Iterator[dict[str, Any]]:
     """One row a kernel, see FIELDS; of some roles, or of all."""
     return (row for row, _ in listings(target, precisions, architectures, roles))
 
 
 def listings(
-    target: str, precisions: tuple[str, ...], architectures: tuple[str, ...], roles: tuple[str, ...] = (),
+    target: str,
+    precisions: tuple[str, ...],
+    architectures: tuple[str, ...],
+    roles: tuple[str, ...] = (),
     wanted: Callable[[str], bool] = lambda name: True,
-) -> Iterator[tuple[dict[str, Any], str]]:  # fmt: skip
+) -> Iterator[tuple[dict[str, Any], str]]:
     """The same with the kernel's machine code, empty for one without matrix products; ``wanted`` picks kernels by name."""
     for architecture in architectures:
         plan = schedule(*ARCHITECTURES[architecture])
@@ -219,9 +224,18 @@ def listings(
                 sass = disassemble(found.asm["cubin"], "-sass") if dots else ""
                 mma = next((op for op in ("HGMMA", "HMMA") if re.search(rf"\b{op}\b", sass)), None)
                 values = (
-                    name, role, architecture, precision, target, int(numbers[1]), int(numbers[2]),
-                    found.metadata.shared, dots, mma, round(seconds, 2),
-                )  # fmt: skip
+                    name,
+                    role,
+                    architecture,
+                    precision,
+                    target,
+                    int(numbers[1]),
+                    int(numbers[2]),
+                    found.metadata.shared,
+                    dots,
+                    mma,
+                    round(seconds, 2),
+                )
                 yield dict(zip(FIELDS, values, strict=True)), sass
 
 

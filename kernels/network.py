@@ -46,9 +46,20 @@ def entry(net, name, i):
 
 @triton.jit
 def _forward_stage(
-    x, index, w, bias, bias_step, y, codes, scratch, count, net: tl.constexpr, i: tl.constexpr,
-    INDEXED: tl.constexpr, GRAD: tl.constexpr,
-):  # fmt: skip
+    x,
+    index,
+    w,
+    bias,
+    bias_step,
+    y,
+    codes,
+    scratch,
+    count,
+    net: tl.constexpr,
+    i: tl.constexpr,
+    INDEXED: tl.constexpr,
+    GRAD: tl.constexpr,
+):
     s: tl.constexpr = entry(net, "stages", i)
     c: tl.constexpr = entry(net, "forward", i)
     WEIGHTS: tl.constexpr = entry(net, "weights", i)
@@ -59,9 +70,22 @@ def _forward_stage(
     POSITIONS: tl.constexpr = s.POSITIONS
     for block in tl.range(0, NB, num_stages=1):
         forward_rows(
-            x, index, w + WEIGHTS, bias + BIAS * bias_step, bias_step, y, codes + CODES, scratch + SLOPES,
-            0, count * POSITIONS, block, s, c, INDEXED, GRAD,
-        )  # fmt: skip
+            x,
+            index,
+            w + WEIGHTS,
+            bias + BIAS * bias_step,
+            bias_step,
+            y,
+            codes + CODES,
+            scratch + SLOPES,
+            0,
+            count * POSITIONS,
+            block,
+            s,
+            c,
+            INDEXED,
+            GRAD,
+        )
     tl.debug_barrier()
 
 
@@ -76,9 +100,7 @@ def _between(scratch, ends, net: tl.constexpr, i: tl.constexpr, END: tl.constexp
 
 
 @triton.jit
-def _forward(
-    x, index, w, bias, bias_step, y, codes, scratch, count, net: tl.constexpr, INDEXED: tl.constexpr, GRAD: tl.constexpr
-):
+def _forward(x, index, w, bias, bias_step, y, codes, scratch, count, net: tl.constexpr, INDEXED: tl.constexpr, GRAD: tl.constexpr):
     """A block of ``count`` queries through all stages."""
     DEPTH: tl.constexpr = net.DEPTH
     out = _between(scratch, y, net, 1, DEPTH)
@@ -90,9 +112,7 @@ def _forward(
 
 
 @triton.jit
-def _backward_stage(
-    x, index, g, w, codes, scratch, sums, factor, keep, count, net: tl.constexpr, i: tl.constexpr, INDEXED: tl.constexpr
-):
+def _backward_stage(x, index, g, w, codes, scratch, sums, factor, keep, count, net: tl.constexpr, i: tl.constexpr, INDEXED: tl.constexpr):
     """Weight gradients of stage i on top of ``sums``; then its input gradient over its input, except for the first stage."""
     s: tl.constexpr = entry(net, "stages", i)
     c: tl.constexpr = entry(net, "dw", i)
@@ -103,9 +123,22 @@ def _backward_stage(
     POSITIONS: tl.constexpr = s.POSITIONS
     for turn in tl.range(0, PASSES, num_stages=1):
         dw_rows(
-            x, index, g, codes + CODES, scratch + SLOPES, sums + SUMS, factor, keep, 0, count * POSITIONS, turn, s, c,
-            INDEXED, True,
-        )  # fmt: skip
+            x,
+            index,
+            g,
+            codes + CODES,
+            scratch + SLOPES,
+            sums + SUMS,
+            factor,
+            keep,
+            0,
+            count * POSITIONS,
+            turn,
+            s,
+            c,
+            INDEXED,
+            True,
+        )
     tl.debug_barrier()
     if i > 0:
         below: tl.constexpr = entry(net, "stages", i - 1)
@@ -115,17 +148,28 @@ def _backward_stage(
         CB: tl.constexpr = s.CB
         BLOCKS: tl.constexpr = s.HB * s.WB
         for cb in tl.range(0, CB, num_stages=1):
-            dx_rows(
-                g, codes + CODES, scratch + SLOPES, w + BACK, x, scratch + BELOW, 0, count * BLOCKS, cb, s, below, cx
-            )
+            dx_rows(g, codes + CODES, scratch + SLOPES, w + BACK, x, scratch + BELOW, 0, count * BLOCKS, cb, s, below, cx)
         tl.debug_barrier()
 
 
 @triton.jit(do_not_specialize=["n", "units", "walks", "bias_stride"])
 def network_forward_kernel(
-    x, index, w, bias, y, scratch, n, units, walks, w_stride, bias_stride, bias_step,
-    net: tl.constexpr, SHARED: tl.constexpr, INDEXED: tl.constexpr,
-):  # fmt: skip
+    x,
+    index,
+    w,
+    bias,
+    y,
+    scratch,
+    n,
+    units,
+    walks,
+    w_stride,
+    bias_stride,
+    bias_step,
+    net: tl.constexpr,
+    SHARED: tl.constexpr,
+    INDEXED: tl.constexpr,
+):
     """Unit (model, block of queries)."""
     QB: tl.constexpr = net.QB
     SCRATCH: tl.constexpr = net.SCRATCH
@@ -141,15 +185,23 @@ def network_forward_kernel(
         count = tl.minimum(n - q0, QB).to(tl.int32)
         images = x + (q0 if SHARED else j * n + q0) * (0 if INDEXED else INPUTS)
         _forward(
-            images, index + (j * n + q0), w + j * w_stride, bias + j * bias_stride, bias_step, y + (j * n + q0) * K,
-            scratch, scratch, count, net, INDEXED, False,
-        )  # fmt: skip
+            images,
+            index + (j * n + q0),
+            w + j * w_stride,
+            bias + j * bias_stride,
+            bias_step,
+            y + (j * n + q0) * K,
+            scratch,
+            scratch,
+            count,
+            net,
+            INDEXED,
+            False,
+        )
 
 
 @triton.jit
-def _criterion(
-    outs, targets, scratch, q0, count, q_stride, c_stride, temperature, net: tl.constexpr, CRITERION: tl.constexpr
-):
+def _criterion(outs, targets, scratch, q0, count, q_stride, c_stride, temperature, net: tl.constexpr, CRITERION: tl.constexpr):
     """(terms of the loss [QB], 1 / gain) of a block; the gradient of its logits goes to the scratch."""
     QB: tl.constexpr = net.QB
     s: tl.constexpr = entry(net, "stages", net.DEPTH - 1)
@@ -171,10 +223,38 @@ def _criterion(
 
 @triton.jit(do_not_specialize=["n", "units", "parts", "queries_per_part", "bias_stride", "k_stride", "temperature"])
 def network_loss_kernel(
-    x, index, w, bias, targets, target_row, places, steps, counts, partials, terms, codes, scratch, outs, sums,
-    n, units, parts, queries_per_part, w_stride, bias_stride, bias_step, k_stride, q_stride, c_stride, temperature,
-    net: tl.constexpr, CRITERION: tl.constexpr, SHARED: tl.constexpr, INDEXED: tl.constexpr, ROUTED: tl.constexpr,
-):  # fmt: skip
+    x,
+    index,
+    w,
+    bias,
+    targets,
+    target_row,
+    places,
+    steps,
+    counts,
+    partials,
+    terms,
+    codes,
+    scratch,
+    outs,
+    sums,
+    n,
+    units,
+    parts,
+    queries_per_part,
+    w_stride,
+    bias_stride,
+    bias_step,
+    k_stride,
+    q_stride,
+    c_stride,
+    temperature,
+    net: tl.constexpr,
+    CRITERION: tl.constexpr,
+    SHARED: tl.constexpr,
+    INDEXED: tl.constexpr,
+    ROUTED: tl.constexpr,
+):
     """Unit (model, part of its queries): its gradient [P] and the sum of its loss' terms. Targets of model j are row j, or row
     target_row[j]."""
     QB: tl.constexpr = net.QB
@@ -209,16 +289,12 @@ def network_loss_kernel(
             images = x + (q0 if SHARED else j * n + q0) * (0 if INDEXED else INPUTS)
             own = index + (j * n + q0)
             _forward(images, own, wj, bias + j * bias_stride, bias_step, outs, codes, scratch, count, net, INDEXED, True)
-            found, factor = _criterion(
-                outs, targets + row * k_stride, scratch, q0, count, q_stride, c_stride, temperature, net, CRITERION
-            )
+            found, factor = _criterion(outs, targets + row * k_stride, scratch, q0, count, q_stride, c_stride, temperature, net, CRITERION)
             loss += found
             for up in tl.static_range(DEPTH - 1):
                 g = _between(scratch, scratch + GRADIENT, net, DEPTH - up, DEPTH)
                 below = _between(scratch, scratch, net, DEPTH - 1 - up, 0)
-                _backward_stage(
-                    below, own, g, wj, codes, scratch, sums, factor, t > 0, count, net, DEPTH - 1 - up, False
-                )
+                _backward_stage(below, own, g, wj, codes, scratch, sums, factor, t > 0, count, net, DEPTH - 1 - up, False)
             g = _between(scratch, scratch + GRADIENT, net, 1, DEPTH)
             _backward_stage(images, own, g, wj, codes, scratch, sums, factor, t > 0, count, net, 0, INDEXED)
         for p0 in tl.range(0, PARAMETERS, B, num_stages=1):
@@ -229,9 +305,7 @@ def network_loss_kernel(
 
 
 @triton.jit(do_not_specialize=["programs", "parts", "parameters", "scale", "loss_scale"])
-def reduce_kernel(
-    partials, terms, gradient, losses, programs, parts, parameters, scale, loss_scale, B: tl.constexpr
-):
+def reduce_kernel(partials, terms, gradient, losses, programs, parts, parameters, scale, loss_scale, B: tl.constexpr):
     """Program (model, block of parameters): a model's parts, added in order; its first program adds the loss' terms too."""
     pid = tl.program_id(0)
     j = wide(pid // programs)
@@ -294,9 +368,18 @@ class _Launch:
 
 
 def network_forward(
-    weights: Tensor, queries: Tensor, index: Tensor | None, outputs: Tensor, plan: Schedule, precision: str, rank: int,
-    memory: int, *, shared: bool, block: int | None = None,
-) -> None:  # fmt: skip
+    weights: Tensor,
+    queries: Tensor,
+    index: Tensor | None,
+    outputs: Tensor,
+    plan: Schedule,
+    precision: str,
+    rank: int,
+    memory: int,
+    *,
+    shared: bool,
+    block: int | None = None,
+) -> None:
     """Fill ``outputs`` ``[k, n, K]``: two launches a chunk. Raises Unplannable if the network does not fit one program."""
     n = outputs.shape[1]
     net = specialised(plan, precision, False, weights.device, block)
@@ -305,17 +388,44 @@ def network_forward(
     for start, rows, packed, images, own in launch.chunks(weights, queries, index, rank, shared):
         units = len(rows) * walks
         network_forward_kernel[(min(units, launch.programs),)](
-            images, own, packed, rows, outputs[start:], launch.scratch, n, units, walks,
-            packed.stride(0), rows.stride(0), rows.stride(1),
-            net=net, SHARED=shared, INDEXED=index is not None, **launch_options(),
-        )  # fmt: skip
+            images,
+            own,
+            packed,
+            rows,
+            outputs[start:],
+            launch.scratch,
+            n,
+            units,
+            walks,
+            packed.stride(0),
+            rows.stride(0),
+            rows.stride(1),
+            net=net,
+            SHARED=shared,
+            INDEXED=index is not None,
+            **launch_options(),
+        )
 
 
 def network_loss(
-    weights: Tensor, queries: Tensor, index: Tensor | None, targets: Tensor, losses: Tensor, gradient: Tensor, plan: Schedule,
-    n: int, criterion: str, temperature: float, precision: str, rank: int, memory: int,
-    *, shared: bool, target_row: Tensor | None = None, block: int | None = None,
-) -> None:  # fmt: skip
+    weights: Tensor,
+    queries: Tensor,
+    index: Tensor | None,
+    targets: Tensor,
+    losses: Tensor,
+    gradient: Tensor,
+    plan: Schedule,
+    n: int,
+    criterion: str,
+    temperature: float,
+    precision: str,
+    rank: int,
+    memory: int,
+    *,
+    shared: bool,
+    target_row: Tensor | None = None,
+    block: int | None = None,
+) -> None:
     """Fill ``losses`` ``[k]`` and ``gradient`` ``[k, P]``: three launches a chunk. Model j's targets are row j of ``targets``
     ``[k, n, K]`` (``[k, n]`` integers for ``labels``) of any strides, or row target_row[j]. Raises Unplannable if the network
     does not fit one program."""
@@ -332,13 +442,37 @@ def network_loss(
     for start, rows, packed, images, own in launch.chunks(weights, queries, index, rank, shared):
         count = len(rows)
         network_loss_kernel[(min(count * parts, launch.programs),)](
-            images, own, packed, rows, targets[start:] if target_row is None else targets,
-            packed if target_row is None else target_row[start:], tables.places, tables.steps, tables.counts,
-            partials, terms, codes, launch.scratch, outs, sums, n, count * parts, parts, each,
-            packed.stride(0), rows.stride(0), rows.stride(1), *strides, temperature,
-            net=net, CRITERION=criterion, SHARED=shared, INDEXED=index is not None, ROUTED=target_row is not None,
+            images,
+            own,
+            packed,
+            rows,
+            targets[start:] if target_row is None else targets,
+            packed if target_row is None else target_row[start:],
+            tables.places,
+            tables.steps,
+            tables.counts,
+            partials,
+            terms,
+            codes,
+            launch.scratch,
+            outs,
+            sums,
+            n,
+            count * parts,
+            parts,
+            each,
+            packed.stride(0),
+            rows.stride(0),
+            rows.stride(1),
+            *strides,
+            temperature,
+            net=net,
+            CRITERION=criterion,
+            SHARED=shared,
+            INDEXED=index is not None,
+            ROUTED=target_row is not None,
             **launch_options(),
-        )  # fmt: skip
+        )
         reduce_kernel[(count * programs,)](
             partials, terms, gradient[start:], losses[start:], programs, parts, plan.parameters, *scales, B=256, **launch_options()
         )

@@ -127,19 +127,29 @@ def network(
     (gradient_at,), end = _offsets([qb * last.CODES * gradient], end)
     codes, codes_end = _offsets(qb * s.CODES * (gradient and s.POOL == "max") for s in stages)
     bases = tuple(accumulate((step(s) for s in stages[:-1]), initial=0)) if gradient else (0,) * len(stages)
-    roles = {
-        role: tuple(configuration(role, s, precision, hopper) for s in stages) for role in ("forward", "dw", "dx")
-    }
+    roles = {role: tuple(configuration(role, s, precision, hopper) for s in stages) for role in ("forward", "dw", "dx")}
     if interpreted is not None:
         roles = {role: tuple(replace(c, PREC=interpreted) for c in found) for role, found in roles.items()}
     found = Network(
-        stages, roles["forward"], roles["dw"], roles["dx"],
-        weights=tuple(p.forward for p in plan.placements), back=tuple(p.backward for p in plan.placements),
+        stages,
+        roles["forward"],
+        roles["dw"],
+        roles["dx"],
+        weights=tuple(p.forward for p in plan.placements),
+        back=tuple(p.backward for p in plan.placements),
         biases=tuple(p.bias.offset if p.bias else 0 for p in plan.placements),
-        outputs=outputs, slopes=slopes, codes=codes, sums=bases, gradient=gradient_at,
-        QB=qb, SCRATCH=end, CODES=codes_end, SUMS=bases[-1] + step(last) if gradient else 0,
-        PARAMETERS=plan.parameters, PLACES=max(s.P**2 for s in stages),
-    )  # fmt: skip
+        outputs=outputs,
+        slopes=slopes,
+        codes=codes,
+        sums=bases,
+        gradient=gradient_at,
+        QB=qb,
+        SCRATCH=end,
+        CODES=codes_end,
+        SUMS=bases[-1] + step(last) if gradient else 0,
+        PARAMETERS=plan.parameters,
+        PLACES=max(s.P**2 for s in stages),
+    )
     if found.program_bytes(precision) > MOST_SCRATCH:
         raise Unplannable(f"{found.program_bytes(precision)} bytes a program; the whole network in one launch takes up to {MOST_SCRATCH}")
     return found

@@ -42,9 +42,21 @@ def _pack(weights, table, out, programs, packed, stride, step, pid, B: tl.conste
 
 @triton.jit
 def _stack(
-    queries, out, count, channels, q_stride, c_stride, y_stride, x_stride, pid,
-    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, B: tl.constexpr, PREC: tl.constexpr,
-):  # fmt: skip
+    queries,
+    out,
+    count,
+    channels,
+    q_stride,
+    c_stride,
+    y_stride,
+    x_stride,
+    pid,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    B: tl.constexpr,
+    PREC: tl.constexpr,
+):
     e = wide(pid) * B + tl.arange(0, B)
     mask = e < count
     c = e % C
@@ -64,18 +76,47 @@ def pack_kernel(weights, table, out, programs, packed, stride, step, B: tl.const
 
 @triton.jit(do_not_specialize=["count", "channels"])
 def stack_kernel(
-    queries, out, count, channels, q_stride, c_stride, y_stride, x_stride,
-    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, B: tl.constexpr, PREC: tl.constexpr,
-):  # fmt: skip
+    queries,
+    out,
+    count,
+    channels,
+    q_stride,
+    c_stride,
+    y_stride,
+    x_stride,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    B: tl.constexpr,
+    PREC: tl.constexpr,
+):
     _stack(queries, out, count, channels, q_stride, c_stride, y_stride, x_stride, tl.program_id(0), H, W, C, B, PREC)
 
 
 @triton.jit(do_not_specialize=["first", "programs", "packed", "count", "channels"])
 def prepare_kernel(
-    weights, table, out, first, programs, packed, stride, step,
-    queries, images, count, channels, q_stride, c_stride, y_stride, x_stride,
-    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, B: tl.constexpr, PREC: tl.constexpr,
-):  # fmt: skip
+    weights,
+    table,
+    out,
+    first,
+    programs,
+    packed,
+    stride,
+    step,
+    queries,
+    images,
+    count,
+    channels,
+    q_stride,
+    c_stride,
+    y_stride,
+    x_stride,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    B: tl.constexpr,
+    PREC: tl.constexpr,
+):
     """The first ``first`` programs pack, the others stack."""
     pid = tl.program_id(0)
     if pid < first:
@@ -99,9 +140,20 @@ def gathered(partials, places, steps, counts, p, mask, most, D: tl.constexpr):
 
 @triton.jit(do_not_specialize=["programs", "parameters", "most", "scale"])
 def fold_kernel(
-    partials, places, steps, counts, gain, out, programs, parameters, most, row, scale,
-    D: tl.constexpr, B: tl.constexpr,
-):  # fmt: skip
+    partials,
+    places,
+    steps,
+    counts,
+    gain,
+    out,
+    programs,
+    parameters,
+    most,
+    row,
+    scale,
+    D: tl.constexpr,
+    B: tl.constexpr,
+):
     pid = tl.program_id(0)
     j = wide(pid // programs)
     p = (pid % programs) * B + tl.arange(0, B)
@@ -180,7 +232,18 @@ def fold(partials: Tensor, gain: Tensor, out: Tensor, plan: Schedule, tables: Fo
     k = partials.shape[0]
     programs = blocks(plan.parameters, 256)
     fold_kernel[(k * programs,)](
-        partials, tables.places, tables.steps, tables.counts, gain, out,
-        programs, plan.parameters, max(tables.splits), tables.row, scale,
-        D=tables.places.shape[1], B=256, **launch_options(),
-    )  # fmt: skip
+        partials,
+        tables.places,
+        tables.steps,
+        tables.counts,
+        gain,
+        out,
+        programs,
+        plan.parameters,
+        max(tables.splits),
+        tables.row,
+        scale,
+        D=tables.places.shape[1],
+        B=256,
+        **launch_options(),
+    )

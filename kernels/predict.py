@@ -92,15 +92,28 @@ def summary_table(found: dict[tuple[str, str], list[Prediction]]) -> str:
         executed = sum(p.executed for p in kernels)
         products = sum(p.clocks.products for p in kernels)
         ms = {k: ns * k * pipes.QUERIES / 1e6 for k in (128, 1024, 4096)}
-        lines.append((
-            f"{TITLES[architecture]} {precision}", f"{ns:.1f}", f"{ms[128]:.2g}", f"{ms[1024]:.1f} / {ms[1024] / pipes.PLAN:.1f}",
-            f"{ms[4096] / pipes.PLAN:.0f}", f"{sum(p.traffic for p in kernels) / 1e3:.0f}",
-            f"{executed / needed:.2f}", f"{products / needed:.2f}",
-        ))  # fmt: skip
+        lines.append(
+            (
+                f"{TITLES[architecture]} {precision}",
+                f"{ns:.1f}",
+                f"{ms[128]:.2g}",
+                f"{ms[1024]:.1f} / {ms[1024] / pipes.PLAN:.1f}",
+                f"{ms[4096] / pipes.PLAN:.0f}",
+                f"{sum(p.traffic for p in kernels) / 1e3:.0f}",
+                f"{executed / needed:.2f}",
+                f"{products / needed:.2f}",
+            )
+        )
     header = (
-        "loss and gradient, n = 256, targets given", "bound ns/pair", "k = 128, ms", "k = 1024 bound / plan, ms", "k = 4096 plan, ms",
-        "KB/pair", "executed / needed", "the same in machine code",
-    )  # fmt: skip
+        "loss and gradient, n = 256, targets given",
+        "bound ns/pair",
+        "k = 128, ms",
+        "k = 1024 bound / plan, ms",
+        "k = 4096 plan, ms",
+        "KB/pair",
+        "executed / needed",
+        "the same in machine code",
+    )
     return _table(header, lines)
 
 

@@ -93,8 +93,13 @@ def forward_grouped(weights: Tensor, queries: Tensor, layers: Layers) -> Tensor:
             bias = None if slots.bias is None else weights[:, slots.bias.offset : slots.bias.stop]
         if isinstance(layer, Conv2d):
             x = F.conv2d(
-                x.reshape(n, -1, *x.shape[-2:]), weight.reshape(k * layer.out_channels, *layer.weight_shape[1:]),
-                None if bias is None else bias.reshape(-1), layer.stride, layer.padding, layer.spacing, k * layer.groups,
+                x.reshape(n, -1, *x.shape[-2:]),
+                weight.reshape(k * layer.out_channels, *layer.weight_shape[1:]),
+                None if bias is None else bias.reshape(-1),
+                layer.stride,
+                layer.padding,
+                layer.spacing,
+                k * layer.groups,
             )
             x = x.view(n, k, layer.out_channels, *x.shape[-2:])
         elif isinstance(layer, Linear):

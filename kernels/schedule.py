@@ -123,17 +123,20 @@ def _gradient_tiles(run: int, rows: int, columns: int, accumulators: int) -> tup
     fit = GRADIENT_ACCUMULATORS // columns
     by_row = [
         (kd, blocks(run, kd), taps, 0)
-        for kd in (128, 64, 32, 16) if kd <= power_of_two(max(16, run))
-        for taps in range(rows, 0, -1) if rows % taps == 0 and kd * taps <= fit
-    ]  # fmt: skip
+        for kd in (128, 64, 32, 16)
+        if kd <= power_of_two(max(16, run))
+        for taps in range(rows, 0, -1)
+        if rows % taps == 0 and kd * taps <= fit
+    ]
     best = min(by_row, key=lambda c: c[1] * (rows // c[2]) * (c[0] * c[2] + 4 * columns + 64))
     if rows == 1:
         return best
     flat = [
         (kd, 1, count, blocks(run * rows, kd))
-        for kd in (128, 64) for count in range(blocks(run * rows, kd), 0, -1)
+        for kd in (128, 64)
+        for count in range(blocks(run * rows, kd), 0, -1)
         if blocks(run * rows, kd) % count == 0 and kd * count <= fit
-    ]  # fmt: skip
+    ]
     other = min(flat, key=lambda c: (c[0] * c[3], c[3] // c[2] * (accumulators * c[0] * c[2] + 4 * columns + 64)), default=None)
     products = max(best[0], 64) * best[1] * rows
     saves = other is not None and 10 * other[0] * other[3] <= 9 * products
@@ -204,10 +207,38 @@ def _stage(block: _Block, maps: tuple[tuple[int, int], tuple[int, int]], stored:
         kdw, nchw, ni, flat = _gradient_tiles(rx * stored, kh, nd, p)
     bc = min(power_of_two(stored), 64, max(8, 128 // (p * s) ** 2))
     return Stage(
-        H=h, W=w, C=stored, KH=kh, KW=kw, S=s, PY=py, PX=px, P=p, POOL=mode, HO=ho, WO=wo, N=n, NOUT=nout, ACT=name,
-        PARAM=parameter, ACT_FIRST=act_first, SLOPE=slope, BIAS=layer.bias, LAST=last, INPUT=first, PATCH=patch,
-        RUN=run, KD=kd, NCH=nch, BN=bn, KDW=kdw, NCHW=nchw, NI=ni, FLAT=flat, BC=bc,
-    )  # fmt: skip
+        H=h,
+        W=w,
+        C=stored,
+        KH=kh,
+        KW=kw,
+        S=s,
+        PY=py,
+        PX=px,
+        P=p,
+        POOL=mode,
+        HO=ho,
+        WO=wo,
+        N=n,
+        NOUT=nout,
+        ACT=name,
+        PARAM=parameter,
+        ACT_FIRST=act_first,
+        SLOPE=slope,
+        BIAS=layer.bias,
+        LAST=last,
+        INPUT=first,
+        PATCH=patch,
+        RUN=run,
+        KD=kd,
+        NCH=nch,
+        BN=bn,
+        KDW=kdw,
+        NCHW=nchw,
+        NI=ni,
+        FLAT=flat,
+        BC=bc,
+    )
 
 
 @lru_cache(maxsize=256)
@@ -231,9 +262,7 @@ def schedule(layers: Layers, input_shape: tuple[int, ...]) -> Schedule:
         offset = backward + blocks(stage.XSIZE, 16) * 16
         placements.append(Placement(block.layer.name, *block.slots, forward, backward, block.features))
     parameters = sum(p.weight.size + (p.bias.size if p.bias else 0) for p in placements)
-    return Schedule(
-        tuple(stages), tuple(placements), parameters, offset, stages[-1].NOUT, isinstance(found[0].layer, Linear)
-    )
+    return Schedule(tuple(stages), tuple(placements), parameters, offset, stages[-1].NOUT, isinstance(found[0].layer, Linear))
 
 
 @dataclass(frozen=True)
@@ -324,13 +353,16 @@ def needed_multiply_adds(stage: Stage, placement: Placement, role: str) -> int:
 def executed_multiply_adds(stage: Stage, role: str) -> int:
     """Multiply-adds a (model, query) pair that the tiles execute, tails of the last tile left out."""
     if role == "dx":
-        dots = sum(
-            1
-            for ry in range(stage.PS) for y in range(stage.NY) for dy in range(stage.P)
-            if 0 <= ry + y * stage.PS - dy * stage.S < stage.KH
-        ) * stage.NX  # fmt: skip
+        dots = (
+            sum(
+                1
+                for ry in range(stage.PS)
+                for y in range(stage.NY)
+                for dy in range(stage.P)
+                if 0 <= ry + y * stage.PS - dy * stage.S < stage.KH
+            )
+            * stage.NX
+        )
         return 0 if stage.INPUT else stage.HB * stage.WB * dots * stage.P * stage.N * stage.CB * stage.PS * stage.BC
     tiles = stage.KRW * stage.NCHW * stage.KDW if role == "dw" else stage.KR * stage.NCH * stage.KD
     return stage.POSITIONS * stage.NB * stage.ACCS * tiles * stage.ND
-
-

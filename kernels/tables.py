@@ -51,9 +51,7 @@ def _axis(size: int, at: int, of: int) -> Tensor:
 def forward_table(stage: Stage, placement: Placement, kd: int, tiles: int) -> Tensor:
     """``[NB, KR, tiles, kd, P or 1 (dy), P (dx), BN]``, flat: the Toeplitz form for tiles of ``kd`` elements."""
     dys = stage.P if stage.PATCH else 1
-    nb, kr, ch, e, dy, dx, bn = (
-        _axis(size, at, 7) for at, size in enumerate((stage.NB, stage.KR, tiles, kd, dys, stage.P, stage.BN))
-    )
+    nb, kr, ch, e, dy, dx, bn = (_axis(size, at, 7) for at, size in enumerate((stage.NB, stage.KR, tiles, kd, dys, stage.P, stage.BN)))
     if stage.PATCH:
         row, element = e // stage.RUN - dy * stage.S, e % stage.RUN
     else:
@@ -69,16 +67,13 @@ def gradient_table(stage: Stage, placement: Placement) -> Tensor:
         return forward_table(stage, placement, stage.KDW, stage.NCHW)
     nb, tile, e, dx, bn = (_axis(size, at, 5) for at, size in enumerate((stage.NB, stage.FLAT, stage.KDW, stage.P, stage.BN)))
     row, element = (tile * stage.KDW + e) // stage.RUNLEN, (tile * stage.KDW + e) % stage.RUNLEN
-    return _positions(
-        stage, placement, nb * stage.BN + bn, element % stage.C, row, element // stage.C - dx * stage.S, nb >= 0
-    ).flatten()
+    return _positions(stage, placement, nb * stage.BN + bn, element % stage.C, row, element // stage.C - dx * stage.S, nb >= 0).flatten()
 
 
 def backward_table(stage: Stage, placement: Placement) -> Tensor:
     """``[CB, KH, NX, NB, P (dx), BN, PS (rx), BC]``, flat: the form that gathers the gradient of an input block."""
     cb, i, nx, nb, dx, bn, rx, bc = (
-        _axis(size, at, 8)
-        for at, size in enumerate((stage.CB, stage.KH, stage.NX, stage.NB, stage.P, stage.BN, stage.PS, stage.BC))
+        _axis(size, at, 8) for at, size in enumerate((stage.CB, stage.KH, stage.NX, stage.NB, stage.P, stage.BN, stage.PS, stage.BC))
     )
     column = rx + nx * stage.PS - dx * stage.S
     return _positions(stage, placement, nb * stage.BN + bn, cb * stage.BC + bc, i, column, i >= 0).flatten()

@@ -117,9 +117,24 @@ def store_gradient(g, slope, d, f, q, n, s: tl.constexpr, KP: tl.constexpr, PREC
 
 @triton.jit(do_not_specialize=["n", "temperature", "loss_scale"])
 def criterion_kernel(
-    outputs, targets, slope, losses, gain, g, n, k_stride, q_stride, c_stride, temperature, loss_scale,
-    s: tl.constexpr, CRITERION: tl.constexpr, KP: tl.constexpr, BQ: tl.constexpr, PREC: tl.constexpr,
-):  # fmt: skip
+    outputs,
+    targets,
+    slope,
+    losses,
+    gain,
+    g,
+    n,
+    k_stride,
+    q_stride,
+    c_stride,
+    temperature,
+    loss_scale,
+    s: tl.constexpr,
+    CRITERION: tl.constexpr,
+    KP: tl.constexpr,
+    BQ: tl.constexpr,
+    PREC: tl.constexpr,
+):
     K: tl.constexpr = s.NOUT
     N: tl.constexpr = s.N
     j = wide(tl.program_id(0))
@@ -174,14 +189,36 @@ def query_block(stage: Stage) -> int:
 
 
 def criterion_forward_backward(
-    outputs: Tensor, targets: Tensor, slope: Tensor | None, losses: Tensor, gain: Tensor, g: Tensor,
-    k: int, n: int, stage: Stage, criterion: str, temperature: float, precision: str,
-) -> None:  # fmt: skip
+    outputs: Tensor,
+    targets: Tensor,
+    slope: Tensor | None,
+    losses: Tensor,
+    gain: Tensor,
+    g: Tensor,
+    k: int,
+    n: int,
+    stage: Stage,
+    criterion: str,
+    temperature: float,
+    precision: str,
+) -> None:
     """Fill ``losses`` ``[k]``, ``gain`` ``[k]`` and ``g`` ``[k, n, N]`` from outputs ``[k, n, K]`` and targets ``[k, n, K]``
     (``[k, n]`` integers for ``labels``) of any strides."""
     criterion_kernel[(k,)](
-        outputs, targets, g if slope is None else slope, losses, gain, g, n, *target_strides(targets),
-        temperature, loss_scale(criterion, n, stage.NOUT, temperature),
-        s=stage, CRITERION=criterion, KP=max(stage.N, power_of_two(stage.NOUT)), BQ=query_block(stage),
-        PREC=precision, **launch_options(),
-    )  # fmt: skip
+        outputs,
+        targets,
+        g if slope is None else slope,
+        losses,
+        gain,
+        g,
+        n,
+        *target_strides(targets),
+        temperature,
+        loss_scale(criterion, n, stage.NOUT, temperature),
+        s=stage,
+        CRITERION=criterion,
+        KP=max(stage.N, power_of_two(stage.NOUT)),
+        BQ=query_block(stage),
+        PREC=precision,
+        **launch_options(),
+    )

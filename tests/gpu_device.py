@@ -1,6 +1,6 @@
 """Where the GPU tier runs: a CUDA device or, to find typing errors without one, Triton's interpreter on small shapes.
 
-    WSLFAST_GPU_TESTS=interpret python -m pytest -m gpu tests/gpu/test_kernels_gpu.py
+WSLFAST_GPU_TESTS=interpret python -m pytest -m gpu tests/gpu/test_kernels_gpu.py
 """
 
 from __future__ import annotations

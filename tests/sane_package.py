@@ -11,7 +11,7 @@ import textwrap
 from pathlib import Path
 
 PAPER = {
-    "models/def_loss.py": '''
+    "models/def_loss.py": """
         import torch
         from torch import nn
         from {package}.datasets.dataset_auxiliaries import tokens_to_checkpoint, tokens_to_recipe
@@ -85,8 +85,8 @@ PAPER = {
 
             def forward(self, z_i, z_j, y, t, m, p, z, z_hat):
                 return {{"loss/loss": self.loss_recon(y, t, m, p)["loss_recon"]}}
-    ''',
-    "models/def_AE.py": '''
+    """,
+    "models/def_AE.py": """
         from torch import nn
 
 
@@ -106,8 +106,8 @@ PAPER = {
 
             def forward_embeddings(self, x, p):
                 return x
-    ''',
-    "models/def_AE_module.py": '''
+    """,
+    "models/def_AE_module.py": """
         import torch
         from torch import nn
         from .def_AE import AE
@@ -141,8 +141,8 @@ PAPER = {
 
             def load_model(self, experiment_dir):
                 return "theirs"
-    ''',
-    "datasets/dataset_auxiliaries.py": '''
+    """,
+    "datasets/dataset_auxiliaries.py": """
         def tokenize_checkpoint(checkpoint, tokensize: int, return_mask: bool = True, ignore_bn=False):
             return "theirs"
 
@@ -153,14 +153,14 @@ PAPER = {
 
         def tokens_to_checkpoint(tokens, pos, reference_checkpoint, ignore_bn=False, recipe=None):
             return "theirs"
-    ''',
-    "git_re_basin/git_re_basin.py": '''
+    """,
+    "git_re_basin/git_re_basin.py": """
         def apply_permutation(ps, perm, params):
             return "theirs"
-    ''',
+    """,
 }
 SANE = {
-    "models/def_loss.py": '''
+    "models/def_loss.py": """
         from torch import nn
 
 
@@ -190,16 +190,16 @@ SANE = {
 
             def forward(self, z_i, z_j, y, t, m):
                 return "theirs"
-    ''',
+    """,
     "models/def_AE.py": PAPER["models/def_AE.py"],
-    "datasets/dataset_auxiliaries.py": '''
+    "datasets/dataset_auxiliaries.py": """
         def tokenize_checkpoint(checkpoint, tokensize: int, return_mask: bool = True, ignore_bn=False):
             return "theirs"
 
 
         def tokens_to_checkpoint(tokens, pos, reference_checkpoint, ignore_bn=False):
             return "theirs"
-    ''',
+    """,
 }
 
 

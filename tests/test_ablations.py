@@ -61,8 +61,10 @@ def test_cells_are_computed_once_and_rows_are_theirs(tmp_path: Path, zoo: Path) 
     assert len(stored) == len(rows)
     agreement = [r for r in stored if r["metric"] == "agreement"]
     assert [(r["zoo"], r["variant"], r["seed"], r["axis"], r["value"]) for r in agreement] == [
-        ("digits", "beta=0.1", 0, "beta", "0.1"), ("digits", "beta=1", 0, "beta", "1"),
-        ("digits", "beta=0.1", 1, "beta", "0.1"), ("digits", "beta=1", 1, "beta", "1"),
+        ("digits", "beta=0.1", 0, "beta", "0.1"),
+        ("digits", "beta=1", 0, "beta", "1"),
+        ("digits", "beta=0.1", 1, "beta", "0.1"),
+        ("digits", "beta=1", 1, "beta", "1"),
     ]
     assert all(0 <= r["mean"] <= 1 and r["spread"] is not None for r in agreement)
     assert {"accuracy_change", "l2_masked", "probe_r2", "steps", "seconds", "latent_numbers"} <= {r["metric"] for r in stored}
@@ -141,14 +143,24 @@ def test_whatever_changes_a_result_changes_the_cell(tmp_path: Path, zoo: Path) -
         return ablations._key(digest, system, config, ablation)
 
     first = key()
-    assert first == key() == key(top='split = "val"') == key("[variants.a]\nbeta = 0.1\nlog_every = 7\ncheckpoint_every = 1") == key("[variants.b]\n[variants.a]\nbeta = 0.1")
+    assert (
+        first
+        == key()
+        == key(top='split = "val"')
+        == key("[variants.a]\nbeta = 0.1\nlog_every = 7\ncheckpoint_every = 1")
+        == key("[variants.b]\n[variants.a]\nbeta = 0.1")
+    )
     images = tmp_path / "q.npz"
     images.write_bytes(b"one")
     others = [
-        key("[variants.a]\nbeta = 0.2"), key(top="seconds = 2"), key(top='seconds = 2\nclock = "process"'),
-        key(digest="y"), key(seed=1), key('[variants.a]\nbeta = 0.1\nsemantics = "published"'),
+        key("[variants.a]\nbeta = 0.2"),
+        key(top="seconds = 2"),
+        key(top='seconds = 2\nclock = "process"'),
+        key(digest="y"),
+        key(seed=1),
+        key('[variants.a]\nbeta = 0.1\nsemantics = "published"'),
         key(f'[variants.a]\nbeta = 0.1\nquery_set = "{images}"'),
-    ]  # fmt: skip
+    ]
     images.write_bytes(b"two")  # the same name, another content
     others.append(key(f'[variants.a]\nbeta = 0.1\nquery_set = "{images}"'))
     assert len({first, *others}) == 1 + len(others)
@@ -293,7 +305,9 @@ def test_what_only_running_can_tell_is_told_before_training(tmp_path: Path, zoo:
 
 
 def test_a_zoo_that_a_file_describes_is_built_once(tmp_path: Path) -> None:
-    (tmp_path / "a.toml").write_text(f'seeds = [0]\n[zoo]\ndataset = "digits"\nmodels = 10\nepochs = 1\n[base]\n{BASE}\n[axis]\nbeta = [1.0]\n')
+    (tmp_path / "a.toml").write_text(
+        f'seeds = [0]\n[zoo]\ndataset = "digits"\nmodels = 10\nepochs = 1\n[base]\n{BASE}\n[axis]\nbeta = [1.0]\n'
+    )
     run_ablation(Ablation.from_toml(tmp_path / "a.toml"), tmp_path / "out")
     (folder,) = (tmp_path / "out").glob("zoo-*")
     before = (folder / "manifest.json").stat().st_mtime_ns
@@ -327,8 +341,20 @@ def test_spread_over_seeds() -> None:
 
 
 def published(tmp_path: Path, zoo: Path, out: str, **changes: Any) -> tuple[Cell, dict[str, Any]]:
-    values = {"zoo": str(zoo), "out": str(tmp_path / out), "steps": 4, "batch_size": 4, "queries": 6, "d_model": 16, "heads": 2, "layers": 1,
-              "latent": 4, "start": "random", "checkpoint_every": 2, "lr": 1e-3}  # fmt: skip
+    values = {
+        "zoo": str(zoo),
+        "out": str(tmp_path / out),
+        "steps": 4,
+        "batch_size": 4,
+        "queries": 6,
+        "d_model": 16,
+        "heads": 2,
+        "layers": 1,
+        "latent": 4,
+        "start": "random",
+        "checkpoint_every": 2,
+        "lr": 1e-3,
+    }
     config = TrainConfig(**(values | changes))
     return Cell(config, load_zoo(zoo, "train"), Stop(Path(config.out), "wall", None, 2, config.steps)), systems()
 
@@ -370,7 +396,9 @@ def test_a_killed_published_cell_goes_on_to_the_bit(tmp_path: Path, zoo: Path, b
 
 
 def test_published_cells_through_a_file(tmp_path: Path, zoo: Path) -> None:
-    file = write(tmp_path / "s.toml", zoo, '[axis]\nsemantics = ["core", "published", "corrected"]', seeds="[0]", base=BASE + 'start = "random"')
+    file = write(
+        tmp_path / "s.toml", zoo, '[axis]\nsemantics = ["core", "published", "corrected"]', seeds="[0]", base=BASE + 'start = "random"'
+    )
     rows = run_ablation(Ablation.from_toml(file), tmp_path, systems=systems())
     latents = {r["variant"]: r["mean"] for r in rows if r["metric"] == "latent_numbers"}
     assert latents == dict.fromkeys(("semantics=core", "semantics=published", "semantics=corrected"), 192)

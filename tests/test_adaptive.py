@@ -74,7 +74,13 @@ def _by_hand(codec: AdaptiveCodec, row: torch.Tensor, queries: torch.Tensor, com
         else:
             both = []
             for x in (seen, true):
-                both.append(F.max_pool2d(x, 2) if isinstance(layer, Pool2d) else x.flatten(1) if isinstance(layer, Flatten) else F.leaky_relu(x, 0.3))
+                both.append(
+                    F.max_pool2d(x, 2)
+                    if isinstance(layer, Pool2d)
+                    else x.flatten(1)
+                    if isinstance(layer, Flatten)
+                    else F.leaky_relu(x, 0.3)
+                )
             seen, true = both
     return torch.cat(rebuilt).numpy()
 
@@ -160,7 +166,9 @@ def test_cut_rows_and_missing_biases() -> None:
 
 
 def test_layers_before_the_first_weights_run_on_the_queries() -> None:
-    arch = Architecture.from_layers((Pool2d("p"), Flatten("f"), Linear("a", 25, 4), Activation("r", "tanh"), Linear("b", 4, 3)), (1, 10, 10))
+    arch = Architecture.from_layers(
+        (Pool2d("p"), Flatten("f"), Linear("a", 25, 4), Activation("r", "tanh"), Linear("b", 4, 3)), (1, 10, 10)
+    )
     same = Architecture.from_layers((Linear("a", 25, 4), Activation("r", "tanh"), Linear("b", 4, 3)), (25,))
     weights = torch.randn(20, arch.num_weights, generator=torch.Generator().manual_seed(0))
     ahead, after = images(30), F.max_pool2d(images(30), 2).flatten(1)

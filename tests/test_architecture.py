@@ -300,7 +300,9 @@ def test_the_published_net_from_its_module() -> None:
 
 
 def test_same_padding_record() -> None:
-    layer = Architecture.from_module(nn.Sequential(nn.Conv2d(1, 1, (3, 5), padding="same", dilation=(2, 1)), nn.Flatten()), (1, 6, 6)).layers[0]
+    layer = Architecture.from_module(
+        nn.Sequential(nn.Conv2d(1, 1, (3, 5), padding="same", dilation=(2, 1)), nn.Flatten()), (1, 6, 6)
+    ).layers[0]
     assert isinstance(layer, Conv2d)
     assert layer.padding == (2, 2)
 
@@ -574,7 +576,10 @@ HOSTILE: dict[str, Any] = {
     "unknown-kind": {"input_shape": [2], "layers": [{"kind": "os.system", "name": "x"}]},
     "does-not-fit": {"input_shape": [3], "layers": [FINE]},
     "same-name": {"input_shape": [2], "layers": [FINE, FINE]},
-    "zero-stride": {"input_shape": [1, 4, 4], "layers": [{"kind": "pool2d", "name": "p", "stride": [0, 0]}, {"kind": "flatten", "name": "f"}]},
+    "zero-stride": {
+        "input_shape": [1, 4, 4],
+        "layers": [{"kind": "pool2d", "name": "p", "stride": [0, 0]}, {"kind": "flatten", "name": "f"}],
+    },
     "image-output": {"input_shape": [1, 4, 4], "layers": [{"kind": "pool2d", "name": "p"}]},
     "recipe-unknown": {"input_shape": [3, 32, 32], "recipe": ["os.system", {"cmd": "true"}]},
     "recipe-arguments": {"input_shape": [3, 32, 32], "recipe": ["resnet18", {"depth": 3}]},
@@ -597,7 +602,10 @@ def test_no_name_is_fine() -> None:
 WRONG: dict[str, tuple[Any, str]] = {
     "module": (lambda: Architecture.from_module(3, (3,)), r"module: expected a torch.nn.Module, got int"),  # type: ignore[arg-type]
     "module-class": (lambda: Architecture.from_module(nn.Linear, (3,)), r"module: expected a torch.nn.Module, got type"),  # type: ignore[arg-type]
-    "shape-axes": (lambda: Architecture.from_module(nn.Linear(3, 2), (1, 3)), r"input_shape: expected \(C, H, W\) or \(features,\).*got \(1, 3\)"),
+    "shape-axes": (
+        lambda: Architecture.from_module(nn.Linear(3, 2), (1, 3)),
+        r"input_shape: expected \(C, H, W\) or \(features,\).*got \(1, 3\)",
+    ),
     "shape-none": (lambda: Architecture.from_module(nn.Linear(3, 2), None), r"input_shape: expected"),  # type: ignore[arg-type]
     "shape-int": (lambda: Architecture.from_module(nn.Linear(3, 2), 3), r"input_shape: expected"),  # type: ignore[arg-type]
     "shape-float": (lambda: Architecture.from_module(nn.Linear(3, 2), (3.5,)), r"input_shape: expected"),  # type: ignore[arg-type]

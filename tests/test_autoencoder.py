@@ -70,14 +70,26 @@ def test_paper_preset() -> None:
     names = [name for name, _ in model.named_parameters()]
     block = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
     assert names == [
-        "tokenizer.weight", "tokenizer.bias",
+        "tokenizer.weight",
+        "tokenizer.bias",
         *(f"transformer_encoder.transformer.{i}.{part}.weight" for i in range(8) for part in block),
-        "encoder_comp.weight", "encoder_comp.bias", "detokenizer.weight", "detokenizer.bias",
+        "encoder_comp.weight",
+        "encoder_comp.bias",
+        "detokenizer.weight",
+        "detokenizer.bias",
         *(f"transformer_decoder.transformer.{i}.{part}.weight" for i in range(8) for part in block),
-        "decoder_comp.weight", "decoder_comp.bias", "pe.pe1.weight", "pe.pe2.weight", "pe.pe3.weight",
-        "projection_head.head.0.weight", "projection_head.head.1.weight", "projection_head.head.1.bias",
-        "projection_head.head.3.weight", "projection_head.head.4.weight", "projection_head.head.4.bias",
-    ]  # fmt: skip
+        "decoder_comp.weight",
+        "decoder_comp.bias",
+        "pe.pe1.weight",
+        "pe.pe2.weight",
+        "pe.pe3.weight",
+        "projection_head.head.0.weight",
+        "projection_head.head.1.weight",
+        "projection_head.head.1.bias",
+        "projection_head.head.3.weight",
+        "projection_head.head.4.weight",
+        "projection_head.head.4.bias",
+    ]
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             assert not parameter.any()
@@ -260,10 +272,17 @@ def test_what_is_refused() -> None:
     layout = TokenLayout(Architecture.cnn())
     _, codec, _ = linear_start()
     for arguments, message in [
-        ({"start": "pca"}, "start"), ({"start": "linear"}, "codec"), ({"codec": codec}, "codec"), ({"d_model": 30, "heads": 4}, "d_model"),
-        ({"heads": 0}, "heads"), ({"layers": -1}, "layers"), ({"dropout": 1.0}, "dropout"), ({"max_positions": (9, 9, 9)}, "max_positions"),
-        ({"start": "linear", "codec": codec, "latent": 2}, "latent"), ({"latent": 0}, "latent"),
-    ]:  # fmt: skip
+        ({"start": "pca"}, "start"),
+        ({"start": "linear"}, "codec"),
+        ({"codec": codec}, "codec"),
+        ({"d_model": 30, "heads": 4}, "d_model"),
+        ({"heads": 0}, "heads"),
+        ({"layers": -1}, "layers"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"max_positions": (9, 9, 9)}, "max_positions"),
+        ({"start": "linear", "codec": codec, "latent": 2}, "latent"),
+        ({"latent": 0}, "latent"),
+    ]:
         with pytest.raises(WslfastError, match=message):
             Autoencoder(layout, **{**SIZES, **arguments})
     with pytest.raises(WslfastError, match="codec: fitted on"):

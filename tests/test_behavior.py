@@ -51,7 +51,13 @@ class PlainNorm(nn.Module):
 
 
 OPAQUE = Architecture.from_module(Residual(), (2, 3, 3), "residual")
-NETS = {"cnn": Architecture.cnn(), "cnn3": Architecture.cnn3(), "lenet5": Architecture.lenet5(1, "gelu"), "mlp": Architecture.mlp(), "small": SMALL}
+NETS = {
+    "cnn": Architecture.cnn(),
+    "cnn3": Architecture.cnn3(),
+    "lenet5": Architecture.lenet5(1, "gelu"),
+    "mlp": Architecture.mlp(),
+    "small": SMALL,
+}
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -101,12 +107,16 @@ def functional_oracle(
 
     w, o, x = (t.detach().double() for t in (weights, original, queries))
     targets = torch.vmap(outputs, in_dims=(0, None))(o, x)
-    (row_gradients, query_gradients), values = torch.vmap(torch.func.grad_and_value(value, argnums=(0, 2)), in_dims=(0, 0, None))(w, targets, x)
+    (row_gradients, query_gradients), values = torch.vmap(torch.func.grad_and_value(value, argnums=(0, 2)), in_dims=(0, 0, None))(
+        w, targets, x
+    )
     return values, row_gradients, query_gradients
 
 
 def _by_name(actual: Tensor, expected: Tensor, arch: Architecture) -> float:
-    return max(relative_error(a[s.offset : s.stop], e[s.offset : s.stop]) for a, e in zip(actual, expected, strict=True) for s in arch.parameters)
+    return max(
+        relative_error(a[s.offset : s.stop], e[s.offset : s.stop]) for a, e in zip(actual, expected, strict=True) for s in arch.parameters
+    )
 
 
 def _loss(rows: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
@@ -135,8 +145,9 @@ def test_against_both_oracles(net: str, criterion: str) -> None:
     other = functional_oracle(rows, original, queries, arch, criterion)
     assert relative_error(other[0], values) < 1e-10
     assert _by_name(other[1], gradients, arch) < 1e-8
-    single, double = _loss(rows, original, queries, arch, criterion=criterion, reduction="none"), _loss(
-        rows.double(), original.double(), queries.double(), arch, criterion=criterion, reduction="none"
+    single, double = (
+        _loss(rows, original, queries, arch, criterion=criterion, reduction="none"),
+        _loss(rows.double(), original.double(), queries.double(), arch, criterion=criterion, reduction="none"),
     )
     assert relative_error(double[0], values) < 1e-10
     assert _by_name(double[1], gradients, arch) < 1e-8
@@ -443,7 +454,9 @@ def test_expanded() -> None:
     assert relative_error(leaf.grad, expected.sum(0, keepdim=True)) < 1e-6  # type: ignore[arg-type]
     same = queries[:1].expand(5, -1, -1, -1)
     assert torch.equal(_loss(rows, originals, same, SMALL)[1], _loss(rows, originals, same.contiguous(), SMALL)[1])
-    assert torch.equal(_loss(rows, originals[:1].expand(4, -1), queries, SMALL)[1], _loss(rows, originals[:1].repeat(4, 1), queries, SMALL)[1])
+    assert torch.equal(
+        _loss(rows, originals[:1].expand(4, -1), queries, SMALL)[1], _loss(rows, originals[:1].repeat(4, 1), queries, SMALL)[1]
+    )
     one = torch.zeros(1).expand(3, 2, 7, 9)  # stride 0 everywhere
     assert torch.equal(batched_forward(rows, one, SMALL), batched_forward(rows, torch.zeros(3, 2, 7, 9), SMALL))
 
@@ -594,7 +607,9 @@ def test_raise_names_the_models(how: str, reduction: str) -> None:
     spoiled, others = _spoil(rows, originals, how, [1, 3])
     for requires in (False, True):
         with pytest.raises(WslfastError, match=r"^reconstructed: models \[1, 3\] of 4 have a non-finite value or gradient"):
-            batched_behavioral_loss(spoiled.detach().requires_grad_(requires), others, queries, CNN, reduction=reduction, nan_policy="raise")
+            batched_behavioral_loss(
+                spoiled.detach().requires_grad_(requires), others, queries, CNN, reduction=reduction, nan_policy="raise"
+            )
     clean = _loss(rows, originals, queries, CNN, reduction=reduction, nan_policy="raise")
     assert torch.equal(clean[1], _loss(rows, originals, queries, CNN, reduction=reduction)[1])
 

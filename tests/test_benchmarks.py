@@ -23,7 +23,9 @@ from benchmarks.losses import Cell  # noqa: E402
 from benchmarks.recording import GIVEN, RECOMPUTED, Row  # noqa: E402
 from wslfast.kernels import reference  # noqa: E402
 
-HEADER = "provider,architecture,k,n,direction,precision,metric,median,p20,p80,relative_error,device,driver,torch,triton,python,commit,date,note"
+HEADER = (
+    "provider,architecture,k,n,direction,precision,metric,median,p20,p80,relative_error,device,driver,torch,triton,python,commit,date,note"
+)
 NAMES = {
     "published", "vmap", "vmap-compiled", "grouped", "unfold-bmm", "loop", "loop-channels-last", "loop-cudagraph",
     "wslfast-torch", "wslfast-triton-layerwise", "wslfast-triton-network",
@@ -115,7 +117,12 @@ def test_a_worker_that_is_late_or_fails_costs_its_cell() -> None:
     found: list[Row] = []
     todo = [Cell("loop", "cnn", 2, 4), Cell("no such provider", "cnn", 2, 4), Cell("loop", "cnn", 2048, 512), Cell("grouped", "cnn", 2, 4)]
     workers.run(
-        todo, found.extend, device="cpu", deadline=time.monotonic() + 120, cell_s=10, provider_s=lambda name: 40.0 if name == "loop" else 99.0
+        todo,
+        found.extend,
+        device="cpu",
+        deadline=time.monotonic() + 120,
+        cell_s=10,
+        provider_s=lambda name: 40.0 if name == "loop" else 99.0,
     )
     notes = {(r.provider, r.k): r.note for r in found if r.metric == "wall_ms"}
     assert "repeats" in notes["loop", 2]
@@ -195,8 +202,9 @@ def test_rows(tmp_path: Path) -> None:
     assert recording.read_rows(path) == rows
     timed = [r for r in rows if r.metric == "wall_ms"]
     assert [(r.provider, r.direction, r.variant) for r in timed] == [
-        ("loop", "loss+gradient", GIVEN), ("wslfast-torch", "forward", losses.FORWARD)
-    ]  # fmt: skip
+        ("loop", "loss+gradient", GIVEN),
+        ("wslfast-torch", "forward", losses.FORWARD),
+    ]
     for r in timed:
         assert 0 < r.p20 <= r.median <= r.p80
         assert 0 <= r.relative_error < 1e-4
@@ -306,7 +314,7 @@ def test_the_page_is_one_file_with_figures(tmp_path: Path) -> None:
     text = write_page(rows, tmp_path / "page.html").read_text()
     assert text.count("<svg") == 3
     assert "src=" not in text
-    assert "href=\"http" not in text
+    assert 'href="http' not in text
     assert "a machine" in text
 
 
@@ -337,15 +345,23 @@ BLOCKED = """
 
 
 def test_the_gpu_gate_needs_little() -> None:
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(BLOCKED)], cwd=ROOT, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
-                          capture_output=True, text=True, timeout=120)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(BLOCKED)],
+        cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would run the GPU gate")
 def test_the_gpu_gate_without_a_gpu_says_so(tmp_path: Path) -> None:
     environment = {"PYTHONPATH": str(ROOT), "OUT": str(tmp_path), "PATH": "/usr/bin:/bin"}
-    done = subprocess.run([sys.executable, "benchmarks/gpu_gate.py"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "benchmarks/gpu_gate.py"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0
     assert done.stdout.count("\n") == 1
     assert not list(tmp_path.iterdir())

@@ -106,7 +106,12 @@ def test_fashion_errors_say_where_to_put_what(tmp_path: Path, monkeypatch: pytes
         load_dataset("fashion", (1, 28, 28), root=tmp_path)
     write_fashion(tmp_path)
     images = tmp_path / "train-images-idx3-ubyte.gz"
-    for bad in (images.read_bytes()[:100], gzip.compress(b"\0\0\x09\x01aaaa"), gzip.compress(b"\0\0\x08\x03" + b"\0\0\1\0" * 3), b"nothing"):
+    for bad in (
+        images.read_bytes()[:100],
+        gzip.compress(b"\0\0\x09\x01aaaa"),
+        gzip.compress(b"\0\0\x08\x03" + b"\0\0\1\0" * 3),
+        b"nothing",
+    ):
         images.write_bytes(bad)
         with pytest.raises(WslfastError, match="fashion"):
             load_dataset("fashion", (1, 28, 28), root=tmp_path)

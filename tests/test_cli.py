@@ -107,8 +107,21 @@ def test_a_run_from_toml_with_flags_over_it(tmp_path: Path, images: Path, shell:
 
 @pytest.mark.parametrize(
     "arguments",
-    [(), ("zoo",), ("zoo", "build"), ("zoo", "show"), ("train",), ("evaluate",), ("report",), ("generate",), ("queries",), ("ablate",), ("gradients",), ("demo",),
-     ("info",)],
+    [
+        (),
+        ("zoo",),
+        ("zoo", "build"),
+        ("zoo", "show"),
+        ("train",),
+        ("evaluate",),
+        ("report",),
+        ("generate",),
+        ("queries",),
+        ("ablate",),
+        ("gradients",),
+        ("demo",),
+        ("info",),
+    ],
     ids=lambda a: " ".join(a) or "wslfast",
 )
 def test_help_teaches(shell: Shell, arguments: tuple[str, ...]) -> None:
@@ -185,7 +198,16 @@ def test_a_quick_evaluation_of_digits_and_its_report(tmp_path: Path, shell: Shel
     assert "linear-metric-55" in text
     rows = (out / "rows.csv").read_text()
     assert rows.startswith("zoo,variant,seed,metric,median,mean,spread\n")
-    for metric in ("agreement", "agreement_others", "accuracy_original", "accuracy_reconstructed", "accuracy_change", "l2_masked", "probe_r2", "diversity"):
+    for metric in (
+        "agreement",
+        "agreement_others",
+        "accuracy_original",
+        "accuracy_reconstructed",
+        "accuracy_change",
+        "l2_masked",
+        "probe_r2",
+        "diversity",
+    ):
         assert f"\ndigits,S+B,0,{metric}," in rows
     page = (out / "report.html").read_text()
     assert "CIFAR-10" in page
@@ -213,6 +235,6 @@ def test_the_demo_writes_its_page_and_figures(tmp_path: Path, shell: Shell) -> N
         assert (out / "weights" / f"{name}.safetensors").is_file()
     page = (out / "report.html").read_text()
     assert "structure+behavior" in page
-    assert "src=\"http" not in page
+    assert 'src="http' not in page
     assert "report.html" in text
     assert "already holds a demo" in shell("demo", "--out", out, code=2)

@@ -30,12 +30,19 @@ def tiny(bias: bool = True, groups: int = 1) -> Architecture:
     """Two convolutions, a pool, a flatten and two linear layers, with 3, 4 and 5 hidden channels."""
     return Architecture.from_layers(
         [
-            Conv2d("a", 2, 4, (3, 2), padding=(1, 0), bias=bias), Activation("r", "relu"), Pool2d("p"),
-            Conv2d("b", 4, 4 if groups > 1 else 3, (2, 2), groups=groups), Activation("s", "tanh"), Flatten("f"),
-            Linear("c", 6 * (4 if groups > 1 else 3), 5), Activation("t", "relu"), Linear("d", 5, 3, bias=bias),
+            Conv2d("a", 2, 4, (3, 2), padding=(1, 0), bias=bias),
+            Activation("r", "relu"),
+            Pool2d("p"),
+            Conv2d("b", 4, 4 if groups > 1 else 3, (2, 2), groups=groups),
+            Activation("s", "tanh"),
+            Flatten("f"),
+            Linear("c", 6 * (4 if groups > 1 else 3), 5),
+            Activation("t", "relu"),
+            Linear("d", 5, 3, bias=bias),
         ],
-        (2, 8, 7), "tiny",
-    )  # fmt: skip
+        (2, 8, 7),
+        "tiny",
+    )
 
 
 def zoo(architecture: Architecture, k: int = 12, seed: int = 0, **properties: Any) -> Population:
@@ -350,9 +357,10 @@ def test_differentiable_and_deterministic() -> None:
     arch = tiny()
     population = zoo(arch)
     codec = LinearCodec(population, metric="activation", queries=images(arch))
-    assert all(torch.equal(a, b) for a, b in zip(
-        _tensors(codec), _tensors(LinearCodec(population, metric="activation", queries=images(arch))), strict=True
-    ))  # fmt: skip
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(_tensors(codec), _tensors(LinearCodec(population, metric="activation", queries=images(arch))), strict=True)
+    )
     weights = zoo(arch, 2, seed=2).weights.double().requires_grad_()
     assert torch.autograd.gradcheck(lambda w: codec.reconstruct(w)[:, ::17], (weights,))
     alone = codec.reconstruct(population.weights[:1])
@@ -367,12 +375,20 @@ def test_what_is_refused() -> None:
     arch = tiny()
     population = zoo(arch)
     for arguments, message in [
-        ({"latent": 0.0}, "latent"), ({"latent": 1.5}, "latent"), ({"latent": 10**6}, "latent"), ({"latent": True}, "latent"),
-        ({"latent": 1}, "buy no component"), ({"metric": "fisher"}, "metric"), ({"widths": "wide"}, "widths"),
-        ({"max_width": 0}, "max_width"), ({"damping": 0.0}, "damping"), ({"metric": "activation"}, "queries"),
+        ({"latent": 0.0}, "latent"),
+        ({"latent": 1.5}, "latent"),
+        ({"latent": 10**6}, "latent"),
+        ({"latent": True}, "latent"),
+        ({"latent": 1}, "buy no component"),
+        ({"metric": "fisher"}, "metric"),
+        ({"widths": "wide"}, "widths"),
+        ({"max_width": 0}, "max_width"),
+        ({"damping": 0.0}, "damping"),
+        ({"metric": "activation"}, "queries"),
         ({"metric": "activation", "queries": [1]}, "queries"),
-        ({"metric": "activation", "queries": torch.zeros(3, 1, 8, 8)}, "queries"), ({"token_size": -1}, "token_size"),
-    ]:  # fmt: skip
+        ({"metric": "activation", "queries": torch.zeros(3, 1, 8, 8)}, "queries"),
+        ({"token_size": -1}, "token_size"),
+    ]:
         with pytest.raises(WslfastError, match=message):
             LinearCodec(population, **arguments)
     weights = population.weights.clone()

@@ -46,16 +46,36 @@ def _cnn3(act: str = "relu") -> Net:
 
 def _cnn(act: str = "tanh") -> Net:
     return (
-        _conv("c0", 1, 8, 5), Pool2d("p0"), Activation("a0", act), _conv("c1", 8, 6, 5), Pool2d("p1"), Activation("a1", act),
-        _conv("c2", 6, 4, 2), Activation("a2", act), Flatten("f"), Linear("l0", 36, 20), Activation("a3", act), Linear("l1", 20, 10),
-    ), (1, 28, 28)  # fmt: skip
+        _conv("c0", 1, 8, 5),
+        Pool2d("p0"),
+        Activation("a0", act),
+        _conv("c1", 8, 6, 5),
+        Pool2d("p1"),
+        Activation("a1", act),
+        _conv("c2", 6, 4, 2),
+        Activation("a2", act),
+        Flatten("f"),
+        Linear("l0", 36, 20),
+        Activation("a3", act),
+        Linear("l1", 20, 10),
+    ), (1, 28, 28)
 
 
 def _lenet(act: str = "relu", channels: int = 3) -> Net:
     return (
-        _conv("c0", channels, 6, 5), Activation("a0", act), Pool2d("p0"), _conv("c1", 6, 16, 5), Activation("a1", act), Pool2d("p1"),
-        Flatten("f"), Linear("l0", 400, 120), Activation("a2", act), Linear("l1", 120, 84), Activation("a3", act), Linear("l2", 84, 10),
-    ), (channels, 32, 32)  # fmt: skip
+        _conv("c0", channels, 6, 5),
+        Activation("a0", act),
+        Pool2d("p0"),
+        _conv("c1", 6, 16, 5),
+        Activation("a1", act),
+        Pool2d("p1"),
+        Flatten("f"),
+        Linear("l0", 400, 120),
+        Activation("a2", act),
+        Linear("l1", 120, 84),
+        Activation("a3", act),
+        Linear("l2", 84, 10),
+    ), (channels, 32, 32)
 
 
 NETS: dict[str, Net] = {
@@ -178,15 +198,27 @@ def test_labels(own: bool) -> None:
 def test_temperature(temperature: float) -> None:
     weights, queries, targets, layers = _case(NETS["mlp"], 2, 9)
     losses, gradient = cpu.loss_and_gradient(weights, queries, targets, layers, "distillation", temperature)
-    values, truth = reference.loss_and_gradient(
-        weights.double(), queries.double(), targets.double(), layers, "distillation", temperature
-    )
+    values, truth = reference.loss_and_gradient(weights.double(), queries.double(), targets.double(), layers, "distillation", temperature)
     torch.testing.assert_close(losses.double(), values, rtol=1e-5, atol=1e-7)
     _assert_close(gradient, truth, layers)
 
 
-ACTIVATIONS = [("relu", 0.0), ("leakyrelu", 0.2), ("leakyrelu", 0.0), ("leakyrelu", -0.3), ("tanh", 0.0), ("sigmoid", 0.0),
-               ("silu", 0.0), ("gelu", 0.0), ("gelu", 1.0), ("elu", 1.4), ("elu", -0.6), ("celu", 0.8), ("celu", -0.9), ("identity", 0.0)]  # fmt: skip
+ACTIVATIONS = [
+    ("relu", 0.0),
+    ("leakyrelu", 0.2),
+    ("leakyrelu", 0.0),
+    ("leakyrelu", -0.3),
+    ("tanh", 0.0),
+    ("sigmoid", 0.0),
+    ("silu", 0.0),
+    ("gelu", 0.0),
+    ("gelu", 1.0),
+    ("elu", 1.4),
+    ("elu", -0.6),
+    ("celu", 0.8),
+    ("celu", -0.9),
+    ("identity", 0.0),
+]
 
 
 @pytest.mark.parametrize("order", ["pool-act", "act-pool", "act-average"])
@@ -222,7 +254,11 @@ def _nets(draw: st.DrawFn) -> Net:
         padding = draw(st.integers(0, 1))
         kernel = draw(st.integers(1, min(7, height + 2 * padding, width + 2 * padding)))
         out = draw(st.sampled_from([1, 3, 8, 15, 16]))
-        layers.append(_conv(f"c{i}", channels, out, kernel, stride=(draw(st.integers(1, 2)),) * 2, padding=(padding, padding), bias=draw(st.booleans())))
+        layers.append(
+            _conv(
+                f"c{i}", channels, out, kernel, stride=(draw(st.integers(1, 2)),) * 2, padding=(padding, padding), bias=draw(st.booleans())
+            )
+        )
         channels = out
         extras: list = [Activation(f"a{i}", draw(st.sampled_from(["relu", "gelu", "tanh", "silu"])))]
         size = min(shapes(tuple(layers), start)[-1][1:])
@@ -286,8 +322,13 @@ def test_bits_do_not_depend_on_the_company(take: Callable[[int], Tensor], own: b
 def test_bits_do_not_depend_on_where_a_slice_lies(n: int) -> None:
     """Odd widths put batched operands on every address modulo 64; on some processors MKL rounds by it."""
     layers: Layers = (
-        Conv2d("c", 1, 3, (3, 3)), Flatten("f"), Linear("a", 27, 33), Activation("t", "tanh"), Linear("b", 33, 9), Linear("d", 9, 3),
-    )  # fmt: skip
+        Conv2d("c", 1, 3, (3, 3)),
+        Flatten("f"),
+        Linear("a", 27, 33),
+        Activation("t", "tanh"),
+        Linear("b", 33, 9),
+        Linear("d", 9, 3),
+    )
     for take in SELECTIONS.values():
         _equal((layers, (1, 5, 5)), False, 11, n, take)
         _equal((layers, (1, 5, 5)), True, 11, n, take)
@@ -340,7 +381,9 @@ def test_bits_at_any_number_of_threads(threads: int) -> None:
 
 
 @pytest.mark.skipif(cpu_jobs.controls() is None, reason="this torch cannot be told how many threads a job has")
-@pytest.mark.parametrize(("name", "k", "n"), [("cnn3", 5, 19), ("cnn3", 2, 150), ("lenet5", 9, 140), ("lenet5-gelu", 17, 9), ("mlp", 33, 40)])
+@pytest.mark.parametrize(
+    ("name", "k", "n"), [("cnn3", 5, 19), ("cnn3", 2, 150), ("lenet5", 9, 140), ("lenet5-gelu", 17, 9), ("mlp", 33, 40)]
+)
 def test_the_same_bits_whatever_the_number_of_threads(name: str, k: int, n: int) -> None:
     """More groups than threads, or fewer groups whose slabs are then jobs: one sum in one order."""
     weights, queries, targets, layers = _case(NETS[name], k, n)
@@ -466,7 +509,12 @@ def test_a_dilation_between_taps_that_are_not_there(conv: Conv2d, image: tuple[i
     values = []
     for row, wanted in zip(rows, targets.double()):
         x = torch.nn.functional.conv2d(
-            queries.double(), row[:size].view(conv.weight_shape), row[size : size + conv.out_channels], conv.stride, conv.padding, conv.dilation
+            queries.double(),
+            row[:size].view(conv.weight_shape),
+            row[size : size + conv.out_channels],
+            conv.stride,
+            conv.padding,
+            conv.dilation,
         )
         rest = row[size + conv.out_channels :]
         y = x.flatten(1) @ rest[: 3 * outputs].view(3, outputs).T + rest[3 * outputs :]

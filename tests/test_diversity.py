@@ -95,9 +95,7 @@ def test_sorted_channels_are_the_same_for_every_view_and_the_same_function(name:
     torch.testing.assert_close(oracle_outputs(canonical, images, arch), oracle_outputs(weights, images, arch), rtol=1e-9, atol=1e-9)
 
 
-@given(
-    wanted=st.lists(st.integers(0, 12), min_size=1, max_size=4), available=st.lists(st.integers(0, 12), min_size=4, max_size=6)
-)
+@given(wanted=st.lists(st.integers(0, 12), min_size=1, max_size=4), available=st.lists(st.integers(0, 12), min_size=4, max_size=6))
 def test_matching_is_the_best_of_all_assignments(wanted: list[int], available: list[int]) -> None:
     w, a = (torch.tensor(v, dtype=torch.float64) / 12 for v in (wanted, available))
     rows, partners = matched_rows(w, a)

@@ -57,7 +57,9 @@ def _case(arch: Architecture, k: int = 3, n: int = 5) -> tuple[Tensor, Tensor, T
 
 def _by_name(actual: Tensor, expected: Tensor, arch: Architecture) -> float:
     """The worst relative error of any parameter of any model."""
-    return max(relative_error(a[s.offset : s.stop], e[s.offset : s.stop]) for a, e in zip(actual, expected, strict=True) for s in arch.parameters)
+    return max(
+        relative_error(a[s.offset : s.stop], e[s.offset : s.stop]) for a, e in zip(actual, expected, strict=True) for s in arch.parameters
+    )
 
 
 # -- choose ------------------------------------------------------------------------------------------------------------
@@ -76,7 +78,9 @@ CHOICES = {
 
 
 @pytest.mark.parametrize(("arch", "device", "dtype", "backend", "paths"), CHOICES.values(), ids=CHOICES)
-def test_choose(arch: Architecture, device: str, dtype: torch.dtype, backend: str, paths: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choose(
+    arch: Architecture, device: str, dtype: torch.dtype, backend: str, paths: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     choice = engine.choose(arch, device, dtype, backend)
     assert choice.path in paths
     assert choice.reason
@@ -201,7 +205,13 @@ def test_chunks_do_not_change_a_bit(how: str, monkeypatch: pytest.MonkeyPatch) -
         gradients = torch.autograd.grad(outputs.square().sum(), (w, x))
         with torch.no_grad():
             plain = engine.forward(weights, queries, ran, backend=backend)
-        return [outputs.detach(), gradients[0], plain, *engine.loss_and_gradient(weights, queries, targets, ran, "mse", backend=backend), gradients[1]]
+        return [
+            outputs.detach(),
+            gradients[0],
+            plain,
+            *engine.loss_and_gradient(weights, queries, targets, ran, "mse", backend=backend),
+            gradients[1],
+        ]
 
     assert engine.models_per_chunk(ran, 8, "cpu") >= 5
     whole = everything()

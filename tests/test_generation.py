@@ -110,8 +110,13 @@ def test_anchors_are_the_best_by_validation_accuracy(run: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"samples": 0}, "samples"), ({"anchors": 0.0}, "anchors"), ({"anchors": 1.5}, "anchors"), ({"bandwidth": -1.0}, "bandwidth"),
-        ({"sampler": "kde"}, "sampler"), ({"select": "best"}, "select"), ({"finetune": -1}, "finetune"),
+        ({"samples": 0}, "samples"),
+        ({"anchors": 0.0}, "anchors"),
+        ({"anchors": 1.5}, "anchors"),
+        ({"bandwidth": -1.0}, "bandwidth"),
+        ({"sampler": "kde"}, "sampler"),
+        ({"select": "best"}, "select"),
+        ({"finetune": -1}, "finetune"),
         ({"select": "subsampled", "candidates": 3}, "candidates"),
     ],
     ids=["samples", "no-anchors", "anchors", "bandwidth", "sampler", "select", "finetune", "candidates"],

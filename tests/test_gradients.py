@@ -53,9 +53,9 @@ def test_jacobian_is_what_finite_differences_give() -> None:
 def test_exact_spectrum_is_that_of_the_dense_matrix(n: int) -> None:
     original, rebuilt = pair(MLP)
     x = queries(MLP, n)
-    f = sum(
-        jacobian(original, x[i : i + 1], MLP).T @ jacobian(rebuilt, x[i : i + 1], MLP) for i in range(n)
-    ) / n  # the definition, one query after another
+    f = (
+        sum(jacobian(original, x[i : i + 1], MLP).T @ jacobian(rebuilt, x[i : i + 1], MLP) for i in range(n)) / n
+    )  # the definition, one query after another
     assert isinstance(f, Tensor)
     found = spectrum(original, rebuilt, x, MLP, method="exact")
     dense = torch.linalg.svdvals(f)
@@ -210,7 +210,9 @@ def test_wrong_input_is_one_clear_error() -> None:
 
 def test_analyse_writes_rows_and_figures(tmp_path: Path) -> None:
     build_zoo("digits", tmp_path / "zoo", models=10, epochs=1, seed=0)
-    config = TrainConfig(zoo=str(tmp_path / "zoo"), out=str(tmp_path / "run"), steps=2, batch_size=4, queries=8, d_model=16, heads=2, layers=1)
+    config = TrainConfig(
+        zoo=str(tmp_path / "zoo"), out=str(tmp_path / "run"), steps=2, batch_size=4, queries=8, d_model=16, heads=2, layers=1
+    )
     train(config)
     rows = analyse(tmp_path / "run", tmp_path / "out", GradientSettings(models=2, queries=4, magnitudes=(0.01, 0.1)))
     with (tmp_path / "out" / "gradients.csv").open(newline="") as file:

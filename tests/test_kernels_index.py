@@ -95,7 +95,11 @@ def test_a_zoo_trained_on_the_kernels(on_triton: None, monkeypatch: pytest.Monke
     """Two epochs of two models: the checkpoints of the CPU engine up to rounding."""
     arch = Architecture.mlp(6, (5,), 3, "tanh", 0.0)
     images = torch.randn(10, 6)
-    parts = {f"{name}_{kind}": value for name in ("train", "val", "test") for kind, value in (("images", images), ("labels", torch.arange(10) % 3))}
+    parts = {
+        f"{name}_{kind}": value
+        for name in ("train", "val", "test")
+        for kind, value in (("images", images), ("labels", torch.arange(10) % 3))
+    }
     data = Dataset(name="made", classes=3, provenance={}, **parts)
     options = {"architecture": arch, "models": 2, "epochs": 2, "keep": (1, 2), "batch_size": 4, "split": (1.0, 0.0, 0.0)}
     found = build_zoo(data, **options)

@@ -39,9 +39,7 @@ def test_layer_lists_are_the_architectures() -> None:
 
 def test_refuses_to_run_interpreted() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-m", "wslfast.kernels.inspect"], capture_output=True, text=True, cwd=ROOT, env=environment
-    )
+    done = subprocess.run([sys.executable, "-m", "wslfast.kernels.inspect"], capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 2
     assert "TRITON_INTERPRET" in done.stderr
 

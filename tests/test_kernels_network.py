@@ -52,7 +52,9 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     network_plan.network.cache_clear()
 
 
-def _loss(case: Net, *arguments: Any, precision: str = "ieee", criterion: str = "mse", mode: str = "network", **more: Any) -> tuple[Tensor, Tensor]:
+def _loss(
+    case: Net, *arguments: Any, precision: str = "ieee", criterion: str = "mse", mode: str = "network", **more: Any
+) -> tuple[Tensor, Tensor]:
     weights, queries, targets = arguments
     return kernels.loss_and_gradient(weights, queries, targets, case.layers, criterion, 2.0, precision, mode=mode, **more)
 
@@ -301,7 +303,13 @@ def test_what_does_not_fit_is_refused_with_the_reason_and_runs_layer_by_layer(ca
 
 def test_the_mode_is_a_function_of_shape_and_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = schedule(cnn3().layers, (3, 32, 32))
-    for n, memory, expected in ((256, 2**32, "layers"), (256, 2**27, "network"), (1, 2**32, "layers"), (20_000, 2**32, "layers"), (20_000, 2**27, "network")):
+    for n, memory, expected in (
+        (256, 2**32, "layers"),
+        (256, 2**27, "network"),
+        (1, 2**32, "layers"),
+        (20_000, 2**32, "layers"),
+        (20_000, 2**27, "network"),
+    ):
         assert budget.choose_mode(plan, n, "tf32", True, memory)[0] == expected, (n, memory)
         assert budget.choose_mode(plan, n, "tf32", False, memory)[0] == "network"
 

@@ -87,9 +87,7 @@ def _shifted(first: int, k: int) -> Iterator[None]:
 
     def arguments(self: Any, args: Any, kwargs: Any) -> Any:
         tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-        checked.ranges = [
-            (t.untyped_storage().data_ptr(), t.untyped_storage().data_ptr() + t.untyped_storage().nbytes()) for t in tensors
-        ]  # fmt: skip
+        checked.ranges = [(t.untyped_storage().data_ptr(), t.untyped_storage().data_ptr() + t.untyped_storage().nbytes()) for t in tensors]
         return to_host(self, args, kwargs)
 
     patch.setattr(builder, "set_grid_dim", dimensions)
@@ -138,9 +136,20 @@ def _forward() -> None:
 
     def launch(b: Buffers) -> None:
         convolution.stage_forward(
-            b["x"], None, b["packed"][:, place.forward :], b["weights"][:, bias:], b["y"], b["code"], None, 2, N, CONV, config,
-            shared=False, gradient=True,
-        )  # fmt: skip
+            b["x"],
+            None,
+            b["packed"][:, place.forward :],
+            b["weights"][:, bias:],
+            b["y"],
+            b["code"],
+            None,
+            2,
+            N,
+            CONV,
+            config,
+            shared=False,
+            gradient=True,
+        )
 
     inputs = {"x": torch.randn(2, N * CONV.INPUTS), "packed": tables.pack(weights, PLAN, PRECISION), "weights": weights}
     outputs = {"y": torch.full((2, N * CONV.OUTPUTS), -7.0), "code": torch.full((2, N * CONV.CODES), -7, dtype=torch.int8)}
@@ -161,9 +170,7 @@ def _forward_indexed() -> None:
     for x, index in ((stacked, torch.arange(N)), (pool, torch.arange(N) + far)):
         y = torch.full((N * BELOW.OUTPUTS,), float("nan"))
         with _shifted(0, 1):
-            convolution.stage_forward(
-                x, index.int()[None], packed, bias, y, None, None, 1, N, BELOW, config, shared=False, gradient=False
-            )  # fmt: skip
+            convolution.stage_forward(x, index.int()[None], packed, bias, y, None, None, 1, N, BELOW, config, shared=False, gradient=False)
         found.append(y)
     assert torch.equal(*found)
 
@@ -207,15 +214,30 @@ def _head() -> None:
 
     def launch(b: Buffers) -> None:
         head.head_loss_and_gradient(
-            b["x"], None, b["packed"], b["weights"], b["targets"], b["losses"], b["gain"], b["part"], fold.bases, 2, N, FUSED, config,
-            "mse", 2.0,
-        )  # fmt: skip
+            b["x"],
+            None,
+            b["packed"],
+            b["weights"],
+            b["targets"],
+            b["losses"],
+            b["gain"],
+            b["part"],
+            fold.bases,
+            2,
+            N,
+            FUSED,
+            config,
+            "mse",
+            2.0,
+        )
 
     inputs = {"packed": tables.pack(weights, FUSED, PRECISION), "weights": weights, "targets": torch.randn(2, N, FUSED.classes)}
     outputs = {
-        "x": torch.rand(2, N * below.OUTPUTS), "losses": torch.full((2, 1), -7.0), "gain": torch.full((2, 1), -7.0),
+        "x": torch.rand(2, N * below.OUTPUTS),
+        "losses": torch.full((2, 1), -7.0),
+        "gain": torch.full((2, 1), -7.0),
         "part": torch.full((2, fold.row), -7.0),
-    }  # fmt: skip
+    }
     _probe(launch, inputs, outputs, N * FUSED.classes)
 
 
@@ -270,9 +292,20 @@ def _fold() -> None:
     def launch(b: Buffers) -> None:
         programs = packing.blocks(PLAN.parameters, 256)
         packing.fold_kernel[(2 * programs,)](
-            b["part"], fold.places, fold.steps, fold.counts, b["gain"], b["out"], programs, PLAN.parameters, max(fold.splits), fold.row, 1.0,
-            D=fold.places.shape[1], B=256,
-        )  # fmt: skip
+            b["part"],
+            fold.places,
+            fold.steps,
+            fold.counts,
+            b["gain"],
+            b["out"],
+            programs,
+            PLAN.parameters,
+            max(fold.splits),
+            fold.row,
+            1.0,
+            D=fold.places.shape[1],
+            B=256,
+        )
 
     inputs = {"part": torch.randn(2, fold.row), "gain": torch.rand(2, 1) + 1}
     _probe(launch, inputs, {"out": torch.full((2, PLAN.parameters), -7.0)}, PLAN.parameters)

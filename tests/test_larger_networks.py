@@ -88,9 +88,18 @@ def test_a_training_step_on_a_narrow_resnet(tmp_path: Path) -> None:
     population = Population.from_state_dicts(arch, states)
     images = torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     settings = replace(
-        config(tmp_path / "run"), steps=2, batch_size=2, queries=4, token_size=288, window=32, start="linear", clip=None,
-        memory_gb=0.0, lr=1e-3, checkpoint_every=2,
-    )  # fmt: skip
+        config(tmp_path / "run"),
+        steps=2,
+        batch_size=2,
+        queries=4,
+        token_size=288,
+        window=32,
+        start="linear",
+        clip=None,
+        memory_gb=0.0,
+        lr=1e-3,
+        checkpoint_every=2,
+    )
     trainer = Trainer(settings, population, images)
     assert trainer.layout.num_tokens > 64
     assert trainer.model._windows.count > 2

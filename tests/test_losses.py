@@ -141,12 +141,14 @@ def test_normalizers_are_the_values_of_knowing_nothing(originals: tuple[Populati
         constant = logits.mean(0).expand_as(logits)
         q = {"mse": constant, "distillation": (constant / 3).softmax(-1)}.get(criterion, constant.softmax(-1))
         n = len(logits)
-        total += float({
-            "mse": ((p - q) ** 2).sum() / (2 * n),
-            "softmax_mse": ((p - q) ** 2).mean(),
-            "cross_entropy": -(p * q.log()).sum() / n,
-            "distillation": 9 * (p * (p / q).log()).sum() / n,
-        }[criterion])  # fmt: skip
+        total += float(
+            {
+                "mse": ((p - q) ** 2).sum() / (2 * n),
+                "softmax_mse": ((p - q) ** 2).mean(),
+                "cross_entropy": -(p * q.log()).sum() / n,
+                "distillation": 9 * (p * (p / q).log()).sum() / n,
+            }[criterion]
+        )
     assert units.behavioral == pytest.approx(total / len(population), rel=1e-6)
     if criterion == "mse":
         assert units.behavioral == pytest.approx(cache.variance(), rel=1e-6)

@@ -25,7 +25,9 @@ def _fresh() -> None:
 
 def _data(architecture: Architecture, k: int = 3, n: int = 4) -> tuple[Tensor, Tensor, Tensor]:
     """(weights that require a gradient, queries, targets)."""
-    weights = torch.rand(k, architecture.num_weights) if not architecture.planned else architecture.initial_weights(["default"] * k, range(k))
+    weights = (
+        torch.rand(k, architecture.num_weights) if not architecture.planned else architecture.initial_weights(["default"] * k, range(k))
+    )
     return weights.requires_grad_(), torch.randn(n, *architecture.input_shape), torch.randn(k, n, architecture.num_classes)
 
 
@@ -140,8 +142,9 @@ def test_bad_models_and_wrong_arguments_raise_from_compiled_code() -> None:
     def loss(policy: str, **options: Any) -> Any:
         return torch.compile(
             lambda w: batched_behavioral_loss(w, None, queries, MLP, targets=targets, nan_policy=policy, **options),
-            fullgraph=True, backend="aot_eager",
-        )  # fmt: skip
+            fullgraph=True,
+            backend="aot_eager",
+        )
 
     with pytest.raises(WslfastError, match=r"models \[1\] of 3"):
         loss("raise")(weights)

@@ -42,7 +42,15 @@ def test_packages_list_equals_the_folders_on_disk() -> None:
 def test_torch_has_a_floor_and_no_cap() -> None:
     dependencies = _toml()["project"]["dependencies"]
     assert "torch>=2.10" in dependencies
-    assert {d.split(">")[0].split(";")[0].strip() for d in dependencies} == {"torch", "numpy", "einops", "safetensors", "tyro", "rich", "tomli"}
+    assert {d.split(">")[0].split(";")[0].strip() for d in dependencies} == {
+        "torch",
+        "numpy",
+        "einops",
+        "safetensors",
+        "tyro",
+        "rich",
+        "tomli",
+    }
 
 
 BLOCKER = """
@@ -127,7 +135,9 @@ def test_the_type_checker_sees_kernels_as_a_part_of_the_package(tmp_path: Path) 
         (links / path.name).symlink_to(path)
     (links / "kernels").symlink_to(ROOT / "kernels")
     user = tmp_path / "user.py"
-    user.write_text("from wslfast.kernels.plan import Conv2d\nimport wslfast\nwrong: str = wslfast.Architecture.cnn().num_weights\nreveal_type(Conv2d)\n")
+    user.write_text(
+        "from wslfast.kernels.plan import Conv2d\nimport wslfast\nwrong: str = wslfast.Architecture.cnn().num_weights\nreveal_type(Conv2d)\n"
+    )
     command = [sys.executable, "-m", "mypy", "--follow-imports=silent", str(user)]
     out = subprocess.run(command, env=os.environ | {"MYPYPATH": str(tmp_path)}, cwd=tmp_path, capture_output=True, text=True).stdout
     assert 'Incompatible types in assignment (expression has type "int", variable has type "str")' in out

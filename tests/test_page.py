@@ -36,17 +36,32 @@ def _unit(zoo: str, variant: str, seed: int, kind: str, level: float, **facts: A
     if kind != "model":
         metrics |= dict.fromkeys(("probe_r2", "probe_r2_ggap", "probe_r2_epoch", "probe_r2_whole"), (level, level, 0.1))
     if kind in ("run", "code"):
-        metrics |= dict.fromkeys(("generated_accuracy", "novelty", "novelty_reconstruction", "diversity", "latent_share"), (level, level, 0.1))
+        metrics |= dict.fromkeys(
+            ("generated_accuracy", "novelty", "novelty_reconstruction", "diversity", "latent_share"), (level, level, 0.1)
+        )
         if kind == "code":
             metrics["latent_share"] = (0.72, 0.72, None)  # no larger than the runs beside it
         tables["samplings"] = [
-            {"sampler": s, "bandwidth": h, "select": "none", "main": int(h == 0.1), "test_acc": level, "novelty": 2 * level, "diversity": 1.0,
-             "diversity_disagreement": 0.1, "novelty_behavior": 0.1}
+            {
+                "sampler": s,
+                "bandwidth": h,
+                "select": "none",
+                "main": int(h == 0.1),
+                "test_acc": level,
+                "novelty": 2 * level,
+                "diversity": 1.0,
+                "diversity_disagreement": 0.1,
+                "novelty_behavior": 0.1,
+            }
             for s, h in (("joint", 0.1), ("joint", 0.3), ("uniform", None))
-        ]  # fmt: skip
-        tables["samples"] = [{"set": w, "model": j, "epoch": e, "test_acc": level} for w, e in (("generated", 0), ("finetuned", 1)) for j in range(4)]
+        ]
+        tables["samples"] = [
+            {"set": w, "model": j, "epoch": e, "test_acc": level} for w, e in (("generated", 0), ("finetuned", 1)) for j in range(4)
+        ]
         tables["latents"] = [
-            {"split": s, "test_acc": level, "x": float(j), "y": float(-j), "share_x": 0.6, "share_y": 0.2} for j in range(3) for s in ("train", "test")
+            {"split": s, "test_acc": level, "x": float(j), "y": float(-j), "share_x": 0.6, "share_y": 0.2}
+            for j in range(3)
+            for s in ("train", "test")
         ]
         tables["curves"] = [{"step": s, "loss": 1 / s, "structural": 1 / s} for s in (1, 2, 3)]
     if kind == "zoo":
@@ -75,7 +90,9 @@ def _folder(path: Path, *, name: str = "S+B", zoos: tuple[str, ...] = ("digits",
             _unit(zoo, "best-zoo-model", 0, "model", 0.216),
             _unit(zoo, "weight-statistics", 0, "features", 0.417),
         ]
-    write_tables(path, units, {"machine": "two cores", "versions": "wslfast 0", "date": "2026-01-01", "protocol": {"models": 12}, **(facts or {})})
+    write_tables(
+        path, units, {"machine": "two cores", "versions": "wslfast 0", "date": "2026-01-01", "protocol": {"models": 12}, **(facts or {})}
+    )
     return path
 
 
@@ -188,7 +205,9 @@ def test_names_inside_figures_are_one_figures_own(tmp_path: Path) -> None:
 
 
 def test_rows_alone_make_a_page(tmp_path: Path, undrawn: None) -> None:
-    (tmp_path / "rows.csv").write_text("zoo,variant,seed,metric,median,mean,spread\ndigits,A,0,agreement,0.5,0.5,\ndigits,A,1,agreement,0.7,0.7,0.1\n")
+    (tmp_path / "rows.csv").write_text(
+        "zoo,variant,seed,metric,median,mean,spread\ndigits,A,0,agreement,0.5,0.5,\ndigits,A,1,agreement,0.7,0.7,0.1\n"
+    )
     page = _page(tmp_path)
     assert not Audit(page).open
     assert "60.0" in _text(page)
@@ -201,7 +220,9 @@ ABLATION = [
      "axis": "beta", "value": b}
     for b in (0.0, 0.1, 1.0) for s in (0, 1, 2) for m in ("agreement", "accuracy_change", "l2_masked")
 ]  # fmt: skip
-WORDS = [{**row, "ablation": "queries", "axis": "query_set", "value": f"q{row['value']}", "variant": f"<b>{row['value']}"} for row in ABLATION]
+WORDS = [
+    {**row, "ablation": "queries", "axis": "query_set", "value": f"q{row['value']}", "variant": f"<b>{row['value']}"} for row in ABLATION
+]
 
 
 def test_ablations_beside_the_rows_are_shown(tmp_path: Path) -> None:
@@ -222,9 +243,22 @@ def test_ablations_beside_the_rows_are_shown(tmp_path: Path) -> None:
 def test_gradients_beside_the_rows_are_shown(tmp_path: Path) -> None:
     write_tables(tmp_path, [], {})
     rows: list[dict[str, Any]] = [
-        {"zoo": "digits", "variant": "S+B", "seed": 0, "metric": m, "median": 0.5, "mean": 0.5, "spread": 0.1, "direction": d, "magnitude": g, "models": 4}
-        for d in ("random", "top") for g in (0.01, 0.1, 1.0) for m in ("loss", "quadratic", "ratio", "accuracy", "agreement")
-    ]  # fmt: skip
+        {
+            "zoo": "digits",
+            "variant": "S+B",
+            "seed": 0,
+            "metric": m,
+            "median": 0.5,
+            "mean": 0.5,
+            "spread": 0.1,
+            "direction": d,
+            "magnitude": g,
+            "models": 4,
+        }
+        for d in ("random", "top")
+        for g in (0.01, 0.1, 1.0)
+        for m in ("loss", "quadratic", "ratio", "accuracy", "agreement")
+    ]
     rows.append({"zoo": "digits", "variant": "S+B", "seed": 0, "metric": "effective_rank", "median": 12.3, "mean": 12.3, "spread": 1.0})
     (tmp_path / "gradients.csv").write_text(to_csv(rows, ("zoo", "variant", "seed")))
     (tmp_path / "gradients.json").write_text(json.dumps({"models": []}))
@@ -236,7 +270,10 @@ def test_gradients_beside_the_rows_are_shown(tmp_path: Path) -> None:
 
 def test_a_headline_for_what_there_is(tmp_path: Path) -> None:
     write_tables(tmp_path, [_unit("z", "S", 0, "run", 0.5, losses="S")], {})
-    assert headline(read_results(tmp_path)) == "On z, reconstructions by S agree with their originals on 50.0 % of images at 50 % of the numbers."
+    assert (
+        headline(read_results(tmp_path))
+        == "On z, reconstructions by S agree with their originals on 50.0 % of images at 50 % of the numbers."
+    )
 
 
 def test_without_matplotlib_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,7 +107,10 @@ def test_variance_is_the_loss_of_the_mean_output() -> None:
 WRONG: dict[str, tuple[Any, str]] = {
     "images-list": (lambda: QueryPool([1.0]), r"images: expected floating.*got list"),  # type: ignore[arg-type]
     "images-uint8": (lambda: QueryPool(torch.zeros(3, 1, 2, 2, dtype=torch.uint8)), r"images: expected floating.*uint8"),
-    "images-none": (lambda: QueryPool(torch.zeros(0, 1, 2, 2)), r"images: expected floating \[Q, C, H, W\] with Q >= 1, got \[0, 1, 2, 2\]"),
+    "images-none": (
+        lambda: QueryPool(torch.zeros(0, 1, 2, 2)),
+        r"images: expected floating \[Q, C, H, W\] with Q >= 1, got \[0, 1, 2, 2\]",
+    ),
     "images-flat": (lambda: QueryPool(torch.zeros(3)), r"images: expected floating.*got \[3\]"),
     "n-zero": (lambda: QueryPool(torch.zeros(3, 2)).draw(0), r"n: expected 1 to 3 queries.*got 0"),
     "n-many": (lambda: QueryPool(torch.zeros(3, 2)).draw(4), r"n: expected 1 to 3 queries.*got 4"),

@@ -100,7 +100,10 @@ def test_distilling_takes_what_is_new() -> None:
     outputs = batched_forward(zoo.weights, images, MLP).softmax(2).double()
     vectors = (outputs - outputs.mean(0)).permute(1, 0, 2).flatten(1)
     assert chosen[0] in vectors.square().sum(1).topk(3).indices.tolist()
-    second = max(range(12), key=lambda i: float((vectors[i] - vectors[i] @ vectors[chosen[0]] / vectors[chosen[0]].square().sum() * vectors[chosen[0]]).norm()))
+    second = max(
+        range(12),
+        key=lambda i: float((vectors[i] - vectors[i] @ vectors[chosen[0]] / vectors[chosen[0]].square().sum() * vectors[chosen[0]]).norm()),
+    )
     torch.testing.assert_close(vectors[chosen[1]], vectors[second])
     assert sorted(distil(images, zoo.weights, MLP, 12).tolist()) == list(range(12))  # duplicates come last, none is lost
 
@@ -176,13 +179,21 @@ def test_synthetic_sets_never_read_the_zoo_s_images(zoo: Path, monkeypatch: pyte
 
 
 def settings(zoo: Path, out: Path, **changes: object) -> TrainConfig:
-    values = {"zoo": str(zoo), "out": str(out), "steps": 2, "batch_size": 4, "queries": 4, "query_pool": 6, "d_model": 16, "heads": 2, "layers": 1}
+    values = {
+        "zoo": str(zoo),
+        "out": str(out),
+        "steps": 2,
+        "batch_size": 4,
+        "queries": 4,
+        "query_pool": 6,
+        "d_model": 16,
+        "heads": 2,
+        "layers": 1,
+    }
     return TrainConfig(**(values | changes))  # type: ignore[arg-type]
 
 
-def test_runs_differ_by_their_set_and_optimised_images_are_made_once(
-    zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_runs_differ_by_their_set_and_optimised_images_are_made_once(zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(query_sets, "OPTIMISED", 6)
     losses = {}
     for kind in ("data", "noise", "optimised"):
@@ -206,4 +217,6 @@ def test_stop_ends_a_run_that_can_go_on(zoo: Path, tmp_path: Path) -> None:
     assert not run.finished
     assert train(settings(zoo, tmp_path / "a", steps=9), resume=True).finished
     whole = train(settings(zoo, tmp_path / "b", steps=9))
-    assert torch.equal(whole.autoencoder.linear.encoder, train(settings(zoo, tmp_path / "a", steps=9), resume=True).autoencoder.linear.encoder)  # type: ignore[union-attr]
+    assert torch.equal(
+        whole.autoencoder.linear.encoder, train(settings(zoo, tmp_path / "a", steps=9), resume=True).autoencoder.linear.encoder
+    )  # type: ignore[union-attr]

@@ -220,9 +220,20 @@ def test_summary_names_and_figures() -> None:
     result = compare(*_data(), SMALL)
     s = json.loads(json.dumps(result.summary(), allow_nan=False))
     wanted = {
-        "agreement", "agreement_others", "agreement_margin", "identified", "accuracy_original", "accuracy_reconstructed",
-        "accuracy_change", "accuracy_change_abs", "l2_masked", "explained_variance", "n_models", "non_finite", "spread",
-    }  # fmt: skip
+        "agreement",
+        "agreement_others",
+        "agreement_margin",
+        "identified",
+        "accuracy_original",
+        "accuracy_reconstructed",
+        "accuracy_change",
+        "accuracy_change_abs",
+        "l2_masked",
+        "explained_variance",
+        "n_models",
+        "non_finite",
+        "spread",
+    }
     assert wanted <= set(s)
     change = sorted(result.accuracy_change.tolist())
     assert s["accuracy_change"] == change[3]

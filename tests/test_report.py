@@ -115,14 +115,20 @@ def test_many_variants_wrap_and_keep_their_colours(tmp_path: Path) -> None:
 
 def test_odd_logs_and_latents(tmp_path: Path) -> None:
     curve: list[dict[str, Any]] = [
-        {"step": 1, "loss": math.nan}, {"step": 2, "loss": 0.0}, {"event": "resumed"}, {"step": 3, "loss": "x"}, {"step": 4, "loss": 1e9},
-    ]  # fmt: skip
+        {"step": 1, "loss": math.nan},
+        {"step": 2, "loss": 0.0},
+        {"event": "resumed"},
+        {"step": 3, "loss": "x"},
+        {"step": 4, "loss": 1e9},
+    ]
     latents = torch.randn(5, 1)
     latents[0] = math.nan
     page = _write(
-        tmp_path, variants=[Variant("odd", _comparison(), curve, 3, 0.5)], latents=latents,
+        tmp_path,
+        variants=[Variant("odd", _comparison(), curve, 3, 0.5)],
+        latents=latents,
         latent_accuracy=torch.tensor([0.1, math.nan, 0.3, 0.4, 0.5]),
-    )  # fmt: skip
+    )
     assert "Latent map" in page
     assert "total loss" in page
     constant = _write(tmp_path, variants=_variants()[:1], latents=torch.ones(5, 3), latent_accuracy=torch.full((5,), math.nan))

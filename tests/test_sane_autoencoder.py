@@ -68,8 +68,15 @@ def test_golden_g2(kind: str) -> None:
 
 
 def test_parameters_of_the_papers_size() -> None:
-    config = {"ae:i_dim": 289, "ae:d_model": 256, "ae:nhead": 8, "ae:num_layers": 8, "ae:lat_dim": 64, "ae:max_positions": [500, 50, 100],
-              "training::windowsize": 93}  # fmt: skip
+    config = {
+        "ae:i_dim": 289,
+        "ae:d_model": 256,
+        "ae:nhead": 8,
+        "ae:num_layers": 8,
+        "ae:lat_dim": 64,
+        "ae:max_positions": [500, 50, 100],
+        "training::windowsize": 93,
+    }
     for kind, expected in (("pytorch", 21_485_533), ("gpt2", 13_035_485)):
         with torch.device("meta"):
             ae = AE(config | {"ae:transformer_type": kind})

@@ -109,9 +109,7 @@ def test_raw_cross_entropy_is_the_same_in_one_pass_and_in_two(reduction: str, na
     results = []
     for one_pass in (True, False):
         monkeypatch.setattr(behavior, "_on_cpu_path", lambda *_, found=one_pass: found)
-        made = DistillationLoss(
-            checkpoint, params, n_queries=5, loss="cross_entropy", reduction=reduction, nan_gradients=nan_gradients
-        )
+        made = DistillationLoss(checkpoint, params, n_queries=5, loss="cross_entropy", reduction=reduction, nan_gradients=nan_gradients)
         made.scale = 1.0
         y = 1.3 * x + 0.01
         y[0] = float("inf")
@@ -249,9 +247,11 @@ def test_data_queries_are_the_images_a_fresh_loader_would_give(tmp_path: Path) -
 def test_settings_may_be_numpys() -> None:
     checkpoint, params, x, mask, p = _case("CNN")
     plain, grid = (
-        GammaContrastReconLoss(g, "mean", len(x) // 2, 0.1, beta=b, n_queries_distillation=n, reference_checkpoint=checkpoint, reference_params=params)
+        GammaContrastReconLoss(
+            g, "mean", len(x) // 2, 0.1, beta=b, n_queries_distillation=n, reference_checkpoint=checkpoint, reference_params=params
+        )
         for g, b, n in ((0.25, 0.5, 3), (np.float32(0.25), np.float32(0.5), np.int64(3)))
-    )  # fmt: skip
+    )
     z = torch.randn(4, 5)
     values = []
     for loss in (plain, grid):
@@ -282,19 +282,23 @@ def test_bad_arguments_say_what_was_expected(tmp_path: Path) -> None:
     (tmp_path / "noise.pt").write_bytes(b"no file of torch's")
     torch.save({"trainset": torch.utils.data.ConcatDataset([Unknown(torch.zeros(2))])}, tmp_path / "objects.pt")
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"loss": "kl"}, "loss: expected one of"), ({"reduction": "none"}, "reduction: expected one of"),
-        ({"queryset": "stl10"}, "queryset: expected one of"), ({"queryset": "data"}, "dump: expected"),
+        ({"loss": "kl"}, "loss: expected one of"),
+        ({"reduction": "none"}, "reduction: expected one of"),
+        ({"queryset": "stl10"}, "queryset: expected one of"),
+        ({"queryset": "data"}, "dump: expected"),
         ({"queryset": "data", "dump": tmp_path / "none.pt"}, "dump: expected a file"),
         ({"queryset": "data", "dump": tmp_path / "noise.pt"}, "dump: cannot be read from .*expected tensors, a TensorDataset"),
         ({"queryset": "data", "dump": tmp_path / "objects.pt"}, "dump: cannot be read from .*expected tensors, a TensorDataset"),
         ({"queryset": "data", "dump": iter([])}, "data set that can be indexed"),
         ({"queryset": "data", "dump": torch.randn(4, 3, 32, 32)}, r"dump: expected floating images \[Q, 1, 28, 28\]"),
-        ({"n_queries": 0}, "n_queries: expected"), ({"semantics": "right"}, "'published' or 'corrected'"),
+        ({"n_queries": 0}, "n_queries: expected"),
+        ({"semantics": "right"}, "'published' or 'corrected'"),
         ({"unmasked": True}, "expected a flag of"),
         ({"reference_params": params | {"model::type": "ResCNN"}}, "model::type: expected one of"),
-        ({"reference_params": None}, "reference_params: expected"), ({"reference_checkpoint": other}, "reference_checkpoint: 'module_list"),
+        ({"reference_params": None}, "reference_params: expected"),
+        ({"reference_checkpoint": other}, "reference_checkpoint: 'module_list"),
         ({"reference_params": {"model::type": "CNN", "model::nlin": "relu"}}, "model::channels_in"),
-    ]  # fmt: skip
+    ]
     for change, message in cases:
         with pytest.raises(WslfastError, match=message):
             DistillationLoss(**{"reference_checkpoint": checkpoint, "reference_params": params} | change)
@@ -317,7 +321,9 @@ def test_tokens_in_another_order_follow_their_positions() -> None:
 # -- views -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arch", [Architecture.cnn(3), Architecture.cnn3(), Architecture.lenet5(), Architecture.mlp()], ids=lambda a: a.name)
+@pytest.mark.parametrize(
+    "arch", [Architecture.cnn(3), Architecture.cnn3(), Architecture.lenet5(), Architecture.mlp()], ids=lambda a: a.name
+)
 def test_views_of_one_model_are_found_and_no_others(arch: Architecture) -> None:
     weights = arch.initial_weights(["kaiming_uniform"] * 4, [0, 1, 2, 3])
     views = random_views(weights, arch)
@@ -513,9 +519,17 @@ def _one_thread() -> Iterator[None]:
 
 def test_the_module_of_the_package_sane_needs_its_config_alone() -> None:
     config = {
-        "ae:i_dim": 9, "ae:d_model": 8, "ae:nhead": 2, "ae:num_layers": 1, "ae:lat_dim": 4, "ae:max_positions": [6, 3, 4],
-        "training::windowsize": 6, "trainset::batchsize": 2, "training::gamma": 0.3, "training::gradient_clipping": "none",
-    }  # fmt: skip
+        "ae:i_dim": 9,
+        "ae:d_model": 8,
+        "ae:nhead": 2,
+        "ae:num_layers": 1,
+        "ae:lat_dim": 4,
+        "ae:max_positions": [6, 3, 4],
+        "training::windowsize": 6,
+        "trainset::batchsize": 2,
+        "training::gamma": 0.3,
+        "training::gradient_clipping": "none",
+    }
     with pytest.raises(WslfastError, match=r"reference_params: .*unscaled\.AEModule"):
         AEModule(config)
     module = unscaled.AEModule(config)

@@ -85,8 +85,10 @@ def test_names_are_rebound_in_every_importing_module_and_restored_by_identity(tm
         assert p.def_AE_module.AEModule.train_step is not step
         rows = {row["name"]: row for row in report()}
         assert rows["models.def_loss.GammaContrastReconLoss"]["places"] == [
-            "shrp.models.def_loss.GammaContrastReconLoss", "shrp.models.def_AE_module.GammaContrastReconLoss", "a_users_script.Loss",
-        ]  # fmt: skip
+            "shrp.models.def_loss.GammaContrastReconLoss",
+            "shrp.models.def_AE_module.GammaContrastReconLoss",
+            "a_users_script.Loss",
+        ]
         assert rows["models.def_AE_module.AEModule.train_step"]["package"] == "shrp"
         assert len(rows) == 15
     assert not handle.active
@@ -221,7 +223,12 @@ def test_a_dump_that_only_running_its_code_could_read_falls_back(tmp_path: Path)
     (tmp_path / "dump.pt").write_bytes(b"a pickle of something")
     checkpoint = Architecture.cnn().initial_weights(["kaiming_uniform"], [0])
     state = dict(Population(Architecture.cnn(), checkpoint).state_dict(0))
-    given = {"reference_checkpoint": state, "reference_params": PARAMS, "queryset_distillation": "data", "queryset_dump": str(tmp_path / "dump.pt")}
+    given = {
+        "reference_checkpoint": state,
+        "reference_params": PARAMS,
+        "queryset_distillation": "data",
+        "queryset_dump": str(tmp_path / "dump.pt"),
+    }
     with patched():
         assert type(p.def_loss.GammaContrastReconLoss(0.5, "mean", 3, 0.1, **given)) is original
     with patched(strict=True), pytest.raises(WslfastError, match=r"strict=True.*dump: cannot be read"):

@@ -140,10 +140,16 @@ def test_their_data_sets_read_our_trees_and_are_read_back(
         module = published_code.module(package, f"datasets.{name}")
         monkeypatch.setattr(module, "ProgressBar", published_code.Bar, raising=False)  # an actor of ray's
     made = published_code.module(package, "datasets.dataset_tokens").DatasetTokens(
-        root=[tmp_path / "ray"], epoch_lst=[1, 2], permutation_spec=None, standardize=standardize, train_val_test="train",
-        ds_split=[1.0, 0.0, 0.0], max_samples=None, shuffle_path=False,
+        root=[tmp_path / "ray"],
+        epoch_lst=[1, 2],
+        permutation_spec=None,
+        standardize=standardize,
+        train_val_test="train",
+        ds_split=[1.0, 0.0, 0.0],
+        max_samples=None,
+        shuffle_path=False,
         property_keys={"result_keys": ["test_acc", "training_iteration", "ggap"], "config_keys": []},
-    )  # fmt: skip
+    )
     torch.save(made, tmp_path / "dataset_train.pt")
     done = import_zoo(tmp_path / "dataset_train.pt", tmp_path / "back")
     assert (done.rows, done.models, dict(done.skipped)) == (4, 2, {})

@@ -78,7 +78,10 @@ def test_tokens_are_the_cores_and_come_back(arch: Architecture, size: int, ignor
         zeros = {n: torch.zeros_like(v) for n, v in checkpoint.items()}
         dirty = torch.where(mask, tokens, float("nan")).requires_grad_()  # padding is dropped
         recipe = tokens_to_recipe(pos, zeros, ignore_bn)
-        for back in (tokens_to_checkpoint(dirty, pos, zeros, ignore_bn), tokens_to_checkpoint(dirty, None, zeros, ignore_bn, recipe=recipe)):
+        for back in (
+            tokens_to_checkpoint(dirty, pos, zeros, ignore_bn),
+            tokens_to_checkpoint(dirty, None, zeros, ignore_bn, recipe=recipe),
+        ):
             assert list(back) == list(checkpoint)
             assert all(torch.equal(back[n], v) for n, v in checkpoint.items())
         sum(v.sum() for v in back.values()).backward()  # type: ignore[union-attr]
@@ -265,8 +268,15 @@ def test_models_are_decoded_whole_and_by_windows() -> None:
     arch = Architecture.cnn()
     reference = _checkpoint(arch)
     _, _, pos = tokenize_checkpoint(reference, 0)
-    config = {"ae:i_dim": 201, "ae:d_model": 8, "ae:nhead": 2, "ae:num_layers": 1, "ae:lat_dim": 3, "training::windowsize": 48,
-              "ae:max_positions": [48, 5, 20]}  # fmt: skip
+    config = {
+        "ae:i_dim": 201,
+        "ae:d_model": 8,
+        "ae:nhead": 2,
+        "ae:num_layers": 1,
+        "ae:lat_dim": 3,
+        "training::windowsize": 48,
+        "ae:max_positions": [48, 5, 20],
+    }
     ae = AE(config).eval()
     anchors = torch.randn(5, 48, 3)
     shape = torch.Size([5, 48, 201])

@@ -25,8 +25,19 @@ from wslfast.training import load_run
 from wslfast.zoo import read_manifest, save_zoo
 
 pytest.importorskip("matplotlib")
-TINY = Protocol(shares=(), models=8, train_models=40, images=20, samples=5, bandwidths=(0.05, 0.5), finetune_epochs=1, finetune_images=40, map_models=30,
-                refine_steps=4, refine_images=16)
+TINY = Protocol(
+    shares=(),
+    models=8,
+    train_models=40,
+    images=20,
+    samples=5,
+    bandwidths=(0.05, 0.5),
+    finetune_epochs=1,
+    finetune_images=40,
+    map_models=30,
+    refine_steps=4,
+    refine_images=16,
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +49,16 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     stripes = np.stack([np.sin(np.outer(np.ones(28), np.arange(28)) * (c + 1) / 2) for c in range(3)])
     np.savez(root / "stripes.npz", images=(stripes[labels] + 0.5 * rng.normal(size=(120, 28, 28))).astype(np.float32), labels=labels)
     build_zoo(root / "stripes.npz", root / "zoo", models=14, epochs=3, split=(0.6, 0.2, 0.2))
-    sizes: dict[str, Any] = {"queries": 8, "batch_size": 4, "d_model": 16, "heads": 2, "layers": 1, "steps": 2, "log_every": 1, "gamma": 0.0}
+    sizes: dict[str, Any] = {
+        "queries": 8,
+        "batch_size": 4,
+        "d_model": 16,
+        "heads": 2,
+        "layers": 1,
+        "steps": 2,
+        "log_every": 1,
+        "gamma": 0.0,
+    }
     for name, beta, seed in (("S", 1.0, 0), ("S+B-seed0", 0.1, 0), ("S+B-seed1", 0.1, 1)):
         train(TrainConfig(zoo=str(root / "zoo"), out=str(root / name), beta=beta, seed=seed, **sizes))
     return root
@@ -73,13 +93,36 @@ def test_every_variant_and_metric_is_there(results: Path) -> None:
     features = {"raw-weights", "weight-statistics", "behavior-statistics", "behavior-statistics-drawn"}
     assert features < set(found.variants(zoo, "features"))
     wanted = {
-        "agreement", "agreement_others", "identified", "accuracy_original", "accuracy_reconstructed", "accuracy_change", "l2_masked",
-        "explained_variance", "softmax_l2", "output_l2", "behavior_mse", "probe_r2", "probe_r2_ggap", "probe_r2_epoch",
-        "probe_r2_decoded", "probe_r2_decoded_drawn", "diversity",
-        "diversity_matched", "diversity_behavior", "novelty", "novelty_reconstruction", "novelty_behavior", "generated_accuracy",
-        "finetuned_accuracy", "latent_numbers",
-    }  # fmt: skip
-    have = {(r["variant"], r["seed"]): {x["metric"] for x in found.rows if (x["variant"], x["seed"]) == (r["variant"], r["seed"])} for r in found.rows}
+        "agreement",
+        "agreement_others",
+        "identified",
+        "accuracy_original",
+        "accuracy_reconstructed",
+        "accuracy_change",
+        "l2_masked",
+        "explained_variance",
+        "softmax_l2",
+        "output_l2",
+        "behavior_mse",
+        "probe_r2",
+        "probe_r2_ggap",
+        "probe_r2_epoch",
+        "probe_r2_decoded",
+        "probe_r2_decoded_drawn",
+        "diversity",
+        "diversity_matched",
+        "diversity_behavior",
+        "novelty",
+        "novelty_reconstruction",
+        "novelty_behavior",
+        "generated_accuracy",
+        "finetuned_accuracy",
+        "latent_numbers",
+    }
+    have = {
+        (r["variant"], r["seed"]): {x["metric"] for x in found.rows if (x["variant"], x["seed"]) == (r["variant"], r["seed"])}
+        for r in found.rows
+    }
     assert all(wanted <= have["S+B", seed] for seed in (0, 1))
     assert len(found.value(zoo, "S+B", "agreement")) == 2
     sizes = [found.value(zoo, v, "latent_numbers")[0] for v in ("S", "S-zero-layer", *found.variants(zoo, "code"))]
@@ -203,8 +246,9 @@ def test_runs_that_would_take_each_others_place_are_refused(root: Path, tmp_path
         shutil.copytree(root / "S+B-seed0", tmp_path / name)
     for runs, words in (
         ([root / "S+B-seed0", tmp_path / "other" / "S+B-seed7"], r"S\+B, seed 0 more than once"),
-        ([tmp_path / "zoo"], "zoo: the page calls baselines so"), ([tmp_path / "linear-40"], "linear-40: the page calls"),
-    ):  # fmt: skip
+        ([tmp_path / "zoo"], "zoo: the page calls baselines so"),
+        ([tmp_path / "linear-40"], "linear-40: the page calls"),
+    ):
         with pytest.raises(WslfastError, match=words):
             study(root / "zoo", runs, tmp_path / "out", protocol=TINY)
     assert not (tmp_path / "out").exists()
@@ -289,7 +333,9 @@ def test_a_zoo_without_validation_accuracy_gets_it_from_the_images(root: Path, t
     bare = Population(zoo.architecture, zoo.weights, {n: c for n, c in zoo.properties.items() if n in ("model", "epoch", "test_acc")})
     save_zoo(bare, tmp_path / "zoo", splits=zoo.properties["split"], provenance=read_manifest(root / "zoo").provenance)
     bench = Bench(tmp_path / "zoo", TINY)
-    assert torch.allclose(bench.train.column("val_acc"), load_zoo(root / "zoo", "train").column("val_acc"), atol=0.09)  # a tie may fall either way
+    assert torch.allclose(
+        bench.train.column("val_acc"), load_zoo(root / "zoo", "train").column("val_acc"), atol=0.09
+    )  # a tie may fall either way
     assert "probe_r2_ggap" not in discriminative(bench, {s: p.weights[:, :4] for s, p in bench.splits.items()})
 
 
@@ -308,11 +354,14 @@ def test_the_zoo_unit_is_the_originals(root: Path) -> None:
 
 
 def test_tables_come_back_as_they_were(tmp_path: Path) -> None:
-    rows = [{"zoo": "1", "variant": "2.5", "seed": 3, "metric": "x", "a": 0.1, "b": None}, {"zoo": "1", "variant": "a,\"b\"", "seed": 4, "c": "n/a"}]
+    rows = [
+        {"zoo": "1", "variant": "2.5", "seed": 3, "metric": "x", "a": 0.1, "b": None},
+        {"zoo": "1", "variant": 'a,"b"', "seed": 4, "c": "n/a"},
+    ]
     (tmp_path / "t.csv").write_text(to_csv(rows, ("zoo", "variant", "seed")))
     back = from_csv(tmp_path / "t.csv")
     assert back[0] == {"zoo": "1", "variant": "2.5", "seed": 3, "metric": "x", "a": 0.1, "b": None, "c": None}
-    assert back[1] == {"zoo": "1", "variant": "a,\"b\"", "seed": 4, "metric": None, "a": None, "b": None, "c": "n/a"}
+    assert back[1] == {"zoo": "1", "variant": 'a,"b"', "seed": 4, "metric": None, "a": None, "b": None, "c": "n/a"}
     assert to_csv([{"zoo": "z", "v": float("nan")}], ("zoo",)) == "zoo,v\nz,\n"
 
 

@@ -193,9 +193,16 @@ def test_golden_g1_values() -> None:
 def test_batch_norm_rows() -> None:
     tokens = TokenLayout(NORM)
     assert tokens.layers == (
-        "conv1.weight", "bn1.weight", "bn1.running_mean", "bn1.running_var",
-        "downsample.0.weight", "downsample.1.weight", "downsample.1.running_mean", "downsample.1.running_var", "fc.weight",
-    )  # fmt: skip
+        "conv1.weight",
+        "bn1.weight",
+        "bn1.running_mean",
+        "bn1.running_var",
+        "downsample.0.weight",
+        "downsample.1.weight",
+        "downsample.1.running_mean",
+        "downsample.1.running_var",
+        "fc.weight",
+    )
     widths = tokens.mask.sum(1)
     assert tokens.token_size == 17  # the linear layer's; conv1 (18 wide, no bias) takes no part and is cut
     for layer, width, count in ((1, 2, 3), (2, 1, 3), (3, 1, 3), (5, 2, 4), (6, 1, 4)):
@@ -312,7 +319,10 @@ WRONG = {
     "weights-axes": (lambda: TokenLayout(MINI).tokenize(torch.zeros(51)), r"weights: expected floating \[k, 51\]"),
     "weights-int": (lambda: TokenLayout(MINI).tokenize(torch.zeros(2, 51).long()), r"weights: expected floating.*int64"),
     "weights-none": (lambda: TokenLayout(MINI).tokenize(None), r"weights: expected floating.*got None"),  # type: ignore[arg-type]
-    "tokens-count": (lambda: TokenLayout(MINI, 5).detokenize(torch.zeros(1, 3, 5)), r"tokens: expected floating \[k, \d+, 5\].*got \[1, 3, 5\]"),
+    "tokens-count": (
+        lambda: TokenLayout(MINI, 5).detokenize(torch.zeros(1, 3, 5)),
+        r"tokens: expected floating \[k, \d+, 5\].*got \[1, 3, 5\]",
+    ),
     "tokens-axes": (lambda: TokenLayout(MINI, 5).detokenize(torch.zeros(3, 5)), r"tokens: expected floating"),
     "tokens-int": (lambda: TokenLayout(MINI, 9).detokenize(torch.zeros(1, 7, 9).int()), r"tokens: expected floating.*int32"),
     "reference-shape": (

@@ -44,9 +44,19 @@ def images() -> Tensor:
 
 def config(out: Path, **changes: Any) -> TrainConfig:
     values: dict[str, Any] = {
-        "zoo": "unused", "out": str(out), "steps": 12, "batch_size": 6, "queries": 8, "d_model": 16, "heads": 2, "layers": 1, "latent": 8,
-        "checkpoint_every": 4, "log_every": 3, "seed": 3,
-    }  # fmt: skip
+        "zoo": "unused",
+        "out": str(out),
+        "steps": 12,
+        "batch_size": 6,
+        "queries": 8,
+        "d_model": 16,
+        "heads": 2,
+        "layers": 1,
+        "latent": 8,
+        "checkpoint_every": 4,
+        "log_every": 3,
+        "seed": 3,
+    }
     return TrainConfig(**(values | changes))
 
 
@@ -122,9 +132,7 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path: Path, population
 
 
 @pytest.mark.parametrize("changes", [{"lr": 1e-2}, {"seed": 4}, {"beta": 0.5}, {"queries": 4}], ids=lambda c: next(iter(c)))
-def test_resuming_with_another_config_is_refused(
-    tmp_path: Path, population: Population, images: Tensor, changes: dict[str, Any]
-) -> None:
+def test_resuming_with_another_config_is_refused(tmp_path: Path, population: Population, images: Tensor, changes: dict[str, Any]) -> None:
     train(config(tmp_path, steps=4), population=population, images=images)
     with pytest.raises(WslfastError, match=f"cannot resume with another config: {next(iter(changes))} = "):
         train(replace(config(tmp_path), **changes), population=population, images=images, resume=True)
@@ -182,7 +190,9 @@ def test_the_checkpoint_is_plain_data_and_rebuilds_the_autoencoder(tmp_path: Pat
     assert {"model", "optimizer", "schedule", "normalizers", "rng", "sampler", "config", "step"} <= set(state)
     again = load_run(tmp_path)
     assert again.config == run.config
-    assert all(torch.equal(a, b) for a, b in zip(run.autoencoder.state_dict().values(), again.autoencoder.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(run.autoencoder.state_dict().values(), again.autoencoder.state_dict().values(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("damage", ["empty", "truncated", "flipped", "other"])
@@ -374,7 +384,15 @@ def test_a_run_that_cannot_start_says_why(tmp_path: Path, population: Population
 
 def test_the_papers_preset_is_the_papers() -> None:
     paper = TrainConfig.paper("zoo", "out")
-    assert (paper.gamma, paper.beta, paper.queries, paper.batch_size, paper.d_model, paper.layers, paper.latent) == (0.05, 0.1, 256, 64, 256, 8, 64)
+    assert (paper.gamma, paper.beta, paper.queries, paper.batch_size, paper.d_model, paper.layers, paper.latent) == (
+        0.05,
+        0.1,
+        256,
+        64,
+        256,
+        8,
+        64,
+    )
 
 
 # -- scrambled views -------------------------------------------------------------------------------------------------------

@@ -39,10 +39,16 @@ def population(k: int = 6, epochs: tuple[int, ...] = (0, 2, 5), arch: Architectu
     weights = arch.initial_weights(["kaiming_uniform"] * len(rows), range(len(rows)))
     accuracy = tuple(0.1 + 0.01 * i for i in range(len(rows)))
     table: dict[str, tuple[Any, ...]] = {
-        "model": tuple(m for m, _ in rows), "epoch": tuple(e for _, e in rows), "train_acc": accuracy, "test_acc": tuple(a / 2 for a in accuracy),
-        "ggap": tuple(a - a / 2 for a in accuracy), "init_type": ("uniform",) * len(rows), "lr": (1e-3,) * len(rows), "wd": (0.0,) * len(rows),
+        "model": tuple(m for m, _ in rows),
+        "epoch": tuple(e for _, e in rows),
+        "train_acc": accuracy,
+        "test_acc": tuple(a / 2 for a in accuracy),
+        "ggap": tuple(a - a / 2 for a in accuracy),
+        "init_type": ("uniform",) * len(rows),
+        "lr": (1e-3,) * len(rows),
+        "wd": (0.0,) * len(rows),
         "seed": tuple(m for m, _ in rows),
-    }  # fmt: skip
+    }
     return Population(arch, weights, table)
 
 
@@ -376,9 +382,7 @@ def test_pickled_data_sets_are_read_without_their_class(
     rows = population()
     for number, split in enumerate(("train", "val", "test")):
         part = rows[list(range(6 * number, 6 * number + 6))]
-        torch.save(
-            _dataset(published, part, mode, standardize), tmp_path / f"dataset_{split}.pt", _use_new_zipfile_serialization=zipped
-        )
+        torch.save(_dataset(published, part, mode, standardize), tmp_path / f"dataset_{split}.pt", _use_new_zipfile_serialization=zipped)
     monkeypatch.delitem(sys.modules, "shrp_gone.datasets")
     done = import_zoo(tmp_path, tmp_path / "out")
     zoo = load_zoo(tmp_path / "out")
@@ -459,7 +463,8 @@ def test_a_broken_file_among_several_is_left_out(tmp_path: Path, published: type
 def test_a_dict_of_data_sets_is_read(tmp_path: Path, published: type) -> None:
     rows = population()
     torch.save(
-        {"trainset": _dataset(published, rows[:12], "vector", False), "testset": _dataset(published, rows[12:], "vector", False)}, tmp_path / "dataset.pt"
+        {"trainset": _dataset(published, rows[:12], "vector", False), "testset": _dataset(published, rows[12:], "vector", False)},
+        tmp_path / "dataset.pt",
     )
     import_zoo(tmp_path / "dataset.pt", tmp_path / "out")
     assert load_zoo(tmp_path / "out").properties["split"] == ("train",) * 12 + ("test",) * 6
@@ -575,11 +580,20 @@ def test_an_honest_view_is_read(tmp_path: Path) -> None:
         assert torch.equal(opened.root["w"].tensor(), numbers.as_strided((2, 3), (1, 4), 1))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.uint8, torch.bool], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.uint8, torch.bool], ids=str
+)
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "stream"])
 def test_every_dtype_and_any_stride(tmp_path: Path, dtype: torch.dtype, zipped: bool) -> None:
     x = torch.randint(0, 2, (3, 4)).to(dtype)
-    content = {"plain": x, "turned": x.t(), "part": x[1:, ::2], "scalar": x[0, 0], "none": x[:0], "parameter": nn.Parameter(x) if dtype.is_floating_point else x}
+    content = {
+        "plain": x,
+        "turned": x.t(),
+        "part": x[1:, ::2],
+        "scalar": x[0, 0],
+        "none": x[:0],
+        "parameter": nn.Parameter(x) if dtype.is_floating_point else x,
+    }
     torch.save(content, tmp_path / "x.pt", _use_new_zipfile_serialization=zipped)
     with InertFile(tmp_path / "x.pt") as opened:
         for name, value in content.items():
@@ -604,7 +618,11 @@ def test_a_compressed_bomb_is_refused(tmp_path: Path) -> None:
 @lru_cache(maxsize=2)  # the stream form names storages by their addresses: two samples differ in length, and a property test must not
 def _sample(zipped: bool) -> bytes:
     out = io.BytesIO()
-    torch.save({"a": torch.arange(6.0).view(2, 3), "b": {"c": [1, (2, "x")], "d": torch.ones(2, dtype=torch.int64)}}, out, _use_new_zipfile_serialization=zipped)
+    torch.save(
+        {"a": torch.arange(6.0).view(2, 3), "b": {"c": [1, (2, "x")], "d": torch.ones(2, dtype=torch.int64)}},
+        out,
+        _use_new_zipfile_serialization=zipped,
+    )
     return out.getvalue()
 
 
@@ -639,7 +657,21 @@ def test_any_program_raises_nothing_else(tmp_path: Path, program: bytes, start: 
 
 
 @settings(max_examples=60)
-@given(st.recursive(st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=8), lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=12) | st.sampled_from(["model::type", "model::nlin", "model::dropout", "training_iteration", "train_acc"]), x, max_size=4), max_leaves=12), st.binary(max_size=40))
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=8),
+        lambda x: (
+            st.lists(x, max_size=3)
+            | st.dictionaries(
+                st.text(max_size=12) | st.sampled_from(["model::type", "model::nlin", "model::dropout", "training_iteration", "train_acc"]),
+                x,
+                max_size=4,
+            )
+        ),
+        max_leaves=12,
+    ),
+    st.binary(max_size=40),
+)
 def test_any_json_beside_a_checkpoint(tmp_path: Path, value: Any, noise: bytes) -> None:
     trial = tmp_path / "t" / "trial"
     (trial / "checkpoint_1").mkdir(parents=True, exist_ok=True)

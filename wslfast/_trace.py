@@ -51,9 +51,16 @@ def _record(module: nn.Module, name: str) -> Layer | None:
         if padding is None:
             return None
         return Conv2d(
-            name, module.in_channels, module.out_channels, _pair(module.kernel_size), _pair(module.stride), padding,
-            _pair(module.dilation), module.groups, module.bias is not None,
-        )  # fmt: skip
+            name,
+            module.in_channels,
+            module.out_channels,
+            _pair(module.kernel_size),
+            _pair(module.stride),
+            padding,
+            _pair(module.dilation),
+            module.groups,
+            module.bias is not None,
+        )
     if isinstance(module, (nn.MaxPool2d, nn.AvgPool2d)):
         plain = _pair(module.padding) == (0, 0) and not module.ceil_mode and _pair(getattr(module, "dilation", 1)) == (1, 1)
         plain = plain and not getattr(module, "return_indices", False) and getattr(module, "divisor_override", None) is None

@@ -90,9 +90,13 @@ class ProjectionHead(nn.Module):
     def __init__(self, d_in: int, d_out: int) -> None:
         super().__init__()
         self.head = nn.Sequential(
-            nn.Linear(d_in, d_out, bias=False), nn.LayerNorm(d_out), nn.ReLU(),
-            nn.Linear(d_out, d_out, bias=False), nn.LayerNorm(d_out), nn.ReLU(),
-        )  # fmt: skip
+            nn.Linear(d_in, d_out, bias=False),
+            nn.LayerNorm(d_out),
+            nn.ReLU(),
+            nn.Linear(d_out, d_out, bias=False),
+            nn.LayerNorm(d_out),
+            nn.ReLU(),
+        )
 
     def forward(self, z: Tensor) -> Tensor:
         return self.head(z.flatten(1))

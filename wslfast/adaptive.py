@@ -292,9 +292,7 @@ class AdaptiveCodec(LinearCodec):
     def from_state(cls, architecture: Architecture | None, state: Mapping[str, Any]) -> AdaptiveCodec:
         """Rebuild a codec from :meth:`state`. Raises WslfastError for a state that does not fit its architecture."""
         extra = ("prior", "reference", "deviation", "queries", "damping", "compensate")
-        require(
-            isinstance(state, Mapping) and set(extra) <= set(state), f"state: expected one of an AdaptiveCodec, got {describe(state)}"
-        )
+        require(isinstance(state, Mapping) and set(extra) <= set(state), f"state: expected one of an AdaptiveCodec, got {describe(state)}")
         codec = super().from_state(architecture, {name: value for name, value in state.items() if name not in extra})
         assert isinstance(codec, AdaptiveCodec)
         codec.damping, codec.compensate = float(state["damping"]), bool(state["compensate"])

@@ -190,9 +190,14 @@ class Architecture:
 
     @classmethod
     def mlp(
-        cls, i_dim: int = 14, h_dim: Sequence[int] = (30, 15), o_dim: int = 10,
-        activation: str = "leakyrelu", dropout: float = 0.2, use_bias: bool = True,
-    ) -> Architecture:  # fmt: skip
+        cls,
+        i_dim: int = 14,
+        h_dim: Sequence[int] = (30, 15),
+        o_dim: int = 10,
+        activation: str = "leakyrelu",
+        dropout: float = 0.2,
+        use_bias: bool = True,
+    ) -> Architecture:
         """The published ``MLP`` on flat inputs: 1,075 parameters with the defaults."""
         build, dropout = _Builder(), _probability(dropout)
         sizes = [i_dim, *h_dim]

@@ -103,10 +103,20 @@ class Autoencoder(nn.Module):
     latent_mask: Tensor
 
     def __init__(
-        self, layout: TokenLayout, *, d_model: int = 256, heads: int = 8, layers: int = 8, latent: int | None = None,
-        projection: int = 30, dropout: float = 0.0, max_positions: tuple[int, int, int] | None = None,
-        start: str = "random", codec: LinearCodec | None = None, window: int = 0,
-    ) -> None:  # fmt: skip
+        self,
+        layout: TokenLayout,
+        *,
+        d_model: int = 256,
+        heads: int = 8,
+        layers: int = 8,
+        latent: int | None = None,
+        projection: int = 30,
+        dropout: float = 0.0,
+        max_positions: tuple[int, int, int] | None = None,
+        start: str = "random",
+        codec: LinearCodec | None = None,
+        window: int = 0,
+    ) -> None:
         super().__init__()
         require(start != "linear" or codec is not None, "codec: expected a LinearCodec for start='linear', got None")
         require(start == "linear" or codec is None, f"codec: expected None for start={start!r}, got {describe(codec)}")
@@ -122,9 +132,18 @@ class Autoencoder(nn.Module):
             self.latent_mask.copy_(codec.mask)
 
     def _build(
-        self, layout: TokenLayout, d_model: int, heads: int, layers: int, latent: int, projection: int, dropout: float,
-        max_positions: tuple[int, int, int] | None, start: str, window: int = 0,
-    ) -> None:  # fmt: skip
+        self,
+        layout: TokenLayout,
+        d_model: int,
+        heads: int,
+        layers: int,
+        latent: int,
+        projection: int,
+        dropout: float,
+        max_positions: tuple[int, int, int] | None,
+        start: str,
+        window: int = 0,
+    ) -> None:
         require(start in STARTS, f"start: expected one of {STARTS}, got {start!r}")
         for name, value in (("d_model", d_model), ("heads", heads), ("latent", latent), ("projection", projection)):
             require(isinstance(value, int) and value >= 1, f"{name}: expected a positive integer, got {value!r}")
@@ -141,9 +160,16 @@ class Autoencoder(nn.Module):
         )
         self.layout, self.dropout = layout, dropout
         self._config = {
-            "d_model": d_model, "heads": heads, "layers": layers, "latent": latent, "projection": projection,
-            "dropout": dropout, "max_positions": list(sizes), "start": start, "window": window,
-        }  # fmt: skip
+            "d_model": d_model,
+            "heads": heads,
+            "layers": layers,
+            "latent": latent,
+            "projection": projection,
+            "dropout": dropout,
+            "max_positions": list(sizes),
+            "start": start,
+            "window": window,
+        }
         t, d = layout.num_tokens, layout.token_size
         self._windows = Windows(t, window)
         self.register_buffer("mask", layout.mask.clone())

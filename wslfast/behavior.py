@@ -116,9 +116,15 @@ def _reduce(values: Tensor, bad: Tensor, reduction: str, nan_policy: str) -> Ten
 
 
 def _through_queries(
-    rows: Tensor, queries: Tensor, targets: Tensor, architecture: Architecture, criterion: str, temperature: float,
-    nan_policy: str, backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    rows: Tensor,
+    queries: Tensor,
+    targets: Tensor,
+    architecture: Architecture,
+    criterion: str,
+    temperature: float,
+    nan_policy: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
     """Values with a gradient to the queries as well: through torch's graph. A bad model is left out of the graph altogether,
     as the queries' gradient sums over models and zero times NaN is NaN."""
 
@@ -191,9 +197,7 @@ def _queries(queries: Any, architecture: Architecture, rows: Tensor) -> Tensor:
     return queries.to(rows.dtype)
 
 
-def _targets(
-    targets: Any, original: Any, rows: Tensor, queries: Tensor, architecture: Architecture, backend: str
-) -> Tensor:
+def _targets(targets: Any, original: Any, rows: Tensor, queries: Tensor, architecture: Architecture, backend: str) -> Tensor:
     require(original is None or targets is None, "original: expected None when targets= is given (only one of the two is used)")
     either = "original: expected weights, or targets= with the originals' outputs; both are None"
     require(original is not None or targets is not None, either)

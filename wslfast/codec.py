@@ -109,7 +109,7 @@ class LinearCodec:
 
     def _fill(
         self, center: list[Tensor], roots: list[tuple[Tensor, Tensor]], values: list[Tensor], vectors: list[Tensor], budget: int
-    ) -> None:  # fmt: skip
+    ) -> None:
         """The maps, from every group's mean row, root of its metric, and components."""
         sizes, wide, device = self.groups.sizes, self.layout.token_size, center[0].device
         width = max(self.widths)
@@ -189,9 +189,12 @@ class LinearCodec:
         """Tensors, numbers and strings alone: ``torch.save`` it, load it with ``weights_only=True``, rebuild with :meth:`from_state`."""
         tensors = {name: getattr(self, name) for name in ("center", "scale", "encoder", "decoder")}
         return {
-            "architecture": self.architecture.to_dict(), "token_size": self.layout.token_size, "metric": self.metric,
-            "widths": list(self.widths), **tensors,
-        }  # fmt: skip
+            "architecture": self.architecture.to_dict(),
+            "token_size": self.layout.token_size,
+            "metric": self.metric,
+            "widths": list(self.widths),
+            **tensors,
+        }
 
     @classmethod
     def from_state(cls, architecture: Architecture | None, state: Mapping[str, Any]) -> LinearCodec:

@@ -266,9 +266,16 @@ def forward(weights: Tensor, queries: Tensor, architecture: Architecture, *, bac
 
 
 def loss_and_gradient(
-    weights: Tensor, queries: Tensor, targets: Tensor, architecture: Architecture, criterion: str,
-    *, temperature: float = 2.0, backend: str = "auto", index: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    weights: Tensor,
+    queries: Tensor,
+    targets: Tensor,
+    architecture: Architecture,
+    criterion: str,
+    *,
+    temperature: float = 2.0,
+    backend: str = "auto",
+    index: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Per-model values ``[k]`` of a criterion and their gradients ``[k, P]`` to each model's own weights; no graph is kept.
 
     With ``index [k, n]``, ``queries`` is a pool ``[N, *input]`` from which each model takes its own. ``targets`` are outputs
@@ -313,9 +320,15 @@ def loss_and_gradient(
 
 
 def _gathered(
-    weights: Tensor, pool: Tensor, targets: Tensor, index: Tensor, architecture: Architecture, criterion: str, temperature: float,
+    weights: Tensor,
+    pool: Tensor,
+    targets: Tensor,
+    index: Tensor,
+    architecture: Architecture,
+    criterion: str,
+    temperature: float,
     backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """:func:`loss_and_gradient` of paths that want each model's queries as a tensor, gathered for some models at a time."""
     losses, gradient = weights.new_empty(len(weights)), torch.empty_like(weights, memory_format=torch.contiguous_format)
     per_model = pool.element_size() * index.shape[1] * math.prod(architecture.input_shape)

@@ -110,9 +110,14 @@ class Normalizers:
 
     @classmethod
     def from_data(
-        cls, population: Population, cache: TargetCache | None = None, *, batch_size: int,
-        criterion: str = "mse", temperature: float = 2.0,
-    ) -> Normalizers:  # fmt: skip
+        cls,
+        population: Population,
+        cache: TargetCache | None = None,
+        *,
+        batch_size: int,
+        criterion: str = "mse",
+        temperature: float = 2.0,
+    ) -> Normalizers:
         """The normalisers of a training population.
 
         Args:
@@ -157,9 +162,13 @@ def uninformed_behavior(outputs: Tensor, criterion: str = "mse", temperature: fl
 
 
 def compose(
-    contrastive: Tensor | None, structural: Tensor | None, behavioral: Tensor | None, normalizers: Normalizers,
-    gamma: float = 0.05, beta: float = 0.1,
-) -> tuple[Tensor, Parts]:  # fmt: skip
+    contrastive: Tensor | None,
+    structural: Tensor | None,
+    behavioral: Tensor | None,
+    normalizers: Normalizers,
+    gamma: float = 0.05,
+    beta: float = 0.1,
+) -> tuple[Tensor, Parts]:
     """``gamma L_C/N_C + (1 - gamma) (beta L_S/N_S + (1 - beta) L_B/N_B)`` (arXiv 2503.17138).
 
     A term of weight zero may be None and never enters the graph, so that a non-finite one cannot reach the total.

@@ -84,9 +84,7 @@ def _keep_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.architecture = inputs[1]
 
 
-_detokenize.register_autograd(
-    lambda ctx, grad: (_tokenize(grad, ctx.architecture, ctx.token_size), None), setup_context=_keep_tokens
-)
+_detokenize.register_autograd(lambda ctx, grad: (_tokenize(grad, ctx.architecture, ctx.token_size), None), setup_context=_keep_tokens)
 _tokenize.register_autograd(lambda ctx, grad: (_detokenize(grad, ctx.architecture), None, None), setup_context=_keep_rows)
 
 
@@ -115,9 +113,15 @@ def _(weights: Tensor, queries: Tensor, architecture: str, backend: str, autocas
 
 @torch.library.custom_op("wslfast::forward_backward", mutates_args=())
 def _forward_backward(
-    grad: Tensor, weights: Tensor, queries: Tensor, architecture: str, backend: str, autocast: str,
-    to_weights: bool, to_queries: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    grad: Tensor,
+    weights: Tensor,
+    queries: Tensor,
+    architecture: str,
+    backend: str,
+    autocast: str,
+    to_weights: bool,
+    to_queries: bool,
+) -> tuple[Tensor, Tensor]:
     """Gradients of :func:`_forward` to weights and queries; a tensor of no elements for one that nobody asked for."""
     found = from_handle(architecture)
     own = queries.ndim == len(found.input_shape) + 2
@@ -143,9 +147,15 @@ def _forward_backward(
 
 @_forward_backward.register_fake
 def _(
-    grad: Tensor, weights: Tensor, queries: Tensor, architecture: str, backend: str, autocast: str,
-    to_weights: bool, to_queries: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    grad: Tensor,
+    weights: Tensor,
+    queries: Tensor,
+    architecture: str,
+    backend: str,
+    autocast: str,
+    to_weights: bool,
+    to_queries: bool,
+) -> tuple[Tensor, Tensor]:
     return (
         weights.new_empty(weights.shape if to_weights else (0,)),
         queries.new_empty(queries.shape if to_queries else (0,)),
@@ -168,9 +178,17 @@ _forward.register_autograd(_differentiate_forward, setup_context=_keep_forward)
 
 
 def behavioral_loss(
-    rows: Tensor, queries: Tensor, targets: Tensor, architecture: Architecture, criterion: str, temperature: float,
-    nan_policy: str, backend: str, gradient: bool, mean: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    rows: Tensor,
+    queries: Tensor,
+    targets: Tensor,
+    architecture: Architecture,
+    criterion: str,
+    temperature: float,
+    nan_policy: str,
+    backend: str,
+    gradient: bool,
+    mean: bool,
+) -> tuple[Tensor, Tensor]:
     """Per-model values ``[k]``, differentiable in ``rows`` where ``gradient``, and which models are bad ``[k]`` (all False under
     ``propagate``, where nobody asks).
 
@@ -189,15 +207,21 @@ def behavioral_loss(
 
 @torch.no_grad()
 def _evaluate(
-    rows: Tensor, queries: Tensor, targets: Tensor, architecture: Architecture, criterion: str, temperature: float,
-    nan_policy: str, backend: str, gradient: bool, mean: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    rows: Tensor,
+    queries: Tensor,
+    targets: Tensor,
+    architecture: Architecture,
+    criterion: str,
+    temperature: float,
+    nan_policy: str,
+    backend: str,
+    gradient: bool,
+    mean: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Values ``[k]``, bad models ``[k]`` and gradient ``[k, P]``, zero for bad models under ``omit``; without ``gradient``, values alone
     are judged and the last tensor has no rows. Computed together, so no activation of k models outlives the call."""
     if gradient:
-        values, slopes = engine.loss_and_gradient(
-            rows, queries, targets, architecture, criterion, temperature=temperature, backend=backend
-        )  # fmt: skip
+        values, slopes = engine.loss_and_gradient(rows, queries, targets, architecture, criterion, temperature=temperature, backend=backend)
     else:
         outputs = engine.forward(rows, queries, architecture, backend=backend).to(rows.dtype)
         values, slopes = criterion_values(outputs, targets, criterion, temperature), rows.new_empty(0, rows.shape[1])
@@ -213,9 +237,17 @@ class _BehavioralLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, queries: Tensor, targets: Tensor, architecture: Architecture, criterion: str, temperature: float,
-        nan_policy: str, backend: str, mean: bool,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        ctx: Any,
+        rows: Tensor,
+        queries: Tensor,
+        targets: Tensor,
+        architecture: Architecture,
+        criterion: str,
+        temperature: float,
+        nan_policy: str,
+        backend: str,
+        mean: bool,
+    ) -> tuple[Tensor, Tensor]:
         options = (criterion, temperature, nan_policy, backend)
         values, bad, gradient = _evaluate(rows, queries, targets, architecture, *options, True, mean)
         ctx.save_for_backward(gradient)
@@ -229,9 +261,18 @@ class _BehavioralLoss(torch.autograd.Function):
 
 @torch.library.custom_op("wslfast::behavioral_loss", mutates_args=())
 def _behavioral_loss(
-    rows: Tensor, queries: Tensor, targets: Tensor, architecture: str, criterion: str, temperature: float, nan_policy: str,
-    backend: str, autocast: str, gradient: bool, mean: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    rows: Tensor,
+    queries: Tensor,
+    targets: Tensor,
+    architecture: str,
+    criterion: str,
+    temperature: float,
+    nan_policy: str,
+    backend: str,
+    autocast: str,
+    gradient: bool,
+    mean: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`_evaluate` as an operator."""
     with _inside(rows, autocast):
         options = (criterion, temperature, nan_policy, backend)
@@ -240,9 +281,18 @@ def _behavioral_loss(
 
 @_behavioral_loss.register_fake
 def _(
-    rows: Tensor, queries: Tensor, targets: Tensor, architecture: str, criterion: str, temperature: float, nan_policy: str,
-    backend: str, autocast: str, gradient: bool, mean: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    rows: Tensor,
+    queries: Tensor,
+    targets: Tensor,
+    architecture: str,
+    criterion: str,
+    temperature: float,
+    nan_policy: str,
+    backend: str,
+    autocast: str,
+    gradient: bool,
+    mean: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     k, p = rows.shape
     return rows.new_empty(k), rows.new_empty(k, dtype=torch.bool), rows.new_empty(k if gradient else 0, p)
 

@@ -103,7 +103,9 @@ class TokenLayout:
         Weights that have no token (``ignore_bn``) come from ``reference`` (``[P]`` or ``[k, P]``), which is then required.
         """
         require(
-            isinstance(tokens, Tensor) and tokens.ndim == 3 and tuple(tokens.shape[1:]) == (self.num_tokens, self.token_size)
+            isinstance(tokens, Tensor)
+            and tokens.ndim == 3
+            and tuple(tokens.shape[1:]) == (self.num_tokens, self.token_size)
             and tokens.is_floating_point(),
             f"tokens: expected floating [k, {self.num_tokens}, {self.token_size}] for architecture {self.architecture.name!r}, "
             f"got {describe(tokens)}",

@@ -88,7 +88,9 @@ def check(guard: Guard) -> dict[str, object]:
     """Take the guard out of a copy and run its test there."""
     with tempfile.TemporaryDirectory() as place:
         tree = Path(place) / "tree"
-        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", "build", "runs", "__pycache__", ".*_cache", "*.egg-info"))
+        shutil.copytree(
+            ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", "build", "runs", "__pycache__", ".*_cache", "*.egg-info")
+        )
         file = tree / guard.file
         source = file.read_text()
         if source.count(guard.text) != 1:

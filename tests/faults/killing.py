@@ -145,7 +145,15 @@ def main(folder: Path, kills: int, seed: int) -> dict[str, Any]:
     if not torch.cuda.is_available():  # what is imported at a first step is imported once; on a CPU autograd starts no threads
         _train(folder / "warm", STEPS, STEPS)
     expected = _reference(folder)
-    counts = {"kills": 0, "in a write": 0, "at a random moment": 0, "before the first checkpoint": 0, "unreadable": 0, "not equal": 0, "runs": 0}
+    counts = {
+        "kills": 0,
+        "in a write": 0,
+        "at a random moment": 0,
+        "before the first checkpoint": 0,
+        "unreadable": 0,
+        "not equal": 0,
+        "runs": 0,
+    }
     lines = (folder / "whole" / "log.jsonl").read_text().splitlines()
     log = [{k: v for k, v in json.loads(line).items() if k != "models_per_s"} for line in lines]
     started = time.perf_counter()
@@ -192,11 +200,17 @@ def main(folder: Path, kills: int, seed: int) -> dict[str, Any]:
         else:
             if _wait(_child(lambda out=out: _train(out, 2, 3))) != 0:  # the last resumption runs to the end
                 raise SystemExit("a run could not be finished")
-            written = [{k: v for k, v in json.loads(line).items() if k != "models_per_s"} for line in (out / "log.jsonl").read_text().splitlines()]
+            written = [
+                {k: v for k, v in json.loads(line).items() if k != "models_per_s"} for line in (out / "log.jsonl").read_text().splitlines()
+            ]
             if _state(load_checkpoint(out)) != expected[STEPS] or written != log:
                 counts["not equal"] += 1
                 problems.append(f"{out} finished differently")
-            if sorted(os.listdir(out / "checkpoint")) != ["state.pt"] or sorted(os.listdir(out)) != ["checkpoint", "config.toml", "log.jsonl"]:
+            if sorted(os.listdir(out / "checkpoint")) != ["state.pt"] or sorted(os.listdir(out)) != [
+                "checkpoint",
+                "config.toml",
+                "log.jsonl",
+            ]:
                 problems.append(f"{out} has strays: {os.listdir(out / 'checkpoint')} {os.listdir(out)}")
     return {**counts, "problems": problems}
 

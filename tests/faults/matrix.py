@@ -28,10 +28,17 @@ def reached(row: str, what: str, count: int | str, wanted: int | str) -> None:
     place = Path(_OUT)
     place.mkdir(parents=True, exist_ok=True)
     record = {
-        "row": row, "what": what, "reached": count, "wanted": wanted, "form": "full" if FULL else "short",
-        "date": time.strftime("%Y-%m-%d"), "cores": os.cpu_count(), "machine": _processor(), "python": platform.python_version(),
+        "row": row,
+        "what": what,
+        "reached": count,
+        "wanted": wanted,
+        "form": "full" if FULL else "short",
+        "date": time.strftime("%Y-%m-%d"),
+        "cores": os.cpu_count(),
+        "machine": _processor(),
+        "python": platform.python_version(),
         "torch": torch.__version__,
-    }  # fmt: skip
+    }
     with open(place / "figures.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
 

@@ -30,15 +30,20 @@ def table(folder: Path) -> str:
     dates = sorted({r["date"] for r in records})
     lines = [
         f"`make faults`, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}: {one['machine']}, {one['cores']} cores, Python {one['python']}, torch {one['torch']}.",
-        "", "| fault | figure | reached | asked for |", "|---|---|---|---|",
-    ]  # fmt: skip
+        "",
+        "| fault | figure | reached | asked for |",
+        "|---|---|---|---|",
+    ]
     lines += [f"| {ROWS[r['row']]} | {r['what']} | {_number(r['reached'])} | {_number(r['wanted'])} |" for r in records]
     if total:
         lines.append(f"| {ROWS['fuzz']} | inputs in all | {total:,} | 1,000,000 |")
     guards = folder / "guards.json"
     if guards.exists():
         lines += ["", "| guard taken out | its test | fails |", "|---|---|---|"]
-        lines += [f"| {g['guard']} | `{g['test'].rpartition('/')[2]}` | {'yes' if g['fails'] else '**no**'} |" for g in json.loads(guards.read_text())]
+        lines += [
+            f"| {g['guard']} | `{g['test'].rpartition('/')[2]}` | {'yes' if g['fails'] else '**no**'} |"
+            for g in json.loads(guards.read_text())
+        ]
     return "\n".join(lines)
 
 

@@ -60,7 +60,9 @@ CASES: dict[str, Callable[[], Any]] = {
     "forward: four axes": lambda: batched_forward(torch.zeros(1, 1, 1, 1), X, ARCH),
     "forward: no names": lambda: batched_forward({}, X, ARCH),
     "forward: other names": lambda: batched_forward({"weight": W}, X, ARCH),
-    "forward: unequal numbers of models": lambda: batched_forward({s.name: torch.zeros(2 + (i == 0), *s.shape) for i, s in enumerate(ARCH.parameters)}, X, ARCH),
+    "forward: unequal numbers of models": lambda: batched_forward(
+        {s.name: torch.zeros(2 + (i == 0), *s.shape) for i, s in enumerate(ARCH.parameters)}, X, ARCH
+    ),
     "forward: another architecture's population": lambda: batched_forward(Population(Architecture.cnn(), torch.zeros(1, 2464)), X, ARCH),
     "forward: no queries": lambda: batched_forward(W, None, ARCH),
     "forward: zero queries": lambda: batched_forward(W, X[:0], ARCH),

@@ -103,7 +103,11 @@ def test_asked_for_by_name_they_raise_at_once(as_on_a_gpu: None, monkeypatch: py
         _loss("triton")
 
 
-@pytest.mark.parametrize("error", [AssertionError("wrong result"), RuntimeError("CUDA error: an illegal memory access"), torch.OutOfMemoryError("CUDA")], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize(
+    "error",
+    [AssertionError("wrong result"), RuntimeError("CUDA error: an illegal memory access"), torch.OutOfMemoryError("CUDA")],
+    ids=lambda e: type(e).__name__,
+)
 def test_other_errors_of_kernels_are_not_hidden(as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     _broken(monkeypatch, error)
     with pytest.raises(type(error)):
@@ -143,7 +147,14 @@ print(json.dumps({"error": said, "values": value.tolist(), "gradient": gradient.
 
 def _process(*arguments: str, **environment: str) -> dict[str, Any]:
     path = {"PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-c", CODE, *arguments], capture_output=True, text=True, check=False, env={**os.environ, **path, **environment}, timeout=240)
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **path, **environment},
+        timeout=240,
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

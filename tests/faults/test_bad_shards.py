@@ -25,7 +25,11 @@ SPLITS = ["train", "train", "val"] * 10
 
 @pytest.fixture(scope="module")
 def population() -> Population:
-    return Population(ARCH, ARCH.initial_weights(["kaiming_normal"] * ROWS, range(ROWS)), {"model": range(ROWS), "val_acc": [i / ROWS for i in range(ROWS)], "epoch": [1] * ROWS})
+    return Population(
+        ARCH,
+        ARCH.initial_weights(["kaiming_normal"] * ROWS, range(ROWS)),
+        {"model": range(ROWS), "val_acc": [i / ROWS for i in range(ROWS)], "epoch": [1] * ROWS},
+    )
 
 
 @pytest.fixture
@@ -65,7 +69,9 @@ def _whole(zoo: Population | MappedZoo) -> Population:
 
 
 @pytest.mark.parametrize("kind", ["truncated", "empty", "missing", "swapped", "extra"])
-def test_bad_shards_are_named_or_counted(tmp_path: Path, zoo: Path, population: Population, kind: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_bad_shards_are_named_or_counted(
+    tmp_path: Path, zoo: Path, population: Population, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
     rng, cases = random.Random(kind), many(6, 100)
     for case in range(cases):
         broken = tmp_path / f"case{case}"
@@ -91,7 +97,9 @@ def test_bad_shards_are_named_or_counted(tmp_path: Path, zoo: Path, population: 
     reached("shards", f"zoos with {kind} shards: an error that names one, and skip_bad with the exact count", cases, 100)
 
 
-def test_a_sound_zoo_is_read_whole_and_a_ruined_one_is_an_error(zoo: Path, population: Population, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_sound_zoo_is_read_whole_and_a_ruined_one_is_an_error(
+    zoo: Path, population: Population, caplog: pytest.LogCaptureFixture
+) -> None:
     assert torch.equal(load_zoo(zoo, skip_bad=True).weights, population.weights)
     assert caplog.records == []
     for i in range(SHARDS):
@@ -107,7 +115,9 @@ def test_a_damaged_manifest_is_not_skipped(zoo: Path) -> None:
         load_zoo(zoo, skip_bad=True)
 
 
-def test_every_command_that_loads_a_zoo_skips_on_demand(tmp_path: Path, zoo: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_command_that_loads_a_zoo_skips_on_demand(
+    tmp_path: Path, zoo: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Shell by shell: two of ten shards gone. ``train`` needs images, which its zoo's manifest does not name here."""
     images = torch.randn(24, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(24) % 3

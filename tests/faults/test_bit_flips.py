@@ -46,7 +46,9 @@ def test_no_flipped_bit_of_a_zoo_is_silent(zoo: Path, part: str) -> None:
             load_zoo(zoo) if i % 2 else MappedZoo(zoo).load()
     file.write_bytes(data)
     assert len(load_zoo(zoo)) == 12
-    reached("flips", f"flipped bits of a {'manifest' if part == 'manifest' else f'shard, its {part}'} that were refused by name", flips, 2500)
+    reached(
+        "flips", f"flipped bits of a {'manifest' if part == 'manifest' else f'shard, its {part}'} that were refused by name", flips, 2500
+    )
 
 
 def test_no_flipped_bit_of_a_checkpoint_is_silent(tmp_path: Path) -> None:

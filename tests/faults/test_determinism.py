@@ -33,7 +33,9 @@ def test_twice_permuted_and_chunked_are_the_same_bits(path: str, monkeypatch: py
     rounds = many(4, 50)
     arch = CNN if path == "cpu" else ARCH
     if path == "functional":
-        arch = Architecture.from_module(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 6), torch.nn.LayerNorm(6), torch.nn.Linear(6, 3)), (1, 8, 8))
+        arch = Architecture.from_module(
+            torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 6), torch.nn.LayerNorm(6), torch.nn.Linear(6, 3)), (1, 8, 8)
+        )
     backend = "torch" if path == "loop" else "auto"
     assert engine.choose(arch, "cpu", torch.float32, backend).path == path
     for seed in range(rounds):
@@ -43,7 +45,9 @@ def test_twice_permuted_and_chunked_are_the_same_bits(path: str, monkeypatch: py
         queries = torch.randn(n, *arch.input_shape, generator=generator)
         targets = torch.randn(k, n, arch.num_classes, generator=generator)
 
-        def call(order: Tensor, criterion: str = rng.choice(CRITERIA), data: tuple[Tensor, ...] = (weights, queries, targets)) -> tuple[Tensor, Tensor]:
+        def call(
+            order: Tensor, criterion: str = rng.choice(CRITERIA), data: tuple[Tensor, ...] = (weights, queries, targets)
+        ) -> tuple[Tensor, Tensor]:
             return _call(data[0][order], data[1], data[2][order], arch, criterion, backend)
 
         whole = torch.arange(k)

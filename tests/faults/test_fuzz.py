@@ -37,7 +37,25 @@ from wslfast.zoo.manifest import MANIFEST, Manifest
 
 SEED = int(os.environ.get("WSLFAST_FUZZ", "0"))
 CONSTANT = 48 << 20  # bytes that a million readings may add to the process, beside twice the input
-_TOKENS = [b"0", b"-1", b"1e999", b"9" * 25, b"null", b"true", b"[", b"{", b"}", b"]", b'"', b"\\ud800", b"\x00", b"\xff\xff\xff\xff", b"nan", b"= ", b"\n"]
+_TOKENS = [
+    b"0",
+    b"-1",
+    b"1e999",
+    b"9" * 25,
+    b"null",
+    b"true",
+    b"[",
+    b"{",
+    b"}",
+    b"]",
+    b'"',
+    b"\\ud800",
+    b"\x00",
+    b"\xff\xff\xff\xff",
+    b"nan",
+    b"= ",
+    b"\n",
+]
 _OPCODES = b"(.012lLdtRbcqhjrJKMTUX]}aesu\x80\x81\x82\x85\x86\x87\x88\x89\x8a\x8b\x8c\x8f\x90\x91\x92\x93\x94\x95\x96"
 
 
@@ -110,7 +128,13 @@ def _peak(anew: bool = False) -> int:
 def _manifest() -> Manifest:
     weights = torch.zeros(6, ARCH.num_weights)
     folder = Path(tempfile.mkdtemp())
-    made = save_zoo(Population(ARCH, weights, {"lr": [1e-05, None, 0.5] * 2, "note": ["é"] * 6}), folder, splits=["train"] * 6, provenance={"a": [1]}, shard_rows=4)
+    made = save_zoo(
+        Population(ARCH, weights, {"lr": [1e-05, None, 0.5] * 2, "note": ["é"] * 6}),
+        folder,
+        splits=["train"] * 6,
+        provenance={"a": [1]},
+        shard_rows=4,
+    )
     shutil.rmtree(folder)
     return made
 
@@ -158,7 +182,12 @@ def test_any_architecture_behind_a_right_checksum() -> None:
 @pytest.mark.parametrize("form", ["archive", "stream", "program"])
 def test_any_file_of_torch_save(memory: Path, form: str) -> None:
     file = memory / "x.pt"
-    words = [bytes([code]) for code in _OPCODES] + [b"h\x00", b"j\xff\xff\xff\x7f", b"\x8a\x08" + b"\xff" * 7 + b"\x7f", b"ctorch._utils\n_rebuild_tensor_v2\n"]
+    words = [bytes([code]) for code in _OPCODES] + [
+        b"h\x00",
+        b"j\xff\xff\xff\x7f",
+        b"\x8a\x08" + b"\xff" * 7 + b"\x7f",
+        b"ctorch._utils\n_rebuild_tensor_v2\n",
+    ]
     sample = _sample(form == "archive")
     if form == "program":
         with zipfile.ZipFile(io.BytesIO(_sample(True))) as archive:
@@ -205,7 +234,9 @@ def test_any_configuration(memory: Path) -> None:
 
     def make(rng: random.Random) -> bytes:
         some = b"".join(rng.sample(lines, rng.randint(1, 6)))
-        return mutated(b'zoo = "z"\nout = "o"\n' * (rng.random() < 0.8) + some, rng, [*_TOKENS, b"[a]", b"1979-05-27", b"0x_1", b"'''", b"inf"])
+        return mutated(
+            b'zoo = "z"\nout = "o"\n' * (rng.random() < 0.8) + some, rng, [*_TOKENS, b"[a]", b"1979-05-27", b"0x_1", b"'''", b"inf"]
+        )
 
     def read(data: bytes) -> None:
         file.write_bytes(data)
@@ -224,7 +255,17 @@ def test_any_checkpoint(memory: Path) -> None:
     with zipfile.ZipFile(file) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     program = next(name for name in members if name.endswith("data.pkl"))
-    words = [bytes([code]) for code in _OPCODES] + [b"K\x00", b"K\xff", b"J\xff\xff\xff\x7f", b"J\xff\xff\xff\xff", b"G\x7f\xf0" + bytes(6), b"N", b"]", b"}", b")"]
+    words = [bytes([code]) for code in _OPCODES] + [
+        b"K\x00",
+        b"K\xff",
+        b"J\xff\xff\xff\x7f",
+        b"J\xff\xff\xff\xff",
+        b"G\x7f\xf0" + bytes(6),
+        b"N",
+        b"]",
+        b"}",
+        b")",
+    ]
 
     def make(rng: random.Random) -> bytes:
         return b"program" + mutated(members[program], rng, words) if rng.random() < 0.7 else b"archive" + mutated(whole, rng, words)

@@ -29,7 +29,11 @@ from wslfast.zoo import export_zoo, import_zoo, load_dataset, save_zoo
 
 def _stream(program: bytes) -> bytes:
     """The form before archives: a magic number, a version, the machine, the object, the storages."""
-    head = (0x1950A86A20F9469CFC6C, 1001, {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}})
+    head = (
+        0x1950A86A20F9469CFC6C,
+        1001,
+        {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}},
+    )
     return b"".join(pickle.dumps(part, protocol=2) for part in head) + program + pickle.dumps([], protocol=2)
 
 
@@ -62,7 +66,9 @@ def canary(tmp_path: Path) -> Path:
 def test_no_payload_runs_at_any_door(tmp_path: Path, canary: Path, form: str) -> None:
     """Each payload in each form at each door: a run, a published state, a zoo to import (both kinds), query images, a data set."""
     payloads = _payloads(canary)
-    payloads |= {f"state-{p}": pickle.dumps({"model": _Calls(exec, f"open({str(canary)!r}, 'w')"), "schema": 1}, protocol=p) for p in range(6)}
+    payloads |= {
+        f"state-{p}": pickle.dumps({"model": _Calls(exec, f"open({str(canary)!r}, 'w')"), "schema": 1}, protocol=p) for p in range(6)
+    }
     home = tmp_path / "home"
     trial = home / "tree" / "trial" / "checkpoint_000001"
     trial.mkdir(parents=True)
@@ -72,15 +78,24 @@ def test_no_payload_runs_at_any_door(tmp_path: Path, canary: Path, form: str) ->
     tried = 0
     for program in payloads.values():
         data = FORMS[form](program)
-        for file in (trial / "checkpoints", home / "data" / "dataset_train.pt", home / "images.pt", home / "d.npz", checkpoint_path(home / "run")):
+        for file in (
+            trial / "checkpoints",
+            home / "data" / "dataset_train.pt",
+            home / "images.pt",
+            home / "d.npz",
+            checkpoint_path(home / "run"),
+        ):
             file.write_bytes(data)
         with contextlib.suppress(OSError):
             _seal(checkpoint_path(home / "run"))  # a digest is nothing that a stranger could not make
         doors: list[Callable[[], Any]] = [
-            lambda: load_run(home / "run"), lambda: load_state(home / "images.pt"), lambda: import_zoo(home / "tree", home / "out", overwrite=True),
-            lambda: import_zoo(home / "data", home / "out", overwrite=True), lambda: _images(home / "images.pt", (1, 8, 8)),
+            lambda: load_run(home / "run"),
+            lambda: load_state(home / "images.pt"),
+            lambda: import_zoo(home / "tree", home / "out", overwrite=True),
+            lambda: import_zoo(home / "data", home / "out", overwrite=True),
+            lambda: _images(home / "images.pt", (1, 8, 8)),
             lambda: load_dataset(home / "d.npz", (1, 8, 8)),
-        ]  # fmt: skip
+        ]
         for door in doors:
             with pytest.raises(WslfastError):
                 door()
@@ -118,7 +133,14 @@ def zoo(tmp_path: Path) -> Path:
     return tmp_path / "zoo"
 
 
-LINKS = ["manifest.json", "shard-00000.safetensors", "shard-00001.safetensors", "skipped.json", ".manifest.json.{pid}.tmp", ".shard-00000.safetensors.{pid}.tmp"]
+LINKS = [
+    "manifest.json",
+    "shard-00000.safetensors",
+    "shard-00001.safetensors",
+    "skipped.json",
+    ".manifest.json.{pid}.tmp",
+    ".shard-00000.safetensors.{pid}.tmp",
+]
 
 
 @pytest.mark.parametrize("name", LINKS)

@@ -16,7 +16,9 @@ def test_a_killed_run_resumes_to_the_bit(tmp_path: Path) -> None:
     script = Path(__file__).with_name("killing.py")
     command = [sys.executable, str(script), str(tmp_path), str(kills), "0"]
     path = {"PYTHONPATH": ":".join(sys.path)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1500, env={**os.environ, **path, "OMP_NUM_THREADS": "1"}, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=1500, env={**os.environ, **path, "OMP_NUM_THREADS": "1"}, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     counts = json.loads(done.stdout.splitlines()[-1])
     assert counts["problems"] == []

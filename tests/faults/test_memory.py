@@ -62,7 +62,9 @@ def test_a_forward_pass_with_a_graph_halves_and_goes_on(
 
 @pytest.mark.parametrize("error", SHORTAGES, ids=lambda e: e.__name__)
 @pytest.mark.parametrize("most", [1, 2, 5])
-def test_a_loss_halves_and_goes_on(scarce: Callable[..., list[int]], most: int, error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_halves_and_goes_on(
+    scarce: Callable[..., list[int]], most: int, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The grouped path, as on a GPU: the same losses and gradients."""
     monkeypatch.setattr(engine, "choose", lambda *_, **__: engine.Choice("grouped", "as on a GPU"))
     weights, queries = 0.1 * torch.randn(6, ARCH.num_weights), torch.randn(4, 1, 28, 28)
@@ -95,7 +97,9 @@ def test_another_error_is_not_taken_for_a_shortage(monkeypatch: pytest.MonkeyPat
 
 MESSAGES = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes. Error code 12"),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes. Error code 12"
+    ),
     RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes."),
     MemoryError(),
     MemoryError("Unable to allocate 3 GiB for an array"),
@@ -104,7 +108,9 @@ MESSAGES = [
 
 @pytest.mark.parametrize("at", [0, 1, 2, 3])
 @pytest.mark.parametrize("error", MESSAGES, ids=[f"{type(e).__name__}-{i}" for i, e in enumerate(MESSAGES)])
-def test_memory_that_runs_out_once_anywhere(at: int, error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_memory_that_runs_out_once_anywhere(
+    at: int, error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """At the first chunk or a later one: that chunk alone is tried again at half its size, one warning, the same numbers."""
     monkeypatch.setattr(errors, "_said", set())
     monkeypatch.setattr(engine, "models_per_chunk", lambda *_: 4)

@@ -133,7 +133,10 @@ def _writers(population: Population, state: dict[str, object], tree: Path, zoo: 
     return {
         "checkpoint": ("state.pt", lambda at: save_checkpoint(at / "run", state)),
         "zoo": ("zoo", lambda at: save_zoo(half, at / "zoo", splits=["train"] * 10, provenance={}, overwrite=True)),
-        "zoo in many shards": ("zoo", lambda at: save_zoo(population, at / "zoo", splits=["train"] * 20, provenance={}, overwrite=True, shard_rows=2)),
+        "zoo in many shards": (
+            "zoo",
+            lambda at: save_zoo(population, at / "zoo", splits=["train"] * 20, provenance={}, overwrite=True, shard_rows=2),
+        ),
         "imported zoo": ("zoo", lambda at: import_zoo(tree, at / "zoo", overwrite=True, architecture=ARCH)),
         "figures": ("figures.json", lambda at: write_json(at / "figures.json", {"values": [0.5] * 100})),
         "published state": ("state.pt", lambda at: save_model(_module(), at / "sane")),
@@ -144,7 +147,10 @@ def _writers(population: Population, state: dict[str, object], tree: Path, zoo: 
 def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path | None]:
     """A tmpfs of 2 MB, where we may mount one."""
     place = tmp_path_factory.mktemp("disk")
-    mounted = os.geteuid() == 0 and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)], capture_output=True, check=False).returncode == 0
+    mounted = (
+        os.geteuid() == 0
+        and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)], capture_output=True, check=False).returncode == 0
+    )
     yield place if mounted else None
     if mounted:
         subprocess.run(["umount", str(place)], check=True)
@@ -153,9 +159,16 @@ def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path | None
 @pytest.mark.parametrize("refusal", REFUSALS)
 @pytest.mark.parametrize("what", ["checkpoint", "zoo", "zoo in many shards", "imported zoo", "figures", "published state"])
 def test_a_refused_write_leaves_the_old_and_says_what_it_needs(
-    tmp_path: Path, small_disk: Path | None, population: Population, state: dict[str, object], tree: Path, zoo: Path,
-    what: str, refusal: str, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    tmp_path: Path,
+    small_disk: Path | None,
+    population: Population,
+    state: dict[str, object],
+    tree: Path,
+    zoo: Path,
+    what: str,
+    refusal: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     if refusal == "disk full" and small_disk is None:
         pytest.skip("no file system can be mounted here; a full disk is injected at fsync")
     place = (small_disk if refusal == "disk full" else tmp_path) / "place"  # type: ignore[operator]
@@ -198,7 +211,11 @@ def test_a_run_that_may_not_write_says_so(tmp_path: Path, population: Population
 
 
 def test_a_log_that_cannot_grow_is_one_clear_error(tmp_path: Path) -> None:
-    with RunLog(tmp_path / "log.jsonl", 0, None) as log, _short_files(tmp_path), pytest.raises(WslfastError, match=r"cannot write .*log\.jsonl"):
+    with (
+        RunLog(tmp_path / "log.jsonl", 0, None) as log,
+        _short_files(tmp_path),
+        pytest.raises(WslfastError, match=r"cannot write .*log\.jsonl"),
+    ):
         log.write({"step": 1, "note": "x" * 200})
 
 

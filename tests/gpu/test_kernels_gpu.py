@@ -70,11 +70,7 @@ def _check(case: Net, k: int, n: int, precision: str, criterion: str = "mse") ->
     losses, gradient = kernels.loss_and_gradient(weights, queries, targets, case.layers, criterion, 2.0, precision)
     expected, slopes = oracle(weights, queries, targets, case.layers, criterion)
     assert error(losses, expected) < 2 * bars[0]
-    wrong = {
-        name: found
-        for name, found in gradient_errors(gradient, slopes, case.layers).items()
-        if not found < _bar(name, case, bars)
-    }
+    wrong = {name: found for name, found in gradient_errors(gradient, slopes, case.layers).items() if not found < _bar(name, case, bars)}
     assert not wrong, wrong
 
 

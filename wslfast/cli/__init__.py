@@ -92,11 +92,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     logger.setLevel(logging.INFO)
     try:
         command: Any = tyro.cli(
-            _commands(arguments), args=arguments, prog="wslfast",
+            _commands(arguments),
+            args=arguments,
+            prog="wslfast",
             description="Weight-space learning, fast: zoos of small networks, autoencoders over their weights, and how the rebuilt "
             "networks behave (arXiv 2503.17138). Start with: wslfast demo",
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
-        )  # fmt: skip
+        )
         command.run()
     except WslfastError as error:
         print(f"wslfast: {error}", file=sys.stderr)

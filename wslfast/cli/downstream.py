@@ -70,10 +70,16 @@ class Evaluate:
         require(self.split == "test", "split: the page is of test models; --split is for the table of one run")
         zoo = self.zoo or load_run(first, device=self.device).config.zoo
         page = study(
-            zoo, self.run_folders, str(self.out), quick=self.quick, zero_layer=self.zero_layer, name=self.name, device=self.device,
+            zoo,
+            self.run_folders,
+            str(self.out),
+            quick=self.quick,
+            zero_layer=self.zero_layer,
+            name=self.name,
+            device=self.device,
             # beside JSON stages are log lines, which go to standard error
             on_stage=None if self.json else functools.partial(console.print, "-", soft_wrap=True, markup=False),
-        )  # fmt: skip
+        )
         _told(page, self.json)
 
 
@@ -152,10 +158,21 @@ class Generate:
 
     def run(self) -> None:
         made = generate(
-            self.run_folder, self.zoo, samples=self.samples, anchors=self.anchors, bandwidth=self.bandwidth, sampler=self.sampler,
-            select=self.select, candidates=self.candidates, rounds=self.rounds, finetune=self.finetune, seed=self.seed, out=self.out,
-            device=self.device, skip_bad=self.skip_bad,
-        )  # fmt: skip
+            self.run_folder,
+            self.zoo,
+            samples=self.samples,
+            anchors=self.anchors,
+            bandwidth=self.bandwidth,
+            sampler=self.sampler,
+            select=self.select,
+            candidates=self.candidates,
+            rounds=self.rounds,
+            finetune=self.finetune,
+            seed=self.seed,
+            out=self.out,
+            device=self.device,
+            skip_bad=self.skip_bad,
+        )
         epoch = made.column("epoch")
         for e in range(self.finetune + 1):
             names = ("test_acc", "novelty", "novelty_behavior") if e == 0 else ("test_acc",)

@@ -51,10 +51,20 @@ class ZooBuild:
     def run(self) -> None:
         arch = None if self.architecture == "auto" else network(self.architecture, image_shape(self.dataset)[0])
         population = build_zoo(
-            self.dataset, self.out, architecture=arch, models=self.models, epochs=self.epochs, keep=self.keep or None, grid=self.grid,
-            batch_size=self.batch_size, seed=self.seed, device=self.device, progress=console.is_terminal, overwrite=self.overwrite,
+            self.dataset,
+            self.out,
+            architecture=arch,
+            models=self.models,
+            epochs=self.epochs,
+            keep=self.keep or None,
+            grid=self.grid,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            device=self.device,
+            progress=console.is_terminal,
+            overwrite=self.overwrite,
             root=self.data,
-        )  # fmt: skip
+        )
         accuracy = population.column("test_acc")
         console.print(f"{self.out}: {len(population)} rows, test accuracy {accuracy.mean():.3f} +- {accuracy.std():.3f}")
 
@@ -113,9 +123,16 @@ class ZooImport:
 
     def run(self) -> None:
         done = import_zoo(
-            self.source, self.out, epochs=self.epochs or None, architecture=self._architecture(), threshold=self.threshold,
-            split=self.split, seed=self.seed, dataset=self.dataset, overwrite=self.overwrite,
-        )  # fmt: skip
+            self.source,
+            self.out,
+            epochs=self.epochs or None,
+            architecture=self._architecture(),
+            threshold=self.threshold,
+            split=self.split,
+            seed=self.seed,
+            dataset=self.dataset,
+            overwrite=self.overwrite,
+        )
         console.print(f"{self.out}: {done.rows} rows of {done.models} models, architecture {done.architecture.name}", soft_wrap=True)
         for reason, count in done.skipped.items():
             console.print(f"  skipped: {count} x {reason}", soft_wrap=True)

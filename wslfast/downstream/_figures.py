@@ -186,9 +186,16 @@ def scatter_map(xy: Tensor, share: Sequence[float], level: Tensor | None, groups
             value = {"color": "#0072b2"} if level is None else {"c": level[member].numpy(), **scale}
             x, y = xy[member].T.numpy()
             shown = axes.scatter(
-                x, y, s=26, marker=_MARKERS[index % len(_MARKERS)], edgecolors="white", linewidths=0.4, label=group,
-                rasterized=len(xy) > _RASTER, **value,
-            )  # fmt: skip
+                x,
+                y,
+                s=26,
+                marker=_MARKERS[index % len(_MARKERS)],
+                edgecolors="white",
+                linewidths=0.4,
+                label=group,
+                rasterized=len(xy) > _RASTER,
+                **value,
+            )
         axes.set_xlabel(f"first principal component ({share[0]:.0f} % of variance)")
         axes.set_ylabel(f"second principal component ({share[1]:.0f} %)")
         axes.grid(axis="both")

@@ -83,9 +83,15 @@ class Ablation:
         number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and 0 < seconds < float("inf")
         require(seconds is None or number, f"seconds: expected a positive number, got {seconds!r}")
         made = cls(
-            name, zoo, variants, axis, seeds, values.get("split", "test"), None if seconds is None else float(seconds),
+            name,
+            zoo,
+            variants,
+            axis,
+            seeds,
+            values.get("split", "test"),
+            None if seconds is None else float(seconds),
             values.get("clock", "wall"),
-        )  # fmt: skip
+        )
         for variant in variants:  # every wrong setting is found before anything is trained
             try:
                 _, config = settings_of(made, variant, "zoo", seeds[0])

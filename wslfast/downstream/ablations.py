@@ -104,9 +104,13 @@ def core(cell: Cell) -> Trained:
 
 
 def run_ablation(
-    ablation: Ablation, out: str | Path, *, zoo: str | Path | None = None, systems: Mapping[str, System] | None = None,
+    ablation: Ablation,
+    out: str | Path,
+    *,
+    zoo: str | Path | None = None,
+    systems: Mapping[str, System] | None = None,
     on_cell: Callable[[str], None] | None = None,
-) -> list[Row]:  # fmt: skip
+) -> list[Row]:
     """Train and measure every cell that is not there yet; returns all rows and writes them to ``out/ablations.csv``
     (``ablations-val.csv`` for validation models, on validation images).
 
@@ -210,9 +214,13 @@ def _key(zoo: str, system: str, config: TrainConfig, ablation: Ablation) -> str:
     if files:
         settings["query_set"] = "+".join(files.get(Path(name).name, name) for name in set_names(config.query_set))
     everything = {
-        "version": _VERSION, "zoo": zoo, "system": system, "config": settings, "seconds": ablation.seconds,
+        "version": _VERSION,
+        "zoo": zoo,
+        "system": system,
+        "config": settings,
+        "seconds": ablation.seconds,
         "clock": ablation.clock if ablation.seconds is not None else None,
-    }  # fmt: skip
+    }
     return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -92,14 +92,22 @@ class Bench:
             self.train = Population(self.architecture, self.train.weights, {**self.train.properties, "val_acc": tuple(value.tolist())})
         self.name = name or data.name
         self.facts = {
-            "folder": str(zoo), "digest": self.digest[:12], "dataset": data.name, "architecture": self.architecture.name,
-            "parameters": self.architecture.num_weights, "classes": data.classes, "image_shape": list(data.test_images.shape[1:]),
-            "images": [len(data.train_labels), len(data.val_labels), len(data.test_labels)], "images_used": len(rows),
+            "folder": str(zoo),
+            "digest": self.digest[:12],
+            "dataset": data.name,
+            "architecture": self.architecture.name,
+            "parameters": self.architecture.num_weights,
+            "classes": data.classes,
+            "image_shape": list(data.test_images.shape[1:]),
+            "images": [len(data.train_labels), len(data.val_labels), len(data.test_labels)],
+            "images_used": len(rows),
             "checkpoints": {s: manifest.properties["split"].count(s) for s in ("train", "val", "test") if s in splits},
             "checkpoints_used": {s: len(p) for s, p in self.splits.items()},
-            "models": len(set(manifest.properties["model"])), "made_by": manifest.provenance.get("made_by"),
-            "epochs": sorted({e for e in manifest.properties.get("epoch", ()) if e is not None}), "seed": manifest.provenance.get("seed"),
-        }  # fmt: skip
+            "models": len(set(manifest.properties["model"])),
+            "made_by": manifest.provenance.get("made_by"),
+            "epochs": sorted({e for e in manifest.properties.get("epoch", ()) if e is not None}),
+            "seed": manifest.provenance.get("seed"),
+        }
 
     @property
     def splits(self) -> dict[str, Population]:
@@ -142,9 +150,14 @@ class Bench:
         """Rows of weights in the test models' places, against them."""
         groups: Sequence[Any] | None = self.test.properties.get("model")
         return compare(
-            self.test.weights, reconstructed, self.data.test_images, self.data.test_labels, self.architecture, groups=groups,
+            self.test.weights,
+            reconstructed,
+            self.data.test_images,
+            self.data.test_labels,
+            self.architecture,
+            groups=groups,
             targets=self.targets,
-        )  # fmt: skip
+        )
 
 
 def evenly(population: Population, most: int) -> Population:

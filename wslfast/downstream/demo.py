@@ -78,10 +78,20 @@ def demo(config: DemoConfig, *, progress: bool = False, on_stage: Callable[[str]
     curves: dict[str, list[dict[str, Any]]] = {}
     notes: dict[str, str] = {}
     base = TrainConfig(
-        zoo=str(zoo), out="", steps=config.steps, seed=config.seed, device=config.device, start="linear", metric="plain",
-        start_views=False, share=config.share, queries=config.queries, schedule="onecycle",
-        log_every=max(1, config.steps // 40), checkpoint_every=config.steps,
-    )  # fmt: skip
+        zoo=str(zoo),
+        out="",
+        steps=config.steps,
+        seed=config.seed,
+        device=config.device,
+        start="linear",
+        metric="plain",
+        start_views=False,
+        share=config.share,
+        queries=config.queries,
+        schedule="onecycle",
+        log_every=max(1, config.steps // 40),
+        checkpoint_every=config.steps,
+    )
     for name, beta in BETAS.items():
         trials = {}
         for lr in config.lrs:
@@ -113,10 +123,15 @@ def demo(config: DemoConfig, *, progress: bool = False, on_stage: Callable[[str]
     ]
     latents = embeddings(codes["structure+behavior"], test.weights)  # type: ignore[arg-type]
     write_report(
-        out / "report.html", title="Structure is not enough, on digits", headline=headline(metrics), variants=variants,
-        latents=latents.cpu(), latent_accuracy=test.column("test_acc"),
-        latent_groups=[f"epoch {epoch}" for epoch in test.properties["epoch"]], facts=facts,
-    )  # fmt: skip
+        out / "report.html",
+        title="Structure is not enough, on digits",
+        headline=headline(metrics),
+        variants=variants,
+        latents=latents.cpu(),
+        latent_accuracy=test.column("test_acc"),
+        latent_groups=[f"epoch {epoch}" for epoch in test.properties["epoch"]],
+        facts=facts,
+    )
     write_json(out / "metrics.json", {**metrics, "facts": facts})
     return {**metrics, "facts": facts}
 

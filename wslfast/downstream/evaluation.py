@@ -78,9 +78,15 @@ def evaluate_code(code: Code, population: Population, images: Tensor, labels: Te
 
 
 def evaluate(
-    run: str | Path, zoo: str | Path | None = None, *, split: str = "test", baselines: bool = True, out: str | Path | None = None,
-    device: str = "cpu", skip_bad: bool = False,
-) -> dict[str, dict[str, Any]]:  # fmt: skip
+    run: str | Path,
+    zoo: str | Path | None = None,
+    *,
+    split: str = "test",
+    baselines: bool = True,
+    out: str | Path | None = None,
+    device: str = "cpu",
+    skip_bad: bool = False,
+) -> dict[str, dict[str, Any]]:
     """Reconstruct a split of a zoo with a trained run and measure how its models behave.
 
     Args:
@@ -129,9 +135,11 @@ def linear_baselines(
     latent = min(latent, train.architecture.num_weights)
     images = spaced(dataset.train_images, 512).to(train.weights.device)
     given: dict[str, dict[str, Any]] = {
-        "linear": {"views": False}, "linear-views": {}, "linear-metric": {"metric": "activation", "queries": images},
+        "linear": {"views": False},
+        "linear-views": {},
+        "linear-metric": {"metric": "activation", "queries": images},
         "adaptive": {"queries": images},
-    }  # fmt: skip
+    }
     return {
         name: (AdaptiveCodec if name == "adaptive" else LinearCodec)(train, latent=latent, token_size=token_size, seed=seed, **given[name])
         for name in only

@@ -64,8 +64,12 @@ def error_directions(
     p = len(weights)
     size = weights.double().norm()
     noise = torch.randn(3, p, generator=generator, dtype=torch.float64)
-    layer = torch.cat([noise[0, s.offset : s.stop] / noise[0, s.offset : s.stop].norm() * weights[s.offset : s.stop].double().norm()
-                       for s in architecture.parameters])  # fmt: skip
+    layer = torch.cat(
+        [
+            noise[0, s.offset : s.stop] / noise[0, s.offset : s.stop].norm() * weights[s.offset : s.stop].double().norm()
+            for s in architecture.parameters
+        ]
+    )
     basis, _ = sensitive_directions(weights, queries, architecture)
     top = noise[1, : min(_TOP, len(basis))] @ basis[:_TOP]
     strong = basis if len(basis) < p else basis[: max(0, p - _TOP)]
@@ -79,9 +83,14 @@ def error_directions(
 
 @torch.no_grad()
 def sweep(
-    weights: Tensor, direction: Tensor, magnitudes: Sequence[float], queries: Tensor, images: Tensor, labels: Tensor,
+    weights: Tensor,
+    direction: Tensor,
+    magnitudes: Sequence[float],
+    queries: Tensor,
+    images: Tensor,
+    labels: Tensor,
     architecture: Architecture,
-) -> dict[str, list[float]]:  # fmt: skip
+) -> dict[str, list[float]]:
     """One model ``[P]`` moved by ``magnitude * direction [P]``: lists over magnitudes of what is measured and what is predicted.
 
     Returns:
@@ -97,15 +106,21 @@ def sweep(
     quadratic = steps.square() * pushed.square().sum() / (2 * n)
     classes = batched_forward(torch.cat([weights.unsqueeze(0), moved.float()]), images, architecture).argmax(2)
     return {
-        "loss": loss.tolist(), "quadratic": quadratic.tolist(), "ratio": (quadratic / loss).tolist(),
-        "accuracy": (classes[1:] == labels).double().mean(1).tolist(), "agreement": (classes[1:] == classes[0]).double().mean(1).tolist(),
-    }  # fmt: skip
+        "loss": loss.tolist(),
+        "quadratic": quadratic.tolist(),
+        "ratio": (quadratic / loss).tolist(),
+        "accuracy": (classes[1:] == labels).double().mean(1).tolist(),
+        "agreement": (classes[1:] == classes[0]).double().mean(1).tolist(),
+    }
 
 
 def analyse(
-    run: str | Path, out: str | Path, settings: GradientSettings = GradientSettings(), zoo: str | Path | None = None,
+    run: str | Path,
+    out: str | Path,
+    settings: GradientSettings = GradientSettings(),
+    zoo: str | Path | None = None,
     name: str | None = None,
-) -> list[Row]:  # fmt: skip
+) -> list[Row]:
     """Gradients, spectrum and sweeps at the reconstructions of a run's held-out models.
 
     Writes ``out/gradients.csv`` (:data:`COLUMNS`: median, mean and standard deviation over models; rows of other runs stay) and
@@ -135,8 +150,15 @@ def analyse(
     rows = _rows(models, {"zoo": dataset.name, "variant": name or Path(run).name, "seed": loaded.config.seed}, settings.magnitudes)
     table = Path(out) / "gradients.csv"
     write_rows(table, COLUMNS, (*_others(table, rows[0]), *rows))
-    facts = {"run": str(run), "zoo": folder, "architecture": architecture.name, "magnitudes": list(settings.magnitudes),
-             "queries": settings.queries, "query_set": settings.query_set, "models": models}  # fmt: skip
+    facts = {
+        "run": str(run),
+        "zoo": folder,
+        "architecture": architecture.name,
+        "magnitudes": list(settings.magnitudes),
+        "queries": settings.queries,
+        "query_set": settings.query_set,
+        "models": models,
+    }
     write_json(Path(out) / "gradients.json", facts)
     return rows
 
@@ -152,16 +174,24 @@ def _others(table: Path, mine: Row) -> list[Row]:
 
 
 def _model(
-    theta: Tensor, hat: Tensor, queries: Tensor, images: Tensor, labels: Tensor, architecture: Architecture, settings: GradientSettings,
+    theta: Tensor,
+    hat: Tensor,
+    queries: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    architecture: Architecture,
+    settings: GradientSettings,
     generator: torch.Generator,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     pulled = directions(theta, hat, queries, architecture)
     values = spectrum(theta, hat, queries, architecture, seed=settings.seed)
     figures = pulled.figures() | {
-        "relative_error": float((hat - theta).norm() / theta.norm()), "asymmetry": values.asymmetry,
-        "effective_rank": values.effective_rank, "largest_singular_value": float(values.singular_values[0]),
+        "relative_error": float((hat - theta).norm() / theta.norm()),
+        "asymmetry": values.asymmetry,
+        "effective_rank": values.effective_rank,
+        "largest_singular_value": float(values.singular_values[0]),
         "negative_share": values.negative_share,
-    }  # fmt: skip
+    }
     moves = error_directions(theta, queries, architecture, generator, hat)
     swept = {name: sweep(theta, d, settings.magnitudes, queries, images, labels, architecture) for name, d in moves.items()}
     spectra = {"singular_values": values.singular_values.tolist(), "eigenvalues": values.eigenvalues.tolist()}
@@ -172,9 +202,10 @@ def _rows(models: Sequence[Mapping[str, Any]], head: Mapping[str, Any], magnitud
     def row(metric: str, values: list[float], direction: str = "", magnitude: float | None = None) -> Row:
         kept = torch.tensor([v for v in values if abs(v) < float("inf")], dtype=torch.float64)
         figures = {
-            "median": float(kept.quantile(0.5)) if len(kept) else None, "mean": float(kept.mean()) if len(kept) else None,
+            "median": float(kept.quantile(0.5)) if len(kept) else None,
+            "mean": float(kept.mean()) if len(kept) else None,
             "spread": float(kept.std()) if len(kept) > 1 else None,
-        }  # fmt: skip
+        }
         return {**head, "metric": metric, **figures, "direction": direction, "magnitude": magnitude, "models": len(kept)}
 
     rows = [row(metric, [m["figures"][metric] for m in models]) for metric in models[0]["figures"]]

@@ -96,9 +96,16 @@ class Source:
         return accuracy(self.outputs(weights, split), self.data.split(split)[1])
 
     def sample(
-        self, samples: int, generator: torch.Generator, *, sampler: str = "joint", bandwidth: float = 0.05, select: str = "none",
-        candidates: int | None = None, rounds: int = 3,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        self,
+        samples: int,
+        generator: torch.Generator,
+        *,
+        sampler: str = "joint",
+        bandwidth: float = 0.05,
+        select: str = "none",
+        candidates: int | None = None,
+        rounds: int = 3,
+    ) -> tuple[Tensor, Tensor | None]:
         """Weights ``[samples, P]``, and the row in ``train`` of the anchor each was drawn around, None where there is no such one.
 
         Args:
@@ -119,10 +126,22 @@ class Source:
 
 
 def generate(
-    run: str | Path, zoo: str | Path | None = None, *, samples: int = 64, anchors: float = 0.3, bandwidth: float = 0.05,
-    sampler: str = "joint", select: str = "none", candidates: int | None = None, rounds: int = 3, finetune: int = 0,
-    seed: int = 0, out: str | Path | None = None, device: str = "cpu", skip_bad: bool = False,
-) -> Population:  # fmt: skip
+    run: str | Path,
+    zoo: str | Path | None = None,
+    *,
+    samples: int = 64,
+    anchors: float = 0.3,
+    bandwidth: float = 0.05,
+    sampler: str = "joint",
+    select: str = "none",
+    candidates: int | None = None,
+    rounds: int = 3,
+    finetune: int = 0,
+    seed: int = 0,
+    out: str | Path | None = None,
+    device: str = "cpu",
+    skip_bad: bool = False,
+) -> Population:
     """Sample new models from a trained run: latents around those of its zoo's best training models, decoded.
 
     Args:

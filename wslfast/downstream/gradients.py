@@ -79,9 +79,16 @@ class Spectrum:
 
 
 def spectrum(
-    original: Tensor, reconstructed: Tensor, queries: Tensor, architecture: Architecture, *, rank: int = 32, probes: int = 32,
-    method: str = "auto", seed: int = 0,
-) -> Spectrum:  # fmt: skip
+    original: Tensor,
+    reconstructed: Tensor,
+    queries: Tensor,
+    architecture: Architecture,
+    *,
+    rank: int = 32,
+    probes: int = 32,
+    method: str = "auto",
+    seed: int = 0,
+) -> Spectrum:
     """The spectrum of ``F = 1/n sum_i J_orig(x_i)^T J_rec(x_i)`` of one model and its reconstruction.
 
     Args:
@@ -236,9 +243,12 @@ def directions(original: Tensor, reconstructed: Tensor, queries: Tensor, archite
     rebuilt, pull = pulling[0], pulling[1]
     error = rebuilt - outputs
     return Directions(
-        d, pull(error / n)[0].detach(), pull(pushed / n)[0].detach(), float(error.square().sum() / (2 * n)),
+        d,
+        pull(error / n)[0].detach(),
+        pull(pushed / n)[0].detach(),
+        float(error.square().sum() / (2 * n)),
         float(pushed.square().sum() / (2 * n)),
-    )  # fmt: skip
+    )
 
 
 def angle(a: Tensor, b: Tensor) -> float:

@@ -169,10 +169,13 @@ def _answers(outputs: Tensor, consensus: Tensor) -> Tensor:
     p = log_p.exp()
     largest, chosen = p.max(-1)
     alone = [
-        largest.mean(1), largest.std(1, unbiased=False), -(p * log_p).sum(-1).mean(1),
-        (chosen == consensus.argmax(-1)).double().mean(1), (-(consensus * log_p).sum(-1).mean(1)).clamp_max(20),
+        largest.mean(1),
+        largest.std(1, unbiased=False),
+        -(p * log_p).sum(-1).mean(1),
+        (chosen == consensus.argmax(-1)).double().mean(1),
+        (-(consensus * log_p).sum(-1).mean(1)).clamp_max(20),
         outputs.square().mean((1, 2)).clamp_min(1e-12).log(),
-    ]  # fmt: skip
+    ]
     return torch.cat([p.mean(1), torch.stack(alone, 1)], 1)
 
 

@@ -126,9 +126,10 @@ def behavior_features(bench: Bench, weights: Mapping[str, Tensor], *, drawn: boo
 def spreads(pairs: Diversity, suffix: str = "") -> Metrics:
     """Figures of a set's pairwise distances."""
     return {
-        f"diversity{suffix}": figures(pairs.structural), f"diversity_behavior{suffix}": figures(pairs.behavioral),
+        f"diversity{suffix}": figures(pairs.structural),
+        f"diversity_behavior{suffix}": figures(pairs.behavioral),
         f"diversity_disagreement{suffix}": figures(pairs.disagreement),
-    }  # fmt: skip
+    }
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,8 +154,12 @@ def _sampled(source: Source, protocol: Protocol, sampler: str, bandwidth: float 
         "novelty_behavior": behavioral_novelty(outputs.argmax(-1), source.train_classes),
     }
     row: Row = {"sampler": sampler, "bandwidth": bandwidth, "select": select, "samples": protocol.samples}
-    for name, value in (*values.items(), ("diversity", pairs.structural), ("diversity_behavior", pairs.behavioral),
-                        ("diversity_disagreement", pairs.disagreement)):  # fmt: skip
+    for name, value in (
+        *values.items(),
+        ("diversity", pairs.structural),
+        ("diversity_behavior", pairs.behavioral),
+        ("diversity_disagreement", pairs.disagreement),
+    ):
         row[f"{name}_median"], row[name], row[f"{name}_spread"] = figures(value)
     return _Sampling(weights, outputs, row, {name: value.cpu() for name, value in values.items()})
 
@@ -188,9 +193,7 @@ def generative(bench: Bench, code: Code, *, full: bool) -> tuple[Metrics, dict[s
         "novelty_behavior": figures(main.values["novelty_behavior"]),
         # what a copy would score: the anchors' own reconstructions
         "novelty_reconstruction": figures(nearest(rebuilt, bench.train.weights)),
-        "novelty_behavior_reconstruction": figures(
-            behavioral_novelty(source.outputs(rebuilt, "test").argmax(-1), source.train_classes)
-        ),
+        "novelty_behavior_reconstruction": figures(behavioral_novelty(source.outputs(rebuilt, "test").argmax(-1), source.train_classes)),
         "anchor_reconstruction_accuracy": figures(source.accuracy(rebuilt, "test")),
         **spreads(diversity(main.weights, main.outputs)),
         # the same distances, blind to permutations of channels
@@ -203,8 +206,9 @@ def generative(bench: Bench, code: Code, *, full: bool) -> tuple[Metrics, dict[s
         alike = bench.train.weights[partners.to(bench.train.weights.device)]
         metrics["accuracy_matched"] = figures(bench.train_accuracy[partners])
         metrics |= spreads(diversity(alike, outputs_of(alike, bench.data.test_images, bench.architecture)), "_matched")
-    rows: list[Row] = [{"set": "generated", "model": j, "epoch": 0} | {n: float(v[j]) for n, v in main.values.items()}
-                       for j in range(protocol.samples)]  # fmt: skip
+    rows: list[Row] = [
+        {"set": "generated", "model": j, "epoch": 0} | {n: float(v[j]) for n, v in main.values.items()} for j in range(protocol.samples)
+    ]
     if full and protocol.finetune_epochs and bench.architecture.planned:
         tuned_rows, tuned_metrics = _tuned(bench, main.weights)
         rows += tuned_rows
@@ -235,9 +239,16 @@ def _tuned(bench: Bench, weights: Tensor) -> tuple[list[Row], Metrics]:
 
 
 def code_unit(
-    bench: Bench, code: Code, variant: str, seed: int, kind: str, print_: str, facts: Mapping[str, Any], curve: Sequence[Row] = (),
+    bench: Bench,
+    code: Code,
+    variant: str,
+    seed: int,
+    kind: str,
+    print_: str,
+    facts: Mapping[str, Any],
+    curve: Sequence[Row] = (),
     new: bool = True,
-) -> Unit:  # fmt: skip
+) -> Unit:
     """All three tasks for one code (without ``new`` models, two); a run that is not a baseline is sampled with every sampler, and its
     samples are fine-tuned."""
     began = time.perf_counter()

@@ -34,9 +34,17 @@ _HELD_OUT = 4  # one image in so many judges instead of teaching
 
 
 def refine(
-    code: Code, weights: Tensor, images: Tensor, *, steps: int = 300, queries: int = 128, lr: float = 0.02,
-    criterion: str = "mse", block: int = 128, seed: int = 0,
-) -> Tensor:  # fmt: skip
+    code: Code,
+    weights: Tensor,
+    images: Tensor,
+    *,
+    steps: int = 300,
+    queries: int = 128,
+    lr: float = 0.02,
+    criterion: str = "mse",
+    block: int = 128,
+    seed: int = 0,
+) -> Tensor:
     """Latents ``[k, T, W]`` of rows of weights ``[k, P]``, refined on ``images [n, *input_shape]``.
 
     Every model is refined on its own (Adam, ``queries`` of the images a step, the rate falling along a cosine to zero), ``block`` of
@@ -72,18 +80,24 @@ def refine(
             targets = batched_forward(part, kept_back, architecture)
             before, after = (
                 batched_behavioral_loss(
-                    decode(code, z), None, kept_back, architecture, targets=targets, criterion=criterion, reduction="none",
+                    decode(code, z),
+                    None,
+                    kept_back,
+                    architecture,
+                    targets=targets,
+                    criterion=criterion,
+                    reduction="none",
                     nan_policy="omit",
                 )
                 for z in (start, found)
-            )  # fmt: skip
+            )
             parts.append(torch.where((after < before)[:, None, None], found, start))
         return torch.cat(parts)
 
 
 def _descended(
     code: Code, weights: Tensor, latents: Tensor, images: Tensor, draws: list[list[Tensor]], lr: float, criterion: str
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     targets, current = batched_forward(weights, images, code.layout.architecture), weights
     for fixed, batches in enumerate(draws):
         latents, decoder = _held(code, current, latents, fixed)
@@ -96,9 +110,15 @@ def _descended(
             adam.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / len(batches))) / 2
             with torch.enable_grad():
                 values = batched_behavioral_loss(
-                    decoder(latents + scale * offset), None, images[rows], code.layout.architecture, targets=targets[:, rows],
-                    criterion=criterion, reduction="none", nan_policy="omit",
-                )  # fmt: skip
+                    decoder(latents + scale * offset),
+                    None,
+                    images[rows],
+                    code.layout.architecture,
+                    targets=targets[:, rows],
+                    criterion=criterion,
+                    reduction="none",
+                    nan_policy="omit",
+                )
                 (offset.grad,) = torch.autograd.grad(values.nan_to_num(0).sum(), offset)  # a model that overflows stands still
             adam.step()
         latents = latents + scale * offset.detach()

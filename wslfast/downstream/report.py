@@ -87,44 +87,53 @@ def write_report(
 # -- sections ----------------------------------------------------------------------------------------------------------------
 
 
-def _sections(
-    variants: Sequence[Variant], latents: Tensor | None, accuracy: Tensor | None, groups: Sequence[str] | None
-) -> str:
+def _sections(variants: Sequence[Variant], latents: Tensor | None, accuracy: Tensor | None, groups: Sequence[str] | None) -> str:
     compared = [(v.name, v.comparison) for v in variants]
     palette = _figures.colors([v.name for v in variants])
     parts = [
         _figure_block(
-            "At a glance", _figures.overview(compared),
+            "At a glance",
+            _figures.overview(compared),
             "Dots are means over models, bars the middle 60 % of models. A reconstruction that has collapsed to one good network "
             "agrees with everybody's original: its filled and open dots coincide.",
         ),
         f"<section><h2>All variants</h2>{_table(variants, palette)}</section>",
         _figure_block(
-            "Accuracy", _figures.accuracy_histograms(compared),
+            "Accuracy",
+            _figures.accuracy_histograms(compared),
             "Grey, originals; outline, reconstructions. Triangles mark medians.",
         ),
         _figure_block(
-            "Accuracy, model by model", _figures.accuracy_scatter(compared),
+            "Accuracy, model by model",
+            _figures.accuracy_scatter(compared),
             "One dot a model. On the diagonal, the reconstruction is as accurate as its original.",
         ),
         _figure_block(
-            "Agreement", _figures.agreement_histograms(compared),
+            "Agreement",
+            _figures.agreement_histograms(compared),
             "Outline, with the own original; grey, with the originals of other models (mean over them). Triangles mark medians. "
             "The distance between the two is what a reconstruction knows about its own model.",
         ),
-    ]  # fmt: skip
+    ]
     curves = _figures.training_curves([(v.name, v.curve) for v in variants if v.curve])
     if curves is not None:
-        parts.append(_figure_block(
-            "Training", curves,
-            "Each term is divided by its value for an answer that knows nothing of the model, so 1 is no knowledge.",
-        ))  # fmt: skip
+        parts.append(
+            _figure_block(
+                "Training",
+                curves,
+                "Each term is divided by its value for an answer that knows nothing of the model, so 1 is no knowledge.",
+            )
+        )
     latent_map = None if latents is None else _figures.latent_map(latents, accuracy, groups)
     if latent_map is not None:
-        parts.append(_figure_block(
-            "Latent map", latent_map,
-            "One mark a model: its latent, projected on the two directions in which latents vary most.", narrow=True,
-        ))  # fmt: skip
+        parts.append(
+            _figure_block(
+                "Latent map",
+                latent_map,
+                "One mark a model: its latent, projected on the two directions in which latents vary most.",
+                narrow=True,
+            )
+        )
     parts.append(f"<section><details><summary>Every metric: mean, median, spread</summary>{_spread_table(variants)}</details></section>")
     return "\n".join(parts)
 
@@ -136,10 +145,17 @@ def _figure_block(heading: str, svg: str, caption: str, narrow: bool = False) ->
 
 def _table(variants: Sequence[Variant], palette: Mapping[str, str]) -> str:
     heads = (
-        ("Variant", ""), ("Latent", "numbers"), ("Agreement", "%"), ("With others", "%"), ("Margin", "points"),
-        ("Identified", "%"), ("Accuracy", "before → after, %"), ("Change", "median, points"), ("Masked L2", "of weights"),
+        ("Variant", ""),
+        ("Latent", "numbers"),
+        ("Agreement", "%"),
+        ("With others", "%"),
+        ("Margin", "points"),
+        ("Identified", "%"),
+        ("Accuracy", "before → after, %"),
+        ("Change", "median, points"),
+        ("Masked L2", "of weights"),
         ("Variance kept", "%"),
-    )  # fmt: skip
+    )
     head = "".join(f'<th scope="col">{escape(a)}<small>{escape(b)}</small></th>' for a, b in heads)
     body = "".join(_row(v, palette[v.name]) for v in variants)
     return (

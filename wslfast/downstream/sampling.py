@@ -111,9 +111,14 @@ def between_neighbours(anchors: Tensor, samples: int, generator: torch.Generator
 
 
 def draw(
-    anchors: Tensor, samples: int, generator: torch.Generator, *, sampler: str = "joint", bandwidth: float = 0.05,
+    anchors: Tensor,
+    samples: int,
+    generator: torch.Generator,
+    *,
+    sampler: str = "joint",
+    bandwidth: float = 0.05,
     scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor | None]:
     """Latents ``[samples, ...]`` from one of ``SAMPLERS``, and the anchor of each where there is one."""
     require(sampler in SAMPLERS, f"sampler: expected one of {SAMPLERS}, got {sampler!r}")
     if sampler == "uniform":
@@ -141,9 +146,16 @@ class Selected:
 
 
 def subsampled(
-    anchors: Tensor, samples: int, generator: torch.Generator, score: Callable[[Tensor], Tensor], *, candidates: int,
-    sampler: str = "joint", bandwidth: float = 0.05, scale: Tensor | None = None,
-) -> Selected:  # fmt: skip
+    anchors: Tensor,
+    samples: int,
+    generator: torch.Generator,
+    score: Callable[[Tensor], Tensor],
+    *,
+    candidates: int,
+    sampler: str = "joint",
+    bandwidth: float = 0.05,
+    scale: Tensor | None = None,
+) -> Selected:
     """Draw ``candidates`` latents and keep the ``samples`` that score best.
 
     Args:
@@ -157,9 +169,16 @@ def subsampled(
 
 
 def bootstrapped(
-    anchors: Tensor, samples: int, generator: torch.Generator, score: Callable[[Tensor], Tensor], *, candidates: int, rounds: int = 3,
-    sampler: str = "joint", bandwidth: float = 0.05,
-) -> Selected:  # fmt: skip
+    anchors: Tensor,
+    samples: int,
+    generator: torch.Generator,
+    score: Callable[[Tensor], Tensor],
+    *,
+    candidates: int,
+    rounds: int = 3,
+    sampler: str = "joint",
+    bandwidth: float = 0.05,
+) -> Selected:
     """:func:`subsampled` over and over: the survivors of a round, best first, are the anchors of the next, and stand beside its samples.
 
     (The published loop returns its first survivors unsorted, so not the best; here the last round's are sorted like any.)

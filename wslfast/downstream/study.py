@@ -35,16 +35,26 @@ from .results import Unit, file_digest, read_results, read_unit, read_units, sin
 
 logger = logging.getLogger("wslfast")
 _CODES = 2  # of how closed-form codes are fitted; part of their fingerprints
-_RESERVED = re.compile(r"zoo|.*-zoo-model|.*-zero-layer|(raw-weights|weight-statistics|behavior-statistics.*|untrained-.*)|"
-                       rf"({'|'.join(BASELINES)})-\d+(-refined)?")  # fmt: skip
+_RESERVED = re.compile(
+    r"zoo|.*-zoo-model|.*-zero-layer|(raw-weights|weight-statistics|behavior-statistics.*|untrained-.*)|"
+    rf"({'|'.join(BASELINES)})-\d+(-refined)?"
+)
 _RAW = 100_000  # parameters up to which raw weights are probe features
 _ZERO_LAYER_QUICK = 500  # steps up to which a quick evaluation trains the zero-layer autoencoder
 
 
 def study(
-    zoo: str | Path, runs: Sequence[str | Path], out: str | Path, *, protocol: Protocol | None = None, quick: bool = False,
-    zero_layer: bool = True, name: str | None = None, device: str = "cpu", on_stage: Callable[[str], None] | None = None,
-) -> Path:  # fmt: skip
+    zoo: str | Path,
+    runs: Sequence[str | Path],
+    out: str | Path,
+    *,
+    protocol: Protocol | None = None,
+    quick: bool = False,
+    zero_layer: bool = True,
+    name: str | None = None,
+    device: str = "cpu",
+    on_stage: Callable[[str], None] | None = None,
+) -> Path:
     """Evaluate runs on a zoo in all three downstream tasks, and write the tables and the page.
 
     What is there already, and was computed from the same checkpoint, zoo and protocol, is not computed again; several calls with
@@ -230,23 +240,21 @@ class _Work:
         weights = {split: p.weights for split, p in bench.splits.items()}
         kinds: dict[str, tuple[str, Callable[[], Mapping[str, Tensor]]]] = {
             "weight-statistics": (
-                "mean, deviation and quantiles of every layer", lambda: {s: weight_statistics(w, arch) for s, w in weights.items()}
+                "mean, deviation and quantiles of every layer",
+                lambda: {s: weight_statistics(w, arch) for s, w in weights.items()},
             ),
-            "behavior-statistics": (
-                "what the originals answer on training images, no labels", lambda: behavior_features(bench, weights)
-            ),
+            "behavior-statistics": ("what the originals answer on training images, no labels", lambda: behavior_features(bench, weights)),
             "behavior-statistics-drawn": (
-                "what the originals answer on drawn images, no data", lambda: behavior_features(bench, weights, drawn=True)
+                "what the originals answer on drawn images, no data",
+                lambda: behavior_features(bench, weights, drawn=True),
             ),
-        }  # fmt: skip
+        }
         if arch.num_weights <= _RAW:
             kinds["raw-weights"] = ("every weight", lambda: weights)
         for variant, (note, of) in kinds.items():
             print_ = bench.fingerprint(variant)
 
-            def make(
-                variant: str = variant, print_: str = print_, note: str = note, of: Callable[[], Mapping[str, Tensor]] = of
-            ) -> Unit:  # fmt: skip
+            def make(variant: str = variant, print_: str = print_, note: str = note, of: Callable[[], Mapping[str, Tensor]] = of) -> Unit:
                 return self._probed(variant, print_, of(), note)
 
             self.need(variant, 0, print_, make)
@@ -293,9 +301,11 @@ def run_facts(run: Run) -> dict[str, Any]:
     used = [("C", c.gamma > 0), ("S", c.uses_structure), ("B", c.uses_behavior)]
     names = ("gamma", "beta", "criterion", "steps", "lr", "batch_size", "queries", "start", "metric", "layers", "d_model", "views")
     return {
-        "folder": str(run.out), "losses": "+".join(letter for letter, on in used if on), "step": run.step,
+        "folder": str(run.out),
+        "losses": "+".join(letter for letter, on in used if on),
+        "step": run.step,
         **{n: getattr(c, n) for n in names},
-    }  # fmt: skip
+    }
 
 
 def curve_of(folder: Path, most: int = 200) -> list[dict[str, Any]]:

@@ -66,18 +66,35 @@ def train_published(cell: Cell, semantics: str = "published") -> Trained:
 def _keys(config: TrainConfig, place: TokenLayout, images: Tensor) -> dict[str, Any]:
     """A run's settings under their published names."""
     return {
-        "seed": config.seed, "device": config.device, "ae:i_dim": place.token_size, "ae:d_model": config.d_model,
-        "ae:nhead": config.heads, "ae:num_layers": config.layers, "ae:lat_dim": config.latent, "ae:dropout": config.dropout,
-        "ae:max_positions": (place.positions.long().amax(0) + 1).tolist(), "ae:transformer_type": "pytorch",
-        "training::windowsize": place.num_tokens, "training::gamma": config.gamma, "training::beta": config.beta,
-        "training::temperature": config.contrast_temperature, "training::loss_distillation": _LOSSES[config.criterion],
-        "training::temperature_distillation": config.distillation_temperature, "training::queryset_distillation": "data",
-        "training::queryset_dump": images, "training::n_queries_distillation": min(config.queries, len(images)),
-        "trainset::batchsize": config.batch_size, "optim::optimizer": "adamw", "optim::lr": config.lr, "optim::wd": config.weight_decay,
-        "optim::scheduler": None if config.schedule == "constant" else "OneCycleLR", "training::epochs_train": config.steps,
-        "training::steps_per_epoch": 1, "training::gradient_clipping": None if config.clip is None else "norm",
+        "seed": config.seed,
+        "device": config.device,
+        "ae:i_dim": place.token_size,
+        "ae:d_model": config.d_model,
+        "ae:nhead": config.heads,
+        "ae:num_layers": config.layers,
+        "ae:lat_dim": config.latent,
+        "ae:dropout": config.dropout,
+        "ae:max_positions": (place.positions.long().amax(0) + 1).tolist(),
+        "ae:transformer_type": "pytorch",
+        "training::windowsize": place.num_tokens,
+        "training::gamma": config.gamma,
+        "training::beta": config.beta,
+        "training::temperature": config.contrast_temperature,
+        "training::loss_distillation": _LOSSES[config.criterion],
+        "training::temperature_distillation": config.distillation_temperature,
+        "training::queryset_distillation": "data",
+        "training::queryset_dump": images,
+        "training::n_queries_distillation": min(config.queries, len(images)),
+        "trainset::batchsize": config.batch_size,
+        "optim::optimizer": "adamw",
+        "optim::lr": config.lr,
+        "optim::wd": config.weight_decay,
+        "optim::scheduler": None if config.schedule == "constant" else "OneCycleLR",
+        "training::epochs_train": config.steps,
+        "training::steps_per_epoch": 1,
+        "training::gradient_clipping": None if config.clip is None else "norm",
         "training::gradient_clipp_value": config.clip,
-    }  # fmt: skip
+    }
 
 
 def _spec(architecture: Architecture) -> PermutationSpec:
@@ -139,11 +156,16 @@ class _Sitting:
     def _save(self) -> None:
         scheduler = self.module.scheduler
         state = {
-            "step": self.step, "at": self.at, "order": self.order, "generator": self.generator.get_state(),
-            "torch": torch.get_rng_state(), "scales": [unit.scale for unit in self._units()],
-            "model": self.module.model.state_dict(), "optimizer": self.module.optimizer.state_dict(),
+            "step": self.step,
+            "at": self.at,
+            "order": self.order,
+            "generator": self.generator.get_state(),
+            "torch": torch.get_rng_state(),
+            "scales": [unit.scale for unit in self._units()],
+            "model": self.module.model.state_dict(),
+            "optimizer": self.module.optimizer.state_dict(),
             "scheduler": None if scheduler is None else scheduler.state_dict(),
-        }  # fmt: skip
+        }
         write_tensors(self.path, state)
 
     def _restore(self) -> bool:

@@ -25,8 +25,17 @@ _STD = 0.02
 _PROJECTION = 30
 _DECODER_DROPOUT = 0.1  # torch's default: the published decoder does not pass its own
 # keys of forks that change the network; they are not built here
-_FOREIGN = ("ae:weight_init_type", "ae:aggregate_embeddings", "ae:pos_emb_type", "ae:num_pos_buckets", "ae:use_relative_pos",
-            "ae:use_layer_embs", "ae:use_layer_embs_enc_only", "ae:decoder:use_hidden_layer", "ae:decoder:use_skip_connection")  # fmt: skip
+_FOREIGN = (
+    "ae:weight_init_type",
+    "ae:aggregate_embeddings",
+    "ae:pos_emb_type",
+    "ae:num_pos_buckets",
+    "ae:use_relative_pos",
+    "ae:use_layer_embs",
+    "ae:use_layer_embs_enc_only",
+    "ae:decoder:use_hidden_layer",
+    "ae:decoder:use_skip_connection",
+)
 _HARMLESS = {"ae:weight_init_type": "normal", "ae:aggregate_embeddings": "mean"}
 
 

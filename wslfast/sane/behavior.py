@@ -41,9 +41,7 @@ def architecture_of(reference_params: Mapping[str, Any] | None, reference_checkp
         WslfastError: for a network that is not known here, or a checkpoint that is not of it.
     """
     require(isinstance(reference_params, Mapping), f"reference_params: expected the zoo's params, got {describe(reference_params)}")
-    require(
-        isinstance(reference_checkpoint, Mapping), f"reference_checkpoint: expected a state dict, got {describe(reference_checkpoint)}"
-    )
+    require(isinstance(reference_checkpoint, Mapping), f"reference_checkpoint: expected a state dict, got {describe(reference_checkpoint)}")
     assert reference_params is not None
     assert reference_checkpoint is not None
     kind = reference_params.get("model::type")
@@ -89,10 +87,20 @@ class DistillationLoss(Scaled):
     """
 
     def __init__(
-        self, reference_checkpoint: Mapping[str, Tensor] | None, reference_params: Mapping[str, Any] | None, queryset: str = "random",
-        dump: Any = None, n_queries: int = 64, loss: str = "l2", reduction: str = "mean", temperature: float = 2.0,
-        *, architecture: Architecture | None = None, semantics: Choice = "published", **flags: bool,
-    ) -> None:  # fmt: skip
+        self,
+        reference_checkpoint: Mapping[str, Tensor] | None,
+        reference_params: Mapping[str, Any] | None,
+        queryset: str = "random",
+        dump: Any = None,
+        n_queries: int = 64,
+        loss: str = "l2",
+        reduction: str = "mean",
+        temperature: float = 2.0,
+        *,
+        architecture: Architecture | None = None,
+        semantics: Choice = "published",
+        **flags: bool,
+    ) -> None:
         require(loss in LOSSES, f"loss: expected one of {list(LOSSES)}, got {loss!r}")
         require(reduction in REDUCTIONS, f"reduction: expected one of {list(REDUCTIONS)}, got {reduction!r}")
         chosen = resolve(semantics, flags)
@@ -230,9 +238,16 @@ class DistillationLoss(Scaled):
     def _engine(self, rows: Tensor, targets: Tensor, queries: Tensor) -> Tensor:
         criterion = self.loss if self.loss != "l2" else "softmax_mse" if self.semantics.softmax_mse else "mse"
         values = batched_behavioral_loss(
-            rows, None, queries, self.architecture, targets=targets, criterion=criterion,
-            temperature=self.temperature, reduction="none", nan_policy=self._policy,
-        )  # fmt: skip
+            rows,
+            None,
+            queries,
+            self.architecture,
+            targets=targets,
+            criterion=criterion,
+            temperature=self.temperature,
+            reduction="none",
+            nan_policy=self._policy,
+        )
         if self.reduction == "sum" and self.loss != "distillation":
             values = values * (targets.shape[1] * (targets.shape[2] if criterion == "softmax_mse" else 1))
         if not self.semantics.nan_gradients:
@@ -304,17 +319,35 @@ class ReconDistillationLoss(nn.Module):
     """
 
     def __init__(
-        self, reference_checkpoint: Mapping[str, Tensor] | None, reference_params: Mapping[str, Any] | None, beta: float = 0.1,
-        reduction: str = "mean", queryset: str = "random", dump: Any = None, n_queries: int = 64, loss: str = "l2",
-        temperature: float = 2.0, *, architecture: Architecture | None = None, semantics: Choice = "published", **flags: bool,
-    ) -> None:  # fmt: skip
+        self,
+        reference_checkpoint: Mapping[str, Tensor] | None,
+        reference_params: Mapping[str, Any] | None,
+        beta: float = 0.1,
+        reduction: str = "mean",
+        queryset: str = "random",
+        dump: Any = None,
+        n_queries: int = 64,
+        loss: str = "l2",
+        temperature: float = 2.0,
+        *,
+        architecture: Architecture | None = None,
+        semantics: Choice = "published",
+        **flags: bool,
+    ) -> None:
         super().__init__()
         self.semantics = resolve(semantics, flags)
         self.recon_loss = MaskedReconLoss(reduction, semantics=self.semantics)
         self.distillation_loss = DistillationLoss(
-            reference_checkpoint, reference_params, queryset=queryset, dump=dump, n_queries=n_queries, loss=loss,
-            temperature=temperature, architecture=architecture, semantics=self.semantics,
-        )  # fmt: skip
+            reference_checkpoint,
+            reference_params,
+            queryset=queryset,
+            dump=dump,
+            n_queries=n_queries,
+            loss=loss,
+            temperature=temperature,
+            architecture=architecture,
+            semantics=self.semantics,
+        )
         self.beta = beta
 
     def forward(self, output: Tensor, target: Tensor, mask: Tensor, pos: Tensor | None = None) -> dict[str, Tensor]:
@@ -323,9 +356,11 @@ class ReconDistillationLoss(nn.Module):
         behaviour = self.distillation_loss(output, target, mask, pos)
         loss = self.beta * structure["loss_recon"] + (1 - self.beta) * behaviour["loss_recon"]
         return {
-            "loss_recon": loss, "loss_structure": structure["loss_recon"], "loss_behaviour": behaviour["loss_recon"],
+            "loss_recon": loss,
+            "loss_structure": structure["loss_recon"],
+            "loss_behaviour": behaviour["loss_recon"],
             "rsq": structure["rsq"],
-        }  # fmt: skip
+        }
 
 
 def supports(reference_params: Any, reference_checkpoint: Any) -> str | None:

@@ -59,9 +59,12 @@ def tokens_to_recipe(pos: Tensor, reference_checkpoint: Checkpoint, ignore_bn: b
 
 
 def tokens_to_checkpoint(
-    tokens: Tensor, pos: Tensor | None, reference_checkpoint: Checkpoint, ignore_bn: bool = False,
+    tokens: Tensor,
+    pos: Tensor | None,
+    reference_checkpoint: Checkpoint,
+    ignore_bn: bool = False,
     recipe: Mapping[str, Tensor] | None = None,
-) -> OrderedDict[str, Tensor]:  # fmt: skip
+) -> OrderedDict[str, Tensor]:
     """A token sequence as a state dict; padding is dropped, and the gradient flows back to ``tokens``.
 
     Args:
@@ -115,9 +118,15 @@ def test_checkpoint_with_threshold(checkpoint: Checkpoint, threshold: float) -> 
 
 
 def printProgressBar(
-    iteration: int, total: int, prefix: str = "", suffix: str = "", decimals: int = 1, length: int = 100, fill: str = "█",
+    iteration: int,
+    total: int,
+    prefix: str = "",
+    suffix: str = "",
+    decimals: int = 1,
+    length: int = 100,
+    fill: str = "█",
     printEnd: str = "\r",
-) -> None:  # fmt: skip
+) -> None:
     """A line of progress on standard output, ``length`` characters of bar, ended with ``printEnd`` (a new line at the end)."""
     share, done = iteration / total, length * iteration // total
     print(f"\r{prefix} |{fill * done}{'-' * (length - done)}| {100 * share:.{decimals}f}% {suffix}", end=printEnd)

@@ -83,12 +83,28 @@ class GammaContrastReconLoss(nn.Module):
     _paper = True
 
     def __init__(
-        self, gamma: float, reduction: str, batch_size: int, temperature: float, contrast: str = "simclr", z_var_penalty: float = 0.0,
-        z_norm_penalty: float = 0.0, beta: float = 0.1, loss_distillation: str = "l2", temperature_distillation: float = 2.0,
-        queryset_distillation: str = "random", queryset_dump: Any = None, n_queries_distillation: int = 64,
-        reference_checkpoint: Mapping[str, Tensor] | None = None, reference_params: Mapping[str, Any] | None = None,
-        lambda_: float = 0.0, *, architecture: Architecture | None = None, semantics: Choice = "published", **flags: bool,
-    ) -> None:  # fmt: skip
+        self,
+        gamma: float,
+        reduction: str,
+        batch_size: int,
+        temperature: float,
+        contrast: str = "simclr",
+        z_var_penalty: float = 0.0,
+        z_norm_penalty: float = 0.0,
+        beta: float = 0.1,
+        loss_distillation: str = "l2",
+        temperature_distillation: float = 2.0,
+        queryset_distillation: str = "random",
+        queryset_dump: Any = None,
+        n_queries_distillation: int = 64,
+        reference_checkpoint: Mapping[str, Tensor] | None = None,
+        reference_params: Mapping[str, Any] | None = None,
+        lambda_: float = 0.0,
+        *,
+        architecture: Architecture | None = None,
+        semantics: Choice = "published",
+        **flags: bool,
+    ) -> None:
         super().__init__()
         for name, value in (("gamma", gamma), ("beta", beta)):
             require(isinstance(value, Real) and 0 <= value <= 1, f"{name}: expected a number from 0 to 1, got {value!r}")
@@ -102,10 +118,18 @@ class GammaContrastReconLoss(nn.Module):
         if known:
             self.loss_contrast = kinds[contrast](batch_size, temperature, semantics=self.semantics)
         self.loss_recon = self._reconstruction(
-            beta, reduction, self.semantics, queryset=queryset_distillation, dump=queryset_dump, n_queries=n_queries_distillation,
-            temperature=temperature_distillation, loss=loss_distillation, reference_checkpoint=reference_checkpoint,
-            reference_params=reference_params, architecture=architecture,
-        )  # fmt: skip
+            beta,
+            reduction,
+            self.semantics,
+            queryset=queryset_distillation,
+            dump=queryset_dump,
+            n_queries=n_queries_distillation,
+            temperature=temperature_distillation,
+            loss=loss_distillation,
+            reference_checkpoint=reference_checkpoint,
+            reference_params=reference_params,
+            architecture=architecture,
+        )
         self.loss_mean = None
 
     def _reconstruction(self, beta: float, reduction: str, semantics: Semantics, **behaviour: Any) -> nn.Module:
@@ -122,9 +146,16 @@ class GammaContrastReconLoss(nn.Module):
         structure.set_mean_loss(weights, torch.ones_like(weights, dtype=torch.bool) if mask is None else mask)
 
     def forward(
-        self, z_i: Tensor, z_j: Tensor, y: Tensor, t: Tensor, m: Tensor, p: Tensor | None = None, z: Tensor | None = None,
+        self,
+        z_i: Tensor,
+        z_j: Tensor,
+        y: Tensor,
+        t: Tensor,
+        m: Tensor,
+        p: Tensor | None = None,
+        z: Tensor | None = None,
         z_hat: Tensor | None = None,
-    ) -> dict[str, Tensor]:  # fmt: skip
+    ) -> dict[str, Tensor]:
         """Projections ``z_i, z_j [k, d]`` of two views, reconstructions, targets and mask ``[2k, T, D]``, positions
         ``[2k, T, 3]``, latents and latents of the reconstruction ``[2k, T, latent]`` (needed for ``lambda_ > 0`` alone)."""
         out = self._terms(z_i, z_j, y, t, m, p)

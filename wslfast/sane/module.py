@@ -77,10 +77,13 @@ def _as_it_comes(*batch: Any) -> Any:
 def contrast_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """What both packages' objectives take from a config."""
     return {
-        "gamma": config.get("training::gamma", 0.5), "reduction": config.get("training::reduction", "mean"),
-        "batch_size": config.get("trainset::batchsize", 64), "temperature": config.get("training::temperature", 0.1),
-        "contrast": config.get("training::contrast", "simclr"), "z_var_penalty": config.get("training::z_var_penalty", 0.0),
-    }  # fmt: skip
+        "gamma": config.get("training::gamma", 0.5),
+        "reduction": config.get("training::reduction", "mean"),
+        "batch_size": config.get("trainset::batchsize", 64),
+        "temperature": config.get("training::temperature", 0.1),
+        "contrast": config.get("training::contrast", "simclr"),
+        "z_var_penalty": config.get("training::z_var_penalty", 0.0),
+    }
 
 
 class AEModule(nn.Module):
@@ -100,9 +103,15 @@ class AEModule(nn.Module):
     """
 
     def __init__(
-        self, config: Mapping[str, Any], reference_checkpoint: Any = None, reference_params: Any = None,
-        *, architecture: Architecture | None = None, semantics: Choice = "published", **flags: bool,
-    ) -> None:  # fmt: skip
+        self,
+        config: Mapping[str, Any],
+        reference_checkpoint: Any = None,
+        reference_params: Any = None,
+        *,
+        architecture: Architecture | None = None,
+        semantics: Choice = "published",
+        **flags: bool,
+    ) -> None:
         super().__init__()
         chosen = resolve(semantics, flags)
         self.config = config
@@ -125,9 +134,13 @@ class AEModule(nn.Module):
         self.set_transforms()
 
     def _criterion(
-        self, config: Mapping[str, Any], reference_checkpoint: Any, reference_params: Any, architecture: Architecture | None,
+        self,
+        config: Mapping[str, Any],
+        reference_checkpoint: Any,
+        reference_params: Any,
+        architecture: Architecture | None,
         chosen: Semantics,
-    ) -> nn.Module:  # fmt: skip
+    ) -> nn.Module:
         known = reference_checkpoint is not None or reference_params is not None or architecture is not None
         require(
             known or config.get("training::beta", 0.1) >= 1,
@@ -135,14 +148,19 @@ class AEModule(nn.Module):
             "package SANE take wslfast.sane.unscaled.AEModule",
         )
         return GammaContrastReconLoss(
-            **contrast_settings(config), beta=config.get("training::beta", 0.1),
+            **contrast_settings(config),
+            beta=config.get("training::beta", 0.1),
             loss_distillation=config.get("training::loss_distillation", "l2"),
             temperature_distillation=config.get("training::temperature_distillation", 2.0),
             queryset_distillation=config.get("training::queryset_distillation", "random"),
-            queryset_dump=config.get("training::queryset_dump"), n_queries_distillation=config.get("training::n_queries_distillation", 64),
-            reference_checkpoint=reference_checkpoint, reference_params=reference_params, lambda_=config.get("training::lambda", 0.0),
-            architecture=architecture, semantics=chosen,
-        )  # fmt: skip
+            queryset_dump=config.get("training::queryset_dump"),
+            n_queries_distillation=config.get("training::n_queries_distillation", 64),
+            reference_checkpoint=reference_checkpoint,
+            reference_params=reference_params,
+            lambda_=config.get("training::lambda", 0.0),
+            architecture=architecture,
+            semantics=chosen,
+        )
 
     # -- settings ------------------------------------------------------------------------------------------------------
 

@@ -215,9 +215,16 @@ def weight_matching(
 
 
 def precompute_permutations(
-    ref_checkpoint: Mapping[str, Tensor], permutation_number: int, perm_spec: PermutationSpec, tokensize: int, ignore_bn: bool,
-    num_threads: int = 6, *, semantics: Choice = "published", **flags: bool,
-) -> tuple[list[Tensor], list[dict[str, Tensor]]]:  # fmt: skip
+    ref_checkpoint: Mapping[str, Tensor],
+    permutation_number: int,
+    perm_spec: PermutationSpec,
+    tokensize: int,
+    ignore_bn: bool,
+    num_threads: int = 6,
+    *,
+    semantics: Choice = "published",
+    **flags: bool,
+) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
     """Random views of a network as maps into its flat tokens, for :func:`permute_model_vector`.
 
     Published, padding of a view reads token entry 0, the first weight of the first channel; corrected

@@ -21,9 +21,15 @@ class DownstreamTaskLearner:
     """Fits one linear probe a property on embeddings of the training split and reads R2 (accuracy for classes) on every split."""
 
     def eval_dstasks(
-        self, model: Any, trainset: Any, testset: Any, valset: Any = None, task_keys: Sequence[str] = TASKS, batch_size: int = 100,
+        self,
+        model: Any,
+        trainset: Any,
+        testset: Any,
+        valset: Any = None,
+        task_keys: Sequence[str] = TASKS,
+        batch_size: int = 100,
         polar_coordinates: bool = False,
-    ) -> dict[str, float]:  # fmt: skip
+    ) -> dict[str, float]:
         """Probe ``model.forward_embeddings(tokens, positions)``.
 
         Args:
@@ -64,17 +70,29 @@ class DownstreamTaskLearner:
         return _polar(z) if polar_coordinates else z
 
     def compute_closed_form_solution(
-        self, z_train: Tensor, prop_train: Sequence[float], z_test: Tensor, prop_test: Sequence[float], z_val: Tensor | None = None,
-        prop_val: Sequence[float] | None = None, verbosity: int = 0, return_reg: bool = False,
-    ) -> tuple[Any, ...]:  # fmt: skip
+        self,
+        z_train: Tensor,
+        prop_train: Sequence[float],
+        z_test: Tensor,
+        prop_test: Sequence[float],
+        z_val: Tensor | None = None,
+        prop_val: Sequence[float] | None = None,
+        verbosity: int = 0,
+        return_reg: bool = False,
+    ) -> tuple[Any, ...]:
         """R2 of a ridge probe on train, test and validation (None without one); its penalty is chosen on validation, else on
         train. With ``return_reg`` the penalty comes first."""
         return ridge(z_train, prop_train, z_test, prop_test, z_val, prop_val, return_reg)
 
     def classify_single(
-        self, z_train: Tensor, prop_train: Sequence[Any], z_test: Tensor, prop_test: Sequence[Any], z_val: Tensor | None = None,
+        self,
+        z_train: Tensor,
+        prop_train: Sequence[Any],
+        z_test: Tensor,
+        prop_test: Sequence[Any],
+        z_val: Tensor | None = None,
         prop_val: Sequence[Any] | None = None,
-    ) -> tuple[float, float, float | None]:  # fmt: skip
+    ) -> tuple[float, float, float | None]:
         """Accuracy of a linear softmax classifier (Adam 1e-4, decay 1e-6, 50 epochs of batches of 10) on the three splits."""
         classes = sorted(set(prop_train))
         for split, labels in (("test", prop_test), ("val", prop_val or ())):

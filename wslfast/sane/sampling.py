@@ -18,9 +18,13 @@ _SEED = 42  # the published sampler starts every density from it
 
 
 def sample_latents(
-    anchor_z: Tensor, repetitions: int, mode: str = "individual",
-    *, bandwidth: float = BANDWIDTH, generator: np.random.Generator | None = None,
-) -> Tensor:  # fmt: skip
+    anchor_z: Tensor,
+    repetitions: int,
+    mode: str = "individual",
+    *,
+    bandwidth: float = BANDWIDTH,
+    generator: np.random.Generator | None = None,
+) -> Tensor:
     """Draws from a Gaussian kernel density fitted to anchors.
 
     Args:
@@ -54,11 +58,23 @@ def sample_latents(
 
 
 def sample_models(
-    ae_model: Any, checkpoint_ref: Mapping[str, Tensor], repetitions: int, anchor_z: Tensor, anchor_pos: Tensor,
-    anchor_w_shape: Sequence[int], mode: str = "individual", batch_size: int = 0, return_new_anchor: bool = True,
-    reset_classifier: bool = False, halo: bool = False, halo_wse: int = 156, halo_hs: int = 64,
-    *, bandwidth: float = BANDWIDTH, generator: np.random.Generator | None = None,
-) -> Any:  # fmt: skip
+    ae_model: Any,
+    checkpoint_ref: Mapping[str, Tensor],
+    repetitions: int,
+    anchor_z: Tensor,
+    anchor_pos: Tensor,
+    anchor_w_shape: Sequence[int],
+    mode: str = "individual",
+    batch_size: int = 0,
+    return_new_anchor: bool = True,
+    reset_classifier: bool = False,
+    halo: bool = False,
+    halo_wse: int = 156,
+    halo_hs: int = 64,
+    *,
+    bandwidth: float = BANDWIDTH,
+    generator: np.random.Generator | None = None,
+) -> Any:
     """New models from the latents of anchors.
 
     Args:

@@ -90,16 +90,22 @@ def _forms(paper: bool) -> dict[str, tuple[Form, ...]]:
         ),
         "models.def_loss.DistillationLoss": (
             Form(
-                {"__init__": f"self, reference_checkpoint, reference_params, {_BEHAVIOUR}, reduction='mean', temperature=2.0",
-                 "forward": "self, output, target, _, pos"},
-                behavior.DistillationLoss, _network,
+                {
+                    "__init__": f"self, reference_checkpoint, reference_params, {_BEHAVIOUR}, reduction='mean', temperature=2.0",
+                    "forward": "self, output, target, _, pos",
+                },
+                behavior.DistillationLoss,
+                _network,
             ),
         ),
         "models.def_loss.ReconDistillationLoss": (
             Form(
-                {"__init__": f"self, reference_checkpoint, reference_params, beta=0.1, reduction='mean', {_BEHAVIOUR}, temperature=2.0",
-                 "forward": f"{pair}, pos"},
-                behavior.ReconDistillationLoss, lambda arguments: _network(arguments | {"beta": 0.0}),
+                {
+                    "__init__": f"self, reference_checkpoint, reference_params, beta=0.1, reduction='mean', {_BEHAVIOUR}, temperature=2.0",
+                    "forward": f"{pair}, pos",
+                },
+                behavior.ReconDistillationLoss,
+                lambda arguments: _network(arguments | {"beta": 0.0}),
             ),
         ),
         "models.def_loss.NT_Xent": (_contrast(paper, "NT_Xent"),),
@@ -112,8 +118,17 @@ def _forms(paper: bool) -> dict[str, tuple[Form, ...]]:
             ),
         ),
         "models.def_AE.AE": (
-            Form({"__init__": "self, config", "forward": "self, x, p, mask=None", "forward_encoder": "self, x, p, mask=None",
-                  "forward_decoder": "self, z, p, mask=None", "forward_embeddings": "self, x, p"}, autoencoder.AE, _config),
+            Form(
+                {
+                    "__init__": "self, config",
+                    "forward": "self, x, p, mask=None",
+                    "forward_encoder": "self, x, p, mask=None",
+                    "forward_decoder": "self, z, p, mask=None",
+                    "forward_embeddings": "self, x, p",
+                },
+                autoencoder.AE,
+                _config,
+            ),
             Form({"__init__": "self, config", "forward": "self, x, p, mask=None, return_z_stats=False"}, None),
         ),
         "datasets.dataset_auxiliaries.tokenize_checkpoint": (
@@ -138,12 +153,14 @@ def _forms(paper: bool) -> dict[str, tuple[Form, ...]]:
         "models.def_downstream_module.DownstreamTaskLearner.compute_closed_form_solution": (
             Form({"": _SOLVE}, probe.DownstreamTaskLearner.compute_closed_form_solution),
         ),
-    }  # fmt: skip
+    }
     if paper:
         methods = {
-            "train_step": (_STEP, module.train_step), "test_step": (_STEP, module.test_step),
-            "save_model": ("self, experiment_dir", state.save_model), "load_model": ("self, experiment_dir", state.load_model),
-        }  # fmt: skip
+            "train_step": (_STEP, module.train_step),
+            "test_step": (_STEP, module.test_step),
+            "save_model": ("self, experiment_dir", state.save_model),
+            "load_model": ("self, experiment_dir", state.load_model),
+        }
         forms |= {f"models.def_AE_module.AEModule.{name}": (Form({"": signature}, ours),) for name, (signature, ours) in methods.items()}
     return forms
 

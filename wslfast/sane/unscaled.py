@@ -51,13 +51,30 @@ class GammaContrastReconLoss(losses.GammaContrastReconLoss):
     _paper = False
 
     def __init__(
-        self, gamma: float, reduction: str, batch_size: int, temperature: float, contrast: str = "simclr",
-        z_var_penalty: float = 0.0, z_norm_penalty: float = 0.0, *, semantics: Choice = "published", **flags: bool,
-    ) -> None:  # fmt: skip
+        self,
+        gamma: float,
+        reduction: str,
+        batch_size: int,
+        temperature: float,
+        contrast: str = "simclr",
+        z_var_penalty: float = 0.0,
+        z_norm_penalty: float = 0.0,
+        *,
+        semantics: Choice = "published",
+        **flags: bool,
+    ) -> None:
         super().__init__(
-            gamma, reduction, batch_size, temperature, contrast, z_var_penalty, z_norm_penalty, beta=1.0,
-            semantics=semantics, **{"first_value_scale": False} | flags,  # type: ignore[arg-type]
-        )  # fmt: skip
+            gamma,
+            reduction,
+            batch_size,
+            temperature,
+            contrast,
+            z_var_penalty,
+            z_norm_penalty,
+            beta=1.0,
+            semantics=semantics,
+            **{"first_value_scale": False} | flags,  # type: ignore[arg-type]
+        )
 
     def _reconstruction(self, beta: float, reduction: str, semantics: Semantics, **behaviour: Any) -> nn.Module:
         return MaskedReconLoss(reduction, semantics=semantics, first_value_scale=semantics.first_value_scale)
@@ -75,5 +92,5 @@ class AEModule(module.AEModule):
 
     def _criterion(
         self, config: Mapping[str, Any], reference_checkpoint: Any, reference_params: Any, architecture: Any, chosen: Semantics
-    ) -> nn.Module:  # fmt: skip
+    ) -> nn.Module:
         return GammaContrastReconLoss(**module.contrast_settings(config), semantics=chosen, first_value_scale=chosen.first_value_scale)

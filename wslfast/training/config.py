@@ -150,9 +150,17 @@ class TrainConfig:
     def paper(cls, zoo: str, out: str, **changes: Any) -> TrainConfig:
         """The published setting (arXiv 2503.17138): d 256, 8 + 8 blocks, 64 models, n = 256, lr 1e-5, 30,000 steps, no clipping."""
         values: dict[str, Any] = {
-            "steps": 30_000, "batch_size": 64, "lr": 1e-5, "clip": None, "precision": "bf16",
-            "start": "random", "d_model": 256, "heads": 8, "layers": 8, "latent": 64,
-        }  # fmt: skip
+            "steps": 30_000,
+            "batch_size": 64,
+            "lr": 1e-5,
+            "clip": None,
+            "precision": "bf16",
+            "start": "random",
+            "d_model": 256,
+            "heads": 8,
+            "layers": 8,
+            "latent": 64,
+        }
         return cls(zoo=zoo, out=out, **(values | changes))
 
     @classmethod

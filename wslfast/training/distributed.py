@@ -64,6 +64,9 @@ class World:
         return value
 
 
+ALONE = World()
+
+
 @contextmanager
 def joined(device: str) -> Iterator[tuple[World, torch.device]]:
     """This process's place among those torchrun started, and its device (``cuda`` becomes one GPU a process).

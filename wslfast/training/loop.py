@@ -27,10 +27,15 @@ logger = logging.getLogger("wslfast")
 
 
 def train(
-    config: TrainConfig, *, resume: bool = False, profiled: bool = False, on_record: OnRecord | None = None,
-    population: Union[Population, MappedZoo, None] = None, images: Tensor | None = None,
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    profiled: bool = False,
+    on_record: OnRecord | None = None,
+    population: Union[Population, MappedZoo, None] = None,
+    images: Tensor | None = None,
     stop: Callable[[int], bool] | None = None,
-) -> Run:  # fmt: skip
+) -> Run:
     """Train an autoencoder on a zoo; returns the trained run.
 
     Under torchrun (``torchrun --nproc-per-node N -m wslfast train ...``) every process takes its share of each batch; the run

@@ -28,9 +28,7 @@ def set_names(query_set: str) -> tuple[str, ...]:
     return names
 
 
-def query_images(
-    query_set: str, zoo: str | Path, source: Union[Population, MappedZoo], *, n: int = 2048, seed: int = 0
-) -> Tensor:
+def query_images(query_set: str, zoo: str | Path, source: Union[Population, MappedZoo], *, n: int = 2048, seed: int = 0) -> Tensor:
     """Images ``[N, *input_shape]`` of a query set.
 
     Args:

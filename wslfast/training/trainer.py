@@ -29,7 +29,7 @@ from ..queries import QueryPool, TargetCache
 from ..tokens import TokenLayout
 from ..zoo import MappedZoo
 from .config import TrainConfig
-from .distributed import World
+from .distributed import ALONE, World
 from .models import TrainingModels
 
 logger = logging.getLogger("wslfast")
@@ -55,9 +55,14 @@ class Trainer:
     """
 
     def __init__(
-        self, config: TrainConfig, models: Union[Population, MappedZoo], images: Tensor, sizes: dict[str, Any] | None = None,
-        world: World = World(), device: torch.device | None = None,  # noqa: B008 - immutable
-    ) -> None:  # fmt: skip
+        self,
+        config: TrainConfig,
+        models: Union[Population, MappedZoo],
+        images: Tensor,
+        sizes: dict[str, Any] | None = None,
+        world: World = ALONE,
+        device: torch.device | None = None,
+    ) -> None:
         self.config, self.world = config, world
         self.device = torch.device(config.device) if device is None else device
         self.architecture = models.architecture
@@ -89,9 +94,11 @@ class Trainer:
         vectors = [p for p in self.model.parameters() if p.ndim < 2]
         groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr)
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer, max_lr=config.lr, total_steps=config.steps, pct_start=0.3
-        ) if config.schedule == "onecycle" else None  # fmt: skip
+        self.schedule = (
+            torch.optim.lr_scheduler.OneCycleLR(self.optimizer, max_lr=config.lr, total_steps=config.steps, pct_start=0.3)
+            if config.schedule == "onecycle"
+            else None
+        )
         whole = len(sample) == len(models) and self.cache is not None
         known = self.cache if whole or not config.uses_behavior else TargetCache(sample, self.pool)
         self.normalizers = losses.Normalizers.from_data(
@@ -120,15 +127,24 @@ class Trainer:
     def _new_autoencoder(self, sample: Population) -> Autoencoder:
         config = self.config
         sizes: dict[str, Any] = {
-            "d_model": config.d_model, "heads": config.heads, "layers": config.layers, "projection": config.projection,
-            "dropout": config.dropout, "window": config.window,
-        }  # fmt: skip
+            "d_model": config.d_model,
+            "heads": config.heads,
+            "layers": config.layers,
+            "projection": config.projection,
+            "dropout": config.dropout,
+            "window": config.window,
+        }
         if config.start == "random":
             return Autoencoder(self.layout, latent=config.latent, **sizes)
         codec = LinearCodec(
-            sample, latent=config.share, metric=config.metric, views=config.start_views, token_size=config.token_size,
-            queries=self.pool.images[:512] if config.metric == "activation" else None, seed=config.seed,
-        )  # fmt: skip
+            sample,
+            latent=config.share,
+            metric=config.metric,
+            views=config.start_views,
+            token_size=config.token_size,
+            queries=self.pool.images[:512] if config.metric == "activation" else None,
+            seed=config.seed,
+        )
         logger.info("linear start: %d latent numbers for %d parameters", codec.latent_size, self.architecture.num_weights)
         return Autoencoder(self.layout, start="linear", codec=codec, **sizes)
 
@@ -178,9 +194,16 @@ class Trainer:
                 targets = self._targets(rows[mine], originals, queries).repeat(len(views), 1, 1)
             with _matmul_precision(config.behavior_precision, self.device):
                 values = batched_behavioral_loss(
-                    weights, None, self.pool[queries], self.architecture, targets=targets, criterion=config.criterion,
-                    temperature=config.distillation_temperature, reduction="none", nan_policy="omit",
-                )  # fmt: skip
+                    weights,
+                    None,
+                    self.pool[queries],
+                    self.architecture,
+                    targets=targets,
+                    criterion=config.criterion,
+                    temperature=config.distillation_temperature,
+                    reduction="none",
+                    nan_policy="omit",
+                )
             # the mean over the models kept, without asking the device how many those are
             kept = values.isfinite()
             of_all = world.total(kept.sum()).clamp_min(1) / world.size

@@ -35,11 +35,22 @@ _ORDER = 0x5EED  # apart from the stream that draws the initial weights
 
 
 def build_zoo(
-    dataset: str | Path | Dataset = "digits", out: str | Path | None = None, *, architecture: Architecture | None = None,
-    models: int = 64, epochs: int = 5, keep: Sequence[int] | None = None, grid: str | Grid = "small", batch_size: int = 32,
-    seed: int = 0, split: Sequence[float] = (0.7, 0.15, 0.15), device: str | torch.device = "cpu", progress: bool = False,
-    overwrite: bool = False, root: str | Path | None = None,
-) -> Population:  # fmt: skip
+    dataset: str | Path | Dataset = "digits",
+    out: str | Path | None = None,
+    *,
+    architecture: Architecture | None = None,
+    models: int = 64,
+    epochs: int = 5,
+    keep: Sequence[int] | None = None,
+    grid: str | Grid = "small",
+    batch_size: int = 32,
+    seed: int = 0,
+    split: Sequence[float] = (0.7, 0.15, 0.15),
+    device: str | torch.device = "cpu",
+    progress: bool = False,
+    overwrite: bool = False,
+    root: str | Path | None = None,
+) -> Population:
     """Train ``models`` networks and return their checkpoints at the kept epochs; with ``out``, store them as a zoo there.
 
     Args:
@@ -97,19 +108,34 @@ def build_zoo(
         from .. import __version__
 
         provenance = {
-            "made_by": "wslfast.build_zoo", "wslfast": __version__, "torch": torch.__version__, "device": where.type,
-            "dataset": {"name": data.name, "classes": data.classes, **data.provenance}, "grid": chosen.to_dict(),
-            "models": models, "epochs": epochs, "kept_epochs": list(kept), "batch_size": batch_size, "seed": seed,
-            "optimizer": {"name": "adam", "betas": [0.9, 0.999], "eps": 1e-8}, "dropped_rows": dropped,
-        }  # fmt: skip
+            "made_by": "wslfast.build_zoo",
+            "wslfast": __version__,
+            "torch": torch.__version__,
+            "device": where.type,
+            "dataset": {"name": data.name, "classes": data.classes, **data.provenance},
+            "grid": chosen.to_dict(),
+            "models": models,
+            "epochs": epochs,
+            "kept_epochs": list(kept),
+            "batch_size": batch_size,
+            "seed": seed,
+            "optimizer": {"name": "adam", "betas": [0.9, 0.999], "eps": 1e-8},
+            "dropped_rows": dropped,
+        }
         save_zoo(population, out, splits=plan, provenance=provenance, overwrite=overwrite)
     return population
 
 
 def fine_tune(
-    population: Population, data: Dataset, *, epochs: int = 5, lr: float = 5e-4, weight_decay: float = 5e-4, batch_size: int = 64,
+    population: Population,
+    data: Dataset,
+    *,
+    epochs: int = 5,
+    lr: float = 5e-4,
+    weight_decay: float = 5e-4,
+    batch_size: int = 64,
     seed: int = 0,
-) -> Population:  # fmt: skip
+) -> Population:
     """Train every model of a population further on a data set's training images, all at once (the defaults are the published ones).
 
     Args:
@@ -182,9 +208,13 @@ class StackedAdam:
     """
 
     def __init__(
-        self, weights: Tensor, lr: Sequence[float], weight_decay: Sequence[float],
-        betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-    ) -> None:  # fmt: skip
+        self,
+        weights: Tensor,
+        lr: Sequence[float],
+        weight_decay: Sequence[float],
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> None:
         self.weights, self.betas, self.eps, self.steps = weights, betas, eps, 0
         self._fused: torch.optim.Adam | None = None
         if weights.device.type == "cpu" and weights.shape[1] >= _LONG_ROW:
@@ -223,9 +253,14 @@ def batch_generator(seed: int) -> torch.Generator:
 
 
 def _train(
-    weights: Tensor, architecture: Architecture, data: Dataset, cells: Sequence[Cell], kept: Sequence[int], batch_size: int,
+    weights: Tensor,
+    architecture: Architecture,
+    data: Dataset,
+    cells: Sequence[Cell],
+    kept: Sequence[int],
+    batch_size: int,
     advance: Callable[[int, int, Tensor], None],
-) -> Population:  # fmt: skip
+) -> Population:
     """Train ``weights [k, P]`` in place, on their device: every kept checkpoint, ``k * len(kept)`` rows, model-major, with what was
     measured."""
     k, n, device = len(cells), len(data.train_labels), weights.device
@@ -296,8 +331,13 @@ def _sound(population: Population) -> tuple[Population, dict[str, int]]:
     models = {m for m, ok in zip(population.properties["model"], good.tolist(), strict=True) if not ok}
     logger.warning(
         "zoo: dropped %d of %d checkpoints, of %d models: %d with weights that are not finite, %d with weights above %g",
-        count, len(population), len(models), dropped["not_finite"], dropped["too_large"], LARGEST_WEIGHT,
-    )  # fmt: skip
+        count,
+        len(population),
+        len(models),
+        dropped["not_finite"],
+        dropped["too_large"],
+        LARGEST_WEIGHT,
+    )
     return population[good], dropped
 
 

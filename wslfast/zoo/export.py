@@ -75,8 +75,7 @@ def _results(table: Mapping[str, tuple[Any, ...]], rows: list[int], epochs: list
     """A line an iteration from 0 on, as the published loaders count lines; iterations that were not kept know only their number."""
     columns = {n: c for n, c in table.items() if n not in (*_SETTINGS, "split", "model", "epoch", "name", "ggap")}
     known = {
-        epoch: {n: column[row] for n, column in columns.items() if column[row] is not None}
-        for row, epoch in zip(rows, epochs, strict=True)
+        epoch: {n: column[row] for n, column in columns.items() if column[row] is not None} for row, epoch in zip(rows, epochs, strict=True)
     }
     lines = ({"training_iteration": e, **known.get(e, {}), "config": config} for e in range(epochs[-1] + 1))
     return "".join(json.dumps(line) + "\n" for line in lines)

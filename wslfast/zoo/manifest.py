@@ -250,8 +250,10 @@ def _shards(record: Mapping[str, Any], where: str) -> tuple[Shard, ...]:
         require(isinstance(entry, dict), f"{what}: expected an object, got {_came(entry)}")
         file, digest = entry.get("file"), entry.get("sha256")
         # a plain name only: nothing that could leave the zoo's folder
-        require(isinstance(file, str) and _FILE.fullmatch(file) is not None and ".." not in file,
-                f"{what}: file: expected a plain name ending in .safetensors, got {_came(file)}")  # fmt: skip
+        require(
+            isinstance(file, str) and _FILE.fullmatch(file) is not None and ".." not in file,
+            f"{what}: file: expected a plain name ending in .safetensors, got {_came(file)}",
+        )
         require(file.lower() not in names, f"{what}: {file!r} is listed twice")
         hexadecimal = isinstance(digest, str) and _DIGEST.fullmatch(digest) is not None
         require(hexadecimal, f"{what}: sha256: expected 64 hex digits, got {_came(digest)}")

@@ -50,9 +50,14 @@ class MappedZoo:
     properties: Mapping[str, tuple[Any, ...]]
 
     def __init__(
-        self, path: str | Path, split: str | None = None, *, architecture: Architecture | None = None, verify: bool = True,
+        self,
+        path: str | Path,
+        split: str | None = None,
+        *,
+        architecture: Architecture | None = None,
+        verify: bool = True,
         skip_bad: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         require(split is None or split in SPLITS, f"split: expected None or one of {SPLITS}, got {split!r}")
         self._folder, self._verify = Path(path), verify
         manifest, where = read_manifest(path), str(Path(path) / MANIFEST)

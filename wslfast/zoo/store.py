@@ -43,9 +43,14 @@ _PATIENCE = 5  # readings of the manifest while somebody replaces the zoo
 
 
 def save_zoo(
-    population: Population, path: str | Path, *, splits: Split | Sequence[str], provenance: Mapping[str, Any],
-    shard_rows: int | None = None, overwrite: bool = False,
-) -> Manifest:  # fmt: skip
+    population: Population,
+    path: str | Path,
+    *,
+    splits: Split | Sequence[str],
+    provenance: Mapping[str, Any],
+    shard_rows: int | None = None,
+    overwrite: bool = False,
+) -> Manifest:
     """Write ``population`` as a zoo in the folder ``path`` and return its manifest.
 
     Args:
@@ -72,9 +77,14 @@ def save_zoo(
 
     def manifest(shards: Sequence[Shard]) -> Manifest:
         return Manifest(
-            normalised(population.architecture.to_dict(), "architecture"), population.architecture.num_weights, len(weights),
-            columns, split, normalised(provenance, "provenance"), tuple(shards),
-        )  # fmt: skip
+            normalised(population.architecture.to_dict(), "architecture"),
+            population.architecture.num_weights,
+            len(weights),
+            columns,
+            split,
+            normalised(provenance, "provenance"),
+            tuple(shards),
+        )
 
     # what would be refused when read is refused now, before anything is written
     sketch = manifest([Shard(f"shard-{i:05d}.safetensors", rows, 1, "0" * 64) for i, rows in enumerate(counts)])

@@ -21,11 +21,20 @@ def render(results: Results) -> str:
     zoos = tables.zoos(results)
     body = [
         tables.data_table(results),
-        section("Where we stand", tables.goals_table(results), lead="The goals of this evaluation, and the best run or closed-form code of "
-                "at most 55 % latent numbers on each zoo. All figures are from test models and test images."),
-        _reconstruction(results, zoos), _probes(results, zoos), _generation(results, zoos), _maps(results, zoos), _training(results, zoos),
-        extras.ablations(results), extras.gradients(results),
-    ]  # fmt: skip
+        section(
+            "Where we stand",
+            tables.goals_table(results),
+            lead="The goals of this evaluation, and the best run or closed-form code of "
+            "at most 55 % latent numbers on each zoo. All figures are from test models and test images.",
+        ),
+        _reconstruction(results, zoos),
+        _probes(results, zoos),
+        _generation(results, zoos),
+        _maps(results, zoos),
+        _training(results, zoos),
+        extras.ablations(results),
+        extras.gradients(results),
+    ]
     title = "Weight-space autoencoders on " + _join(zoos)
     return document(title, headline(results), "\n".join(body), _facts(results), CSS)
 
@@ -70,16 +79,20 @@ def _reconstruction(results: Results, zoos: list[str]) -> str:
                 "Above, agreement with the own original (outline) and, mean over them, with other models' originals (grey). Below, test "
                 "accuracy of reconstructions (outline) and originals (grey). Triangles mark medians.",
             ),
-        ]  # fmt: skip
+        ]
     if not any(tables.trained(results, z) for z in zoos):
         return ""
     paper = [
         "<h3>Beside the paper</h3>",
-        beside(("Agreement with the own original, %", tables.side_by_side(results, "agreement", published.AGREEMENT, percent)),
-               ("L2 distance in weights", tables.side_by_side(results, "l2_masked", published.L2, number))),
-        note(tables.PAPER_NOTE + " Its L2 includes the decoder's output on padding; ours is over real weights alone. Its encoder attends "
-             "over the batch, so a model's code depends on its neighbours; ours does not."),
-    ]  # fmt: skip
+        beside(
+            ("Agreement with the own original, %", tables.side_by_side(results, "agreement", published.AGREEMENT, percent)),
+            ("L2 distance in weights", tables.side_by_side(results, "l2_masked", published.L2, number)),
+        ),
+        note(
+            tables.PAPER_NOTE + " Its L2 includes the decoder's output on padding; ours is over real weights alone. Its encoder attends "
+            "over the batch, so a model's code depends on its neighbours; ours does not."
+        ),
+    ]
     lead = "Encode a held-out model, decode it, and compare the network that comes out with the one that went in."
     return section("Reconstruction", *parts, *paper, lead=lead)
 
@@ -102,12 +115,17 @@ def _probes(results: Results, zoos: list[str]) -> str:
     untrained = {"untrained": "untrained-"}
     paper = [
         "<h3>Beside the paper</h3>",
-        beside(*((title, tables.side_by_side(results, metric, theirs, number, extra=untrained)) for title, metric, theirs in (
-            ("R2 of test accuracy", "probe_r2", published.PROBE_ACCURACY),
-            ("R2 of the generalisation gap", "probe_r2_ggap", published.PROBE_GGAP),
-        ))),
+        beside(
+            *(
+                (title, tables.side_by_side(results, metric, theirs, number, extra=untrained))
+                for title, metric, theirs in (
+                    ("R2 of test accuracy", "probe_r2", published.PROBE_ACCURACY),
+                    ("R2 of the generalisation gap", "probe_r2_ggap", published.PROBE_GGAP),
+                )
+            )
+        ),
         note(tables.PAPER_NOTE + " Its repeats of one setting differ by .03 on SVHN and .01 on the others."),
-    ]  # fmt: skip
+    ]
     lead = "Ridge regression from a model's latents to what is known of it: fitted on training models, penalty chosen on validation models."
     return section("What latents know: probes", *parts, *paper, lead=lead)
 
@@ -130,7 +148,7 @@ def _generation(results: Results, zoos: list[str]) -> str:
             ),
             tables.generation_table(results, zoo, colors),
             f"<h4>Every sampler, {escape(run)}</h4>{tables.samplings_table(results, zoo, run)}" if run else "",
-        ]  # fmt: skip
+        ]
     if not parts:
         return ""
     beta = figures.against_beta(results)
@@ -138,11 +156,15 @@ def _generation(results: Results, zoos: list[str]) -> str:
         parts.append("<h3>Against beta</h3>" + figure(beta, "Dashed: the zoo's anchors. Bars: standard deviation over seeds."))
     paper = [
         "<h3>Beside the paper</h3>",
-        beside(("Structural diversity: mean L2 over pairs of new models",
-                tables.side_by_side(results, "diversity", published.DIVERSITY, number, extra={"zoo": "zoo"})),
-               ("Best model of each set, test accuracy", tables.best_table(results))),
+        beside(
+            (
+                "Structural diversity: mean L2 over pairs of new models",
+                tables.side_by_side(results, "diversity", published.DIVERSITY, number, extra={"zoo": "zoo"}),
+            ),
+            ("Best model of each set, test accuracy", tables.best_table(results)),
+        ),
         note(tables.PAPER_NOTE + " The best of many is the paper's headline; it says nothing of the rest, so read the means above."),
-    ]  # fmt: skip
+    ]
     lead = "Sample latents around those of the zoo's best training models, decode them, and measure every network that comes out."
     return section("New models", *parts, *paper, lead=lead)
 
@@ -198,7 +220,7 @@ def _facts(results: Results) -> Mapping[str, str]:
         "sizes": sizes,
         "runs": "; ".join(f"{run} seed {', '.join(of)}" for run, of in runs.items()),
         "rows": "rows.csv and the other tables beside this page hold every figure on it",
-    }  # fmt: skip
+    }
     return {name: text for name, text in lines.items() if text}
 
 

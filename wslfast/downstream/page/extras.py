@@ -91,12 +91,15 @@ def gradients(results: Results) -> str:
     parts = []
     for zoo, variant in names:
         own = [r for r in rows if (str(r["zoo"]), str(r["variant"])) == (zoo, variant)]
-        parts.append(f"<h3>{escape(variant)}, {escape(zoo)}</h3>" + figure(
-            _sweeps([r for r in own if r.get("direction")]),
-            "A model's weights moved by an error of a given size, relative to their norm, in several directions: medians over models. "
-            "Left, the quadratic form over the measured behavioural loss (1 where the first-order step holds); then accuracy, and "
-            "agreement with the model that was moved.",
-        ))  # fmt: skip
+        parts.append(
+            f"<h3>{escape(variant)}, {escape(zoo)}</h3>"
+            + figure(
+                _sweeps([r for r in own if r.get("direction")]),
+                "A model's weights moved by an error of a given size, relative to their norm, in several directions: medians over models. "
+                "Left, the quadratic form over the measured behavioural loss (1 where the first-order step holds); then accuracy, and "
+                "agreement with the model that was moved.",
+            )
+        )
         alone = [r for r in own if not r.get("direction")]
         if alone:
             words = "; ".join(f"<b>{escape(str(r['metric']).replace('_', ' '))}</b> {_short(r)}" for r in alone)

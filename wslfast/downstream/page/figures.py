@@ -36,7 +36,7 @@ def palette(results: Results, zoo: str) -> dict[str, str]:
         ([v for v in results.variants(zoo, "run") if v not in runs], ("#9aa5ad", "#b9a58c", "#a9b8a0", "#b5a5b8")),
         *((results.variants(zoo, kind), _CODES) for kind in ("code", "refined")),
         *((results.variants(zoo, kind), _MODELS) for kind in ("model", "features")),
-    ]  # fmt: skip
+    ]
     for variants, hues in groups:
         colors |= {v: hues[i % len(hues)] for i, v in enumerate(variants)}
     return colors
@@ -92,8 +92,9 @@ def histograms(results: Results, zoo: str, variants: Sequence[str], colors: Mapp
         for axes in grid.flat:
             axes.set_visible(False)
         pairs = (
-            ("agreement_others", "agreement", "agreement (% of images)"), ("accuracy_original", "accuracy_reconstructed", "accuracy (%)"),
-        )  # fmt: skip
+            ("agreement_others", "agreement", "agreement (% of images)"),
+            ("accuracy_original", "accuracy_reconstructed", "accuracy (%)"),
+        )
         for column, variant in enumerate(kept):
             own = results.table("models", zoo, variant)
             for row, (grey, hue, label) in enumerate(pairs):
@@ -115,8 +116,12 @@ def probes(results: Results, zoo: str, colors: Mapping[str, str]) -> str:
     """R2 of every probe on test models, with the standard deviation over resamples of them (or over seeds)."""
     places = _placed(results, zoo, "probe_r2")
     variants, bottom = [v for _, v in places], max([y for y, _ in places], default=0.0)
-    known = (("probe_r2", "test accuracy"), ("probe_r2_decoded", "the same, decoded"), ("probe_r2_ggap", "generalisation gap"),
-             ("probe_r2_epoch", "epoch"))  # fmt: skip
+    known = (
+        ("probe_r2", "test accuracy"),
+        ("probe_r2_decoded", "the same, decoded"),
+        ("probe_r2_ggap", "generalisation gap"),
+        ("probe_r2_epoch", "epoch"),
+    )
     targets = [(m, t) for m, t in known if any(results.value(zoo, v, m) for v in variants)]
     if not targets:
         return ""
@@ -205,9 +210,13 @@ def _tradeoff(axes: Axes, results: Results, zoo: str, runs: Sequence[str], color
             name = str(r["sampler"])
             used[name] = _SAMPLERS.get(name, "X")
             axes.plot(
-                r["novelty"] / copy, 100 * r["test_acc"], used[name], color=colors[v], markersize=5.5,
+                r["novelty"] / copy,
+                100 * r["test_acc"],
+                used[name],
+                color=colors[v],
+                markersize=5.5,
                 markerfacecolor=colors[v] if r.get("main") else "white",
-            )  # fmt: skip
+            )
     anchors = over_seeds(results, zoo, "zoo", "accuracy_anchors")[0]
     if anchors is not None:
         axes.axhline(100 * anchors, color=SOFT, linewidth=0.9, linestyle=(0, (4, 3)))
@@ -278,9 +287,11 @@ def against_beta(results: Results) -> str:
     if not lines:
         return ""
     panels = (
-        ("agreement", "agreement (%)", 100.0), ("generated_accuracy", "accuracy of new models (%)", 100.0),
-        ("diversity", "their diversity (L2 of weights)", 1.0), ("diversity_disagreement", "their disagreement (%)", 100.0),
-    )  # fmt: skip
+        ("agreement", "agreement (%)", 100.0),
+        ("generated_accuracy", "accuracy of new models (%)", 100.0),
+        ("diversity", "their diversity (L2 of weights)", 1.0),
+        ("diversity_disagreement", "their disagreement (%)", 100.0),
+    )
     with _figures._figure(2.6) as (figure, svg):
         for axes, (metric, title, unit) in zip(figure.subplots(1, len(panels)), panels):
             for i, (name, points) in enumerate(lines.items()):

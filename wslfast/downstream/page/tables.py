@@ -16,8 +16,13 @@ KINDS = {
     "refined": "Closed form, latents refined at test time on training images",
     "model": "A zoo model in its place", "features": "No code",
 }  # fmt: skip
-_SAMPLERS = {"joint": "kernel density, whole latents", "token": "kernel density by token", "individual": "kernel density by number",
-             "uniform": "uniform in the anchors' box", "neighbours": "between neighbouring anchors"}  # fmt: skip
+_SAMPLERS = {
+    "joint": "kernel density, whole latents",
+    "token": "kernel density by token",
+    "individual": "kernel density by number",
+    "uniform": "uniform in the anchors' box",
+    "neighbours": "between neighbouring anchors",
+}
 PAPER_NOTE = (
     '<span class="stamp">Tinted: the paper\'s own figures</span> (arXiv 2503.17138), on its zoos of SVHN, CIFAR-10 and EuroSAT models. '
     "Other data, other models, one seed: compare the order of the rows, not the numbers."
@@ -61,13 +66,14 @@ def data_table(results: Results) -> str:
         models = ", ".join(f"{split} {used.get(split, n)}" + (f" of {n}" if used.get(split, n) != n else "") for split, n in there.items())
         images = a.get("images", [0, 0, 0])
         rows.append(
-            "<tr>" + row_head(zoo)
+            "<tr>"
+            + row_head(zoo)
             + cell(escape(f"{a['dataset']}, {'x'.join(map(str, a['image_shape']))}, {a['classes']} classes"), kind="left")
             + cell(escape(f"train {images[0]:,}, val {images[1]:,}, test {images[2]:,}" + f" ({a['images_used']:,} used)"), kind="left")
             + cell(escape(f"{a['models']:,} {a['architecture']} networks of {a['parameters']:,} parameters"), kind="left")
             + cell(escape(models), escape("epochs " + ", ".join(map(str, a.get("epochs", ())))), kind="left")
             + "</tr>"
-        )  # fmt: skip
+        )
     names = (("Zoo", ""), ("Data set", ""), ("Images", ""), ("Models", ""), ("Checkpoints", ""))
     return table(head(names), rows, "plain data") if rows else ""
 
@@ -163,10 +169,18 @@ def _new_goal(results: Results, zoo: str) -> tuple[str, bool | None, str]:
 
 def reconstruction_table(results: Results, zoo: str, palette: Mapping[str, str]) -> str:
     names = (
-        ("Variant", ""), ("Latent", "numbers"), ("Agreement", "%"), ("With others", "%"), ("Margin", "points"), ("Identified", "%"),
-        ("Accuracy", "before → after, %"), ("Change", "median, points"), ("Masked L2", "of weights"), ("Variance kept", "%"),
+        ("Variant", ""),
+        ("Latent", "numbers"),
+        ("Agreement", "%"),
+        ("With others", "%"),
+        ("Margin", "points"),
+        ("Identified", "%"),
+        ("Accuracy", "before → after, %"),
+        ("Change", "median, points"),
+        ("Masked L2", "of weights"),
+        ("Variance kept", "%"),
         ("Softmax L2", "of outputs"),
-    )  # fmt: skip
+    )
     rows = []
     for kind, members in grouped(results, zoo).items():
         variants = [v for v in members if results.value(zoo, v, "agreement")]
@@ -199,11 +213,17 @@ def _reconstruction_row(results: Results, zoo: str, variant: str, palette: Mappi
     seeds = len(results.value(zoo, variant, "agreement"))
     small = str(about.get("baseline") or settings(about)) + (f"; {seeds} seeds" if seeds > 1 else "")
     cells = (
-        latent, both("agreement"), both("agreement_others"), both("agreement_margin"), both("identified"),
+        latent,
+        both("agreement"),
+        both("agreement_others"),
+        both("agreement_margin"),
+        both("identified"),
         cell(f"{percent(get('accuracy_original'))} → {percent(get('accuracy_reconstructed'))}"),
-        both("accuracy_change", "median", signed=True), both("l2_masked", shown=number), cell(percent(get("explained_variance"))),
+        both("accuracy_change", "median", signed=True),
+        both("l2_masked", shown=number),
+        cell(percent(get("explained_variance"))),
         both("softmax_l2", shown=number),
-    )  # fmt: skip
+    )
     return f"<tr>{row_head(variant, palette.get(variant), small)}{''.join(cells)}</tr>"
 
 
@@ -264,9 +284,15 @@ def _with_paper(first: str, ours: Sequence[str], rows: Sequence[str]) -> str:
 
 def generation_table(results: Results, zoo: str, palette: Mapping[str, str]) -> str:
     names = (
-        ("Models", ""), ("Accuracy", "mean, %"), ("after fine-tuning", "%"), ("Diversity", "L2 of weights"), ("of outputs", "L2 of logits"),
-        ("of classes", "% of images"), ("Distance to training", "a copy's"), ("Behaves unlike any", "% of images, a copy's"),
-    )  # fmt: skip
+        ("Models", ""),
+        ("Accuracy", "mean, %"),
+        ("after fine-tuning", "%"),
+        ("Diversity", "L2 of weights"),
+        ("of outputs", "L2 of logits"),
+        ("of classes", "% of images"),
+        ("Distance to training", "a copy's"),
+        ("Behaves unlike any", "% of images, a copy's"),
+    )
 
     def line(label: str, variant: str, suffix: str, accuracy: str, novel: bool, small: str = "", color: str | None = None) -> str:
         get = lambda metric: over_seeds(results, zoo, variant, metric)[0]  # noqa: E731
@@ -313,8 +339,14 @@ def samplings_table(results: Results, zoo: str, variant: str) -> str:
         rows.append(f"<tr>{row_head(label, small=h)}{''.join(cell(v) for v in values)}</tr>")
     if not rows:
         return ""
-    names = (("Sampler", ""), ("Accuracy", "mean, %"), ("Diversity", "L2"), ("of classes", "%"), ("Distance to training", "L2"),
-             ("Unlike any", "%"))  # fmt: skip
+    names = (
+        ("Sampler", ""),
+        ("Accuracy", "mean, %"),
+        ("Diversity", "L2"),
+        ("of classes", "%"),
+        ("Distance to training", "L2"),
+        ("Unlike any", "%"),
+    )
     return table(head(names), rows, "plain")
 
 

@@ -48,10 +48,17 @@ class Imported:
 
 
 def import_zoo(
-    source: str | Path, out: str | Path, *, epochs: Sequence[int] | None = None, architecture: Architecture | None = None,
-    threshold: float = LARGEST_WEIGHT, split: Sequence[float] = (0.7, 0.15, 0.15), seed: int = 0, dataset: str | Path | None = None,
+    source: str | Path,
+    out: str | Path,
+    *,
+    epochs: Sequence[int] | None = None,
+    architecture: Architecture | None = None,
+    threshold: float = LARGEST_WEIGHT,
+    split: Sequence[float] = (0.7, 0.15, 0.15),
+    seed: int = 0,
+    dataset: str | Path | None = None,
     overwrite: bool = False,
-) -> Imported:  # fmt: skip
+) -> Imported:
     """Read a published zoo and store it as one of this library.
 
     Args:
@@ -99,9 +106,14 @@ def import_zoo(
         columns = {"model": tuple(rows.models), "epoch": tuple(rows.epochs), **rows.columns(), "split": names}
         skipped = {**provenance, "skipped": rows.skips.counts()}
         return Manifest(
-            normalised(arch.to_dict(), "architecture"), arch.num_weights, len(rows.models), columns, record,
-            normalised(skipped, "provenance"), tuple(shards),
-        )  # fmt: skip
+            normalised(arch.to_dict(), "architecture"),
+            arch.num_weights,
+            len(rows.models),
+            columns,
+            record,
+            normalised(skipped, "provenance"),
+            tuple(shards),
+        )
 
     with region("import"):
         write_shards(place, rows, describe)

@@ -213,11 +213,20 @@ class _Machine(_PurePython):
         self.append(frozenset(map(_key, self.pop_mark())))
 
     for _code, _method in (
-        (pickle.REDUCE, _reduce), (pickle.NEWOBJ, _reduce), (pickle.NEWOBJ_EX, _new_with_keywords), (pickle.BUILD, _build),
-        (pickle.INST, _instance), (pickle.OBJ, _object), (pickle.APPENDS, _appends), (pickle.APPEND, _append),
-        (pickle.SETITEMS, _set_items), (pickle.SETITEM, _set_item), (pickle.DICT, _dict), (pickle.ADDITEMS, _add_items),
+        (pickle.REDUCE, _reduce),
+        (pickle.NEWOBJ, _reduce),
+        (pickle.NEWOBJ_EX, _new_with_keywords),
+        (pickle.BUILD, _build),
+        (pickle.INST, _instance),
+        (pickle.OBJ, _object),
+        (pickle.APPENDS, _appends),
+        (pickle.APPEND, _append),
+        (pickle.SETITEMS, _set_items),
+        (pickle.SETITEM, _set_item),
+        (pickle.DICT, _dict),
+        (pickle.ADDITEMS, _add_items),
         (pickle.FROZENSET, _frozen_set),
-    ):  # fmt: skip
+    ):
         dispatch[_code[0]] = _method
 
 

@@ -119,9 +119,7 @@ class _Models:
         order = {name: number for number, name in enumerate(dict.fromkeys(names))}
         return [order[name] for name in names]
 
-    def found(
-        self, first: int, numbers: list[int], split: str | None, epochs: Collection[int] | None, skips: Skips
-    ) -> Iterator[Found]:  # fmt: skip
+    def found(self, first: int, numbers: list[int], split: str | None, epochs: Collection[int] | None, skips: Skips) -> Iterator[Found]:
         restore = self._standardisation()
         for j, model in enumerate(self.data):
             rows = model if isinstance(model, list) else [model]

@@ -77,9 +77,14 @@ def _mlp(config: Mapping[str, Any]) -> Architecture | None:
     if not isinstance(hidden, list):
         return None
     return _or_none(
-        Architecture.mlp, config.get("model::i_dim"), tuple(hidden), config.get("model::o_dim"), config.get("model::nlin", "leakyrelu"),
-        config.get("model::dropout", 0.2), config.get("model::use_bias", True),
-    )  # fmt: skip
+        Architecture.mlp,
+        config.get("model::i_dim"),
+        tuple(hidden),
+        config.get("model::o_dim"),
+        config.get("model::nlin", "leakyrelu"),
+        config.get("model::dropout", 0.2),
+        config.get("model::use_bias", True),
+    )
 
 
 def _resnet(shapes: Shapes) -> Architecture | None:
