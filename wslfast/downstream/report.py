@@ -15,7 +15,7 @@ from .._files import write_text
 from ..errors import describe, require
 from . import _figures
 from ._html import document
-from .reconstruction import Reconstruction
+from .reconstruction import Reconstruction, collapse
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,6 +172,8 @@ def _row(variant: Variant, color: str) -> str:
     s = result.summary()
     spread = s["spread"]
     notes = [escape(variant.notes)] if variant.notes else []
+    if collapsed := collapse(s["agreement_margin"]):
+        notes.append(f"<b>{escape(collapsed)}</b>")
     if result.non_finite:
         notes.append(f"{result.non_finite:,} of {len(result):,} reconstructions not finite: wrong everywhere")
     if result.non_finite_original:
