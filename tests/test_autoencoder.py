@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wslfast import _transformer as module
 from wslfast.architecture import Architecture
 from wslfast.autoencoder import Autoencoder
 from wslfast.codec import LinearCodec
@@ -296,3 +297,33 @@ def test_what_is_refused() -> None:
         model.decode(torch.zeros(2, 48, 3))
     with pytest.raises(WslfastError, match="config"):
         Autoencoder.from_config(layout, {"depth": 3})
+
+
+@pytest.mark.parametrize("length", [1, 7, 48, module._SHORT + 1], ids=str)
+def test_attention_in_half_precision_on_a_cpu(length: int) -> None:
+    """Forward and gradients against float64, under autocast as the trainer runs it and with half-precision inputs."""
+    generator = torch.Generator().manual_seed(length)
+    exact = [torch.randn(2, 3, length, 8, generator=generator).bfloat16().double().requires_grad_() for _ in range(3)]
+    q, k, v = exact
+    expected = ((q @ k.mT) / math.sqrt(8)).softmax(-1) @ v
+    grad = torch.randn(expected.shape, generator=generator).bfloat16()
+    expected.backward(grad.double())
+    half = [x.detach().bfloat16().requires_grad_() for x in exact]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = module.attention(*half)
+    assert found.dtype == torch.bfloat16
+    found.backward(grad)
+    for a, b in [(found, expected.detach()), *((h.grad, x.grad) for h, x in zip(half, exact, strict=True))]:
+        assert a is not None
+        assert b is not None
+        assert (a.detach().double() - b).norm() <= 2e-2 * b.norm() + 1e-3
+
+
+def test_attention_drops_scores_in_training_alone() -> None:
+    v = torch.eye(6).expand(500, 1, 6, 6).bfloat16()
+    q = torch.zeros(500, 1, 6, 4, dtype=torch.bfloat16)
+    torch.manual_seed(0)
+    scores = module.attention(q, q, v, 0.25).float() * 6
+    assert float((scores == 0).float().mean()) == pytest.approx(0.25, abs=0.02)
+    assert float(scores.mean()) == pytest.approx(1, abs=0.03)
+    assert torch.equal(module.attention(q, q, v), module.attention(q, q, v))
