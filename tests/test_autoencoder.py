@@ -257,6 +257,32 @@ def test_gradient_reaches_every_parameter(start: str) -> None:
             assert not model.linear.decoder[g, :, size:].any()
 
 
+@pytest.mark.parametrize("token_size", [0, 64], ids=["whole rows", "cut rows"])
+def test_paths_are_random_maps_of_a_codes_widths(token_size: int) -> None:
+    _, codec, zoo = linear_start("plain", token_size)
+
+    def begun(seed: int) -> Autoencoder:
+        torch.manual_seed(seed)
+        return Autoencoder(codec.layout, start="paths", codec=codec, **SIZES)
+
+    model, other = begun(0), begun(1)
+    assert model.linear is not None
+    assert other.linear is not None
+    assert model.latent_numbers == codec.latent_size
+    assert torch.equal(model.linear.shift, codec.center)
+    assert not torch.equal(model.linear.encoder, other.linear.encoder)
+    for g, (size, w) in enumerate(zip(codec.groups.sizes, codec.widths, strict=True)):
+        for maps, rows, columns in ((model.linear.encoder, size, w), (model.linear.decoder, w, size)):
+            assert maps[g].count_nonzero() == rows * columns  # and those are its first ones
+            if rows * columns > 200:
+                assert float(maps[g, :rows, :columns].detach().std()) == pytest.approx(rows**-0.5, rel=0.2)
+    assert all(bool(p.any()) for p in (model.encoder_comp.weight, model.detokenizer.weight))  # nothing waits at zero
+    tokens = codec.layout.tokenize(zoo.weights[:2]).tokens
+    again = Autoencoder.from_config(codec.layout, model.config())
+    again.load_state_dict(model.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(model(tokens), again(tokens), strict=True))
+
+
 def test_no_transformer_is_a_linear_model() -> None:
     _, codec, zoo = linear_start()
     model = Autoencoder.small(codec.layout, codec, layers=0)
@@ -275,6 +301,7 @@ def test_what_is_refused() -> None:
     for arguments, message in [
         ({"start": "pca"}, "start"),
         ({"start": "linear"}, "codec"),
+        ({"start": "paths"}, "codec"),
         ({"codec": codec}, "codec"),
         ({"d_model": 30, "heads": 4}, "d_model"),
         ({"heads": 0}, "heads"),

@@ -94,8 +94,9 @@ def same(a: Any, b: Any) -> bool:
         {"beta": 1.0},
         {"precision": "bf16", "views": False},
         SCHEDULED,
+        {**SCHEDULED, "start": "paths"},
     ],
-    ids=["default", "dropout-onecycle", "random-one-view", "structure", "bf16-no-views", "scheduled"],
+    ids=["default", "dropout-onecycle", "random-one-view", "structure", "bf16-no-views", "scheduled", "paths"],
 )
 @pytest.mark.parametrize("killed_at", [3, 6, 9])
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(

@@ -80,14 +80,15 @@ class TrainConfig:
     """equivalent: views that preserve behaviour. random: a control that scrambles models, the next layer's inputs permuted by another
     permutation than the outputs they read; each scrambled model is then its own original."""
 
-    start: Literal["linear", "random"] = "linear"
-    """linear: begin as a closed-form linear code of the zoo, the transformer as a zero-started correction."""
+    start: Literal["linear", "random", "paths"] = "linear"
+    """linear: begin as a closed-form linear code of the zoo, the transformer as a zero-started correction. random: as published. paths:
+    random, too, with linear maps of each layer's own beside the transformer, and latent widths by layer (from the zoo's spectra)."""
     metric: Literal["plain", "activation"] = "plain"
     """The linear start's metric on weights."""
     start_views: bool = True
     """Fit the linear start on every permuted view of the zoo, in closed form; without, on the models as stored."""
     share: float = 0.55
-    """The linear start's latent size, as a share of the parameters."""
+    """Latent size of a start that is not random, as a share of the parameters."""
     d_model: int = 96
     """Transformer width."""
     heads: int = 4
@@ -95,7 +96,7 @@ class TrainConfig:
     layers: int = 2
     """Transformer blocks in the encoder, and again in the decoder."""
     latent: int = 64
-    """Latent numbers a token, for a random start; a linear start has the widths of its code."""
+    """Latent numbers a token, for a random start; the others have the widths of a linear code."""
     projection: int = 30
     """Width of the contrastive projection head."""
     dropout: float = 0.0

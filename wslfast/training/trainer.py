@@ -143,8 +143,8 @@ class Trainer:
             queries=self.pool.images[:512] if config.metric == "activation" else None,
             seed=config.seed,
         )
-        logger.info("linear start: %d latent numbers for %d parameters", codec.latent_size, self.architecture.num_weights)
-        return Autoencoder(self.layout, start="linear", codec=codec, **sizes)
+        logger.info("%s start: %d latent numbers for %d parameters", config.start, codec.latent_size, self.architecture.num_weights)
+        return Autoencoder(self.layout, start=config.start, codec=codec, **sizes)
 
     def _cycle(self) -> torch.optim.lr_scheduler.OneCycleLR | None:
         """The learning rate's schedule: of the whole run, or, with a restart, of the part of it that this step begins or is in."""
