@@ -136,6 +136,20 @@ def test_resume_says_where_from_and_leaves_a_finished_run_alone(
     assert before == (checkpoint_path(tmp_path / "run").stat().st_mtime_ns, (tmp_path / "run" / "log.jsonl").read_bytes())
 
 
+@pytest.mark.parametrize(
+    ("has", "precision", "layers", "told"), [(1, "fp32", 1, 1), (1, "bf16", 1, 0), (1, "fp32", 0, 0), (0, "fp32", 1, 0)]
+)
+def test_a_cpu_that_has_bf16_is_told_of(
+    tmp_path: Path, population: Population, images: Tensor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    has: int, precision: str, layers: int, told: int,
+) -> None:  # fmt: skip
+    caplog.set_level(logging.INFO, "wslfast")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bool(has), raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+    train(config(tmp_path, steps=1, precision=precision, layers=layers), population=population, images=images)
+    assert ("this CPU computes in bf16" in caplog.text) == bool(told)
+
+
 def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path: Path, population: Population, images: Tensor) -> None:
     train(config(tmp_path, steps=2), population=population, images=images)
     with pytest.raises(WslfastError, match="already holds a run"):

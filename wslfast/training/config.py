@@ -48,7 +48,7 @@ class TrainConfig:
     clip: float | None = 1.0
     """Largest gradient norm; none switches clipping off."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Autocast of the autoencoder; the behavioural loss runs outside it."""
+    """Autocast of the autoencoder; the behavioral loss runs outside it. bf16 is faster on GPUs and on CPUs with avx512_bf16 or AMX."""
     behavior_precision: Literal["highest", "high", "medium"] = "high"
     """float32 matmul precision of the behavioural loss on a GPU (high: TF32)."""
 
