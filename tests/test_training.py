@@ -459,17 +459,16 @@ def test_a_run_that_cannot_start_says_why(tmp_path: Path, population: Population
         train(replace(config(tmp_path), **changes), population=population, images=images)
 
 
-def test_the_papers_preset_is_the_papers() -> None:
+def test_the_papers_preset_is_the_papers(tmp_path: Path) -> None:
     paper = TrainConfig.paper("zoo", "out")
-    assert (paper.gamma, paper.beta, paper.queries, paper.batch_size, paper.d_model, paper.layers, paper.latent) == (
-        0.05,
-        0.1,
-        256,
-        64,
-        256,
-        8,
-        64,
-    )
+    names = ("gamma", "beta", "queries", "batch_size", "d_model", "heads", "layers", "latent", "lr", "steps", "clip", "start")
+    assert [getattr(paper, name) for name in names] == [0.05, 0.1, 256, 64, 256, 8, 8, 64, 1e-5, 30_000, None, "random"]
+    assert TrainConfig.from_dict({"preset": "paper", "zoo": "zoo", "out": "out"}) == paper
+    (tmp_path / "c.toml").write_text('preset = "paper"\nzoo = "zoo"\nout = "out"\nlr = 1e-4\n')
+    assert TrainConfig.from_toml(tmp_path / "c.toml") == replace(paper, lr=1e-4)
+    assert TrainConfig.from_toml(tmp_path / "c.toml", preset="small", steps=5) == TrainConfig("zoo", "out", lr=1e-4, steps=5)
+    with pytest.raises(WslfastError, match=r"preset: expected one of \('small', 'paper'\), got 'large'"):
+        TrainConfig.from_dict({"preset": "large", "zoo": "zoo", "out": "out"})
 
 
 # -- scrambled views -------------------------------------------------------------------------------------------------------
