@@ -296,7 +296,7 @@ def loss_and_gradient(
     ``index`` ``[k, n]`` picks rows of a query pool and is trusted: checking it would wait for the device.
 
     ``targets`` ``[k, n, K]``, or integer labels ``[k, n]`` for cross_entropy; with ``target_row`` ``[k]`` (trusted too) model j's are
-    row target_row[j] of ``[rows, n, K]``. Criteria: see ``reference.criterion_values``; ``gradient`` takes dL/d outputs for targets
+    row target_row[j] of ``[rows, n, K]``. Criteria: see ``criteria.criterion_values``; ``gradient`` takes dL/d outputs for targets
     and gives zeros for losses. ``memory`` and ``mode``: see :func:`forward`.
     """
     plan, k = _plan(layers, queries), weights.shape[0]

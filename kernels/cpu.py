@@ -28,12 +28,13 @@ from torch import Tensor
 
 from . import cpu_jobs
 from .cpu_blocks import BlockedSteps, blocked, in_blocks
-from .cpu_criteria import Criterion, share_of_loss
 from .cpu_layers import ConvStep, LinearStep, Packed, PoolStep, Program, compile_program
 from .cpu_pairs import PairedConvStep, paired
 from .cpu_queries import gathered, model_by_model, own_slab, shared_slabs
+from .criteria import Named, share_of_loss
+from .criteria import criterion as known_criterion
 from .plan import Conv2d, Layers, Linear, Unplannable, layer_slots, shapes
-from .reference import CRITERIA, per_model_queries
+from .reference import per_model_queries
 
 __all__ = ["forward", "group_shape", "loss_and_gradient", "supports"]
 
@@ -209,7 +210,7 @@ def loss_and_gradient(
     queries: Tensor,
     targets: Tensor,
     layers: Layers,
-    criterion: Criterion,
+    criterion: Named,
     temperature: float = 2.0,
     index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -218,18 +219,18 @@ def loss_and_gradient(
     Queries ``[n, *input]`` shared by all models or ``[k, n, *input]``; with ``index [k, n]`` (int64 or int32), a pool
     ``[N, *input]`` from which each model takes its own (fastest where the pool is channels-last).
     Targets ``[k, n, K]``, or labels ``[k, n]`` for
-    ``cross_entropy``. A criterion that has no name here may be a function (:data:`Criterion`), which torch differentiates with
+    ``cross_entropy``. A criterion that has no name here may be a function (:data:`Named`), which torch differentiates with
     respect to the outputs alone. Raises :class:`Unplannable` for what the reference has to run.
     """
-    if isinstance(criterion, str) and criterion not in CRITERIA:
-        raise ValueError(f"unknown criterion {criterion!r}; known: {list(CRITERIA)}")
+    if isinstance(criterion, str):
+        known_criterion(criterion)  # raises for an unknown name
     return _loss_and_gradient(_Call(weights, queries, layers, index), targets, criterion, temperature)
 
 
 class _Group:
     """Loss and gradient of one group of models: its slabs one after another, or each on its own and added up in the same order."""
 
-    def __init__(self, call: _Call, start: int, targets: Tensor, criterion: Criterion, temperature: float) -> None:
+    def __init__(self, call: _Call, start: int, targets: Tensor, criterion: Named, temperature: float) -> None:
         self.call, self.start, self.criterion, self.temperature = call, start, criterion, temperature
         self.targets = targets[start : start + call.models]
         self.rows = call.rows(start)
@@ -261,7 +262,7 @@ class _Group:
             gradient.copy_(grads[:real])
 
 
-def _loss_and_gradient(call: _Call, targets: Tensor, criterion: Criterion, temperature: float) -> tuple[Tensor, Tensor]:
+def _loss_and_gradient(call: _Call, targets: Tensor, criterion: Named, temperature: float) -> tuple[Tensor, Tensor]:
     k, models = call.weights.shape[0], call.models
     losses = call.weights.new_empty(k)
     gradient = torch.empty_like(call.weights, memory_format=torch.contiguous_format)

@@ -13,7 +13,7 @@ With f the outputs, y the targets, p = softmax, T the temperature, and the sum o
     distillation    T^2/n sum p(y/T) (log p(y/T) - log p(f/T))             d = p(f/T) - p(y/T)             scale T/n
     gradient        0                                                      d = y, dL/df from outside       scale 1
 
-with e = p(f) - p(y). Twin: ``reference.criterion_values``.
+with e = p(f) - p(y). Twin: ``criteria.criterion_values``.
 """
 # mypy: allow-untyped-defs
 

@@ -103,10 +103,10 @@ def test_criteria(criterion: str, poisoned_empty: None) -> None:
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32", "fp16", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_both_paths_compute_the_same_numbers(precision: str, poisoned_empty: None) -> None:
-    """The same operands, rounded the same way: outputs are equal to the bit; gradients up to the order of fp32 sums."""
+    """The same operands, rounded the same way: equal up to the order of fp32 sums, in which two matrix products may differ."""
     weights, queries, targets = make(SLOPED, 2, 3)
     arguments = (weights, queries, SLOPED.layers, precision)
-    assert torch.equal(kernels.forward(*arguments, mode="network"), kernels.forward(*arguments, mode="layers"))
+    assert error(kernels.forward(*arguments, mode="network"), kernels.forward(*arguments, mode="layers")) < 1e-6
     found = _loss(SLOPED, weights, queries, targets, precision=precision)
     layers = _loss(SLOPED, weights, queries, targets, precision=precision, mode="layers")
     assert error(found[0], layers[0]) < 1e-6

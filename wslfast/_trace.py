@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 
+from .errors import WslfastError, require
 from .kernels import plan, reference
 from .kernels.plan import Activation, Conv2d, Dropout, Flatten, Layer, Layers, Linear, Pool2d
 
@@ -180,13 +183,13 @@ def layers_of(module: nn.Module, input_shape: tuple[int, ...]) -> Layers | None:
     return layers if same else None
 
 
-class _FrozenBatchNorm(nn.Module):
-    """Batch norm in evaluation mode, differentiable in its running statistics as well: a decoder reconstructs those too."""
+class _FrozenNorm(nn.Module):
+    """Batch or instance norm by its running statistics, differentiable in them as well: a decoder reconstructs those too."""
 
     running_mean: Tensor
     running_var: Tensor
 
-    def __init__(self, like: nn.modules.batchnorm._BatchNorm) -> None:
+    def __init__(self, like: nn.modules.batchnorm._NormBase) -> None:
         super().__init__()
         self.eps = like.eps
         self.weight, self.bias = like.weight, like.bias
@@ -204,11 +207,109 @@ class _FrozenBatchNorm(nn.Module):
         return x * scale.view(shape) + shift.view(shape)
 
 
-def freeze_batch_norm(module: nn.Module) -> nn.Module:
-    """Replace every batch norm that keeps running statistics, in place; key names stay (but for the step counter)."""
-    if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
-        return _FrozenBatchNorm(module)
+def _replaced(module: nn.Module) -> nn.Module:
+    """The module with its wrappers taken off and its running statistics differentiable, in place."""
+    while (inner := _inner(module)) is not None:
+        module = inner
+    if isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None:
+        return _FrozenNorm(module)
     for name, child in list(module._modules.items()):  # named_children() would skip the second name of a shared one
         if child is not None:
-            setattr(module, name, freeze_batch_norm(child))
+            replaced = _replaced(child)
+            if replaced is not child:
+                module._modules[name] = replaced
     return module
+
+
+def _inner(module: nn.Module) -> nn.Module | None:
+    """What a wrapper holds: of DataParallel, DistributedDataParallel and torch.compile."""
+    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return module.module
+    compiled = getattr(module, "_orig_mod", None)
+    return compiled if isinstance(compiled, nn.Module) else None
+
+
+def unwrapped(module: nn.Module, name: str) -> nn.Module:
+    """A copy of a module as populations run it: wrappers off, on the CPU, in float32 and evaluation mode, running statistics
+    differentiable. Raises WslfastError for a module that cannot be copied or has no parameters yet."""
+    for path, part in module.named_modules():
+        where = f"architecture {name!r}: " + (f"its part {path!r}" if path else "it")
+        scripted = isinstance(part, torch.jit.ScriptModule)
+        require(not scripted, f"{where} is a TorchScript module, whose code cannot be read; pass the module that it was made from")
+        lazy = [key for key, p in part._parameters.items() if isinstance(p, nn.parameter.UninitializedParameter)]
+        require(not lazy, f"{where} has parameters without a shape ({lazy[0] if lazy else ''}); run it once on a batch first")
+        norm = isinstance(part, nn.modules.batchnorm._BatchNorm) and part.running_mean is None
+        require(not norm, f"{where} is a batch norm without running statistics, which mixes the queries of a batch")
+    try:
+        return _replaced(copy.deepcopy(module)).to("cpu", torch.float32).eval().requires_grad_(False)
+    except WslfastError:
+        raise
+    except Exception as error:
+        raise WslfastError(f"architecture {name!r}: the module cannot be copied: {_first_line(error)}") from error
+
+
+def check_template(template: nn.Module, input_shape: tuple[int, ...], name: str) -> Tensor:
+    """Outputs of the template on a few queries.
+
+    Raises WslfastError for a network that a population could not run right: one that cannot run on these queries, is random in
+    evaluation mode, keeps something between calls, or whose answer to one query depends on the others.
+    """
+    shape = f"[n, {', '.join(map(str, input_shape))}]"
+    x = torch.randn(4, *input_shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        try:
+            with _RandomCalls(template) as random:
+                out = template(x.clone())
+            again, fewer = template(x.clone()), template(x[:2].clone())
+        except Exception as error:
+            raise WslfastError(f"architecture {name!r}: cannot run on {shape}: {_first_line(error)}") from error
+    if not isinstance(out, Tensor):
+        return out
+    same = isinstance(again, Tensor) and again.shape == out.shape and torch.equal(again.nan_to_num(), out.nan_to_num())
+    remedy = "populations run in evaluation mode; make it follow self.training, or leave it out"
+    require(same or not random.found, f"architecture {name!r} is random in evaluation mode ({', '.join(random.found)}): {remedy}")
+    require(
+        same, f"architecture {name!r} answers the same queries another way the second time: it keeps something between calls, or is random"
+    )
+    alone = isinstance(fewer, Tensor) and fewer.shape[1:] == out.shape[1:] and len(fewer) == 2 and len(out) == 4
+    close = alone and torch.allclose(fewer, out[:2], rtol=1e-3, atol=1e-4 * (1 + float(out.abs().max())), equal_nan=True)
+    require(
+        not isinstance(fewer, Tensor) or len(out) != 4 or close,
+        f"architecture {name!r}: its answer to a query depends on the other queries of the batch (a norm over the batch?)",
+    )
+    return out
+
+
+class _RandomCalls(TorchFunctionMode):
+    """Notes which functions draw random numbers, and in which part of the module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self._parts = [(path, part) for path, part in module.named_modules() if path]
+        self._at: list[str] = []
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> _RandomCalls:
+        for path, part in self._parts:
+            self._hooks.append(part.register_forward_pre_hook(lambda *_, path=path: self._at.append(path)))
+            self._hooks.append(part.register_forward_hook(lambda *_: self._at.pop() and None))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        super().__exit__(*error)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = torch.default_generator.get_state()
+        result = func(*args, **(kwargs or {}))
+        if not torch.equal(before, torch.default_generator.get_state()):
+            where = f" in {self._at[-1]!r}" if self._at else ""
+            self.found.append(f"{getattr(func, '__name__', func)}{where}")
+        return result
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

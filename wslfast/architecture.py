@@ -8,7 +8,6 @@ field's zoos were made with (``module_list.{i}``, all biases 0.01).
 
 from __future__ import annotations
 
-import copy
 import itertools
 import json
 import math
@@ -95,6 +94,14 @@ class Architecture:
         return {} if self.module is None else _aliases(self.module)
 
     @cached_property
+    def constants(self) -> dict[str, Tensor]:
+        """Integer and boolean buffers by name: part of the network, the same for all models, not of a row of weights."""
+        if self.module is None:
+            return {}
+        state = self.module.state_dict().items()
+        return {key: t for key, t in state if not t.is_floating_point() and not key.endswith("num_batches_tracked")}
+
+    @cached_property
     def slots(self) -> dict[str, Slot]:
         """Parameters by name."""
         return {p.name: p for p in self.parameters}
@@ -129,19 +136,20 @@ class Architecture:
         The module's own weights are not kept.
         """
         require(isinstance(module, nn.Module), f"module: expected a torch.nn.Module, got {type(module).__name__}")
-        name = name or type(module).__name__
         shape = _input_shape(input_shape)
-        layers = _trace.layers_of(module, shape)
+        template = _trace.unwrapped(module, name or type(module).__name__)
+        name = name or type(template).__name__
+        layers = _trace.layers_of(template, shape)
         if layers is not None:
             return cls.from_layers(layers, shape, name)
-        return cls._opaque(module, shape, name)
+        return cls._from_template(template, shape, name)
 
     @classmethod
     def _opaque(cls, module: nn.Module, input_shape: tuple[int, ...], name: str, recipe: Any = None) -> Architecture:
-        for part in module.modules():
-            batch_norm = isinstance(part, nn.modules.batchnorm._BatchNorm) and part.running_mean is None
-            require(not batch_norm, f"architecture {name!r}: batch norm without running statistics would mix the queries of a batch")
-        template = _trace.freeze_batch_norm(copy.deepcopy(module)).cpu().float().eval().requires_grad_(False)
+        return cls._from_template(_trace.unwrapped(module, name), input_shape, name, recipe)
+
+    @classmethod
+    def _from_template(cls, template: nn.Module, input_shape: tuple[int, ...], name: str, recipe: Any = None) -> Architecture:
         slots, offset = [], 0
         aliases = _aliases(template)
         for key, tensor in template.state_dict().items():
@@ -149,12 +157,9 @@ class Architecture:
                 slots.append(Slot(key, tuple(tensor.shape), offset))
                 offset = slots[-1].stop
         require(bool(slots), f"architecture {name!r}: it has no parameters")
-        try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                out = template(torch.zeros(2, *input_shape))
-        except Exception as error:
-            raise WslfastError(f"architecture {name!r}: cannot run on [n, {', '.join(map(str, input_shape))}]: {error}") from error
-        require(isinstance(out, Tensor) and out.ndim == 2 and len(out) == 2, f"architecture {name!r}: expected outputs [n, K]")
+        if recipe is None:  # a published network is known to pass
+            out = _trace.check_template(template, input_shape, name)
+            require(isinstance(out, Tensor) and out.ndim == 2 and len(out) == 4, f"architecture {name!r}: expected outputs [n, K]")
         return cls(name, input_shape, (), tuple(slots), template, recipe)
 
     @classmethod

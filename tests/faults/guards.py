@@ -70,11 +70,11 @@ GUARDS = (
         "tests/faults/test_bad_shards.py::test_bad_shards_are_named_or_counted[missing]",
     ),
     Guard(
-        "memory that runs out halves the chunk", "wslfast/_chunks.py", "            if not _is_shortage(error):\n", "            if True:\n",
+        "memory that runs out halves the chunk", "wslfast/engine/chunks.py", "            if not is_shortage(error):\n", "            if True:\n",
         "tests/faults/test_memory.py::test_memory_that_runs_out_once_anywhere",
     ),
     Guard(
-        "kernels that cannot be built are replaced", "wslfast/engine.py", '        if not (triton or system or "C compiler" in str(error)):\n', "        if True:\n",
+        "kernels that cannot be built are replaced", "wslfast/engine/triton_path.py", '            if not (triton or system or "C compiler" in str(error)):\n', "            if True:\n",
         "tests/faults/test_backends.py::test_kernels_that_cannot_be_built_are_replaced_with_one_warning",
     ),
     Guard(

@@ -10,7 +10,7 @@ import torch
 from kernel_cases import CASES, HEADS, MLP, SMALL, Net, cnn3, cnn28, error, gradient_errors, lenet5, make, oracle, random_net
 from torch import Tensor
 
-from wslfast.kernels import reference
+from wslfast.kernels import criteria, reference
 from wslfast.kernels.plan import Conv2d, Linear
 
 pytestmark = pytest.mark.gpu
@@ -73,7 +73,7 @@ def test_large_networks_against_float64(name: str, precision: str) -> None:
     _check({"cnn3": cnn3(), "cnn28": cnn28(), "lenet5": lenet5()}[name], 3, 150, precision)
 
 
-@pytest.mark.parametrize("criterion", reference.CRITERIA)
+@pytest.mark.parametrize("criterion", criteria.CRITERIA)
 def test_criteria(criterion: str) -> None:
     _check(MLP, 5, 300, "tf32x3", criterion)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..architecture import Architecture
 from ..behavior import batched_forward
 from ..errors import check_seed, require
-from ..kernels.reference import criterion_values
+from ..kernels.criteria import criterion_values
 from ..training import load_run
 from ..training.query_sets import query_images
 from ..zoo import MappedZoo, dataset_of, load_zoo

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..architecture import Architecture
 from ..behavior import batched_forward
 from ..errors import WslfastError, describe, require
-from ..kernels.reference import criterion_values
+from ..kernels.criteria import criterion_values
 
 Groups = Union[Sequence[Hashable], Tensor]
 

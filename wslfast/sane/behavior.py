@@ -309,7 +309,7 @@ class _OnePass(torch.autograd.Function):
 
 
 def _on_cpu_path(rows: Tensor, architecture: Architecture) -> bool:
-    return engine.choose(architecture, rows.device.type, rows.dtype).path == "cpu"
+    return engine.choose(architecture, rows.device.type, rows.dtype).name == "cpu"
 
 
 class ReconDistillationLoss(nn.Module):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from .errors import WslfastError, say_once
+from ..errors import WslfastError, say_once
 
 
 def in_chunks(models: int, size: int, run: Callable[[slice], None]) -> None:
@@ -24,7 +24,7 @@ def in_chunks(models: int, size: int, run: Callable[[slice], None]) -> None:
         try:
             run(part)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not _is_shortage(error):
+            if not is_shortage(error):
                 raise
             shortage = (str(error) or type(error).__name__).splitlines()[0]
         # outside the except block, whose traceback would keep the failed attempt's tensors alive
@@ -43,7 +43,7 @@ def in_chunks(models: int, size: int, run: Callable[[slice], None]) -> None:
             torch.cuda.empty_cache()
 
 
-def _is_shortage(error: BaseException) -> bool:
+def is_shortage(error: BaseException) -> bool:
     """Torch's CPU allocator raises a plain RuntimeError."""
     typed = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     return typed or any(mark in str(error) for mark in ("not enough memory", "can't allocate memory"))
