@@ -21,7 +21,7 @@ from torch import Tensor
 from wslfast import engine
 from wslfast.architecture import Architecture
 from wslfast.kernels import criteria, reference
-from wslfast.kernels.plan import Activation, Conv2d, Flatten, Linear, Pool2d, Unplannable, layer_slots
+from wslfast.kernels.layers import Activation, Conv2d, Flatten, Linear, Pool2d, Unplannable, layer_slots
 
 from .cases import CRITERION
 
@@ -355,7 +355,7 @@ def _kernels(weights: Tensor) -> tuple[Any, str]:
     precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     if torch.is_autocast_enabled("cuda"):
         precision = "bf16" if torch.get_autocast_dtype("cuda") == torch.bfloat16 else "fp16"
-    return importlib.import_module("wslfast.kernels.autograd"), precision
+    return importlib.import_module("wslfast.kernels.triton.launch"), precision
 
 
 def _on_kernels(function: str, mode: str, weights: Tensor, *arguments: Any) -> Any:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .criteria import criterion_values
-from .plan import Activation, Conv2d, Dropout, Flatten, Layers, Linear, Pool2d, layer_slots
+from .layers import Activation, Conv2d, Dropout, Flatten, Layers, Linear, Pool2d, layer_slots
 
 
 def activation(x: Tensor, layer: Activation) -> Tensor:

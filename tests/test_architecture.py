@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from wslfast import batched_forward, errors
 from wslfast.architecture import INITIALISATIONS, Architecture
 from wslfast.errors import WslfastError
-from wslfast.kernels.plan import Activation, Conv2d, Dropout, Flatten, Linear, Pool2d
+from wslfast.kernels.layers import Activation, Conv2d, Dropout, Flatten, Linear, Pool2d
 from wslfast.population import Population
 from wslfast.testing import as_module, relative_error
 

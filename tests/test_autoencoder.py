@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wslfast.architecture import Architecture
-from wslfast.autoencoder import Autoencoder
-from wslfast.codec import LinearCodec
+from wslfast.codes.autoencoder import Autoencoder
+from wslfast.codes.linear import LinearCodec
 from wslfast.errors import WslfastError
 from wslfast.losses import structural_loss
 from wslfast.population import Population

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from wslfast.architecture import Architecture
 from wslfast.behavior import CRITERIA, batched_behavioral_loss, batched_forward
 from wslfast.errors import WslfastError
-from wslfast.kernels.plan import Activation, Conv2d, Flatten, Linear, Pool2d
+from wslfast.kernels.layers import Activation, Conv2d, Flatten, Linear, Pool2d
 from wslfast.permutation import random_views
 from wslfast.population import Population, unstack
 from wslfast.testing import as_module, oracle_loss, oracle_outputs, relative_error

@@ -14,19 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from wslfast.kernels import cpu, cpu_activations, cpu_jobs, criteria, reference
-from wslfast.kernels.plan import (
-    Activation,
-    Conv2d,
-    Dropout,
-    Flatten,
-    Layers,
-    Linear,
-    Pool2d,
-    Unplannable,
-    layer_slots,
-    shapes,
-)
+from wslfast.kernels import criteria, reference
+from wslfast.kernels.cpu.engine import activations as cpu_activations
+from wslfast.kernels.cpu.engine import engine as cpu
+from wslfast.kernels.cpu.engine import jobs as cpu_jobs
+from wslfast.kernels.layers import Activation, Conv2d, Dropout, Flatten, Layers, Linear, Pool2d, Unplannable, layer_slots, shapes
 from wslfast.zoo.build import StackedAdam
 
 Net = tuple[Layers, tuple[int, ...]]

@@ -14,7 +14,7 @@ from wslfast import engine, errors
 from wslfast.architecture import Architecture
 from wslfast.errors import WslfastError
 from wslfast.kernels import reference
-from wslfast.kernels.plan import Activation, Conv2d, Flatten, Linear, Pool2d
+from wslfast.kernels.layers import Activation, Conv2d, Flatten, Linear, Pool2d
 from wslfast.testing import as_module, oracle_loss, oracle_outputs, relative_error
 
 ODD = Architecture.from_layers(

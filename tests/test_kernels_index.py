@@ -18,8 +18,9 @@ triton = pytest.importorskip("triton")
 if not triton.knobs.runtime.interpret:
     pytest.skip("needs TRITON_INTERPRET=1 when triton is first imported", allow_module_level=True)
 
-from wslfast.kernels import autograd, packing  # noqa: E402 (triton must be there)
-from wslfast.kernels.schedule import schedule  # noqa: E402
+from wslfast.kernels.triton import launch as autograd
+from wslfast.kernels.triton import packing
+from wslfast.kernels.triton.schedule import schedule
 
 
 @pytest.fixture

@@ -14,16 +14,16 @@ from kernel_cases import CASES, HEADS, MLP, SMALL, Block, Net, cnn3, cnn28, erro
 from torch import Tensor
 
 from wslfast.kernels import reference
-from wslfast.kernels.plan import Unplannable
-from wslfast.kernels.schedule import schedule
+from wslfast.kernels.layers import Unplannable
+from wslfast.kernels.triton.schedule import schedule
 
 triton = pytest.importorskip("triton")
 if not triton.knobs.runtime.interpret:
     pytest.skip("needs TRITON_INTERPRET=1 when triton is first imported", allow_module_level=True)
 
-from wslfast.kernels import autograd as kernels  # noqa: E402 (triton must be there)
-from wslfast.kernels import budget, network_plan  # noqa: E402
-from wslfast.kernels import network as whole  # noqa: E402
+from wslfast.kernels.triton import budget, network_plan
+from wslfast.kernels.triton import launch as kernels
+from wslfast.kernels.triton import network as whole
 
 SCALES = {"mlp": MLP, "small": SMALL, "cnn3": cnn3(), "cnn28": cnn28(), "lenet5": lenet5()}
 # What a scratch holds and who reads it differs: maxima, slopes a pooled position, slopes a window position, several output and

@@ -16,7 +16,7 @@ from wslfast.architecture import Architecture
 from wslfast.errors import WslfastError
 from wslfast.losses import Normalizers, compose, nt_xent, structural_loss
 from wslfast.population import Population
-from wslfast.queries import QueryPool, TargetCache
+from wslfast.queries.pool.pool import QueryPool, TargetCache
 from wslfast.tokens import TokenLayout
 
 

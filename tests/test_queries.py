@@ -13,7 +13,7 @@ from wslfast.behavior import batched_behavioral_loss, batched_forward
 from wslfast.errors import WslfastError
 from wslfast.permutation import random_views
 from wslfast.population import Population
-from wslfast.queries import QueryPool, TargetCache
+from wslfast.queries.pool.pool import QueryPool, TargetCache
 from wslfast.testing import oracle_outputs, relative_error
 
 ARCH = Architecture.mlp(6, (5, 4), 3)

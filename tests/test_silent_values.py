@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from wslfast import Architecture, Population, TokenLayout, WslfastError, batched_behavioral_loss, batched_forward
-from wslfast.kernels import cpu, criteria
+from wslfast.kernels import criteria
+from wslfast.kernels.cpu.engine import engine as cpu
 from wslfast.testing import oracle_loss, relative_error
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .architecture import Architecture
 from .errors import require
-from .kernels.plan import Activation, Conv2d, Dropout, Flatten, Layer, Linear, Pool2d
+from .kernels.layers import Activation, Conv2d, Dropout, Flatten, Layer, Linear, Pool2d
 from .population import unstack
 
 _ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid, "silu": nn.SiLU, "identity": nn.Identity}

@@ -15,7 +15,7 @@ from torch import Tensor
 from wslfast import Architecture, batched_behavioral_loss, batched_forward, build_zoo, engine
 from wslfast.engine.triton_path import Triton
 from wslfast.kernels import criteria, reference
-from wslfast.kernels.plan import Conv2d, Linear
+from wslfast.kernels.layers import Conv2d, Linear
 from wslfast.zoo import Dataset
 
 pytestmark = pytest.mark.gpu
@@ -23,9 +23,9 @@ pytest.importorskip("triton")
 if not torch.cuda.is_available() and not INTERPRET:
     pytest.skip("no CUDA device", allow_module_level=True)
 
-from wslfast.kernels import autograd as kernels  # noqa: E402 (with triton and a device)
-from wslfast.kernels import budget  # noqa: E402
-from wslfast.kernels.schedule import schedule  # noqa: E402
+from wslfast.kernels.triton import budget
+from wslfast.kernels.triton import launch as kernels
+from wslfast.kernels.triton.schedule import schedule
 
 NETWORKS = {"cnn3": cnn3(), "cnn3_tanh": cnn3("tanh"), "cnn28": cnn28(), "lenet5": lenet5(), "small": SMALL, **CASES, **HEADS}
 NETWORKS = size(NETWORKS, {"small": SMALL, "head_relu": HEADS["head_relu"]})

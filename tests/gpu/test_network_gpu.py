@@ -11,17 +11,17 @@ from kernel_cases import CASES, HEADS, MLP, SMALL, Net, cnn3, cnn28, error, grad
 from torch import Tensor
 
 from wslfast.kernels import criteria, reference
-from wslfast.kernels.plan import Conv2d, Linear
+from wslfast.kernels.layers import Conv2d, Linear
 
 pytestmark = pytest.mark.gpu
 pytest.importorskip("triton")
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 
-from wslfast.kernels import autograd as kernels  # noqa: E402 (with triton and a device)
-from wslfast.kernels import network as whole  # noqa: E402
-from wslfast.kernels import network_plan  # noqa: E402
-from wslfast.kernels.schedule import schedule  # noqa: E402
+from wslfast.kernels.triton import launch as kernels
+from wslfast.kernels.triton import network as whole
+from wslfast.kernels.triton import network_plan
+from wslfast.kernels.triton.schedule import schedule
 
 SMALL_NETS = {
     "mlp": MLP, "small": SMALL,

@@ -10,8 +10,9 @@ import torch
 
 from ..architecture import Architecture
 from ..errors import WslfastError, say_once
-from ..kernels import cpu, plan
-from ..kernels.schedule import schedule
+from ..kernels.cpu import engine as cpu
+from ..kernels.layers import Unplannable
+from ..kernels.triton.schedule import schedule
 from . import triton_path
 from .module_path import Module
 from .paths import Cpu, Grouped, Loop, Path
@@ -63,7 +64,7 @@ def _why_not_triton(architecture: Architecture, device: str, dtype: torch.dtype)
         return reason
     try:
         schedule(architecture.layers, architecture.input_shape)
-    except plan.Unplannable as error:
+    except Unplannable as error:
         return str(error)
     return None
 

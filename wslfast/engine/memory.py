@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..architecture import Architecture
 from ..errors import WslfastError
-from ..kernels import plan
+from ..kernels import layers
 
 _CPU_CHUNK = 1 << 30
 _CUDA_CHUNK = 4 << 30
@@ -32,7 +32,7 @@ def memory_budget(device: str) -> int:
 def activation_elements(architecture: Architecture) -> int:
     """Numbers that one (model, query) pair keeps for its backward."""
     if architecture.module is None:
-        return plan.activation_elements(architecture.layers, architecture.input_shape)
+        return layers.activation_elements(architecture.layers, architecture.input_shape)
     total = 0
 
     def count(_: nn.Module, __: object, output: object) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..architecture import Architecture
-from ..kernels import cpu, reference
+from ..kernels import reference
+from ..kernels.cpu import engine as cpu
 from ..kernels.criteria import share_of_loss
 from ..profiling import region
 from .chunks import in_chunks

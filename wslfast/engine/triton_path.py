@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..architecture import Architecture
 from ..errors import say_once
-from ..kernels import budget
-from ..kernels.schedule import schedule
+from ..kernels.triton import budget
+from ..kernels.triton.schedule import schedule
 from .memory import memory_budget
 from .paths import per_model
 
@@ -39,9 +39,9 @@ class Triton:
         precision = kernel_precision()
 
         def run() -> Tensor:
-            launch = kernels()
-            key = launch.layers_key(self.architecture.layers)
-            return launch.population_forward(weights, queries, None, key, precision, memory_budget("cuda"))
+            made = kernels()
+            key = made.layers_key(self.architecture.layers)
+            return made.population_forward(weights, queries, None, key, precision, memory_budget("cuda"))
 
         outputs = self._built(run)
         return outputs.to(torch.get_autocast_dtype("cuda")) if torch.is_autocast_enabled("cuda") else outputs
@@ -83,9 +83,9 @@ class Triton:
 
 def kernels() -> ModuleType:
     """The kernels' functions; importing them imports Triton."""
-    from ..kernels import autograd
+    from ..kernels.triton import launch
 
-    return autograd
+    return launch
 
 
 def kernel_precision() -> str:

@@ -19,7 +19,7 @@ from .. import engine
 from ..architecture import Architecture
 from ..behavior import batched_behavioral_loss
 from ..errors import WslfastError, describe, require
-from ..kernels import cpu
+from ..kernels.cpu import engine as cpu
 from ..tokens import layout
 from .queries import Queries
 from .semantics import Choice, resolve
