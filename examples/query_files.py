@@ -13,7 +13,7 @@ from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
 from skimage import color, data
 
-from wslfast.queries.pool.pool import save_queries
+from wslfast.queries import save_queries
 
 SIZE, COUNT = 28, 1200
 FONTS = ("DejaVu Sans", "DejaVu Serif", "DejaVu Sans Mono")

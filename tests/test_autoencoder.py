@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wslfast import _transformer as module
 from wslfast.architecture import Architecture
 from wslfast.codes.autoencoder import Autoencoder
 from wslfast.codes.linear import LinearCodec
@@ -256,6 +257,32 @@ def test_gradient_reaches_every_parameter(start: str) -> None:
             assert not model.linear.decoder[g, :, size:].any()
 
 
+@pytest.mark.parametrize("token_size", [0, 64], ids=["whole rows", "cut rows"])
+def test_paths_are_random_maps_of_a_codes_widths(token_size: int) -> None:
+    _, codec, zoo = linear_start("plain", token_size)
+
+    def begun(seed: int) -> Autoencoder:
+        torch.manual_seed(seed)
+        return Autoencoder(codec.layout, start="paths", codec=codec, **SIZES)
+
+    model, other = begun(0), begun(1)
+    assert model.linear is not None
+    assert other.linear is not None
+    assert model.latent_numbers == codec.latent_size
+    assert torch.equal(model.linear.shift, codec.center)
+    assert not torch.equal(model.linear.encoder, other.linear.encoder)
+    for g, (size, w) in enumerate(zip(codec.groups.sizes, codec.widths, strict=True)):
+        for maps, rows, columns in ((model.linear.encoder, size, w), (model.linear.decoder, w, size)):
+            assert maps[g].count_nonzero() == rows * columns  # and those are its first ones
+            if rows * columns > 200:
+                assert float(maps[g, :rows, :columns].detach().std()) == pytest.approx(rows**-0.5, rel=0.2)
+    assert all(bool(p.any()) for p in (model.encoder_comp.weight, model.detokenizer.weight))  # nothing waits at zero
+    tokens = codec.layout.tokenize(zoo.weights[:2]).tokens
+    again = Autoencoder.from_config(codec.layout, model.config())
+    again.load_state_dict(model.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(model(tokens), again(tokens), strict=True))
+
+
 def test_no_transformer_is_a_linear_model() -> None:
     _, codec, zoo = linear_start()
     model = Autoencoder.small(codec.layout, codec, layers=0)
@@ -274,6 +301,7 @@ def test_what_is_refused() -> None:
     for arguments, message in [
         ({"start": "pca"}, "start"),
         ({"start": "linear"}, "codec"),
+        ({"start": "paths"}, "codec"),
         ({"codec": codec}, "codec"),
         ({"d_model": 30, "heads": 4}, "d_model"),
         ({"heads": 0}, "heads"),
@@ -296,3 +324,33 @@ def test_what_is_refused() -> None:
         model.decode(torch.zeros(2, 48, 3))
     with pytest.raises(WslfastError, match="config"):
         Autoencoder.from_config(layout, {"depth": 3})
+
+
+@pytest.mark.parametrize("length", [1, 7, 48, module._SHORT + 1], ids=str)
+def test_attention_in_half_precision_on_a_cpu(length: int) -> None:
+    """Forward and gradients against float64, under autocast as the trainer runs it and with half-precision inputs."""
+    generator = torch.Generator().manual_seed(length)
+    exact = [torch.randn(2, 3, length, 8, generator=generator).bfloat16().double().requires_grad_() for _ in range(3)]
+    q, k, v = exact
+    expected = ((q @ k.mT) / math.sqrt(8)).softmax(-1) @ v
+    grad = torch.randn(expected.shape, generator=generator).bfloat16()
+    expected.backward(grad.double())
+    half = [x.detach().bfloat16().requires_grad_() for x in exact]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = module.attention(*half)
+    assert found.dtype == torch.bfloat16
+    found.backward(grad)
+    for a, b in [(found, expected.detach()), *((h.grad, x.grad) for h, x in zip(half, exact, strict=True))]:
+        assert a is not None
+        assert b is not None
+        assert (a.detach().double() - b).norm() <= 2e-2 * b.norm() + 1e-3
+
+
+def test_attention_drops_scores_in_training_alone() -> None:
+    v = torch.eye(6).expand(500, 1, 6, 6).bfloat16()
+    q = torch.zeros(500, 1, 6, 4, dtype=torch.bfloat16)
+    torch.manual_seed(0)
+    scores = module.attention(q, q, v, 0.25).float() * 6
+    assert float((scores == 0).float().mean()) == pytest.approx(0.25, abs=0.02)
+    assert float(scores.mean()) == pytest.approx(1, abs=0.03)
+    assert torch.equal(module.attention(q, q, v), module.attention(q, q, v))

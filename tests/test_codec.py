@@ -22,7 +22,7 @@ from wslfast.errors import WslfastError
 from wslfast.kernels.layers import Activation, Conv2d, Flatten, Linear, Pool2d
 from wslfast.permutation import permute, random_views
 from wslfast.population import Population
-from wslfast.queries.pool.pool import QueryPool
+from wslfast.queries import QueryPool
 from wslfast.tokens import TokenLayout, layout
 
 

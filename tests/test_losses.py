@@ -16,7 +16,7 @@ from wslfast.architecture import Architecture
 from wslfast.errors import WslfastError
 from wslfast.losses import Normalizers, compose, nt_xent, structural_loss
 from wslfast.population import Population
-from wslfast.queries.pool.pool import QueryPool, TargetCache
+from wslfast.queries import QueryPool, TargetCache
 from wslfast.tokens import TokenLayout
 
 
@@ -138,7 +138,7 @@ def test_normalizers_are_the_values_of_knowing_nothing(originals: tuple[Populati
     total = 0.0
     for logits in cache.outputs.double():
         p = {"mse": logits, "distillation": (logits / 3).softmax(-1)}.get(criterion, logits.softmax(-1))
-        constant = logits.mean(0).expand_as(logits)
+        constant = cache.outputs.double().mean(0)  # of all models, at each query
         q = {"mse": constant, "distillation": (constant / 3).softmax(-1)}.get(criterion, constant.softmax(-1))
         n = len(logits)
         total += float(
@@ -156,8 +156,12 @@ def test_normalizers_are_the_values_of_knowing_nothing(originals: tuple[Populati
 
 def test_normalizers_survive_bad_models_and_refuse_useless_units(originals: tuple[Population, TargetCache]) -> None:
     population, cache = originals
-    outputs = torch.cat([cache.outputs, torch.full_like(cache.outputs[:1], math.inf)])
-    assert losses.uninformed_behavior(outputs) == pytest.approx(cache.variance(), rel=1e-6)
+    broken = cache.outputs[:1].clone()
+    broken[0, 3, 2] = math.inf
+    for outputs in (torch.cat([cache.outputs, broken]), torch.cat([broken, cache.outputs])):
+        assert losses.uninformed_behavior(outputs) == pytest.approx(cache.variance(), rel=1e-6)
+    many = torch.randn(150, 4, 3, generator=torch.Generator().manual_seed(2))  # more than are taken at once
+    assert losses.uninformed_behavior(many) == pytest.approx(float(many.double().var(0, unbiased=False).sum(-1).mean() / 2), rel=1e-9)
     assert Normalizers.from_data(population, batch_size=1) == Normalizers(Normalizers.from_data(population, batch_size=4).structural)
     with pytest.raises(WslfastError, match="structural"):
         Normalizers.from_data(population[0], batch_size=4)  # one model has no variance

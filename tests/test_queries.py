@@ -13,7 +13,7 @@ from wslfast.behavior import batched_behavioral_loss, batched_forward
 from wslfast.errors import WslfastError
 from wslfast.permutation import random_views
 from wslfast.population import Population
-from wslfast.queries.pool.pool import QueryPool, TargetCache
+from wslfast.queries import QueryPool, TargetCache
 from wslfast.testing import oracle_outputs, relative_error
 
 ARCH = Architecture.mlp(6, (5, 4), 3)
@@ -95,12 +95,11 @@ def test_counters() -> None:
     assert (cache.computed, cache.served) == (36, 15)
 
 
-def test_variance_is_the_loss_of_the_mean_output() -> None:
+def test_variance_is_the_loss_of_the_models_mean_output_at_each_query() -> None:
     population, pool = _population(), QueryPool(torch.randn(50, 6))
     cache = TargetCache(population, pool)
     outputs = oracle_outputs(population.weights, pool.images, ARCH)
-    mean = outputs.mean(1, keepdim=True).expand_as(outputs)
-    expected = float((outputs - mean).square().sum((1, 2)).mean() / (2 * 50))
+    expected = float((outputs - outputs.mean(0)).square().sum((1, 2)).mean() / (2 * 50))
     assert cache.variance() == pytest.approx(expected, rel=1e-5)
 
 

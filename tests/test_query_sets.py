@@ -12,7 +12,7 @@ from torch import Tensor
 
 from wslfast import Architecture, Population, TrainConfig, WslfastError, build_zoo, train
 from wslfast.behavior import batched_forward
-from wslfast.queries.pool.pool import SYNTHETIC, distil, load_queries, save_queries, synthetic_queries
+from wslfast.queries import SYNTHETIC, distil, load_queries, save_queries, synthetic_queries
 from wslfast.training import loop, query_sets
 from wslfast.training.query_sets import query_images, set_names
 from wslfast.zoo import MappedZoo, dataset_of

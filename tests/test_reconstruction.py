@@ -16,6 +16,7 @@ from wslfast.errors import WslfastError
 from wslfast.kernels.layers import Activation, Conv2d, Flatten, Linear, Pool2d
 from wslfast.measure import Reconstruction, compare
 from wslfast.measure import reconstruction as module
+from wslfast.measure.reconstruction import collapse
 from wslfast.testing import oracle_outputs
 
 SMALL = Architecture.from_layers(
@@ -146,6 +147,8 @@ def test_collapse_cannot_pass_for_success() -> None:
     s = compare(original, original[3:4].expand(12, -1), images, labels, SMALL).summary()
     assert s["identified"] == pytest.approx(1 / 12)
     assert abs(s["agreement_margin"]) < 0.02  # one in twelve is its own
+    own = compare(original, original, images, labels, SMALL).summary()
+    assert collapse(own["agreement_margin"]) == ""
     grouped = compare(original, original[3:4].expand(12, -1), images, labels, SMALL, groups=[j // 3 for j in range(12)])
     assert grouped.summary()["identified"] == pytest.approx(1 / 4)
 
@@ -158,6 +161,11 @@ def test_collapse_to_equal_matches_shares_the_credit() -> None:
     assert result.agreement_margin.tolist() == pytest.approx([0.0] * 5)
     assert bool(result.explained_variance.isnan().all())  # no variance to explain
     assert result.summary()["explained_variance"] is None
+
+
+@pytest.mark.parametrize(("margin", "said"), [(0.0, True), (-0.2, True), (0.0099, True), (0.01, False), (None, False), (math.nan, False)])
+def test_a_margin_of_nothing_is_called_collapse(margin: float | None, said: bool) -> None:
+    assert ("collapse" in collapse(margin)) is said
 
 
 def test_tied_outputs_choose_the_first_class() -> None:

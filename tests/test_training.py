@@ -60,6 +60,9 @@ def config(out: Path, **changes: Any) -> TrainConfig:
     return TrainConfig(**(values | changes))
 
 
+SCHEDULED = {"start": "random", "behavior_from": 1 / 3, "behavior_ramp": 1 / 3, "schedule": "onecycle", "restart": True}
+
+
 class Killed(Exception):
     pass
 
@@ -84,8 +87,16 @@ def same(a: Any, b: Any) -> bool:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"dropout": 0.2, "schedule": "onecycle"}, {"start": "random", "gamma": 0.0}, {"beta": 1.0}, {"precision": "bf16", "views": False}],
-    ids=["default", "dropout-onecycle", "random-one-view", "structure", "bf16-no-views"],
+    [
+        {},
+        {"dropout": 0.2, "schedule": "onecycle"},
+        {"start": "random", "gamma": 0.0},
+        {"beta": 1.0},
+        {"precision": "bf16", "views": False},
+        SCHEDULED,
+        {**SCHEDULED, "start": "paths"},
+    ],
+    ids=["default", "dropout-onecycle", "random-one-view", "structure", "bf16-no-views", "scheduled", "paths"],
 )
 @pytest.mark.parametrize("killed_at", [3, 6, 9])
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
@@ -179,6 +190,55 @@ train(config(Path(sys.argv[1]), steps=150, checkpoint_every=5), population=popul
     a["config"].pop("out"), b["config"].pop("out")
     assert same(a, b)
     assert records(tmp_path / "whole") == records(tmp_path / "broken")
+
+
+# -- the schedule of behavior --------------------------------------------------------------------------------------------
+
+
+def test_before_behavior_a_scheduled_run_is_one_of_structure_alone(tmp_path: Path, population: Population, images: Tensor) -> None:
+    """Steps 1 to 4 of 12 to the bit; then behavior's weight rises over four steps to 1 - beta, and a second one-cycle begins."""
+    train(config(tmp_path / "scheduled", log_every=1, gamma=0.0, **SCHEDULED), population=population, images=images)
+    alone = config(tmp_path / "alone", log_every=1, gamma=0.0, beta=1.0, steps=4, start="random", schedule="onecycle")
+    train(alone, population=population, images=images)
+    found, structure = records(tmp_path / "scheduled"), records(tmp_path / "alone")
+    assert found[:3] == structure[:3]
+    assert {**found[3], "lr": 0} == {**structure[3], "lr": 0}  # its rate is the next one's already
+    assert all("behavioral" not in r for r in found[:4])
+    share = [(r["loss"] - r["structural"]) / (r["behavioral"] - r["structural"]) for r in found[4:]]
+    assert share == pytest.approx([0.9 * w for w in (0.2, 0.4, 0.6, 0.8, 1, 1, 1, 1)], rel=1e-3)
+    assert [found[i]["lr"] for i in (3, -2)] == pytest.approx([5e-4 / 25, 5e-4 / 25 / 1e4])  # a one-cycle's first rate, and its last
+    assert max(r["lr"] for r in found[4:]) == pytest.approx(5e-4, rel=0.1)
+
+
+def test_a_scheduled_run_may_end_without_structure(tmp_path: Path, population: Population, images: Tensor) -> None:
+    run = config(tmp_path, beta=0.0, gamma=0.0, log_every=1, behavior_from=0.5, start="random")
+    assert run.uses_structure
+    assert [run.beta_at(s) for s in (0, 5, 6, 11)] == [1, 1, 0, 0]
+    train(run, population=population, images=images)
+    assert [("structural" in r, "behavioral" in r) for r in records(tmp_path)] == [(True, False)] * 6 + [(False, True)] * 6
+
+
+@pytest.mark.parametrize("changes", [{"steps": 24}, {"behavior_from": 0.25}])
+def test_a_scheduled_run_does_not_go_on_with_another_schedule(
+    tmp_path: Path, population: Population, images: Tensor, changes: dict[str, Any]
+) -> None:
+    run = config(tmp_path, behavior_from=0.5)
+    train(run, population=population, images=images, stop=lambda step: step == 4)
+    with pytest.raises(WslfastError, match=f"cannot resume with another config: {next(iter(changes))} = "):
+        train(replace(run, **changes), population=population, images=images, resume=True)
+
+
+def test_a_resumed_run_keeps_the_units_it_was_begun_with(tmp_path: Path, population: Population, images: Tensor) -> None:
+    """Of a checkpoint from before behavior's unit was the models' mean behavior, and before there was a schedule."""
+    train(config(tmp_path, steps=4), population=population, images=images)
+    state = load_checkpoint(tmp_path)
+    state.pop("schema")
+    state["normalizers"]["behavioral"] *= 3.0
+    for name in ("behavior_from", "behavior_ramp", "restart"):
+        del state["config"][name]
+    save_checkpoint(tmp_path, state)
+    train(config(tmp_path, steps=8), population=population, images=images, resume=True)
+    assert load_checkpoint(tmp_path)["normalizers"] == state["normalizers"]
 
 
 # -- checkpoints -----------------------------------------------------------------------------------------------------------
@@ -354,6 +414,9 @@ def test_a_config_survives_toml(tmp_path: Path) -> None:
         ("lr = nan", "lr: expected float, got nan"),
         ("criterion = 'l1'", "criterion: expected one of"),
         ("beta = 1.5", "beta: expected a number in [0, 1]"),
+        ("behavior_from = 1.0", "behavior_from, behavior_ramp: expected shares of less than 1 in all, got 1"),
+        ("behavior_from = 0.6\nbehavior_ramp = 0.5", "behavior_from, behavior_ramp: expected shares of less than 1 in all, got 1.1"),
+        ("restart = true", "restart: expected behavior_from above 0 and schedule onecycle"),
         ("d_model = 30\nheads = 4", "d_model: expected a multiple of"),
         ("steps = ", "Invalid value"),
         ("steps = 0", "steps: expected at least 1"),

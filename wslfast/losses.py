@@ -94,7 +94,7 @@ class Normalizers:
 
     Attributes:
         structural: variance of the target weights.
-        behavioral: the criterion's value for constant outputs, each original's own mean.
+        behavioral: the criterion's value for the models' mean output at each query, given for every model.
         contrastive: log(2k - 1), the value of embeddings that are all alike.
     """
 
@@ -148,17 +148,18 @@ class Normalizers:
 
 
 def uninformed_behavior(outputs: Tensor, criterion: str = "mse", temperature: float = 2.0) -> float:
-    """A criterion's mean value over originals when each is answered with its own mean output: for ``"mse"`` half the variance
-    of outputs ``[M, Q, K]``. Models whose outputs are not finite are left out."""
+    """A criterion's mean value over originals with outputs ``[M, Q, K]`` when each is answered with the mean output of all at each
+    query: for ``"mse"`` half the variance over models, summed over classes. Models whose outputs are not finite are left out."""
     require(criterion in CRITERIA, f"criterion: expected one of {CRITERIA}, got {criterion!r}")
-    values = []
-    for chunk in outputs.split(64):  # float64 copies of a few models at a time
-        chunk = chunk.double()
-        values.append(criterion_values(chunk.mean(1, keepdim=True).expand_as(chunk), chunk, criterion, temperature))
-    value = torch.cat(values)
-    finite = value[value.isfinite()]
-    require(len(finite) > 0, "normalizers: behavioral: no original has finite outputs")
-    return float(finite.mean())
+    finite = outputs.isfinite().all(-1).all(-1)
+    kept = int(finite.sum())
+    require(kept > 0, "normalizers: behavioral: no original has finite outputs")
+    blocks = [rows.split(64) for rows in (outputs, finite)]  # float64 copies of a few models at a time
+    mean = torch.stack([chunk[rows].double().sum(0) for chunk, rows in zip(*blocks, strict=True)]).sum(0) / kept
+    values = [
+        criterion_values(mean.expand_as(chunk), chunk.double(), criterion, temperature)[rows] for chunk, rows in zip(*blocks, strict=True)
+    ]
+    return float(torch.cat(values).mean())
 
 
 def compose(

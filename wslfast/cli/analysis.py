@@ -19,7 +19,9 @@ from ..training.query_sets import query_images
 from ..zoo import MappedZoo
 from .console import console
 
-_SHOWN = ("agreement", "agreement_others", "accuracy_reconstructed", "l2_masked", "probe_r2", "seconds")
+_SHOWN = (
+    "agreement", "agreement_others", "identified", "accuracy_reconstructed", "explained_variance", "l2_masked", "probe_r2", "seconds",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..downstream.reconstruction import collapse
+
 console = Console(highlight=False)
-_FIGURES = {  # of evaluate and demo: figure -> column
-    "agreement": "agreement", "agreement_others": "others", "accuracy_original": "acc orig", "accuracy_reconstructed": "acc rec",
-    "accuracy_change": "change", "l2_masked": "L2", "latent_numbers": "latent",
+_FIGURES = {  # of evaluate and demo: figure -> column; with names of 18 letters the table fits a terminal of 80
+    "agreement": "agree", "agreement_others": "others", "identified": "iden-\ntified", "accuracy_original": "acc\norig",
+    "accuracy_reconstructed": "acc\nrec", "accuracy_change": "change", "explained_variance": "EV", "l2_masked": "L2",
+    "latent_numbers": "latent",
 }  # fmt: skip
 
 
@@ -28,12 +31,15 @@ def show(values: dict[str, Any], as_json: bool) -> None:
 
 
 def figures_table(results: dict[str, dict[str, Any]]) -> None:
-    table = Table("variant", box=None, pad_edge=False, header_style="bold")
+    table = Table("variant", box=None, pad_edge=False, collapse_padding=True, header_style="bold")
     for column in _FIGURES.values():
         table.add_column(column, justify="right", no_wrap=True)
     for name, figures in results.items():
         table.add_row(name, *(_text(figures.get(f)) for f in _FIGURES))
     console.print(table)
+    for name, figures in results.items():
+        if words := collapse(figures.get("agreement_margin")):
+            console.print(f"{name}: {words}", soft_wrap=True, markup=False)
 
 
 def _text(value: Any) -> str:

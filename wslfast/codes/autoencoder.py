@@ -20,12 +20,12 @@ from .groups import TokenGroups
 from .linear import LinearCodec
 from .transformer import PositionEmbedding, ProjectionHead, Transformer, Windows
 
-STARTS = ("random", "linear")
+STARTS = ("random", "linear", "paths")
 _STD = 0.02  # of every initial weight (the published recipe, GPT-2's)
 
 
 class LinearPath(nn.Module):
-    """The skip path of ``start="linear"``: a codec's maps as trainable parameters, one matrix a token group, zero-padded.
+    """The skip path of ``start="linear"`` and ``"paths"``: trainable maps, one matrix a token group, zero-padded.
 
     It works on tokens standardised by ``shift [G, D]`` and ``scale [G]`` (buffers), as the transformer does, so that one learning
     rate fits layers whose weights differ in size.
@@ -55,6 +55,17 @@ class LinearPath(nn.Module):
         scale = codec.scale.to(codec.encoder)[:, None, None]
         self.encoder.copy_(codec.encoder * scale)
         self.decoder.copy_(codec.decoder / scale)
+
+    @torch.no_grad()
+    def begin(self, codec: LinearCodec) -> None:
+        """Take the code's means, scales and widths, and random maps (normal, of variance 1 / inputs)."""
+        self.shift.copy_(codec.center)
+        self.scale.copy_(codec.scale)
+        for group, size in enumerate(self.groups.sizes):
+            width = int(codec.mask[self.of_token == group][0].sum())
+            if width > 0:
+                nn.init.normal_(self.encoder[group, :size, :width], std=size**-0.5)
+                nn.init.normal_(self.decoder[group, :width, :size], std=width**-0.5)
 
     def standardise(self, tokens: Tensor) -> Tensor:
         """Tokens ``[k, T, D]`` about their group's mean row, in units of its standard deviation."""
@@ -91,8 +102,10 @@ class Autoencoder(nn.Module):
             in the backward pass, so memory grows with a block of windows and not with the sequence.
         start: ``"random"``, the published initialisation, or ``"linear"``: at step 0 the autoencoder *is* ``codec``, and the
             transformer is a correction of latents and of tokens that starts at zero. A short training from random init shows the
-            opposite of the paper; from a linear start it shows the paper's effect.
-        codec: for ``start="linear"``, fitted on the same layout. Latent numbers beyond its widths stay zero.
+            opposite of the paper; from a linear start it shows the paper's effect. ``"paths"`` is random, too: beside the transformer
+            every layer of the networks has linear maps of its own, from its rows to their latents and back, and they begin random.
+        codec: for ``start="linear"`` and ``"paths"``, fitted on the same layout. Latent numbers beyond its widths stay zero. ``"paths"``
+            takes its widths and the layers' means and scales, and nothing else.
 
     Raises:
         WslfastError: naming the argument, what was expected and what came.
@@ -118,8 +131,8 @@ class Autoencoder(nn.Module):
         window: int = 0,
     ) -> None:
         super().__init__()
-        require(start != "linear" or codec is not None, "codec: expected a LinearCodec for start='linear', got None")
-        require(start == "linear" or codec is None, f"codec: expected None for start={start!r}, got {describe(codec)}")
+        require(start == "random" or codec is not None, f"codec: expected a LinearCodec for start={start!r}, got None")
+        require(start != "random" or codec is None, f"codec: expected None for start={start!r}, got {describe(codec)}")
         if codec is not None:
             _check_codec(codec, layout)
             width = codec.mask.shape[1]
@@ -128,7 +141,10 @@ class Autoencoder(nn.Module):
         self._build(layout, d_model, heads, layers, 64 if latent is None else latent, projection, dropout, max_positions, start, window)
         if codec is not None:
             assert self.linear is not None
-            self.linear.fill(codec)
+            if start == "linear":
+                self.linear.fill(codec)
+            else:
+                self.linear.begin(codec)
             self.latent_mask.copy_(codec.mask)
 
     def _build(
@@ -183,7 +199,7 @@ class Autoencoder(nn.Module):
         self.decoder_comp = nn.Linear(latent, d_model)
         self.pe = PositionEmbedding(sizes, d_model)  # type: ignore[arg-type]
         self.projection_head = ProjectionHead(self._windows.size * latent, projection)
-        self.linear = LinearPath(TokenGroups(layout), d, latent) if start == "linear" else None
+        self.linear = LinearPath(TokenGroups(layout), d, latent) if start != "random" else None
         self._initialise(layers)
 
     @torch.no_grad()
@@ -197,7 +213,7 @@ class Autoencoder(nn.Module):
                 nn.init.normal_(parameter, std=_STD)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)  # LayerNorm weights are the other vectors; they start at one
-        if self.linear is not None:
+        if self._config["start"] == "linear":
             for out in (self.encoder_comp, self.detokenizer):
                 nn.init.zeros_(out.weight)
 

@@ -99,7 +99,8 @@ def evaluate(
 
     Returns:
         Figures by variant (``"run"`` and the baselines): means over models of accuracy of original and reconstruction,
-        agreement with the own original and with others, masked L2, latent numbers a model; medians and spreads beside them.
+        agreement with the own original and with others, the margin between them, identified, explained variance, masked L2, latent
+        numbers a model; medians and spreads beside them.
 
     Raises:
         WslfastError: unreadable run or zoo, an empty split.

@@ -1,7 +1,8 @@
 """How well reconstructed models do what their originals did: per model, and never best-of.
 
 Agreement alone can be had by collapse: a decoder that returns one good network agrees with everybody. So each
-reconstruction is also held against the originals of *other* models, and what counts is the margin between the two.
+reconstruction is also held against the originals of *other* models, and what counts is the margin between the two
+(:func:`collapse` says in words when there is none).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ Groups = Union[Sequence[Hashable], Tensor]
 _IMAGES = 1024  # queries per forward: bounds the activations, whatever the test set's size
 _GAPS = ("behavior_mse", "output_l2", "softmax_l2")  # distances between outputs, in the order of _behavior
 _SPREAD = ("mean", "median", "std", "p20", "p80")
+COLLAPSE = 0.01  # a mean margin below this is none
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,6 +158,13 @@ def compare(
         non_finite=int((finite_o & ~finite_r).sum()),
         non_finite_original=int((~finite_o).sum()),
     )
+
+
+def collapse(margin: float | None) -> str:
+    """What to say of a mean ``agreement_margin`` below :data:`COLLAPSE`; nothing of a larger one, or of none."""
+    if margin is None or not margin < COLLAPSE:
+        return ""
+    return "collapse: agrees with other models' originals as much as with its own"
 
 
 def _blocks(count: int, size: int) -> Iterator[slice]:

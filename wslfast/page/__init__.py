@@ -51,10 +51,15 @@ def headline(results: Results) -> str:
         codes = [v for v in results.variants(zoo, "code") if share is None or (get(v, "latent_share") or 0) <= share + 0.005]
         code = tables.best(results, zoo, codes, "agreement")
         size = f" at {100 * share:.0f} % of the numbers" if share else ""
+        known = [f"{percent(get(run, 'identified'))} % identified"] if get(run, "identified") is not None else []
+        known += [words] if (words := tables.collapsed(results, zoo, run)) else []
+        more = f" ({', '.join(known)})" if known else ""
         if len(zoos) == 1:
-            text = f"On {zoo}, reconstructions by {run} agree with their originals on {percent(get(run))} % of images{size}"
+            text = f"On {zoo}, reconstructions by {run} agree with their originals on {percent(get(run))} % of images{size}{more}"
             return text + (f"; the best closed-form code, {code}, on {percent(get(code))} %." if code else ".")
-        parts.append(f"{percent(get(run))} % of images on {zoo}" + (f" (best closed form {percent(get(code))} %)" if code else ""))
+        best = [f"best closed form {percent(get(code))} %"] if code else []
+        more = f" ({'; '.join([*known, *best])})" if known or best else ""
+        parts.append(f"{percent(get(run))} % of images on {zoo}{more}")
     return f"Agreement of reconstructions with their originals: {_join(parts)}." if parts else "Nothing was evaluated yet."
 
 

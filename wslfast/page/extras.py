@@ -15,9 +15,11 @@ from .tables import ablation_table
 
 _HUES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f3c8d", "#555555")
 _METRICS = (
-    ("agreement", "Agreement", "%"), ("agreement_others", "With others", "%"), ("accuracy_change", "Accuracy change", "points"),
+    ("agreement", "Agreement", "%"), ("agreement_others", "With others", "%"),
+    ("identified", "Identified", "%"), ("explained_variance", "Variance kept", "%"), ("accuracy_change", "Accuracy change", "points"),
     ("l2_masked", "Masked L2", "of weights"), ("probe_r2", "Probe", "R2 of accuracy"),
 )  # fmt: skip
+_DRAWN = ("agreement", "identified", "accuracy_change", "l2_masked")
 _DIRECTIONS = {
     "random": "any direction", "layer": "any, scaled by layer", "top": "where outputs move most", "bottom": "where they move least",
     "reconstruction": "the reconstruction's own error",
@@ -36,7 +38,7 @@ def ablations(results: Results) -> str:
         axis = next((str(r["axis"]) for r in own if r.get("axis")), name)
         parts.append(f"<h3>{escape(name)}, {escape(zoo)}</h3>{ablation_table(own, metrics)}")
         if len({r["variant"] for r in own}) > 1:
-            parts.append(figure(_ablation(own, [m for m in metrics if m[0] != "agreement_others"][:4], axis), f"{name} on {zoo}."))
+            parts.append(figure(_ablation(own, [m for m in metrics if m[0] in _DRAWN], axis), f"{name} on {zoo}."))
     if not parts:
         return ""
     small = note("Mean over held-out models; ± and bars: standard deviation over seeds. Settings that are not named are those of the file.")

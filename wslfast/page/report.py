@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import describe, require
 from ..files import write_text
-from ..measure.reconstruction import Reconstruction
+from ..measure.reconstruction import Reconstruction, collapse
 from . import drawing
 from .html import document
 
@@ -172,6 +172,8 @@ def _row(variant: Variant, color: str) -> str:
     s = result.summary()
     spread = s["spread"]
     notes = [escape(variant.notes)] if variant.notes else []
+    if collapsed := collapse(s["agreement_margin"]):
+        notes.append(f"<b>{escape(collapsed)}</b>")
     if result.non_finite:
         notes.append(f"{result.non_finite:,} of {len(result):,} reconstructions not finite: wrong everywhere")
     if result.non_finite_original:

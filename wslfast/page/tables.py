@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from ..measure.reconstruction import collapse
 from ..measure.results import Results
 from . import published
 from .markup import DASH, cell, head, note, number, over_seeds, percent, row_head, table
@@ -49,10 +50,15 @@ def grouped(results: Results, zoo: str) -> dict[str, list[str]]:
 
 
 def best(results: Results, zoo: str, variants: Sequence[str], metric: str) -> str | None:
-    """The variant with the highest mean of a metric."""
-    known = [(over_seeds(results, zoo, v, metric)[0], v) for v in variants]
-    scored = [(value, v) for value, v in known if value is not None]
-    return max(scored)[1] if scored else None
+    """The variant with the highest mean of a metric; of those that have collapsed only where there is no other."""
+    known = [(not collapsed(results, zoo, v), over_seeds(results, zoo, v, metric)[0], v) for v in variants]
+    scored = [(kept, value, v) for kept, value, v in known if value is not None]
+    return max(scored)[2] if scored else None
+
+
+def collapsed(results: Results, zoo: str, variant: str) -> str:
+    """What to say of a variant that answers every model with one network; nothing of the others."""
+    return collapse(over_seeds(results, zoo, variant, "agreement_margin")[0])
 
 
 def data_table(results: Results) -> str:
@@ -99,7 +105,8 @@ def goals_table(results: Results) -> str:
 
 
 def _within(results: Results, zoo: str, share: float = 0.555) -> list[str]:
-    found = results.variants(zoo, "run", "code")
+    """Runs and codes of that size. One that has collapsed reaches no goal, whatever its figures."""
+    found = [v for v in results.variants(zoo, "run", "code") if not collapsed(results, zoo, v)]
     return [v for v in found if (over_seeds(results, zoo, v, "latent_share")[0] or 0) <= share]
 
 
@@ -212,6 +219,7 @@ def _reconstruction_row(results: Results, zoo: str, variant: str, palette: Mappi
     latent = cell(number(numbers, 0), f"{100 * share:.0f} % of weights" if share is not None else "") if numbers else cell(DASH)
     seeds = len(results.value(zoo, variant, "agreement"))
     small = str(about.get("baseline") or settings(about)) + (f"; {seeds} seeds" if seeds > 1 else "")
+    small = "; ".join(filter(None, (small, collapsed(results, zoo, variant))))
     cells = (
         latent,
         both("agreement"),

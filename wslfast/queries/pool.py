@@ -87,6 +87,6 @@ class TargetCache:
         return self.outputs[models.unsqueeze(1), queries.unsqueeze(0)]
 
     def variance(self) -> float:
-        """Half the variance of the originals' outputs over queries, summed over classes and averaged over models: what
-        criterion ``"mse"`` gives a reconstruction that outputs its original's mean. The natural unit of L_B."""
-        return float(self.outputs.double().var(1, unbiased=False).sum(1).mean() / 2)
+        """Half the variance of outputs over originals, summed over classes and averaged over queries: what criterion ``"mse"`` gives
+        an answer that knows nothing of the model, the originals' mean output at each query. The natural unit of L_B."""
+        return float(self.outputs.double().var(0, unbiased=False).sum(1).mean() / 2)

@@ -22,7 +22,7 @@ from .. import __version__
 from ..errors import require
 from ..files import write_atomically
 from ..measure.evaluation import Code, embeddings, evaluate_code, evaluate_codes, latent_numbers, linear_baselines, reconstruct, write_json
-from ..measure.reconstruction import Reconstruction
+from ..measure.reconstruction import Reconstruction, collapse
 from ..page.report import Variant, write_report
 from ..population import Population, unstack
 from ..training import Run, TrainConfig, train
@@ -152,10 +152,12 @@ def _figures(result: Reconstruction, code: Code, test: Population, note: str) ->
 def headline(metrics: dict[str, dict[str, Any]]) -> str:
     """The result in one sentence, figures and all, whichever way it came out."""
     s, b = metrics["structure"], metrics["structure+behavior"]
+    told = [(name, words) for name in ("structure", "structure+behavior") if (words := collapse(metrics[name].get("agreement_margin")))]
     return (
         f"At the same latent size ({s['latent_share']:.0%} of the parameters) and the same training, reconstructions trained on structure "
         f"alone agree with their originals on {s['agreement']:.1%} of test images and keep {s['accuracy_reconstructed']:.1%} accuracy of "
         f"{s['accuracy_original']:.1%}; with behaviour they agree on {b['agreement']:.1%} and keep {b['accuracy_reconstructed']:.1%}."
+        + "".join(f" {name.capitalize()}: {words}." for name, words in told)
     )
 
 

@@ -108,7 +108,7 @@ def latent_features(bench: Bench, latents: Mapping[str, Tensor], rebuilt: Mappin
 
 def behavior_features(bench: Bench, weights: Mapping[str, Tensor], *, drawn: bool = False) -> dict[str, Tensor]:
     """:func:`behavior_statistics` of networks on training images without their labels, or on images ``drawn`` without any data
-    (``strokes`` of :func:`~wslfast.queries.pool.synthetic_queries`); the consensus is that of the training split.
+    (``strokes`` of :func:`~wslfast.queries.synthetic_queries`); the consensus is that of the training split.
 
     Args:
         weights: ``{split: [m, P]}``, ``"train"`` among them.

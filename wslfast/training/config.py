@@ -43,6 +43,8 @@ class TrainConfig:
     """AdamW's decay on parameters with two or more dimensions."""
     schedule: Literal["constant", "onecycle"] = "constant"
     """Learning-rate schedule."""
+    restart: bool = False
+    """Begin a second one-cycle where behavior sets in (needs behavior_from and schedule onecycle)."""
     clip: float | None = 1.0
     """Largest gradient norm; none switches clipping off."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -53,7 +55,12 @@ class TrainConfig:
     gamma: float = 0.05
     """Weight of the contrastive loss."""
     beta: float = 0.1
-    """Share of the structural loss in the rest; 1 - beta is behaviour's."""
+    """Share of the structural loss in the rest; 1 - beta is behavior's."""
+    behavior_from: float = 0.0
+    """Share of the steps, from the first, that are without behavior: structure has its weight. From a random start an objective with
+    behavior in it from the first step finds one good network and answers every model with it; after structure it keeps models apart."""
+    behavior_ramp: float = 0.0
+    """Share of the steps, after those, over which behavior's weight rises evenly to 1 - beta."""
     criterion: Literal["mse", "softmax_mse", "cross_entropy", "distillation"] = "mse"
     """Behavioural criterion."""
     distillation_temperature: float = 2.0
@@ -73,14 +80,15 @@ class TrainConfig:
     """equivalent: views that preserve behaviour. random: a control that scrambles models, the next layer's inputs permuted by another
     permutation than the outputs they read; each scrambled model is then its own original."""
 
-    start: Literal["linear", "random"] = "linear"
-    """linear: begin as a closed-form linear code of the zoo, the transformer as a zero-started correction."""
+    start: Literal["linear", "random", "paths"] = "linear"
+    """linear: begin as a closed-form linear code of the zoo, the transformer as a zero-started correction. random: as published. paths:
+    random, too, with linear maps of each layer's own beside the transformer, and latent widths by layer (from the zoo's spectra)."""
     metric: Literal["plain", "activation"] = "plain"
     """The linear start's metric on weights."""
     start_views: bool = True
     """Fit the linear start on every permuted view of the zoo, in closed form; without, on the models as stored."""
     share: float = 0.55
-    """The linear start's latent size, as a share of the parameters."""
+    """Latent size of a start that is not random, as a share of the parameters."""
     d_model: int = 96
     """Transformer width."""
     heads: int = 4
@@ -88,7 +96,7 @@ class TrainConfig:
     layers: int = 2
     """Transformer blocks in the encoder, and again in the decoder."""
     latent: int = 64
-    """Latent numbers a token, for a random start; a linear start has the widths of its code."""
+    """Latent numbers a token, for a random start; the others have the widths of a linear code."""
     projection: int = 30
     """Width of the contrastive projection head."""
     dropout: float = 0.0
@@ -121,9 +129,13 @@ class TrainConfig:
         require(self.steps >= 1, f"steps: expected at least 1, got {self.steps}")
         for name in ("batch_size", "queries", "query_pool", "d_model", "heads", "latent", "projection", "log_every", "checkpoint_every"):
             require(getattr(self, name) >= 1, f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("gamma", "beta", "share"):
+        for name in ("gamma", "beta", "share", "behavior_from", "behavior_ramp"):
             require(0 <= getattr(self, name) <= 1, f"{name}: expected a number in [0, 1], got {getattr(self, name)}")
         require(self.share > 0, "share: expected a number in (0, 1], got 0")
+        begun = self.behavior_from + self.behavior_ramp
+        require(begun < 1, f"behavior_from, behavior_ramp: expected shares of less than 1 in all, got {begun:g}")
+        can = self.behavior_from > 0 and self.schedule == "onecycle"
+        require(can or not self.restart, "restart: expected behavior_from above 0 and schedule onecycle")
         require(0 <= self.dropout < 1, f"dropout: expected a number in [0, 1), got {self.dropout}")
         for name in ("seed", "layers", "token_size", "window"):
             require(getattr(self, name) >= 0, f"{name}: expected a non-negative integer, got {getattr(self, name)}")
@@ -138,13 +150,30 @@ class TrainConfig:
 
     @property
     def uses_behavior(self) -> bool:
-        """Whether the behavioural term has weight."""
+        """Whether the behavioral term ever has weight."""
         return self.gamma < 1 and self.beta < 1
 
     @property
     def uses_structure(self) -> bool:
-        """Whether the structural term has weight."""
-        return self.gamma < 1 and self.beta > 0
+        """Whether the structural term ever has weight."""
+        return self.gamma < 1 and (self.beta > 0 or self.scheduled)
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether behavior's weight depends on the step."""
+        return self.behavior_from > 0 or self.behavior_ramp > 0
+
+    @property
+    def behavior_start(self) -> int:
+        """Steps without behavior."""
+        return round(self.behavior_from * self.steps)
+
+    def beta_at(self, step: int) -> float:
+        """Structure's share in the step that follows ``step`` others: 1 until behavior sets in, ``beta`` once its weight has risen."""
+        after, rise = step - self.behavior_start, round(self.behavior_ramp * self.steps)
+        if after < 0:
+            return 1.0
+        return 1 - (1 - self.beta) * min(1.0, (after + 1) / (rise + 1))
 
     @classmethod
     def paper(cls, zoo: str, out: str, **changes: Any) -> TrainConfig:

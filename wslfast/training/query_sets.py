@@ -33,8 +33,8 @@ def query_images(query_set: str, zoo: str | Path, source: Union[Population, Mapp
 
     Args:
         query_set: ``data``, ``val`` or ``test``: that split of the images that the zoo was trained on; one of
-            :data:`wslfast.queries.pool.SYNTHETIC`, which no image of the zoo's goes into; an ``.npz`` file
-            (:func:`wslfast.queries.pool.load_queries`); or several joined by ``+``, each cut to the size of the smallest.
+            :data:`wslfast.queries.SYNTHETIC`, which no image of the zoo's goes into; an ``.npz`` file
+            (:func:`wslfast.queries.load_queries`); or several joined by ``+``, each cut to the size of the smallest.
         zoo: folder, for the images.
         source: the training models, for the architecture and for ``optimised``.
         n: images of each synthetic set (of an optimised one at most 128).

@@ -2,7 +2,8 @@
 
 Each step draws models and queries, makes permuted views, encodes and decodes them, and descends
 ``gamma L_C + (1 - gamma) (beta L_S + (1 - beta) L_B)``, each term divided by an explicit normaliser (arXiv 2503.17138 with
-gamma 0.05, beta 0.1). Everything that a step depends on is in the checkpoint, so a resumed run continues to the bit on a CPU.
+gamma 0.05, beta 0.1); beta may be 1 for a share of the steps before behavior sets in. Everything that a step depends on is in the
+checkpoint, so a resumed run continues to the bit on a CPU.
 Under torchrun each process takes its share of every batch (``distributed.py``).
 """
 
@@ -93,12 +94,9 @@ class Trainer:
         matrices = [p for p in self.model.parameters() if p.ndim >= 2]
         vectors = [p for p in self.model.parameters() if p.ndim < 2]
         groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=config.lr)
-        self.schedule = (
-            torch.optim.lr_scheduler.OneCycleLR(self.optimizer, max_lr=config.lr, total_steps=config.steps, pct_start=0.3)
-            if config.schedule == "onecycle"
-            else None
-        )
+        # one pass over each parameter where torch loops over operators: a quarter of the time (a GPU has its own default)
+        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=True if self.device.type == "cpu" else None)
+        self.schedule = self._cycle()
         whole = len(sample) == len(models) and self.cache is not None
         known = self.cache if whole or not config.uses_behavior else TargetCache(sample, self.pool)
         self.normalizers = losses.Normalizers.from_data(
@@ -145,8 +143,17 @@ class Trainer:
             queries=self.pool.images[:512] if config.metric == "activation" else None,
             seed=config.seed,
         )
-        logger.info("linear start: %d latent numbers for %d parameters", codec.latent_size, self.architecture.num_weights)
-        return Autoencoder(self.layout, start="linear", codec=codec, **sizes)
+        logger.info("%s start: %d latent numbers for %d parameters", config.start, codec.latent_size, self.architecture.num_weights)
+        return Autoencoder(self.layout, start=config.start, codec=codec, **sizes)
+
+    def _cycle(self) -> torch.optim.lr_scheduler.OneCycleLR | None:
+        """The learning rate's schedule: of the whole run, or, with a restart, of the part of it that this step begins or is in."""
+        config = self.config
+        if config.schedule != "onecycle":
+            return None
+        first = config.behavior_start if config.restart else config.steps
+        steps = first if self.step_index < first else config.steps - first
+        return torch.optim.lr_scheduler.OneCycleLR(self.optimizer, max_lr=config.lr, total_steps=steps, pct_start=0.3)
 
     def next_rows(self) -> Tensor:
         """Zoo rows of the next batch, of all processes: every model once an epoch, the incomplete last batch dropped."""
@@ -159,7 +166,7 @@ class Trainer:
     def losses(self, rows: Tensor, queries: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The objective on zoo rows ``[b]`` (of which this process takes its share) and pool images ``[n]``, and its parts (on the
         device). The gradient averaged over processes is that of all rows; so are the parts, but for ``skipped_models``, a sum."""
-        config, world = self.config, self.world
+        config, world, beta = self.config, self.world, self.config.beta_at(self.step_index)
         mine = world.share(len(rows))
         originals = self.models.rows(rows[mine])
         with region("views"):
@@ -183,9 +190,9 @@ class Trainer:
                 contrastive = world.summed(losses.nt_xent(world.gather(a), world.gather(b), config.contrast_temperature))
             else:
                 contrastive = losses.nt_xent(a, b, config.contrast_temperature)
-        if config.uses_structure:
+        if beta > 0 and config.uses_structure:
             structural = losses.structural_loss(reconstructed, tokens, mask)
-        if config.uses_behavior:
+        if beta < 1 and config.uses_behavior:
             with region("detokenise"):
                 weights = self.layout.detokenize(reconstructed)
             if config.views and config.permutations == "random":
@@ -209,7 +216,7 @@ class Trainer:
             of_all = world.total(kept.sum()).clamp_min(1) / world.size
             behavioral = torch.where(kept, values, torch.zeros_like(values)).sum() / of_all
             counts["skipped_models"] = (~kept).sum()
-        total, parts = losses.compose(contrastive, structural, behavioral, self.normalizers, config.gamma, config.beta)
+        total, parts = losses.compose(contrastive, structural, behavioral, self.normalizers, config.gamma, beta)
         return total, {**parts, **counts}
 
     def _targets(self, rows: Tensor, originals: Tensor, queries: Tensor) -> Tensor:
@@ -241,9 +248,11 @@ class Trainer:
             if self.config.clip is not None:
                 parts["gradient_norm"] = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
             self.optimizer.step()
-            if self.schedule is not None:
-                self.schedule.step()
         self.step_index += 1
+        if self.config.restart and self.step_index == self.config.behavior_start:
+            self.schedule = self._cycle()
+        elif self.schedule is not None:
+            self.schedule.step()
         return parts
 
     def release(self) -> None:
@@ -272,7 +281,8 @@ class Trainer:
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state`. Raises WslfastError if the checkpoint's config would take another path."""
         saved = TrainConfig.from_dict(state["config"])
-        fixed = _FREE - ({"steps"} if self.config.schedule == "onecycle" else set())
+        paced = self.config.schedule == "onecycle" or self.config.scheduled  # what happens at a step depends on how many there are
+        fixed = _FREE - ({"steps"} if paced else set())
         changed = [n for n, v in self.config.to_dict().items() if n not in fixed and getattr(saved, n) != v]
         pairs = [f"{n} = {getattr(self.config, n)!r} (was {getattr(saved, n)!r})" for n in changed]
         require(not changed, f"cannot resume with another config: {', '.join(pairs)}")
@@ -282,6 +292,8 @@ class Trainer:
             f"cannot resume: the zoo has {len(self.models)} training rows, the checkpoint saw {len(state['sampler']['permutation'])}",
         )
         self.model.load_state_dict(state["model"])
+        self.step_index = int(state["step"])
+        self.schedule = self._cycle()
         self.optimizer.load_state_dict(state["optimizer"])
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])
@@ -292,7 +304,6 @@ class Trainer:
         if self.device.type == "cuda" and "cuda" in state["rng"]:
             torch.cuda.set_rng_state(state["rng"]["cuda"].cpu(), self.device)
         self.permutation, self.position = state["sampler"]["permutation"].cpu(), int(state["sampler"]["position"])
-        self.step_index = int(state["step"])
 
 
 class _Objective(nn.Module):
