@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wslfast import _transformer as module
 from wslfast.architecture import Architecture
+from wslfast.codes import transformer as module
 from wslfast.codes.autoencoder import Autoencoder
 from wslfast.codes.linear import LinearCodec
 from wslfast.errors import WslfastError

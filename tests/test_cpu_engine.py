@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from wslfast.kernels import criteria, reference
-from wslfast.kernels.cpu.engine import activations as cpu_activations
-from wslfast.kernels.cpu.engine import engine as cpu
-from wslfast.kernels.cpu.engine import jobs as cpu_jobs
+from wslfast.kernels.cpu import activations as cpu_activations
+from wslfast.kernels.cpu import engine as cpu
+from wslfast.kernels.cpu import jobs as cpu_jobs
 from wslfast.kernels.layers import Activation, Conv2d, Dropout, Flatten, Layers, Linear, Pool2d, Unplannable, layer_slots, shapes
 from wslfast.zoo.build import StackedAdam
 

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 
 from wslfast import Architecture, Population, TokenLayout, WslfastError, batched_behavioral_loss, batched_forward
 from wslfast.kernels import criteria
-from wslfast.kernels.cpu.engine import engine as cpu
+from wslfast.kernels.cpu import engine as cpu
 from wslfast.testing import oracle_loss, relative_error
 
 

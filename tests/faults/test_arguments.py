@@ -35,7 +35,7 @@ from wslfast.engine import paths
 from wslfast.engine.module_path import Module
 from wslfast.engine.triton_path import Triton
 from wslfast.kernels import reference
-from wslfast.kernels.cpu.engine import engine as cpu
+from wslfast.kernels.cpu import engine as cpu
 
 K, N, P = 3, 4, ARCH.num_weights
 W, X, Y = torch.zeros(K, P), torch.zeros(N, 1, 8, 8), torch.zeros(K, N, 3)
