@@ -17,6 +17,11 @@ _CPU_CHUNK = 1 << 30
 _CUDA_CHUNK = 4 << 30
 
 
+def default_budget(device: str) -> int:
+    """:func:`memory_budget` where nothing is set: what decides bits must not depend on settings."""
+    return _CUDA_CHUNK if device == "cuda" else _CPU_CHUNK
+
+
 def memory_budget(device: str) -> int:
     """Bytes of activations that one chunk of models may hold; ``WSLFAST_MEMORY_MB`` overrides it. Never depends on free memory,
     so that chunks, and with them the bits of grouped calls, are the same on every run."""
@@ -25,7 +30,7 @@ def memory_budget(device: str) -> int:
         if not megabytes.isdecimal() or int(megabytes) < 1:
             raise WslfastError(f"WSLFAST_MEMORY_MB: expected a positive integer, got {megabytes!r}")
         return int(megabytes) << 20
-    return _CUDA_CHUNK if device == "cuda" else _CPU_CHUNK
+    return default_budget(device)
 
 
 @lru_cache(maxsize=64)
@@ -49,7 +54,7 @@ def activation_elements(architecture: Architecture) -> int:
     return max(total, math.prod(architecture.input_shape))
 
 
-def models_per_chunk(architecture: Architecture, n: int, device: str) -> int:
-    """Models whose activations, their gradients and one workspace fit the budget; at least one."""
+def models_per_chunk(architecture: Architecture, n: int, device: str, budget: int | None = None) -> int:
+    """Models whose activations, their gradients and one workspace fit the budget (default: :func:`memory_budget`); at least one."""
     per_model = 4 * (3 * n * activation_elements(architecture) + 2 * architecture.num_weights)
-    return max(1, memory_budget(device) // per_model)
+    return max(1, (memory_budget(device) if budget is None else budget) // per_model)

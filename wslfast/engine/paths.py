@@ -52,21 +52,24 @@ def per_model(queries: Tensor, architecture: Architecture) -> bool:
     return queries.ndim == len(architecture.input_shape) + 2
 
 
-def in_pieces(run: Run, weights: Tensor, queries: Tensor, architecture: Architecture, graph: bool) -> Tensor:
-    """Outputs of ``run(weights, queries)``, models cut into chunks that fit the memory budget. With a graph that does not fit as a
-    whole, chunks are recomputed in the backward pass."""
+def in_pieces(run: Run, weights: Tensor, queries: Tensor, architecture: Architecture, graph: bool, size: int | None = None) -> Tensor:
+    """Outputs of ``run(weights, queries)``, models cut into chunks of ``size`` (default: as many as fit the memory budget). With a graph
+    that does not fit as a whole, chunks are recomputed in the backward pass."""
     own = per_model(queries, architecture)
     n, k = queries.shape[int(own)], len(weights)
     if k == 0:
         return run(weights, queries)
     pieces: list[Tensor] = []
+    fitting = models_per_chunk(architecture, n, weights.device.type)
+    planned = min(k, fitting if size is None else size)
 
     def piece(part: slice) -> None:
         arguments = weights[part], queries[part] if own else queries
-        again = graph and part.stop - part.start < k
+        scarce = part.stop - part.start < planned and part.stop < k  # memory ran out, and the chunk was halved
+        again = graph and (fitting < k or scarce)
         pieces.append(checkpoint(run, *arguments, use_reentrant=False) if again else run(*arguments))
 
-    in_chunks(k, models_per_chunk(architecture, n, weights.device.type), piece)
+    in_chunks(k, planned, piece)
     return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
 
