@@ -13,8 +13,8 @@ from torch import Tensor
 
 from wslfast import engine
 from wslfast.architecture import Architecture
-from wslfast.kernels import plan
-from wslfast.kernels.cpu_layers import compile_program
+from wslfast.kernels.cpu.steps import compile_program
+from wslfast.kernels.layers import Activation, Conv2d, Flatten, Layer, Linear, Pool2d, multiply_adds, shapes
 from wslfast.testing import oracle_loss, oracle_outputs
 
 CRITERION = "softmax_mse"  # the published code's l2
@@ -25,15 +25,15 @@ _HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 def _wide(factor: int) -> Architecture:
     """CNN3 with ``factor`` times as many channels and hidden units."""
     channels = [3, *(factor * c for c in (16, 32, 15))]
-    layers: list[plan.Layer] = []
+    layers: list[Layer] = []
     for i in range(3):
         layers += [
-            plan.Conv2d(f"conv{i}", channels[i], channels[i + 1], (3, 3)),
-            plan.Pool2d(f"pool{i}"),
-            plan.Activation(f"relu{i}", "relu"),
+            Conv2d(f"conv{i}", channels[i], channels[i + 1], (3, 3)),
+            Pool2d(f"pool{i}"),
+            Activation(f"relu{i}", "relu"),
         ]
-    layers += [plan.Flatten("flatten"), plan.Linear("hidden", 60 * factor, 20 * factor), plan.Activation("relu3", "relu")]
-    return Architecture.from_layers([*layers, plan.Linear("out", 20 * factor, 10)], (3, 32, 32), f"cnn3x{factor}")
+    layers += [Flatten("flatten"), Linear("hidden", 60 * factor, 20 * factor), Activation("relu3", "relu")]
+    return Architecture.from_layers([*layers, Linear("out", 20 * factor, 10)], (3, 32, 32), f"cnn3x{factor}")
 
 
 ARCHITECTURES: dict[str, Callable[[], Architecture]] = {
@@ -126,12 +126,12 @@ def needed_flops(architecture: Architecture, direction: str, recomputed: bool = 
     recomputed, the originals' forward pass as well.
     """
     crop = compile_program(architecture.layers, architecture.input_shape, False).crop
-    forward = plan.multiply_adds(architecture.layers, crop)
+    forward = multiply_adds(architecture.layers, crop)
     if direction == "forward":
         return 2 * forward
-    sizes = plan.shapes(architecture.layers, crop)[1:]
+    sizes = shapes(architecture.layers, crop)[1:]
     layers = zip(architecture.layers, sizes, strict=False)
-    first = next(prod(s) * prod(layer.weight_shape[1:]) for layer, s in layers if isinstance(layer, (plan.Conv2d, plan.Linear)))
+    first = next(prod(s) * prod(layer.weight_shape[1:]) for layer, s in layers if isinstance(layer, (Conv2d, Linear)))
     return 2 * (3 * forward - first + (forward if recomputed else 0))
 
 

@@ -7,10 +7,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from wslfast._files import write_text
-from wslfast.downstream import _figures
-from wslfast.downstream._html import document
 from wslfast.errors import WslfastError
+from wslfast.files import write_text
+from wslfast.page import drawing as _figures
+from wslfast.page.html import document
 
 from . import ceilings, tables
 from .cases import architecture_of, needed_bytes, needed_flops

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from wslfast import engine
 from wslfast.architecture import Architecture
-from wslfast.kernels import reference
-from wslfast.kernels.plan import Activation, Conv2d, Flatten, Linear, Pool2d, Unplannable, layer_slots
+from wslfast.kernels import criteria, reference
+from wslfast.kernels.layers import Activation, Conv2d, Flatten, Linear, Pool2d, Unplannable, layer_slots
 
 from .cases import CRITERION
 
@@ -51,7 +51,7 @@ def provider(name: str, forward: Forward) -> Callable[[Provider], Provider]:
 def _differentiated(forward: Forward, weights: Tensor, queries: Tensor, targets: Tensor, architecture: Architecture) -> Result:
     """Losses and gradient by autograd through ``forward``."""
     rows = weights.detach().requires_grad_()
-    values = reference.criterion_values(forward(rows, queries, architecture).float(), targets, CRITERION)
+    values = criteria.criterion_values(forward(rows, queries, architecture).float(), targets, CRITERION)
     (gradient,) = torch.autograd.grad(_GAIN * values.sum(), rows)  # models are independent: the sum's gradient is each model's own
     return values.detach(), gradient / _GAIN
 
@@ -147,7 +147,7 @@ def published(weights: Tensor, original: Tensor, queries: Tensor, targets: Tenso
 def _vmapped(weights: Tensor, queries: Tensor, targets: Tensor, architecture: Architecture) -> Result:
     def one(row: Tensor, target: Tensor) -> Tensor:
         outputs = reference.forward_one(row, queries, architecture.layers).float()
-        return _GAIN * reference.criterion_values(outputs[None], target[None], CRITERION)[0]
+        return _GAIN * criteria.criterion_values(outputs[None], target[None], CRITERION)[0]
 
     gradient, losses = torch.vmap(torch.func.grad_and_value(one))(weights, targets)
     return losses / _GAIN, gradient / _GAIN
@@ -355,7 +355,7 @@ def _kernels(weights: Tensor) -> tuple[Any, str]:
     precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     if torch.is_autocast_enabled("cuda"):
         precision = "bf16" if torch.get_autocast_dtype("cuda") == torch.bfloat16 else "fp16"
-    return importlib.import_module("wslfast.kernels.autograd"), precision
+    return importlib.import_module("wslfast.kernels.triton.launch"), precision
 
 
 def _on_kernels(function: str, mode: str, weights: Tensor, *arguments: Any) -> Any:

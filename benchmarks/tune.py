@@ -26,11 +26,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import timing
-from wslfast.kernels import autograd, reference
-from wslfast.kernels.inspect import ARCHITECTURES
-from wslfast.kernels.plan import Layers
-from wslfast.kernels.schedule import Configuration, Tuning, schedule, tuned
-from wslfast.kernels.stages import Stage
+from benchmarks.kernels.inspect import ARCHITECTURES
+from wslfast.kernels import criteria, reference
+from wslfast.kernels.layers import Layers
+from wslfast.kernels.triton import launch as autograd
+from wslfast.kernels.triton.schedule import Configuration, Tuning, schedule, tuned
+from wslfast.kernels.triton.stages import Stage
 
 DATA = Path(__file__).resolve().parent / "data"
 KEEP = 0.98  # of the default's time: what is closer is noise
@@ -214,7 +215,7 @@ def check(job: Job) -> float:
     some = [0, job.k - 1]
     targets = job.targets[some].double()
     outputs = reference.forward(job.weights[some].double(), job.queries.double(), job.layers)
-    return _difference(losses[some].double(), reference.criterion_values(outputs, targets, CRITERION))
+    return _difference(losses[some].double(), criteria.criterion_values(outputs, targets, CRITERION))
 
 
 def sweep(job: Job, levers: tuple[Lever, ...], device: str, emit: Callable[[Row], None], repeats: int, end: float) -> list[Row]:

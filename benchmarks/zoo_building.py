@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from wslfast import engine
 from wslfast.architecture import Architecture
-from wslfast.kernels.plan import Activation, Conv2d, Dropout, Flatten, Linear, Pool2d
+from wslfast.kernels.layers import Activation, Conv2d, Dropout, Flatten, Linear, Pool2d
 from wslfast.testing import relative_error
 from wslfast.zoo.build import StackedAdam
 

@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .plan import Activation, Conv2d, Dropout, Flatten, Layers, Linear, Pool2d, layer_slots
-
-CRITERIA = ("mse", "softmax_mse", "cross_entropy", "distillation")
+from .criteria import criterion_values
+from .layers import Activation, Conv2d, Dropout, Flatten, Layers, Linear, Pool2d, layer_slots
 
 
 def activation(x: Tensor, layer: Activation) -> Tensor:
@@ -114,33 +113,6 @@ def forward_grouped(weights: Tensor, queries: Tensor, layers: Layers) -> Tensor:
         elif isinstance(layer, Flatten):
             x = x.flatten(2)
     return x.transpose(0, 1)
-
-
-def criterion_values(outputs: Tensor, targets: Tensor, criterion: str, temperature: float = 2.0) -> Tensor:
-    """Per-model values ``[k]`` of a behavioural criterion; outputs and targets are ``[k, n, K]`` logits.
-
-    Integer targets ``[k, n]`` are labels, for ``cross_entropy`` alone: -1/n sum_i log p^_label(i), the loss that trains a zoo.
-
-    - ``mse``: 1/(2n) sum_i ||f^(x_i) - f(x_i)||^2 (arXiv 2503.17138, behavioural loss; its mean over k is the paper's formula)
-    - ``softmax_mse``: mean over queries and classes of the squared difference of probabilities (the published code's ``l2``)
-    - ``cross_entropy``: -1/n sum_i sum_c p_c log p^_c with soft labels p = softmax(targets)
-    - ``distillation``: T^2/n sum_i sum_c q_c (log q_c - log q^_c), both softened by the temperature T (Hinton et al. 2015)
-    """
-    n = outputs.shape[1]
-    if criterion == "mse":
-        return (outputs - targets).square().sum((1, 2)) / (2 * n)
-    if criterion == "softmax_mse":
-        return (outputs.softmax(-1) - targets.softmax(-1)).square().mean((1, 2))
-    if criterion == "cross_entropy":
-        if not targets.is_floating_point():
-            return -outputs.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).sum((1, 2)) / n
-        return -(targets.softmax(-1) * outputs.log_softmax(-1)).sum((1, 2)) / n
-    if criterion == "distillation":
-        # near convergence the two logs agree to the last float32 digits: their difference needs more
-        log_q = (targets.double() / temperature).log_softmax(-1)
-        log_p = (outputs.double() / temperature).log_softmax(-1)
-        return (temperature**2 / n * (log_q.exp() * (log_q - log_p)).sum((1, 2))).to(outputs.dtype)
-    raise ValueError(f"unknown criterion {criterion!r}; known: {list(CRITERIA)}")
 
 
 def loss_and_gradient(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from wslfast.kernels import reference
-from wslfast.kernels.plan import Activation, Conv2d, Dropout, Flatten, Layer, Layers, Linear, Pool2d, layer_slots, shapes
+from wslfast.kernels.layers import Activation, Conv2d, Dropout, Flatten, Layer, Layers, Linear, Pool2d, layer_slots, shapes
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from wslfast import LinearCodec, TrainConfig, WslfastError, build_zoo, load_zoo
-from wslfast.downstream import ablations, closed_form
-from wslfast.downstream.ablation_file import Ablation
-from wslfast.downstream.ablations import COLUMNS, Cell, Stop, Trained, over_seeds, read_rows, run_ablation
-from wslfast.downstream.evaluation import evaluate_code
+from wslfast.measure.evaluation import evaluate_code
 from wslfast.sane.ablation import systems
+from wslfast.study import ablations, closed_form
+from wslfast.study.ablation_file import Ablation
+from wslfast.study.ablations import COLUMNS, Cell, Stop, Trained, over_seeds, read_rows, run_ablation
 from wslfast.training import load_run
 from wslfast.training.query_sets import query_images
 from wslfast.zoo import dataset_of
@@ -84,7 +84,7 @@ def test_cells_are_computed_once_and_rows_are_theirs(tmp_path: Path, zoo: Path) 
 
 
 def test_figures_are_those_of_the_run(tmp_path: Path, zoo: Path) -> None:
-    from wslfast.downstream import evaluate
+    from wslfast.measure import evaluate
 
     file = write(tmp_path / "a.toml", zoo, "[axis]\nbeta = [0.5]", seeds="[3]", top='split = "test"')
     rows = run_ablation(Ablation.from_toml(file), tmp_path / "out")

@@ -10,9 +10,9 @@ import torch
 from torch.nn import functional as F
 
 from wslfast import Architecture, Autoencoder, LinearCodec, Population, TokenLayout, WslfastError, batched_forward
-from wslfast.adaptive import AdaptiveCodec
-from wslfast.codec import row_moments
-from wslfast.kernels.plan import Activation, Conv2d, Flatten, Linear, Pool2d
+from wslfast.codes.adaptive import AdaptiveCodec
+from wslfast.codes.linear import row_moments
+from wslfast.kernels.layers import Activation, Conv2d, Flatten, Linear, Pool2d
 from wslfast.permutation import permute, random_permutations
 
 # leaky by a third: two dead units would tie, and which of them is kept, to no effect, would be left to rounding

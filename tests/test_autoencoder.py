@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wslfast import _transformer as module
 from wslfast.architecture import Architecture
-from wslfast.autoencoder import Autoencoder
-from wslfast.codec import LinearCodec
+from wslfast.codes import transformer as module
+from wslfast.codes.autoencoder import Autoencoder
+from wslfast.codes.linear import LinearCodec
 from wslfast.errors import WslfastError
 from wslfast.losses import structural_loss
 from wslfast.population import Population

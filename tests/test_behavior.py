@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from wslfast.architecture import Architecture
 from wslfast.behavior import CRITERIA, batched_behavioral_loss, batched_forward
 from wslfast.errors import WslfastError
-from wslfast.kernels.plan import Activation, Conv2d, Flatten, Linear, Pool2d
+from wslfast.kernels.layers import Activation, Conv2d, Flatten, Linear, Pool2d
 from wslfast.permutation import random_views
 from wslfast.population import Population, unstack
 from wslfast.testing import as_module, oracle_loss, oracle_outputs, relative_error
@@ -88,14 +88,15 @@ def _module(arch: Architecture) -> nn.Module:
 def functional_oracle(
     weights: Tensor, original: Tensor, queries: Tensor, arch: Architecture, criterion: str, temperature: float = 2.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Per-model values, gradients to the weights and gradients to the queries ``[k, n, ...]``, by torch.func in float64."""
+    """Per-model values, gradients to the weights and whole gradients to the queries ``[k, n, ...]``, those through the original's
+    outputs included, by torch.func in float64."""
     module = _module(arch)
 
     def outputs(row: Tensor, x: Tensor) -> Tensor:
         return torch.func.functional_call(module, {s.name: row[s.offset : s.stop].view(s.shape) for s in arch.parameters}, (x,))
 
-    def value(row: Tensor, target: Tensor, x: Tensor) -> Tensor:
-        y = outputs(row, x)
+    def value(row: Tensor, other: Tensor, x: Tensor) -> Tensor:
+        y, target = outputs(row, x), outputs(other, x)
         if criterion == "mse":
             return (y - target).pow(2).sum() / (2 * y.shape[0])
         if criterion == "softmax_mse":
@@ -106,10 +107,7 @@ def functional_oracle(
         return temperature**2 * (q * (q / p).log()).sum() / y.shape[0]
 
     w, o, x = (t.detach().double() for t in (weights, original, queries))
-    targets = torch.vmap(outputs, in_dims=(0, None))(o, x)
-    (row_gradients, query_gradients), values = torch.vmap(torch.func.grad_and_value(value, argnums=(0, 2)), in_dims=(0, 0, None))(
-        w, targets, x
-    )
+    (row_gradients, query_gradients), values = torch.vmap(torch.func.grad_and_value(value, argnums=(0, 2)), in_dims=(0, 0, None))(w, o, x)
     return values, row_gradients, query_gradients
 
 

@@ -17,11 +17,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import cases, derived, gate, losses, providers, readme, recording, suites, tables, timing, workers, zoo_building  # noqa: E402
-from benchmarks.__main__ import main  # noqa: E402
-from benchmarks.losses import Cell  # noqa: E402
-from benchmarks.recording import GIVEN, RECOMPUTED, Row  # noqa: E402
-from wslfast.kernels import reference  # noqa: E402
+from benchmarks import cases, derived, gate, losses, providers, readme, recording, suites, tables, timing, workers, zoo_building
+from benchmarks.__main__ import main
+from benchmarks.losses import Cell
+from benchmarks.recording import GIVEN, RECOMPUTED, Row
+from wslfast.kernels import reference
 
 HEADER = (
     "provider,architecture,k,n,direction,precision,metric,median,p20,p80,relative_error,device,driver,torch,triton,python,commit,date,note"

@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from wslfast._groups import TokenGroups
-from wslfast._metric import good_models, input_second_moments, output_sensitivity, root, symmetrise
 from wslfast.architecture import Architecture
-from wslfast.codec import LinearCodec, equal_widths, water_filling
+from wslfast.codes.groups import TokenGroups
+from wslfast.codes.linear import LinearCodec, equal_widths, water_filling
+from wslfast.codes.metric import good_models, input_second_moments, output_sensitivity, root, symmetrise
 from wslfast.errors import WslfastError
-from wslfast.kernels.plan import Activation, Conv2d, Flatten, Linear, Pool2d
+from wslfast.kernels.layers import Activation, Conv2d, Flatten, Linear, Pool2d
 from wslfast.permutation import permute, random_views
 from wslfast.population import Population
 from wslfast.queries import QueryPool

@@ -14,19 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from wslfast.kernels import cpu, cpu_activations, cpu_jobs, reference
-from wslfast.kernels.plan import (
-    Activation,
-    Conv2d,
-    Dropout,
-    Flatten,
-    Layers,
-    Linear,
-    Pool2d,
-    Unplannable,
-    layer_slots,
-    shapes,
-)
+from wslfast.kernels import criteria, reference
+from wslfast.kernels.cpu import activations as cpu_activations
+from wslfast.kernels.cpu import engine as cpu
+from wslfast.kernels.cpu import jobs as cpu_jobs
+from wslfast.kernels.layers import Activation, Conv2d, Dropout, Flatten, Layers, Linear, Pool2d, Unplannable, layer_slots, shapes
 from wslfast.zoo.build import StackedAdam
 
 Net = tuple[Layers, tuple[int, ...]]
@@ -112,7 +104,7 @@ NETS: dict[str, Net] = {
     "mlp": ((Linear("l0", 14, 30), Activation("a"), Linear("l1", 30, 15, bias=False), Activation("b", "tanh"), Linear("l2", 15, 10)), (14,)),
     "flatten-first": ((Flatten("f"), Linear("l", 2 * 3 * 5, 4)), (2, 3, 5)),
 }  # fmt: skip
-CRITERIA = list(reference.CRITERIA)
+CRITERIA = list(criteria.CRITERIA)
 
 
 def _models(layers: Layers, k: int, seed: int = 0) -> Tensor:

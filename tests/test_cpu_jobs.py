@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from wslfast.architecture import Architecture
-from wslfast.kernels import cpu, cpu_jobs
+from wslfast.kernels.cpu import engine as cpu
+from wslfast.kernels.cpu import jobs as cpu_jobs
 
 pytestmark = pytest.mark.skipif(cpu_jobs.controls() is None, reason="this torch cannot be told how many threads a job has")
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from wslfast.architecture import Architecture
-from wslfast.downstream.diversity import (
+from wslfast.errors import WslfastError
+from wslfast.measure.diversity import (
     accuracy,
     behavioral_novelty,
     classes_of,
@@ -22,7 +23,6 @@ from wslfast.downstream.diversity import (
     outputs_of,
     sorted_channels,
 )
-from wslfast.errors import WslfastError
 from wslfast.permutation import random_views
 from wslfast.testing import oracle_outputs
 

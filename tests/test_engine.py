@@ -14,7 +14,7 @@ from wslfast import engine, errors
 from wslfast.architecture import Architecture
 from wslfast.errors import WslfastError
 from wslfast.kernels import reference
-from wslfast.kernels.plan import Activation, Conv2d, Flatten, Linear, Pool2d
+from wslfast.kernels.layers import Activation, Conv2d, Flatten, Linear, Pool2d
 from wslfast.testing import as_module, oracle_loss, oracle_outputs, relative_error
 
 ODD = Architecture.from_layers(
@@ -71,9 +71,9 @@ CHOICES = {
     "cuda-torch": (NETS["cnn3"], "cuda", torch.float32, "torch", {"grouped"}),
     "cuda-double": (NETS["cnn3"], "cuda", torch.float64, "auto", {"grouped"}),
     "cuda": (NETS["cnn3"], "cuda", torch.float32, "auto", {"triton", "grouped"}),
-    "opaque": (_opaque(NETS["mlp"]), "cpu", torch.float32, "auto", {"functional"}),
-    "opaque-cuda": (_opaque(NETS["mlp"]), "cuda", torch.float32, "auto", {"functional"}),
-    "opaque-torch": (_opaque(NETS["mlp"]), "cuda", torch.float32, "torch", {"functional"}),
+    "opaque": (_opaque(NETS["mlp"]), "cpu", torch.float32, "auto", {"module"}),
+    "opaque-cuda": (_opaque(NETS["mlp"]), "cuda", torch.float32, "auto", {"module"}),
+    "opaque-torch": (_opaque(NETS["mlp"]), "cuda", torch.float32, "torch", {"module"}),
 }
 
 
@@ -82,7 +82,7 @@ def test_choose(
     arch: Architecture, device: str, dtype: torch.dtype, backend: str, paths: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     choice = engine.choose(arch, device, dtype, backend)
-    assert choice.path in paths
+    assert choice.name in paths
     assert choice.reason
     monkeypatch.setenv("WSLFAST_MEMORY_MB", "1")
     rng = torch.get_rng_state()
@@ -111,7 +111,7 @@ PATHS: dict[str, Callable[[Tensor, Tensor, Architecture], Tensor]] = {
     "served-with-graph": lambda w, x, a: engine.forward(w.requires_grad_(), x, a),
     "loop": lambda w, x, a: engine.forward(w, x, a, backend="torch"),
     "grouped": lambda w, x, a: reference.forward_grouped(w, x, a.layers),
-    "functional": lambda w, x, a: engine.forward(w, x, _opaque(a)),
+    "module": lambda w, x, a: engine.forward(w, x, _opaque(a)),
 }
 
 
@@ -314,11 +314,11 @@ def test_repeatable_to_the_bit() -> None:
     assert torch.equal(a[1], b[1])
 
 
-def test_functional_is_said_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_module_is_said_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(errors, "_said", set())
     arch = _opaque(NETS["mlp"])
     weights, queries, targets = _case(NETS["mlp"])
     with caplog.at_level(logging.INFO, logger="wslfast"):
         engine.forward(weights, queries, arch)
         engine.loss_and_gradient(weights, queries, targets, arch, "mse")
-    assert len([r for r in caplog.records if "functional_call" in r.message]) == 1
+    assert len([r for r in caplog.records if "the module itself" in r.message]) == 1

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from wslfast import Population, TrainConfig, WslfastError, build_zoo, generate, load_zoo, train
-from wslfast.downstream import reconstruct
-from wslfast.downstream.generation import best_rows, nearest, sample_latents
+from wslfast.measure import reconstruct
+from wslfast.measure.generation import best_rows, nearest, sample_latents
 from wslfast.testing import oracle_outputs
 from wslfast.training import load_run
 from wslfast.zoo import dataset_of

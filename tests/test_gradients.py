@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from wslfast import Architecture, WslfastError, batched_behavioral_loss, build_zoo
-from wslfast.downstream.first_order import COLUMNS, GradientSettings, analyse, error_directions, sweep
-from wslfast.downstream.gradients import angle, directions, exact_spectrum, jacobian, model_function, sensitive_directions, spectrum
+from wslfast.measure.first_order import COLUMNS, GradientSettings, analyse, error_directions, sweep
+from wslfast.measure.gradients import angle, directions, exact_spectrum, jacobian, model_function, sensitive_directions, spectrum
 from wslfast.testing import oracle_loss, oracle_outputs
 from wslfast.training import TrainConfig, train
 

@@ -10,25 +10,28 @@ from kernel_cases import MLP, SMALL, error, make, oracle
 from torch import Tensor
 
 from wslfast import Architecture, engine
+from wslfast.engine import paths
+from wslfast.engine.triton_path import Triton
 from wslfast.zoo import Dataset, build_zoo
 
 triton = pytest.importorskip("triton")
 if not triton.knobs.runtime.interpret:
     pytest.skip("needs TRITON_INTERPRET=1 when triton is first imported", allow_module_level=True)
 
-from wslfast.kernels import autograd, packing  # noqa: E402 (triton must be there)
-from wslfast.kernels.schedule import schedule  # noqa: E402
+from wslfast.kernels.triton import launch as autograd
+from wslfast.kernels.triton import packing
+from wslfast.kernels.triton.schedule import schedule
 
 
 @pytest.fixture
 def on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine believes that the kernels run here, which in the interpreter they do."""
-    monkeypatch.setattr(engine, "choose", lambda *_, **__: engine.Choice("triton", "test"))
+    monkeypatch.setattr(engine, "choose", lambda architecture, *_, **__: Triton(architecture, "test"))
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("queries were gathered before the kernels")
 
-    monkeypatch.setattr(engine, "_gathered", refuse)
+    monkeypatch.setattr(paths, "gathered", refuse)
 
 
 def test_the_engine_hands_over_pool_and_index(on_triton: None, monkeypatch: pytest.MonkeyPatch, poisoned_empty: None) -> None:

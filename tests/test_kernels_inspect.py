@@ -13,8 +13,8 @@ import pytest
 
 pytest.importorskip("triton")
 
+from benchmarks.kernels import inspect
 from wslfast import Architecture
-from wslfast.kernels import inspect
 
 ROOT = Path(__file__).parent.parent
 SHARED_LIMIT = 99 * 1024  # what a block gets on the smaller GPUs of sm_80's family
@@ -39,7 +39,7 @@ def test_layer_lists_are_the_architectures() -> None:
 
 def test_refuses_to_run_interpreted() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-m", "wslfast.kernels.inspect"], capture_output=True, text=True, cwd=ROOT, env=environment)
+    done = subprocess.run([sys.executable, "-m", "benchmarks.kernels.inspect"], capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 2
     assert "TRITON_INTERPRET" in done.stderr
 
@@ -56,7 +56,7 @@ def _check(row: dict[str, Any]) -> list[str]:
 
 
 def _rows(*arguments: str) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in _run("-m", "wslfast.kernels.inspect", "--json", *arguments).splitlines()]
+    rows = [json.loads(line) for line in _run("-m", "benchmarks.kernels.inspect", "--json", *arguments).splitlines()]
     assert all(tuple(row) == inspect.FIELDS for row in rows)
     wrong = {(r["architecture"], r["precision"], r["kernel"]): _check(r) for r in rows if _check(r)}
     assert not wrong, wrong
@@ -112,7 +112,7 @@ def test_every_branch_compiles(precision: str) -> None:
 FORMS = """
 from kernel_cases import SMALL
 from wslfast.kernels import inspect
-from wslfast.kernels.schedule import schedule
+from wslfast.kernels.triton.schedule import schedule
 forms = {
     "network_forward": [{"SHARED": False}, {"SHARED": False, "INDEXED": True}],
     "network_loss": [

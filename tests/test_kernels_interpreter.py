@@ -18,9 +18,9 @@ triton = pytest.importorskip("triton")
 if not triton.knobs.runtime.interpret:
     pytest.skip("needs TRITON_INTERPRET=1 when triton is first imported", allow_module_level=True)
 
-from wslfast.kernels import autograd as kernels  # noqa: E402 (triton must be there)
-from wslfast.kernels import convolution  # noqa: E402
-from wslfast.kernels.schedule import schedule  # noqa: E402
+from wslfast.kernels.triton import convolution
+from wslfast.kernels.triton import launch as kernels
+from wslfast.kernels.triton.schedule import schedule
 
 QUICK = (
     "same_padding", "stride_2", "rectangular", "average_then_act", "act_then_average", "silu_after_max", "gelu_before_max",

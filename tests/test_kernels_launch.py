@@ -41,7 +41,7 @@ def bind(self, *arguments, grid, warmup, **options):
 
 JITFunction.run = bind
 from wslfast.kernels import autograd, inspect, plan
-from wslfast.kernels.network import network_forward_kernel, network_loss_kernel
+from wslfast.kernels.triton.network import network_forward_kernel, network_loss_kernel
 layers, shape = inspect.ARCHITECTURES["cnn3"]
 
 def call(k, n):

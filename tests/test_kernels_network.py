@@ -14,16 +14,16 @@ from kernel_cases import CASES, HEADS, MLP, SMALL, Block, Net, cnn3, cnn28, erro
 from torch import Tensor
 
 from wslfast.kernels import reference
-from wslfast.kernels.plan import Unplannable
-from wslfast.kernels.schedule import schedule
+from wslfast.kernels.layers import Unplannable
+from wslfast.kernels.triton.schedule import schedule
 
 triton = pytest.importorskip("triton")
 if not triton.knobs.runtime.interpret:
     pytest.skip("needs TRITON_INTERPRET=1 when triton is first imported", allow_module_level=True)
 
-from wslfast.kernels import autograd as kernels  # noqa: E402 (triton must be there)
-from wslfast.kernels import budget, network_plan  # noqa: E402
-from wslfast.kernels import network as whole  # noqa: E402
+from wslfast.kernels.triton import budget, network_plan
+from wslfast.kernels.triton import launch as kernels
+from wslfast.kernels.triton import network as whole
 
 SCALES = {"mlp": MLP, "small": SMALL, "cnn3": cnn3(), "cnn28": cnn28(), "lenet5": lenet5()}
 # What a scratch holds and who reads it differs: maxima, slopes a pooled position, slopes a window position, several output and
@@ -103,10 +103,10 @@ def test_criteria(criterion: str, poisoned_empty: None) -> None:
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32", "fp16", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_both_paths_compute_the_same_numbers(precision: str, poisoned_empty: None) -> None:
-    """The same operands, rounded the same way: outputs are equal to the bit; gradients up to the order of fp32 sums."""
+    """The same operands, rounded the same way: equal up to the order of fp32 sums, in which two matrix products may differ."""
     weights, queries, targets = make(SLOPED, 2, 3)
     arguments = (weights, queries, SLOPED.layers, precision)
-    assert torch.equal(kernels.forward(*arguments, mode="network"), kernels.forward(*arguments, mode="layers"))
+    assert error(kernels.forward(*arguments, mode="network"), kernels.forward(*arguments, mode="layers")) < 1e-6
     found = _loss(SLOPED, weights, queries, targets, precision=precision)
     layers = _loss(SLOPED, weights, queries, targets, precision=precision, mode="layers")
     assert error(found[0], layers[0]) < 1e-6

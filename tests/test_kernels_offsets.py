@@ -23,11 +23,13 @@ triton = pytest.importorskip("triton")
 if not triton.knobs.runtime.interpret or not sys.platform.startswith("linux"):
     pytest.skip("needs TRITON_INTERPRET=1 and Linux's address space", allow_module_level=True)
 
-import triton.language as tl  # noqa: E402, F401 (triton must be there; the interpreter looks for tl beside a kernel)
-from triton.runtime import interpreter  # noqa: E402
+import triton.language as tl  # noqa: F401 (triton must be there; the interpreter looks for tl beside a kernel)
+from triton.runtime import interpreter
 
-from wslfast.kernels import autograd, convolution, head, packing, tables, tail, tiles  # noqa: E402
-from wslfast.kernels.schedule import configuration, schedule  # noqa: E402
+from wslfast.kernels.triton import convolution, head, packing, tables, tiles
+from wslfast.kernels.triton import criterion as tail
+from wslfast.kernels.triton import launch as autograd
+from wslfast.kernels.triton.schedule import configuration, schedule
 
 CPU = torch.device("cpu")
 N = 3

@@ -11,13 +11,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from wslfast.kernels import reference
-from wslfast.kernels.plan import Activation, Flatten, Linear
+from wslfast.kernels.layers import Activation, Flatten, Linear
 
 triton = pytest.importorskip("triton")
 if not triton.knobs.runtime.interpret:
     pytest.skip("needs TRITON_INTERPRET=1 when triton is first imported", allow_module_level=True)
 
-from wslfast.kernels import autograd as kernels  # noqa: E402 (triton must be there)
+from wslfast.kernels.triton import launch as kernels
 
 FLATTENED = (Flatten("f"), Linear("l", 12, 5), Activation("a"), Linear("m", 5, 3))
 

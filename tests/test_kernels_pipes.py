@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from wslfast.kernels import pipes
-from wslfast.kernels.schedule import schedule
+from benchmarks.kernels import pipes
+from wslfast.kernels.triton.schedule import schedule
 
 ROOT = Path(__file__).parent.parent
 
@@ -68,7 +68,7 @@ def test_the_page_is_what_the_compiler_gives(tmp_path: Path) -> None:
     copy = tmp_path / "kernels.md"
     copy.write_text(page.read_text())
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "wslfast.kernels.predict", "--write", str(copy)]
+    command = [sys.executable, "-m", "benchmarks.kernels.predict", "--write", str(copy)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     if triton.__version__.startswith("3.9"):

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from kernel_cases import CASES, MLP, Net, cnn3, cnn28, count, lenet5, make_weights
 
-from wslfast.kernels import schedule as planner
-from wslfast.kernels import tables
-from wslfast.kernels.plan import Activation, Conv2d, Flatten, Linear, Pool2d, Unplannable
-from wslfast.kernels.schedule import executed_multiply_adds, needed_multiply_adds, schedule
+from wslfast.kernels.layers import Activation, Conv2d, Flatten, Linear, Pool2d, Unplannable
+from wslfast.kernels.triton import schedule as planner
+from wslfast.kernels.triton import tables
+from wslfast.kernels.triton.schedule import executed_multiply_adds, needed_multiply_adds, schedule
 
 NETWORKS = {"cnn3": cnn3(), "cnn28": cnn28(), "lenet5": lenet5(), "mlp": MLP, **CASES}
 CPU = torch.device("cpu")
@@ -185,7 +185,7 @@ def test_executed_multiply_adds(name: str, most: float) -> None:
 def test_plan_tables_and_reference_need_no_triton() -> None:
     code = (
         "import sys; sys.modules['triton'] = None\n"
-        "import wslfast.kernels.plan, wslfast.kernels.schedule, wslfast.kernels.tables, wslfast.kernels.reference"
+        "import wslfast.kernels.layers, wslfast.kernels.triton.schedule, wslfast.kernels.triton.tables, wslfast.kernels.reference"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=planner.__file__.rsplit("/", 2)[0])
 

@@ -12,15 +12,15 @@ import torch.nn.functional as F
 from kernel_cases import Net, cnn3, cnn28, count, error, gradient_errors, lenet5, make, oracle
 from torch import Tensor
 
-from wslfast.kernels import reference
-from wslfast.kernels.plan import Conv2d, Flatten, Linear, Pool2d, layer_slots
+from wslfast.kernels import criteria, reference
+from wslfast.kernels.layers import Conv2d, Flatten, Linear, Pool2d, layer_slots
 
 triton = pytest.importorskip("triton")
 if not triton.knobs.runtime.interpret:
     pytest.skip("needs TRITON_INTERPRET=1 when triton is first imported", allow_module_level=True)
 
-from wslfast.kernels import autograd as kernels  # noqa: E402 (triton must be there)
-from wslfast.kernels.schedule import schedule  # noqa: E402
+from wslfast.kernels.triton import launch as kernels
+from wslfast.kernels.triton.schedule import schedule
 
 pytestmark = pytest.mark.slow
 # forward, linear layers, convolutions, first convolution: relative L2 error against float64
@@ -105,7 +105,7 @@ def test_precision_with_the_maxima_pinned(precision: str, monkeypatch: pytest.Mo
     ]
     row = weights[0].double().requires_grad_()
     outputs = _pinned(row, queries, case, picks)
-    reference.criterion_values(outputs[None], targets.double(), "mse").sum().backward()
+    criteria.criterion_values(outputs[None], targets.double(), "mse").sum().backward()
     assert row.grad is not None
     errors = gradient_errors(gradient, row.grad[None], case.layers)
     assert max(errors.values()) < 2e-3, errors

@@ -10,7 +10,7 @@ import torch
 from test_training import config
 
 from wslfast import Architecture, Autoencoder, Population, TokenLayout, batched_behavioral_loss, train
-from wslfast import _transformer as parts
+from wslfast.codes import transformer as parts
 from wslfast.training import load_run
 from wslfast.training.trainer import Trainer
 

@@ -98,10 +98,10 @@ def test_import_is_light_and_needs_no_kernels_package_on_the_path(tmp_path: Path
     code = """
         import sys, wslfast
         assert "torch" not in sys.modules and "kernels" not in sys.modules, "import wslfast pulled torch in"
-        import wslfast.kernels.plan, wslfast.kernels.reference
-        print(wslfast.kernels.plan.__name__, wslfast.Architecture.cnn3().num_parameters)
+        import wslfast.kernels.layers, wslfast.kernels.reference
+        print(wslfast.kernels.layers.__name__, wslfast.Architecture.cnn3().num_parameters)
     """
-    assert _run(code, tmp_path, PYTHONPATH=str(ROOT)).split() == ["wslfast.kernels.plan", "10853"]
+    assert _run(code, tmp_path, PYTHONPATH=str(ROOT)).split() == ["wslfast.kernels.layers", "10853"]
 
 
 @pytest.mark.slow
@@ -119,10 +119,10 @@ def test_a_wheel_holds_everything_and_imports_elsewhere(tmp_path: Path) -> None:
     assert (site / "wslfast" / "py.typed").is_file()
     assert not (site / "kernels").exists()
     code = """
-        import wslfast, wslfast.kernels.plan
+        import wslfast, wslfast.kernels.layers
         from wslfast.kernels import reference
         assert wslfast.batched_forward and wslfast.train
-        print(wslfast.kernels.plan.__file__)
+        print(wslfast.kernels.layers.__file__)
     """
     assert Path(_run(code, tmp_path, PYTHONPATH=str(site)).strip()).is_relative_to(site)
 
@@ -136,9 +136,9 @@ def test_the_type_checker_sees_kernels_as_a_part_of_the_package(tmp_path: Path) 
     (links / "kernels").symlink_to(ROOT / "kernels")
     user = tmp_path / "user.py"
     user.write_text(
-        "from wslfast.kernels.plan import Conv2d\nimport wslfast\nwrong: str = wslfast.Architecture.cnn().num_weights\nreveal_type(Conv2d)\n"
+        "from wslfast.kernels.layers import Conv2d\nimport wslfast\nwrong: str = wslfast.Architecture.cnn().num_weights\nreveal_type(Conv2d)\n"
     )
     command = [sys.executable, "-m", "mypy", "--follow-imports=silent", str(user)]
     out = subprocess.run(command, env=os.environ | {"MYPYPATH": str(tmp_path)}, cwd=tmp_path, capture_output=True, text=True).stdout
     assert 'Incompatible types in assignment (expression has type "int", variable has type "str")' in out
-    assert "wslfast.kernels.plan.Conv2d" in out
+    assert "wslfast.kernels.layers.Conv2d" in out

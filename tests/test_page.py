@@ -12,12 +12,12 @@ import pytest
 import torch
 from html_audit import Audit
 
-from wslfast.downstream import _figures
-from wslfast.downstream.page import extras, headline, published
-from wslfast.downstream.reconstruction import collapse
-from wslfast.downstream.results import Unit, read_results, to_csv, write_tables
-from wslfast.downstream.study import report
 from wslfast.errors import WslfastError
+from wslfast.measure.reconstruction import collapse
+from wslfast.measure.results import Unit, read_results, to_csv, write_tables
+from wslfast.page import drawing as _figures
+from wslfast.page import extras, headline, published
+from wslfast.study.study import report
 
 pytest.importorskip("matplotlib")
 RECONSTRUCTED = (

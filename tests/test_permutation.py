@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from wslfast.architecture import Architecture
 from wslfast.errors import WslfastError
-from wslfast.kernels.plan import Activation, Conv2d, Flatten, Linear, Pool2d
+from wslfast.kernels.layers import Activation, Conv2d, Flatten, Linear, Pool2d
 from wslfast.permutation import hidden_channels, inverse, permute, random_permutations, random_views
 from wslfast.population import unstack
 from wslfast.testing import oracle_outputs, relative_error

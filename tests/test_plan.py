@@ -13,8 +13,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from wslfast.kernels import plan
-from wslfast.kernels.plan import Activation, Conv2d, Dropout, Flatten, Layer, Linear, Pool2d
+from wslfast.kernels.layers import (
+    Activation,
+    Conv2d,
+    Dropout,
+    Flatten,
+    Layer,
+    LayerSlots,
+    Linear,
+    Pool2d,
+    activation_elements,
+    input_rank,
+    layer_from_dict,
+    layer_slots,
+    layer_to_dict,
+    multiply_adds,
+    output_shape,
+)
 
 CHAIN: tuple[Layer, ...] = (
     Conv2d("a", 3, 5, (3, 2), (2, 1), (1, 0), (1, 2)),
@@ -43,14 +58,14 @@ def _module(layer: Layer) -> nn.Module:
 
 
 def test_slots_tile_the_row_in_state_dict_order() -> None:
-    slots = [s for pair in plan.layer_slots(CHAIN) for s in (pair.weight, pair.bias) if s is not None]
+    slots = [s for pair in layer_slots(CHAIN) for s in (pair.weight, pair.bias) if s is not None]
     state = {f"{layer.name}.{key}": t for layer in CHAIN for key, t in _module(layer).state_dict().items()}
     assert [(s.name, s.shape) for s in slots] == [(name, tuple(t.shape)) for name, t in state.items()]
     assert slots[0].offset == 0
     assert all(a.stop == b.offset for a, b in pairwise(slots))
     assert slots[-1].stop == sum(t.numel() for t in state.values())
-    assert len(plan.layer_slots(CHAIN)) == len(CHAIN)
-    assert plan.layer_slots(CHAIN)[1] == plan.LayerSlots()
+    assert len(layer_slots(CHAIN)) == len(CHAIN)
+    assert layer_slots(CHAIN)[1] == LayerSlots()
 
 
 def test_shapes_are_torchs() -> None:
@@ -59,7 +74,7 @@ def test_shapes_are_torchs() -> None:
     for layer in CHAIN[:6]:
         x = _module(layer)(x)
         shapes.append(tuple(x.shape[1:]))
-    assert plan.shapes(CHAIN[:6], (3, 11, 9)) == tuple(shapes)
+    assert shapes(CHAIN[:6], (3, 11, 9)) == tuple(shapes)
 
 
 @settings(max_examples=60)
@@ -74,9 +89,9 @@ def test_convolution_shape_is_torchs(size: Any, kernel: Any, stride: Any, paddin
         expected = tuple(_module(layer)(torch.zeros(1, 2, *size)).shape[1:])
     except RuntimeError:
         with pytest.raises(ValueError, match="'c'"):
-            plan.output_shape(layer, (2, *size))
+            output_shape(layer, (2, *size))
         return
-    assert plan.output_shape(layer, (2, *size)) == expected
+    assert output_shape(layer, (2, *size)) == expected
 
 
 @settings(max_examples=40)
@@ -85,9 +100,9 @@ def test_pool_shape_is_torchs(size: int, kernel: int, stride: int) -> None:
     layer = Pool2d("p", "max", (kernel, kernel), (stride, stride))
     if kernel > size:
         with pytest.raises(ValueError, match="nothing is left"):
-            plan.output_shape(layer, (2, size, size))
+            output_shape(layer, (2, size, size))
     else:
-        assert plan.output_shape(layer, (2, size, size)) == tuple(_module(layer)(torch.zeros(1, 2, size, size)).shape[1:])
+        assert output_shape(layer, (2, size, size)) == tuple(_module(layer)(torch.zeros(1, 2, size, size)).shape[1:])
 
 
 @pytest.mark.parametrize(
@@ -105,15 +120,15 @@ def test_pool_shape_is_torchs(size: int, kernel: int, stride: int) -> None:
 )
 def test_a_layer_that_does_not_fit_is_named(layer: Layer, shape: tuple[int, ...], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        plan.output_shape(layer, shape)
+        output_shape(layer, shape)
 
 
 def test_counts() -> None:
     layers = (Conv2d("a", 3, 4, (3, 3), groups=1), Pool2d("b"), Flatten("c"), Linear("d", 36, 2))
-    assert plan.multiply_adds(layers, (3, 8, 8)) == 4 * 6 * 6 * 27 + 2 * 36
-    assert plan.activation_elements(layers, (3, 8, 8)) == 4 * 36 + 4 * 9 + 36 + 2
+    assert multiply_adds(layers, (3, 8, 8)) == 4 * 6 * 6 * 27 + 2 * 36
+    assert activation_elements(layers, (3, 8, 8)) == 4 * 36 + 4 * 9 + 36 + 2
     grouped = (Conv2d("a", 4, 4, (1, 1), groups=2),)
-    assert plan.multiply_adds(grouped, (4, 3, 3)) == 4 * 9 * 2
+    assert multiply_adds(grouped, (4, 3, 3)) == 4 * 9 * 2
 
 
 @pytest.mark.parametrize(
@@ -128,21 +143,21 @@ def test_counts() -> None:
     ids=["linear", "elementwise-first", "conv", "flatten", "nothing"],
 )
 def test_input_rank(layers: tuple[Layer, ...], rank: int) -> None:
-    assert plan.input_rank(layers) == rank
+    assert input_rank(layers) == rank
 
 
 @pytest.mark.parametrize("layer", CHAIN, ids=[layer.name + "-" + layer.kind for layer in CHAIN])
 def test_json_there_and_back(layer: Layer) -> None:
-    text = json.dumps(plan.layer_to_dict(layer), allow_nan=False)
-    again = plan.layer_from_dict(json.loads(text))
+    text = json.dumps(layer_to_dict(layer), allow_nan=False)
+    again = layer_from_dict(json.loads(text))
     assert again == layer
     assert type(again) is type(layer)
     assert hash(again) == hash(layer)
 
 
 def test_defaults_may_be_left_out() -> None:
-    assert plan.layer_from_dict({"kind": "pool2d", "name": "p"}) == Pool2d("p")
-    assert plan.layer_from_dict({"kind": "activation", "name": "a", "function": "elu", "parameter": 1}) == Activation("a", "elu", 1.0)
+    assert layer_from_dict({"kind": "pool2d", "name": "p"}) == Pool2d("p")
+    assert layer_from_dict({"kind": "activation", "name": "a", "function": "elu", "parameter": 1}) == Activation("a", "elu", 1.0)
 
 
 CONV = {"kind": "conv2d", "name": "c", "in_channels": 4, "out_channels": 6, "kernel_size": [3, 3]}
@@ -199,7 +214,7 @@ HOSTILE: dict[str, Any] = {
 @pytest.mark.parametrize("record", HOSTILE.values(), ids=HOSTILE)
 def test_hostile_record_is_a_value_error(record: Any) -> None:
     with pytest.raises(ValueError, match=r"\w") as caught:
-        plan.layer_from_dict(record)
+        layer_from_dict(record)
     assert type(caught.value) is ValueError
     assert len(str(caught.value)) < 1000
 
@@ -207,21 +222,21 @@ def test_hostile_record_is_a_value_error(record: Any) -> None:
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5), lambda x: st.lists(x, max_size=3), max_leaves=4
 )
-FIELDS = sorted({f for layer in CHAIN for f in plan.layer_to_dict(layer)})
+FIELDS = sorted({f for layer in CHAIN for f in layer_to_dict(layer)})
 
 
 @settings(max_examples=150)
 @given(base=st.sampled_from(CHAIN), changes=st.dictionaries(st.sampled_from(FIELDS), JSON, min_size=1, max_size=2))
 def test_a_mangled_record_is_a_layer_or_a_value_error(base: Layer, changes: dict[str, Any]) -> None:
-    record = {**plan.layer_to_dict(base), **changes}
+    record = {**layer_to_dict(base), **changes}
     try:
-        layer = plan.layer_from_dict(record)
+        layer = layer_from_dict(record)
     except ValueError:
         return
-    assert plan.layer_from_dict(json.loads(json.dumps(plan.layer_to_dict(layer), allow_nan=False))) == layer
-    plan.layer_slots((layer,))
+    assert layer_from_dict(json.loads(json.dumps(layer_to_dict(layer), allow_nan=False))) == layer
+    layer_slots((layer,))
     for shape in ((3, 11, 9), (5, 4, 4), (240,)):
         try:
-            plan.output_shape(layer, shape)
+            output_shape(layer, shape)
         except ValueError:
             continue

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from wslfast.architecture import Architecture
-from wslfast.downstream import RidgeProbe, behavior_statistics, consensus_of, probe, weight_statistics
-from wslfast.downstream.probe import PENALTIES
 from wslfast.errors import WslfastError
+from wslfast.measure import RidgeProbe, behavior_statistics, consensus_of, probe, weight_statistics
+from wslfast.measure.probe import PENALTIES
 
 SPLITS = {"train": slice(0, 40), "test": slice(40, 50), "val": slice(50, 60)}
 
@@ -155,7 +155,7 @@ def test_wrong_inputs(call: object, message: str) -> None:
 @pytest.mark.parametrize("elements", [1 << 23, 100], ids=["at-once", "in-blocks"])
 def test_weight_statistics_equal_a_loop(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # the package's attribute of that name is the function
-    monkeypatch.setattr(importlib.import_module("wslfast.downstream.probe"), "_ELEMENTS", elements)
+    monkeypatch.setattr(importlib.import_module("wslfast.measure.probe"), "_ELEMENTS", elements)
     arch = Architecture.cnn(1)
     weights = torch.randn(5, arch.num_weights)
     features = weight_statistics(weights, arch)
@@ -182,7 +182,7 @@ def test_weight_statistics_of_one_model_and_one_number() -> None:
 
 @pytest.mark.parametrize("elements", [1 << 23, 60], ids=["at-once", "in-blocks"])
 def test_behavior_statistics_equal_a_loop(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.import_module("wslfast.downstream.probe"), "_ELEMENTS", elements)
+    monkeypatch.setattr(importlib.import_module("wslfast.measure.probe"), "_ELEMENTS", elements)
     generator = torch.Generator().manual_seed(0)
     outputs, others = (torch.randn(k, 7, 3, generator=generator) * 3 for k in (5, 4))
     consensus = consensus_of(others)

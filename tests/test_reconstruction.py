@@ -12,11 +12,11 @@ from torch import Tensor
 
 from wslfast.architecture import Architecture
 from wslfast.behavior import batched_forward
-from wslfast.downstream import Reconstruction, compare
-from wslfast.downstream import reconstruction as module
-from wslfast.downstream.reconstruction import collapse
 from wslfast.errors import WslfastError
-from wslfast.kernels.plan import Activation, Conv2d, Flatten, Linear, Pool2d
+from wslfast.kernels.layers import Activation, Conv2d, Flatten, Linear, Pool2d
+from wslfast.measure import Reconstruction, compare
+from wslfast.measure import reconstruction as module
+from wslfast.measure.reconstruction import collapse
 from wslfast.testing import oracle_outputs
 
 SMALL = Architecture.from_layers(

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from wslfast import Architecture, Autoencoder, LinearCodec, Population, WslfastError, batched_behavioral_loss, batched_forward
-from wslfast.adaptive import AdaptiveCodec
-from wslfast.downstream.evaluation import decode, encode
-from wslfast.downstream.refinement import refine
-from wslfast.kernels.plan import Activation, Conv2d, Flatten, Linear, Pool2d
+from wslfast.codes.adaptive import AdaptiveCodec
+from wslfast.kernels.layers import Activation, Conv2d, Flatten, Linear, Pool2d
+from wslfast.measure.evaluation import decode, encode
+from wslfast.measure.refinement import refine
 from wslfast.tokens import layout
 
 ARCH = Architecture.from_layers(

@@ -12,8 +12,8 @@ import pytest
 import torch
 from html_audit import Audit
 
-from wslfast.downstream import Reconstruction, Variant, write_report
 from wslfast.errors import WslfastError
+from wslfast.measure import Reconstruction, Variant, write_report
 
 pytest.importorskip("matplotlib")
 

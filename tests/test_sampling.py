@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from wslfast.downstream.sampling import SAMPLERS, LatentDensity, between_neighbours, bootstrapped, draw, subsampled, uniform_box
 from wslfast.errors import WslfastError
+from wslfast.measure.sampling import SAMPLERS, LatentDensity, between_neighbours, bootstrapped, draw, subsampled, uniform_box
 
 
 def _generator(seed: int = 0) -> torch.Generator:

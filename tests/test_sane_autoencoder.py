@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from wslfast.architecture import Architecture
-from wslfast.autoencoder import Autoencoder
+from wslfast.codes.autoencoder import Autoencoder
 from wslfast.errors import WslfastError
 from wslfast.population import unstack
 from wslfast.sane import AE, AEModule, load_state

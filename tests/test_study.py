@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from wslfast import Population, TrainConfig, WslfastError, build_zoo, load_zoo, train
-from wslfast.downstream import behavior_statistics, embeddings, probe
-from wslfast.downstream import study as module
-from wslfast.downstream.bench import Bench, Protocol
-from wslfast.downstream.evaluation import BASELINES, linear_baselines, reconstruct
-from wslfast.downstream.protocol import discriminative, generative, zoo_unit
-from wslfast.downstream.results import HEADER, Unit, from_csv, read_results, read_unit, to_csv, unit_path, write_tables, write_unit
-from wslfast.downstream.study import report, study
+from wslfast.measure import behavior_statistics, embeddings, probe
+from wslfast.measure.evaluation import BASELINES, linear_baselines, reconstruct
+from wslfast.measure.results import HEADER, Unit, from_csv, read_results, read_unit, to_csv, unit_path, write_tables, write_unit
+from wslfast.study import study as module
+from wslfast.study.loaded_zoo import Bench, Protocol
+from wslfast.study.protocol import discriminative, generative, zoo_unit
+from wslfast.study.study import report, study
 from wslfast.testing import oracle_outputs
 from wslfast.training import load_run
 from wslfast.zoo import read_manifest, save_zoo

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from wslfast.architecture import Architecture
 from wslfast.errors import WslfastError
-from wslfast.kernels.plan import Conv2d, Flatten, Linear
+from wslfast.kernels.layers import Conv2d, Flatten, Linear
 from wslfast.population import unstack
 from wslfast.tokens import TokenLayout, layout
 

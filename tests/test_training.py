@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from wslfast import Architecture, Population, TrainConfig, WslfastError, engine, train
-from wslfast.kernels.plan import Activation, Conv2d, Flatten, Linear, Pool2d
+from wslfast.kernels.layers import Activation, Conv2d, Flatten, Linear, Pool2d
 from wslfast.testing import oracle_loss, oracle_outputs
 from wslfast.training import load_run
 from wslfast.training.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint

@@ -13,8 +13,8 @@ triton = pytest.importorskip("triton")
 if not triton.knobs.runtime.interpret:
     pytest.skip("needs TRITON_INTERPRET=1 when triton is first imported", allow_module_level=True)
 
-from benchmarks import tune  # noqa: E402 (triton must be there)
-from wslfast.kernels import schedule as planner  # noqa: E402
+from benchmarks import tune
+from wslfast.kernels.triton import schedule as planner
 
 
 def _job() -> tune.Job:

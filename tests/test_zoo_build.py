@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from wslfast import profiling
 from wslfast.architecture import Architecture
 from wslfast.errors import WslfastError
-from wslfast.kernels.plan import Activation, Conv2d, Flatten, Linear, Pool2d
+from wslfast.kernels.layers import Activation, Conv2d, Flatten, Linear, Pool2d
 from wslfast.population import Population
 from wslfast.testing import as_module
 from wslfast.zoo import Dataset, Grid, build, build_zoo, dataset_of, load_dataset, load_zoo, read_manifest

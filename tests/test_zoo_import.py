@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from wslfast import Architecture, Population, TokenLayout, WslfastError, load_zoo
 from wslfast.cli import main
+from wslfast.safe.inert import InertFile, StoredTensor, Stub
 from wslfast.zoo import export_zoo, import_zoo, read_manifest, save_zoo
-from wslfast.zoo.importers.inert import InertFile, StoredTensor, Stub
 from wslfast.zoo.importers.recognise import recognise
 from wslfast.zoo.splits import Split
 

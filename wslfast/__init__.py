@@ -35,11 +35,11 @@ _register_kernels()
 if TYPE_CHECKING:
     from . import profiling
     from .architecture import Architecture
-    from .autoencoder import Autoencoder
     from .behavior import batched_behavioral_loss, batched_forward
-    from .codec import LinearCodec
-    from .downstream import evaluate, generate
+    from .codes.autoencoder import Autoencoder
+    from .codes.linear import LinearCodec
     from .errors import WslfastError
+    from .measure import evaluate, generate
     from .population import Population
     from .queries import QueryPool, TargetCache
     from .tokens import TokenLayout
@@ -48,8 +48,8 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Architecture": "architecture",
-    "Autoencoder": "autoencoder",
-    "LinearCodec": "codec",
+    "Autoencoder": "codes.autoencoder",
+    "LinearCodec": "codes.linear",
     "Population": "population",
     "QueryPool": "queries",
     "TargetCache": "queries",
@@ -59,8 +59,8 @@ _HOME = {
     "batched_behavioral_loss": "behavior",
     "batched_forward": "behavior",
     "build_zoo": "zoo",
-    "evaluate": "downstream",
-    "generate": "downstream",
+    "evaluate": "measure",
+    "generate": "measure",
     "load_zoo": "zoo",
     "train": "training",
 }

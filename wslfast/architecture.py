@@ -1,6 +1,6 @@
 """What a model is: the static description that all models of a population share.
 
-An :class:`Architecture` is either *planned*, a tuple of layer records (``kernels/plan.py``) that every engine can run on
+An :class:`Architecture` is either *planned*, a tuple of layer records (``kernels/layers.py``) that every engine can run on
 stacked weights, or *opaque*, any other ``torch.nn.Module``, run through ``torch.func.functional_call``. The published
 networks are class methods; their module orders, key names and initialisations are those of the model-zoo code that the
 field's zoos were made with (``module_list.{i}``, all biases 0.01).
@@ -8,7 +8,6 @@ field's zoos were made with (``module_list.{i}``, all biases 0.01).
 
 from __future__ import annotations
 
-import copy
 import itertools
 import json
 import math
@@ -22,10 +21,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _resnet, _trace
+from . import networks, tracing
 from .errors import WslfastError, describe, require
-from .kernels import plan
-from .kernels.plan import Activation, Conv2d, Dropout, Flatten, Layer, Layers, Linear, Pool2d, Slot
+from .kernels.layers import (
+    ACTIVATIONS,
+    RECORDS,
+    Activation,
+    Conv2d,
+    Dropout,
+    Flatten,
+    Layer,
+    Layers,
+    Linear,
+    Pool2d,
+    Slot,
+    check_layer,
+    layer_from_dict,
+    layer_slots,
+    layer_to_dict,
+    shapes,
+)
 
 INITIALISATIONS = (
     "uniform", "normal", "kaiming_uniform", "kaiming_normal", "xavier_uniform", "xavier_normal", "default",
@@ -85,7 +100,7 @@ class Architecture:
     def num_classes(self) -> int:
         """K: numbers in one output."""
         if self.module is None:
-            return plan.shapes(self.layers, self.input_shape)[-1][0]
+            return shapes(self.layers, self.input_shape)[-1][0]
         with torch.no_grad():
             return int(self.module(torch.zeros(1, *self.input_shape)).shape[-1])
 
@@ -93,6 +108,14 @@ class Architecture:
     def aliases(self) -> dict[str, str]:
         """Further state-dict keys of tied parameters, by the name of the one entry that holds each."""
         return {} if self.module is None else _aliases(self.module)
+
+    @cached_property
+    def constants(self) -> dict[str, Tensor]:
+        """Integer and boolean buffers by name: part of the network, the same for all models, not of a row of weights."""
+        if self.module is None:
+            return {}
+        state = self.module.state_dict().items()
+        return {key: t for key, t in state if not t.is_floating_point() and not key.endswith("num_batches_tracked")}
 
     @cached_property
     def slots(self) -> dict[str, Slot]:
@@ -105,16 +128,16 @@ class Architecture:
     def from_layers(cls, layers: Sequence[Layer], input_shape: Sequence[int], name: str = "custom") -> Architecture:
         """An architecture from layer records. Raises WslfastError naming a layer that does not fit its input."""
         layers, shape = tuple(layers), _input_shape(input_shape)
-        wrong = [describe(layer) for layer in layers if type(layer) not in plan.RECORDS.values()]
-        require(not wrong, f"layers: expected records of wslfast.kernels.plan, got {wrong[:3]}")
+        wrong = [describe(layer) for layer in layers if type(layer) not in RECORDS.values()]
+        require(not wrong, f"layers: expected records of wslfast.kernels.layers, got {wrong[:3]}")
         try:
             for layer in layers:
-                plan.check_layer(layer)
-            out = plan.shapes(layers, shape)[-1]
+                check_layer(layer)
+            out = shapes(layers, shape)[-1]
         except ValueError as error:
             raise WslfastError(f"architecture {name!r}: {error}") from None
         require(len(out) == 1, f"architecture {name!r}: expected outputs [n, K], got [n, {', '.join(map(str, out))}]; add a Flatten")
-        slots = [s for pair in plan.layer_slots(layers) for s in (pair.weight, pair.bias) if s is not None]
+        slots = [s for pair in layer_slots(layers) for s in (pair.weight, pair.bias) if s is not None]
         require(bool(slots), f"architecture {name!r}: it has no parameters")
         require(len({s.name for s in slots}) == len(slots), f"architecture {name!r}: two layers share a name")
         return cls(name, shape, layers, tuple(slots))
@@ -129,19 +152,20 @@ class Architecture:
         The module's own weights are not kept.
         """
         require(isinstance(module, nn.Module), f"module: expected a torch.nn.Module, got {type(module).__name__}")
-        name = name or type(module).__name__
         shape = _input_shape(input_shape)
-        layers = _trace.layers_of(module, shape)
+        template = tracing.unwrapped(module, name or type(module).__name__)
+        name = name or type(template).__name__
+        layers = tracing.layers_of(template, shape)
         if layers is not None:
             return cls.from_layers(layers, shape, name)
-        return cls._opaque(module, shape, name)
+        return cls._from_template(template, shape, name)
 
     @classmethod
     def _opaque(cls, module: nn.Module, input_shape: tuple[int, ...], name: str, recipe: Any = None) -> Architecture:
-        for part in module.modules():
-            batch_norm = isinstance(part, nn.modules.batchnorm._BatchNorm) and part.running_mean is None
-            require(not batch_norm, f"architecture {name!r}: batch norm without running statistics would mix the queries of a batch")
-        template = _trace.freeze_batch_norm(copy.deepcopy(module)).cpu().float().eval().requires_grad_(False)
+        return cls._from_template(tracing.unwrapped(module, name), input_shape, name, recipe)
+
+    @classmethod
+    def _from_template(cls, template: nn.Module, input_shape: tuple[int, ...], name: str, recipe: Any = None) -> Architecture:
         slots, offset = [], 0
         aliases = _aliases(template)
         for key, tensor in template.state_dict().items():
@@ -149,12 +173,9 @@ class Architecture:
                 slots.append(Slot(key, tuple(tensor.shape), offset))
                 offset = slots[-1].stop
         require(bool(slots), f"architecture {name!r}: it has no parameters")
-        try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                out = template(torch.zeros(2, *input_shape))
-        except Exception as error:
-            raise WslfastError(f"architecture {name!r}: cannot run on [n, {', '.join(map(str, input_shape))}]: {error}") from error
-        require(isinstance(out, Tensor) and out.ndim == 2 and len(out) == 2, f"architecture {name!r}: expected outputs [n, K]")
+        if recipe is None:  # a published network is known to pass
+            out = tracing.check_template(template, input_shape, name)
+            require(isinstance(out, Tensor) and out.ndim == 2 and len(out) == 4, f"architecture {name!r}: expected outputs [n, K]")
         return cls(name, input_shape, (), tuple(slots), template, recipe)
 
     @classmethod
@@ -215,7 +236,7 @@ class Architecture:
             _positive(argument, value)
         recipe = ("resnet18", tuple(arguments.items()))
         with torch.random.fork_rng(devices=[]):
-            module = _resnet.ResNet18(**arguments)
+            module = networks.ResNet18(**arguments)
         return cls._opaque(module, (channels_in, 32, 32), "resnet18", recipe)
 
     # -- weights -------------------------------------------------------------------------------------------------------
@@ -232,7 +253,7 @@ class Architecture:
         for row, initialisation, seed in zip(weights, initialisations, seeds, strict=True):
             require(initialisation in INITIALISATIONS, f"initialisation: expected one of {INITIALISATIONS}, got {initialisation!r}")
             generator = torch.Generator().manual_seed(int(seed))
-            for pair in plan.layer_slots(self.layers):
+            for pair in layer_slots(self.layers):
                 if pair.weight is not None:
                     weight = row[pair.weight.offset : pair.weight.stop].view(pair.weight.shape)
                     bias = None if pair.bias is None else row[pair.bias.offset : pair.bias.stop]
@@ -245,7 +266,7 @@ class Architecture:
         """JSON-able form for a zoo's manifest; an opaque architecture that is not a published one keeps names and shapes only."""
         record: dict[str, Any] = {"name": self.name, "input_shape": list(self.input_shape)}
         if self.planned:
-            return record | {"layers": [plan.layer_to_dict(layer) for layer in self.layers]}
+            return record | {"layers": [layer_to_dict(layer) for layer in self.layers]}
         if self.recipe is not None:
             return record | {"recipe": [self.recipe[0], dict(self.recipe[1])]}
         return record | {"parameters": [[p.name, list(p.shape)] for p in self.parameters]}
@@ -263,7 +284,7 @@ class Architecture:
         name = str(record.get("name", "custom"))
         if isinstance(record.get("layers"), list):
             try:
-                return cls.from_layers([plan.layer_from_dict(r) for r in record["layers"]], shape, name)
+                return cls.from_layers([layer_from_dict(r) for r in record["layers"]], shape, name)
             except ValueError as error:
                 raise WslfastError(f"architecture {name!r}: {error}") from None
         recipe = record.get("recipe")
@@ -350,7 +371,7 @@ class _Builder:
 
     def act(self, function: str) -> _Builder:
         function = str(function).replace("_", "")
-        require(function in plan.ACTIVATIONS, f"activation: expected one of {plan.ACTIVATIONS}, got {function!r}")
+        require(function in ACTIVATIONS, f"activation: expected one of {ACTIVATIONS}, got {function!r}")
         self.layers.append(Activation(self._name, function))
         return self
 

@@ -15,13 +15,13 @@ from torch import Tensor
 from . import engine, operators
 from .architecture import Architecture
 from .errors import WslfastError, describe, require
-from .kernels.reference import CRITERIA, criterion_values
+from .kernels.criteria import CRITERIA, criterion_values
+from .nan_policy import NAN_POLICIES, REDUCTIONS, bad_models, check_models, reduce
 from .population import Population, stack
 from .tokens import num_tokens
 
+_COMPUTED = (torch.float32, torch.float64)
 Weights = Union[Tensor, Mapping[str, Tensor], Population]
-REDUCTIONS = ("mean", "sum", "none")
-NAN_POLICIES = ("propagate", "omit", "raise")
 
 
 def batched_forward(weights: Weights, queries: Tensor, architecture: Architecture, *, backend: str = "auto") -> Tensor:
@@ -65,9 +65,11 @@ def batched_behavioral_loss(
         reconstructed: ``[k, P]`` weights, ``[k, T, D]`` tokens (token size read off D), or ``{name: [k, *shape]}``; gradients
             flow here, once (``create_graph`` raises).
         original: the same forms, or None when ``targets`` is given; never receives a gradient.
-        queries: ``[n, *architecture.input_shape]``, shared by all models. If it requires a gradient, it gets one.
+        queries: ``[n, *architecture.input_shape]``, shared by all models. If it requires a gradient, it gets the loss's whole
+            gradient: through the reconstructed models and, with ``original``, through the originals too.
         architecture: what every model is.
-        targets: ``[k, n, K]`` outputs of the originals on these queries; saves running them.
+        targets: ``[k, n, K]`` outputs of the originals on these queries; saves running them. They are constants: a gradient to the
+            queries then leaves the originals' part out.
         criterion: per model, with f^ and f the outputs of reconstruction and original, ``[n, K]``:
             ``"mse"`` 1/(2n) sum_i ||f^(x_i) - f(x_i)||^2, whose mean over models is the paper's L_B;
             ``"softmax_mse"`` mean squared difference of probabilities (the published code's ``l2``);
@@ -94,60 +96,48 @@ def batched_behavioral_loss(
     require(number and 0 < temperature < float("inf"), lambda: f"temperature: expected a positive number, got {temperature!r}")
     rows = _rows(reconstructed, architecture, "reconstructed")
     queries = _queries(queries, architecture, rows)
-    targets = _targets(targets, original, rows, queries, architecture, backend)
-    call = (architecture, criterion, float(temperature), nan_policy, backend)
-    differentiate = torch.is_grad_enabled()
-    if differentiate and queries.requires_grad:
-        values, bad = _through_queries(rows, queries, targets, *call)
-        operators.refuse(bad, nan_policy, reduction == "mean")
-    else:
-        gradient = differentiate and rows.requires_grad
-        values, bad = operators.behavioral_loss(rows, queries, targets, *call, gradient, reduction == "mean")
-    return _reduce(values, bad, reduction, nan_policy)
+    looked_through = engine.looked_through(rows, queries, targets)
+    graph = torch.is_grad_enabled()
+    through = looked_through or (graph and queries.requires_grad)  # the originals' answers depend on the queries, too
+    targets = _targets(targets, original, rows, queries, architecture, backend, through)
+    options = operators.Options(architecture, criterion, float(temperature), reduction, nan_policy, backend)
+    if looked_through:
+        remedy = "cannot be looked through by a torch transform, as it depends on values; use nan_policy='propagate'"
+        require(nan_policy == "propagate", lambda: f"nan_policy={nan_policy!r} {remedy}")
+        return reduce(_values(rows, queries, targets, options), None, reduction, nan_policy)
+    if through:
+        return _through_queries(rows, queries, targets, options)
+    return operators.behavioral_loss(rows, queries, targets, options, graph and rows.requires_grad)
 
 
-def _reduce(values: Tensor, bad: Tensor, reduction: str, nan_policy: str) -> Tensor:
-    if nan_policy != "omit":
-        return values if reduction == "none" else values.mean() if reduction == "mean" else values.sum()
-    if reduction == "none":
-        return torch.where(bad, torch.full_like(values, float("nan")), values)
-    total = torch.where(bad, torch.zeros_like(values), values).sum()
-    return total / (~bad).sum() if reduction == "mean" else total
+def _values(rows: Tensor, queries: Tensor, targets: Tensor, options: operators.Options) -> Tensor:
+    """Per-model values ``[k]`` through torch's own graph."""
+    outputs = operators.forward(rows, queries, options.architecture, options.backend).to(rows.dtype)
+    return criterion_values(outputs, targets, options.criterion, options.temperature)
 
 
-def _through_queries(
-    rows: Tensor,
-    queries: Tensor,
-    targets: Tensor,
-    architecture: Architecture,
-    criterion: str,
-    temperature: float,
-    nan_policy: str,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """Values with a gradient to the queries as well: through torch's graph. A bad model is left out of the graph altogether,
-    as the queries' gradient sums over models and zero times NaN is NaN."""
-
-    def through(rows: Tensor, queries: Tensor, targets: Tensor) -> Tensor:
-        outputs = operators.forward(rows, queries, architecture, backend).to(rows.dtype)
-        return criterion_values(outputs, targets, criterion, temperature)
-
+def _through_queries(rows: Tensor, queries: Tensor, targets: Tensor, options: operators.Options) -> Tensor:
+    """The loss with a gradient to the queries as well: through torch's graph, that of the targets included. A bad model is left out of the
+    graph altogether, as the queries' gradient sums over models and zero times NaN is NaN."""
+    reduction, nan_policy = options.reduction, options.nan_policy
     if nan_policy == "propagate":
-        values = through(rows, queries, targets)
-        return values, operators.judge(values, None, nan_policy)
+        return reduce(_values(rows, queries, targets, options), None, reduction, nan_policy)
     with torch.enable_grad():
         probe = rows.detach().requires_grad_()
-        values = through(probe, queries.detach(), targets)
+        values = _values(probe, queries.detach(), targets.detach(), options)
         (gradient,) = torch.autograd.grad(values.sum(), probe)
     values = values.detach()
-    bad = operators.judge(values, gradient, nan_policy)
-    if bool(bad.any()) and not bool(bad.all()):
-        good = (~bad).nonzero().flatten()
-        return values.index_copy(0, good, through(rows[good], queries, targets[good])), bad
+    bad = bad_models(values, gradient)
+    check_models(bad, nan_policy, reduction == "mean")
     if bool(bad.all()):  # nothing to differentiate, and yet backward() has to work: zeros
         never = torch.zeros((), dtype=torch.bool, device=rows.device)
-        return values + torch.where(never, rows, 0.0).sum() + torch.where(never, queries, 0.0).sum(), bad
-    return through(rows, queries, targets), bad
+        values = values + torch.where(never, rows, 0.0).sum() + torch.where(never, queries, 0.0).sum()
+    elif bool(bad.any()):
+        good = (~bad).nonzero().flatten()
+        values = values.index_copy(0, good, _values(rows[good], queries, targets[good], options))
+    else:
+        values = _values(rows, queries, targets, options)
+    return reduce(values, bad, reduction, nan_policy)
 
 
 # -- validation --------------------------------------------------------------------------------------------------------
@@ -160,13 +150,16 @@ def _check_call(architecture: Architecture, backend: str) -> None:
 
 def _rows(value: Any, architecture: Architecture, argument: str) -> Tensor:
     """Any accepted form of weights as ``[k, P]`` in a dtype the engine computes in (float32, or float64 as it came)."""
-    if isinstance(value, Population):
+    p = architecture.num_weights
+    if isinstance(value, Tensor):  # the usual case first: a training step pays for every check
+        if value.ndim == 2 and value.dtype in _COMPUTED and value.shape[1] == p and value.shape[0] > 0:
+            return value
+    elif isinstance(value, Population):
         other = value.architecture
         same = other.layers == architecture.layers and other.parameters == architecture.parameters
         wrong = f"{argument}: expected a population of architecture {architecture.name!r}, got one of another, {other.name!r}"
         require(same, wrong)
         value = value.weights
-    p = architecture.num_weights
     forms = f"[k, {p}] weights, [k, T, D] tokens or {{name: [k, *shape]}} of architecture {architecture.name!r}"
     try:
         if isinstance(value, Mapping):
@@ -197,17 +190,21 @@ def _queries(queries: Any, architecture: Architecture, rows: Tensor) -> Tensor:
     return queries.to(rows.dtype)
 
 
-def _targets(targets: Any, original: Any, rows: Tensor, queries: Tensor, architecture: Architecture, backend: str) -> Tensor:
+def _targets(targets: Any, original: Any, rows: Tensor, queries: Tensor, architecture: Architecture, backend: str, through: bool) -> Tensor:
+    """The originals' outputs ``[k, n, K]``: those given, as constants, or computed; ``through``: with their dependence on the queries."""
     require(original is None or targets is None, "original: expected None when targets= is given (only one of the two is used)")
     either = "original: expected weights, or targets= with the originals' outputs; both are None"
     require(original is not None or targets is not None, either)
     k, n = len(rows), len(queries)
     if targets is None:
+        weights = _rows(original, architecture, "original").detach()
+        require(len(weights) == k, lambda: f"original: expected {k} models (as many as reconstructed), got {len(weights)}")
+        require(weights.device == rows.device, lambda: f"original: expected device {rows.device}, got {weights.device}")
+        weights = weights.to(rows.dtype)
+        if through:
+            return operators.forward(weights, queries, architecture, backend).to(rows.dtype)
         with torch.no_grad():
-            weights = _rows(original, architecture, "original").detach()
-            require(len(weights) == k, lambda: f"original: expected {k} models (as many as reconstructed), got {len(weights)}")
-            require(weights.device == rows.device, lambda: f"original: expected device {rows.device}, got {weights.device}")
-            return operators.forward(weights.to(rows.dtype), queries.detach(), architecture, backend).to(rows.dtype)
+            return operators.forward(weights, queries.detach(), architecture, backend).to(rows.dtype)
     shape = (k, n, architecture.num_classes)
     require(
         isinstance(targets, Tensor) and targets.is_floating_point() and tuple(targets.shape) == shape,

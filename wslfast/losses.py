@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import describe, require
-from .kernels.reference import CRITERIA, criterion_values
+from .kernels.criteria import CRITERIA, criterion_values
 from .population import Population
 from .queries import TargetCache
 

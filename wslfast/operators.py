@@ -16,17 +16,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import engine
-from ._chunks import in_chunks
 from .architecture import Architecture, from_handle
-from .errors import WslfastError, require
+from .engine import in_chunks
+from .kernels.criteria import criterion_values
 from .kernels.once import once
-from .kernels.reference import criterion_values
+from .nan_policy import bad_models, check_models, reduce
 from .tokens import layout, num_tokens
 
 _AUTOCAST = {"": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -177,86 +177,72 @@ def _differentiate_forward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _forward.register_autograd(_differentiate_forward, setup_context=_keep_forward)
 
 
-def behavioral_loss(
-    rows: Tensor,
-    queries: Tensor,
-    targets: Tensor,
-    architecture: Architecture,
-    criterion: str,
-    temperature: float,
-    nan_policy: str,
-    backend: str,
-    gradient: bool,
-    mean: bool,
-) -> tuple[Tensor, Tensor]:
-    """Per-model values ``[k]``, differentiable in ``rows`` where ``gradient``, and which models are bad ``[k]`` (all False under
-    ``propagate``, where nobody asks).
+class Options(NamedTuple):
+    """What a behavioral loss is told beside its tensors."""
 
-    Raises WslfastError for bad models under ``raise``, and where ``omit`` leaves nothing for a ``mean``.
+    architecture: Architecture
+    criterion: str
+    temperature: float
+    reduction: str
+    nan_policy: str
+    backend: str
+
+
+def behavioral_loss(rows: Tensor, queries: Tensor, targets: Tensor, options: Options, gradient: bool) -> Tensor:
+    """The reduced loss, a scalar or ``[k]``; differentiable in ``rows`` where ``gradient``.
+
+    Raises WslfastError for bad models under nan_policy ``raise``, and where ``omit`` leaves nothing for a mean.
     """
-    options = (criterion, temperature, nan_policy, backend)
     if torch.compiler.is_compiling():
+        architecture, *rest = options
         autocast = autocast_name(rows.device.type)
-        values, bad, _ = _behavioral_loss(rows, queries, targets, architecture.handle, *options, autocast, gradient, mean)
-    elif gradient:
-        values, bad = _BehavioralLoss.apply(rows, queries, targets, architecture, *options, mean)
-    else:
-        values, bad, _ = _evaluate(rows, queries, targets, architecture, *options, False, mean)
-    return values, bad
+        values, bad, _ = _behavioral_loss(rows, queries, targets, architecture.handle, *rest, autocast, gradient)
+        return reduce(values, bad, options.reduction, options.nan_policy)
+    if gradient:
+        return _Loss.apply(rows, queries, targets, options)
+    with torch.no_grad():
+        values, bad, _ = _evaluate(rows, queries, targets, options, False)
+    return reduce(values, bad, options.reduction, options.nan_policy)
 
 
-@torch.no_grad()
 def _evaluate(
-    rows: Tensor,
-    queries: Tensor,
-    targets: Tensor,
-    architecture: Architecture,
-    criterion: str,
-    temperature: float,
-    nan_policy: str,
-    backend: str,
-    gradient: bool,
-    mean: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Values ``[k]``, bad models ``[k]`` and gradient ``[k, P]``, zero for bad models under ``omit``; without ``gradient``, values alone
-    are judged and the last tensor has no rows. Computed together, so no activation of k models outlives the call."""
+    rows: Tensor, queries: Tensor, targets: Tensor, options: Options, gradient: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Values ``[k]``, bad models ``[k]`` (None where nobody asks for them) and gradient ``[k, P]`` of each value to its own weights, zero
+    for bad models under ``omit``; without ``gradient`` None, and values alone are judged. Computed together, so that no activation of k
+    models outlives the call. Called without gradient mode."""
+    architecture, criterion, temperature, reduction, nan_policy, backend = options
+    slopes: Tensor | None = None
     if gradient:
         values, slopes = engine.loss_and_gradient(rows, queries, targets, architecture, criterion, temperature=temperature, backend=backend)
     else:
         outputs = engine.forward(rows, queries, architecture, backend=backend).to(rows.dtype)
-        values, slopes = criterion_values(outputs, targets, criterion, temperature), rows.new_empty(0, rows.shape[1])
-    bad = judge(values, slopes if gradient else None, nan_policy)
-    refuse(bad, nan_policy, mean)
-    if gradient and nan_policy == "omit":
+        values = criterion_values(outputs, targets, criterion, temperature)
+    if nan_policy == "propagate":
+        return values, None, slopes
+    bad = bad_models(values, slopes)
+    check_models(bad, nan_policy, reduction == "mean")
+    if slopes is not None and nan_policy == "omit":
         slopes = torch.where(bad.unsqueeze(1), torch.zeros_like(slopes), slopes)
     return values, bad, slopes
 
 
-class _BehavioralLoss(torch.autograd.Function):
-    """What eager code runs."""
+class _Loss(torch.autograd.Function):
+    """What eager code runs: one node of the graph, reduction included."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        rows: Tensor,
-        queries: Tensor,
-        targets: Tensor,
-        architecture: Architecture,
-        criterion: str,
-        temperature: float,
-        nan_policy: str,
-        backend: str,
-        mean: bool,
-    ) -> tuple[Tensor, Tensor]:
-        options = (criterion, temperature, nan_policy, backend)
-        values, bad, gradient = _evaluate(rows, queries, targets, architecture, *options, True, mean)
+    def forward(ctx: Any, rows: Tensor, queries: Tensor, targets: Tensor, options: Options) -> Tensor:
+        values, bad, gradient = _evaluate(rows, queries, targets, options, True)
         ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(bad)
-        return values, bad
+        kept = len(values) if bad is None or options.reduction != "mean" else (~bad).sum()
+        ctx.divisor = kept if options.reduction == "mean" else None
+        return reduce(values, bad, options.reduction, options.nan_policy)
 
     @staticmethod
-    def backward(ctx: Any, grad_values: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return once(ctx.saved_tensors[0] * grad_values.unsqueeze(1)), *(None,) * 8
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.divisor is not None:
+            grad = grad / ctx.divisor
+        return once(ctx.saved_tensors[0] * (grad.unsqueeze(1) if grad.ndim else grad)), None, None, None
 
 
 @torch.library.custom_op("wslfast::behavioral_loss", mutates_args=())
@@ -267,16 +253,18 @@ def _behavioral_loss(
     architecture: str,
     criterion: str,
     temperature: float,
+    reduction: str,
     nan_policy: str,
     backend: str,
     autocast: str,
     gradient: bool,
-    mean: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`_evaluate` as an operator."""
-    with _inside(rows, autocast):
-        options = (criterion, temperature, nan_policy, backend)
-        return _evaluate(rows, queries, targets, from_handle(architecture), *options, gradient, mean)
+    """:func:`_evaluate` as an operator: a tensor of no elements for what it leaves out."""
+    with torch.no_grad(), _inside(rows, autocast):
+        options = Options(from_handle(architecture), criterion, temperature, reduction, nan_policy, backend)
+        values, bad, slopes = _evaluate(rows, queries, targets, options, gradient)
+    none = rows.new_zeros(len(rows), dtype=torch.bool)
+    return values, none if bad is None else bad, rows.new_empty(0, rows.shape[1]) if slopes is None else slopes
 
 
 @_behavioral_loss.register_fake
@@ -287,33 +275,14 @@ def _(
     architecture: str,
     criterion: str,
     temperature: float,
+    reduction: str,
     nan_policy: str,
     backend: str,
     autocast: str,
     gradient: bool,
-    mean: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     k, p = rows.shape
     return rows.new_empty(k), rows.new_empty(k, dtype=torch.bool), rows.new_empty(k if gradient else 0, p)
-
-
-def judge(values: Tensor, gradient: Tensor | None, nan_policy: str) -> Tensor:
-    """Which models are bad; all False where nobody asks, which costs nothing."""
-    if nan_policy == "propagate":
-        return torch.zeros_like(values, dtype=torch.bool)
-    bad = ~values.isfinite()
-    # a sum is non-finite if any term is; overflow of finite terms would need gradients near 1e38
-    return bad if gradient is None else bad | ~gradient.isfinite().all(1)
-
-
-def refuse(bad: Tensor, nan_policy: str, mean: bool) -> None:
-    """Raise WslfastError for bad models under ``raise``, and for a mean over none under ``omit``."""
-    if nan_policy == "raise" and bool(bad.any()):
-        where = bad.nonzero().flatten().tolist()
-        raise WslfastError(f"reconstructed: models {where[:10]} of {len(bad)} have a non-finite value or gradient (nan_policy='raise')")
-    if nan_policy == "omit" and mean:
-        nothing = f"nan_policy='omit': all {len(bad)} models have a non-finite value or gradient; nothing to average"
-        require(not bool(bad.all()), nothing)
 
 
 def _keep_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from .architecture import Architecture
 from .errors import describe, require
-from .kernels import plan
-from .kernels.plan import Conv2d, Linear
+from .kernels.layers import Conv2d, Linear, layer_slots
 
 Permutations = tuple[Tensor, ...]  # one [k, channels] per hidden layer
 
@@ -89,7 +88,7 @@ def _index(architecture: Architecture, permutations: Permutations, inputs: Permu
     k, device = permutations[0].shape[0], permutations[0].device
     parts: list[Tensor] = []
     rows_in: Tensor | None = None  # the permutation of this layer's input channels, [k, channels]
-    parametric = [slots for slots in plan.layer_slots(architecture.layers) if slots.weight is not None]
+    parametric = [slots for slots in layer_slots(architecture.layers) if slots.weight is not None]
     for position, slots in enumerate(parametric):
         assert slots.weight is not None
         out, width = slots.weight.shape[0], slots.weight.size // slots.weight.shape[0]

@@ -86,9 +86,14 @@ class Population:
         weights = torch.empty(len(state_dicts), architecture.num_weights)
         for j, state in enumerate(state_dicts):
             require(isinstance(state, Mapping), f"state_dicts[{j}]: expected a mapping of names to tensors, got {describe(state)}")
-            known = architecture.slots.keys() | architecture.aliases.keys()
+            state = plain_keys(state, architecture)
+            constants = architecture.constants
+            known = architecture.slots.keys() | architecture.aliases.keys() | constants.keys()
             extra = [key for key in state if key not in known and not str(key).endswith("num_batches_tracked")]
             require(not extra, f"state_dicts[{j}]: unknown keys {extra[:5]}; expected {list(architecture.slots)[:5]} ...")
+            for key in constants.keys() & state.keys():
+                same = isinstance(state[key], Tensor) and torch.equal(state[key].cpu(), constants[key])
+                require(same, f"state_dicts[{j}][{key!r}]: expected the architecture's own values, which all models share, got others")
             for slot in architecture.parameters:
                 require(slot.name in state, f"state_dicts[{j}]: key {slot.name!r} is missing")
                 value = state[slot.name]
@@ -107,6 +112,7 @@ class Population:
         row = self[model].weights[0]
         state = {s.name: row[s.offset : s.stop].reshape(s.shape).clone() for s in self.architecture.parameters}
         state |= {key: state[name].clone() for key, name in self.architecture.aliases.items()}
+        state |= {key: value.clone() for key, value in self.architecture.constants.items()}
         if self.architecture.module is not None:  # a batch norm that is loaded back expects its step counter
             statistics = [name for name in state if name.endswith("running_var")]
             state |= {name.replace("running_var", "num_batches_tracked"): torch.tensor(0) for name in statistics}
@@ -122,8 +128,25 @@ def unstack(weights: Tensor, architecture: Architecture) -> dict[str, Tensor]:
     return {s.name: weights[:, s.offset : s.stop].reshape(len(weights), *s.shape) for s in architecture.parameters}
 
 
+def plain_keys(state: Mapping[str, Any], architecture: Architecture) -> Mapping[str, Any]:
+    """A state dict with the prefixes of wrappers taken off its keys (``module.`` of DataParallel, ``_orig_mod.`` of torch.compile),
+    where the architecture does not know them with."""
+    known = architecture.slots.keys() | architecture.aliases.keys() | architecture.constants.keys()
+    if all(key in known for key in state):
+        return state
+
+    def plain(key: str) -> str:
+        short, longer = key, ""
+        while short not in known and short != longer:
+            short, longer = short.replace("_orig_mod.", "").removeprefix("module."), short
+        return short if short in known else key
+
+    return {plain(key) if isinstance(key, str) else key: value for key, value in state.items()}
+
+
 def stack(parameters: Mapping[str, Tensor], architecture: Architecture) -> Tensor:
-    """The inverse of :func:`unstack`, differentiable: ``{name: [k, *shape]} -> [k, P]``."""
+    """The inverse of :func:`unstack`, differentiable: ``{name: [k, *shape]} -> [k, P]``. Entries without weights are passed over."""
+    parameters = {key: value for key, value in plain_keys(parameters, architecture).items() if key not in architecture.constants}
     unknown = [key for key in parameters if key not in architecture.slots and not str(key).endswith("num_batches_tracked")]
     require(not unknown, f"parameters: unknown keys {unknown[:5]}; expected {list(architecture.slots)}")
     rows = []

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .architecture import Architecture
 from .errors import require
-from .kernels.plan import Activation, Conv2d, Dropout, Flatten, Layer, Linear, Pool2d
+from .kernels.layers import Activation, Conv2d, Dropout, Flatten, Layer, Linear, Pool2d
 from .population import unstack
 
 _ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid, "silu": nn.SiLU, "identity": nn.Identity}
@@ -99,9 +99,11 @@ def oracle_loss(
             value = F.mse_loss(outputs.softmax(1), target.softmax(1))
         elif criterion == "cross_entropy":
             value = F.cross_entropy(outputs, target.softmax(1))
-        else:
+        elif criterion == "distillation":
             log_p, q = (outputs / temperature).log_softmax(1), (target / temperature).softmax(1)
             value = temperature**2 * F.kl_div(log_p, q, reduction="batchmean")
+        else:
+            raise ValueError(f"unknown criterion {criterion!r}")
         value.backward()
         values.append(value.detach())
         named = dict(module.named_parameters())

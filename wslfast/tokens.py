@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .architecture import Architecture
 from .errors import describe, require
-from .kernels.plan import Slot
+from .kernels.layers import Slot
 
 _BATCH_NORM = ("bn", "downsample.1", "batchnorm")  # key parts that mark batch norm in the published code
 
@@ -128,15 +128,25 @@ class _Move(torch.autograd.Function):
     """``out[:, i] = x[:, take[i]]``, or 0 where ``take[i]`` is past the end; ``give`` is the inverse map, so that the
     backward is the same gather the other way: exact, deterministic, no atomics, and differentiable again."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, take: Tensor, give: Tensor) -> Tensor:
-        ctx.save_for_backward(take, give)
+    def forward(x: Tensor, take: Tensor, give: Tensor) -> Tensor:
         return torch.nn.functional.pad(x, (0, 1)).index_select(1, take)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+        ctx.save_for_forward(*inputs[1:])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         take, give = ctx.saved_tensors
         return _Move.apply(gradient, give, take), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return _Move.apply(tangent, *ctx.saved_tensors)
 
 
 def _layers(architecture: Architecture, ignore_bn: bool) -> list[tuple[Slot, Slot | None]]:

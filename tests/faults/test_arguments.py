@@ -26,13 +26,16 @@ from wslfast import (
     batched_behavioral_loss,
     batched_forward,
     build_zoo,
-    engine,
     evaluate,
     generate,
     load_zoo,
     train,
 )
-from wslfast.kernels import cpu, reference
+from wslfast.engine import paths
+from wslfast.engine.module_path import Module
+from wslfast.engine.triton_path import Triton
+from wslfast.kernels import reference
+from wslfast.kernels.cpu import engine as cpu
 
 K, N, P = 3, 4, ARCH.num_weights
 W, X, Y = torch.zeros(K, P), torch.zeros(N, 1, 8, 8), torch.zeros(K, N, 3)
@@ -190,8 +193,9 @@ def no_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
         for name in ("forward", "loss_and_gradient"):
             forbid(module, name)
     forbid(reference, "forward_grouped")
-    for path in engine._FORWARD:
-        monkeypatch.setitem(engine._FORWARD, path, lambda *_: called.append("path"))
+    for path in (paths.Loop, paths.Grouped, paths.Cpu, Triton, Module):
+        monkeypatch.setattr(path, "forward", lambda *_: called.append("path"))
+        monkeypatch.setattr(path, "loss_and_gradient", lambda *_: called.append("path"))
     monkeypatch.chdir(tmp_path)
     return called
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import json
 import logging
@@ -18,6 +17,7 @@ from matrix import reached
 from test_training import ARCH
 
 from wslfast import WslfastError, batched_behavioral_loss, batched_forward, engine, errors
+from wslfast.engine import choice, paths, triton_path
 
 WEIGHTS = ARCH.initial_weights(["kaiming_normal"] * 5, range(5))
 QUERIES = torch.randn(7, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -45,12 +45,12 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The choice that a GPU whose kernels are verified would get, for tensors on the CPU."""
     real = engine.choose
 
-    def choose(architecture: Any, device: str, dtype: torch.dtype, backend: str = "auto", autocast: bool = False) -> engine.Choice:
+    def choose(architecture: Any, device: str, dtype: torch.dtype, backend: str = "auto", autocast: bool = False) -> paths.Path:
         return real(architecture, "cuda", dtype, backend, autocast)
 
     monkeypatch.setattr(engine, "choose", choose)
-    monkeypatch.setattr(engine, "_TRITON_BY_DEFAULT", True)
-    monkeypatch.setattr(engine, "_unbuildable", {})
+    monkeypatch.setattr(choice, "TRITON_BY_DEFAULT", True)
+    monkeypatch.setattr(triton_path, "unbuildable", {})
     monkeypatch.setattr(errors, "_said", set())
 
 
@@ -63,15 +63,12 @@ def _loss(backend: str = "auto") -> tuple[torch.Tensor, torch.Tensor]:
 def _broken(monkeypatch: pytest.MonkeyPatch, failure: Exception) -> list[str]:
     """Kernels that fail in this way when they are first launched; returns the attempts."""
     attempts: list[str] = []
-    real = importlib.import_module
 
-    def load(name: str, *rest: Any) -> Any:
-        if name != "wslfast.kernels.autograd":
-            return real(name, *rest)
-        attempts.append(name)
+    def load() -> Any:
+        attempts.append("kernels")
         raise failure
 
-    monkeypatch.setattr(importlib, "import_module", load)
+    monkeypatch.setattr(triton_path, "kernels", load)
     return attempts
 
 

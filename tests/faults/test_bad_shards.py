@@ -15,7 +15,7 @@ from test_training import ARCH, config
 
 from wslfast import Population, WslfastError, errors, load_zoo, train
 from wslfast.cli import main
-from wslfast.downstream import evaluation, generation
+from wslfast.measure import evaluation, generation
 from wslfast.training import load_run, query_sets
 from wslfast.zoo import Dataset, MappedZoo, export_zoo, import_zoo, save_zoo
 

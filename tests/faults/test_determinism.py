@@ -27,17 +27,17 @@ def _equal(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> bool:
     return torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
 
 
-@pytest.mark.parametrize("path", ["cpu", "loop", "functional"])
+@pytest.mark.parametrize("path", ["cpu", "loop", "module"])
 def test_twice_permuted_and_chunked_are_the_same_bits(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On every path that runs on a CPU. (On a GPU grouped convolutions of other group counts are cuDNN's to choose.)"""
     rounds = many(4, 50)
     arch = CNN if path == "cpu" else ARCH
-    if path == "functional":
+    if path == "module":
         arch = Architecture.from_module(
             torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 6), torch.nn.LayerNorm(6), torch.nn.Linear(6, 3)), (1, 8, 8)
         )
     backend = "torch" if path == "loop" else "auto"
-    assert engine.choose(arch, "cpu", torch.float32, backend).path == path
+    assert engine.choose(arch, "cpu", torch.float32, backend).name == path
     for seed in range(rounds):
         rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
         k, n = rng.randint(2, 17), rng.randint(1, 9)

@@ -29,10 +29,10 @@ from test_training import ARCH, config
 from test_zoo_import import _sample
 
 from wslfast import Population, TrainConfig, WslfastError, train
+from wslfast.safe.state import load_plain
 from wslfast.training import load_run
 from wslfast.training.checkpoint import _seal, checkpoint_path
 from wslfast.zoo import export_zoo, import_zoo, save_zoo
-from wslfast.zoo.importers.state import load_plain
 from wslfast.zoo.manifest import MANIFEST, Manifest
 
 SEED = int(os.environ.get("WSLFAST_FUZZ", "0"))

@@ -11,7 +11,8 @@ import torch
 from matrix import reached
 from torch import Tensor
 
-from wslfast import Architecture, WslfastError, _chunks, batched_forward, engine, errors
+from wslfast import Architecture, WslfastError, batched_forward, engine, errors
+from wslfast.engine import chunks, paths
 
 ARCH = Architecture.cnn()
 
@@ -22,16 +23,16 @@ def scarce(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, type[Exception]], 
 
     def limit(most: int, error: type[Exception]) -> list[int]:
         tried: list[int] = []
-        real = engine._FORWARD["loop"]
+        for path in (paths.Loop, paths.Grouped):
+            real = path._run
 
-        def run(weights: Tensor, queries: Tensor, architecture: Architecture) -> Tensor:
-            tried.append(len(weights))
-            if len(weights) > most:
-                raise error("DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes.")
-            return real(weights, queries, architecture)
+            def run(self: Any, weights: Tensor, queries: Tensor, real: Any = real) -> Tensor:
+                tried.append(len(weights))
+                if len(weights) > most:
+                    raise error("DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes.")
+                return real(self, weights, queries)
 
-        for path in ("loop", "cpu", "grouped", "functional"):
-            monkeypatch.setitem(engine._FORWARD, path, run)
+            monkeypatch.setattr(path, "_run", run)
         monkeypatch.setattr(errors, "_said", set())
         return tried
 
@@ -66,7 +67,7 @@ def test_a_loss_halves_and_goes_on(
     scarce: Callable[..., list[int]], most: int, error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The grouped path, as on a GPU: the same losses and gradients."""
-    monkeypatch.setattr(engine, "choose", lambda *_, **__: engine.Choice("grouped", "as on a GPU"))
+    monkeypatch.setattr(engine, "choose", lambda *_, **__: paths.Grouped(ARCH, "as on a GPU"))
     weights, queries = 0.1 * torch.randn(6, ARCH.num_weights), torch.randn(4, 1, 28, 28)
     targets = torch.randn(6, 4, 10)
     expected = engine.loss_and_gradient(weights, queries, targets, ARCH, "mse")
@@ -89,8 +90,7 @@ def test_another_error_is_not_taken_for_a_shortage(monkeypatch: pytest.MonkeyPat
     def broken(*_: object) -> Tensor:
         raise RuntimeError("shape mismatch")
 
-    for path in ("loop", "cpu"):
-        monkeypatch.setitem(engine._FORWARD, path, broken)
+    monkeypatch.setattr(paths.Loop, "_run", broken)
     with pytest.raises(RuntimeError, match="shape mismatch"):
         batched_forward(torch.randn(2, ARCH.num_weights, requires_grad=True), torch.randn(2, 1, 28, 28), ARCH)
 
@@ -113,21 +113,21 @@ def test_memory_that_runs_out_once_anywhere(
 ) -> None:
     """At the first chunk or a later one: that chunk alone is tried again at half its size, one warning, the same numbers."""
     monkeypatch.setattr(errors, "_said", set())
-    monkeypatch.setattr(engine, "models_per_chunk", lambda *_: 4)
-    monkeypatch.setattr(engine, "choose", lambda *_, **__: engine.Choice("loop", "chunked"))
+    monkeypatch.setattr(paths, "models_per_chunk", lambda *_: 4)
+    monkeypatch.setattr(engine, "choose", lambda *_, **__: paths.Loop(ARCH, "chunked"))
     weights, queries = 0.1 * torch.randn(16, ARCH.num_weights), torch.randn(4, 1, 28, 28)
     targets = torch.randn(16, 4, 10)
     expected = engine.loss_and_gradient(weights, queries, targets, ARCH, "mse")
-    real, sizes = engine._FORWARD["grouped"], []
-    monkeypatch.setattr(engine, "choose", lambda *_, **__: engine.Choice("grouped", "chunked"))
+    real, sizes = paths.Grouped._run, []
+    monkeypatch.setattr(engine, "choose", lambda *_, **__: paths.Grouped(ARCH, "chunked"))
 
-    def run(part: Tensor, *rest: Any) -> Tensor:
+    def run(self: Any, part: Tensor, queries: Tensor) -> Tensor:
         sizes.append(len(part))
         if len(sizes) == at + 1:
             raise error
-        return real(part, *rest)
+        return real(self, part, queries)
 
-    monkeypatch.setitem(engine._FORWARD, "grouped", run)
+    monkeypatch.setattr(paths.Grouped, "_run", run)
     for a, b in zip(engine.loss_and_gradient(weights, queries, targets, ARCH, "mse"), expected, strict=True):
         torch.testing.assert_close(a, b)
     assert sizes == [4] * (at + 1) + [2] * (2 * (4 - at))
@@ -142,4 +142,4 @@ def test_a_real_allocation_that_fails_is_recognised() -> None:
     """What torch says on this machine when an allocation cannot be met."""
     with pytest.raises((RuntimeError, MemoryError)) as caught:
         torch.empty(1 << 60, dtype=torch.uint8)
-    assert _chunks._is_shortage(caught.value)
+    assert chunks.is_shortage(caught.value)

@@ -18,7 +18,7 @@ from matrix import reached, snapshot
 from test_training import ARCH, config
 
 from wslfast import Population, WslfastError, train
-from wslfast.downstream.evaluation import write_json
+from wslfast.measure.evaluation import write_json
 from wslfast.sane.state import save_model
 from wslfast.training.checkpoint import load_checkpoint, save_checkpoint
 from wslfast.training.records import RunLog

@@ -13,8 +13,9 @@ from kernel_cases import CASES, HEADS, SMALL, Net, cnn3, cnn28, error, gradient_
 from torch import Tensor
 
 from wslfast import Architecture, batched_behavioral_loss, batched_forward, build_zoo, engine
-from wslfast.kernels import reference
-from wslfast.kernels.plan import Conv2d, Linear
+from wslfast.engine.triton_path import Triton
+from wslfast.kernels import criteria, reference
+from wslfast.kernels.layers import Conv2d, Linear
 from wslfast.zoo import Dataset
 
 pytestmark = pytest.mark.gpu
@@ -22,9 +23,9 @@ pytest.importorskip("triton")
 if not torch.cuda.is_available() and not INTERPRET:
     pytest.skip("no CUDA device", allow_module_level=True)
 
-from wslfast.kernels import autograd as kernels  # noqa: E402 (with triton and a device)
-from wslfast.kernels import budget  # noqa: E402
-from wslfast.kernels.schedule import schedule  # noqa: E402
+from wslfast.kernels.triton import budget
+from wslfast.kernels.triton import launch as kernels
+from wslfast.kernels.triton.schedule import schedule
 
 NETWORKS = {"cnn3": cnn3(), "cnn3_tanh": cnn3("tanh"), "cnn28": cnn28(), "lenet5": lenet5(), "small": SMALL, **CASES, **HEADS}
 NETWORKS = size(NETWORKS, {"small": SMALL, "head_relu": HEADS["head_relu"]})
@@ -42,7 +43,7 @@ BARS = {
 @pytest.fixture
 def on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine takes the kernels: on a GPU as if they were the default, in the interpreter as if there were a GPU."""
-    monkeypatch.setattr(engine, "choose", lambda *_, **__: engine.Choice("triton", "test"))
+    monkeypatch.setattr(engine, "choose", lambda architecture, *_, **__: Triton(architecture, "test"))
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     yield
@@ -80,7 +81,7 @@ def test_against_float64(name: str, precision: str) -> None:
     _check(NETWORKS[name], *size((3, 37), (2, 3)), precision)
 
 
-@pytest.mark.parametrize("criterion", reference.CRITERIA)
+@pytest.mark.parametrize("criterion", criteria.CRITERIA)
 @pytest.mark.parametrize("fused", [True, False])
 def test_criteria(criterion: str, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not fused:
@@ -247,7 +248,7 @@ def test_public_calls_compiled(on_triton: None) -> None:
     (found,) = torch.autograd.grad(compiled(weights), weights)
     wide = weights.detach().double().requires_grad_()
     outputs = reference.forward(wide, queries.double(), case.layers)
-    losses = reference.criterion_values(outputs, targets.double(), "mse")
+    losses = criteria.criterion_values(outputs, targets.double(), "mse")
     (expected,) = torch.autograd.grad((outputs - targets.double()).square().mean() + losses.mean(), wide)
     assert error(found, expected) < 1e-4
 

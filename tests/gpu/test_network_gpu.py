@@ -10,18 +10,18 @@ import torch
 from kernel_cases import CASES, HEADS, MLP, SMALL, Net, cnn3, cnn28, error, gradient_errors, lenet5, make, oracle, random_net
 from torch import Tensor
 
-from wslfast.kernels import reference
-from wslfast.kernels.plan import Conv2d, Linear
+from wslfast.kernels import criteria, reference
+from wslfast.kernels.layers import Conv2d, Linear
 
 pytestmark = pytest.mark.gpu
 pytest.importorskip("triton")
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 
-from wslfast.kernels import autograd as kernels  # noqa: E402 (with triton and a device)
-from wslfast.kernels import network as whole  # noqa: E402
-from wslfast.kernels import network_plan  # noqa: E402
-from wslfast.kernels.schedule import schedule  # noqa: E402
+from wslfast.kernels.triton import launch as kernels
+from wslfast.kernels.triton import network as whole
+from wslfast.kernels.triton import network_plan
+from wslfast.kernels.triton.schedule import schedule
 
 SMALL_NETS = {
     "mlp": MLP, "small": SMALL,
@@ -73,7 +73,7 @@ def test_large_networks_against_float64(name: str, precision: str) -> None:
     _check({"cnn3": cnn3(), "cnn28": cnn28(), "lenet5": lenet5()}[name], 3, 150, precision)
 
 
-@pytest.mark.parametrize("criterion", reference.CRITERIA)
+@pytest.mark.parametrize("criterion", criteria.CRITERIA)
 def test_criteria(criterion: str) -> None:
     _check(MLP, 5, 300, "tf32x3", criterion)
 

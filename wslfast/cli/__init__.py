@@ -20,7 +20,7 @@ from ..errors import WslfastError
 from ..training import TrainConfig
 from .analysis import Ablate, Gradients, Queries
 from .console import console, show
-from .downstream import Demo, Evaluate, Generate, Report
+from .evaluation import Demo, Evaluate, Generate, Report
 from .training import Train
 from .zoo import Zoo
 

@@ -11,10 +11,10 @@ import tyro
 from rich.table import Table
 
 from .. import queries
-from ..downstream.ablation_file import Ablation
-from ..downstream.ablations import over_seeds, rows_file, run_ablation
-from ..downstream.first_order import GradientSettings, analyse
 from ..errors import require
+from ..measure.first_order import GradientSettings, analyse
+from ..study.ablation_file import Ablation
+from ..study.ablations import over_seeds, rows_file, run_ablation
 from ..training.query_sets import query_images
 from ..zoo import MappedZoo
 from .console import console
@@ -70,8 +70,8 @@ class Ablate:
     """Whose models are measured, instead of the file's; val to choose by (rows go to ablations-val.csv). Nothing is trained twice."""
 
     def run(self) -> None:
-        from ..downstream import closed_form
         from ..sane import ablation as published
+        from ..study import closed_form
 
         ablation = Ablation.from_toml(self.file)
         if self.split is not None:

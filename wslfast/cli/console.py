@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..downstream.reconstruction import collapse
+from ..measure.reconstruction import collapse
 
 console = Console(highlight=False)
 _FIGURES = {  # of evaluate and demo: figure -> column; with names of 18 letters the table fits a terminal of 80

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._files import write_tensors
 from ..architecture import Architecture
-from ..downstream.ablations import Cell, System, Trained
 from ..errors import require
-from ..kernels.plan import Conv2d, Linear
+from ..files import write_tensors
+from ..kernels.layers import Conv2d, Linear
 from ..population import unstack
+from ..study.ablations import Cell, System, Trained
 from ..tokens import TokenLayout
 from ..training import TrainConfig
 from ..training.query_sets import query_images

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .._transformer import ProjectionHead, Transformer
+from ..codes.transformer import ProjectionHead, Transformer
 from ..errors import describe, require
 from .feedforward import feed_forward
 from .semantics import Choice, resolve

@@ -19,7 +19,7 @@ from .. import engine
 from ..architecture import Architecture
 from ..behavior import batched_behavioral_loss
 from ..errors import WslfastError, describe, require
-from ..kernels import cpu
+from ..kernels.cpu import engine as cpu
 from ..tokens import layout
 from .queries import Queries
 from .semantics import Choice, resolve
@@ -309,7 +309,7 @@ class _OnePass(torch.autograd.Function):
 
 
 def _on_cpu_path(rows: Tensor, architecture: Architecture) -> bool:
-    return engine.choose(architecture, rows.device.type, rows.dtype).path == "cpu"
+    return engine.choose(architecture, rows.device.type, rows.dtype).name == "cpu"
 
 
 class ReconDistillationLoss(nn.Module):

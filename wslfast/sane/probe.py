@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..downstream.probe import PENALTIES, RidgeProbe
 from ..errors import describe, require
+from ..measure.probe import PENALTIES, RidgeProbe
 
 TASKS = ("test_acc", "training_iteration", "ggap")
 _CATEGORIES = ("POISONED", "NUMBER_TRIGGERED_CLASSES", "poisoned")
@@ -123,7 +123,7 @@ class DownstreamTaskLearner:
 def ridge(
     z_train: Tensor, prop_train: Any, z_test: Tensor, prop_test: Any, z_val: Tensor | None, prop_val: Any, return_reg: bool = False
 ) -> tuple[Any, ...]:
-    """One decomposition for all 17 penalties, in float64, as :class:`wslfast.downstream.RidgeProbe` does it."""
+    """One decomposition for all 17 penalties, in float64, as :class:`wslfast.measure.RidgeProbe` does it."""
     val = None if z_val is None or prop_val is None else (z_val, _numbers(prop_val))
     probe = RidgeProbe.fit(z_train, _numbers(prop_train), validation=val, penalties=PENALTIES)
     scores = (probe.r2(z_train, _numbers(prop_train)), probe.r2(z_test, _numbers(prop_test)), None if val is None else probe.r2(*val))

@@ -9,9 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .._files import write_tensors
 from ..errors import WslfastError, require
-from ..zoo.importers.state import load_plain
+from ..files import write_tensors
+from ..safe.state import load_plain
 from .behavior import DistillationLoss
 
 State = dict[str, Any]

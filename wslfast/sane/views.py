@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..architecture import Architecture
-from ..kernels import plan
+from ..kernels.layers import layer_slots
 from ..permutation import hidden_channels
 
 _COLUMNS = 32  # of a row decide its channel's place: enough to tell channels apart
@@ -45,7 +45,7 @@ def same_functions(rows: Tensor, architecture: Architecture) -> Tensor:
     same = torch.ones(half, dtype=torch.bool, device=rows.device)
     order: Tensor | None = None  # of the layer's input channels, [k, channels]
     partner: Tensor | None = None  # the first view's input channel that is the second's, [k / 2, channels]
-    layers = [slots for slots in plan.layer_slots(architecture.layers) if slots.weight is not None]
+    layers = [slots for slots in layer_slots(architecture.layers) if slots.weight is not None]
     for position, slots in enumerate(layers):
         assert slots.weight is not None
         out = slots.weight.shape[0]

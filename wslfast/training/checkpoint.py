@@ -14,13 +14,13 @@ from typing import Any, BinaryIO
 
 import torch
 
-from .._files import write_tensors
 from ..architecture import Architecture
-from ..autoencoder import Autoencoder
+from ..codes.autoencoder import Autoencoder
 from ..errors import WslfastError, check_device, require
+from ..files import write_tensors
+from ..safe.state import load_plain
 from ..tokens import TokenLayout, num_tokens
 from ..zoo.importers.found import unreadable
-from ..zoo.importers.state import load_plain
 from .config import TrainConfig
 
 SCHEMA = 1

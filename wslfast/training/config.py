@@ -11,7 +11,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ..errors import WslfastError, require
-from ..kernels.reference import CRITERIA
+from ..kernels.criteria import CRITERIA
 from .query_sets import set_names
 
 if sys.version_info >= (3, 11):

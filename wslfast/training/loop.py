@@ -11,8 +11,8 @@ from typing import Union
 import torch
 from torch import Tensor
 
-from .._files import remove_leftovers, write_text
 from ..errors import WslfastError, require
+from ..files import remove_leftovers, write_text
 from ..population import Population
 from ..queries import load_queries, save_queries
 from ..zoo import MappedZoo

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .._files import write_text
 from ..errors import WslfastError
+from ..files import write_text
 from ..profiling import Profile, profile
 
 logger = logging.getLogger("wslfast")

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import losses
-from ..autoencoder import Autoencoder
 from ..behavior import batched_behavioral_loss, batched_forward
-from ..codec import LinearCodec
+from ..codes.autoencoder import Autoencoder
+from ..codes.linear import LinearCodec
 from ..errors import require
 from ..permutation import permute, random_permutations
 from ..population import Population

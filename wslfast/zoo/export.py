@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from .._files import write_tensors, write_text
 from ..architecture import Architecture
 from ..errors import WslfastError, require
-from ..kernels.plan import Activation, Conv2d, Dropout
+from ..files import write_tensors, write_text
+from ..kernels.layers import Activation, Conv2d, Dropout
 from ..population import Population
 from .mapped import MappedZoo
 

@@ -25,9 +25,9 @@ import safetensors
 import safetensors.torch
 import torch
 
-from .._files import write_bytes
 from ..architecture import Architecture
 from ..errors import WslfastError, require, say_once
+from ..files import write_bytes
 from ..population import Population
 from ..profiling import region
 from .manifest import MANIFEST, SPLITS, Manifest, Shard, normalised, plain

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._files import write_text
 from ...architecture import Architecture
 from ...errors import WslfastError, require
+from ...files import write_text
 from ...population import Population
 from ...profiling import region
 from ..build import LARGEST_WEIGHT

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ...errors import WslfastError, require
-from .inert import StoredTensor
+from ...safe.inert import StoredTensor
 
 State = Mapping[str, Tensor]
 

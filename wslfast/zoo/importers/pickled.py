@@ -20,9 +20,9 @@ from torch import Tensor
 from ...architecture import Architecture
 from ...errors import WslfastError, describe, require
 from ...population import Population
+from ...safe.inert import InertFile, Ordered, StoredTensor, Stub
 from ...tokens import TokenLayout
 from .found import Found, Skips, State, state_of, unreadable
-from .inert import InertFile, Ordered, StoredTensor, Stub
 from .recognise import recognise
 
 SPLITS = ("train", "val", "test")

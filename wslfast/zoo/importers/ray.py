@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import WslfastError
+from ...safe.inert import InertFile
 from .found import Found, Skips, State, state_of
-from .inert import InertFile
 
 _CHECKPOINT = re.compile(r"checkpoint_(\d{1,9})")
 _TRIAL = "NN_tune_trainable_"

@@ -7,7 +7,7 @@ from typing import Any
 
 from ...architecture import Architecture
 from ...errors import WslfastError, describe
-from ...kernels.plan import ACTIVATIONS, Activation
+from ...kernels.layers import ACTIVATIONS, Activation
 
 Shapes = Mapping[str, tuple[int, ...]]
 _CNNS: dict[str, Callable[..., Architecture]] = {

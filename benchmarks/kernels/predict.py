@@ -1,0 +1,171 @@
+"""Resources and predictions of docs/kernels.md: compiled for sm_90, counted by the model of pipes.py, written as tables.
+
+    python -m benchmarks.kernels.predict [--network] [--write docs/kernels.md]
+
+Takes some minutes; ``--network``, which adds the resources of the whole network in one launch, as many more. ``--write`` replaces
+what stands between ``<!-- NAME: generated -->`` and ``<!-- end -->``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+
+from benchmarks.kernels import inspect, pipes
+from wslfast.kernels.triton.schedule import configuration, executed_multiply_adds, needed_multiply_adds, schedule
+from wslfast.kernels.triton.stages import Schedule
+
+PRECISIONS = ("fp16", "tf32")
+_COUNTED = re.compile(r"(forward|dw|dx) (\d+)")
+_LISTED = ("pack", "stack", "criterion mse", "head mse", "fold")
+TITLES = {"cnn3": "CNN3", "lenet5": "LeNet-5", "cnn": "CNN (28 x 28)"}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One kernel of one stage: what a (model, query) pair takes."""
+
+    kernel: str
+    programs: int  # an SM holds at once
+    needed: int
+    executed: int
+    clocks: pipes.Clocks
+    traffic: float
+
+    @property
+    def time(self) -> tuple[float, str]:
+        return pipes.nanoseconds(self.clocks, self.traffic)
+
+
+def _wanted(kernel: str) -> bool:
+    return _COUNTED.fullmatch(kernel) is not None or kernel in _LISTED
+
+
+def predict(plan: Schedule, row: dict[str, Any], sass: str) -> Prediction | None:
+    """The prediction behind a row of inspect, None for kernels outside the sum (layouts, the criterion, the head)."""
+    found = _COUNTED.fullmatch(row["kernel"])
+    if not found:
+        return None
+    role, i = found[1], int(found[2])
+    stage, precision = plan.stages[i], row["precision"]
+    config = configuration(role, stage, precision)
+    tiles, turns = pipes.tiles_per_query(stage, role, config.BM)
+    clocks = pipes.tile_clocks(sass, 1 if config.HOIST else turns, config.WARPS) * tiles
+    held = pipes.programs_per_sm(row["registers"], row["shared_bytes"], config.WARPS)
+    needed, executed = needed_multiply_adds(stage, plan.placements[i], role), executed_multiply_adds(stage, role)
+    return Prediction(row["kernel"], held, needed, executed, clocks, pipes.query_traffic(stage, role, precision))
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
+
+
+def kernel_table(found: Sequence[Prediction]) -> str:
+    """One line a kernel of one network and precision, and the sum."""
+    lines: list[Sequence[object]] = []
+    for p in found:
+        ns, why = p.time
+        clk = (round(p.clocks.tensor), round(p.clocks.issue), round(p.clocks.memory))
+        lines.append((p.kernel, p.programs, f"{p.executed / 1e3:.0f}", *clk, f"{p.traffic / 1e3:.1f}", f"{ns:.2f}", why))
+    total = sum((p.clocks for p in found), pipes.Clocks())
+    clk = (round(total.tensor), round(total.issue), round(total.memory))
+    executed, traffic, ns = sum(p.executed for p in found), sum(p.traffic for p in found), sum(p.time[0] for p in found)
+    lines.append(("**sum**", "", f"{executed / 1e3:.0f}", *clk, f"{traffic / 1e3:.0f}", f"**{ns:.1f}**", ""))
+    header = ("kernel", "CTAs/SM", "kMAC executed", "clk tensor", "clk issue", "clk load/store", "KB", "ns", "bound by")
+    return _table(header, lines)
+
+
+def summary_table(found: dict[tuple[str, str], list[Prediction]]) -> str:
+    """One line a network and precision: the bound a pair, and milliseconds for n = 256."""
+    lines = []
+    for (architecture, precision), kernels in found.items():
+        ns = sum(p.time[0] for p in kernels)
+        needed = sum(p.needed for p in kernels)
+        executed = sum(p.executed for p in kernels)
+        products = sum(p.clocks.products for p in kernels)
+        ms = {k: ns * k * pipes.QUERIES / 1e6 for k in (128, 1024, 4096)}
+        lines.append(
+            (
+                f"{TITLES[architecture]} {precision}",
+                f"{ns:.1f}",
+                f"{ms[128]:.2g}",
+                f"{ms[1024]:.1f} / {ms[1024] / pipes.PLAN:.1f}",
+                f"{ms[4096] / pipes.PLAN:.0f}",
+                f"{sum(p.traffic for p in kernels) / 1e3:.0f}",
+                f"{executed / needed:.2f}",
+                f"{products / needed:.2f}",
+            )
+        )
+    header = (
+        "loss and gradient, n = 256, targets given",
+        "bound ns/pair",
+        "k = 128, ms",
+        "k = 1024 bound / plan, ms",
+        "k = 4096 plan, ms",
+        "KB/pair",
+        "executed / needed",
+        "the same in machine code",
+    )
+    return _table(header, lines)
+
+
+def network_table() -> str:
+    """Registers, spills and shared memory of the whole network in one launch: a line a network and target."""
+    lines, roles = [], ("network_forward", "network_loss")
+    for architecture in TITLES:
+        for target in inspect.TARGETS[::-1]:
+            rows = inspect.rows(target, PRECISIONS, (architecture,), roles)
+            cells = {(row["role"], row["precision"]): f"{row['registers']} / {row['spill_bytes']} / {row['shared_bytes']}" for row in rows}
+            lines.append((TITLES[architecture], target, *(cells[role, p] for role in roles for p in PRECISIONS)))
+    return _table(("network", "target", *(f"{what} {p}" for what in ("forward", "loss") for p in PRECISIONS)), lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels.predict", description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--write", type=Path, help="a page with places for the tables")
+    parser.add_argument("--network", action="store_true", help="the whole network in one launch as well")
+    options = parser.parse_args(arguments)
+    if triton.knobs.runtime.interpret:
+        print("predict compiles; unset TRITON_INTERPRET", file=sys.stderr)
+        return 2
+    resources: list[dict[str, Any]] = []
+    found: dict[tuple[str, str], list[Prediction]] = {(a, p): [] for a in TITLES for p in PRECISIONS}
+    for row, sass in inspect.listings("sm_90", PRECISIONS, tuple(TITLES), wanted=_wanted):
+        known = predict(schedule(*inspect.ARCHITECTURES[row["architecture"]]), row, sass)
+        if row["architecture"] == "cnn3":
+            resources.append(row)
+        if known:
+            found[row["architecture"], row["precision"]].append(known)
+    columns = ("kernel", "precision", "registers", "spill_bytes", "shared_bytes", "dots", "mma")
+    tables = {
+        "resources": _table(columns, [[row[c] for c in columns] for row in resources]),
+        "summary": summary_table(found),
+        **{f"cnn3 {p}": kernel_table(found["cnn3", p]) for p in PRECISIONS},
+    }
+    if options.network:
+        tables["network"] = network_table()
+    if options.write is None:
+        print("\n\n".join(f"{name}\n\n{table}" for name, table in tables.items()))
+        return 0
+    page = options.write.read_text()
+    for name, table in tables.items():
+        place = re.compile(rf"(<!-- {re.escape(name)}: generated -->\n).*?(<!-- end -->)", re.DOTALL)
+        if not place.search(page):
+            print(f"{options.write} has no place for {name!r}", file=sys.stderr)
+            return 1
+        page = place.sub(rf"\g<1>\n{table}\n\n\g<2>", page)
+    options.write.write_text(page)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,348 @@
+"""Layers of a group of models on the CPU: forward and hand-written backward, one operator call for the whole group.
+
+A group of M models runs on a slab of q queries. Before ``Flatten`` an activation is
+
+    x [q, M * C, H, W]   in channels-last memory, i.e. [q, H, W, M, C]: the models are the groups of a convolution,
+
+and afterwards it is ``x [M, q, F]``, where a linear layer is a batched product. Layers ahead of the first one with
+parameters see the queries that all models share, ``[q, C, H, W]`` or ``[q, F]``, once instead of M times, and that first layer, if
+a convolution, has M * C_out outputs.
+
+``forward`` returns a layer's output and what its ``backward`` will want to see again; ``backward`` turns the gradient of the
+output, which it may overwrite, into that of the input and writes the parameters' share to ``rows``, the gradient ``[M, P]`` of the
+group (over what is there for the first slab, ``fresh``; on top of it afterwards). There is no autograd graph, and nothing is
+computed for the queries. A convolution's bias gradient is summed after the pooling that follows: a pooling window hands its
+gradient on exactly once, so the sums agree and a smaller tensor is read.
+
+Every operator here treats a model's slice without regard to its place in the group: equal bits whatever the slot, and no
+NaN crosses over. That rules out plain reductions over rows (their vector and remainder columns round differently), some of
+torch's activations (``cpu_activations``), and batched products whose slices lie at any address: on some processors MKL sums in
+another order where an operand or the result is not on 16 bytes, so both are padded (:class:`LinearStep`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, Union
+
+import torch
+from torch import Tensor
+
+from ..layers import Activation, Conv2d, Dropout, Flatten, Layer, Layers, Linear, Pool2d, Slot, Unplannable, layer_slots, shapes
+from . import activations as cpu_activations
+from .activations import is_monotone
+
+# Overloads resolved once: looking one up costs as much as a small operator.
+_aten = torch.ops.aten
+convolution = _aten.convolution.default
+convolution_backward = _aten.convolution_backward.default
+_max_pool = _aten.max_pool2d_with_indices.default
+_max_pool_backward = _aten.max_pool2d_with_indices_backward.grad_input
+_avg_pool = _aten.avg_pool2d.default
+_avg_pool_backward = _aten.avg_pool2d_backward.grad_input
+
+CHANNELS_LAST = torch.channels_last
+Packed = tuple[Tensor, Union[Tensor, None]]
+
+
+def block(rows: Tensor, slot: Slot, *shape: int) -> Tensor:
+    """View of one parameter of every model of a group, ``[M, *shape]``."""
+    return rows[:, slot.offset : slot.stop].view(rows.shape[0], *(shape or slot.shape))
+
+
+def put(rows: Tensor, slot: Slot, value: Tensor, fresh: bool) -> None:
+    """Write one parameter's gradient to ``rows``, or add it to what is there."""
+    here = block(rows, slot)
+    value = value if value.shape == here.shape else value.view(here.shape)
+    if fresh:
+        here.copy_(value)
+    else:
+        here.add_(value)
+
+
+def bias_gradient(g: Tensor, models: int) -> Tensor:
+    """Sum ``[M, C]`` of ``g [q, M * C, H, W]`` over queries and positions, in an order that no model's slot can change.
+
+    An average pooling with divisor 1 adds every channel's numbers one after another, whatever vector the channel is in. First over
+    the positions of every query, then over the queries, which are the rows of one image ``[q, 1]``.
+    """
+    q, channels, height, width = g.shape
+    if height * width > 1:
+        g = _avg_pool(g, [height, width], [1, 1], [0, 0], False, False, 1)
+    column = g.permute(0, 2, 3, 1).reshape(1, q, 1, channels).permute(0, 3, 1, 2)
+    return _avg_pool(column, [q, 1], [1, 1], [0, 0], False, False, 1).view(models, -1)
+
+
+def needs_sixteen(layer: Layer) -> bool:
+    """Whether torch gives a slab of this layer to another library where it has fewer than 16 images: 1 x 1 kernels without stride and one
+    thread. A model's bits depend on its place there, as they do with a single image of any other convolution."""
+    return isinstance(layer, Conv2d) and layer.kernel_size == (1, 1) and layer.stride == (1, 1)
+
+
+def _padded(size: int) -> int:
+    """The next multiple of 8: then slices of batched operands and results begin on 16 bytes in every dtype used here."""
+    return -size % 8 + size
+
+
+@dataclass(frozen=True)
+class ConvStep:
+    """Convolution. ``shared``: its input is common to all models; ``sums_bias``: no pooling above does it instead."""
+
+    layer: Conv2d
+    weight: Slot
+    bias: Slot | None
+    shared: bool
+    input_gradient: bool
+    sums_bias: bool = True
+
+    def pack(self, rows: Tensor, dtype: torch.dtype) -> Packed:
+        channels, *rest = self.weight.shape
+        weight = block(rows, self.weight).reshape(rows.shape[0] * channels, *rest)
+        weight = weight.to(dtype, memory_format=CHANNELS_LAST)
+        return weight, None if self.bias is None else block(rows, self.bias).reshape(-1).to(dtype)
+
+    def _groups(self, models: int) -> int:
+        return self.layer.groups * (1 if self.shared else models)
+
+    def forward(self, x: Tensor, packed: Packed, models: int) -> tuple[Tensor, Any]:
+        conv = self.layer
+        y = convolution(x, *packed, conv.stride, conv.padding, conv.spacing, False, (0, 0), self._groups(models))
+        return y, x
+
+    def backward(self, g: Tensor, x: Any, packed: Packed, rows: Tensor, fresh: bool) -> Tensor | None:
+        return self._backward(g, x, packed[0], rows, fresh, self.input_gradient)
+
+    def _backward(self, g: Tensor, x: Any, weight: Tensor, rows: Tensor, fresh: bool, input_gradient: bool) -> Tensor | None:
+        conv, models = self.layer, rows.shape[0]
+        gx, gw, _ = convolution_backward(
+            g,
+            x,
+            weight,
+            None,
+            conv.stride,
+            conv.padding,
+            conv.spacing,
+            False,
+            (0, 0),
+            self._groups(models),
+            (input_gradient, True, False),
+        )
+        put(rows, self.weight, gw, fresh)
+        if self.bias is not None and self.sums_bias:
+            put(rows, self.bias, bias_gradient(g, models), fresh)
+        return gx
+
+
+@dataclass(frozen=True)
+class LinearStep:
+    """Linear layer on ``[M, q, F]``, or on queries ``[q, F]`` that all models share.
+
+    Operands are padded to ``x [M, q', F']`` and ``w [M, out, F']``. The first number of the padding is 1 in ``x`` and the bias in
+    ``w``: one product adds the bias, and one has its gradient beside that of the weight.
+    """
+
+    layer: Linear
+    weight: Slot
+    bias: Slot | None
+    shared: bool
+    input_gradient: bool
+
+    def _width(self) -> int:
+        return _padded(self.weight.shape[1] + (self.bias is not None))
+
+    def pack(self, rows: Tensor, dtype: torch.dtype) -> Packed:
+        out, features = self.weight.shape
+        weight = rows.new_empty((rows.shape[0], out, self._width()), dtype=dtype)
+        weight[..., :features] = block(rows, self.weight)
+        weight[..., features:] = 0
+        if self.bias is not None:
+            weight[..., features] = block(rows, self.bias)
+        return weight, None
+
+    def forward(self, x: Tensor, packed: Packed, models: int) -> tuple[Tensor, Any]:
+        q, features = x.shape[-2:]
+        wide = x.new_empty((*x.shape[:-2], _padded(q), self._width()))
+        wide[..., :q, :features] = x
+        wide[..., q:, :features] = 0
+        wide[..., features:] = 0
+        if self.bias is not None:
+            wide[..., features] = 1
+        if self.shared:
+            wide = wide.expand(models, *wide.shape)
+        return torch.bmm(wide, packed[0].transpose(1, 2))[:, :q], wide
+
+    def backward(self, g: Tensor, x: Any, packed: Packed, rows: Tensor, fresh: bool) -> Tensor | None:
+        q, features = g.shape[1], self.weight.shape[1]
+        if q != x.shape[1] or not g.is_contiguous():
+            tall = g.new_zeros((g.shape[0], x.shape[1], g.shape[2]))
+            tall[:, :q] = g
+            g = tall
+        gw = torch.bmm(g.transpose(1, 2), x)
+        put(rows, self.weight, gw[..., :features], fresh)
+        if self.bias is not None:
+            put(rows, self.bias, gw[..., features], fresh)
+        return torch.bmm(g, packed[0])[:, :q, :features].contiguous() if self.input_gradient else None
+
+
+@dataclass(frozen=True)
+class PoolStep:
+    """Max or average pooling; ``bias`` is that of the convolution right below, whose gradient is summed here.
+
+    Of its input only the shape is kept: the memory goes to the next layer while it is still in cache.
+    """
+
+    layer: Pool2d
+    bias: Slot | None = None
+
+    def forward(self, x: Tensor, packed: None, models: int) -> tuple[Tensor, Any]:
+        pool = self.layer
+        if pool.mode == "avg":
+            return _avg_pool(x, pool.kernel_size, pool.stride), (x.shape, None)
+        y, indices = _max_pool(x, pool.kernel_size, pool.stride)
+        return y, (x.shape, indices)
+
+    def values(self, x: Tensor, packed: None, models: int) -> Tensor:
+        """Output alone, where no backward will follow: without the 64-bit indices, half the time of the operator above."""
+        pool = self.layer
+        if pool.mode != "max" or pool.kernel_size != (2, 2) or pool.stride != (2, 2):
+            return self.forward(x, None, 1)[0]
+        height, width = x.shape[2] // 2 * 2, x.shape[3] // 2 * 2
+        x = x.permute(0, 2, 3, 1)
+        x = torch.maximum(x[:, 0:height:2], x[:, 1:height:2])
+        return torch.maximum(x[:, :, 0:width:2], x[:, :, 1:width:2]).permute(0, 3, 1, 2)
+
+    def backward(self, g: Tensor, saved: Any, packed: None, rows: Tensor, fresh: bool) -> Tensor:
+        pool, (shape, indices) = self.layer, saved
+        if self.bias is not None:
+            put(rows, self.bias, bias_gradient(g, rows.shape[0]), fresh)
+        # The operators look at their "input" for its shape and layout alone, so the output may stand in for it.
+        gx = torch.empty(shape, dtype=g.dtype, device=g.device, memory_format=CHANNELS_LAST)
+        if pool.mode == "avg":
+            return _avg_pool_backward(g, gx, pool.kernel_size, pool.stride, (0, 0), False, True, None, grad_input=gx)
+        return _max_pool_backward(g, gx, pool.kernel_size, pool.stride, (0, 0), (1, 1), False, indices, grad_input=gx)
+
+
+@dataclass(frozen=True)
+class ActivationStep:
+    """Elementwise function. ``owned``: the layer below made the input and does not look at it again, so it is overwritten."""
+
+    layer: Activation
+    owned: bool
+
+    def forward(self, x: Tensor, packed: None, models: int) -> tuple[Tensor, Any]:
+        return cpu_activations.forward(x, self.layer, self.owned)
+
+    def backward(self, g: Tensor, saved: Any, packed: None, rows: Tensor, fresh: bool) -> Tensor:
+        return cpu_activations.backward(g, saved, self.layer)
+
+
+@dataclass(frozen=True)
+class FlattenStep:
+    """``[q, M * C, H, W] -> [M, q, C * H * W]`` in C-order, or ``[q, C, H, W] -> [q, C * H * W]`` while shared."""
+
+    shape: tuple[int, ...]  # of one model's input
+    shared: bool
+
+    def forward(self, x: Tensor, packed: None, models: int) -> tuple[Tensor, Any]:
+        if self.shared or len(self.shape) == 1:
+            return x.flatten(-len(self.shape)), None
+        return x.unflatten(1, (models, -1)).transpose(0, 1).flatten(2), None
+
+    def backward(self, g: Tensor, saved: None, packed: None, rows: Tensor, fresh: bool) -> Tensor:
+        if len(self.shape) == 1:
+            return g
+        return g.unflatten(2, self.shape).transpose(0, 1).flatten(1, 2).contiguous(memory_format=CHANNELS_LAST)
+
+
+class Step(Protocol):
+    """One step of a program. ``packed`` are the weights of a step that has some, ``saved`` what its forward kept."""
+
+    def forward(self, x: Tensor, packed: Any, models: int) -> tuple[Tensor, Any]: ...
+
+    def backward(self, g: Tensor, saved: Any, packed: Any, rows: Tensor, fresh: bool) -> Tensor | None: ...
+
+
+@dataclass(frozen=True)
+class Program:
+    """A network compiled for the CPU: its steps, and the part of the image on which its outputs depend."""
+
+    steps: tuple[Step, ...]
+    crop: tuple[int, ...]  # of one query, no batch axis
+    outputs: int
+    parameters: int
+    first: int  # index of the first step with parameters
+    fewest: int = 2  # images of a slab
+
+
+def _canonical(layers: Layers) -> list[tuple[Layer, Slot | None, Slot | None]]:
+    """Layers with their slots: identities dropped, monotone activations moved behind the max pooling that follows them."""
+    kept: list[tuple[Layer, Slot | None, Slot | None]] = [
+        (layer, slots.weight, slots.bias)
+        for layer, slots in zip(layers, layer_slots(layers), strict=True)
+        if not isinstance(layer, Dropout) and not (isinstance(layer, Activation) and layer.function == "identity")
+    ]
+    for i in range(len(kept) - 1):
+        act, above = kept[i][0], kept[i + 1][0]
+        if isinstance(act, Activation) and is_monotone(act) and isinstance(above, Pool2d) and above.mode == "max":
+            kept[i], kept[i + 1] = kept[i + 1], kept[i]
+    return kept
+
+
+def _needed(layers: Sequence[Layer], sizes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """Shape of the corner of the query that the outputs depend on (a pooling that floors leaves rows and columns unread)."""
+    need = sizes[-1]
+    for layer, full in zip(reversed(layers), reversed(sizes[:-1]), strict=True):
+        if isinstance(layer, Pool2d):
+            need = (full[0], *((n - 1) * s + k for n, s, k in zip(need[1:], layer.stride, layer.kernel_size, strict=True)))
+        elif isinstance(layer, Conv2d):
+            if layer.padding != (0, 0):  # padding belongs at the image's true edge
+                need = full
+                continue
+            reach = (d * (k - 1) + 1 for d, k in zip(layer.spacing, layer.kernel_size, strict=True))
+            need = (full[0], *((n - 1) * s + r for n, s, r in zip(need[1:], layer.stride, reach, strict=True)))
+        elif isinstance(layer, (Flatten, Linear)):
+            need = full
+    return need
+
+
+def compile_program(layers: Layers, input_shape: tuple[int, ...], own_queries: bool) -> Program:
+    """Steps for ``layers`` on queries of ``input_shape``; ``own_queries``: every model has its own, so nothing is shared."""
+    kept = _canonical(layers)
+    order = [layer for layer, _, _ in kept]
+    sizes = shapes(tuple(order), input_shape)
+    crop = _needed(order, sizes)
+    if shapes(tuple(order), crop)[-1] != sizes[-1]:
+        crop = tuple(input_shape)
+    sizes = shapes(tuple(order), crop)
+    if len(sizes[-1]) != 1:
+        raise Unplannable(f"layer {layers[-1].name!r} ({layers[-1].kind}): a network ends in [K] outputs, not {list(sizes[-1])}")
+    first = next((i for i, (_, weight, _) in enumerate(kept) if weight is not None), None)
+    if first is None:
+        raise Unplannable(f"layer {layers[0].name!r} ({layers[0].kind}): no layer of the network has parameters")
+    steps: list[Step] = []
+    for i, (layer, weight, bias) in enumerate(kept):
+        shared = not own_queries and i <= first
+        below = steps[-1] if steps else None
+        if isinstance(layer, Conv2d):
+            assert weight is not None
+            if shared and layer.groups > 1:
+                raise Unplannable(f"layer {layer.name!r} (conv2d): a first layer with groups is left to the reference")
+            steps.append(ConvStep(layer, weight, bias, shared, input_gradient=i > first))
+        elif isinstance(layer, Linear):
+            assert weight is not None
+            steps.append(LinearStep(layer, weight, bias, shared, input_gradient=i > first))
+        elif isinstance(layer, Pool2d):
+            if isinstance(below, ConvStep):
+                steps[-1] = replace(below, sums_bias=False)
+                steps.append(PoolStep(layer, below.bias))
+            else:
+                steps.append(PoolStep(layer))
+        elif isinstance(layer, Activation):
+            steps.append(ActivationStep(layer, owned=isinstance(below, (ConvStep, LinearStep, PoolStep))))
+        elif isinstance(layer, Flatten):
+            steps.append(FlattenStep(sizes[i], shared))
+        else:
+            raise Unplannable(f"layer {layer!r}: unknown kind")
+    fewest = 16 if any(needs_sixteen(layer) for layer in order) else 2
+    return Program(tuple(steps), crop, sizes[-1][0], sum(w.size + (b.size if b else 0) for _, w, b in kept if w), first, fewest)

@@ -1,0 +1,53 @@
+"""What a call holds in memory, and the mode that is chosen from it. Pure functions of shapes and of the caller's budget: neither the
+number of models nor what happens to be free changes a model's bits.
+"""
+
+from __future__ import annotations
+
+from ..layers import Unplannable
+from .network_plan import network
+from .schedule import element_size, splits
+from .stages import Schedule
+
+MEMORY = 2**33  # bytes of activations in flight unless the caller says otherwise: no device query, and graphs can capture
+FEW_MODELS, FEW_PAIRS = 64, 2**14  # a chunk with fewer models and fewer (model, query) pairs leaves a GPU idle
+
+
+def query_bytes(plan: Schedule, precision: str, gradient: bool) -> int:
+    """Bytes of activations that one (model, query) pair holds while its chunk is in flight, layer by layer."""
+    size = element_size(precision)
+    total = 0
+    for stage in plan.stages:
+        total += stage.OUTPUTS * (4 if stage.LAST else size)
+        if gradient:
+            total += stage.CODES * (stage.POOL == "max") + stage.CODES * size * stage.LAST
+            total += stage.SLOPES * size * (stage.SLOPE in ("pooled", "window"))
+    return total
+
+
+def model_bytes(plan: Schedule, n: int, precision: str, gradient: bool) -> int:
+    """Bytes that one model holds while its chunk is in flight, layer by layer."""
+    each = n * query_bytes(plan, precision, gradient) + plan.packed * element_size(precision)
+    if gradient:
+        each += 4 * sum(splits(stage, n) * stage.GSIZE for stage in plan.stages)
+    return each
+
+
+def models_per_chunk(plan: Schedule, k: int, n: int, precision: str, gradient: bool, memory: int) -> int:
+    """Models that are run together, layer by layer, so that what they need stays below ``memory`` bytes."""
+    return max(1, min(k, memory // model_bytes(plan, n, precision, gradient)))
+
+
+def choose_mode(plan: Schedule, n: int, precision: str, gradient: bool, memory: int) -> tuple[str, str]:
+    """(``layers`` | ``network``, why) of a call that names no mode."""
+    try:
+        network(plan, precision, gradient)
+    except Unplannable as error:
+        return "layers", str(error)
+    if not gradient:
+        return "network", "forward alone: what lies between two layers need not leave the chip"
+    models = memory // model_bytes(plan, n, precision, gradient)
+    held = f"{memory >> 20} MiB hold the activations of {models} models of {n} queries at a time"
+    if models < FEW_MODELS and models * n < FEW_PAIRS:
+        return "network", f"{held}, too few for a launch a layer"
+    return "layers", held

@@ -1,0 +1,478 @@
+"""The whole network of every model in one launch: outputs alone, or losses and gradients in little memory.
+
+A program takes a block of QB queries of one model through all stages. What lies between two stages goes to a scratch of the
+program's own, is read back after a barrier, and never leaves the chip's caches for long; the stages are the device functions of
+convolution.py, so that both paths compute the same numbers. The grid is persistent: as many programs as the GPU holds, each
+walking over units of work, so that the scratch does not grow with k.
+
+    forward   unit = (model, block of queries); the last stage writes the outputs
+
+    loss      unit = (model, part of its queries), walked block by block:
+
+              images --> X1 --> X2 --> ... --> f      scratch: activations, positions of maxima, slopes
+                                               |      d = dL/df * gain
+              dW1 <-- g1 <-- g2 <-- ... <------+      g overwrites X; sums: dW += partial / gain, fp32
+
+              then sums -> parts [unit, P], one number a parameter; ``reduce`` adds a model's parts in order
+
+Every block has its own gain (see tail.py), a power of two that is taken out again when its weight gradients are added to the
+sums: scaling changes no digit. Parts depend on n and the plan, never on k or on the number of programs, so a model's bits depend
+on nobody else. Barriers stand wherever one thread reads what another wrote; loops that contain them have ``num_stages=1``.
+"""
+# mypy: allow-untyped-defs
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .convolution import dw_rows, dx_rows, forward_rows
+from .criterion import criterion_terms, gain_for, gradient_scale, loss_scale, read_targets, store_gradient
+from .network_plan import Network, model_bytes, network, split
+from .packing import gathered, pack, prepare, stack_pool, storage
+from .schedule import launch_options
+from .stages import Schedule, blocks
+from .tables import whole_tables
+from .tiles import wide
+
+
+@triton.constexpr_function
+def entry(net, name, i):
+    """Stage i's stage, configuration or offset."""
+    return getattr(net, name)[i]
+
+
+@triton.jit
+def _forward_stage(
+    x,
+    index,
+    w,
+    bias,
+    bias_step,
+    y,
+    codes,
+    scratch,
+    count,
+    net: tl.constexpr,
+    i: tl.constexpr,
+    INDEXED: tl.constexpr,
+    GRAD: tl.constexpr,
+):
+    s: tl.constexpr = entry(net, "stages", i)
+    c: tl.constexpr = entry(net, "forward", i)
+    WEIGHTS: tl.constexpr = entry(net, "weights", i)
+    BIAS: tl.constexpr = entry(net, "biases", i)
+    CODES: tl.constexpr = entry(net, "codes", i)
+    SLOPES: tl.constexpr = entry(net, "slopes", i)
+    NB: tl.constexpr = s.NB
+    POSITIONS: tl.constexpr = s.POSITIONS
+    for block in tl.range(0, NB, num_stages=1):
+        forward_rows(
+            x,
+            index,
+            w + WEIGHTS,
+            bias + BIAS * bias_step,
+            bias_step,
+            y,
+            codes + CODES,
+            scratch + SLOPES,
+            0,
+            count * POSITIONS,
+            block,
+            s,
+            c,
+            INDEXED,
+            GRAD,
+        )
+    tl.debug_barrier()
+
+
+@triton.jit
+def _between(scratch, ends, net: tl.constexpr, i: tl.constexpr, END: tl.constexpr):
+    """What lies between stage i - 1 and stage i: numbers of the scratch, or ``ends`` at stage END, an end of the network."""
+    AT: tl.constexpr = entry(net, "outputs", i - 1)
+    if i == END:
+        return ends
+    else:
+        return scratch + AT
+
+
+@triton.jit
+def _forward(x, index, w, bias, bias_step, y, codes, scratch, count, net: tl.constexpr, INDEXED: tl.constexpr, GRAD: tl.constexpr):
+    """A block of ``count`` queries through all stages."""
+    DEPTH: tl.constexpr = net.DEPTH
+    out = _between(scratch, y, net, 1, DEPTH)
+    _forward_stage(x, index, w, bias, bias_step, out, codes, scratch, count, net, 0, INDEXED, GRAD)
+    for i in tl.static_range(1, DEPTH):
+        given = _between(scratch, x, net, i, 0)
+        out = _between(scratch, y, net, i + 1, DEPTH)
+        _forward_stage(given, given, w, bias, bias_step, out, codes, scratch, count, net, i, False, GRAD)
+
+
+@triton.jit
+def _backward_stage(x, index, g, w, codes, scratch, sums, factor, keep, count, net: tl.constexpr, i: tl.constexpr, INDEXED: tl.constexpr):
+    """Weight gradients of stage i on top of ``sums``; then its input gradient over its input, except for the first stage."""
+    s: tl.constexpr = entry(net, "stages", i)
+    c: tl.constexpr = entry(net, "dw", i)
+    CODES: tl.constexpr = entry(net, "codes", i)
+    SLOPES: tl.constexpr = entry(net, "slopes", i)
+    SUMS: tl.constexpr = entry(net, "sums", i)
+    PASSES: tl.constexpr = s.PASSES
+    POSITIONS: tl.constexpr = s.POSITIONS
+    for turn in tl.range(0, PASSES, num_stages=1):
+        dw_rows(
+            x,
+            index,
+            g,
+            codes + CODES,
+            scratch + SLOPES,
+            sums + SUMS,
+            factor,
+            keep,
+            0,
+            count * POSITIONS,
+            turn,
+            s,
+            c,
+            INDEXED,
+            True,
+        )
+    tl.debug_barrier()
+    if i > 0:
+        below: tl.constexpr = entry(net, "stages", i - 1)
+        cx: tl.constexpr = entry(net, "dx", i)
+        BACK: tl.constexpr = entry(net, "back", i)
+        BELOW: tl.constexpr = entry(net, "slopes", i - 1)
+        CB: tl.constexpr = s.CB
+        BLOCKS: tl.constexpr = s.HB * s.WB
+        for cb in tl.range(0, CB, num_stages=1):
+            dx_rows(g, codes + CODES, scratch + SLOPES, w + BACK, x, scratch + BELOW, 0, count * BLOCKS, cb, s, below, cx)
+        tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["n", "units", "walks", "bias_stride"])
+def network_forward_kernel(
+    x,
+    index,
+    w,
+    bias,
+    y,
+    scratch,
+    n,
+    units,
+    walks,
+    w_stride,
+    bias_stride,
+    bias_step,
+    net: tl.constexpr,
+    SHARED: tl.constexpr,
+    INDEXED: tl.constexpr,
+):
+    """Unit (model, block of queries)."""
+    QB: tl.constexpr = net.QB
+    SCRATCH: tl.constexpr = net.SCRATCH
+    K: tl.constexpr = entry(net, "stages", net.DEPTH - 1).NOUT
+    INPUTS: tl.constexpr = entry(net, "stages", 0).INPUTS
+    pid = tl.program_id(0)
+    zero = wide(pid) * 0
+    scratch += (pid + zero) * SCRATCH
+    for u in tl.range(pid, units, tl.num_programs(0), num_stages=1):
+        unit = u + zero
+        j = unit // walks
+        q0 = unit % walks * QB
+        count = tl.minimum(n - q0, QB).to(tl.int32)
+        images = x + (q0 if SHARED else j * n + q0) * (0 if INDEXED else INPUTS)
+        _forward(
+            images,
+            index + (j * n + q0),
+            w + j * w_stride,
+            bias + j * bias_stride,
+            bias_step,
+            y + (j * n + q0) * K,
+            scratch,
+            scratch,
+            count,
+            net,
+            INDEXED,
+            False,
+        )
+
+
+@triton.jit
+def _criterion(outs, targets, scratch, q0, count, q_stride, c_stride, temperature, net: tl.constexpr, CRITERION: tl.constexpr):
+    """(terms of the loss [QB], 1 / gain) of a block; the gradient of its logits goes to the scratch."""
+    QB: tl.constexpr = net.QB
+    s: tl.constexpr = entry(net, "stages", net.DEPTH - 1)
+    SLOPES: tl.constexpr = entry(net, "slopes", net.DEPTH - 1)
+    GRADIENT: tl.constexpr = net.gradient
+    PREC: tl.constexpr = entry(net, "dw", 0).PREC
+    K: tl.constexpr = s.NOUT
+    KP: tl.constexpr = net.KP
+    q = tl.arange(0, QB)
+    c = tl.arange(0, KP)
+    f = tl.load(outs + q[:, None] * K + c[None, :], mask=(q < count)[:, None] & (c < K)[None, :], other=0.0)
+    y = read_targets(targets + q0 * q_stride, q, count, q_stride, c_stride, K, KP, CRITERION)
+    terms, d = criterion_terms(f, y, q, count, temperature, K, KP, CRITERION)
+    gain = gain_for(tl.max(tl.max(tl.abs(d), axis=1), axis=0))
+    store_gradient(scratch + GRADIENT, scratch + SLOPES, d * gain, f, q, count, s, KP, PREC)
+    tl.debug_barrier()
+    return tl.sum(terms, axis=1), 1.0 / gain
+
+
+@triton.jit(do_not_specialize=["n", "units", "parts", "queries_per_part", "bias_stride", "k_stride", "temperature"])
+def network_loss_kernel(
+    x,
+    index,
+    w,
+    bias,
+    targets,
+    target_row,
+    places,
+    steps,
+    counts,
+    partials,
+    terms,
+    codes,
+    scratch,
+    outs,
+    sums,
+    n,
+    units,
+    parts,
+    queries_per_part,
+    w_stride,
+    bias_stride,
+    bias_step,
+    k_stride,
+    q_stride,
+    c_stride,
+    temperature,
+    net: tl.constexpr,
+    CRITERION: tl.constexpr,
+    SHARED: tl.constexpr,
+    INDEXED: tl.constexpr,
+    ROUTED: tl.constexpr,
+):
+    """Unit (model, part of its queries): its gradient [P] and the sum of its loss' terms. Targets of model j are row j, or row
+    target_row[j]."""
+    QB: tl.constexpr = net.QB
+    SCRATCH: tl.constexpr = net.SCRATCH
+    CODES: tl.constexpr = net.CODES
+    OUTS: tl.constexpr = net.OUTS
+    SUMS: tl.constexpr = net.SUMS
+    DEPTH: tl.constexpr = net.DEPTH
+    GRADIENT: tl.constexpr = net.gradient
+    PARAMETERS: tl.constexpr = net.PARAMETERS
+    PLACES: tl.constexpr = net.PLACES
+    INPUTS: tl.constexpr = entry(net, "stages", 0).INPUTS
+    B: tl.constexpr = 512
+    pid = tl.program_id(0)
+    zero = wide(pid) * 0
+    scratch += (pid + zero) * SCRATCH
+    codes += (pid + zero) * CODES
+    outs += (pid + zero) * OUTS
+    sums += (pid + zero) * SUMS
+    for u in tl.range(pid, units, tl.num_programs(0), num_stages=1):
+        unit = u + zero
+        j = unit // parts
+        first = unit % parts * queries_per_part
+        wj = w + j * w_stride
+        row = j
+        if ROUTED:
+            row = wide(tl.load(target_row + j))
+        loss = tl.zeros([QB], tl.float32)
+        for t in tl.range(0, tl.minimum(queries_per_part, n - first).to(tl.int32), QB, num_stages=1):
+            q0 = first + t
+            count = tl.minimum(tl.minimum(queries_per_part - t, QB), n - q0).to(tl.int32)
+            images = x + (q0 if SHARED else j * n + q0) * (0 if INDEXED else INPUTS)
+            own = index + (j * n + q0)
+            _forward(images, own, wj, bias + j * bias_stride, bias_step, outs, codes, scratch, count, net, INDEXED, True)
+            found, factor = _criterion(outs, targets + row * k_stride, scratch, q0, count, q_stride, c_stride, temperature, net, CRITERION)
+            loss += found
+            for up in tl.static_range(DEPTH - 1):
+                g = _between(scratch, scratch + GRADIENT, net, DEPTH - up, DEPTH)
+                below = _between(scratch, scratch, net, DEPTH - 1 - up, 0)
+                _backward_stage(below, own, g, wj, codes, scratch, sums, factor, t > 0, count, net, DEPTH - 1 - up, False)
+            g = _between(scratch, scratch + GRADIENT, net, 1, DEPTH)
+            _backward_stage(images, own, g, wj, codes, scratch, sums, factor, t > 0, count, net, 0, INDEXED)
+        for p0 in tl.range(0, PARAMETERS, B, num_stages=1):
+            p = p0 + tl.arange(0, B)
+            found = gathered(sums, places, steps, counts, p, p < PARAMETERS, 1, PLACES)
+            tl.store(partials + unit * PARAMETERS + p, found, mask=p < PARAMETERS)
+        tl.store(terms + unit, tl.sum(loss, axis=0))
+
+
+@triton.jit(do_not_specialize=["programs", "parts", "parameters", "scale", "loss_scale"])
+def reduce_kernel(partials, terms, gradient, losses, programs, parts, parameters, scale, loss_scale, B: tl.constexpr):
+    """Program (model, block of parameters): a model's parts, added in order; its first program adds the loss' terms too."""
+    pid = tl.program_id(0)
+    j = wide(pid // programs)
+    p = (pid % programs) * B + tl.arange(0, B)
+    mask = p < parameters
+    acc = tl.zeros([B], tl.float32)
+    for part in tl.range(0, parts, num_stages=1):
+        acc += tl.load(partials + (j * parts + part) * parameters + p, mask=mask, other=0.0)
+    tl.store(gradient + j * parameters + p, acc * scale, mask=mask)
+    if pid % programs == 0:
+        total = 0.0
+        for part in tl.range(0, parts, num_stages=1):
+            total += tl.load(terms + j * parts + part)
+        tl.store(losses + j, total * loss_scale)
+
+
+def specialised(plan: Schedule, precision: str, gradient: bool, device: torch.device, block: int | None = None) -> Network:
+    """``network`` for a device; in the interpreter with a precision that it gets right. Raises Unplannable."""
+    hopper = device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
+    emulated = "bf16_emulated" if precision == "bf16" and triton.knobs.runtime.interpret else None
+    return network(plan, precision, gradient, hopper, block, emulated)
+
+
+def resident(device: torch.device) -> int:
+    """Programs of a persistent grid: two on every multiprocessor, what 255 registers a thread leave room for."""
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+class _Launch:
+    """What both directions share: the grid, the scratch, and chunks of models that keep a call below ``memory`` bytes."""
+
+    def __init__(self, weights: Tensor, net: Network, units: int, plan: Schedule, n: int, precision: str, memory: int) -> None:
+        self.net, self.plan, self.n, self.precision, self.device = net, plan, n, precision, weights.device
+        gradient = net.SUMS > 0
+        self.programs = max(1, min(len(weights) * units, resident(self.device)))
+        room = memory - self.programs * net.program_bytes(precision)
+        self.chunk = max(1, min(len(weights), room // model_bytes(plan, n, precision, gradient)))
+        self.scratch = self.empty(net.SCRATCH, storage(precision))
+
+    def empty(self, size: int, kind: torch.dtype) -> Tensor:
+        """``size`` numbers for every program."""
+        return torch.empty(self.programs * max(size, 1), dtype=kind, device=self.device)
+
+    def chunks(
+        self, weights: Tensor, queries: Tensor, index: Tensor | None, rank: int, shared: bool
+    ) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
+        """(first model, its rows of weights, packed weights, images, index) of every chunk; the first one's launch also
+        stacks the queries, but for a pool."""
+        images: Tensor | None = None
+        for start in range(0, len(weights), self.chunk):
+            rows = weights[start : start + self.chunk]
+            if images is None and index is None:
+                packed, images = prepare(rows, queries, self.plan, rank, self.precision)
+            else:
+                packed = pack(rows, self.plan, self.precision)
+            if images is None:  # a pool that many calls index
+                images = stack_pool(queries, self.plan, rank, self.precision)
+            own = images if shared or index is not None else images[start * self.n :]
+            yield start, rows, packed, own, images if index is None else index[start:]
+
+
+def network_forward(
+    weights: Tensor,
+    queries: Tensor,
+    index: Tensor | None,
+    outputs: Tensor,
+    plan: Schedule,
+    precision: str,
+    rank: int,
+    memory: int,
+    *,
+    shared: bool,
+    block: int | None = None,
+) -> None:
+    """Fill ``outputs`` ``[k, n, K]``: two launches a chunk. Raises Unplannable if the network does not fit one program."""
+    n = outputs.shape[1]
+    net = specialised(plan, precision, False, weights.device, block)
+    walks = blocks(n, net.QB)
+    launch = _Launch(weights, net, walks, plan, n, precision, memory)
+    for start, rows, packed, images, own in launch.chunks(weights, queries, index, rank, shared):
+        units = len(rows) * walks
+        network_forward_kernel[(min(units, launch.programs),)](
+            images,
+            own,
+            packed,
+            rows,
+            outputs[start:],
+            launch.scratch,
+            n,
+            units,
+            walks,
+            packed.stride(0),
+            rows.stride(0),
+            rows.stride(1),
+            net=net,
+            SHARED=shared,
+            INDEXED=index is not None,
+            **launch_options(),
+        )
+
+
+def network_loss(
+    weights: Tensor,
+    queries: Tensor,
+    index: Tensor | None,
+    targets: Tensor,
+    losses: Tensor,
+    gradient: Tensor,
+    plan: Schedule,
+    n: int,
+    criterion: str,
+    temperature: float,
+    precision: str,
+    rank: int,
+    memory: int,
+    *,
+    shared: bool,
+    target_row: Tensor | None = None,
+    block: int | None = None,
+) -> None:
+    """Fill ``losses`` ``[k]`` and ``gradient`` ``[k, P]``: three launches a chunk. Model j's targets are row j of ``targets``
+    ``[k, n, K]`` (``[k, n]`` integers for ``labels``) of any strides, or row target_row[j]. Raises Unplannable if the network
+    does not fit one program."""
+    net = specialised(plan, precision, True, weights.device, block)
+    parts, each = split(n, net.QB)
+    launch = _Launch(weights, net, parts, plan, n, precision, memory)
+    codes, outs, sums = launch.empty(net.CODES, torch.int8), launch.empty(net.OUTS, torch.float32), launch.empty(net.SUMS, torch.float32)
+    partials = torch.empty(launch.chunk * parts, plan.parameters, device=weights.device)
+    terms = torch.empty(launch.chunk * parts, device=weights.device)
+    tables = whole_tables(plan, weights.device)
+    strides = targets.stride() if targets.ndim == 3 else (*targets.stride(), 0)
+    scales = gradient_scale(criterion, n, plan.classes, temperature), loss_scale(criterion, n, plan.classes, temperature)
+    programs = blocks(plan.parameters, 256)
+    for start, rows, packed, images, own in launch.chunks(weights, queries, index, rank, shared):
+        count = len(rows)
+        network_loss_kernel[(min(count * parts, launch.programs),)](
+            images,
+            own,
+            packed,
+            rows,
+            targets[start:] if target_row is None else targets,
+            packed if target_row is None else target_row[start:],
+            tables.places,
+            tables.steps,
+            tables.counts,
+            partials,
+            terms,
+            codes,
+            launch.scratch,
+            outs,
+            sums,
+            n,
+            count * parts,
+            parts,
+            each,
+            packed.stride(0),
+            rows.stride(0),
+            rows.stride(1),
+            *strides,
+            temperature,
+            net=net,
+            CRITERION=criterion,
+            SHARED=shared,
+            INDEXED=index is not None,
+            ROUTED=target_row is not None,
+            **launch_options(),
+        )
+        reduce_kernel[(count * programs,)](
+            partials, terms, gradient[start:], losses[start:], programs, parts, plan.parameters, *scales, B=256, **launch_options()
+        )

@@ -1,0 +1,200 @@
+"""``wslfast evaluate | report | generate | demo``: what a trained run is good for."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from ..errors import require
+from ..measure import evaluate, generate
+from ..measure.results import read_results
+from ..study.demo import DemoConfig, demo
+from ..study.study import report, study
+from ..training import load_run
+from .console import console, figures_table
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Rebuild held-out models with trained runs and measure how they behave, beside the closed-form codes of the same size.
+
+    One run without --out prints a table of reconstruction figures (means over models; accuracy change: the median). With --out DIR, one
+    run or several go through all three downstream tasks (reconstruction, probes, new models), with every standing baseline, into
+    DIR/report.html and the CSV tables it is drawn from. What is in DIR already is not computed again unless its checkpoint changed, so
+    an interrupted evaluation goes on, and zoos can be evaluated into one page one after another. docs/evaluation.md is the protocol.
+
+    Example: wslfast evaluate --zoo runs/zoo --run runs/S runs/S+B-seed0 runs/S+B-seed1 --out runs/results
+    """
+
+    run_folders: Annotated[tuple[str, ...], tyro.conf.arg(name="run")]
+    """Folders of runs; a name that ends in -seedN is a seed of the variant before it."""
+    zoo: str | None = None
+    """Folder of the zoo (default: the one the first run was trained on)."""
+    split: Literal["test", "val", "train"] = "test"
+    """Which models, for the table of one run (the page is always of test models)."""
+    out: str | None = None
+    """Folder for page and tables; a name ending in .json: the figures of one run (default: RUN/evaluation-SPLIT.json)."""
+    quick: bool = False
+    """Fewer models, images and samples: minutes instead of up to an hour."""
+    zero_layer: bool = True
+    """For the page, also train each run's twin without transformer blocks (a baseline), with the same settings and steps."""
+    name: str | None = None
+    """What the page calls the zoo (default: its data set)."""
+    device: str = "cpu"
+    """cpu, cuda or cuda:N."""
+    skip_bad: bool = False
+    """Leave out shards of the zoo that are missing or damaged, with a count, instead of stopping."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+    def run(self) -> None:
+        require(len(self.run_folders) > 0, "run: expected at least one folder")
+        first = self.run_folders[0]
+        if len(self.run_folders) == 1 and (self.out is None or self.out.endswith(".json")):
+            out = self.out or str(Path(first) / f"evaluation-{self.split}.json")
+            results = evaluate(first, self.zoo, split=self.split, out=out, device=self.device, skip_bad=self.skip_bad)
+            if self.json:
+                print(Path(out).read_text())
+            else:
+                figures_table(results)
+                console.print(f"written to {out}", soft_wrap=True)
+            return
+        require(self.out is not None and not self.out.endswith(".json"), "out: expected a folder (--out) for the page of several runs")
+        require(not self.skip_bad, "skip_bad: the page is of a whole zoo; --skip-bad is for the table of one run")
+        require(self.split == "test", "split: the page is of test models; --split is for the table of one run")
+        zoo = self.zoo or load_run(first, device=self.device).config.zoo
+        page = study(
+            zoo,
+            self.run_folders,
+            str(self.out),
+            quick=self.quick,
+            zero_layer=self.zero_layer,
+            name=self.name,
+            device=self.device,
+            # beside JSON stages are log lines, which go to standard error
+            on_stage=None if self.json else functools.partial(console.print, "-", soft_wrap=True, markup=False),
+        )
+        _told(page, self.json)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Draw the page of an evaluation again from its tables; nothing is computed.
+
+    ablations.csv and gradients.csv (wslfast ablate, wslfast gradients) are shown where they lie in the folder.
+
+    Example: wslfast report --out runs/results
+    """
+
+    out: str
+    """Folder that wslfast evaluate --out wrote."""
+    page: str | None = None
+    """Where to write the page (default: OUT/report.html)."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+    def run(self) -> None:
+        _told(report(self.out, page=self.page), self.json, self.out)
+
+
+def _told(page: Path, as_json: bool, folder: str | None = None) -> None:
+    """A table of the main figures, and where the page is."""
+    results = read_results(folder or page.parent)
+    figures: dict[str, dict[str, Any]] = {}
+    for row in results.rows:
+        key = f"{row['zoo']} {row['variant']} {row['seed']}"
+        figures.setdefault(key, {})[row["metric"]] = row["median" if row["metric"] == "accuracy_change" else "mean"]
+    if as_json:
+        print(json.dumps(figures, indent=1))
+        return
+    figures_table({name: f for name, f in figures.items() if "agreement" in f})
+    console.print(f"the page: {page}", soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Sample new models around the latents of a zoo's best training models, and measure all of them.
+
+    The figures are over all samples, none selected unless --select is given (on validation images). A small bandwidth copies its anchors
+    with noise: read the novelty.
+
+    Example: wslfast generate --run runs/ae --samples 64 --out runs/generated
+    """
+
+    run_folder: Annotated[str, tyro.conf.arg(name="run")]
+    """Folder of the run."""
+    out: str | None = None
+    """Folder to store the generated models in, as a zoo."""
+    zoo: str | None = None
+    """Folder of the zoo (default: the one the run was trained on)."""
+    samples: int = 64
+    """Models to generate."""
+    anchors: float = 0.3
+    """Share of the training models, best validation accuracy first, to sample around."""
+    bandwidth: float = 0.05
+    """Noise, in units of each latent number's standard deviation over the anchors."""
+    sampler: Literal["joint", "token", "individual", "uniform", "neighbours"] = "joint"
+    """Kernel density over whole latents, tokens or numbers; uniform in the anchors' box; between neighbouring anchors."""
+    select: Literal["none", "subsampled", "bootstrapped"] = "none"
+    """Keep every sample, the best of many by validation accuracy, or those of several rounds whose survivors are the next anchors."""
+    candidates: int | None = None
+    """Draws a round to select from (default: 4 a sample)."""
+    rounds: int = 3
+    """Rounds of --select bootstrapped."""
+    finetune: int = 0
+    """Epochs of training on of all samples at once; the figures after each are stored."""
+    seed: int = 0
+    """Seed of the draw."""
+    device: str = "cpu"
+    """cpu, cuda or cuda:N."""
+    skip_bad: bool = False
+    """Leave out shards of the zoo that are missing or damaged, with a count, instead of stopping."""
+
+    def run(self) -> None:
+        made = generate(
+            self.run_folder,
+            self.zoo,
+            samples=self.samples,
+            anchors=self.anchors,
+            bandwidth=self.bandwidth,
+            sampler=self.sampler,
+            select=self.select,
+            candidates=self.candidates,
+            rounds=self.rounds,
+            finetune=self.finetune,
+            seed=self.seed,
+            out=self.out,
+            device=self.device,
+            skip_bad=self.skip_bad,
+        )
+        epoch = made.column("epoch")
+        for e in range(self.finetune + 1):
+            names = ("test_acc", "novelty", "novelty_behavior") if e == 0 else ("test_acc",)
+            after = f" after {e} epochs" if e else ""
+            for name in names:
+                values = made.column(name)[epoch == e]
+                spread = f"from {values.min():.3f} to {values.max():.3f}"
+                console.print(f"{name}{after}: mean {values.mean():.3f}, median {values.median():.3f}, {spread}")
+
+
+@dataclass(frozen=True)
+class Demo(DemoConfig):
+    """The paper's effect on your own machine in a few minutes: zoo, two autoencoders, baselines, one page.
+
+    Writes metrics.json, report.html, the weights and the runs.
+
+    Example: wslfast demo --out runs/demo
+    """
+
+    def run(self) -> None:
+        settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(DemoConfig)}
+        stage = functools.partial(console.print, "-", soft_wrap=True)
+        results = demo(DemoConfig(**settings), progress=console.is_terminal, on_stage=stage)
+        figures_table({name: value for name, value in results.items() if name != "facts"})
+        console.print(f"{results['facts']['time']}; the page: {Path(self.out) / 'report.html'}", soft_wrap=True)

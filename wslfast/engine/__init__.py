@@ -1,0 +1,95 @@
+"""The one seam between what is asked (populations, queries) and what runs it (torch, the tuned CPU path, Triton).
+
+Everything above calls two functions: :func:`forward`, with full autograd, and :func:`loss_and_gradient`, which needs no graph over
+models. :func:`choose` picks the path, an object with both; tests call it, and ``backend=`` overrides it. Arguments are trusted here:
+``behavior.py`` has validated them.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from ..architecture import Architecture
+from ..errors import require, say_once
+from ..profiling import region
+from .choice import BACKENDS, choose
+from .chunks import in_chunks
+from .memory import activation_elements, memory_budget, models_per_chunk
+from .module_path import Module
+from .paths import Loop, Path
+from .transforms import looked_through
+from .triton_path import Unbuildable
+
+__all__ = [
+    "BACKENDS",
+    "activation_elements",
+    "choose",
+    "forward",
+    "in_chunks",
+    "looked_through",
+    "loss_and_gradient",
+    "memory_budget",
+    "models_per_chunk",
+]
+
+
+def forward(weights: Tensor, queries: Tensor, architecture: Architecture, *, backend: str = "auto") -> Tensor:
+    """Outputs ``[k, n, K]`` of k models on shared queries ``[n, *input]`` or on each model's own ``[k, n, *input]``.
+
+    Differentiable in weights and queries. Where a graph would not fit the memory budget, models are cut into chunks that are
+    recomputed in the backward pass. Where a transform looks through (``torch.func``, forward-mode derivatives, tracers), plain torch
+    operators run one model after another.
+    """
+    if looked_through(weights, queries):
+        require(backend != "triton", "backend='triton' cannot be looked through by a torch transform; use backend='torch'")
+        if architecture.planned:
+            return Loop(architecture, "a torch transform looks through").forward(weights, queries, False)
+        return Module(architecture, "a torch transform looks through").plain(weights, queries)
+    device = weights.device.type
+    graph = torch.is_grad_enabled() and (weights.requires_grad or queries.requires_grad)
+    if graph and queries.requires_grad:
+        backend = "torch"  # the kernels have no gradient to the images
+    with region("forward"):
+        while True:
+            path = choose(architecture, device, weights.dtype, backend, torch.is_autocast_enabled(device))
+            _say_module(architecture, path)
+            try:
+                return path.forward(weights, queries, graph)
+            except Unbuildable:
+                continue  # choose() knows now, and says why
+
+
+def loss_and_gradient(
+    weights: Tensor,
+    queries: Tensor,
+    targets: Tensor,
+    architecture: Architecture,
+    criterion: str,
+    *,
+    temperature: float = 2.0,
+    backend: str = "auto",
+    index: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Per-model values ``[k]`` of a criterion and their gradients ``[k, P]`` to each model's own weights; no graph is kept.
+
+    With ``index [k, n]``, ``queries`` is a pool ``[N, *input]`` from which each model takes its own. ``targets`` are outputs
+    ``[k, n, K]``, or labels ``[k, n]`` for ``cross_entropy``.
+    """
+    device = weights.device.type
+    weights, targets = weights.detach(), targets.detach()
+    with region("loss"):
+        while True:
+            path = choose(architecture, device, weights.dtype, backend, torch.is_autocast_enabled(device))
+            _say_module(architecture, path)
+            try:
+                return path.loss_and_gradient(weights, queries, targets, criterion, temperature, index)
+            except Unbuildable:
+                continue
+
+
+def _say_module(architecture: Architecture, path: Path) -> None:
+    if path.name == Module.name:
+        say_once(f"wslfast: architecture {architecture.name!r} is {path.reason}", logging.INFO)

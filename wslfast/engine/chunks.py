@@ -1,0 +1,49 @@
+"""Work on k models in chunks that halve when memory runs out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+
+from ..errors import WslfastError, say_once
+
+
+def in_chunks(models: int, size: int, run: Callable[[slice], None]) -> None:
+    """Call ``run`` with slices of ``range(models)``, ``size`` long, in order.
+
+    Where memory runs out the slice is tried again at half its length, and the rest stay so: one warning. Raises WslfastError if one
+    model alone does not fit.
+    """
+    start, size = 0, max(1, size)
+    failed = 0  # models in the first attempt for which there was no memory
+    while start < models:
+        part = slice(start, min(start + size, models))
+        shortage: str | None = None
+        try:
+            run(part)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not is_shortage(error):
+                raise
+            shortage = (str(error) or type(error).__name__).splitlines()[0]
+        # outside the except block, whose traceback would keep the failed attempt's tensors alive
+        if shortage is None:
+            if failed:
+                hint = "WSLFAST_MEMORY_MB bounds it ahead"
+                say_once(f"wslfast: out of memory on {failed} models at once; going on with {size} ({hint})", logging.WARNING)
+                failed = 0
+            start = part.stop
+            continue
+        tried = part.stop - part.start
+        if tried == 1:
+            raise WslfastError(f"out of memory on one model alone; pass fewer queries at a time ({shortage})")
+        failed, size = failed or tried, tried // 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Torch's CPU allocator raises a plain RuntimeError."""
+    typed = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return typed or any(mark in str(error) for mark in ("not enough memory", "can't allocate memory"))

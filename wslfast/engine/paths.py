@@ -1,0 +1,187 @@
+"""The paths in plain torch and the tuned CPU path: each an object that runs the models of one architecture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ..architecture import Architecture
+from ..kernels import reference
+from ..kernels.cpu import engine as cpu
+from ..kernels.criteria import share_of_loss
+from ..profiling import region
+from .chunks import in_chunks
+from .memory import memory_budget, models_per_chunk
+
+Run = Callable[[Tensor, Tensor], Tensor]
+
+
+class Path(Protocol):
+    """One way to run k models of one architecture, each with its own weights.
+
+    Attributes:
+        name: loop | grouped | module | cpu | triton.
+        reason: why this one, in words.
+        backend: what the caller asked for.
+    """
+
+    name: ClassVar[str]
+
+    @property
+    def reason(self) -> str: ...
+
+    def forward(self, weights: Tensor, queries: Tensor, graph: bool) -> Tensor:
+        """Outputs ``[k, n, *out]``; ``graph``: with torch's graph for a backward pass."""
+        ...
+
+    def loss_and_gradient(
+        self, weights: Tensor, queries: Tensor, targets: Tensor, criterion: str, temperature: float, index: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Per-model values ``[k]`` and gradients ``[k, P]``, as :func:`wslfast.engine.loss_and_gradient` documents them."""
+        ...
+
+
+def per_model(queries: Tensor, architecture: Architecture) -> bool:
+    """Whether ``queries`` has a leading axis over models."""
+    return queries.ndim == len(architecture.input_shape) + 2
+
+
+def in_pieces(run: Run, weights: Tensor, queries: Tensor, architecture: Architecture, graph: bool, size: int | None = None) -> Tensor:
+    """Outputs of ``run(weights, queries)``, models cut into chunks of ``size`` (default: as many as fit the memory budget). With a graph
+    that does not fit as a whole, chunks are recomputed in the backward pass."""
+    own = per_model(queries, architecture)
+    n, k = queries.shape[int(own)], len(weights)
+    if k == 0:
+        return run(weights, queries)
+    pieces: list[Tensor] = []
+    fitting = models_per_chunk(architecture, n, weights.device.type)
+    planned = min(k, fitting if size is None else size)
+
+    def piece(part: slice) -> None:
+        arguments = weights[part], queries[part] if own else queries
+        scarce = part.stop - part.start < planned and part.stop < k  # memory ran out, and the chunk was halved
+        again = graph and (fitting < k or scarce)
+        pieces.append(checkpoint(run, *arguments, use_reentrant=False) if again else run(*arguments))
+
+    in_chunks(k, planned, piece)
+    return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+
+
+def by_autograd(
+    run: Run, weights: Tensor, queries: Tensor, targets: Tensor, architecture: Architecture, criterion: str, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Values and gradients of ``run`` through torch's graph, one chunk of models after another."""
+    own = per_model(queries, architecture)
+    n = queries.shape[int(own)]
+    losses, gradient = weights.new_empty(len(weights)), torch.empty_like(weights, memory_format=torch.contiguous_format)
+
+    def piece(part: slice) -> None:
+        with torch.enable_grad():
+            rows = weights[part].detach().requires_grad_()
+            outputs = run(rows, queries[part] if own else queries)
+        losses[part], slope = share_of_loss(outputs.detach().to(weights.dtype), targets[part], n, criterion, temperature)
+        # models are independent: the gradient of the sum is each model's own
+        (gradient[part],) = torch.autograd.grad(outputs, rows, slope.to(outputs.dtype))
+
+    in_chunks(len(weights), models_per_chunk(architecture, n, weights.device.type), piece)
+    return losses, gradient
+
+
+def gathered(
+    path: Path,
+    weights: Tensor,
+    pool: Tensor,
+    targets: Tensor,
+    index: Tensor,
+    architecture: Architecture,
+    criterion: str,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """Values and gradients of a path that wants each model's queries as a tensor: gathered from the pool for some models at a time."""
+    losses, gradient = weights.new_empty(len(weights)), torch.empty_like(weights, memory_format=torch.contiguous_format)
+    size = pool.element_size() * index.shape[1] * math.prod(architecture.input_shape)
+
+    def piece(part: slice) -> None:
+        with region("gather"):
+            own = pool.index_select(0, index[part].reshape(-1)).unflatten(0, index[part].shape)
+        losses[part], gradient[part] = path.loss_and_gradient(weights[part], own, targets[part], criterion, temperature, None)
+
+    in_chunks(len(weights), max(1, memory_budget(weights.device.type) // (4 * size)), piece)
+    return losses, gradient
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Plain chains, one model after another, channels-last: for float64, autocast, graphs, and as the oracle's twin."""
+
+    architecture: Architecture
+    reason: str
+    name: ClassVar[str] = "loop"
+
+    def _run(self, weights: Tensor, queries: Tensor) -> Tensor:
+        return reference.forward(weights, _channels_last(queries), self.architecture.layers)
+
+    def forward(self, weights: Tensor, queries: Tensor, graph: bool) -> Tensor:
+        if not graph:  # a loop without a graph holds one model's activations
+            return self._run(weights, queries)
+        return in_pieces(self._run, weights, queries, self.architecture, graph)
+
+    def loss_and_gradient(
+        self, weights: Tensor, queries: Tensor, targets: Tensor, criterion: str, temperature: float, index: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if index is not None:
+            return gathered(self, weights, queries, targets, index, self.architecture, criterion, temperature)
+        return reference.loss_and_gradient(weights, _channels_last(queries), targets, self.architecture.layers, criterion, temperature)
+
+
+def _channels_last(queries: Tensor) -> Tensor:
+    # oneDNN runs small convolutions 3-6 times faster on channels-last images than on a loop's NCHW ones
+    return queries.contiguous(memory_format=torch.channels_last) if queries.ndim == 4 else queries
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """Plain chains, all models in one operator call a layer: what torch offers a GPU, where a loop is bound by launches."""
+
+    architecture: Architecture
+    reason: str
+    name: ClassVar[str] = "grouped"
+
+    def _run(self, weights: Tensor, queries: Tensor) -> Tensor:
+        return reference.forward_grouped(weights, queries, self.architecture.layers)
+
+    def forward(self, weights: Tensor, queries: Tensor, graph: bool) -> Tensor:
+        return in_pieces(self._run, weights, queries, self.architecture, graph)
+
+    def loss_and_gradient(
+        self, weights: Tensor, queries: Tensor, targets: Tensor, criterion: str, temperature: float, index: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if index is not None:
+            return gathered(self, weights, queries, targets, index, self.architecture, criterion, temperature)
+        return by_autograd(self._run, weights, queries, targets, self.architecture, criterion, temperature)
+
+
+@dataclass(frozen=True)
+class Cpu:
+    """Plain chains in float32 on the CPU: the hand-written engine. Where a graph over models is asked for, the loop's."""
+
+    architecture: Architecture
+    reason: str
+    name: ClassVar[str] = "cpu"
+
+    def forward(self, weights: Tensor, queries: Tensor, graph: bool) -> Tensor:
+        if graph:
+            return Loop(self.architecture, self.reason).forward(weights, queries, graph)
+        outputs = cpu.forward(weights, queries, self.architecture.layers)
+        return outputs.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else outputs
+
+    def loss_and_gradient(
+        self, weights: Tensor, queries: Tensor, targets: Tensor, criterion: str, temperature: float, index: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return cpu.loss_and_gradient(weights, queries, targets, self.architecture.layers, criterion, temperature, index)

@@ -1,0 +1,27 @@
+"""Whether torch looks through a call: forward-mode derivatives, ``torch.func`` transforms, tracers and dispatch modes.
+
+The tuned paths detach, write in place and work in threads of their own, so nothing can look through them: a tangent would come
+out as zero, a counter would count nothing. A call that is looked through is served by plain torch operators.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_PLAIN = Tensor.__torch_dispatch__
+
+
+def looked_through(*tensors: object) -> bool:
+    """Whether a transform, a tangent, a tracer, a dispatch mode or a tensor subclass has to see every operator of this call."""
+    if torch.compiler.is_compiling():  # the operators see to it
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None or torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    if torch._C._get_tracing_state() is not None:
+        return True
+    given = [t for t in tensors if isinstance(t, Tensor)]  # anything else is refused where it is checked
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in given):
+        return True
+    return any(type(t).__torch_dispatch__ is not _PLAIN for t in given)

@@ -1,0 +1,25 @@
+"""What reconstructed models and their latents are good for: fidelity, probes, and the page that shows them."""
+
+from ..page.report import Variant, write_report
+from .evaluation import embeddings, evaluate, evaluate_code, linear_baselines, reconstruct
+from .generation import generate
+from .probe import RidgeProbe, behavior_statistics, consensus_of, probe, weight_statistics
+from .reconstruction import Reconstruction, compare
+
+__all__ = [
+    "Reconstruction",
+    "RidgeProbe",
+    "Variant",
+    "behavior_statistics",
+    "compare",
+    "consensus_of",
+    "embeddings",
+    "evaluate",
+    "evaluate_code",
+    "generate",
+    "linear_baselines",
+    "probe",
+    "reconstruct",
+    "weight_statistics",
+    "write_report",
+]

@@ -1,0 +1,216 @@
+"""How far the first-order picture of a weight error holds: directions, magnitudes, measured loss against the quadratic form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..architecture import Architecture
+from ..behavior import batched_forward
+from ..errors import check_seed, require
+from ..kernels.criteria import criterion_values
+from ..training import load_run
+from ..training.query_sets import query_images
+from ..zoo import MappedZoo, dataset_of, load_zoo
+from .evaluation import reconstruct, write_json
+from .gradients import directions, model_function, push, sensitive_directions, spectrum
+from .results import from_csv
+from .rows import Row, write_rows
+
+COLUMNS = ("zoo", "variant", "seed", "metric", "median", "mean", "spread", "direction", "magnitude", "models")
+MAGNITUDES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+_TOP = 16  # eigenvectors that "top" mixes
+
+
+@dataclass(frozen=True)
+class GradientSettings:
+    """Sizes of a gradient analysis."""
+
+    models: int = 12
+    """Held-out models to analyse, evenly spaced over the split."""
+    queries: int = 64
+    """Images that F and the losses are over."""
+    query_set: str = "data"
+    """Where they come from, as in wslfast train."""
+    split: str = "test"
+    """Whose models: test or val."""
+    magnitudes: tuple[float, ...] = MAGNITUDES
+    """Sizes of a weight error, relative to the norm of the model's weights."""
+    seed: int = 0
+    """Seed of random directions and queries."""
+
+    def __post_init__(self) -> None:
+        for name in ("models", "queries"):
+            require(getattr(self, name) >= 1, f"{name}: expected at least 1, got {getattr(self, name)}")
+        require(self.split in ("test", "val"), f"split: expected test or val, got {self.split!r}")
+        require(len(self.magnitudes) > 0 and all(0 < m < float("inf") for m in self.magnitudes), "magnitudes: expected positive numbers")
+
+
+def error_directions(
+    weights: Tensor, queries: Tensor, architecture: Architecture, generator: torch.Generator, reconstructed: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Directions of a weight error for one model ``[P]``, each of the norm of its weights.
+
+    ``random``: Gaussian. ``layer``: Gaussian, each parameter tensor's part in proportion to that tensor's own norm. ``top`` and
+    ``bottom``: a random mixture of the 16 leading eigenvectors of ``J^T J``, and a random vector freed of all that the queries
+    excite (with fewer outputs than weights; else of all but the weakest 16; of a network too large for its Jacobian, of the leading
+    32). ``reconstruction``: the error that was made.
+    """
+    p = len(weights)
+    size = weights.double().norm()
+    noise = torch.randn(3, p, generator=generator, dtype=torch.float64)
+    layer = torch.cat(
+        [
+            noise[0, s.offset : s.stop] / noise[0, s.offset : s.stop].norm() * weights[s.offset : s.stop].double().norm()
+            for s in architecture.parameters
+        ]
+    )
+    basis, _ = sensitive_directions(weights, queries, architecture)
+    top = noise[1, : min(_TOP, len(basis))] @ basis[:_TOP]
+    strong = basis if len(basis) < p else basis[: max(0, p - _TOP)]
+    bottom = noise[2] - strong.T @ (strong @ noise[2])
+    bottom = bottom - strong.T @ (strong @ bottom)  # twice is enough: what is left is exact to rounding
+    found = {"random": noise[1], "layer": layer, "top": top, "bottom": bottom}
+    if reconstructed is not None:
+        found["reconstruction"] = reconstructed.double() - weights.double()
+    return {name: v * (size / v.norm().clamp_min(1e-300)) for name, v in found.items()}
+
+
+@torch.no_grad()
+def sweep(
+    weights: Tensor,
+    direction: Tensor,
+    magnitudes: Sequence[float],
+    queries: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    architecture: Architecture,
+) -> dict[str, list[float]]:
+    """One model ``[P]`` moved by ``magnitude * direction [P]``: lists over magnitudes of what is measured and what is predicted.
+
+    Returns:
+        ``loss`` L_B on the queries, ``quadratic`` ``1/(2n) sum ||J d||^2``, ``ratio`` quadratic / loss, ``accuracy`` and ``agreement`` on
+        labelled images.
+    """
+    theta, n = weights.double(), len(queries)
+    single, x = model_function(architecture), queries.double()
+    outputs, pushed = push(lambda w: single(w, x), theta, direction.double())
+    steps = torch.tensor(list(magnitudes), dtype=torch.float64)
+    moved = theta + steps.unsqueeze(1) * direction.double()
+    loss = criterion_values(batched_forward(moved, x, architecture), outputs.expand(len(steps), -1, -1), "mse", 2.0)
+    quadratic = steps.square() * pushed.square().sum() / (2 * n)
+    classes = batched_forward(torch.cat([weights.unsqueeze(0), moved.float()]), images, architecture).argmax(2)
+    return {
+        "loss": loss.tolist(),
+        "quadratic": quadratic.tolist(),
+        "ratio": (quadratic / loss).tolist(),
+        "accuracy": (classes[1:] == labels).double().mean(1).tolist(),
+        "agreement": (classes[1:] == classes[0]).double().mean(1).tolist(),
+    }
+
+
+def analyse(
+    run: str | Path,
+    out: str | Path,
+    settings: GradientSettings = GradientSettings(),
+    zoo: str | Path | None = None,
+    name: str | None = None,
+) -> list[Row]:
+    """Gradients, spectrum and sweeps at the reconstructions of a run's held-out models.
+
+    Writes ``out/gradients.csv`` (:data:`COLUMNS`: median, mean and standard deviation over models; rows of other runs stay) and
+    ``out/gradients.json`` (every model's figures and spectra, for plots). Returns the rows. ``name`` is their variant, by default the
+    run's folder.
+
+    Raises:
+        WslfastError: unreadable run or zoo, an empty split.
+    """
+    check_seed(settings.seed)
+    loaded = load_run(run)
+    folder = str(zoo if zoo is not None else loaded.config.zoo)
+    population = load_zoo(folder, settings.split)
+    require(len(population) > 0, f"zoo {folder} has no {settings.split} models")
+    architecture, dataset = population.architecture, dataset_of(folder, population.architecture)
+    images, labels = dataset.split(settings.split)
+    pool = query_images(settings.query_set, folder, MappedZoo(folder, "train"), n=max(settings.queries, 2), seed=settings.seed)
+    require(settings.queries <= len(pool), f"queries: expected at most {len(pool)} (the query set), got {settings.queries}")
+    generator = torch.Generator().manual_seed(settings.seed)
+    queries = pool[torch.randperm(len(pool), generator=generator)[: settings.queries]]
+    chosen = torch.linspace(0, len(population) - 1, min(settings.models, len(population))).round().long()
+    weights = population.weights[chosen]
+    rebuilt = reconstruct(loaded.autoencoder, weights)
+    models: list[dict[str, Any]] = []
+    for row, theta, hat in zip(chosen.tolist(), weights, rebuilt, strict=True):
+        models.append(_model(theta, hat, queries, images, labels, architecture, settings, generator) | {"row": row})
+    rows = _rows(models, {"zoo": dataset.name, "variant": name or Path(run).name, "seed": loaded.config.seed}, settings.magnitudes)
+    table = Path(out) / "gradients.csv"
+    write_rows(table, COLUMNS, (*_others(table, rows[0]), *rows))
+    facts = {
+        "run": str(run),
+        "zoo": folder,
+        "architecture": architecture.name,
+        "magnitudes": list(settings.magnitudes),
+        "queries": settings.queries,
+        "query_set": settings.query_set,
+        "models": models,
+    }
+    write_json(Path(out) / "gradients.json", facts)
+    return rows
+
+
+def _others(table: Path, mine: Row) -> list[Row]:
+    """Rows of other runs that are in the file."""
+    if not table.exists():
+        return []
+    there = from_csv(table)
+    key = ("zoo", "variant", "seed")
+    require(not there or set(COLUMNS) <= set(there[0]), f"{table}: expected columns {', '.join(COLUMNS)}")
+    return [row for row in there if [str(row[c]) for c in key] != [str(mine[c]) for c in key]]
+
+
+def _model(
+    theta: Tensor,
+    hat: Tensor,
+    queries: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    architecture: Architecture,
+    settings: GradientSettings,
+    generator: torch.Generator,
+) -> dict[str, Any]:
+    pulled = directions(theta, hat, queries, architecture)
+    values = spectrum(theta, hat, queries, architecture, seed=settings.seed)
+    figures = pulled.figures() | {
+        "relative_error": float((hat - theta).norm() / theta.norm()),
+        "asymmetry": values.asymmetry,
+        "effective_rank": values.effective_rank,
+        "largest_singular_value": float(values.singular_values[0]),
+        "negative_share": values.negative_share,
+    }
+    moves = error_directions(theta, queries, architecture, generator, hat)
+    swept = {name: sweep(theta, d, settings.magnitudes, queries, images, labels, architecture) for name, d in moves.items()}
+    spectra = {"singular_values": values.singular_values.tolist(), "eigenvalues": values.eigenvalues.tolist()}
+    return {"figures": figures, "sweep": swept, **spectra}
+
+
+def _rows(models: Sequence[Mapping[str, Any]], head: Mapping[str, Any], magnitudes: Sequence[float]) -> list[Row]:
+    def row(metric: str, values: list[float], direction: str = "", magnitude: float | None = None) -> Row:
+        kept = torch.tensor([v for v in values if abs(v) < float("inf")], dtype=torch.float64)
+        figures = {
+            "median": float(kept.quantile(0.5)) if len(kept) else None,
+            "mean": float(kept.mean()) if len(kept) else None,
+            "spread": float(kept.std()) if len(kept) > 1 else None,
+        }
+        return {**head, "metric": metric, **figures, "direction": direction, "magnitude": magnitude, "models": len(kept)}
+
+    rows = [row(metric, [m["figures"][metric] for m in models]) for metric in models[0]["figures"]]
+    for direction, swept in models[0]["sweep"].items():
+        for metric in swept:
+            for i, magnitude in enumerate(magnitudes):
+                rows.append(row(metric, [m["sweep"][direction][metric][i] for m in models], direction, float(magnitude)))
+    return rows

@@ -1,0 +1,145 @@
+"""Ablations and the gradient analysis, where their rows lie beside ours (``ablations.csv``, ``gradients.csv``)."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from html import escape
+
+from ..measure.results import Results, Row
+from . import drawing
+from .drawing import INK, SOFT
+from .figures import errors
+from .markup import figure, note, section
+from .tables import ablation_table
+
+_HUES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f3c8d", "#555555")
+_METRICS = (
+    ("agreement", "Agreement", "%"), ("agreement_others", "With others", "%"),
+    ("identified", "Identified", "%"), ("explained_variance", "Variance kept", "%"), ("accuracy_change", "Accuracy change", "points"),
+    ("l2_masked", "Masked L2", "of weights"), ("probe_r2", "Probe", "R2 of accuracy"),
+)  # fmt: skip
+_DRAWN = ("agreement", "identified", "accuracy_change", "l2_masked")
+_DIRECTIONS = {
+    "random": "any direction", "layer": "any, scaled by layer", "top": "where outputs move most", "bottom": "where they move least",
+    "reconstruction": "the reconstruction's own error",
+}  # fmt: skip
+
+
+def ablations(results: Results) -> str:
+    """A table and a figure for each ablation on each zoo."""
+    rows = results.tables.get("ablations", [])
+    parts = []
+    groups = dict.fromkeys((str(r.get("ablation") or "ablation"), str(r["zoo"])) for r in rows)
+    for name, zoo in groups:
+        own = [r for r in rows if str(r.get("ablation") or "ablation") == name and str(r["zoo"]) == zoo]
+        known = {r["metric"] for r in own}
+        metrics = [m for m in _METRICS if m[0] in known]
+        axis = next((str(r["axis"]) for r in own if r.get("axis")), name)
+        parts.append(f"<h3>{escape(name)}, {escape(zoo)}</h3>{ablation_table(own, metrics)}")
+        if len({r["variant"] for r in own}) > 1:
+            parts.append(figure(_ablation(own, [m for m in metrics if m[0] in _DRAWN], axis), f"{name} on {zoo}."))
+    if not parts:
+        return ""
+    small = note("Mean over held-out models; ± and bars: standard deviation over seeds. Settings that are not named are those of the file.")
+    return section("Ablations", *parts, small, lead="One setting varied at a time, every variant with the same seeds, on the zoos here.")
+
+
+def _ablation(rows: Sequence[Row], metrics: Sequence[tuple[str, str, str]], axis: str) -> str:
+    """Metrics against the setting; a number axis where all settings are numbers."""
+    variants = list(dict.fromkeys(str(r["variant"]) for r in rows))
+    setting = {v: next(r.get("value") for r in rows if str(r["variant"]) == v) for v in variants}
+    numeric = all(isinstance(s, (int, float)) for s in setting.values()) and len(set(setting.values())) == len(variants)
+    if numeric:
+        variants.sort(key=lambda v: float(setting[v]))  # type: ignore[arg-type]
+    words = [str(setting[v] if setting[v] is not None else v) for v in variants]
+    with drawing._figure(2.5) as (sheet, svg):
+        for axes, (metric, heading, unit) in zip(sheet.subplots(1, max(3, len(metrics)), squeeze=False)[0], metrics):
+            column = "median" if metric == "accuracy_change" else "mean"
+            scale = 100.0 if unit in ("%", "points") else 1.0
+            points = []
+            for place, v in enumerate(variants):
+                found = [r[column] for r in rows if str(r["variant"]) == v and r["metric"] == metric]
+                values = [scale * x for x in found if isinstance(x, (int, float))]
+                mean = statistics.fmean(values) if values else None
+                spread = statistics.stdev(values) if len(values) > 1 else None
+                points.append((float(setting[v]) if numeric else place, mean, spread))  # type: ignore[arg-type]
+            errors(axes, points, _HUES[0], heading)
+            if not numeric:
+                axes.set_xticks(range(len(variants)), words, rotation=35, ha="right", fontsize=7.5)
+                for line in axes.get_lines():
+                    line.set_linestyle("none")
+                axes.set_xlim(-0.5, len(variants) - 0.5)
+            else:
+                axes.set_xlabel(axis)
+            low, high = axes.get_ylim()
+            short = (5.0 if scale == 100 else 0.1 * max(abs(low), abs(high), 1.0)) - (high - low)
+            if short > 0:  # a difference of nothing should look like one
+                axes.set_ylim(low - short / 2, high + short / 2)
+            axes.set_title(f"{heading} ({unit})")
+            axes.grid(axis="y")
+        for axes in sheet.axes[len(metrics) :]:
+            axes.set_visible(False)
+        return svg()
+
+
+def gradients(results: Results) -> str:
+    """How far the first-order picture of the behavioural loss holds, and what the directions have in common."""
+    rows = results.tables.get("gradients", [])
+    swept = [r for r in rows if r.get("direction")]
+    if not swept:
+        return ""
+    names = dict.fromkeys((str(r["zoo"]), str(r["variant"])) for r in swept)
+    parts = []
+    for zoo, variant in names:
+        own = [r for r in rows if (str(r["zoo"]), str(r["variant"])) == (zoo, variant)]
+        parts.append(
+            f"<h3>{escape(variant)}, {escape(zoo)}</h3>"
+            + figure(
+                _sweeps([r for r in own if r.get("direction")]),
+                "A model's weights moved by an error of a given size, relative to their norm, in several directions: medians over models. "
+                "Left, the quadratic form over the measured behavioural loss (1 where the first-order step holds); then accuracy, and "
+                "agreement with the model that was moved.",
+            )
+        )
+        alone = [r for r in own if not r.get("direction")]
+        if alone:
+            words = "; ".join(f"<b>{escape(str(r['metric']).replace('_', ' '))}</b> {_short(r)}" for r in alone)
+            parts.append(note(f"Medians over models: {words}."))
+    lead = "How weights and behaviour are related around reconstructions (docs/analysis.md)."
+    return section("Gradients", *parts, lead=lead)
+
+
+def _short(row: Row) -> str:
+    value = row["median"]
+    return f"{value:.3g}".replace("-", "−") if isinstance(value, (int, float)) else "–"
+
+
+def _sweeps(rows: Sequence[Row]) -> str:
+    from matplotlib.ticker import FuncFormatter
+
+    plain = FuncFormatter(lambda value, _: f"{value:g}")
+    directions = list(dict.fromkeys(str(r["direction"]) for r in rows))
+    panels = (("ratio", "quadratic form / measured loss", 1.0), ("accuracy", "accuracy (%)", 100.0), ("agreement", "agreement (%)", 100.0))
+    with drawing._figure(2.9) as (sheet, svg):
+        for axes, (metric, title, scale) in zip(sheet.subplots(1, 3), panels):
+            for i, direction in enumerate(directions):
+                own = sorted((r for r in rows if r["direction"] == direction and r["metric"] == metric), key=lambda r: r["magnitude"])
+                points = [(r["magnitude"], scale * r["median"]) for r in own if isinstance(r["median"], (int, float))]
+                label, hue = _DIRECTIONS.get(direction, direction), _HUES[i % len(_HUES)]
+                axes.plot([x for x, _ in points], [y for _, y in points], "o-", color=hue, markersize=3.5, linewidth=1.3, label=label)
+            axes.set_xscale("log")
+            axes.set_title(title)
+            axes.xaxis.set_major_formatter(plain)
+            axes.set_xlabel("size of the weight error (of the weights' norm)")
+            axes.grid(axis="both")
+            if metric == "ratio":
+                axes.set_yscale("log")
+                axes.yaxis.set_major_formatter(plain)
+                axes.set_ylim(0.02, 50)  # where outputs do not move to first order the ratio is 0 to rounding: off the scale
+                axes.axhline(1, color=SOFT, linewidth=0.9)
+            else:
+                axes.set_ylim(0, 102)
+        handles, labels = sheet.axes[0].get_legend_handles_labels()
+        sheet.legend(handles, labels, loc="outside upper left", ncols=5, fontsize=8, labelcolor=INK)
+        return svg()

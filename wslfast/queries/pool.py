@@ -1,0 +1,92 @@
+"""Pools of query images that stay on the device, and the originals' outputs on them, computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ..architecture import Architecture
+from ..behavior import batched_forward
+from ..errors import describe, require
+from ..population import Population
+
+
+class QueryPool:
+    """Images ``[Q, *input_shape]`` resident on one device, from which every step draws its queries.
+
+    Args:
+        images: floating ``[Q, ...]``; kept as float32 on ``device`` (default: where they are).
+    """
+
+    def __init__(self, images: Tensor, device: torch.device | str | None = None) -> None:
+        require(
+            isinstance(images, Tensor) and images.is_floating_point() and images.ndim >= 2 and len(images) > 0,
+            f"images: expected floating [Q, C, H, W] with Q >= 1, got {describe(images)}",
+        )
+        self.images = images.detach().to(device if device is not None else images.device, torch.float32).contiguous()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        return self.images.index_select(0, index)
+
+    def draw(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """Indices ``[n]`` of distinct images, on the pool's device, from an explicit generator."""
+        require(isinstance(n, int) and 0 < n <= len(self), f"n: expected 1 to {len(self)} queries (the pool's size), got {n!r}")
+        device = generator.device if generator is not None else "cpu"
+        return torch.randperm(len(self), generator=generator, device=device)[:n].to(self.images.device)
+
+
+class TargetCache:
+    """Outputs of every original on every image of a pool, computed once.
+
+    A permuted view of a model is the same function, so all of a model's views share its row; no training step has to run an
+    original again.
+
+    Attributes:
+        outputs: ``[M, Q, K]`` float32.
+        computed: (model, query) forward passes run to fill the cache.
+        served: (model, query) forward passes that lookups have replaced.
+    """
+
+    def __init__(self, population: Population, pool: QueryPool, *, backend: str = "auto") -> None:
+        require(isinstance(population, Population), f"population: expected a Population, got {describe(population)}")
+        require(isinstance(pool, QueryPool), f"pool: expected a QueryPool, got {describe(pool)}")
+        self._fill(population.architecture, (population.weights,), len(population), pool, backend)
+
+    @classmethod
+    def of_blocks(
+        cls, architecture: Architecture, blocks: Iterable[Tensor], models: int, pool: QueryPool, *, backend: str = "auto"
+    ) -> TargetCache:
+        """The cache of ``models`` originals whose weights come in blocks ``[b, P]``, for a zoo that is not in memory."""
+        cache = cls.__new__(cls)
+        cache._fill(architecture, blocks, models, pool, backend)
+        return cache
+
+    @torch.no_grad()
+    def _fill(self, architecture: Architecture, blocks: Iterable[Tensor], models: int, pool: QueryPool, backend: str) -> None:
+        q = len(pool)
+        self.outputs = torch.empty(models, q, architecture.num_classes, device=pool.images.device)
+        at = 0
+        for weights in blocks:
+            weights, rows = weights.to(pool.images.device), slice(at, at + len(weights))
+            for start in range(0, q, 1024):  # blocks of queries bound the activations, whatever the pool's size
+                block = slice(start, start + 1024)
+                self.outputs[rows, block] = batched_forward(weights, pool.images[block], architecture, backend=backend).float()
+            at = rows.stop
+        require(at == models, f"blocks: expected {models} models in all, got {at}")
+        self.computed = models * q
+        self.served = 0
+
+    def targets(self, models: Tensor, queries: Tensor) -> Tensor:
+        """``[k, n, K]``: outputs of the models at rows ``models [k]`` on the pool's images at ``queries [n]``."""
+        self.served += models.numel() * queries.numel()
+        return self.outputs[models.unsqueeze(1), queries.unsqueeze(0)]
+
+    def variance(self) -> float:
+        """Half the variance of outputs over originals, summed over classes and averaged over queries: what criterion ``"mse"`` gives
+        an answer that knows nothing of the model, the originals' mean output at each query. The natural unit of L_B."""
+        return float(self.outputs.double().var(0, unbiased=False).sum(1).mean() / 2)

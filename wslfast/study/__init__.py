@@ -1,0 +1,1 @@
+"""Many runs: evaluations beside every baseline, ablations, the demo; each resumable."""

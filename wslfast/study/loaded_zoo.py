@@ -1,0 +1,166 @@
+"""What an evaluation runs on: its sizes, and one zoo loaded once for everything measured on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import require
+from ..measure.diversity import accuracy, classes_of, outputs_of, sorted_channels
+from ..measure.reconstruction import Reconstruction, compare
+from ..measure.results import file_digest, fingerprint
+from ..population import Population
+from ..zoo import Dataset, dataset_of, load_zoo, read_manifest
+from ..zoo.manifest import MANIFEST
+
+VERSION = 2  # of what is measured; part of every fingerprint
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Sizes of an evaluation; the defaults are the full one."""
+
+    models: int = 720
+    """Models of a split at most, evenly spaced (the published test zoo has 720 checkpoints)."""
+    train_models: int = 4000
+    """Training models at most, for probes, anchors and closed-form codes."""
+    images: int = 2000
+    """Test images at most."""
+    samples: int = 64
+    """Generated models a sampler."""
+    anchors: float = 0.3
+    """Share of the training models to sample around."""
+    bandwidths: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3)
+    """Of the kernel densities."""
+    tolerance: float = 0.02
+    """Validation accuracy that generated models may lose against the anchors' reconstructions (chooses the bandwidth)."""
+    finetune_epochs: int = 5
+    """Epochs of fine-tuning of the generated models."""
+    finetune_images: int = 4000
+    """Training images at most, for the fine-tuning."""
+    probe_images: int = 512
+    """Images, their labels unused, on which networks answer for the probes of behaviour."""
+    map_models: int = 600
+    """Models on the latent map."""
+    shares: tuple[float, ...] = (0.24, 0.4, 0.55, 0.67)
+    """Latent sizes, as shares of the parameters, at which the closed-form codes are measured besides those of the runs (no models
+    are sampled from these)."""
+    refine_steps: int = 300
+    """Steps by which latents of closed-form codes are refined at test time (reported apart); 0: none are."""
+    refine_images: int = 4096
+    """Training images at most, for that."""
+    seed: int = 0
+    """Seed of samples and resamples."""
+
+    @classmethod
+    def quick(cls) -> Protocol:
+        """A few minutes on two cores."""
+        few = {"models": 90, "train_models": 400, "images": 400, "samples": 24, "map_models": 200}
+        return cls(**few, bandwidths=(0.1, 0.3), shares=(), finetune_epochs=2, finetune_images=1000, refine_steps=0)  # type: ignore[arg-type]
+
+
+class Bench:
+    """One zoo, loaded once for all that is measured on it.
+
+    Attributes:
+        zoo: its folder. name: what tables call it: its data set. digest: of its manifest, which holds its shards' digests.
+        train, val, test: populations, the latter two at most ``protocol.models``.
+        data: labelled images, test images cut to ``protocol.images``.
+    """
+
+    def __init__(self, zoo: str | Path, protocol: Protocol, *, device: str = "cpu", name: str | None = None) -> None:
+        self.zoo, self.protocol, self.device = Path(zoo), protocol, device
+        manifest = read_manifest(zoo)
+        self.digest = file_digest(self.zoo / MANIFEST)
+        splits = set(manifest.properties["split"])
+        require("train" in splits and "test" in splits, f"zoo {zoo}: expected train and test models, got splits {sorted(splits)}")
+        self.train = evenly(load_zoo(zoo, "train"), protocol.train_models).to(device)
+        self.test = evenly(load_zoo(zoo, "test"), protocol.models).to(device)
+        self.val = evenly(load_zoo(zoo, "val"), protocol.models).to(device) if "val" in splits else None
+        self.architecture = self.train.architecture
+        data = dataset_of(zoo, self.architecture)
+        rows = torch.arange(len(data.test_labels))[: protocol.images]
+        self.data: Dataset = replace(data, test_images=data.test_images[rows].to(device), test_labels=data.test_labels[rows].to(device))
+        if "val_acc" not in self.train.properties:  # of an imported zoo; anchors are the best by it
+            value = accuracy(outputs_of(self.train.weights, data.val_images, self.architecture), data.val_labels)
+            self.train = Population(self.architecture, self.train.weights, {**self.train.properties, "val_acc": tuple(value.tolist())})
+        self.name = name or data.name
+        self.facts = {
+            "folder": str(zoo),
+            "digest": self.digest[:12],
+            "dataset": data.name,
+            "architecture": self.architecture.name,
+            "parameters": self.architecture.num_weights,
+            "classes": data.classes,
+            "image_shape": list(data.test_images.shape[1:]),
+            "images": [len(data.train_labels), len(data.val_labels), len(data.test_labels)],
+            "images_used": len(rows),
+            "checkpoints": {s: manifest.properties["split"].count(s) for s in ("train", "val", "test") if s in splits},
+            "checkpoints_used": {s: len(p) for s, p in self.splits.items()},
+            "models": len(set(manifest.properties["model"])),
+            "made_by": manifest.provenance.get("made_by"),
+            "epochs": sorted({e for e in manifest.properties.get("epoch", ()) if e is not None}),
+            "seed": manifest.provenance.get("seed"),
+        }
+
+    @property
+    def splits(self) -> dict[str, Population]:
+        return {"train": self.train, "test": self.test} | ({} if self.val is None else {"val": self.val})
+
+    @cached_property
+    def targets(self) -> Tensor:
+        """Outputs of the test models on the test images."""
+        return outputs_of(self.test.weights, self.data.test_images, self.architecture)
+
+    @cached_property
+    def train_classes(self) -> Tensor:
+        """Classes that the training models choose on the test images."""
+        return classes_of(self.train.weights, self.data.test_images, self.architecture)
+
+    @cached_property
+    def train_accuracy(self) -> Tensor:
+        """Test accuracy of every training model, on the CPU."""
+        return (self.train_classes == self.data.test_labels).double().mean(1).cpu()
+
+    @cached_property
+    def train_sorted(self) -> Tensor:
+        """Training models' weights with channels in a canonical order."""
+        return sorted_channels(self.train.weights, self.architecture)
+
+    @property
+    def _sizes(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self.protocol).items() if not name.startswith("refine_")}  # they name theirs
+
+    @property
+    def sizes(self) -> str:
+        """Digest of the protocol, so that what was measured with another is told apart."""
+        return fingerprint(VERSION, self._sizes)
+
+    def fingerprint(self, *parts: Any) -> str:
+        """Of a unit on this zoo: the protocol, the zoo, and what else it was computed from."""
+        return fingerprint(VERSION, self._sizes, self.digest, *parts)
+
+    def compare(self, reconstructed: Tensor) -> Reconstruction:
+        """Rows of weights in the test models' places, against them."""
+        groups: Sequence[Any] | None = self.test.properties.get("model")
+        return compare(
+            self.test.weights,
+            reconstructed,
+            self.data.test_images,
+            self.data.test_labels,
+            self.architecture,
+            groups=groups,
+            targets=self.targets,
+        )
+
+
+def evenly(population: Population, most: int) -> Population:
+    """At most so many models, evenly spaced in the zoo's order (so all epochs of some models, or some of all)."""
+    k = len(population)
+    return population if k <= most else population[((2 * torch.arange(most) + 1) * k // (2 * most)).tolist()]
