@@ -184,15 +184,17 @@ def write_tables(folder: Path, units: Iterable[Unit], facts: Mapping[str, Any]) 
 def read_results(folder: str | Path) -> Results:
     """Read the tables of a folder back. Raises WslfastError for a folder without results, or a table that is none."""
     place = Path(folder)
-    require((place / "rows.csv").is_file(), f"{place}: no results here (expected rows.csv); wslfast evaluate --out writes them")
-    rows = from_csv(place / "rows.csv")
+    beside = [place / f"{name}.csv" for name in EXTRA if (place / f"{name}.csv").is_file()]  # these alone make a page too
+    there = (place / "rows.csv").is_file()
+    require(there or beside, f"{place}: no results here (expected rows.csv); wslfast evaluate --out writes them")
+    rows = from_csv(place / "rows.csv") if there else []
     missing = [c for c in HEADER if rows and c not in rows[0]]
     require(not missing, f"{place / 'rows.csv'}: columns {missing} are missing; expected {','.join(HEADER)}")
     tables = {name: from_csv(place / f"{name}.csv") for name in (*TABLES, *EXTRA) if (place / f"{name}.csv").is_file()}
     facts = _json(place / "report.json") if (place / "report.json").is_file() else {}
     described = facts.get("variants")
     known = described if isinstance(described, list) else []
-    if not known:  # rows alone make a page too
+    if not known:  # so do rows
         known = [dict(t) for t in dict.fromkeys(tuple((k, r[k]) for k in KEY) for r in rows)]
         known = [{**v, "kind": "zoo" if v["variant"] == "zoo" else "run"} for v in known]
     extra = {name: _json(place / f"{name}.json") for name in EXTRA if (place / f"{name}.json").is_file()}

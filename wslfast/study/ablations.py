@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..errors import WslfastError, check_device, require
 from ..files import write_text
-from ..measure.evaluation import embeddings, reconstruct, write_json
+from ..measure.evaluation import Code, embeddings, reconstruct, write_json
 from ..measure.probe import probe
 from ..measure.reconstruction import compare
 from ..measure.rows import Row, write_rows
@@ -33,6 +33,8 @@ from ..training.query_sets import set_names
 from ..zoo import Dataset, build_zoo, dataset_of, load_zoo, read_manifest
 from ..zoo.manifest import MANIFEST
 from .ablation_file import Ablation, settings_of
+from .loaded_zoo import Bench, Protocol
+from .protocol import generative
 
 COLUMNS = ("zoo", "variant", "seed", "metric", "median", "mean", "spread", "ablation", "axis", "value")
 _VERSION = 1  # of what a cell is; part of its hash
@@ -42,12 +44,14 @@ _CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "process":
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """What a cell has trained: maps ``[k, P] -> [k, P]`` and ``[k, P] -> [k, features]``, latent numbers a model, steps taken."""
+    """What a cell has trained: maps ``[k, P] -> [k, P]`` and ``[k, P] -> [k, features]``, latent numbers a model, steps taken, and the
+    code to sample new models from, where it is one."""
 
     reconstruct: Callable[[Tensor], Tensor]
     embed: Callable[[Tensor], Tensor]
     latent_numbers: int
     steps: int
+    code: Code | None = None
 
 
 class Stop:
@@ -100,7 +104,7 @@ def core(cell: Cell) -> Trained:
     else:
         run = train(config, resume=True, population=cell.zoo, stop=stop)
     model = run.autoencoder
-    return Trained(lambda w: reconstruct(model, w), lambda w: embeddings(model, w), model.latent_numbers, run.step)
+    return Trained(lambda w: reconstruct(model, w), lambda w: embeddings(model, w), model.latent_numbers, run.step, model)
 
 
 def run_ablation(
@@ -109,6 +113,7 @@ def run_ablation(
     *,
     zoo: str | Path | None = None,
     systems: Mapping[str, System] | None = None,
+    protocol: Protocol | None = None,
     on_cell: Callable[[str], None] | None = None,
 ) -> list[Row]:
     """Train and measure every cell that is not there yet; returns all rows and writes them to ``out/ablations.csv``
@@ -116,7 +121,8 @@ def run_ablation(
 
     Rows have :data:`COLUMNS`: median, mean and standard deviation over held-out models of every metric of
     :class:`~wslfast.measure.Reconstruction`, for one variant and seed, and figures of the cell as a whole (``probe_r2`` of test
-    accuracy, ``probe_r2_ggap``, ``latent_numbers``, ``steps``, ``seconds``). Rows of other ablations, and of other zoos, that are in the
+    accuracy, ``probe_r2_ggap``, ``latent_numbers``, ``steps``, ``seconds``); with ``generate`` those of new models as well, for systems
+    that can be sampled from (:func:`~wslfast.study.protocol.generative`). Rows of other ablations, and of other zoos, that are in the
     file stay.
 
     Args:
@@ -124,6 +130,7 @@ def run_ablation(
         out: folder; cells go to ``out/cells``, a zoo that the file describes to ``out/zoo-...``.
         zoo: folder of a zoo to use instead of the file's.
         systems: what ``semantics`` may ask for, by name; by default ``{"core": core}``.
+        protocol: sizes of what ``generate`` measures; by default the full ones.
         on_cell: told about every cell before it runs.
 
     Raises:
@@ -134,7 +141,7 @@ def run_ablation(
     unknown = sorted(wanted - set(known))
     require(not unknown, f"ablation {ablation.name}: semantics: expected one of {sorted(known)}, got {unknown}")
     folder = _zoo(ablation, out, zoo)
-    data = _Data(folder, ablation.split)
+    data = _Data(folder, ablation, protocol or Protocol())
     rows: list[Row] = []
     cells: list[tuple[int, str, str, TrainConfig, str]] = []
     for seed in ablation.seeds:  # what is wrong with the last cell is said before the first is trained
@@ -148,7 +155,7 @@ def run_ablation(
     for number, (seed, name, system, config, key) in enumerate(cells, 1):
         place = out / "cells" / key
         if on_cell is not None:
-            done = " (done before)" if (place / _finished(ablation)).exists() else ""
+            done = " (done before)" if (place / data.finished).exists() else ""
             on_cell(f"{number} of {len(cells)}: {name}, seed {seed}{done}")
         figures = _figures(place, known[system], config, ablation, data)
         rows += _rows(figures, ablation, data.name, name, seed)
@@ -189,9 +196,13 @@ def over_seeds(rows: Sequence[Row], figure: str = "mean") -> dict[str, dict[str,
 
 
 class _Data:
-    """What all cells of an ablation share: models by split, images, and the name and digest of the zoo."""
+    """What all cells of an ablation share: models by split, images, the name and digest of the zoo, and what new models are measured on."""
 
-    def __init__(self, folder: Path, split: str) -> None:
+    def __init__(self, folder: Path, ablation: Ablation, protocol: Protocol) -> None:
+        split = ablation.split
+        self.protocol = protocol if ablation.generate and split == "test" else None
+        # a cell's file of figures; one training serves validation models and test models
+        self.finished = f"figures-{split}{f'-{protocol.digest}' if self.protocol is not None else ''}.json"
         manifest = read_manifest(folder)
         self.folder, self.digest = folder, hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
         self.splits: dict[str, Population] = {name: load_zoo(folder, name) for name in ("train", "val", "test")}
@@ -201,6 +212,14 @@ class _Data:
         self.split, self.images = split, self.dataset.split(split if split == "val" else "test")
         record: Any = manifest.provenance.get("dataset")
         self.name = str(record["name"]) if isinstance(record, Mapping) and "name" in record else folder.name
+        self._bench: Bench | None = None
+
+    def bench(self, device: str) -> Bench:
+        """The zoo as new models are measured on it, kept for the next cell on the same device."""
+        assert self.protocol is not None
+        if self._bench is None or self._bench.device != device:
+            self._bench = Bench(self.folder, self.protocol, device=device)
+        return self._bench
 
 
 def _key(zoo: str, system: str, config: TrainConfig, ablation: Ablation) -> str:
@@ -224,13 +243,8 @@ def _key(zoo: str, system: str, config: TrainConfig, ablation: Ablation) -> str:
     return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _finished(ablation: Ablation) -> str:
-    """A cell's file of figures; one training serves validation models and test models."""
-    return f"figures-{ablation.split}.json"
-
-
 def _figures(place: Path, system: System, config: TrainConfig, ablation: Ablation, data: _Data) -> dict[str, dict[str, float | None]]:
-    finished = place / _finished(ablation)
+    finished = place / data.finished
     if finished.exists():
         try:
             return json.loads(finished.read_text())["figures"]
@@ -249,6 +263,10 @@ def _figures(place: Path, system: System, config: TrainConfig, ablation: Ablatio
     figures = {name: {c: f[c] for c in ("median", "mean", "std")} for name, f in summary["spread"].items()}
     alone = {"steps": trained.steps, "seconds": stop.seconds, "latent_numbers": trained.latent_numbers, "non_finite": result.non_finite}
     figures |= {name: {"median": float(v), "mean": float(v), "std": None} for name, v in (alone | _probes(trained, data)).items()}
+    if data.protocol is not None and trained.code is not None:
+        with torch.no_grad():
+            sampled, _ = generative(data.bench(config.device), trained.code, full=True)
+        figures |= {name: dict(zip(("median", "mean", "std"), values, strict=True)) for name, values in sampled.items()}
     write_json(finished, {"config": config.to_dict(), "figures": figures})
     return json.loads(finished.read_text())["figures"]
 

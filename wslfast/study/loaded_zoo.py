@@ -58,6 +58,16 @@ class Protocol:
     seed: int = 0
     """Seed of samples and resamples."""
 
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """All but those of refinement, whose units name theirs."""
+        return {name: value for name, value in asdict(self).items() if not name.startswith("refine_")}
+
+    @property
+    def digest(self) -> str:
+        """Of the sizes."""
+        return fingerprint(VERSION, self.sizes)
+
     @classmethod
     def quick(cls) -> Protocol:
         """A few minutes on two cores."""
@@ -134,17 +144,13 @@ class Bench:
         return sorted_channels(self.train.weights, self.architecture)
 
     @property
-    def _sizes(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self.protocol).items() if not name.startswith("refine_")}  # they name theirs
-
-    @property
     def sizes(self) -> str:
         """Digest of the protocol, so that what was measured with another is told apart."""
-        return fingerprint(VERSION, self._sizes)
+        return self.protocol.digest
 
     def fingerprint(self, *parts: Any) -> str:
         """Of a unit on this zoo: the protocol, the zoo, and what else it was computed from."""
-        return fingerprint(VERSION, self._sizes, self.digest, *parts)
+        return fingerprint(VERSION, self.protocol.sizes, self.digest, *parts)
 
     def compare(self, reconstructed: Tensor) -> Reconstruction:
         """Rows of weights in the test models' places, against them."""
