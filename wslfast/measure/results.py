@@ -186,7 +186,7 @@ def read_results(folder: str | Path) -> Results:
     place = Path(folder)
     beside = [place / f"{name}.csv" for name in EXTRA if (place / f"{name}.csv").is_file()]  # these alone make a page too
     there = (place / "rows.csv").is_file()
-    require(there or beside, f"{place}: no results here (expected rows.csv); wslfast evaluate --out writes them")
+    require(there or bool(beside), f"{place}: no results here (expected rows.csv); wslfast evaluate --out writes them")
     rows = from_csv(place / "rows.csv") if there else []
     missing = [c for c in HEADER if rows and c not in rows[0]]
     require(not missing, f"{place / 'rows.csv'}: columns {missing} are missing; expected {','.join(HEADER)}")
