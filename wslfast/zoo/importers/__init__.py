@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...architecture import Architecture
-from ...errors import WslfastError, require
+from ...errors import WslfastError, logger, require
 from ...files import write_text
 from ...population import Population
 from ...profiling import region
@@ -23,7 +23,7 @@ from ..manifest import MANIFEST, SPLITS, Manifest, Shard, normalised, plain
 from ..splits import Split
 from ..store import SHARD_BYTES, write_shards
 from . import pickled, ray
-from .found import Found, Skips, State, unreadable
+from .found import UNKNOWN, Found, Skips, State, unreadable
 from .recognise import contradiction, fits, recognise
 
 __all__ = ["Imported", "import_zoo"]
@@ -118,6 +118,7 @@ def import_zoo(
     with region("import"):
         write_shards(place, rows, describe)
     write_text(place / SKIPPED, json.dumps(rows.skips.entries, indent=1, ensure_ascii=False) + "\n")
+    _say(place / SKIPPED, rows)
     return Imported(len(rows.models), len(set(rows.models)), arch, rows.skips.counts())
 
 
@@ -129,6 +130,14 @@ def _assigned(plan: Split, rows: _Rows) -> tuple[str, ...]:
     names = tuple(of[model] for model in rows.models)
     alone = plan.assign(rows.models)
     return names if set(alone) <= set(names) else alone
+
+
+def _say(file: Path, rows: _Rows) -> None:
+    """What a user has to know of an import, a line each."""
+    counts = rows.skips.counts()
+    if UNKNOWN in counts:
+        what = "zoo import: nothing says which results are those of %d checkpoints; their accuracies stay empty (%s)"
+        logger.warning(what, counts[UNKNOWN], file)
 
 
 class _Rows:
@@ -158,6 +167,8 @@ class _Rows:
             row = self._row(found)
             if row is None:
                 continue
+            if found.unknown:
+                self.skips.add(found.where, UNKNOWN, found.unknown)
             self.models.append(found.model)
             self.epochs.append(found.epoch)
             self.splits.append(found.split)
