@@ -73,7 +73,7 @@ def import_zoo(
         split: shares of the models for train, val and test; pickled data sets keep the split their names say.
         seed: draws that split.
         dataset: what the models were trained on (see :func:`wslfast.zoo.load_dataset`), recorded so that training and evaluation
-            find their images.
+            find their images, which are standardised.
         overwrite: replace a zoo that is already in ``out``.
 
     Raises:
