@@ -23,6 +23,7 @@ from ..tokens import layout
 from ..training import load_run
 from ..zoo import Dataset, dataset_of, load_zoo
 from .reconstruction import Reconstruction, compare
+from .recorded import check_recorded
 
 Code = Union[Autoencoder, LinearCodec]
 BASELINES = ("linear", "linear-views", "linear-metric", "adaptive")  # what linear_baselines returns, where the architecture allows
@@ -89,6 +90,8 @@ def evaluate(
 ) -> dict[str, dict[str, Any]]:
     """Reconstruct a split of a zoo with a trained run and measure how its models behave.
 
+    Where the originals' accuracy and the zoo's ``test_acc`` differ by more than half a point, one warning names the likely causes.
+
     Args:
         run: folder of a training run.
         zoo: folder of the zoo; by default the one that the run was trained on.
@@ -117,7 +120,9 @@ def evaluate(
         train, numbers = load_zoo(folder, "train", skip_bad=skip_bad).to(device), loaded.autoencoder.latent_numbers
         codes |= linear_baselines(train, dataset, numbers, loaded.config.token_size)
     results = {}
-    for name, result in evaluate_codes(codes, population, images, labels).items():
+    compared = evaluate_codes(codes, population, images, labels)
+    check_recorded(population, compared["run"].accuracy_original, dataset, folder)
+    for name, result in compared.items():
         numbers = latent_numbers(codes[name])
         results[name] = {**result.summary(), "latent_numbers": numbers, "latent_share": numbers / population.architecture.num_weights}
     if out is not None:

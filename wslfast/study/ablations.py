@@ -25,6 +25,7 @@ from ..files import write_text
 from ..measure.evaluation import Code, embeddings, reconstruct, write_json
 from ..measure.probe import probe
 from ..measure.reconstruction import compare
+from ..measure.recorded import check_recorded
 from ..measure.rows import Row, write_rows
 from ..population import Population
 from ..training import TrainConfig, load_run, train
@@ -259,6 +260,8 @@ def _figures(place: Path, system: System, config: TrainConfig, ablation: Ablatio
         rebuilt = trained.reconstruct(held_out.weights)
     groups: Any = held_out.properties.get("model")
     result = compare(held_out.weights, rebuilt, pixels, labels, held_out.architecture, groups=groups)
+    if data.split != "val":  # validation models are measured on validation images
+        check_recorded(held_out, result.accuracy_original, data.dataset, data.folder)
     summary = result.summary()
     figures = {name: {c: f[c] for c in ("median", "mean", "std")} for name, f in summary["spread"].items()}
     alone = {"steps": trained.steps, "seconds": stop.seconds, "latent_numbers": trained.latent_numbers, "non_finite": result.non_finite}

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import require
 from ..measure.diversity import accuracy, classes_of, outputs_of, sorted_channels
 from ..measure.reconstruction import Reconstruction, compare
+from ..measure.recorded import check_recorded
 from ..measure.results import file_digest, fingerprint
 from ..population import Population
 from ..zoo import Dataset, dataset_of, load_zoo, read_manifest
@@ -95,7 +96,8 @@ class Bench:
         self.val = evenly(load_zoo(zoo, "val"), protocol.models).to(device) if "val" in splits else None
         self.architecture = self.train.architecture
         data = dataset_of(zoo, self.architecture)
-        rows = torch.arange(len(data.test_labels))[: protocol.images]
+        self._test_images = len(data.test_labels)  # before they are cut
+        rows = torch.arange(self._test_images)[: protocol.images]
         self.data: Dataset = replace(data, test_images=data.test_images[rows].to(device), test_labels=data.test_labels[rows].to(device))
         if "val_acc" not in self.train.properties:  # of an imported zoo; anchors are the best by it
             value = accuracy(outputs_of(self.train.weights, data.val_images, self.architecture), data.val_labels)
@@ -125,8 +127,10 @@ class Bench:
 
     @cached_property
     def targets(self) -> Tensor:
-        """Outputs of the test models on the test images."""
-        return outputs_of(self.test.weights, self.data.test_images, self.architecture)
+        """Outputs of the test models on the test images; their accuracy is held against the zoo's."""
+        outputs = outputs_of(self.test.weights, self.data.test_images, self.architecture)
+        check_recorded(self.test, accuracy(outputs, self.data.test_labels), self.data, self.zoo, of=self._test_images)
+        return outputs
 
     @cached_property
     def train_classes(self) -> Tensor:
