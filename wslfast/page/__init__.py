@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from ..measure.results import Results
-from . import drawing, extras, figures, published, tables
+from . import drawing, extras, figures, goals, published, tables
 from .html import document
 from .markup import CSS, beside, figure, note, number, over_seeds, percent, section
 
@@ -22,7 +22,7 @@ def render(results: Results) -> str:
         tables.data_table(results),
         section(
             "Where we stand",
-            tables.goals_table(results),
+            goals.goals_table(results),
             lead="The goals of this evaluation, and the best run or closed-form code of "
             "at most 55 % latent numbers on each zoo. All figures are from test models and test images.",
         ),
