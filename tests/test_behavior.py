@@ -562,7 +562,7 @@ FRAGILE = Architecture.from_layers([Linear("a", 1, 1, bias=False), Linear("b", 1
 
 @pytest.mark.parametrize("hidden", [False, True], ids=["planned", "opaque"])
 def test_a_finite_loss_with_a_gradient_that_is_not(hidden: bool) -> None:
-    arch = Architecture._opaque(as_module(FRAGILE), (1,), "fragile") if hidden else FRAGILE
+    arch = Architecture("fragile", (1,), None, as_module(FRAGILE), "hidden by a test") if hidden else FRAGILE
     rows = torch.tensor([[1.0, 2.0], [1e37, 1e-36], [0.5, 0.5]])  # the second outputs 10; d/db = (10 + 1000) * 1e37
     targets, queries = torch.tensor([1.0, -1000.0, 3.0]).view(3, 1, 1), torch.ones(1, 1)
     values, gradient = _loss(rows, None, queries, arch, targets=targets, reduction="none")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..architecture import Architecture
 from ..errors import WslfastError
-from ..kernels import layers
+from ..kernels import stacked
 
 _CPU_CHUNK = 1 << 30
 _CUDA_CHUNK = 4 << 30
@@ -36,8 +36,9 @@ def memory_budget(device: str) -> int:
 @lru_cache(maxsize=64)
 def activation_elements(architecture: Architecture) -> int:
     """Numbers that one (model, query) pair keeps for its backward."""
-    if architecture.module is None:
-        return layers.activation_elements(architecture.layers, architecture.input_shape)
+    if architecture.graph is not None:
+        return max(stacked.sizes(architecture.graph)[0], math.prod(architecture.input_shape))
+    assert architecture.module is not None
     total = 0
 
     def count(_: nn.Module, __: object, output: object) -> None:

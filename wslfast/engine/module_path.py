@@ -21,8 +21,8 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from ..architecture import Architecture
 from ..errors import WslfastError, describe
 from ..kernels.criteria import share_of_loss
+from ..kernels.stacked.company import group_size
 from .chunks import in_chunks, is_shortage
-from .company import group_size
 from .memory import default_budget, models_per_chunk
 from .paths import gathered, in_pieces, per_model
 
@@ -208,12 +208,13 @@ class Module:
         if architecture.num_weights * shape[0] < _FEW:
             return full
 
-        def trial(size: int) -> Sequence[Tensor]:
+        def trial(size: int, order: Sequence[int]) -> Sequence[Tensor]:
             generator = torch.Generator().manual_seed(0)
             kind: Any = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
             rows = torch.randn(full, architecture.num_weights, **kind) / math.sqrt(architecture.num_weights)
             x = torch.randn(*((full,) if own else ()), *shape, **kind).to(dtype)
-            return self._outputs_and_gradient(rows.to(dtype)[:size], x[:size] if own else x)
+            chosen = list(order)[:size]
+            return self._outputs_and_gradient(rows.to(dtype)[chosen], x[chosen] if own else x)
 
         key = architecture, shape, own, dtype, torch.get_num_threads(), torch.is_autocast_enabled("cpu")
         return group_size(count, most, full, key, trial)
