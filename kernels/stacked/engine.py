@@ -81,11 +81,9 @@ class _Call:
         self.plain = weights.device.type == "cpu" and weights.dtype == torch.float32
         self.program = compile_program(graph, self.own, self.plain)
         full, self.slab = group_shape(graph)
-        self.models = full
-        if size is not None:
-            self.models = size
-        elif self.plain and len(weights):
-            self.models = self._size(full)
+        if weights.device.type != "cpu":  # the caller has cut models into chunks that fit its memory
+            full, self.slab = max(1, len(weights)), max(1, self.n)
+        self.models = size or (self._size(full) if self.plain and len(weights) else min(full, max(1, len(weights))))
 
     def _size(self, full: int) -> int:
         graph, k = self.graph, len(self.weights)
@@ -262,7 +260,7 @@ def differentiable(weights: Tensor, queries: Tensor, graph: Graph) -> Tensor:
                 rows.append(made[: len(weights) - start, : call.n])
 
     jobs.run([run]) if weights.device.type == "cpu" else run()
-    return torch.cat(rows) if len(rows) > 1 else rows[0]
+    return torch.cat(rows) if len(rows) > 1 else rows[0].contiguous()
 
 
 def plain(weights: Tensor, queries: Tensor, graph: Graph) -> Tensor:

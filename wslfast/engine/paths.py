@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Protocol
 
 import torch
@@ -143,14 +144,31 @@ class Stacked:
             return weights.new_zeros(
                 len(weights), queries.shape[int(per_model(queries, self.architecture))], *self.architecture.output_shape
             )
-        if not graph:
-            return stacked.forward(weights, queries, self._graph)
-        return in_pieces(self._differentiable, weights, queries, self.architecture, graph)
+        size = None if graph else self._models(len(weights), queries.shape[int(per_model(queries, self.architecture))], weights.device.type)
+        return in_pieces(partial(self._run, graph), weights, queries, self.architecture, graph, size)
 
-    def _differentiable(self, weights: Tensor, queries: Tensor) -> Tensor:
-        return stacked.differentiable(weights, queries, self._graph)
+    def _run(self, graph: bool, weights: Tensor, queries: Tensor) -> Tensor:
+        return (stacked.differentiable if graph else stacked.forward)(weights, queries, self._graph)
+
+    def _models(self, k: int, n: int, device: str) -> int:
+        """Models of one call below: on a CPU all, which are cut into groups that fit the caches."""
+        return k if device == "cpu" else models_per_chunk(self.architecture, n, device)
 
     def loss_and_gradient(
+        self, weights: Tensor, queries: Tensor, targets: Tensor, criterion: str, temperature: float, index: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        k, own = len(weights), per_model(queries, self.architecture)
+        losses, gradient = weights.new_empty(k), torch.empty_like(weights, memory_format=torch.contiguous_format)
+
+        def piece(part: slice) -> None:
+            x = queries[part] if own and index is None else queries
+            rows = None if index is None else index[part]
+            losses[part], gradient[part] = self._piece(weights[part], x, targets[part], criterion, temperature, rows)
+
+        in_chunks(k, self._models(k, targets.shape[1], weights.device.type), piece)
+        return losses, gradient
+
+    def _piece(
         self, weights: Tensor, queries: Tensor, targets: Tensor, criterion: str, temperature: float, index: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         return stacked.loss_and_gradient(weights, queries, targets, self._graph, criterion, temperature, index)
