@@ -18,7 +18,7 @@ Adding an elementwise function is one line here, and its test. Adding a layer ty
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -89,6 +89,20 @@ class Operation:
             positional.append(arguments[name] if given else _thawed(parameter.default))
             last = len(positional) if given else last
         return self.overload(*positional[:last], **named)
+
+    @cached_property
+    def invoke(self) -> Callable[[Mapping[str, Any]], Any]:
+        """:meth:`call` for arguments of which none is left out: nothing is looked up but they."""
+        if self.form == "getitem" or self.name in _DIFFERENTIABLE:
+            return self.call
+        overload, parameters = self.overload, self._all_parameters
+        names = [name for name, parameter in parameters.items() if not parameter.keyword]
+        named = [name for name, parameter in parameters.items() if parameter.keyword and name not in _PLACES]
+        if any(name in _PLACES for name in names):
+            return self.call
+        if named:
+            return lambda a: overload(*[a[name] for name in names], **{name: a[name] for name in named})
+        return lambda a: overload(*[a[name] for name in names])
 
     def check(self, arguments: Arguments) -> None:
         """Raises ValueError for an argument that the operator does not have, of another type, or out of all proportion."""

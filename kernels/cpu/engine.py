@@ -66,16 +66,6 @@ def _numbers(layers: Layers, input_shape: tuple[int, ...]) -> int:
     return sum(math.prod(shape) for shape in shapes(layers, input_shape)[1:])
 
 
-@lru_cache(maxsize=1)
-def _keep_freed_memory() -> None:
-    """Let glibc keep what slabs free, once a process: without this, a third of the time goes into fresh pages.
-
-    glibc hands freed memory back to the system above a threshold that follows the largest block it has seen released, up to
-    32 MiB; one untouched block of nearly that size raises it. Elsewhere this is one allocation.
-    """
-    torch.empty(31 << 20, dtype=torch.uint8, device="cpu")
-
-
 @lru_cache(maxsize=64)
 def _program(layers: Layers, input_shape: tuple[int, ...], own_queries: bool, one_thread: bool) -> Program:
     program = paired(compile_program(layers, input_shape, own_queries), own_queries)
@@ -104,7 +94,7 @@ def _compile(weights: Tensor, queries: Tensor, layers: Layers, indexed: bool = F
     for tensor in (weights, queries):
         if tensor.device.type != "cpu" or tensor.dtype != torch.float32:
             raise _refuse(layers, f"takes float32 on the CPU, got {tensor.dtype} on {tensor.device}")
-    _keep_freed_memory()
+    cpu_jobs.keep_freed_memory()
     own = not indexed and per_model_queries(queries, layers)
     first = next((layer for layer in layers if isinstance(layer, (Conv2d, Linear))), None)
     if not own and not indexed and isinstance(first, Conv2d) and first.groups > 1:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import lru_cache, partial
 from typing import Any
 
@@ -26,8 +27,9 @@ from ..reference import value_shapes
 from .company import group_size
 from .program import compile_program
 
-_MODELS = 64  # of a group: more leave the caches, fewer spend their time on calls
-_CONVOLVED = 8  # of a group whose time goes into convolutions (cpu/engine.py has the reasons)
+_MODELS = 256  # of a group: more leave the caches, fewer spend their time on calls
+_PAIRS = 16_384  # of models and queries in a group and slab, for the same reasons
+_CONVOLVED = 8  # models of a group whose time goes into convolutions (cpu/engine.py has the reasons)
 _QUERIES = 128  # of a slab
 _BYTES = 16 << 20  # of what a group's forward pass leaves for its backward
 _ROWS = 64 << 20  # of a group's weights
@@ -56,17 +58,17 @@ def sizes(graph: Graph) -> tuple[int, int, int]:
     return max(made, 1), convolved, products
 
 
-def group_shape(graph: Graph) -> tuple[int, int]:
-    """Models of a group and queries of a slab; k plays no part, or a model's bits would depend on its company."""
+def group_shape(graph: Graph, n: int) -> tuple[int, int]:
+    """Models of a group and queries of a slab, for n queries; k plays no part, or a model's bits would depend on its company."""
     made, convolved, products = sizes(graph)
-    models = _CONVOLVED if convolved > products else _MODELS
+    queries = min(_QUERIES, -(-n // _FILL) * _FILL)
+    models = _CONVOLVED if convolved > products else min(_MODELS, 1 << (_PAIRS // queries).bit_length() - 1)
     while models > 2 and 4 * models * graph.parameters > _ROWS:
         models //= 2
     while models > 2 and 4 * models * made * _FILL > _BYTES:
         models //= 2
-    queries = _QUERIES
     while queries > _FILL and 4 * models * made * queries > _BYTES:
-        queries //= 2
+        queries = max(_FILL, queries // 2 // _FILL * _FILL)
     return models, queries
 
 
@@ -79,8 +81,10 @@ class _Call:
         self.own = index is not None or queries.ndim == len(graph.input_shape) + 2
         self.n = index.shape[1] if index is not None else queries.shape[int(self.own)]
         self.plain = weights.device.type == "cpu" and weights.dtype == torch.float32
+        if self.plain:
+            jobs.keep_freed_memory()
         self.program = compile_program(graph, self.own, self.plain)
-        full, self.slab = group_shape(graph)
+        full, self.slab = group_shape(graph, self.n)
         if weights.device.type != "cpu":  # the caller has cut models into chunks that fit its memory
             full, self.slab = max(1, len(weights)), max(1, self.n)
         self.models = size or (self._size(full) if self.plain and len(weights) else min(full, max(1, len(weights))))
@@ -141,6 +145,12 @@ def leaves_of(rows: Tensor, graph: Graph) -> list[Tensor]:
     return [part.reshape(len(rows), *slot.shape) for part, slot in zip(parts, graph.slots, strict=True)]
 
 
+def _copies_of(rows: Tensor, graph: Graph) -> list[Tensor]:
+    """The same in memory of their own: how numbers lie there decides a BLAS's bits."""
+    parts = torch.split_with_sizes_copy(rows, [slot.size for slot in graph.slots], 1)
+    return [part.view(len(rows), *slot.shape) for part, slot in zip(parts, graph.slots, strict=True)]
+
+
 def _jobs(count: int, call: _Call, run: Callable[[int], None]) -> None:
     """Every group once: side by side where that pays, and on a CPU always with one thread inside."""
     groups = [partial(run, group) for group in range(0, count, call.models)]
@@ -192,26 +202,35 @@ def _loss_and_gradient(call: _Call, targets: Tensor, criterion: Named, temperatu
         wanted = targets[start : start + real]
         if real < len(rows):
             wanted = torch.cat((wanted, wanted[-1:].expand(len(rows) - real, *wanted.shape[1:])))
-        values = total = None
+        values: Tensor | None = None
+        own = gradient[start : start + real] if real == len(rows) else torch.empty_like(rows, memory_format=torch.contiguous_format)
+        leaves = [leaf.requires_grad_() for leaf in _copies_of(rows, graph)]
         for at in call.starts():
-            leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves_of(rows, graph)]
             target = wanted[:, at : at + call.slab]
             q = target.shape[1]
             with torch.enable_grad(), autocast():
                 prepared = call.values(shared, start, at)
                 made = call.program.outputs(prepared, leaves, prepared[call.program.query].shape[int(call.own)])
+            outputs = made.detach()
             with torch.no_grad():
-                value, slope = share_of_loss(made.detach()[:, :q].to(weights.dtype), target, n, criterion, temperature)
+                value, slope = share_of_loss(
+                    (outputs if q == made.shape[1] else outputs[:, :q]).to(weights.dtype), target, n, criterion, temperature
+                )
                 if made.shape[1] > q:
                     slope = torch.cat((slope, slope.new_zeros(len(rows), made.shape[1] - q, *slope.shape[2:])), 1)
             # models are independent: the gradient of the sum is each model's own
             slopes = torch.autograd.grad(made, leaves, slope.to(made.dtype), materialize_grads=True)
-            part = torch.cat([s.reshape(len(rows), -1) for s in slopes], 1)
-            values, total = (value, part) if values is None or total is None else (values + value, total.add_(part))
+            flat = [s.reshape(len(rows), -1) for s in slopes]
+            if values is None:
+                values = value
+                torch.cat(flat, 1, out=own)
+            else:
+                values = values + value
+                own += torch.cat(flat, 1)
         assert values is not None
-        assert total is not None
         losses[start : start + real] = values[:real]
-        gradient[start : start + real] = total[:real]
+        if real < len(rows):
+            gradient[start : start + real] = own[:real]
 
     _jobs(len(weights), call, group)
     return losses, gradient
@@ -220,6 +239,8 @@ def _loss_and_gradient(call: _Call, targets: Tensor, criterion: Named, temperatu
 def _autocast(device: str) -> Callable[[], Any]:
     """The caller's autocast, for threads that have their own."""
     enabled = torch.is_autocast_enabled(device)
+    if not enabled:
+        return nullcontext
     return partial(torch.autocast, device, torch.get_autocast_dtype(device), enabled=enabled)
 
 
@@ -233,7 +254,7 @@ def forward(weights: Tensor, queries: Tensor, graph: Graph) -> Tensor:
 
     def group(start: int) -> None:
         with torch.no_grad(), autocast():
-            leaves = [leaf.clone() for leaf in leaves_of(call.rows(start), graph)]
+            leaves = _copies_of(call.rows(start), graph)
             real = min(len(weights) - start, call.models)
             for at in call.starts():
                 values = call.values(shared, start, at)

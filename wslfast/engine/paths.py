@@ -158,15 +158,18 @@ class Stacked:
         self, weights: Tensor, queries: Tensor, targets: Tensor, criterion: str, temperature: float, index: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         k, own = len(weights), per_model(queries, self.architecture)
-        losses, gradient = weights.new_empty(k), torch.empty_like(weights, memory_format=torch.contiguous_format)
+        pieces: list[tuple[Tensor, Tensor]] = []
 
         def piece(part: slice) -> None:
             x = queries[part] if own and index is None else queries
             rows = None if index is None else index[part]
-            losses[part], gradient[part] = self._piece(weights[part], x, targets[part], criterion, temperature, rows)
+            pieces.append(self._piece(weights[part], x, targets[part], criterion, temperature, rows))
 
         in_chunks(k, self._models(k, targets.shape[1], weights.device.type), piece)
-        return losses, gradient
+        if len(pieces) == 1:
+            return pieces[0]
+        losses, gradients = zip(*pieces) if pieces else ((weights.new_empty(0),), (torch.empty_like(weights),))
+        return torch.cat(losses), torch.cat(gradients)
 
     def _piece(
         self, weights: Tensor, queries: Tensor, targets: Tensor, criterion: str, temperature: float, index: Tensor | None
