@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from .graph import DTYPES, INFINITE, Argument, Arguments, is_size
+from .graph import DTYPES, INFINITE, Argument, Arguments, Graph, is_size
 
 _LARGEST = (1 << 31) - 1
 
@@ -269,3 +269,15 @@ def _there(name: str) -> bool:
 
 
 TABLE = _table()
+
+
+def check_graph(graph: Graph) -> Graph:
+    """The graph itself. Raises ValueError for an operation that is not in the table, or an argument that it does not have."""
+    for i, node in enumerate(graph.nodes):
+        if node.operation not in TABLE:
+            raise ValueError(f"node {i}: unknown operation {node.operation!r:.60}")
+        try:
+            TABLE[node.operation].check(node.arguments)
+        except ValueError as error:
+            raise ValueError(f"node {i} ({node.operation}): {error}") from None
+    return graph

@@ -24,6 +24,7 @@ from . import networks, tracing
 from .errors import WslfastError, describe, require
 from .kernels.graph import Graph, Slot, slots_of
 from .kernels.layers import RECORDS, Layer, Layers, chain_of, check_layer, graph_of, layer_from_dict
+from .kernels.operations import check_graph
 from .kernels.reference import value_shapes
 from .networks import INITIALISATIONS, initial_weights
 
@@ -322,7 +323,7 @@ class Architecture:
         require(version in (1, VERSION), f"architecture {name!r}: written by a newer version of wslfast (form {version!r:.20})")
         try:
             if isinstance(record.get("graph"), Mapping):
-                graph = Graph.from_dict(record["graph"])
+                graph = check_graph(Graph.from_dict(record["graph"]))
                 require(graph.input_shape == tuple(shape), f"architecture {name!r}: its graph has another input shape")
                 value_shapes(graph)  # every operation fits what it reads
                 return cls(name, tuple(shape), graph)

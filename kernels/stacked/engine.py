@@ -147,7 +147,9 @@ def leaves_of(rows: Tensor, graph: Graph) -> list[Tensor]:
 
 def _copies_of(rows: Tensor, graph: Graph) -> list[Tensor]:
     """The same in memory of their own: how numbers lie there decides a BLAS's bits."""
-    parts = torch.split_with_sizes_copy(rows, [slot.size for slot in graph.slots], 1)
+    parts: Any = torch.split_with_sizes_copy(  # type: ignore[func-returns-value]
+        rows, [slot.size for slot in graph.slots], 1
+    )
     return [part.view(len(rows), *slot.shape) for part, slot in zip(parts, graph.slots, strict=True)]
 
 
