@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from . import networks, tracing
 from .errors import WslfastError, describe, require
-from .kernels.graph import Graph, Slot, slots_of
+from .kernels.graph import Graph, Node, Slot, slots_of
 from .kernels.layers import RECORDS, Layer, Layers, chain_of, check_layer, graph_of, layer_from_dict
 from .kernels.operations import check_graph
 from .kernels.reference import value_shapes
@@ -288,6 +288,11 @@ class Architecture:
     def _published(cls, name: str, layers: Sequence[Layer], input_shape: Sequence[int]) -> Architecture:
         return cls.from_layers(layers, input_shape, name)
 
+    def with_classes_last(self, axis: int) -> Architecture:
+        """The same network with an axis of its answer moved to the end, for criteria over classes. Raises WslfastError for a module that
+        cannot be traced."""
+        return _with_classes_last(self, axis)
+
     # -- weights -------------------------------------------------------------------------------------------------------
 
     def initial_weights(self, initialisations: Sequence[str], seeds: Sequence[int]) -> Tensor:
@@ -342,6 +347,18 @@ class Architecture:
             )
             return cls.resnet18(**recipe[1])
         raise WslfastError(f"architecture {name!r} has no graph; pass architecture= (the module the zoo was made with)")
+
+
+@lru_cache(maxsize=64)
+def _with_classes_last(architecture: Architecture, axis: int) -> Architecture:
+    graph, rank = architecture.graph, len(architecture.output_shape)
+    require(
+        graph is not None, f"class_axis: architecture {architecture.name!r} cannot be traced; let its forward move the classes to the end"
+    )
+    assert graph is not None
+    move = Node("movedim.int", (("self", graph.output), ("source", axis - rank if axis >= 0 else axis), ("destination", -1)))
+    moved = Graph(graph.input_shape, (*graph.nodes, move), f"@{len(graph.nodes)}", graph.slots, graph.constants, graph.aliases)
+    return Architecture(architecture.name, architecture.input_shape, moved)
 
 
 _numbers = itertools.count()

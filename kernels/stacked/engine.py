@@ -2,8 +2,7 @@
 
 A group of M models runs on a slab of q queries: forward, the criterion's share and its gradient written out, and one backward through
 torch's graph, which then is gone. Which M and q is a pure function of the graph, never of k: the last group is filled up with idle
-models, or run in a smaller size that gives the same bits on this machine (``company.py``). On a CPU in float32 the number of queries is
-filled up to a multiple of 16, so that every model's numbers lie alike in memory whatever its place in the group.
+models, or run in a smaller size that gives the same bits on this machine (``company.py``). On a CPU the number of queries is filled up to a multiple of 16, so that every model's numbers lie alike in memory whatever its place in the group.
 
 Groups are jobs of one thread each (``cpu/jobs.py``) where there is enough work for more than one.
 """
@@ -80,24 +79,25 @@ class _Call:
         self.weights, self.queries = weights, queries
         self.own = index is not None or queries.ndim == len(graph.input_shape) + 2
         self.n = index.shape[1] if index is not None else queries.shape[int(self.own)]
-        self.plain = weights.device.type == "cpu" and weights.dtype == torch.float32
+        self.plain = weights.device.type == "cpu"
         if self.plain:
             jobs.keep_freed_memory()
         self.program = compile_program(graph, self.own, self.plain)
         full, self.slab = group_shape(graph, self.n)
         if weights.device.type != "cpu":  # the caller has cut models into chunks that fit its memory
             full, self.slab = max(1, len(weights)), max(1, self.n)
-        self.models = size or (self._size(full) if self.plain and len(weights) else min(full, max(1, len(weights))))
+        self.models = size or (self._size(full) if self.plain and len(weights) else full)
 
     def _size(self, full: int) -> int:
         graph, k = self.graph, len(self.weights)
         n = self.n if self.n < self.slab else self.slab + self.n % self.slab
         if graph.parameters * n < _FEW:
             return full
-        key = graph, n, self.own, torch.is_autocast_enabled("cpu"), jobs.threads_inside()
+        dtype = self.weights.dtype
+        key = graph, n, self.own, dtype, torch.is_autocast_enabled("cpu"), jobs.threads_inside()
 
         def trial(size: int, order: Sequence[int]) -> Sequence[Tensor]:
-            return _trial(graph, n, self.own, full, order[:size])
+            return _trial(graph, n, self.own, full, dtype, order[:size])
 
         return group_size(k, full, full, key, trial)
 
@@ -294,9 +294,9 @@ def plain(weights: Tensor, queries: Tensor, graph: Graph) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _random(graph: Graph, n: int, own: bool, full: int) -> tuple[Tensor, Tensor, Tensor]:
+def _random(graph: Graph, n: int, own: bool, full: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    kind: Any = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
+    kind: Any = {"generator": generator, "dtype": dtype, "device": "cpu"}
     weights = torch.cat(
         [torch.randn(full, s.size, **kind).abs() / math.sqrt(max(1, math.prod(s.shape[1:]))) for s in graph.slots], 1
     )  # positive: variances are among them
@@ -305,9 +305,9 @@ def _random(graph: Graph, n: int, own: bool, full: int) -> tuple[Tensor, Tensor,
     return weights, queries, torch.randn(full, n, *out, **kind)
 
 
-def _trial(graph: Graph, n: int, own: bool, full: int, order: Sequence[int]) -> Sequence[Tensor]:
+def _trial(graph: Graph, n: int, own: bool, full: int, dtype: torch.dtype, order: Sequence[int]) -> Sequence[Tensor]:
     """Losses and gradients of random models, those of ``order``, run in one group."""
-    weights, queries, targets = _random(graph, n, own, full)
+    weights, queries, targets = _random(graph, n, own, full, dtype)
     rows = list(order)
     call = _Call(weights[rows], queries[rows] if own else queries, graph, None, size=len(rows))
     return _loss_and_gradient(call, targets[rows], "mse", 1.0)
