@@ -36,15 +36,14 @@ class Triton:
     name: ClassVar[str] = "triton"
 
     def forward(self, weights: Tensor, queries: Tensor, graph: bool) -> Tensor:
-        precision = kernel_precision()
-
-        def run() -> Tensor:
-            made = kernels()
-            key = made.layers_key(self.architecture.layers)
-            return made.population_forward(weights, queries, None, key, precision, memory_budget("cuda"))
-
-        outputs = self._built(run)
+        outputs = self._built(lambda: self._run(weights, queries))
         return outputs.to(torch.get_autocast_dtype("cuda")) if torch.is_autocast_enabled("cuda") else outputs
+
+    def _run(self, weights: Tensor, queries: Tensor) -> Tensor:
+        """Outputs in float32, with a graph where autograd records one."""
+        return kernels().differentiable_forward(
+            weights, queries, self.architecture.layers, kernel_precision(), memory=memory_budget("cuda")
+        )
 
     def loss_and_gradient(
         self, weights: Tensor, queries: Tensor, targets: Tensor, criterion: str, temperature: float, index: Tensor | None
