@@ -12,6 +12,7 @@ from torch import Tensor
 from wslfast import Architecture, engine
 from wslfast.engine import paths
 from wslfast.engine.triton_path import Triton
+from wslfast.kernels import reference
 from wslfast.zoo import Dataset, build_zoo
 
 triton = pytest.importorskip("triton")
@@ -57,6 +58,25 @@ def test_the_engine_hands_over_pool_and_index(on_triton: None, monkeypatch: pyte
         assert error(found[0], expected[0]) < 5e-6
         assert error(found[1], expected[1]) < 5e-6
     assert largest < 1 << 20
+
+
+def test_a_criterion_that_the_kernels_do_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A function of the outputs: they run forward and backward, and torch does what is between."""
+    monkeypatch.setattr(engine, "choose", lambda architecture, *_, **__: Triton(architecture, "test"))
+    arch = Architecture.from_layers(MLP.layers, MLP.shape)
+    weights, pool, targets = make(MLP, 2, 3)
+    index = torch.tensor([[0, 2, 1], [1, 1, 0]])
+
+    def smooth(outputs: Tensor, wanted: Tensor) -> Tensor:
+        return torch.nn.functional.huber_loss(outputs, wanted, reduction="none").sum((1, 2)) / 3
+
+    for chosen, queries in ((None, pool), (index, pool[index])):
+        values, gradient = engine.loss_and_gradient(weights, pool, targets, arch, smooth, index=chosen)
+        wide = weights.double().requires_grad_()
+        expected = smooth(reference.forward(wide, queries.double(), MLP.layers), targets.double())
+        (slope,) = torch.autograd.grad(expected.sum(), wide)
+        assert error(values, expected.detach()) < 5e-6
+        assert error(gradient, slope) < 5e-6
 
 
 def test_a_pool_is_stacked_once_until_it_changes_or_dies(monkeypatch: pytest.MonkeyPatch) -> None:

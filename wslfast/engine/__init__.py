@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..architecture import Architecture
 from ..errors import require, say_once
+from ..kernels.criteria import Named
 from ..profiling import region
 from .choice import BACKENDS, choose
 from .chunks import in_chunks
@@ -67,7 +68,7 @@ def loss_and_gradient(
     queries: Tensor,
     targets: Tensor,
     architecture: Architecture,
-    criterion: str,
+    criterion: Named,
     *,
     temperature: float = 2.0,
     backend: str = "auto",
@@ -76,7 +77,8 @@ def loss_and_gradient(
     """Per-model values ``[k]`` of a criterion and their gradients ``[k, P]`` to each model's own weights; no graph is kept.
 
     With ``index [k, n]``, ``queries`` is a pool ``[N, *input]`` from which each model takes its own. ``targets`` are outputs
-    ``[k, n, K]``, or labels ``[k, n]`` for ``cross_entropy``.
+    ``[k, n, K]``, or labels ``[k, n]`` for ``cross_entropy``. ``criterion`` is a name of the table in ``kernels/criteria.py``, or a
+    function of outputs ``[m, q, K]`` and targets alike to values ``[m]`` that add up over queries (some paths take a few at a time).
     """
     device = weights.device.type
     weights, targets = weights.detach(), targets.detach()

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ..architecture import Architecture
 from ..kernels import reference
 from ..kernels.cpu import engine as cpu
-from ..kernels.criteria import share_of_loss
+from ..kernels.criteria import Named, share_of_loss
 from ..profiling import region
 from .chunks import in_chunks
 from .memory import memory_budget, models_per_chunk
@@ -41,7 +41,7 @@ class Path(Protocol):
         ...
 
     def loss_and_gradient(
-        self, weights: Tensor, queries: Tensor, targets: Tensor, criterion: str, temperature: float, index: Tensor | None
+        self, weights: Tensor, queries: Tensor, targets: Tensor, criterion: Named, temperature: float, index: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Per-model values ``[k]`` and gradients ``[k, P]``, as :func:`wslfast.engine.loss_and_gradient` documents them."""
         ...
@@ -71,7 +71,7 @@ def in_pieces(run: Run, weights: Tensor, queries: Tensor, architecture: Architec
 
 
 def by_autograd(
-    run: Run, weights: Tensor, queries: Tensor, targets: Tensor, architecture: Architecture, criterion: str, temperature: float
+    run: Run, weights: Tensor, queries: Tensor, targets: Tensor, architecture: Architecture, criterion: Named, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Values and gradients of ``run`` through torch's graph, one chunk of models after another."""
     own = per_model(queries, architecture)
@@ -97,7 +97,7 @@ def gathered(
     targets: Tensor,
     index: Tensor,
     architecture: Architecture,
-    criterion: str,
+    criterion: Named,
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
     """Values and gradients of a path that wants each model's queries as a tensor: gathered from the pool for some models at a time."""
@@ -130,10 +130,12 @@ class Loop:
         return in_pieces(self._run, weights, queries, self.architecture, graph)
 
     def loss_and_gradient(
-        self, weights: Tensor, queries: Tensor, targets: Tensor, criterion: str, temperature: float, index: Tensor | None
+        self, weights: Tensor, queries: Tensor, targets: Tensor, criterion: Named, temperature: float, index: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         if index is not None:
             return gathered(self, weights, queries, targets, index, self.architecture, criterion, temperature)
+        if not isinstance(criterion, str):
+            return by_autograd(self._run, weights, queries, targets, self.architecture, criterion, temperature)
         return reference.loss_and_gradient(weights, _channels_last(queries), targets, self.architecture.layers, criterion, temperature)
 
 
@@ -157,7 +159,7 @@ class Grouped:
         return in_pieces(self._run, weights, queries, self.architecture, graph)
 
     def loss_and_gradient(
-        self, weights: Tensor, queries: Tensor, targets: Tensor, criterion: str, temperature: float, index: Tensor | None
+        self, weights: Tensor, queries: Tensor, targets: Tensor, criterion: Named, temperature: float, index: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         if index is not None:
             return gathered(self, weights, queries, targets, index, self.architecture, criterion, temperature)
@@ -179,6 +181,6 @@ class Cpu:
         return outputs.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else outputs
 
     def loss_and_gradient(
-        self, weights: Tensor, queries: Tensor, targets: Tensor, criterion: str, temperature: float, index: Tensor | None
+        self, weights: Tensor, queries: Tensor, targets: Tensor, criterion: Named, temperature: float, index: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         return cpu.loss_and_gradient(weights, queries, targets, self.architecture.layers, criterion, temperature, index)
