@@ -19,12 +19,12 @@ from .. import engine
 from ..architecture import Architecture
 from ..behavior import batched_behavioral_loss
 from ..errors import WslfastError, describe, require
-from ..kernels.cpu import engine as cpu
+from ..nan_policy import bad_models
 from ..tokens import layout
+from .loss_scale import ScaledLoss
 from .queries import Queries
 from .semantics import Choice, resolve
 from .structure import MaskedReconLoss
-from .units import Scaled
 from .views import shared_functions
 
 LOSSES = ("l2", "cross_entropy", "distillation")
@@ -66,7 +66,7 @@ def _check_checkpoint(checkpoint: Mapping[str, Tensor], architecture: Architectu
         )
 
 
-class DistillationLoss(Scaled):
+class DistillationLoss(ScaledLoss):
     """Distance in behaviour between reconstructions and originals on queries drawn at every call.
 
     Args:
@@ -130,7 +130,7 @@ class DistillationLoss(Scaled):
             queries = queries.to(output.dtype)
         values = self.values(output, target, queries, pos)
         kept = values[values.isfinite()]
-        loss = self.in_unit(kept.mean() if self.reduction == "mean" else kept.sum())
+        loss = self.scaled(kept.mean() if self.reduction == "mean" else kept.sum())
         return {"loss_recon": loss, "loss_structure": torch.tensor(0.0), "loss_behaviour": loss}
 
     def values(self, output: Tensor, target: Tensor, queries: Tensor, pos: Tensor | None = None) -> Tensor:
@@ -206,26 +206,12 @@ class DistillationLoss(Scaled):
         return self.loss == "cross_entropy" and self.semantics.raw_logit_cross_entropy
 
     def _raw_cross_entropy(self, rows: Tensor, targets: Tensor, queries: Tensor) -> Tensor:
-        """Cross-entropy with logits for class probabilities, which is no criterion of the engine.
-
-        The CPU path differentiates any function of the outputs. Elsewhere: its gradient to the outputs f is (S softmax(f) - t) / n,
-        S the sum of t; ``mse`` has the same with f minus n times that as target. So the values come from one forward without a
-        graph, and the gradient from the engine all the same.
-        """
-        if rows.requires_grad and torch.is_grad_enabled() and _on_cpu_path(rows, self.architecture):
-            values = _OnePass.apply(rows, queries, targets, self)
+        """Cross-entropy with logits for class probabilities: a criterion of its own, so the engine gets it as a function."""
+        if rows.requires_grad and torch.is_grad_enabled():
+            values = _RawCrossEntropy.apply(rows, queries, targets, self)
             return self._repaired(values, rows, targets, queries)
         with torch.no_grad():
-            outputs = engine.forward(rows, queries, self.architecture).float()
-            values = self._formula(outputs, targets)
-            pulled = outputs - (targets.sum(-1, keepdim=True) * outputs.softmax(-1) - targets)
-        if not rows.requires_grad:
-            return values
-        surrogate = batched_behavioral_loss(
-            rows, None, queries, self.architecture, targets=pulled, criterion="mse", reduction="none", nan_policy=self._policy
-        )
-        surrogate = surrogate * (1 if self.reduction == "mean" else targets.shape[1])
-        return self._repaired(values + (surrogate - surrogate.detach()), rows, targets, queries)
+            return self._formula(engine.forward(rows, queries, self.architecture).float(), targets)
 
     def _repaired(self, values: Tensor, rows: Tensor, targets: Tensor, queries: Tensor) -> Tensor:
         """``values`` with those that are not finite by the published formula, whose NaN gradients count where ``nan_gradients``."""
@@ -282,7 +268,7 @@ class DistillationLoss(Scaled):
         return (q * (q.log() - log_p)).sum((1, 2)) / n * self.temperature**2
 
 
-class _OnePass(torch.autograd.Function):
+class _RawCrossEntropy(torch.autograd.Function):
     """Raw-logit cross-entropy ``[k]`` of one model each, loss and gradient together; a model whose outputs are not finite is NaN."""
 
     @staticmethod
@@ -293,9 +279,9 @@ class _OnePass(torch.autograd.Function):
             # the last term is zero, and NaN where an output is not finite
             return (-(wanted * outputs.log_softmax(-1)) / divisor + 0 * outputs).sum((1, 2))
 
-        values, gradient = cpu.loss_and_gradient(rows, queries, targets, loss.architecture.layers, share)
+        values, gradient = engine.loss_and_gradient(rows, queries, targets, loss.architecture, share)
         if not loss.semantics.nan_gradients:
-            bad = ~(values.isfinite() & gradient.isfinite().all(1))
+            bad = bad_models(values, gradient)
             values = values.masked_fill(bad, float("nan"))
             gradient = gradient.masked_fill(bad.unsqueeze(1), 0.0)
         ctx.save_for_backward(gradient)
@@ -306,10 +292,6 @@ class _OnePass(torch.autograd.Function):
     def backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * grad_values.unsqueeze(1), None, None, None
-
-
-def _on_cpu_path(rows: Tensor, architecture: Architecture) -> bool:
-    return engine.choose(architecture, rows.device.type, rows.dtype).name == "cpu"
 
 
 class ReconDistillationLoss(nn.Module):

@@ -1,7 +1,6 @@
-"""What the package ``SANE`` itself has another way: losses without behaviour term, positions and first-value scale, the module that trains
-with them, and tokens back to checkpoints.
+"""The variants of package ``SANE``, where it differs from ``shrp``: losses without behavior, positions and first-value scale, and the rest.
 
-A script of that package changes its import to this module; ``wslfast.sane`` has the paper's versions (package ``shrp``).
+A script of that package changes its import to this module; ``wslfast.sane`` has the versions of the paper's package ``shrp``.
 """
 
 from __future__ import annotations
