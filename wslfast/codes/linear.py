@@ -21,8 +21,8 @@ from ..errors import describe, require
 from ..population import Population
 from ..queries import QueryPool
 from ..tokens import TokenLayout, layout
-from .groups import TokenGroups
-from .metric import good_models, hidden_inputs, input_second_moments, output_sensitivity, root, spaced, symmetrise
+from .layer_inputs import good_models, hidden_inputs, input_second_moments, output_sensitivity, root, spaced, symmetrise
+from .token_groups import TokenGroups
 
 METRICS = ("plain", "activation")
 WIDTHS = ("water-filling", "equal")

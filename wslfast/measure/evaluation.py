@@ -13,8 +13,8 @@ from torch import Tensor
 from ..behavior import batched_forward
 from ..codes.adaptive import AdaptiveCodec
 from ..codes.autoencoder import Autoencoder
+from ..codes.layer_inputs import spaced
 from ..codes.linear import LinearCodec
-from ..codes.metric import spaced
 from ..errors import require
 from ..files import write_text
 from ..population import Population
