@@ -262,7 +262,7 @@ def main(arguments: list[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     jobs = [(a, p) for a in options.architecture for p in options.precision]
-    kept: list[Row] = []
+    better: list[Row] = []
     with (out / "tune.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, [f.name for f in fields(Row)])
         writer.writeheader()
@@ -275,12 +275,12 @@ def main(arguments: list[str] | None = None) -> int:
             end = began + options.seconds * (i + 1) / len(jobs)
             job = Job(architecture, *ARCHITECTURES[architecture], precision, options.models, options.queries, "cuda")
             rows = sweep(job, LEVERS, "cuda", emit, options.repeats, end)
-            kept += [row for row in rows if row.keep == "yes"]
+            better += [row for row in rows if row.keep == "yes"]
             for row in rows:
                 if row.lever == "default" and row.ms is not None:
                     print(f"{architecture} {precision} {row.kernel}: {row.ms:.3f} ms", flush=True)
-    print("keep:" if kept else "keep: nothing beats the defaults")
-    for row in sorted(kept, key=lambda row: row.ratio or 1.0):
+    print("keep:" if better else "keep: nothing beats the defaults")
+    for row in sorted(better, key=lambda row: row.ratio or 1.0):
         print(f"  {row.architecture} {row.precision} {row.kernel}: {row.lever}: {row.ms:.3f} ms, {row.ratio:.2f} of the default")
     print(f"tune: {time.monotonic() - began:.0f} s, rows in {out / 'tune.csv'}")
     return 0

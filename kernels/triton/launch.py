@@ -50,8 +50,8 @@ class _Activations:
         self.codes: list[Tensor | None] = []
         self.slopes: list[Tensor | None] = []
         for stage in schedule.stages:
-            kept = torch.float32 if stage.LAST else kind
-            self.outputs.append(torch.empty(k * n * stage.OUTPUTS, dtype=kept, device=device))
+            stored = torch.float32 if stage.LAST else kind
+            self.outputs.append(torch.empty(k * n * stage.OUTPUTS, dtype=stored, device=device))
             code = gradient and stage.POOL == "max"
             self.codes.append(torch.empty(k * n * stage.CODES, dtype=torch.int8, device=device) if code else None)
             slope = gradient and stage.SLOPE in ("pooled", "window")

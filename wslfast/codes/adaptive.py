@@ -221,8 +221,8 @@ class AdaptiveCodec(LinearCodec):
                 if encoding is not None:
                     t = (target[..., start : start + n] - center) @ half
                     z[:, channels, :width] = (t @ basis / deviation).float()
-                kept = z[:, channels, :width].double() * deviation
-                out[:, channels, :n] = (kept @ basis.mT @ back + center).float()
+                coded = z[:, channels, :width].double() * deviation
+                out[:, channels, :n] = (coded @ basis.mT @ back + center).float()
                 if maps is not None:
                     maps.append(_Map(channels, (deviation[:, None] * (basis.mT @ back)).float(), center.float()))
                 start += n

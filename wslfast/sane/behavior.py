@@ -1,4 +1,4 @@
-"""The published behaviour losses, run by the core's engine.
+"""The published behavior losses, run by the core's engine.
 
 Values and gradients are those of the published code (arXiv 2503.17138) as long as a flag of
 :class:`~wslfast.sane.semantics.Semantics` says so; what is fast is how they are computed: all models in one call, no graph over
@@ -45,8 +45,8 @@ def architecture_of(reference_params: Mapping[str, Any] | None, reference_checkp
     assert reference_params is not None
     assert reference_checkpoint is not None
     kind = reference_params.get("model::type")
-    known = f"reference_params: model::type: expected one of {list(NETWORKS)}, got {kind!r}"
-    require(kind in NETWORKS, f"{known}; pass architecture= for any other network")
+    unknown = f"reference_params: model::type: expected one of {list(NETWORKS)}, got {kind!r}"
+    require(kind in NETWORKS, f"{unknown}; pass architecture= for any other network")
     missing = [key for key in ("model::channels_in", "model::nlin", "model::dropout") if key not in reference_params]
     require(not missing, f"reference_params: expected {missing[0]!r} for the template of {kind!r}" if missing else "")
     architecture = NETWORKS[str(kind)](
@@ -67,7 +67,7 @@ def _check_checkpoint(checkpoint: Mapping[str, Tensor], architecture: Architectu
 
 
 class DistillationLoss(ScaledLoss):
-    """Distance in behaviour between reconstructions and originals on queries drawn at every call.
+    """Distance in behavior between reconstructions and originals on queries drawn at every call.
 
     Args:
         reference_checkpoint, reference_params: a state dict of the zoo and its params; they say what network it is. No weight
@@ -129,8 +129,8 @@ class DistillationLoss(ScaledLoss):
         if self.semantics.half_precision:
             queries = queries.to(output.dtype)
         values = self.values(output, target, queries, pos)
-        kept = values[values.isfinite()]
-        loss = self.scaled(kept.mean() if self.reduction == "mean" else kept.sum())
+        finite = values[values.isfinite()]
+        loss = self.scaled(finite.mean() if self.reduction == "mean" else finite.sum())
         return {"loss_recon": loss, "loss_structure": torch.tensor(0.0), "loss_behaviour": loss}
 
     def values(self, output: Tensor, target: Tensor, queries: Tensor, pos: Tensor | None = None) -> Tensor:
@@ -295,7 +295,7 @@ class _RawCrossEntropy(torch.autograd.Function):
 
 
 class ReconDistillationLoss(nn.Module):
-    """``beta`` times the structural loss plus ``1 - beta`` times the behavioural one, each in its own unit.
+    """``beta`` times the structural loss plus ``1 - beta`` times the behavioral one, each in its own unit.
 
     Arguments are those of :class:`DistillationLoss`; ``reduction`` reaches the structural loss alone, as published.
     """
@@ -335,18 +335,18 @@ class ReconDistillationLoss(nn.Module):
     def forward(self, output: Tensor, target: Tensor, mask: Tensor, pos: Tensor | None = None) -> dict[str, Tensor]:
         """Tokens ``[k, T, D]``, mask of that shape, positions ``[k, T, 3]``."""
         structure = self.recon_loss(output, target, mask, pos)
-        behaviour = self.distillation_loss(output, target, mask, pos)
-        loss = self.beta * structure["loss_recon"] + (1 - self.beta) * behaviour["loss_recon"]
+        behavior = self.distillation_loss(output, target, mask, pos)
+        loss = self.beta * structure["loss_recon"] + (1 - self.beta) * behavior["loss_recon"]
         return {
             "loss_recon": loss,
             "loss_structure": structure["loss_recon"],
-            "loss_behaviour": behaviour["loss_recon"],
+            "loss_behaviour": behavior["loss_recon"],
             "rsq": structure["rsq"],
         }
 
 
 def supports(reference_params: Any, reference_checkpoint: Any) -> str | None:
-    """None if the behaviour losses can run this network, else the reason."""
+    """None if the behavior losses can run this network, else the reason."""
     try:
         architecture_of(reference_params, reference_checkpoint)
     except (WslfastError, TypeError, ValueError, AttributeError) as error:
