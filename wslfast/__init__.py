@@ -9,10 +9,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
-
-from .lazy import submodules
 
 __version__ = "0.1.0"
 
@@ -90,7 +90,19 @@ __all__ = [
 ]
 
 
-_submodule = submodules(__name__)
+def submodules_of(package: str) -> Callable[[str], ModuleType]:
+    """The ``__getattr__`` of a package (PEP 562): its submodules by name, each imported when it is first used."""
+
+    def __getattr__(name: str) -> ModuleType:
+        full = f"{package}.{name}"
+        if name.startswith("__") or importlib.util.find_spec(full) is None:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return importlib.import_module(full)
+
+    return __getattr__
+
+
+_submodule = submodules_of(__name__)
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from ..lazy import submodules
+from .. import submodules_of
 
-__getattr__ = submodules(__name__)
+__getattr__ = submodules_of(__name__)

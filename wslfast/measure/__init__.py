@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..lazy import submodules
+from .. import submodules_of
 from ..page.report import Variant, write_report
 from .evaluation import embeddings, evaluate, evaluate_code, linear_baselines, reconstruct
 from .generation import generate
@@ -26,4 +26,4 @@ __all__ = [
     "weight_statistics",
     "write_report",
 ]
-__getattr__ = submodules(__name__)
+__getattr__ = submodules_of(__name__)

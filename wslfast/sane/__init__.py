@@ -11,7 +11,7 @@ Everything defaults to ``semantics="published"``; ``"corrected"`` is the core's,
 
 from __future__ import annotations
 
-from ..lazy import submodules
+from .. import submodules_of
 from .autoencoder import AE
 from .behavior import DistillationLoss, ReconDistillationLoss
 from .checkpoints import (
@@ -93,4 +93,4 @@ __all__ = [
     "zoo_cnn_permutation_spec",
     "zoo_lenet_permutation_spec",
 ]  # fmt: skip
-__getattr__ = submodules(__name__)
+__getattr__ = submodules_of(__name__)
