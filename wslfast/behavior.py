@@ -154,7 +154,7 @@ def _through_queries(rows: Tensor, queries: Tensor, targets: Tensor, options: op
 
 def _check_call(architecture: Architecture, backend: str) -> None:
     require(isinstance(architecture, Architecture), lambda: f"architecture: expected an Architecture, got {describe(architecture)}")
-    require(backend in engine.BACKENDS, lambda: f"backend: expected one of {engine.BACKENDS}, got {backend!r}")
+    engine.check_backend(backend)
 
 
 def _rows(value: Any, architecture: Architecture, argument: str) -> Tensor:

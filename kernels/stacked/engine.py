@@ -1,8 +1,9 @@
 """Losses, gradients and outputs of any graph: groups of models, slabs of queries, one plain torch call an operation.
 
 A group of M models runs on a slab of q queries: forward, the criterion's share and its gradient written out, and one backward through
-torch's graph, which then is gone. Which M and q is a pure function of the graph, never of k: the last group is filled up with idle
-models, or run in a smaller size that gives the same bits on this machine (``company.py``). On a CPU the number of queries is filled up to a multiple of 16, so that every model's numbers lie alike in memory whatever its place in the group.
+torch's graph, which then is gone. Which M and q is a pure function of the graph and of the number of queries, never of k: the last
+group is filled up with idle models, or run in a smaller size that gives the same bits on this machine (``company.py``). On a CPU the
+number of queries is filled up to a multiple of 16, so that every model's numbers lie alike in memory whatever its place in the group.
 
 Groups are jobs of one thread each (``cpu/jobs.py``) where there is enough work for more than one.
 """

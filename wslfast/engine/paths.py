@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from ..architecture import Architecture
 from ..kernels import reference, stacked
 from ..kernels.cpu import engine as cpu
+from ..kernels.criteria import Named, share_of_loss
 from ..kernels.graph import Graph
 from ..profiling import region
 from .chunks import in_chunks
@@ -42,7 +43,7 @@ class Path(Protocol):
         ...
 
     def loss_and_gradient(
-        self, weights: Tensor, queries: Tensor, targets: Tensor, criterion: str, temperature: float, index: Tensor | None
+        self, weights: Tensor, queries: Tensor, targets: Tensor, criterion: Named, temperature: float, index: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Per-model values ``[k]`` and gradients ``[k, P]``, as :func:`wslfast.engine.loss_and_gradient` documents them."""
         ...
@@ -74,6 +75,26 @@ def in_pieces(run: Run, weights: Tensor, queries: Tensor, architecture: Architec
     return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
 
+def by_autograd(
+    run: Run, weights: Tensor, queries: Tensor, targets: Tensor, architecture: Architecture, criterion: Named, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Values and gradients of ``run`` through torch's graph, one chunk of models after another."""
+    own = per_model(queries, architecture)
+    n = queries.shape[int(own)]
+    losses, gradient = weights.new_empty(len(weights)), torch.empty_like(weights, memory_format=torch.contiguous_format)
+
+    def piece(part: slice) -> None:
+        with torch.enable_grad():
+            rows = weights[part].detach().requires_grad_()
+            outputs = run(rows, queries[part] if own else queries)
+        losses[part], slope = share_of_loss(outputs.detach().to(weights.dtype), targets[part], n, criterion, temperature)
+        # models are independent: the gradient of the sum is each model's own
+        (gradient[part],) = torch.autograd.grad(outputs, rows, slope.to(outputs.dtype))
+
+    in_chunks(len(weights), models_per_chunk(architecture, n, weights.device.type), piece)
+    return losses, gradient
+
+
 def gathered(
     path: Path,
     weights: Tensor,
@@ -81,7 +102,7 @@ def gathered(
     targets: Tensor,
     index: Tensor,
     architecture: Architecture,
-    criterion: str,
+    criterion: Named,
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
     """Values and gradients of a path that wants each model's queries as a tensor: gathered from the pool for some models at a time."""
@@ -114,10 +135,12 @@ class Loop:
         return in_pieces(self._run, weights, queries, self.architecture, graph)
 
     def loss_and_gradient(
-        self, weights: Tensor, queries: Tensor, targets: Tensor, criterion: str, temperature: float, index: Tensor | None
+        self, weights: Tensor, queries: Tensor, targets: Tensor, criterion: Named, temperature: float, index: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         if index is not None:
             return gathered(self, weights, queries, targets, index, self.architecture, criterion, temperature)
+        if not isinstance(criterion, str):
+            return by_autograd(self._run, weights, queries, targets, self.architecture, criterion, temperature)
         return reference.loss_and_gradient(weights, _channels_last(queries), targets, self.architecture.layers, criterion, temperature)
 
 
@@ -155,7 +178,7 @@ class Stacked:
         return k if device == "cpu" else models_per_chunk(self.architecture, n, device)
 
     def loss_and_gradient(
-        self, weights: Tensor, queries: Tensor, targets: Tensor, criterion: str, temperature: float, index: Tensor | None
+        self, weights: Tensor, queries: Tensor, targets: Tensor, criterion: Named, temperature: float, index: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         k, own = len(weights), per_model(queries, self.architecture)
         pieces: list[tuple[Tensor, Tensor]] = []
@@ -172,7 +195,7 @@ class Stacked:
         return torch.cat(losses), torch.cat(gradients)
 
     def _piece(
-        self, weights: Tensor, queries: Tensor, targets: Tensor, criterion: str, temperature: float, index: Tensor | None
+        self, weights: Tensor, queries: Tensor, targets: Tensor, criterion: Named, temperature: float, index: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         return stacked.loss_and_gradient(weights, queries, targets, self._graph, criterion, temperature, index)
 
@@ -192,6 +215,6 @@ class Cpu:
         return outputs.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else outputs
 
     def loss_and_gradient(
-        self, weights: Tensor, queries: Tensor, targets: Tensor, criterion: str, temperature: float, index: Tensor | None
+        self, weights: Tensor, queries: Tensor, targets: Tensor, criterion: Named, temperature: float, index: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         return cpu.loss_and_gradient(weights, queries, targets, self.architecture.layers, criterion, temperature, index)

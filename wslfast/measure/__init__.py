@@ -1,5 +1,8 @@
 """What reconstructed models and their latents are good for: fidelity, probes, and the page that shows them."""
 
+from __future__ import annotations
+
+from .. import submodules_of
 from ..page.report import Variant, write_report
 from .evaluation import embeddings, evaluate, evaluate_code, linear_baselines, reconstruct
 from .generation import generate
@@ -23,3 +26,4 @@ __all__ = [
     "weight_statistics",
     "write_report",
 ]
+__getattr__ = submodules_of(__name__)

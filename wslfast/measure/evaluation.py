@@ -10,11 +10,12 @@ from typing import Any, Union
 import torch
 from torch import Tensor
 
+from .. import engine
 from ..behavior import batched_forward
 from ..codes.adaptive import AdaptiveCodec
 from ..codes.autoencoder import Autoencoder
+from ..codes.layer_inputs import spaced
 from ..codes.linear import LinearCodec
-from ..codes.metric import spaced
 from ..errors import require
 from ..files import write_text
 from ..population import Population
@@ -86,6 +87,7 @@ def evaluate(
     baselines: bool = True,
     out: str | Path | None = None,
     device: str = "cpu",
+    backend: str = "auto",
     skip_bad: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Reconstruct a split of a zoo with a trained run and measure how its models behave.
@@ -98,6 +100,8 @@ def evaluate(
         split: ``"train"``, ``"val"`` or ``"test"``: held-out models, on the data set's test images.
         baselines: also evaluate the closed-form codes at the same latent size (see :func:`linear_baselines`).
         out: file to write the figures to, as JSON.
+        device: where to run.
+        backend: what runs the networks: ``"auto"``, ``"triton"`` or ``"torch"``.
         skip_bad: leave out shards of the zoo that are missing or damaged, with a count, instead of raising.
 
     Returns:
@@ -109,6 +113,7 @@ def evaluate(
         WslfastError: unreadable run or zoo, an empty split.
     """
     require(split in ("train", "val", "test"), f"split: expected train, val or test, got {split!r}")
+    engine.check_backend(backend)
     loaded = load_run(run, device=device)
     folder = str(zoo if zoo is not None else loaded.config.zoo)
     population = load_zoo(folder, split, skip_bad=skip_bad).to(device)
@@ -116,17 +121,18 @@ def evaluate(
     dataset = dataset_of(folder, population.architecture)
     images, labels = dataset.split("test")
     codes: dict[str, Code] = {"run": loaded.autoencoder}
-    if baselines:
-        train, numbers = load_zoo(folder, "train", skip_bad=skip_bad).to(device), loaded.autoencoder.latent_numbers
-        codes |= linear_baselines(train, dataset, numbers, loaded.config.token_size)
+    with engine.using(backend):
+        if baselines:
+            train, numbers = load_zoo(folder, "train", skip_bad=skip_bad).to(device), loaded.autoencoder.latent_numbers
+            codes |= linear_baselines(train, dataset, numbers, loaded.config.token_size)
+        compared = evaluate_codes(codes, population, images, labels)
     results = {}
-    compared = evaluate_codes(codes, population, images, labels)
     check_recorded(population, compared["run"].accuracy_original, dataset, folder)
     for name, result in compared.items():
         numbers = latent_numbers(codes[name])
         results[name] = {**result.summary(), "latent_numbers": numbers, "latent_share": numbers / population.architecture.num_weights}
     if out is not None:
-        write_json(out, {"run": str(run), "zoo": folder, "split": split, "variants": results})
+        write_json(out, {"run": str(run), "zoo": folder, "split": split, "backend": backend, "variants": results})
     return results
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..codes.metric import spaced
+from ..codes.layer_inputs import spaced
 from ..measure.diversity import Diversity, accuracy, behavioral_novelty, diversity, matched_rows, nearest, outputs_of, sorted_channels
 from ..measure.evaluation import Code, decode, embeddings, encode, latent_numbers
 from ..measure.generation import Source, best_rows

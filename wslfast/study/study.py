@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..codes.autoencoder import Autoencoder
-from ..codes.metric import spaced
+from ..codes.layer_inputs import spaced
 from ..errors import WslfastError, check_device, require
 from ..files import write_text
 from ..measure.diversity import classes_of
