@@ -16,8 +16,9 @@ from typing import Any
 from ..errors import require, say_once
 from . import autoencoder, behavior, checkpoints, losses, module, permutations, probe, queries, sampling, state, structure, unscaled
 from .semantics import Semantics
+from .v2 import surface as second
 
-PACKAGES = ("shrp", "SANE", "mzsane")
+PACKAGES = ("shrp", "SANE", "mzsane", second.PACKAGE)
 _STEP = "self, x_i, m_i, p_i, x_j, m_j, p_j"
 _RECON = "self, reduction"
 _GAMMA = "self, gamma, reduction, batch_size, temperature, contrast='simclr', z_var_penalty=0.0, z_norm_penalty=0.0"
@@ -167,6 +168,9 @@ def _forms(paper: bool) -> dict[str, tuple[Form, ...]]:
 
 def surface_of(package: str, semantics: Semantics, strict: bool) -> list[Item]:
     """Every name of the package that is loaded, and not ours already; a package without published modules has none."""
+    if package == second.PACKAGE:
+        known = {name: (Form({"": signature}, ours),) for name, (signature, ours) in second.TABLE.items()}
+        return _items(package, known, semantics, strict) if second.is_loaded() else []
     forms = _forms(_is_paper(package))
     if _is_multizoo(package):  # its tokens leave running statistics out: what handles tokens stays its own
         forms = {name: known for name, known in forms.items() if name.startswith(("models.def_loss.", "git_re_basin."))}
@@ -247,10 +251,11 @@ def _text(function: Any) -> str:
 def _replacement(original: Any, form: Form, semantics: Semantics, strict: bool) -> Any:
     """A class or function of its own, so that undoing can tell it from ours, which scripts may have imported, too."""
     if not isinstance(original, type):
-        takes = "semantics" in inspect.signature(form.ours).parameters
+        ours, wanted = form.ours, inspect.signature(form.ours).parameters
+        more = {name: value for name, value in {"semantics": semantics, "original": original}.items() if name in wanted}
 
         def replacement(*args: Any, **kwargs: Any) -> Any:
-            return form.ours(*args, **kwargs, **({"semantics": semantics} if takes else {}))
+            return ours(*args, **kwargs, **more)
 
         return _like(replacement, original)
 
