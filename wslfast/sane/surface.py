@@ -16,6 +16,7 @@ from typing import Any
 from ..errors import require, say_once
 from . import autoencoder, behavior, checkpoints, losses, module, permutations, probe, queries, sampling, state, structure, unscaled
 from .semantics import Semantics
+from .v2 import classes
 from .v2 import surface as second
 
 PACKAGES = ("shrp", "SANE", "mzsane", second.PACKAGE)
@@ -175,6 +176,14 @@ def surface_of(package: str, semantics: Semantics, strict: bool) -> list[Item]:
     if _is_multizoo(package):  # its tokens leave running statistics out: what handles tokens stays its own
         forms = {name: known for name, known in forms.items() if name.startswith(("models.def_loss.", "git_re_basin."))}
     return _items(package, forms, semantics, strict)
+
+
+def additions() -> list[tuple[ModuleType, str, Any]]:
+    """Classes of ours for loaded modules that lack them: ``(module, name, class)``."""
+    home = _loaded(f"{second.PACKAGE}.loss")
+    if home is None or not second.is_loaded():
+        return []
+    return [(home, name, classes.class_of(name)) for name in classes.LOSSES if name not in vars(home)]
 
 
 def _is_multizoo(package: str) -> bool:

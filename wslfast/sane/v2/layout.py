@@ -61,40 +61,30 @@ class Layout:
         require(whole, f"token size: expected a positive integer, got {token_size!r}")
         self.kind, self.token_size = kind, token_size
         shapes = dict(signature)
-        self.layers: tuple[Layer, ...] = ()
-        parts, places = [], []
+        layers, parts, places = [], [], []
         at, token = 0, 0
         names: list[str] = []
-        for name, shape in signature:
-            if "weight" not in name:
-                continue
-            require(len(shape) > 0 and 0 not in shape, f"{name!r} {list(shape)} has no channels to tokenise")
-            bias: str | None = name.replace("weight", "bias")
-            bias = bias if bias in shapes else None
-            channels = shape[0]
-            fits = bias is None or shapes[bias] == (channels,)
-            require(fits, f"{bias!r}: expected [{channels}] (a number a channel), got {list(shapes[bias or name])}")
-            size = _size(shape)
+        for name, bias, shape, channels, width in _layers(signature):
+            size = channels * (width - (bias is not None))
             start = at if offsets is None else offsets[name]
             rows = torch.arange(start, start + size).view(channels, -1)
-            at += size
             names.append(name)
             if bias is not None:
-                start = at if offsets is None else offsets[bias]
+                start = at + size if offsets is None else offsets[bias]
                 rows = torch.cat([rows, torch.arange(start, start + channels).unsqueeze(1)], 1)
-                at += channels
                 names.append(bias)
-            width = rows.shape[1]
+            at += channels * width
             if kind == "dense":
                 rows = rows.reshape(1, -1)
             chunks = -(-rows.shape[1] // token_size)
             rows = torch.nn.functional.pad(rows, (0, chunks * token_size - rows.shape[1]), value=-1).view(-1, token_size)
             inside = torch.arange(len(rows)) if kind == "dense" else torch.arange(channels).repeat_interleave(chunks)
             places.append(torch.stack([torch.arange(token, token + len(rows)), torch.full((len(rows),), len(parts)), inside], 1))
-            self.layers += (Layer(name, bias, shape, channels, width, token, token + len(rows)),)
+            layers.append(Layer(name, bias, shape, channels, width, token, token + len(rows)))
             token += len(rows)
             parts.append(rows)
         require(bool(parts), f"nothing to tokenise: no name with 'weight' among {list(shapes)[:5]}")
+        self.layers = tuple(layers)
         self.names = tuple(names)
         self._shapes = tuple(shapes[name] for name in names)
         self._sizes = [_size(shape) for shape in self._shapes]
@@ -221,6 +211,28 @@ class _Join(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return _Cut.apply(gradient, ctx.layout), None
+
+
+def _layers(signature: Signature) -> list[tuple[str, str | None, tuple[int, ...], int, int]]:
+    """``(name, bias, shape, channels, width)`` of every tensor with "weight" in its name. Raises WslfastError for a shape that has no rows."""
+    shapes, out = dict(signature), []
+    for name, shape in signature:
+        if "weight" not in name:
+            continue
+        require(len(shape) > 0 and 0 not in shape, f"{name!r} {list(shape)} has no channels to tokenise")
+        bias = name.replace("weight", "bias")
+        fits = bias not in shapes or shapes[bias] == (shape[0],)
+        require(fits, f"{bias!r}: expected [{shape[0]}] (a number a channel), got {list(shapes.get(bias, ()))}")
+        held = bias in shapes
+        out.append((name, bias if held else None, shape, shape[0], _size(shape) // shape[0] + held))
+    return out
+
+
+def numbers_of(architecture: Architecture) -> tuple[int, str, int]:
+    """How many numbers of a network have a token, and name and width of its last layer."""
+    layers = _layers(tuple((slot.name, tuple(slot.shape)) for slot in architecture.parameters))
+    require(bool(layers), f"architecture {architecture.name!r} has nothing to tokenise")
+    return sum(channels * width for *_, channels, width in layers), layers[-1][0], layers[-1][4]
 
 
 def _size(shape: Sequence[int]) -> int:
