@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 VARIABLE = "WSLFAST_SANE_SRC"
-PACKAGES = ("shrp", "SANE")
+PACKAGES = ("shrp", "SANE", "mzsane")
 
 
 def available() -> list[str]:
@@ -51,6 +51,7 @@ def _stand_in() -> None:
     _install("ray.actor", ActorHandle=object)
     _install("psutil")
     _install("rebasin", PermutationCoordinateDescent=object)
+    _install("rebasin.permutation_initializer", PermutationInitializer=object)
     _install("torchvision.transforms", RandomErasing=object)
     _install("torchvision.models.resnet", ResNet=torch.nn.Module, BasicBlock=torch.nn.Module, Bottleneck=torch.nn.Module)
 

@@ -12,7 +12,7 @@ from .patching import patched
 def main() -> None:
     """Runs the script that is named, with the patch on and the rest of the arguments as its own."""
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
-        print("usage: python -m wslfast.sane SCRIPT.py [ARGUMENTS]\n\nRuns a script of shrp, SANE, mzsane or sane 2.x with wslfast's patch on.")
+        print("usage: python -m wslfast.sane SCRIPT.py [ARGUMENTS]\n\nRuns a published script (shrp, SANE, mzsane, sane 2.x) on ours.")
         raise SystemExit(0 if len(sys.argv) > 1 else 2)
     script = Path(sys.argv[1])
     if not script.is_file():

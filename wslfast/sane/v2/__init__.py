@@ -17,7 +17,6 @@ from typing import Any
 from .classes import LOSSES, TRAINERS, class_of, register
 from .images import images_of, to_npz
 from .layout import Layout
-from .rebasin import apply_permutation, weight_matching
 from .tokenizers import detokenize_all, tokenize_all
 from .zoos import export_zoo, population
 
@@ -28,7 +27,6 @@ __all__ = [
     "SANEContrastiveTrainer",
     "SANEJointAlignmentTrainer",
     "SANETrainer",
-    "apply_permutation",
     "detokenize_all",
     "export_zoo",
     "images_of",
@@ -36,7 +34,6 @@ __all__ = [
     "register",
     "to_npz",
     "tokenize_all",
-    "weight_matching",
 ]  # fmt: skip
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..permutations import blocks
+from ..rebasin import weight_matching
 from .modules import copied, tensors_of
-from .rebasin import blocks, weight_matching
 
 
 def permute(self: Any, checkpoint: Any, *, original: Callable[..., Any]) -> list[Any]:

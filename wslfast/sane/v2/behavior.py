@@ -47,7 +47,8 @@ class Behavior:
             ``dataset.pt`` in the zoos' folders.
         criterion, temperature, nan_policy, backend: see :func:`wslfast.batched_behavioral_loss`.
         reduction: ``"mean"`` or ``"sum"`` over the networks of a batch.
-        normalize: None, or ``"batch"``: the value in units of what a reconstruction gives that outputs its original's mean (``"mse"`` alone).
+        normalize: None, or ``"batch"``: the value in units of what a reconstruction gives that outputs its original's mean (only for
+            ``"mse"``).
         statistics: of networks with batch norm, whose running statistics are in no token: ``"queries"``, those that each original has on
             the queries, for original and reconstruction alike; or ``"reference"``, those of ``zoo``'s network for all.
         tokenizer: ``"sparse"`` or ``"dense"``; by default told by the mask.
@@ -88,7 +89,13 @@ class Behavior:
         ):
             require(value in expected, f"{argument}: expected one of {list(expected)}, got {value!r}")
         require(normalize is None or criterion == "mse", f"normalize: 'batch' is defined for criterion 'mse', got {criterion!r}")
-        self.criterion, self.temperature, self.reduction, self.nan_policy, self.backend = criterion, temperature, reduction, nan_policy, backend
+        self.criterion, self.temperature, self.reduction, self.nan_policy, self.backend = (
+            criterion,
+            temperature,
+            reduction,
+            nan_policy,
+            backend,
+        )
         self.normalize, self.statistics, self.tokenizer = normalize, statistics, tokenizer
         images = None
         if queryset != "random":
@@ -129,8 +136,8 @@ class Behavior:
         return {"loss": loss, self.name: loss, **out}
 
     def values(self, parts: Sequence[tuple[Tensor, Tensor, Tensor | None, Tensor | None]], queries: Tensor) -> tuple[Tensor, Tensor | None]:
-        """One value a network ``[M]`` before any normalisation, in the batch's order (the first view's networks, then the second's), and for
-        criterion ``"mse"`` what each would be if its reconstruction output the mean."""
+        """One value a network ``[M]`` before any normalisation, in the batch's order (the first view's networks, then the second's);
+        and for criterion ``"mse"`` what each would be if its reconstruction output the mean."""
         groups, count = self._groups(parts)
         order = torch.tensor([j for group in groups for j in group.models], device=queries.device)
         values, units = [], []
@@ -206,8 +213,8 @@ class Behavior:
                         return networks, classes, layout
         known = ", ".join(f"{n.architecture(n.classes).name} ({n.numbers:,} numbers with {n.classes} classes)" for n in self.networks)
         raise WslfastError(
-            f"x: {masks.shape[1]} tokens of {masks.shape[2]} that hold {numbers:,} numbers are none of the zoo's networks: {known}. Is it a "
-            "window that does not cover the network, or are the tokens of another tokenizer?"
+            f"x: {masks.shape[1]} tokens of {masks.shape[2]} that hold {numbers:,} numbers are none of the zoo's networks: {known}. Is it "
+            "a window that does not cover the network, or are the tokens of another tokenizer?"
         )
 
     def _without_mask(self, x: Tensor) -> Tensor:
@@ -217,7 +224,9 @@ class Behavior:
         layouts = [networks.layout(kind, x.shape[2], networks.classes) for kind in kinds]
         fit = [layout for layout in layouts if layout.num_tokens == x.shape[1]]
         expected = " or ".join(str(layout.num_tokens) for layout in layouts)
-        require(len(fit) > 0, f"x: expected {expected} tokens of {x.shape[2]} (all of the network) where there is no mask, got {describe(x)}")
+        require(
+            len(fit) > 0, f"x: expected {expected} tokens of {x.shape[2]} (all of the network) where there is no mask, got {describe(x)}"
+        )
         return fit[0].on(x.device)[2].expand(len(x), -1, -1)
 
 
@@ -227,19 +236,19 @@ def _alike(models: Sequence[Model], keep: Tensor) -> list[list[int]]:
     found: dict[tuple[int, int], list[int]] = {}
     for j, model in enumerate(models):
         own = numbers[model.row] if model.places is None else int(keep.flatten(0, 1)[model.places.to(keep.device)].sum())
-        found.setdefault((model.count, own), []).append(j)
+        found.setdefault((model.tokens, own), []).append(j)
     return list(found.values())
 
 
 def _rows(models: Sequence[Model], t: int, device: torch.device) -> Callable[[Tensor], Tensor]:
     """What gathers the models' tokens ``[m, count, ...]`` out of a batch ``[B, T, ...]``."""
-    count, rows = models[0].count, [model.row for model in models]
+    count, rows = models[0].tokens, [model.row for model in models]
     if all(model.places is None for model in models):
         if rows == list(range(len(rows))):
             return lambda x: x[: len(rows), :count]
         index = torch.tensor(rows, device=device)
         return lambda x: x.index_select(0, index)[:, :count]
-    places = [torch.arange(m.row * t, m.row * t + m.count) if m.places is None else m.places for m in models]
+    places = [torch.arange(m.row * t, m.row * t + m.tokens) if m.places is None else m.places for m in models]
     together = torch.stack(places).to(device)
     return lambda x: x.flatten(0, 1)[together]
 

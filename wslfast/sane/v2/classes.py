@@ -101,7 +101,7 @@ def _trainer(name: str, base: Any) -> type:
     from ..patching import patch
 
     class Trainer(base):  # type: ignore[misc, valid-type]
-        __doc__ = f"""``sane.trainer.{name}`` on ours: setting it up patches the process it runs in and makes our losses known to its config.
+        __doc__ = f"""``sane.trainer.{name}`` on ours: setting it up patches its process and makes our losses known to its config.
 
         A config that says ``trainer: {_HOME}.{name}`` needs nothing else, and a worker of ray, which imports the package anew, has it too.
         """

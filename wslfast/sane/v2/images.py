@@ -55,12 +55,12 @@ def to_npz(source: str | Path, out: str | Path) -> Path:
     parts = images_of(source)
     unlabelled = [split for split, (_, labels) in parts.items() if labels is None]
     require(not unlabelled, f"{source}: {unlabelled} hold no labels, which a zoo's data set needs")
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     for split, (images, labels) in parts.items():
         assert labels is not None
         arrays |= {f"{split}_images": images.numpy(), f"{split}_labels": labels.numpy()}
     content = io.BytesIO()
-    np.savez(content, **arrays)
+    np.savez(content, **arrays)  # type: ignore[arg-type]  # its stub takes every keyword for allow_pickle
     write_bytes(Path(out), content.getvalue())
     return Path(out)
 

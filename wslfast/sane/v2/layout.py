@@ -40,8 +40,8 @@ class Layout:
         kind: ``"dense"`` or ``"sparse"``.
         token_size: D.
         signature: names and shapes, in the order of a state dict.
-        offsets: where each tensor begins in a row of weights ``[P]``; by default rows hold the tokenised tensors alone, each weight followed
-            by its bias.
+        offsets: where each tensor begins in a row of weights ``[P]``; by default rows hold the tokenised tensors alone, each weight before
+            its bias.
         num_weights: P, where ``offsets`` is given.
 
     Attributes:
@@ -61,7 +61,9 @@ class Layout:
         require(whole, f"token size: expected a positive integer, got {token_size!r}")
         self.kind, self.token_size = kind, token_size
         shapes = dict(signature)
-        layers, parts, places = [], [], []
+        layers: list[Layer] = []
+        parts: list[Tensor] = []
+        places: list[Tensor] = []
         at, token = 0, 0
         names: list[str] = []
         for name, bias, shape, channels, width in _layers(signature):
@@ -214,7 +216,7 @@ class _Join(torch.autograd.Function):
 
 
 def _layers(signature: Signature) -> list[tuple[str, str | None, tuple[int, ...], int, int]]:
-    """``(name, bias, shape, channels, width)`` of every tensor with "weight" in its name. Raises WslfastError for a shape that has no rows."""
+    """``(name, bias, shape, channels, width)`` of every tensor with "weight" in its name. Raises WslfastError where one has no rows."""
     shapes, out = dict(signature), []
     for name, shape in signature:
         if "weight" not in name:

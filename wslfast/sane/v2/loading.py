@@ -1,4 +1,4 @@
-"""Checkpoints of a zoo from disk, for ``sane`` 2.x: files of equal structure are read without unpickling, and no file is parsed for one line.
+"""Checkpoints of a zoo from disk, for ``sane`` 2.x: files of equal structure are read without unpickling.
 
 ``torch.load`` runs a pickle program in Python for every file. The programs of a zoo's checkpoints are equal byte for byte: the first is run
 by torch, and what it made of which stored block is remembered. A file with another program goes to torch again.
@@ -118,8 +118,8 @@ def _leaves(value: Any, into: list[Any]) -> bool:
         into.append(value)
         return True
     if isinstance(value, dict):
-        return all(isinstance(key, str) for key in value) and all([_leaves(v, into) for v in value.values()])
-    return type(value) in (list, tuple) and all([_leaves(v, into) for v in value])
+        return all(isinstance(key, str) for key in value) and all(_leaves(v, into) for v in value.values())
+    return type(value) in (list, tuple) and all(_leaves(v, into) for v in value)
 
 
 def _filled(value: Any, tensors: Any) -> Any:
@@ -236,7 +236,9 @@ def network(config: dict[str, Any], state: dict[str, Tensor], build: Callable[..
     template = _templates[key]
     if template is None or list(state) != list(template.tensors):
         return None
-    fits = all(type(t) is Tensor and t.shape == old.shape and t.dtype == old.dtype for t, old in zip(state.values(), template.tensors.values()))
+    fits = all(
+        type(t) is Tensor and t.shape == old.shape and t.dtype == old.dtype for t, old in zip(state.values(), template.tensors.values())
+    )
     if not fits:
         return None
     _advance(template.draws)

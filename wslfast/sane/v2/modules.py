@@ -36,7 +36,7 @@ def _copied(module: nn.Module, tensors: Mapping[int, Tensor], memo: dict[int, An
     if id(module) in memo:
         return memo[id(module)]  # type: ignore[no-any-return]
     kind = type(module)
-    if _copies_itself(kind):
+    if _copies_itself(kind):  # type: ignore[arg-type]  # a class is hashed as an object, whatever its instances do
         for t in (*module.parameters(), *module.buffers()):
             memo.setdefault(id(t), _tensor(t, tensors, memo))
         return copy.deepcopy(module, memo)

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import augmentation, loading, losses, rebasin, tokenizers
+from .. import permutations, rebasin
+from . import augmentation, loading, losses, tokenizers
 
 PACKAGE = "sane"
 _MARKS = ("orchestrator.py", "data/tokenizers/base.py")  # files by which the package is told from others of its name
@@ -22,7 +23,7 @@ TABLE: dict[str, tuple[str, Callable[..., Any]]] = {
     f"{_AUGMENTATION}.PermutationAugmentation.forward": ("self, checkpoint", augmentation.permute),
     f"{_AUGMENTATION}.CheckpointAligner.forward": ("self, checkpoint", augmentation.align),
     "utils.git_re_basin.weight_matching": ("ps, params_a, params_b, max_iter=100, init_perm=None", rebasin.weight_matching),
-    "utils.git_re_basin.apply_permutation": ("ps, perm, params", rebasin.apply_permutation),
+    "utils.git_re_basin.apply_permutation": ("ps, perm, params", permutations.apply_permutation),
     "loss.reconstruction.MSEReconstructionLoss.forward": (_TENSORS, losses.reconstruct),
     "loss.contrastive.NTXentLoss.forward": (_TENSORS, losses.contrast),
     "data.datasets.zoo_dataset.ZooDataset.__getitem__": ("self, index", loading.item),

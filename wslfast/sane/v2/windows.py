@@ -11,10 +11,10 @@ from ...errors import WslfastError
 
 
 class Model(NamedTuple):
-    """One network of a batch: where its tokens lie in the flat batch ``[B T]``, in order, or None for the first ``count`` of row ``row``."""
+    """One network of a batch: where its tokens lie in the flat batch ``[B T]``, in order; None: the first ``tokens`` of ``row``."""
 
     row: int
-    count: int
+    tokens: int
     places: Tensor | None
 
 
@@ -65,6 +65,6 @@ def models_of(mask: Tensor, positions: Tensor | None) -> list[Model]:
 def _partial(row: int, first: int, last: int, begun: tuple[int, list[Tensor], int] | None) -> str:
     before = "the batch begins with it" if begun is None else f"the window before it ends with token {begun[2] - 1}"
     return (
-        f"x: row {row} is a window of tokens {first} to {last} of a network, and {before}. Behavior is that of whole networks: set window_size "
-        "to all their tokens (num_windows_per_model: 1), or pass the windows of each network one after another, unshuffled"
+        f"x: row {row} is a window of tokens {first} to {last} of a network, and {before}. Behavior is that of whole networks: set "
+        "window_size to all their tokens (num_windows_per_model: 1), or pass the windows of each network one after another, unshuffled"
     )

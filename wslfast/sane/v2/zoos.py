@@ -56,7 +56,9 @@ def population(source: Any, input_shape: Sequence[int] | None = None) -> Populat
 
 
 def _checkpoints(source: Any) -> Iterator[Any]:
-    require(hasattr(source, "__len__") and hasattr(source, "__getitem__"), f"source: expected a data set of checkpoints, got {describe(source)}")
+    require(
+        hasattr(source, "__len__") and hasattr(source, "__getitem__"), f"source: expected a data set of checkpoints, got {describe(source)}"
+    )
     for j in range(len(source)):
         item = source[j]
         item = item[0] if isinstance(item, (list, tuple)) else item

@@ -1,8 +1,8 @@
-"""Git Re-Basin (Ainsworth et al. 2023) as ``sane`` 2.x has it: the same assignments from the same draws, and a whole zoo at once.
+"""Weight matching of Git Re-Basin (Ainsworth et al. 2023), as every published package has it: the same assignments from the same draws.
 
-:func:`weight_matching` takes the published steps in the published order and keeps what did not change since it was computed: a product
-of two layers while the permutations next to it stand still, an assignment while its matrix does. Products are torch's own on the same
-operands, so that permutations and random draws agree with the published function's to the bit.
+It takes the published steps in the published order and keeps what did not change since it was computed: a product of two layers while
+the permutations next to it stand still, an assignment while its matrix does. Products are torch's own on the same operands, so that
+permutations and random draws agree with the published function's to the bit.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import WslfastError, describe, require
+from ..errors import WslfastError, describe, require
+from .permutations import blocks, get_permuted_param
 
 State = Mapping[str, Tensor]
 Permutation = dict[str, Tensor]
@@ -103,7 +104,10 @@ class _Reference(_Side):
         self.plan = plan
         self.copy = {name: params[name].detach().clone() for name in plan.tensors}
         super().__init__(plan, self.copy)
-        self.laid = {p: [w.t() if t.turned else w.reshape(t.shape[0], -1) for t, w in zip(plan.terms[p], ws)] for p, ws in self.matrices.items()}
+        self.laid = {
+            p: [w.t() if term.turned else w.reshape(term.shape[0], -1) for term, w in zip(plan.terms[p], matrices)]
+            for p, matrices in self.matrices.items()
+        }
 
     def is_of(self, spec: Any, params: State) -> bool:
         """Whether these are the numbers, and the spec, that it was made of."""
@@ -124,12 +128,6 @@ def _reference(spec: Any, params: State, keep: bool) -> _Reference:
     if keep:
         _last[:] = [made]
     return made
-
-
-def blocks(index: Tensor, size: int) -> Tensor:
-    """A permutation of ``len(index)`` channels as one of the ``size`` numbers of an axis on which each has a block."""
-    width = size // len(index)
-    return (index.unsqueeze(1) * width + torch.arange(width, device=index.device)).flatten()
 
 
 @torch.no_grad()
@@ -197,8 +195,9 @@ def weight_matching(
 def _check(a: _Reference, params: State) -> None:
     for name, value in a.copy.items():
         other = params[name]
-        if not (value.dtype == other.dtype == torch.float32 and value.shape == other.shape and other.device.type == value.device.type == "cpu"):
-            raise WslfastError(f"{name!r}: expected two float32 tensors of one shape on the CPU, got {describe(value)} and {describe(other)}")
+        same = value.dtype == other.dtype == torch.float32 and value.shape == other.shape
+        if not same or value.device.type != "cpu" or other.device.type != "cpu":
+            raise WslfastError(f"{name!r}: expected float32 tensors of one shape on the CPU, got {describe(value)} and {describe(other)}")
 
 
 def objective(ps: Any, params_a: State, params_b: State, perm: Mapping[str, Tensor]) -> float:
@@ -206,28 +205,5 @@ def objective(ps: Any, params_a: State, params_b: State, perm: Mapping[str, Tens
     total = 0.0
     for name in ps.axes_to_perm:
         if name in params_a and params_a[name].is_floating_point():
-            total += float((params_a[name].double() * permuted(ps, perm, name, params_b).double()).sum())
+            total += float((params_a[name].double() * get_permuted_param(ps, perm, name, params_b).double()).sum())
     return total
-
-
-def permuted(ps: Any, perm: Mapping[str, Tensor], k: str, params: State, except_axis: int | None = None) -> Tensor:
-    """Tensor ``k`` with every axis but ``except_axis`` permuted; an axis that is a multiple of its permutation moves in blocks."""
-    w = params[k]
-    for axis, p in enumerate(ps.axes_to_perm[k]):
-        if axis == except_axis or p is None:
-            continue
-        index, size = perm[p].long(), w.shape[axis]
-        require(size % len(index) == 0, f"params: axis {axis} of {k!r} {list(w.shape)} does not divide into {len(index)} blocks ({p})")
-        w = w.index_select(axis, index if size == len(index) else blocks(index, size))
-    return w
-
-
-def apply_permutation(ps: Any, perm: Mapping[str, Tensor], params: State, *, original: Any = None) -> dict[str, Tensor]:
-    """The state dict with its channels permuted: new channel c is old channel ``perm[p][c]``."""
-    try:
-        index = {p: value.long() for p, value in perm.items()}
-        return {k: permuted(ps, index, k, params) for k in params}
-    except (WslfastError, KeyError, IndexError, RuntimeError):
-        if original is None:
-            raise
-        return original(ps, perm, params)  # type: ignore[no-any-return]
