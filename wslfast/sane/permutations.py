@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import require
+from ..errors import WslfastError, require
 from .checkpoints import tokenize_checkpoint, tokens_to_checkpoint
 from .semantics import Choice, resolve
 
@@ -158,14 +158,15 @@ def get_permuted_param(
     Raises:
         WslfastError: for a tensor that the spec does not know, or an axis that no block fits.
     """
-    require(k in ps.axes_to_perm, f"params: {k!r} is not in the permutation spec {list(ps.axes_to_perm)[:4]}...")
+    require(k in ps.axes_to_perm, lambda: f"params: {k!r} is not in the permutation spec {list(ps.axes_to_perm)[:4]}...")
     w = params[k]
     for axis, p in enumerate(ps.axes_to_perm[k]):
         if axis == except_axis or p is None:
             continue
         index = perm[p].to(w.device).long()
-        size = w.shape[axis]
-        require(size % len(index) == 0, f"params: axis {axis} of {k!r} {list(w.shape)} does not divide into {len(index)} blocks ({p})")
+        size, n = w.shape[axis], len(index)
+        if size % n:
+            raise WslfastError(f"params: axis {axis} of {k!r} {list(w.shape)} does not divide into {n} blocks ({p})")
         w = w.index_select(axis, index if size == len(index) else blocks(index, size))
     return w
 
@@ -178,7 +179,8 @@ def blocks(index: Tensor, size: int) -> Tensor:
 
 def apply_permutation(ps: PermutationSpec, perm: Permutation, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state dict with its channels permuted: new channel c is old channel ``perm[p][c]``."""
-    return {k: get_permuted_param(ps, perm, k, params) for k in params}
+    index = {p: value.long() for p, value in perm.items()}
+    return {k: get_permuted_param(ps, index, k, params) for k in params}
 
 
 # -- views as index maps -----------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import WslfastError, describe, require
-from .permutations import blocks, get_permuted_param
+from .permutations import get_permuted_param
 
 State = Mapping[str, Tensor]
 Permutation = dict[str, Tensor]
@@ -46,18 +46,22 @@ class _Term(NamedTuple):
     turned: bool
     moves: tuple[tuple[int, str, bool], ...]
 
-    def of(self, params: State) -> Tensor:
-        w = params[self.name]
+    def of(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The tensor with its axes in the order that is multiplied, nothing permuted."""
+        w = arrays[self.name]
         if self.turned:
             return w
-        return w.reshape(self.shape) if self.axis == 0 else torch.moveaxis(w, self.axis, 0).reshape(self.shape)
+        return w.reshape(self.shape) if self.axis == 0 else np.moveaxis(w, self.axis, 0).reshape(self.shape)
 
-    def permuted(self, w: Tensor, index: Mapping[str, Tensor]) -> Tensor:
-        """``[n, rest]`` of what :meth:`of` gave."""
+    def permuted(self, w: np.ndarray, places: Mapping[str, np.ndarray]) -> Tensor:
+        """``[n, rest]`` of what :meth:`of` gave; numpy gathers small arrays in a fourth of the time that torch takes."""
         for axis, q, repeated in self.moves:
-            which = index[q]
-            w = w.index_select(axis, blocks(which, w.shape[axis]) if repeated else which)
-        return w.t() if self.turned else w.reshape(self.shape[0], -1)
+            which = places[q]
+            if repeated:
+                width = w.shape[axis] // len(which)
+                which = (which[:, None] * width + np.arange(width)).ravel()
+            w = w.take(which, axis)
+        return torch.from_numpy(w).t() if self.turned else torch.from_numpy(w.reshape(self.shape[0], -1))
 
 
 class _Plan:
@@ -94,7 +98,8 @@ class _Side:
     """The matrices of one state dict, by permutation and in the spec's order."""
 
     def __init__(self, plan: _Plan, params: State) -> None:
-        self.matrices = {p: [term.of(params) for term in terms] for p, terms in plan.terms.items()}
+        arrays = {name: np.ascontiguousarray(params[name].detach().numpy()) for name in plan.tensors}
+        self.matrices = {p: [term.of(arrays) for term in terms] for p, terms in plan.terms.items()}
 
 
 class _Reference(_Side):
@@ -105,7 +110,7 @@ class _Reference(_Side):
         self.copy = {name: params[name].detach().clone() for name in plan.tensors}
         super().__init__(plan, self.copy)
         self.laid = {
-            p: [w.t() if term.turned else w.reshape(term.shape[0], -1) for term, w in zip(plan.terms[p], matrices)]
+            p: [term._replace(moves=()).permuted(w, {}) for term, w in zip(plan.terms[p], matrices)]
             for p, matrices in self.matrices.items()
         }
 
@@ -158,8 +163,7 @@ def weight_matching(
     plan = a.plan
     perm: Permutation = {p: torch.arange(n) for p, n in plan.sizes.items()} if init_perm is None else init_perm
     names = list(perm)
-    index = {p: value.long() for p, value in perm.items()}
-    places = {p: value.numpy() for p, value in index.items()}
+    places = {p: value.long().numpy() for p, value in perm.items()}
     gains = {p: np.empty((n, n), np.float32) for p, n in plan.sizes.items()}
     products: dict[str, list[Any]] = {p: [None] * len(plan.terms[p]) for p in names}
     waiting = set(names)  # whose matrix is not the one that the assignment in force was made of
@@ -174,12 +178,12 @@ def weight_matching(
             gain.fill(0)
             for i, product in enumerate(mine):
                 if product is None:
-                    moved = plan.terms[p][i].permuted(b.matrices[p][i], index)
+                    moved = plan.terms[p][i].permuted(b.matrices[p][i], places)
                     mine[i] = product = torch.mm(a.laid[p][i], moved.t()).numpy()
                 gain += product
             found, before = assign(gain, maximize=True)[1], places[p]
             if (found != before).any():
-                places[p], index[p] = found, torch.from_numpy(found)
+                places[p] = found
                 if not progress:
                     new, old = (torch.from_numpy(gain.take(plan.rows[p] + which)).sum() for which in (found, before))
                     progress = bool(new > old + 1e-12)
