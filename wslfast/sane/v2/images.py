@@ -21,6 +21,7 @@ from ...zoo.importers.inert import InertFile, StoredTensor, Stub
 
 FILE = "dataset.pt"
 SPLITS = {"train": "trainset", "val": "valset", "test": "testset"}
+_MOST_IMAGES = 1 << 26
 Pair = tuple[Tensor, Tensor | None]
 
 
@@ -142,8 +143,11 @@ def _labels(value: Any) -> Tensor:
 def _numbers(value: Any) -> list[int]:
     if isinstance(value, StoredTensor):
         return value.tensor().long().flatten().tolist()
-    if isinstance(value, Stub) and value.kind == "builtins.range":
-        return list(range(*value.arguments))
+    if isinstance(value, Stub) and value.kind in ("builtins.range", "__builtin__.xrange", "__builtin__.range"):
+        require(all(type(v) is int and abs(v) < 1 << 31 for v in value.arguments), "a range of no whole numbers")
+        span = range(*value.arguments)
+        require(len(span) <= _MOST_IMAGES, f"a range of {len(span):,} images")  # a file is not to fill the memory
+        return list(span)
     require(isinstance(value, (list, tuple)), f"expected numbers, got {describe(value)}")
     out = [v.tensor() if isinstance(v, StoredTensor) else v for v in value]
     require(all(isinstance(v, (int, Tensor)) for v in out), "expected whole numbers")
