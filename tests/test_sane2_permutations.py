@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,7 +25,7 @@ def _mlp(seed: int, width: int = 12) -> dict[str, torch.Tensor]:
     sizes = [5, width, width, width, 3]
     return {
         f"layer{i}.{part}": torch.randn(*shape)
-        for i, (a, b) in enumerate(zip(sizes, sizes[1:]))
+        for i, (a, b) in enumerate(pairwise(sizes))
         for part, shape in (("weight", (b, a)), ("bias", (b,)))
     }
 
