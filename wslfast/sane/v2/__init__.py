@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .classes import LOSSES, TRAINERS, class_of, register
+from .classes import LOSSES, class_of, register
 from .images import images_of, to_npz
 from .layout import Layout
 from .tokenizers import detokenize_all, tokenize_all
@@ -38,6 +38,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in LOSSES + TRAINERS:
+    if name in LOSSES:
         return class_of(name)
+    if name in __all__:  # a trainer; it patches, and the patch knows the losses above
+        from .trainers import trainer_of
+
+        return trainer_of(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The classes that stand among those of ``sane`` 2.x: losses in its ``sane.loss``, trainers for its configs.
+"""The losses that stand among those of ``sane`` 2.x, in its ``sane.loss``.
 
 Their bases are the installed package's, so they are made when they are first asked for.
 """
@@ -14,31 +14,35 @@ from ...losses import term_weights
 from .behavior import Behavior
 
 LOSSES = ("BehavioralLoss", "GammaContrastReconBehavioralLoss")
-TRAINERS = ("SANETrainer", "SANEContrastiveTrainer", "SANEJointAlignmentTrainer")
-_HOME = "wslfast.sane.v2"
+HOME = "wslfast.sane.v2"
 _made: dict[tuple[str, int], type] = {}
 
 
 def class_of(name: str) -> type:
-    """The class of this name. Raises WslfastError where ``sane`` 2.x is not installed."""
-    require(name in LOSSES + TRAINERS, f"expected one of {[*LOSSES, *TRAINERS]}, got {name!r}")
-    base = _published("sane.loss.loss" if name in LOSSES else "sane.trainer", "SANELoss" if name in LOSSES else name)
+    """The loss of this name. Raises WslfastError where ``sane`` 2.x is not installed."""
+    require(name in LOSSES, f"expected one of {list(LOSSES)}, got {name!r}")
+    base = published("sane.loss.loss", "SANELoss")
     key = name, id(base)
     if key not in _made:
-        made = _behavioral(base) if name == "BehavioralLoss" else _composite() if name in LOSSES else _trainer(name, base)
-        made.__module__, made.__qualname__, made.__name__ = _HOME, name, name
-        _made[key] = made
+        _made[key] = at_home(_behavioral(base) if name == "BehavioralLoss" else _composite(), name)
     return _made[key]
+
+
+def at_home(made: type, name: str) -> type:
+    """The class under the name by which pickles and configs find it."""
+    made.__module__, made.__qualname__, made.__name__ = HOME, name, name
+    return made
 
 
 def register() -> None:
     """Puts the losses into ``sane.loss``, where the trainers look for the class that a yaml names."""
-    home = importlib.import_module("sane.loss") if _published("sane.loss.loss", "SANELoss") else None
+    home = importlib.import_module("sane.loss") if published("sane.loss.loss", "SANELoss") else None
     for name in LOSSES:
         setattr(home, name, class_of(name))
 
 
-def _published(module: str, name: str) -> Any:
+def published(module: str, name: str) -> Any:
+    """A name of the installed package. Raises WslfastError where it is missing."""
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
@@ -59,8 +63,8 @@ def _behavioral(base: Any) -> type:
 
 
 def _composite() -> type:
-    composite = _published("sane.loss.loss", "CompositeLoss")
-    contrast, structure = _published("sane.loss.contrastive", "NTXentLoss"), _published("sane.loss.reconstruction", "MSEReconstructionLoss")
+    composite = published("sane.loss.loss", "CompositeLoss")
+    contrast, structure = published("sane.loss.contrastive", "NTXentLoss"), published("sane.loss.reconstruction", "MSEReconstructionLoss")
 
     class GammaContrastReconBehavioralLoss(composite):  # type: ignore[misc, valid-type]
         """Contrast, structure and behavior in one: ``gamma C + (1 - gamma) (beta S + (1 - beta) B)``, as arXiv 2503.17138 weighs them.
@@ -95,20 +99,3 @@ def _composite() -> type:
             super().__init__(name, losses, [float(weight) for weight in weights])
 
     return GammaContrastReconBehavioralLoss
-
-
-def _trainer(name: str, base: Any) -> type:
-    from ..patching import patch
-
-    class Trainer(base):  # type: ignore[misc, valid-type]
-        __doc__ = f"""``sane.trainer.{name}`` on ours: setting it up patches its process and makes our losses known to its config.
-
-        A config that says ``trainer: {_HOME}.{name}`` needs nothing else, and a worker of ray, which imports the package anew, has it too.
-        """
-
-        def setup(self, config: Any) -> None:
-            patch()
-            register()
-            super().setup(config)
-
-    return Trainer
