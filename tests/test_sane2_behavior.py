@@ -246,6 +246,7 @@ def test_it_composes_and_scripts_find_it_by_name(sane2: SimpleNamespace, tmp_pat
         assert {"loss", "loss_both", "loss_mine", "loss_mse_reconstruction"} <= set(whole({**parts, "z": z}))
         assert type(pickle.loads(pickle.dumps(made))) is v2.BehavioralLoss
         assert type(copy.deepcopy(made)) is v2.BehavioralLoss
+        assert pickle.loads(pickle.dumps(v2.SANETrainer)) is v2.SANETrainer  # as a worker of ray finds it
     finally:
         if patching._active is not None:
             patching._active.undo()

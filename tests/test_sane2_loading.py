@@ -18,7 +18,7 @@ import wslfast
 from wslfast.errors import WslfastError
 from wslfast.sane import v2
 from wslfast.sane.v2 import images, loading
-from wslfast.zoo import save_zoo
+from wslfast.zoo import import_zoo, save_zoo
 from wslfast.zoo.splits import Split
 
 SMALL = {"model::type": "Small", "model::o_dim": 3}
@@ -131,7 +131,7 @@ def test_an_item_of_a_zoo_is_the_published_one_and_draws_as_much(sane2: SimpleNa
     for seed in range(3):
         torch.manual_seed(seed)
         models.append(sane2.zoo_dataset_models.get_model(config))
-    infos = [trial(tmp_path, config, model, epoch=seed, name=f"NN_{seed}") for seed, model in enumerate(models)]
+    infos = [trial(tmp_path, {**config, "lr": 0.1 * seed}, model, epoch=seed, name=f"NN_{seed}") for seed, model in enumerate(models)]
     theirs = sane2.zoo_dataset.ZooDataset
     data, original = theirs(infos), theirs.__getitem__
     for index in (0, 1, 2, 1):
@@ -144,6 +144,7 @@ def test_an_item_of_a_zoo_is_the_published_one_and_draws_as_much(sane2: SimpleNa
         assert found.metadata == expected.metadata
         assert found.model.training
         assert all(p.requires_grad for p in found.model.parameters())
+    assert len(loading._templates) == 1
     assert all(template is not None for template in loading._templates.values())
     data.augmentations = augmented = _Twice(theirs(infos, None))
     assert loading.item(data, 0, original=original) == "augmented"
@@ -320,6 +321,13 @@ def test_our_zoos_are_read_by_their_data_set_and_theirs_are_a_population(sane2: 
     assert back.architecture.layers == population.architecture.layers
     with pytest.raises(WslfastError, match="at least one checkpoint"):
         v2.population([])
+    # and the tree comes in as any ray tree does, with the images of its dataset.pt
+    pixels, labels = torch.rand(40, 3, 32, 32) * 2 - 1, torch.arange(40) % 10
+    images.write({"train": (pixels, labels), "test": (pixels, labels)}, tmp_path / "tree")
+    archive = v2.to_npz(tmp_path / "tree", tmp_path / "images.npz")
+    done = import_zoo(tmp_path / "tree", tmp_path / "again", dataset=archive)
+    assert (done.rows, done.models, dict(done.skipped)) == (3, 2, {})
+    assert torch.equal(wslfast.load_zoo(tmp_path / "again").weights, population.weights)
 
 
 @pytest.mark.slow

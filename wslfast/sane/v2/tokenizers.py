@@ -32,16 +32,17 @@ def tokenize(self: Any, statedict: State, *, original: Callable[..., Any]) -> An
     """A state dict's ``(tokens, mask, position)``, or a list of one such tuple a layer, to the bit as published."""
     kind = kind_of(self)
     layout = None if kind is None else _layout(kind, self.tokensize, statedict)
-    device = torch.device(self.device) if layout is not None else None
-    if layout is None or (self.padding != "zero" and not _pads(self)) or not _plain(statedict, layout, device):
+    if layout is None or not _plain(statedict, layout):
         return original(self, statedict)
-    assert device is not None
-    take, _, mask, positions = layout.on(device)
+    device, first = torch.device(self.device), statedict[layout.names[0]]
+    _, _, mask, positions = layout.on(device)
     if self.padding == "zero":
-        first = statedict[layout.names[0]]
         parts = [statedict[name].reshape(-1) for name in layout.names]
-        tokens = torch.cat([*parts, first.new_zeros(1)]).index_select(0, take).view(-1, layout.token_size)
+        numbers = torch.cat([*parts, first.new_zeros(1)])
+        tokens = numbers.index_select(0, layout.on(first.device)[0]).view(-1, layout.token_size).to(device)
     else:
+        if not _pads(self) or first.device.type != device.type:  # it pads where the tokens are to be
+            return original(self, statedict)
         tokens = torch.cat([self.pad(rows, fill).reshape(-1, layout.token_size) for rows, fill in _rows(statedict, layout)])
     if kind == "dense":
         tokens = tokens.to(torch.float32)
@@ -161,13 +162,11 @@ def _layout(kind: str, token_size: Any, state: Any) -> Layout | None:
         return None
 
 
-def _plain(state: State, layout: Layout, device: torch.device | None) -> bool:
-    """Whether all tokenised tensors lie on the tokenizer's device, in one floating dtype."""
+def _plain(state: State, layout: Layout) -> bool:
+    """Whether all tokenised tensors lie on one device, in one floating dtype."""
     first = state[layout.names[0]]
     kind, place = first.dtype, first.device
-    if not kind.is_floating_point or device is None or place.type != device.type:
-        return False
-    return all(state[name].dtype == kind and state[name].device == place for name in layout.names)
+    return kind.is_floating_point and all(state[name].dtype == kind and state[name].device == place for name in layout.names)
 
 
 def _pads(tokenizer: Any) -> bool:
