@@ -248,8 +248,8 @@ def test_it_composes_and_scripts_find_it_by_name(sane2: SimpleNamespace, tmp_pat
         assert type(copy.deepcopy(made)) is v2.BehavioralLoss
         assert pickle.loads(pickle.dumps(v2.SANETrainer)) is v2.SANETrainer  # as a worker of ray finds it
     finally:
-        if patching._active is not None:
-            patching._active.undo()
+        if (on := patching.current()) is not None:
+            on.undo()
     images = trainer.loss_fn.losses[2].queries.images
     assert images.shape == (9, 3, 32, 32)
 

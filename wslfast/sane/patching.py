@@ -178,6 +178,11 @@ def patched(*, semantics: Choice = "published", strict: bool = False, **flags: b
             handle.undo()
 
 
+def current() -> Patch | None:
+    """The handle of the patch that is on, if one is."""
+    return _active
+
+
 def report() -> list[dict[str, Any]]:
     """What is replaced at the moment: ``{"package", "name", "places"}`` each; empty where no patch is on."""
     return [] if _active is None else _active.replaced

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...errors import require
-from ..patching import patch
+from ..patching import current, patch
 from .classes import HOME, at_home, published, register
 
 TRAINERS = ("SANETrainer", "SANEContrastiveTrainer", "SANEJointAlignmentTrainer")
@@ -30,7 +30,8 @@ def _trainer(name: str, base: Any) -> type:
         """
 
         def setup(self, config: Any) -> None:
-            patch()
+            if current() is None:  # one with other semantics serves this package as well
+                patch()
             register()
             super().setup(config)
 
