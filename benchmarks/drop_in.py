@@ -24,11 +24,13 @@ import wslfast
 from wslfast import sane
 from wslfast.permutation import random_views
 from wslfast.population import unstack
+from wslfast.sane import multizoo, rebasin, unscaled
 
 from . import published_code
 
 ARCHITECTURES = {"CNN": wslfast.Architecture.cnn(), "CNN3": wslfast.Architecture.cnn3(), "LeNet5": wslfast.Architecture.lenet5()}
 SPECS = {"CNN": "zoo_cnn_permutation_spec", "CNN3": "zoo_cnn_large_permutation_spec", "LeNet5": "zoo_lenet_permutation_spec"}
+HEAD = "| item | their value | ours | relative difference | their time | ours | ratio |\n|---|---|---|---|---|---|---|"
 LOSSES = ("l2", "cross_entropy", "distillation")
 PAPER = {
     "seed": 2020, "device": "cpu", "training::precision": "amp", "ae:i_dim": 289, "ae:lat_dim": 64, "ae:max_positions": [500, 50, 100],
@@ -104,36 +106,53 @@ def behaviour_rows(package: str, k: int, n: int) -> Iterator[tuple[str, Callable
             yield f"`DistillationLoss` {loss}, {name}, {k} models, {n} queries", runs[0], runs[1]
 
 
+class _Ours:
+    """What takes the place of a package's names: a module of ours, and ``wslfast.sane`` for the rest."""
+
+    def __init__(self, package: str) -> None:
+        self._modules = ({"SANE": unscaled, "mzsane": multizoo}.get(package, sane), sane)
+
+    def __getattr__(self, name: str) -> Any:
+        return next(getattr(m, name) for m in self._modules if hasattr(m, name))
+
+
 def part_rows(package: str) -> Iterator[tuple[str, Callable[[], float], Callable[[], float]]]:
     """Tokens, permutations, structure, contrast, autoencoder, probe."""
     loss, tokens = published_code.module(package, "models.def_loss"), published_code.module(package, "datasets.dataset_auxiliaries")
-    basin = published_code.module(package, "git_re_basin.git_re_basin")
+    basin, ours = published_code.module(package, "git_re_basin.git_re_basin"), _Ours(package)
+    paper, multi = package == "shrp", package == "mzsane"
     for name in ARCHITECTURES:
         checkpoint, _, x, mask, p = case(name, 16)
         size = x.shape[2]
+        other = {n: v[0] for n, v in unstack(ARCHITECTURES[name].initial_weights(["kaiming_uniform"], [99]), ARCHITECTURES[name]).items()}
         sides = [
-            (tokens, lambda name=name: getattr(basin, SPECS[name])(), basin.apply_permutation),
-            (sane, lambda name=name: getattr(sane, SPECS[name])(), sane.apply_permutation),
+            (tokens, getattr(basin, SPECS[name], getattr(sane, SPECS[name]))(), basin),  # SANE has no spec of LeNet-5
+            (ours, getattr(sane, SPECS[name])(), sane),
         ]
         for title, run in (
             ("tokenize_checkpoint", lambda s, c=checkpoint, d=size: s[0].tokenize_checkpoint(c, d)[0].square().sum()),
             ("tokens_to_checkpoint", lambda s, c=checkpoint, x=x, p=p: _squares(s[0].tokens_to_checkpoint(x[0], p[0], c))),
             ("apply_permutation", lambda s, c=checkpoint: _permuted(s, c)),
+            ("weight_matching", lambda s, c=checkpoint, o=other: _matched(s, c, o)),
         ):
             yield f"`{title}` {name}", *(lambda s=s, run=run: run(s) for s in sides)  # type: ignore[misc]
     _, _, x, mask, p = case("CNN3", 16)
     z = torch.randn(16, 30)
     for reduction in ("mean", "sum"):
-        pair = [m.MaskedReconLoss(reduction) for m in (loss, sane)]
+        pair = [m.MaskedReconLoss(reduction, *([True] if multi else [])) for m in (loss, ours)]
         for made in pair:
             made.scale = 1.0
-        yield f"`MaskedReconLoss` {reduction}", *(lambda m=m: m(1.1 * x + 0.01, x, mask, p)["loss_recon"] for m in pair)  # type: ignore[misc]
-        yield f"its `rsq` ({reduction})", *(lambda m=m: m(1.1 * x + 0.01, x, mask, p)["rsq"] for m in pair)  # type: ignore[misc]
+        more = (p,) if paper else ()
+        title = f"`MaskedReconLoss` {reduction}{', standardised' if multi else ''}"
+        yield title, *(lambda m=m, more=more: m(1.1 * x + 0.01, x, mask, *more)["loss_recon"] for m in pair)  # type: ignore[misc]
+        yield f"its `rsq` ({reduction})", *(lambda m=m, more=more: m(1.1 * x + 0.01, x, mask, *more)["rsq"] for m in pair)  # type: ignore[misc]
     for title in ("NT_Xent", "NT_Xent_pos"):
-        pair = [getattr(m, title)(8, 0.1) for m in (loss, sane)]
+        pair = [getattr(m, title)(8, 0.1) for m in (loss, ours)]
         for made in pair:
             made.scale = 1.0
         yield f"`{title}`", *(lambda m=m: m(z[:8], z[8:]) for m in pair)  # type: ignore[misc]
+    if not paper:
+        return
     for kind in ("pytorch", "gpt2"):
         config = PAPER | {"ae:transformer_type": kind}
         encoders = []
@@ -153,10 +172,14 @@ def _squares(checkpoint: dict[str, Tensor]) -> Tensor:
     return torch.stack([v.square().sum() for v in checkpoint.values()]).sum()
 
 
-def _permuted(side: tuple[Any, Callable[[], Any], Callable[..., Any]], checkpoint: dict[str, Tensor]) -> Tensor:
-    spec = side[1]()
+def _matched(side: tuple[Any, Any, Any], reference: dict[str, Tensor], checkpoint: dict[str, Tensor]) -> float:
+    return rebasin.objective(side[1], reference, checkpoint, side[2].weight_matching(side[1], reference, checkpoint))
+
+
+def _permuted(side: tuple[Any, Any, Any], checkpoint: dict[str, Tensor]) -> Tensor:
+    spec = side[1]
     perm = {p: torch.arange(checkpoint[axes[0][0]].shape[axes[0][1]]).flip(0).float() for p, axes in spec.perm_to_axes.items()}
-    moved = side[2](spec, perm, checkpoint)
+    moved = side[2].apply_permutation(spec, perm, checkpoint)
     weights = torch.cat([v.flatten() for v in moved.values()])
     return (weights * torch.arange(len(weights)).sin()).sum()
 
@@ -255,12 +278,25 @@ def main() -> None:
     warnings.simplefilter("ignore")  # the published code calls what torch has renamed since
     clock = time.process_time if arguments.cpu else time.perf_counter
     packages = published_code.available()
-    if "shrp" not in packages:
-        parser.exit(1, f"{published_code.VARIABLE} has to name a clone of HSG-AIML/ICLR_WSL_2025-Structure_is_not_enough\n")
-    print(f"torch {torch.__version__}, {arguments.threads} threads, {'CPU' if arguments.cpu else 'wall'} time\n")
-    print("| item | their value | ours | relative difference | their time | ours | ratio |\n|---|---|---|---|---|---|---|")
-    rows = [*part_rows("shrp"), *behaviour_rows("shrp", 16, 64)]
-    for item, theirs, ours in rows:
+    if not packages:
+        parser.exit(1, f"{published_code.VARIABLE} has to name a clone: of HSG-AIML/ICLR_WSL_2025-Structure_is_not_enough, say\n")
+    print(f"torch {torch.__version__}, {arguments.threads} threads, {'CPU' if arguments.cpu else 'wall'} time")
+    for package in ("SANE", "shrp", "mzsane"):
+        if package in packages:
+            print(f"\nPackage `{package}`\n\n{HEAD}")
+            for item, theirs, ours in part_rows(package):
+                print(compare(item, theirs, ours, arguments.repeats, clock).line(), flush=True)
+            if package == "shrp":
+                _paper(arguments, clock)
+    if published_code.SECOND in packages:
+        from . import sane2
+
+        sane2.tables(arguments.repeats, clock, arguments.quick)
+
+
+def _paper(arguments: argparse.Namespace, clock: Callable[[], float]) -> None:
+    """The rows that only the paper's package has: the behavioral loss, whole training steps, states."""
+    for item, theirs, ours in behaviour_rows("shrp", 16, 64):
         print(compare(item, theirs, ours, arguments.repeats, clock).line(), flush=True)
     shares = []
     for k, n, steps in ((8, 64, arguments.repeats), *(() if arguments.quick else ((64, 256, 2),))):

@@ -1,8 +1,9 @@
 """Makes a clone of the published code importable, for the tests and the benchmark that run it beside ours.
 
-``WSLFAST_SANE_SRC`` names one or more clones (separated by ``os.pathsep``) of ``HSG-AIML/SANE`` or
-``HSG-AIML/ICLR_WSL_2025-Structure_is_not_enough``. The published modules import more than their losses, tokens and
-autoencoder use (ray, lightning, torchvision, ...); what is not installed is stood in for by the few names that matter here.
+``WSLFAST_SANE_SRC`` names one or more clones (separated by ``os.pathsep``) of ``HSG-AIML/SANE``, ``HSG-AIML/MultiZoo-SANE``,
+``HSG-AIML/ICLR_WSL_2025-Structure_is_not_enough`` or ``HSG-AIML/WeightCLIP`` (package ``sane`` 2.x, which needs what it asks for). The
+others import more than their losses, tokens and autoencoder use (ray, lightning, torchvision, ...); what is not installed is stood in
+for by the few names that matter here.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from typing import Any
 import torch
 
 VARIABLE = "WSLFAST_SANE_SRC"
-PACKAGES = ("shrp", "SANE")
+PACKAGES = ("shrp", "SANE", "mzsane")
+SECOND = "sane"  # 2.x, which has other modules and is run with what it needs installed
 
 
 def available() -> list[str]:
@@ -33,7 +35,12 @@ def available() -> list[str]:
                     if str(folder) not in sys.path:
                         sys.path.append(str(folder))
                     found.append(package)
-    if found:
+        folder = Path(clone) / "src"
+        if (folder / SECOND / "orchestrator.py").is_file():
+            if str(folder) not in sys.path:
+                sys.path.append(str(folder))
+            found.append(SECOND)
+    if set(found) & set(PACKAGES):
         _stand_in()
     return found
 
@@ -51,6 +58,7 @@ def _stand_in() -> None:
     _install("ray.actor", ActorHandle=object)
     _install("psutil")
     _install("rebasin", PermutationCoordinateDescent=object)
+    _install("rebasin.permutation_initializer", PermutationInitializer=object)
     _install("torchvision.transforms", RandomErasing=object)
     _install("torchvision.models.resnet", ResNet=torch.nn.Module, BasicBlock=torch.nn.Module, Bottleneck=torch.nn.Module)
 

@@ -1,4 +1,6 @@
-"""Drop-in for published weight-space code: the packages ``SANE`` and ``shrp`` (arXiv 2503.17138), fast, with their semantics.
+"""Drop-in for published weight-space code: the packages ``SANE``, ``shrp`` (arXiv 2503.17138) and ``mzsane``, fast, with their semantics.
+
+``sane`` 2.x, the rewrite of 2026, has its own place: :mod:`wslfast.sane.v2`.
 
 Two routes. Change an import (``from wslfast.sane import GammaContrastReconLoss``), or leave the script as it is::
 
@@ -39,12 +41,12 @@ from .permutations import (
     resnet50_permutation_spec,
     resnet101_permutation_spec,
     resnet152_permutation_spec,
-    weight_matching,
     zoo_cnn_large_permutation_spec,
     zoo_cnn_permutation_spec,
     zoo_lenet_permutation_spec,
 )
 from .probe import DownstreamTaskLearner
+from .rebasin import weight_matching
 from .sampling import generate_z_samples, sample_latents, sample_models
 from .semantics import Semantics
 from .state import load_state

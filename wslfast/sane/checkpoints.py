@@ -9,7 +9,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,19 @@ from torch import Tensor
 from ..errors import describe, require
 
 Checkpoint = Mapping[str, Tensor]
-_SKIPPED_BY_TOKENS = ("bn", "downsample.1", "batchnorm")
-_SKIPPED_BY_CHECKPOINTS = ("bn", "downsample.1")  # the published inverse leaves "batchnorm" out of its test
+
+
+class Rule(NamedTuple):
+    """Which names are layers, and which of them are batch norm: what ``ignore_bn`` leaves out of tokens, and of their inverse."""
+
+    layers: tuple[str, ...]
+    skipped: tuple[str, ...]
+    skipped_by_inverse: tuple[str, ...]
+
+
+_ALL = ("weight", "running_mean", "running_var")
+PUBLISHED = Rule(_ALL, ("bn", "downsample.1", "batchnorm"), ("bn", "downsample.1"))  # the published inverse knows no "batchnorm"
+MULTIZOO = Rule(("weight",), *2 * (("bn", "downsample.1", "batchnorm", "normalization"),))
 
 
 def tokenize_checkpoint(checkpoint: Checkpoint, tokensize: int, return_mask: bool = True, ignore_bn: bool = False) -> tuple[Tensor, ...]:
@@ -37,7 +48,12 @@ def tokenize_checkpoint(checkpoint: Checkpoint, tokensize: int, return_mask: boo
     Raises:
         WslfastError: where there is nothing to tokenise.
     """
-    plan = _plan(_signature(checkpoint), int(tokensize), bool(ignore_bn), _SKIPPED_BY_TOKENS)
+    return tokenize(checkpoint, tokensize, return_mask, ignore_bn, PUBLISHED)
+
+
+def tokenize(checkpoint: Checkpoint, tokensize: int, return_mask: bool, ignore_bn: bool, rule: Rule) -> tuple[Tensor, ...]:
+    """Tokens, mask (if it is wanted) and positions of a state dict by a package's rule."""
+    plan = _plan(_signature(checkpoint), int(tokensize), bool(ignore_bn), rule.layers, rule.skipped)
     device = next(iter(checkpoint.values())).device
     parts = []
     for name, bias, padding in plan.layers:
@@ -55,7 +71,7 @@ def tokenize_checkpoint(checkpoint: Checkpoint, tokensize: int, return_mask: boo
 def tokens_to_recipe(pos: Tensor, reference_checkpoint: Checkpoint, ignore_bn: bool = False) -> dict[str, Tensor]:
     """Rows of each layer: ``{name: indices}`` into a token sequence whose positions are ``pos [T, 3]``."""
     layer = pos[:, 1]
-    return {name: torch.where(layer == index)[0] for index, name in enumerate(_layers(reference_checkpoint, ignore_bn))}
+    return {name: torch.where(layer == index)[0] for index, name in enumerate(_layers(reference_checkpoint, ignore_bn, PUBLISHED))}
 
 
 def tokens_to_checkpoint(
@@ -77,10 +93,20 @@ def tokens_to_checkpoint(
     Raises:
         WslfastError: where a layer's rows are not there.
     """
+    return fill(tokens, pos, reference_checkpoint, ignore_bn, recipe, PUBLISHED)
+
+
+def fill(
+    tokens: Tensor, pos: Tensor | None, reference_checkpoint: Checkpoint, ignore_bn: bool, recipe: Mapping[str, Tensor] | None, rule: Rule
+) -> OrderedDict[str, Tensor]:
+    """A state dict of tokens by a package's rule; see :func:`tokens_to_checkpoint`."""
     require(bool(recipe) or pos is not None, "pos: expected positions [T, 3] where there is no recipe, got None")
-    recipe = recipe or tokens_to_recipe(pos, reference_checkpoint, ignore_bn)  # type: ignore[arg-type]
+    names = _layers(reference_checkpoint, ignore_bn, rule)
+    if not recipe:
+        assert pos is not None
+        recipe = {name: torch.where(pos[:, 1] == index)[0] for index, name in enumerate(names)}
     out = OrderedDict(reference_checkpoint.items())
-    for name in _layers(reference_checkpoint, ignore_bn):
+    for name in names:
         shape = out[name].shape
         rows, content = recipe[name], math.prod(shape) // shape[0]
         fits = len(rows) % shape[0] == 0 and len(rows) * tokens.shape[1] >= math.prod(shape)
@@ -141,22 +167,29 @@ test_checkpoint_for_nan.__test__ = test_checkpoint_with_threshold.__test__ = Fal
 # -- plans -------------------------------------------------------------------------------------------------------------
 
 
-def _layers(checkpoint: Checkpoint, ignore_bn: bool) -> list[str]:
-    return [name for name in checkpoint if _is_layer(name, ignore_bn, _SKIPPED_BY_CHECKPOINTS)]
+def _layers(checkpoint: Checkpoint, ignore_bn: bool, rule: Rule) -> list[str]:
+    return [name for name in checkpoint if _is_layer(name, ignore_bn, rule.layers, rule.skipped_by_inverse)]
 
 
-def _is_layer(name: str, ignore_bn: bool, skipped: tuple[str, ...]) -> bool:
+def _is_layer(name: str, ignore_bn: bool, parts: tuple[str, ...], skipped: tuple[str, ...]) -> bool:
     if ignore_bn and any(part in name for part in skipped):
         return False
-    return any(part in name for part in ("weight", "running_mean", "running_var"))
+    return any(part in name for part in parts)
 
 
 class _Plan:
     """How one set of names and shapes is cut: ``layers`` of (name, bias or None, padding), mask and positions."""
 
-    def __init__(self, signature: tuple[tuple[str, tuple[int, ...]], ...], token_size: int, ignore_bn: bool, skipped: tuple[str, ...]):
+    def __init__(
+        self,
+        signature: tuple[tuple[str, tuple[int, ...]], ...],
+        token_size: int,
+        ignore_bn: bool,
+        parts: tuple[str, ...],
+        skipped: tuple[str, ...],
+    ):
         shapes = dict(signature)
-        names = [name for name in shapes if _is_layer(name, ignore_bn, skipped)]
+        names = [name for name in shapes if _is_layer(name, ignore_bn, parts, skipped)]
         require(bool(names), f"checkpoint: expected a layer (a key with 'weight' or a running statistic), got {list(shapes)[:5]}")
         if token_size == 0:
             # running statistics map onto themselves, and so count as having a bias
@@ -183,8 +216,8 @@ class _Plan:
 
 
 @lru_cache(maxsize=64)
-def _plan(signature: Any, token_size: int, ignore_bn: bool, skipped: tuple[str, ...]) -> _Plan:
-    return _Plan(signature, token_size, ignore_bn, skipped)
+def _plan(signature: Any, token_size: int, ignore_bn: bool, parts: tuple[str, ...], skipped: tuple[str, ...]) -> _Plan:
+    return _Plan(signature, token_size, ignore_bn, parts, skipped)
 
 
 def _signature(checkpoint: Checkpoint) -> tuple[tuple[str, tuple[int, ...]], ...]:

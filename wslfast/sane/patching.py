@@ -17,7 +17,7 @@ from typing import Any
 from ..errors import WslfastError, require, say_once
 from .hook import ImportHook, at_home
 from .semantics import Choice, Semantics, resolve
-from .surface import PACKAGES, Item, surface_of
+from .surface import PACKAGES, Item, additions, surface_of
 
 _lock = threading.RLock()
 _active: Patch | None = None
@@ -35,6 +35,7 @@ class Patch:
         self.semantics, self.strict = semantics, strict
         self._names: list[tuple[str, str, Any, Any]] = []  # (package, name, original, replacement)
         self._attributes: list[tuple[type, str, Any, Any]] = []  # methods: (class, attribute, original, replacement)
+        self._added: list[tuple[ModuleType, str, Any]] = []  # names that the package lacks
         self._hook = ImportHook(PACKAGES, self._imported)
         self.active = False
 
@@ -68,6 +69,9 @@ class Patch:
                 self._names.append((item.package, item.name, item.original, item.replacement))
             # the world that at_home keeps has to be read before any name of it is replaced
             _rebind([(original, replacement) for _, _, original, replacement in self._names])
+            for module, name, value in additions():
+                setattr(module, name, value)
+                self._added.append((module, name, value))
         except BaseException:
             self.undo()
             raise
@@ -100,7 +104,10 @@ class Patch:
             for holder, attribute, original, replacement in reversed(self._attributes):
                 if holder.__dict__.get(attribute) is replacement:
                     setattr(holder, attribute, original)
-            self._names, self._attributes, self.active = [], [], False
+            for module, name, value in self._added:
+                if vars(module).get(name) is value:
+                    delattr(module, name)
+            self._names, self._attributes, self._added, self.active = [], [], [], False
             if _active is self:
                 _active = None
 
@@ -109,6 +116,11 @@ class Patch:
 
     def __exit__(self, *_: object) -> None:
         self.undo()
+
+    @property
+    def added(self) -> list[str]:
+        """Names of ours that the package lacks, where its configs look for them: ``["sane.loss.BehavioralLoss", ...]``."""
+        return [f"{module.__name__}.{name}" for module, name, _ in self._added]
 
     @property
     def replaced(self) -> list[dict[str, Any]]:
@@ -126,7 +138,7 @@ class Patch:
 
 
 def patch(*, semantics: Choice = "published", strict: bool = False, **flags: bool) -> Patch:
-    """Replace what is slow in the published packages ``SANE``, ``shrp`` and ``mzsane``, now and as they are imported.
+    """Replace what is slow in the published packages ``SANE``, ``shrp``, ``mzsane`` and ``sane`` 2.x, now and as they are imported.
 
     Args:
         semantics, flags: see :class:`~wslfast.sane.semantics.Semantics`.
@@ -164,6 +176,11 @@ def patched(*, semantics: Choice = "published", strict: bool = False, **flags: b
     finally:
         if handle is not outer:
             handle.undo()
+
+
+def current() -> Patch | None:
+    """The handle of the patch that is on, if one is."""
+    return _active
 
 
 def report() -> list[dict[str, Any]]:

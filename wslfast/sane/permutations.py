@@ -158,57 +158,29 @@ def get_permuted_param(
     Raises:
         WslfastError: for a tensor that the spec does not know, or an axis that no block fits.
     """
-    require(k in ps.axes_to_perm, f"params: {k!r} is not in the permutation spec {list(ps.axes_to_perm)[:4]}...")
+    require(k in ps.axes_to_perm, lambda: f"params: {k!r} is not in the permutation spec {list(ps.axes_to_perm)[:4]}...")
     w = params[k]
     for axis, p in enumerate(ps.axes_to_perm[k]):
         if axis == except_axis or p is None:
             continue
         index = perm[p].to(w.device).long()
-        size = w.shape[axis]
-        require(size % len(index) == 0, f"params: axis {axis} of {k!r} {list(w.shape)} does not divide into {len(index)} blocks ({p})")
-        if size != len(index):
-            block = size // len(index)
-            index = (index.unsqueeze(1) * block + torch.arange(block, device=w.device)).flatten()
-        w = w.index_select(axis, index)
+        size, n = w.shape[axis], len(index)
+        if size % n:
+            raise WslfastError(f"params: axis {axis} of {k!r} {list(w.shape)} does not divide into {n} blocks ({p})")
+        w = w.index_select(axis, index if size == len(index) else blocks(index, size))
     return w
+
+
+def blocks(index: Tensor, size: int) -> Tensor:
+    """A permutation of ``len(index)`` channels as one of the ``size`` numbers of an axis on which each has a block."""
+    width = size // len(index)
+    return (index.unsqueeze(1) * width + torch.arange(width, device=index.device)).flatten()
 
 
 def apply_permutation(ps: PermutationSpec, perm: Permutation, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state dict with its channels permuted: new channel c is old channel ``perm[p][c]``."""
-    return {k: get_permuted_param(ps, perm, k, params) for k in params}
-
-
-def weight_matching(
-    ps: PermutationSpec, params_a: Mapping[str, Tensor], params_b: Mapping[str, Tensor], max_iter: int = 100, init_perm: Any = None
-) -> dict[str, Tensor]:
-    """Permutations of ``params_b`` that bring its weights closest to ``params_a``, by coordinate descent in random order.
-
-    Needs scipy for the assignment problem.
-    """
-    try:
-        from scipy.optimize import linear_sum_assignment
-    except ImportError:
-        raise WslfastError("weight_matching needs scipy: pip install scipy") from None
-    sizes = {p: params_a[axes[0][0]].shape[axes[0][1]] for p, axes in ps.perm_to_axes.items()}
-    perm = {p: torch.arange(n) for p, n in sizes.items()} if init_perm is None else init_perm
-    names = list(perm)
-    for _ in range(max_iter):
-        progress = False
-        for position in torch.randperm(len(names)):
-            p = names[int(position)]
-            n = sizes[p]
-            gain = torch.zeros(n, n)
-            for name, axis in ps.perm_to_axes[p]:
-                pair = (params_a[name], get_permuted_param(ps, perm, name, params_b, except_axis=axis))
-                a, b = (torch.moveaxis(w, axis, 0).reshape(n, -1) for w in pair)
-                gain += a @ b.T
-            columns = torch.as_tensor(linear_sum_assignment(gain.detach().numpy(), maximize=True)[1])
-            rows = torch.arange(n)
-            progress = progress or bool(gain[rows, columns].sum() > gain[rows, perm[p].long()].sum() + 1e-12)
-            perm[p] = columns
-        if not progress:
-            break
-    return perm
+    index = {p: value.long() for p, value in perm.items()}
+    return {k: get_permuted_param(ps, index, k, params) for k in params}
 
 
 # -- views as index maps -----------------------------------------------------------------------------------------------

@@ -14,10 +14,27 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import require, say_once
-from . import autoencoder, behavior, checkpoints, losses, module, package_sane, permutations, probe, queries, sampling, state, structure
+from . import (
+    autoencoder,
+    behavior,
+    checkpoints,
+    losses,
+    module,
+    multizoo,
+    package_sane,
+    permutations,
+    probe,
+    queries,
+    rebasin,
+    sampling,
+    state,
+    structure,
+)
 from .semantics import Semantics
+from .v2 import classes
+from .v2 import surface as second
 
-PACKAGES = ("shrp", "SANE", "mzsane")
+PACKAGES = ("shrp", "SANE", "mzsane", second.PACKAGE)
 _STEP = "self, x_i, m_i, p_i, x_j, m_j, p_j"
 _RECON = "self, reduction"
 _GAMMA = "self, gamma, reduction, batch_size, temperature, contrast='simclr', z_var_penalty=0.0, z_norm_penalty=0.0"
@@ -46,6 +63,17 @@ class Form:
     signatures: dict[str, str]
     ours: Any
     unsupported: Callable[[dict[str, Any]], str | None] = lambda _: None
+
+
+_PROBE = "models.def_downstream_module."
+_MULTIZOO_TOKENS = {
+    "datasets.dataset_auxiliaries.tokenize_checkpoint": (
+        Form({"": "checkpoint, tokensize, return_mask=True, ignore_bn=False, device='cpu'"}, multizoo.tokenize_checkpoint),
+    ),
+    "datasets.dataset_auxiliaries.tokens_to_checkpoint": (
+        Form({"": "tokens, pos, reference_checkpoint, ignore_bn=False"}, multizoo.tokens_to_checkpoint),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -86,7 +114,7 @@ def _forms(paper: bool) -> dict[str, tuple[Form, ...]]:
         "models.def_loss.MaskedReconLoss": (
             Form({"__init__": _RECON, "forward": f"{pair}, _"}, structure.MaskedReconLoss),
             Form({"__init__": _RECON, "forward": pair}, package_sane.MaskedReconLoss),
-            Form({"__init__": f"{_RECON}, standardize=False, std_eps=0.0001", "forward": pair}, None),
+            Form({"__init__": f"{_RECON}, standardize=False, std_eps=0.0001", "forward": pair}, multizoo.MaskedReconLoss),
         ),
         "models.def_loss.DistillationLoss": (
             Form(
@@ -114,7 +142,8 @@ def _forms(paper: bool) -> dict[str, tuple[Form, ...]]:
             Form({"__init__": _PAPER_GAMMA, "forward": "self, z_i, z_j, y, t, m, p, z, z_hat"}, losses.GammaContrastReconLoss, _network),
             Form({"__init__": _GAMMA, "forward": "self, z_i, z_j, y, t, m"}, package_sane.GammaContrastReconLoss),
             Form(
-                {"__init__": f"{_GAMMA}, standardize_token=False, standardize_std_eps=0.0001", "forward": "self, z_i, z_j, y, t, m"}, None
+                {"__init__": f"{_GAMMA}, standardize_token=False, standardize_std_eps=0.0001", "forward": "self, z_i, z_j, y, t, m"},
+                multizoo.GammaContrastReconLoss,
             ),
         ),
         "models.def_AE.AE": (
@@ -142,6 +171,9 @@ def _forms(paper: bool) -> dict[str, tuple[Form, ...]]:
             Form({"": tokens}, checkpoints.tokens_to_checkpoint_without_batchnorm),
         ),
         "git_re_basin.git_re_basin.apply_permutation": (Form({"": "ps, perm, params"}, permutations.apply_permutation),),
+        "git_re_basin.git_re_basin.weight_matching": (
+            Form({"": "ps, params_a, params_b, max_iter=100, init_perm=None"}, rebasin.weight_matching),
+        ),
         "datasets.augmentations.precompute_permutations": (
             Form(
                 {"": "ref_checkpoint, permutation_number, perm_spec, tokensize, ignore_bn, num_threads=6"},
@@ -167,10 +199,22 @@ def _forms(paper: bool) -> dict[str, tuple[Form, ...]]:
 
 def surface_of(package: str, semantics: Semantics, strict: bool) -> list[Item]:
     """Every name of the package that is loaded, and not ours already; a package without published modules has none."""
+    if package == second.PACKAGE:
+        known: dict[str, tuple[Form, ...]] = {name: (Form({"": signature}, ours),) for name, (signature, ours) in second.TABLE.items()}
+        return _items(package, known, semantics, strict) if second.is_loaded() else []
     forms = _forms(_is_paper(package))
-    if _is_multizoo(package):  # its tokens leave running statistics out: what handles tokens stays its own
-        forms = {name: known for name, known in forms.items() if name.startswith(("models.def_loss.", "git_re_basin."))}
+    if _is_multizoo(package):  # its tokens leave running statistics out; what else handles tokens stays its own
+        forms = {name: known for name, known in forms.items() if name.startswith(("models.def_loss.", "git_re_basin.", _PROBE))}
+        forms |= _MULTIZOO_TOKENS
     return _items(package, forms, semantics, strict)
+
+
+def additions() -> list[tuple[ModuleType, str, Any]]:
+    """Classes of ours for loaded modules that lack them: ``(module, name, class)``."""
+    home = _loaded(f"{second.PACKAGE}.loss")
+    if home is None or not second.is_loaded():
+        return []
+    return [(home, name, classes.class_of(name)) for name in classes.LOSSES if name not in vars(home)]
 
 
 def _is_multizoo(package: str) -> bool:
@@ -247,10 +291,11 @@ def _text(function: Any) -> str:
 def _replacement(original: Any, form: Form, semantics: Semantics, strict: bool) -> Any:
     """A class or function of its own, so that undoing can tell it from ours, which scripts may have imported, too."""
     if not isinstance(original, type):
-        takes = "semantics" in inspect.signature(form.ours).parameters
+        ours, wanted = form.ours, inspect.signature(form.ours).parameters
+        more = {name: value for name, value in {"semantics": semantics, "original": original}.items() if name in wanted}
 
         def replacement(*args: Any, **kwargs: Any) -> Any:
-            return form.ours(*args, **kwargs, **({"semantics": semantics} if takes else {}))
+            return ours(*args, **kwargs, **more)
 
         return _like(replacement, original)
 
