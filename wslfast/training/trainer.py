@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import losses
+from ..architecture import Architecture
 from ..behavior import batched_behavioral_loss, batched_forward
 from ..codes.autoencoder import Autoencoder
 from ..codes.linear import LinearCodec
@@ -286,7 +287,8 @@ class Trainer:
         changed = [n for n, v in self.config.to_dict().items() if n not in fixed and getattr(saved, n) != v]
         pairs = [f"{n} = {getattr(self.config, n)!r} (was {getattr(saved, n)!r})" for n in changed]
         require(not changed, f"cannot resume with another config: {', '.join(pairs)}")
-        require(state["architecture"] == self.architecture.to_dict(), "cannot resume: the zoo has another architecture than the checkpoint")
+        same = self.architecture.graph is None or Architecture.from_dict(state["architecture"]).same_network(self.architecture)
+        require(same, "cannot resume: the zoo has another architecture than the checkpoint")
         require(
             len(state["sampler"]["permutation"]) == len(self.models),
             f"cannot resume: the zoo has {len(self.models)} training rows, the checkpoint saw {len(state['sampler']['permutation'])}",
