@@ -13,8 +13,9 @@ from rich.table import Table
 from .. import queries
 from ..errors import require
 from ..measure.first_order import GradientSettings, analyse
+from ..measure.results import over_seeds
 from ..study.ablation_file import Ablation
-from ..study.ablations import over_seeds, rows_file, run_ablation
+from ..study.ablations import rows_file, run_ablation
 from ..training.query_sets import query_images
 from ..zoo import MappedZoo
 from .console import console

@@ -1,6 +1,5 @@
-"""What reconstructed models and their latents are good for: fidelity, probes, and the page that shows them."""
+"""What reconstructed models and their latents are good for: fidelity, probes, new models."""
 
-from ..page.report import Variant, write_report
 from .evaluation import embeddings, evaluate, evaluate_code, linear_baselines, reconstruct
 from .generation import generate
 from .probe import RidgeProbe, behavior_statistics, consensus_of, probe, weight_statistics
@@ -9,7 +8,6 @@ from .reconstruction import Reconstruction, compare
 __all__ = [
     "Reconstruction",
     "RidgeProbe",
-    "Variant",
     "behavior_statistics",
     "compare",
     "consensus_of",
@@ -21,5 +19,4 @@ __all__ = [
     "probe",
     "reconstruct",
     "weight_statistics",
-    "write_report",
 ]

@@ -7,34 +7,32 @@ checkpoint. Seeds are paired: the same seed draws the same batches, views and qu
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
-import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import WslfastError, check_device, require
 from ..files import write_text
-from ..measure.evaluation import embeddings, reconstruct, write_json
-from ..measure.probe import probe
-from ..measure.reconstruction import compare
-from ..measure.rows import Row, write_rows
+from ..measure.evaluation import compare_models, embeddings, reconstruct
+from ..measure.results import HEADER, Row, Unit, figures, file_digest, kept_unit, single, update_csv, write_unit
 from ..population import Population
 from ..training import TrainConfig, load_run, train
 from ..training.checkpoint import checkpoint_path, load_checkpoint
 from ..training.query_sets import set_names
-from ..zoo import Dataset, build_zoo, dataset_of, load_zoo, read_manifest
+from ..zoo import build_zoo
 from ..zoo.manifest import MANIFEST
 from .ablation_file import Ablation, settings_of
+from .loaded_zoo import LoadedZoo, Protocol
+from .protocol import discriminative
 
-COLUMNS = ("zoo", "variant", "seed", "metric", "median", "mean", "spread", "ablation", "axis", "value")
+COLUMNS = (*HEADER, "ablation", "axis", "value")
 _VERSION = 1  # of what a cell is; part of its hash
 _NO_RESULT = ("zoo", "out", "log_every", "checkpoint_every", "memory_gb")  # settings that change no result
 _CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "process": time.process_time}
@@ -134,25 +132,33 @@ def run_ablation(
     unknown = sorted(wanted - set(known))
     require(not unknown, f"ablation {ablation.name}: semantics: expected one of {sorted(known)}, got {unknown}")
     folder = _zoo(ablation, out, zoo)
-    data = _Data(folder, ablation.split)
-    rows: list[Row] = []
+    digest = file_digest(folder / MANIFEST)
     cells: list[tuple[int, str, str, TrainConfig, str]] = []
     for seed in ablation.seeds:  # what is wrong with the last cell is said before the first is trained
         for name in ablation.variants:
             try:
                 system, config = settings_of(ablation, name, str(folder), seed)
                 check_device(config.device)
-                cells.append((seed, name, system, config, _key(data.digest, system, config, ablation)))
+                cells.append((seed, name, system, config, _key(digest, system, config, ablation)))
             except WslfastError as error:
                 raise WslfastError(f"ablation {ablation.name}: {name}: {error}") from None
+    zoos = {device: LoadedZoo(folder, Protocol.whole(), device=device) for device in {config.device for *_, config, _ in cells}}
+    rows: list[Row] = []
     for number, (seed, name, system, config, key) in enumerate(cells, 1):
+        models = zoos[config.device]
+        require(ablation.split in models.splits, f"zoo {folder} has no {ablation.split} models")
         place = out / "cells" / key
+        path = place / f"figures-{ablation.split}.json"  # one training serves validation models and test models
+        unit = kept_unit(path, key)
         if on_cell is not None:
-            done = " (done before)" if (place / _finished(ablation)).exists() else ""
-            on_cell(f"{number} of {len(cells)}: {name}, seed {seed}{done}")
-        figures = _figures(place, known[system], config, ablation, data)
-        rows += _rows(figures, ablation, data.name, name, seed)
-        _write(out / rows_file(ablation), ablation.name, data.name, rows)
+            on_cell(f"{number} of {len(cells)}: {name}, seed {seed}{' (done before)' if unit else ''}")
+        if unit is None:
+            unit = _measured(key, known[system], replace(config, out=str(place)), ablation, models)
+            write_unit(path, unit)
+        # a cell has another name in another file
+        own = replace(unit, zoo=models.name, variant=name, seed=seed).rows()
+        rows += [{**row, "ablation": ablation.name, "axis": ablation.axis, "value": ablation.value(name)} for row in own]
+        update_csv(out / rows_file(ablation), COLUMNS, rows, ("ablation", "zoo"))
     return rows
 
 
@@ -161,46 +167,7 @@ def rows_file(ablation: Ablation) -> str:
     return "ablations.csv" if ablation.split == "test" else f"ablations-{ablation.split}.csv"
 
 
-def read_rows(path: str | Path) -> list[Row]:
-    """Rows of an ``ablations.csv``, numbers as floats (None where empty). Raises WslfastError if it is not one."""
-    try:
-        with Path(path).open(newline="", encoding="utf-8") as file:
-            table = list(csv.DictReader(file))
-            missing = [c for c in COLUMNS if table and c not in table[0]]
-            require(not missing, f"{path}: expected columns {', '.join(COLUMNS)}; {missing} missing")
-            return [{**r, "seed": int(r["seed"])} | {c: float(r[c]) if r[c] else None for c in ("median", "mean", "spread")} for r in table]
-    except (OSError, ValueError, TypeError) as error:
-        raise error if isinstance(error, WslfastError) else WslfastError(f"{path}: {error}") from None
-
-
-def over_seeds(rows: Sequence[Row], figure: str = "mean") -> dict[str, dict[str, tuple[float, float | None, int]]]:
-    """``{variant: {metric: (mean, standard deviation, count)}}`` over seeds of the rows' means or medians (``figure``)."""
-    table: dict[str, dict[str, list[float]]] = {}
-    for row in rows:
-        if row[figure] is not None:
-            table.setdefault(row["variant"], {}).setdefault(row["metric"], []).append(row[figure])
-    return {
-        variant: {m: (statistics.fmean(v), statistics.stdev(v) if len(v) > 1 else None, len(v)) for m, v in metrics.items()}
-        for variant, metrics in table.items()
-    }
-
-
 # -- one cell ------------------------------------------------------------------------------------------------------------
-
-
-class _Data:
-    """What all cells of an ablation share: models by split, images, and the name and digest of the zoo."""
-
-    def __init__(self, folder: Path, split: str) -> None:
-        manifest = read_manifest(folder)
-        self.folder, self.digest = folder, hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
-        self.splits: dict[str, Population] = {name: load_zoo(folder, name) for name in ("train", "val", "test")}
-        self.held_out = self.splits[split]
-        require(len(self.held_out) > 0, f"zoo {folder} has no {split} models")
-        self.dataset: Dataset = dataset_of(folder, self.held_out.architecture)
-        self.split, self.images = split, self.dataset.split(split if split == "val" else "test")
-        record: Any = manifest.provenance.get("dataset")
-        self.name = str(record["name"]) if isinstance(record, Mapping) and "name" in record else folder.name
 
 
 def _key(zoo: str, system: str, config: TrainConfig, ablation: Ablation) -> str:
@@ -210,7 +177,7 @@ def _key(zoo: str, system: str, config: TrainConfig, ablation: Ablation) -> str:
     for name in set_names(config.query_set):
         if name.endswith(".npz"):
             require(Path(name).is_file(), f"query_set: {name}: no such file")
-            files[Path(name).name] = hashlib.sha256(Path(name).read_bytes()).hexdigest()
+            files[Path(name).name] = file_digest(Path(name))
     if files:
         settings["query_set"] = "+".join(files.get(Path(name).name, name) for name in set_names(config.query_set))
     everything = {
@@ -224,65 +191,20 @@ def _key(zoo: str, system: str, config: TrainConfig, ablation: Ablation) -> str:
     return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _finished(ablation: Ablation) -> str:
-    """A cell's file of figures; one training serves validation models and test models."""
-    return f"figures-{ablation.split}.json"
-
-
-def _figures(place: Path, system: System, config: TrainConfig, ablation: Ablation, data: _Data) -> dict[str, dict[str, float | None]]:
-    finished = place / _finished(ablation)
-    if finished.exists():
-        try:
-            return json.loads(finished.read_text())["figures"]
-        except (OSError, ValueError, KeyError, TypeError):
-            pass  # half a file, or another's: measured again from the run that is there
-    config = TrainConfig.from_dict({**config.to_dict(), "out": str(place)})
-    stop = Stop(place, ablation.clock, ablation.seconds, config.checkpoint_every, config.steps)
-    trained = system(Cell(config, data.splits["train"].to(config.device), stop))
-    held_out = data.held_out.to(config.device)
-    pixels, labels = (t.to(config.device) for t in data.images)
+def _measured(key: str, system: System, config: TrainConfig, ablation: Ablation, zoo: LoadedZoo) -> Unit:
+    """Train a cell, or go on with it, and measure it on the models of the ablation's split and the images of that split."""
+    stop = Stop(Path(config.out), ablation.clock, ablation.seconds, config.checkpoint_every, config.steps)
+    trained = system(Cell(config, zoo.train, stop))
+    held_out = zoo.splits[ablation.split]
     with torch.no_grad():
-        rebuilt = trained.reconstruct(held_out.weights)
-    groups: Any = held_out.properties.get("model")
-    result = compare(held_out.weights, rebuilt, pixels, labels, held_out.architecture, groups=groups)
-    summary = result.summary()
-    figures = {name: {c: f[c] for c in ("median", "mean", "std")} for name, f in summary["spread"].items()}
+        result = compare_models(held_out, trained.reconstruct(held_out.weights), *zoo.data.split(ablation.split))
+        probes = discriminative(zoo, {split: trained.embed(p.weights) for split, p in zoo.splits.items()})
     alone = {"steps": trained.steps, "seconds": stop.seconds, "latent_numbers": trained.latent_numbers, "non_finite": result.non_finite}
-    figures |= {name: {"median": float(v), "mean": float(v), "std": None} for name, v in (alone | _probes(trained, data)).items()}
-    write_json(finished, {"config": config.to_dict(), "figures": figures})
-    return json.loads(finished.read_text())["figures"]
-
-
-def _probes(trained: Trained, data: _Data) -> dict[str, float]:
-    """R2 of a linear probe on the split that is measured, of test accuracy and of the generalisation gap."""
-    splits = {name: p for name, p in data.splits.items() if len(p) > 0}
-    if "train" not in splits:
-        return {}
-    with torch.no_grad():
-        features = {name: trained.embed(p.weights) for name, p in splits.items()}
-    if not all(bool(f.isfinite().all()) for f in features.values()):
-        return {}
-    found = {}
-    for metric, target in (("probe_r2", "test_acc"), ("probe_r2_ggap", "ggap")):
-        if all(target in p.properties for p in splits.values()):
-            found[metric] = probe(features, {name: p.column(target) for name, p in splits.items()})[data.split]
-    return found
-
-
-# -- rows ------------------------------------------------------------------------------------------------------------------
-
-
-def _rows(figures: Mapping[str, Mapping[str, float | None]], ablation: Ablation, zoo: str, name: str, seed: int) -> list[Row]:
-    tail = {"ablation": ablation.name, "axis": ablation.axis, "value": ablation.value(name)}
-    head = {"zoo": zoo, "variant": name, "seed": seed}
-    return [
-        {**head, "metric": metric, "median": f["median"], "mean": f["mean"], "spread": f["std"], **tail} for metric, f in figures.items()
-    ]
-
-
-def _write(path: Path, name: str, zoo: str, rows: Sequence[Row]) -> None:
-    others = [row for row in read_rows(path) if (row["ablation"], row["zoo"]) != (name, zoo)] if path.exists() else []
-    write_rows(path, COLUMNS, (*others, *rows))
+    metrics = {name: figures(values) for name, values in result.metrics().items()}
+    metrics |= {name: single(float(value)) for name, value in alone.items()}
+    suffix = "" if ablation.split == "test" else f"_{ablation.split}"
+    metrics |= {m: (*probes[m + suffix][:2], None) for m in ("probe_r2", "probe_r2_ggap") if m + suffix in probes}
+    return Unit(zoo.name, key, config.seed, "cell", key, {"config": config.to_dict()}, metrics)
 
 
 def _zoo(ablation: Ablation, out: Path, given: str | Path | None) -> Path:
