@@ -110,13 +110,8 @@ def probes(results: Results, zoo: str, colors: Mapping[str, str]) -> str:
     """R2 of every probe on test models, with the standard deviation over resamples of them (or over seeds)."""
     places = _placed(results, zoo, "probe_r2")
     variants, bottom = [v for _, v in places], max([y for y, _ in places], default=0.0)
-    known = (
-        ("probe_r2", "test accuracy"),
-        ("probe_r2_decoded", "the same, decoded"),
-        ("probe_r2_ggap", "generalisation gap"),
-        ("probe_r2_epoch", "epoch"),
-    )
-    targets = [(m, t) for m, t in known if any(results.value(zoo, v, m) for v in variants)]
+    known = {"": "test accuracy", "_decoded": "the same, decoded", "_ggap": "generalisation gap", "_epoch": "epoch"}
+    targets = [(f"probe_r2{m}", t) for m, t in known.items() if any(results.value(zoo, v, f"probe_r2{m}") for v in variants)]
     if not targets:
         return ""
     with sheet(0.9 + 0.29 * (bottom + 1)) as (figure, svg):
@@ -146,18 +141,17 @@ def generation(results: Results, zoo: str, colors: Mapping[str, str]) -> str:
     runs = [v for v in results.trained(zoo) if results.table("samples", zoo, v)][:4]
     if not runs:
         return ""
-    strips: list[tuple[str, list[float], str]] = []
-    first = results.table("models", zoo, runs[0])
-    strips.append(("zoo: test models", _column(first, "accuracy_original"), SOFT))
-    strips.append(("zoo: anchors", _column(results.table("samples", zoo, "zoo"), "test_acc"), SOFT))
+    strips = [
+        ("zoo: test models", _column(results.table("models", zoo, runs[0]), "accuracy_original"), SOFT),
+        ("zoo: anchors", _column(results.table("samples", zoo, "zoo"), "test_acc"), SOFT),
+    ]
     for v in runs:
         own = results.table("samples", zoo, v)
+        last = max((r["epoch"] for r in own if r["set"] == "finetuned"), default=None)
         strips.append((f"{v}: reconstructed", _column(results.table("models", zoo, v), "accuracy_reconstructed"), colors[v]))
         strips.append((f"{v}: generated", _column([r for r in own if r["set"] == "generated"], "test_acc"), colors[v]))
-        tuned = [r for r in own if r["set"] == "finetuned"]
-        if tuned:
-            last = max(r["epoch"] for r in tuned)
-            strips.append((f"{v}: fine-tuned", _column([r for r in tuned if r["epoch"] == last], "test_acc"), colors[v]))
+        if last is not None:
+            strips.append((f"{v}: fine-tuned", _column([r for r in own if r["epoch"] == last], "test_acc"), colors[v]))
     with sheet(max(3.4, 0.8 + 0.3 * len(strips))) as (figure, svg):
         left, middle, right = figure.subplots(1, 3, width_ratios=(1.25, 1.0, 0.8))
         for y, (_, values, color) in enumerate(strips):

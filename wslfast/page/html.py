@@ -92,6 +92,11 @@ def cell(value: str, small: str = "", kind: str = "") -> str:
     return f"<td{attribute}>{value}{f'<small>{small}</small>' if small else ''}</td>"
 
 
+def headings(text: str) -> list[tuple[str, str]]:
+    """Names and units for :func:`head`, as in ``"Variant; Agreement: %"``."""
+    return [(name, unit) for name, _, unit in (part.partition(": ") for part in text.split("; "))]
+
+
 def head(names: Sequence[tuple[str, str]], kinds: Mapping[int, str] | None = None) -> str:
     """A header row: names, and units in small print."""
     cells = []

@@ -10,7 +10,7 @@ from ..measure import goals
 from ..measure.goals import Verdict
 from ..measure.results import OverSeeds, Results
 from . import published
-from .html import DASH, cell, head, note, number, percent, plus_minus, row_head, table
+from .html import DASH, cell, head, headings, note, number, percent, plus_minus, row_head, table
 
 KINDS = {
     "run": "Trained", "twin": "The same without transformer blocks", "code": "Closed form",
@@ -58,17 +58,16 @@ def data_table(results: Results) -> str:
         used, there = a.get("checkpoints_used", {}), a.get("checkpoints", {})
         models = ", ".join(f"{split} {used.get(split, n)}" + (f" of {n}" if used.get(split, n) != n else "") for split, n in there.items())
         images = a.get("images", [0, 0, 0])
-        rows.append(
-            "<tr>"
-            + row_head(zoo)
-            + cell(escape(f"{a['dataset']}, {'x'.join(map(str, a['image_shape']))}, {a['classes']} classes"), kind="left")
-            + cell(escape(f"train {images[0]:,}, val {images[1]:,}, test {images[2]:,}" + f" ({a['images_used']:,} used)"), kind="left")
-            + cell(escape(f"{a['models']:,} {a['architecture']} networks of {a['parameters']:,} parameters"), kind="left")
-            + cell(escape(models), escape("epochs " + ", ".join(map(str, a.get("epochs", ())))), kind="left")
-            + "</tr>"
-        )
-    names = (("Zoo", ""), ("Data set", ""), ("Images", ""), ("Models", ""), ("Checkpoints", ""))
-    return table(head(names), rows, "plain data") if rows else ""
+        shape, sizes = "x".join(map(str, a["image_shape"])), f"train {images[0]:,}, val {images[1]:,}, test {images[2]:,}"
+        cells = {
+            f"{a['dataset']}, {shape}, {a['classes']} classes": "",
+            f"{sizes} ({a['images_used']:,} used)": "",
+            f"{a['models']:,} {a['architecture']} networks of {a['parameters']:,} parameters": "",
+            models: "epochs " + ", ".join(map(str, a.get("epochs", ()))),
+        }
+        text = "".join(cell(escape(words), escape(small), "left") for words, small in cells.items())
+        rows.append(f"<tr>{row_head(zoo)}{text}</tr>")
+    return table(head(headings("Zoo; Data set; Images; Models; Checkpoints")), rows, "plain data") if rows else ""
 
 
 _GOALS: dict[str, tuple[str, Callable[[Results, str], Verdict], Callable[[Verdict], str]]] = {
@@ -113,18 +112,10 @@ def _who(verdict: Verdict) -> str:
 
 
 def reconstruction_table(results: Results, zoo: str, palette: Mapping[str, str]) -> str:
-    names = (
-        ("Variant", ""),
-        ("Latent", "numbers"),
-        ("Agreement", "%"),
-        ("With others", "%"),
-        ("Margin", "points"),
-        ("Identified", "%"),
-        ("Accuracy", "before → after, %"),
-        ("Change", "median, points"),
-        ("Masked L2", "of weights"),
-        ("Variance kept", "%"),
-        ("Softmax L2", "of outputs"),
+    names = headings(
+        "Variant; Latent: numbers; Agreement: %; With others: %; Margin: points; Identified: %; "
+        "Accuracy: before → after, %; Change: median, points; Masked L2: of weights; Variance kept: %; "
+        "Softmax L2: of outputs"
     )
     rows = _by_kind(results, zoo, "agreement", len(names), lambda v: _reconstruction_row(results, zoo, v, palette))
     small = (
@@ -224,15 +215,9 @@ def _with_paper(first: str, ours: Sequence[str], rows: Sequence[str]) -> str:
 
 
 def generation_table(results: Results, zoo: str, palette: Mapping[str, str]) -> str:
-    names = (
-        ("Models", ""),
-        ("Accuracy", "mean, %"),
-        ("after fine-tuning", "%"),
-        ("Diversity", "L2 of weights"),
-        ("of outputs", "L2 of logits"),
-        ("of classes", "% of images"),
-        ("Distance to training", "a copy's"),
-        ("Behaves unlike any", "% of images, a copy's"),
+    names = headings(
+        "Models; Accuracy: mean, %; after fine-tuning: %; Diversity: L2 of weights; of outputs: L2 of logits; "
+        "of classes: % of images; Distance to training: a copy's; Behaves unlike any: % of images, a copy's"
     )
 
     def line(label: str, variant: str, suffix: str, accuracy: str, novel: bool, small: str = "", color: str | None = None) -> str:
@@ -279,14 +264,7 @@ def samplings_table(results: Results, zoo: str, variant: str) -> str:
         rows.append(f"<tr>{row_head(label, small=h)}{''.join(cell(v) for v in values)}</tr>")
     if not rows:
         return ""
-    names = (
-        ("Sampler", ""),
-        ("Accuracy", "mean, %"),
-        ("Diversity", "L2"),
-        ("of classes", "%"),
-        ("Distance to training", "L2"),
-        ("Unlike any", "%"),
-    )
+    names = headings("Sampler; Accuracy: mean, %; Diversity: L2; of classes: %; Distance to training: L2; Unlike any: %")
     return table(head(names), rows, "plain")
 
 

@@ -91,9 +91,7 @@ System = Callable[[Cell], Trained]
 def core(cell: Cell) -> Trained:
     """The system ``"core"``: :func:`wslfast.train`."""
     config, stop = cell.config, cell.stop
-    there = checkpoint_path(config.out).exists()
-    left = not there or stop.resume(load_checkpoint(config.out)["step"])
-    if not left:
+    if checkpoint_path(config.out).exists() and not stop.resume(load_checkpoint(config.out)["step"]):
         run = load_run(config.out, device=config.device)
     else:
         run = train(config, resume=True, population=cell.zoo, stop=stop)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -140,36 +140,33 @@ def spreads(pairs: Diversity, suffix: str = "") -> Metrics:
     }
 
 
-@dataclass(frozen=True, eq=False)
-class _Sampling:
-    """One sampler's models, measured."""
+class _Sampling(NamedTuple):
+    """One sampler's models, what is known of each ``[k]``, and the figures of all, by name."""
 
+    settings: Row
     weights: Tensor
-    outputs: Tensor
-    row: Row
     values: dict[str, Tensor]
+    figures: Metrics
+
+    def row(self, main: bool) -> Row:
+        """A row of ``samplings``."""
+        columns = {f"{n}{c}": v for n, of in self.figures.items() for c, v in zip(("_median", "", "_spread"), of)}
+        return {**self.settings, **columns, "main": int(main)}
 
 
 def _sampled(source: Source, protocol: Protocol, sampler: str, bandwidth: float | None, select: str) -> _Sampling:
     generator = torch.Generator().manual_seed(protocol.seed)
     weights, _ = source.sample(protocol.samples, generator, sampler=sampler, bandwidth=bandwidth or 0.0, select=select)
     outputs = source.outputs(weights, "test")
-    pairs = diversity(weights, outputs)
     values = {
         "val_acc": source.accuracy(weights, "val"),
         "test_acc": accuracy(outputs, source.data.test_labels),
         "novelty": nearest(weights, source.train.weights),
         "novelty_behavior": behavioral_novelty(outputs.argmax(-1), source.train_classes),
     }
-    row: Row = {"sampler": sampler, "bandwidth": bandwidth, "select": select, "samples": protocol.samples}
-    for name, value in (
-        *values.items(),
-        ("diversity", pairs.structural),
-        ("diversity_behavior", pairs.behavioral),
-        ("diversity_disagreement", pairs.disagreement),
-    ):
-        row[f"{name}_median"], row[name], row[f"{name}_spread"] = figures(value)
-    return _Sampling(weights, outputs, row, {name: value.cpu() for name, value in values.items()})
+    found = {name: figures(value) for name, value in values.items()} | spreads(diversity(weights, outputs))
+    settings: Row = {"sampler": sampler, "bandwidth": bandwidth, "select": select, "samples": protocol.samples}
+    return _Sampling(settings, weights, {name: value.cpu() for name, value in values.items()}, found)
 
 
 def generative(zoo: LoadedZoo, code: Code, *, full: bool) -> tuple[Metrics, dict[str, list[Row]]]:
@@ -184,26 +181,24 @@ def generative(zoo: LoadedZoo, code: Code, *, full: bool) -> tuple[Metrics, dict
     rebuilt = source.decode(source.latents)
     bar = float(source.accuracy(rebuilt, "val").mean()) - protocol.tolerance
     densities = [_sampled(source, protocol, "joint", h, "none") for h in sorted(protocol.bandwidths)]
-    keeps = [s for s in densities if s.row["val_acc"] >= bar]
+    keeps = [s for s in densities if (s.figures["val_acc"][1] or 0.0) >= bar]
     main = keeps[-1] if keeps else densities[0]
     middle = sorted(protocol.bandwidths)[len(protocol.bandwidths) // 2]
     others = [("token", middle, "none"), ("individual", middle, "none"), ("uniform", None, "none")]
     others += [("neighbours", None, "none")] if len(source.latents) > 1 else []
     others += [("joint", middle, "subsampled"), ("joint", middle, "bootstrapped")]
-    samplings = [s.row | {"main": int(s is main)} for s in densities]
-    samplings += [_sampled(source, protocol, *setting).row | {"main": 0} for setting in (others if full else [])]
+    samplings = [s.row(s is main) for s in densities]
+    samplings += [_sampled(source, protocol, *setting).row(False) for setting in (others if full else [])]
 
     metrics: Metrics = {
-        "generated_accuracy": figures(main.values["test_acc"]),
+        **{name: of for name, of in main.figures.items() if name not in ("val_acc", "test_acc")},
+        "generated_accuracy": main.figures["test_acc"],
         "best_generated": single(float(main.values["test_acc"].max())),
-        "generated_bandwidth": single(main.row["bandwidth"]),
-        "novelty": figures(main.values["novelty"]),
-        "novelty_behavior": figures(main.values["novelty_behavior"]),
+        "generated_bandwidth": single(main.settings["bandwidth"]),
         # what a copy would score: the anchors' own reconstructions
         "novelty_reconstruction": figures(nearest(rebuilt, zoo.train.weights)),
         "novelty_behavior_reconstruction": figures(behavioral_novelty(source.outputs(rebuilt, "test").argmax(-1), source.train_classes)),
         "anchor_reconstruction_accuracy": figures(source.accuracy(rebuilt, "test")),
-        **spreads(diversity(main.weights, main.outputs)),
         # the same distances, blind to permutations of channels
         "diversity_sorted": figures(torch.pdist(sorted_channels(main.weights, zoo.architecture).double())),
         "novelty_sorted": figures(nearest(sorted_channels(main.weights, zoo.architecture), zoo.train_sorted)),
