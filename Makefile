@@ -4,7 +4,12 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: help demo test lint types quick slow faults ci gpu bench clean
+NUMERIC := tests/test_behavior.py tests/test_engine.py tests/test_silent_values.py tests/test_operators.py tests/test_cpu_engine.py \
+  tests/test_cpu_jobs.py tests/test_kernels_network.py tests/test_kernels_interpreter.py tests/test_kernels_precision.py \
+  tests/test_kernels_index.py tests/test_codec.py tests/test_adaptive.py tests/test_tokens.py tests/test_permutation.py \
+  tests/faults/test_determinism.py
+
+.PHONY: help demo test lint types quick slow faults avx2 ci gpu bench clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -52,7 +57,12 @@ faults: $(VENV)/.dev ## the fault matrix with its full figures, the guards, and 
 	$(BIN)/python tests/faults/guards.py --json build/faults/guards.json
 	$(BIN)/python tests/faults/render.py build/faults docs/reliability.md
 
-ci: test slow ## all that can be tested without a GPU (at most 45 minutes)
+# The numbers once more as on a machine without AVX-512: no test may ask two matrix products for equal bits.
+avx2: $(VENV)/.dev ## the numeric tests as on an AVX2 machine (at most 6 minutes)
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 OPENBLAS_CORETYPE=Haswell \
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(NUMERIC) $(PYTEST_FLAGS)
+
+ci: test avx2 slow ## all that can be tested without a GPU (at most 45 minutes)
 
 # Plain python3 from the tree: no virtual environment, no installation, no network.
 gpu: ## on a machine with CUDA: GPU tests, then the timings side by side; rows go to $OUT or benchmarks/data

@@ -8,12 +8,18 @@ outputs ``[k, n, K]``.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .criteria import criterion_values
+from .graph import DTYPES, QUERY, Graph, Node, substitute
 from .layers import Activation, Conv2d, Dropout, Flatten, Layers, Linear, Pool2d, layer_slots
+from .operations import TABLE
 
 
 def activation(x: Tensor, layer: Activation) -> Tensor:
@@ -133,3 +139,53 @@ def loss_and_gradient(
         losses[j] = value.detach()
         (gradient[j],) = torch.autograd.grad(value, row)
     return losses, gradient
+
+
+# -- graphs ------------------------------------------------------------------------------------------------------------
+
+
+def run_graph(weights: Tensor, queries: Tensor, graph: Graph) -> Tensor:
+    """Outputs ``[n, *out]`` of the one model whose row of weights is ``[P]``: node after node, each one plain call."""
+    return dict(graph_values(weights, queries, graph))[graph.output]  # type: ignore[no-any-return]
+
+
+def graph_values(weights: Tensor, queries: Tensor, graph: Graph) -> Iterator[tuple[str, Any]]:
+    """Every value of a graph for one model, with its reference, in the order in which it is computed."""
+    values: dict[str, Any] = {QUERY: queries}
+    for slot in graph.slots:
+        values[f"@w:{slot.name}"] = weights[slot.offset : slot.stop].view(slot.shape)
+    for constant in graph.constants:
+        value = constant.value.to(queries.device)
+        values[f"@c:{constant.name}"] = value.to(queries.dtype) if value.is_floating_point() else value
+    yield from values.items()
+    for i, node in enumerate(graph.nodes):
+        values[f"@{i}"] = call_node(node, values, len(queries))
+        yield f"@{i}", values[f"@{i}"]
+
+
+def call_node(node: Node, values: dict[str, Any], n: int) -> Any:
+    """What one node gives."""
+    arguments = {name: substitute(value, values.__getitem__, n) for name, value in node.arguments}
+    if isinstance(arguments.get("dtype"), str):
+        arguments["dtype"] = DTYPES[arguments["dtype"]]
+    operation = TABLE[node.operation]
+    return arguments["input"] if operation.form == "identity" else operation.call(arguments)
+
+
+@lru_cache(maxsize=256)
+def value_shapes(graph: Graph, n: int = 2) -> dict[str, Any]:
+    """Shape of every value for n queries, a list of shapes where an operation gives several tensors. Nothing is computed or allocated.
+    Raises ValueError naming a node that does not fit what it reads."""
+    shapes: dict[str, Any] = {}
+    weights = torch.empty(graph.parameters, device="meta", dtype=torch.float32)
+    queries = torch.empty(n, *graph.input_shape, device="meta", dtype=torch.float32)
+    try:
+        with torch.no_grad():
+            for reference, value in graph_values(weights, queries, graph):
+                shapes[reference] = [tuple(t.shape) for t in value] if isinstance(value, (tuple, list)) else tuple(value.shape)
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
+        at = sum(reference[1:].isdigit() for reference in shapes)
+        what = graph.nodes[at].operation if at < len(graph.nodes) else "a parameter"
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"node {at} ({what}) does not fit: {first:.200}") from None
+    return shapes

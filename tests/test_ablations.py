@@ -15,10 +15,12 @@ from torch import Tensor
 from wslfast import LinearCodec, TrainConfig, WslfastError, build_zoo, load_zoo
 from wslfast.measure.evaluation import evaluate_code
 from wslfast.measure.results import NAMES, from_csv, read_unit
+from wslfast.page import report
 from wslfast.sane.ablation import systems
 from wslfast.study import ablations, closed_form
-from wslfast.study.ablation_file import Ablation
+from wslfast.study.ablation_file import Ablation, settings_of
 from wslfast.study.ablations import COLUMNS, Cell, Stop, Trained, run_ablation
+from wslfast.study.loaded_zoo import Protocol
 from wslfast.training import load_run
 from wslfast.training.query_sets import query_images
 from wslfast.zoo import dataset_of
@@ -351,7 +353,7 @@ def test_values_that_are_told_apart_have_names_that_are(tmp_path: Path, zoo: Pat
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
 def test_examples_are_good_files(path: Path) -> None:
     ablation = Ablation.from_toml(path)
-    assert len(ablation.seeds) == 3
+    assert len(ablation.seeds) == (1 if path.stem == "paper" else 3)  # the paper has one
     assert len(ablation.variants) >= 2
 
 
@@ -453,3 +455,42 @@ def test_rows_of_other_zoos_stay(tmp_path: Path, zoo: Path) -> None:
     run_ablation(Ablation.from_toml(file), tmp_path, systems=closed_form.systems())
     assert {r["zoo"] for r in read_rows(path)} == {"digits", "elsewhere"}
     assert len(read_rows(path)) == 2 * len(rows)
+
+
+def test_new_models_are_measured_where_the_file_asks(tmp_path: Path, zoo: Path) -> None:
+    """Of systems that can be sampled from, on the test split; another protocol measures again and trains nothing."""
+    file = write(tmp_path / "a.toml", zoo, '[axis]\nsemantics = ["core", "metric"]', seeds="[0]", top="generate = true")
+    few = Protocol(samples=3, models=4, train_models=8, images=20, bandwidths=(0.1,), finetune_epochs=1, finetune_images=32)
+    log: list[tuple[str, int]] = []
+    known = {**closed_form.systems(), "core": counted(log)}
+    rows = run_ablation(Ablation.from_toml(file), tmp_path / "out", systems=known, protocol=few)
+    found = {name: {r["metric"]: r for r in rows if r["variant"] == f"semantics={name}"} for name in ("core", "metric")}
+    new = {"generated_accuracy", "diversity", "novelty", "finetuned_accuracy", "best_generated"}
+    assert new <= set(found["core"])
+    assert not new & set(found["metric"])
+    assert found["core"]["diversity"]["mean"] > 0
+    assert run_ablation(Ablation.from_toml(file), tmp_path / "out", systems=known, protocol=few) == rows
+    assert len(log) == 1
+    run_ablation(Ablation.from_toml(file), tmp_path / "out", systems=known, protocol=replace(few, samples=2))
+    val = run_ablation(replace(Ablation.from_toml(file), split="val"), tmp_path / "out", systems=known, protocol=few)
+    assert not new & {r["metric"] for r in val}
+    assert load_run(log[0][0]).step == 3
+    assert len(list((tmp_path / "out" / "cells").iterdir())) == 2  # the same cells, measured anew
+
+
+@pytest.mark.slow
+def test_the_paper_in_three_steps(tmp_path: Path, zoo: Path) -> None:
+    """Every variant of the file that reruns the paper, with a smaller network and three steps, on two zoos into one table."""
+    whole = Ablation.from_toml(next(path for path in EXAMPLES if path.stem == "paper"))
+    small = {"steps": 3, "batch_size": 4, "queries": 4, "query_pool": 16, "d_model": 16, "heads": 2, "layers": 1, "latent": 4}
+    tried = replace(whole, variants={name: {**settings, **small} for name, settings in whole.variants.items()})
+    few = Protocol(samples=3, models=4, train_models=8, images=20, bandwidths=(0.1,), finetune_epochs=1, finetune_images=32)
+    rows = run_ablation(tried, tmp_path, zoo=zoo, systems=systems(), protocol=few)
+    assert {r["variant"] for r in rows} == set(whole.variants)
+    for variant in whole.variants:
+        measured = {r["metric"] for r in rows if r["variant"] == variant}
+        assert {"agreement", "identified", "l2_masked", "probe_r2"} <= measured
+        assert ("generated_accuracy" in measured) is not variant.startswith("published")
+    assert {name: settings_of(whole, name, "z", 0)[1].lr for name in ("C+S", "C+S+B")} == {"C+S": 1e-4, "C+S+B": 1e-5}
+    assert {settings_of(whole, name, "z", 0)[1].steps for name in whole.variants} == {30_000}
+    assert "<html" in report(tmp_path).read_text()

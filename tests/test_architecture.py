@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 import math
+import pickle
 from collections import OrderedDict
 from types import ModuleType
 from typing import Any
@@ -55,7 +56,6 @@ PUBLISHED: dict[str, tuple[Architecture, list[str], tuple[int, ...], list[tuple[
 @pytest.mark.parametrize(("arch", "kinds", "indices", "shapes", "count"), PUBLISHED.values(), ids=PUBLISHED)
 def test_published_networks(arch: Architecture, kinds: list[str], indices: tuple[int, ...], shapes: list[Any], count: int) -> None:
     assert [layer.kind for layer in arch.layers] == kinds
-    assert [layer.name for layer in arch.layers] == [f"module_list.{i}" for i in range(len(kinds))]
     weights = [s for s in arch.parameters if s.name.endswith("weight")]
     assert [s.name for s in weights] == [f"module_list.{i}.weight" for i in indices]
     assert [s.shape for s in weights] == shapes
@@ -77,12 +77,12 @@ def test_published_pools_and_convolutions_are_plain() -> None:
 @pytest.mark.parametrize(
     ("name", "record"),
     [
-        ("relu", Activation("module_list.2", "relu")),
-        ("leakyrelu", Activation("module_list.2", "leakyrelu", 0.01)),
-        ("leaky_relu", Activation("module_list.2", "leakyrelu", 0.01)),
-        ("elu", Activation("module_list.2", "elu", 1.0)),
-        ("gelu", Activation("module_list.2", "gelu")),
-        ("silu", Activation("module_list.2", "silu")),
+        ("relu", Activation("relu2", "relu")),
+        ("leakyrelu", Activation("leaky_relu2", "leakyrelu", 0.01)),
+        ("leaky_relu", Activation("leaky_relu2", "leakyrelu", 0.01)),
+        ("elu", Activation("elu2", "elu", 1.0)),
+        ("gelu", Activation("gelu2", "gelu")),
+        ("silu", Activation("silu2", "silu")),
     ],
 )
 def test_activation_names(name: str, record: Activation) -> None:
@@ -312,7 +312,7 @@ def test_gelu_tanh_record() -> None:
     assert [layer.approximate for layer in arch.layers if isinstance(layer, Activation)] == ["tanh", "none"]
 
 
-# -- from_module: opaque -----------------------------------------------------------------------------------------------
+# -- from_module: graphs -----------------------------------------------------------------------------------------------
 
 
 class Residual(nn.Module):
@@ -366,6 +366,15 @@ class AlwaysDropout(nn.Module):
         return self.fc(x) * F.dropout(torch.ones_like(x[:, :1]), self.p)
 
 
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.scale = nn.Linear(5, 3), nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) * self.scale
+
+
 def _tied() -> nn.Module:
     module = nn.Sequential(nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 2))
     module[2].weight = module[0].weight
@@ -378,10 +387,9 @@ def _hooked() -> nn.Module:
     return module
 
 
-OPAQUE: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+GRAPHS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "residual": (Residual(), (2, 4, 4)),
     "batch-norm": (Norm(), (2, 4, 4)),
-    "branching": (Branching(), (5,)),
     "module-used-twice": (Twice(), (5,)),
     "tied-weights": (_tied(), (5,)),
     "bare-layer": (nn.Linear(5, 3), (5,)),
@@ -395,30 +403,46 @@ OPAQUE: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "softplus": (nn.Sequential(nn.Linear(5, 3), nn.Softplus()), (5,)),
     "linear-on-images": (nn.Sequential(nn.Linear(4, 3), nn.Flatten()), (2, 3, 4)),
     "transposed": (nn.Sequential(nn.ConvTranspose2d(2, 3, 2), nn.Flatten()), (2, 3, 3)),
-    "unused-parameter": (nn.ModuleDict({"a": nn.Linear(2, 2)}), (5,)),
+    "scalar-parameter": (Scaled(), (5,)),
 }
+CHAINS = {"bare-layer", "hook", "always-dropout"}  # which are plain after all
+UNTRACEABLE: dict[str, tuple[nn.Module, tuple[int, ...]]] = {"branching": (Branching(), (5,))}
 
 
-@pytest.mark.parametrize("name", [n for n in OPAQUE if n != "unused-parameter"])
-def test_anything_else_is_opaque_and_computes_the_same(name: str) -> None:
-    module, shape = OPAQUE[name]
+@pytest.mark.parametrize("name", GRAPHS)
+def test_anything_else_is_a_graph_and_computes_the_same(name: str) -> None:
+    module, shape = GRAPHS[name]
     arch = Architecture.from_module(module, shape)
-    assert not arch.planned
-    assert arch.layers == ()
+    assert arch.graph is not None, arch.reason
+    assert not arch.planned or name in CHAINS
     actual, expected = _outputs(module, arch)
     assert relative_error(actual, expected) < 1e-12
     assert arch.num_classes == expected.shape[-1]
+    again = Architecture.from_dict(json.loads(json.dumps(arch.to_dict(), allow_nan=False)))
+    assert again == arch == Architecture.from_module(copy.deepcopy(module), shape) == pickle.loads(pickle.dumps(arch))
+    assert hash(again) == hash(arch)
 
 
-def test_opaque_is_said_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", UNTRACEABLE)
+def test_what_cannot_be_traced_runs_as_it_is(name: str) -> None:
+    module, shape = UNTRACEABLE[name]
+    arch = Architecture.from_module(module, shape)
+    assert arch.graph is None
+    assert "cannot be followed" in arch.reason
+    actual, expected = _outputs(module, arch)
+    assert relative_error(actual, expected) < 1e-12
+
+
+def test_a_module_that_is_run_as_it_is_is_said_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(errors, "_said", set())
-    arch = Architecture.from_module(Residual(), (2, 4, 4), "mine")
+    arch = Architecture.from_module(Branching(), (5,), "mine")
     with caplog.at_level(logging.INFO, logger="wslfast"):
         for _ in range(3):
-            batched_forward(torch.zeros(1, arch.num_weights), torch.zeros(1, 2, 4, 4), arch)
-    assert len(caplog.records) == 1
+            batched_forward(torch.zeros(1, arch.num_weights), torch.zeros(1, 5), arch)
+    assert len([r for r in caplog.records if r.name == "wslfast"]) == 1
     assert "'mine'" in caplog.text
-    assert "the module itself" in caplog.text
+    assert "run as a module" in caplog.text
+    assert "control flow" in caplog.text
 
 
 def test_batch_norm_entries() -> None:
@@ -458,7 +482,7 @@ def test_tied_weights_are_one_entry() -> None:
 @pytest.mark.parametrize("name", ["zoo-code", "torch.flatten", "batch-norm", "branching", "tied-weights", "noisy"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_module_is_left_untouched(name: str, training: bool) -> None:
-    module, shape = {**PLANNED, **OPAQUE, "noisy": (AlwaysDropout(), (5,))}[name]
+    module, shape = {**PLANNED, **GRAPHS, **UNTRACEABLE, "noisy": (AlwaysDropout(), (5,))}[name]
     module.train(training)
     mixed = next(iter(module.children()))
     mixed.train(not training)
@@ -485,9 +509,11 @@ def test_the_architecture_is_independent_of_its_module() -> None:
     before = batched_forward(weights, queries, arch)
     module.a = nn.Conv2d(2, 2, 1)
     assert torch.equal(before, batched_forward(weights, queries, arch))
-    assert arch.module is not None
-    assert not arch.module.training
-    assert not any(p.requires_grad for p in arch.module.parameters())
+    assert arch.module is None
+    kept = Architecture.from_module(Branching(), (5,)).module
+    assert kept is not None
+    assert not kept.training
+    assert not any(p.requires_grad for p in kept.parameters())
 
 
 # -- resnet18 ----------------------------------------------------------------------------------------------------------
@@ -553,9 +579,9 @@ def test_json_there_and_back(name: str) -> None:
     assert Architecture.from_dict(json.loads(json.dumps(arch.to_dict(), allow_nan=False))) == arch
 
 
-def test_an_opaque_record_asks_for_its_module() -> None:
-    record = Architecture.from_module(Residual(), (2, 4, 4), "mine").to_dict()
-    with pytest.raises(WslfastError, match=r"'mine' has no layer list; pass architecture="):
+def test_the_record_of_a_module_asks_for_it() -> None:
+    record = Architecture.from_module(Branching(), (5,), "mine").to_dict()
+    with pytest.raises(WslfastError, match=r"'mine' has no graph; pass architecture="):
         Architecture.from_dict(json.loads(json.dumps(record)))
 
 
@@ -568,7 +594,10 @@ HOSTILE: dict[str, Any] = {
     "negative-shape": {"input_shape": [-2], "layers": [FINE]},
     "bool-shape": {"input_shape": [True], "layers": [FINE]},
     "huge-shape": {"input_shape": [1 << 40], "layers": [FINE]},
-    "two-axes": {"input_shape": [2, 2], "layers": [FINE]},
+    "many-axes": {"input_shape": [1] * 9, "layers": [FINE]},
+    "newer": {"input_shape": [2], "layers": [FINE], "version": 3},
+    "graph-list": {"input_shape": [2], "graph": []},
+    "graph-empty": {"input_shape": [2], "graph": {}},
     "no-layers": {"input_shape": [2]},
     "empty-layers": {"input_shape": [2], "layers": []},
     "layers-object": {"input_shape": [2], "layers": {"0": FINE}},
@@ -580,7 +609,7 @@ HOSTILE: dict[str, Any] = {
         "input_shape": [1, 4, 4],
         "layers": [{"kind": "pool2d", "name": "p", "stride": [0, 0]}, {"kind": "flatten", "name": "f"}],
     },
-    "image-output": {"input_shape": [1, 4, 4], "layers": [{"kind": "pool2d", "name": "p"}]},
+    "no-weights": {"input_shape": [1, 4, 4], "layers": [{"kind": "pool2d", "name": "p"}]},
     "recipe-unknown": {"input_shape": [3, 32, 32], "recipe": ["os.system", {"cmd": "true"}]},
     "recipe-arguments": {"input_shape": [3, 32, 32], "recipe": ["resnet18", {"depth": 3}]},
     "recipe-huge": {"input_shape": [3, 32, 32], "recipe": ["resnet18", {"width": 10**9}]},
@@ -599,12 +628,21 @@ def test_no_name_is_fine() -> None:
     assert Architecture.from_dict({"input_shape": [2], "layers": [FINE]}).name == "custom"
 
 
+class Chosen(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x).argmax(-1)
+
+
 WRONG: dict[str, tuple[Any, str]] = {
     "module": (lambda: Architecture.from_module(3, (3,)), r"module: expected a torch.nn.Module, got int"),  # type: ignore[arg-type]
     "module-class": (lambda: Architecture.from_module(nn.Linear, (3,)), r"module: expected a torch.nn.Module, got type"),  # type: ignore[arg-type]
     "shape-axes": (
-        lambda: Architecture.from_module(nn.Linear(3, 2), (1, 3)),
-        r"input_shape: expected \(C, H, W\) or \(features,\).*got \(1, 3\)",
+        lambda: Architecture.from_module(nn.Linear(3, 2), (1,) * 9),
+        r"input_shape: expected \(C, H, W\), \(features,\) or other",
     ),
     "shape-none": (lambda: Architecture.from_module(nn.Linear(3, 2), None), r"input_shape: expected"),  # type: ignore[arg-type]
     "shape-int": (lambda: Architecture.from_module(nn.Linear(3, 2), 3), r"input_shape: expected"),  # type: ignore[arg-type]
@@ -612,8 +650,12 @@ WRONG: dict[str, tuple[Any, str]] = {
     "shape-zero": (lambda: Architecture.from_layers([Linear("a", 3, 2)], (0,)), r"input_shape: expected"),
     "cannot-run": (lambda: Architecture.from_module(nn.Linear(3, 2), (4,)), r"'Linear': cannot run on \[n, 4\]"),
     "wrong-channels": (lambda: Architecture.from_module(ZooCode(), (1, 32, 32), "z"), r"'z': cannot run on \[n, 1, 32, 32\]"),
-    "image-output": (lambda: Architecture.from_module(nn.Conv2d(1, 1, 1), (1, 3, 3)), r"expected outputs \[n, K\]"),
-    "no-forward": (lambda: Architecture.from_module(OPAQUE["unused-parameter"][0], (5,)), r"cannot run on"),
+    "tuple-output": (
+        lambda: Architecture.from_module(nn.LSTM(3, 2), (4, 3)),
+        r"expected floating outputs .* got a tuple; name a part of it with output=",
+    ),
+    "integer-output": (lambda: Architecture.from_module(Chosen(), (5,)), r"expected floating outputs .* got \[4\] int64"),
+    "no-forward": (lambda: Architecture.from_module(nn.ModuleDict({"a": nn.Linear(2, 2)}), (5,)), r"cannot run on"),
     "no-parameters": (lambda: Architecture.from_module(nn.Softplus(), (5,)), r"has no parameters"),
     "no-parameters-planned": (lambda: Architecture.from_module(nn.Flatten(), (5, 1, 1)), r"has no parameters"),
     "no-layers": (lambda: Architecture.from_layers([], (5,)), r"has no parameters"),
@@ -632,7 +674,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "resnet-channels": (lambda: Architecture.resnet18("3"), r"channels_in: expected a positive integer, got '3'"),  # type: ignore[arg-type]
     "initialisation": (lambda: Architecture.cnn3().initial_weights(["he"], [0]), r"initialisation: expected one of .* got 'he'"),
     "seeds": (lambda: Architecture.cnn3().initial_weights(["normal"], [0, 1]), r"1 initialisations for 2 seeds"),
-    "opaque-init": (lambda: Architecture.from_module(Residual(), (2, 4, 4)).initial_weights(["normal"], [0]), r"is opaque"),
+    "module-init": (lambda: Architecture.from_module(Branching(), (5,)).initial_weights(["normal"], [0]), r"cannot be traced"),
 }
 
 

@@ -88,14 +88,15 @@ def _module(arch: Architecture) -> nn.Module:
 def functional_oracle(
     weights: Tensor, original: Tensor, queries: Tensor, arch: Architecture, criterion: str, temperature: float = 2.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Per-model values, gradients to the weights and gradients to the queries ``[k, n, ...]``, by torch.func in float64."""
+    """Per-model values, gradients to the weights and whole gradients to the queries ``[k, n, ...]``, those through the original's
+    outputs included, by torch.func in float64."""
     module = _module(arch)
 
     def outputs(row: Tensor, x: Tensor) -> Tensor:
         return torch.func.functional_call(module, {s.name: row[s.offset : s.stop].view(s.shape) for s in arch.parameters}, (x,))
 
-    def value(row: Tensor, target: Tensor, x: Tensor) -> Tensor:
-        y = outputs(row, x)
+    def value(row: Tensor, other: Tensor, x: Tensor) -> Tensor:
+        y, target = outputs(row, x), outputs(other, x)
         if criterion == "mse":
             return (y - target).pow(2).sum() / (2 * y.shape[0])
         if criterion == "softmax_mse":
@@ -106,10 +107,7 @@ def functional_oracle(
         return temperature**2 * (q * (q / p).log()).sum() / y.shape[0]
 
     w, o, x = (t.detach().double() for t in (weights, original, queries))
-    targets = torch.vmap(outputs, in_dims=(0, None))(o, x)
-    (row_gradients, query_gradients), values = torch.vmap(torch.func.grad_and_value(value, argnums=(0, 2)), in_dims=(0, 0, None))(
-        w, targets, x
-    )
+    (row_gradients, query_gradients), values = torch.vmap(torch.func.grad_and_value(value, argnums=(0, 2)), in_dims=(0, 0, None))(w, o, x)
     return values, row_gradients, query_gradients
 
 
@@ -564,7 +562,7 @@ FRAGILE = Architecture.from_layers([Linear("a", 1, 1, bias=False), Linear("b", 1
 
 @pytest.mark.parametrize("hidden", [False, True], ids=["planned", "opaque"])
 def test_a_finite_loss_with_a_gradient_that_is_not(hidden: bool) -> None:
-    arch = Architecture._opaque(as_module(FRAGILE), (1,), "fragile") if hidden else FRAGILE
+    arch = Architecture("fragile", (1,), None, as_module(FRAGILE), "hidden by a test") if hidden else FRAGILE
     rows = torch.tensor([[1.0, 2.0], [1e37, 1e-36], [0.5, 0.5]])  # the second outputs 10; d/db = (10 + 1000) * 1e37
     targets, queries = torch.tensor([1.0, -1000.0, 3.0]).view(3, 1, 1), torch.ones(1, 1)
     values, gradient = _loss(rows, None, queries, arch, targets=targets, reduction="none")

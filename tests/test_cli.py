@@ -104,6 +104,30 @@ def test_a_run_from_toml_with_flags_over_it(tmp_path: Path, images: Path, shell:
     assert "steps = 2\n" in text
     assert "queries = 16\n" in text
     assert 'clip = "none"\n' in text
+    assert "lr = 0.0005\n" in text
+
+
+def test_the_published_settings_from_one_flag(tmp_path: Path, images: Path, shell: Shell) -> None:
+    """Three steps of the published run, with the smaller network of a file under it and a flag over both."""
+    zoo = tmp_path / "zoo"
+    shell("zoo", "build", "--dataset", images, "--models", 6, "--epochs", 1, "--out", zoo)
+    (tmp_path / "c.toml").write_text("d_model = 16\nheads = 2\nlayers = 1\nqueries = 8\n")
+    flags = ("--preset", "paper", "--config", tmp_path / "c.toml", "--zoo", zoo, "--steps", 3)
+    shell("train", *flags, "--out", tmp_path / "a", "--lr", 1e-4)
+    text = (tmp_path / "a" / "config.toml").read_text()
+    for line in (
+        "steps = 3",
+        "lr = 0.0001",
+        "batch_size = 64",
+        "latent = 64",
+        "d_model = 16",
+        'start = "random"',
+        'clip = "none"',
+        "gamma = 0.05",
+    ):
+        assert f"{line}\n" in text
+    shell("train", "--preset=paper", "--zoo", zoo, "--out", tmp_path / "b", "--steps", 1, "--layers", 0, "--queries", 4)
+    assert "d_model = 256\n" in (tmp_path / "b" / "config.toml").read_text()
 
 
 @pytest.mark.parametrize(
@@ -149,6 +173,8 @@ def test_info(shell: Shell) -> None:
         (("train", "--zoo", "nowhere", "--out", "out"), "nowhere"),
         (("train", "--zoo", "z", "--out", "out", "--steps", 0), "steps: expected at least 1"),
         (("train", "--config", "nowhere.toml", "--zoo", "z", "--out", "o"), "nowhere.toml"),
+        (("train", "--preset", "large", "--zoo", "z", "--out", "o"), "preset: expected one of ('small', 'paper'), got 'large'"),
+        (("train", "--preset", "paper", "--zoo", "z"), "out"),
         (("evaluate", "--run", "nowhere"), "nowhere"),
         (("evaluate", "--run", "a", "b"), "--out"),
         (("evaluate", "--run", "a", "b", "--out", "figures.json"), "--out"),

@@ -134,6 +134,27 @@ def test_flat_architectures_get_rows(tmp_path: Path) -> None:
         load_dataset(path, (17,))
 
 
+@pytest.mark.parametrize("shape", [(1, 7, 6), (42,), (3, 7, 6)], ids=["image", "flat", "repeated"])
+def test_images_as_they_are(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    path = npz(tmp_path / "a.npz", images=BYTES, labels=LABELS)
+    raw, usual = load_dataset(path, shape, standardise=False), load_dataset(path, shape)
+    assert (raw.provenance["standardise"], usual.provenance["standardise"]) == (False, True)
+    assert {k: v for k, v in raw.provenance.items() if k != "standardise"} == {
+        k: v for k, v in usual.provenance.items() if k != "standardise"
+    }
+    rows = [tuple(row) for row in BYTES.reshape(41, -1).tolist()]
+    for split in ("train", "val", "test"):
+        pixels, labels = raw.split(split)
+        assert torch.equal(labels, usual.split(split)[1])
+        for image, label in zip(pixels.reshape(len(pixels), -1, 42), labels.tolist(), strict=True):
+            for channel in image:
+                assert LABELS[rows.index(tuple((channel * 255).round().int().tolist()))] == label
+        mean, std = (torch.tensor(raw.provenance[k]).reshape([1, -1] + [1] * (len(shape) - 1)) for k in ("mean", "std"))
+        torch.testing.assert_close((pixels - mean) / std, usual.split(split)[0], atol=1e-5, rtol=1e-5)
+    with pytest.raises(WslfastError, match="standardise: expected True or False, got 1"):
+        load_dataset(path, shape, standardise=1)  # type: ignore[arg-type]
+
+
 def test_a_constant_channel_does_not_divide_by_zero(tmp_path: Path) -> None:
     data = load_dataset(npz(tmp_path / "a.npz", images=np.full((20, 4, 4), 7, np.uint8), labels=LABELS[:20]), (1, 4, 4))
     assert torch.equal(data.train_images, torch.zeros(14, 1, 4, 4))

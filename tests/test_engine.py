@@ -13,7 +13,7 @@ from torch import Tensor
 from wslfast import engine, errors
 from wslfast.architecture import Architecture
 from wslfast.errors import WslfastError
-from wslfast.kernels import reference
+from wslfast.kernels import stacked
 from wslfast.kernels.layers import Activation, Conv2d, Flatten, Linear, Pool2d
 from wslfast.testing import as_module, oracle_loss, oracle_outputs, relative_error
 
@@ -41,7 +41,7 @@ CRITERIA = ("mse", "softmax_mse", "cross_entropy", "distillation")
 
 def _opaque(arch: Architecture) -> Architecture:
     """The same network, hidden from the planner."""
-    return Architecture._opaque(as_module(arch), arch.input_shape, f"opaque {arch.name}")
+    return Architecture(f"opaque {arch.name}", arch.input_shape, None, as_module(arch), "hidden by a test")
 
 
 def _models(arch: Architecture, k: int, seed: int = 0) -> Tensor:
@@ -68,9 +68,9 @@ CHOICES = {
     "cpu": (NETS["cnn3"], "cpu", torch.float32, "auto", {"cpu", "loop"}),
     "cpu-double": (NETS["cnn3"], "cpu", torch.float64, "auto", {"loop"}),
     "cpu-torch": (NETS["cnn3"], "cpu", torch.float32, "torch", {"loop"}),
-    "cuda-torch": (NETS["cnn3"], "cuda", torch.float32, "torch", {"grouped"}),
-    "cuda-double": (NETS["cnn3"], "cuda", torch.float64, "auto", {"grouped"}),
-    "cuda": (NETS["cnn3"], "cuda", torch.float32, "auto", {"triton", "grouped"}),
+    "cuda-torch": (NETS["cnn3"], "cuda", torch.float32, "torch", {"stacked"}),
+    "cuda-double": (NETS["cnn3"], "cuda", torch.float64, "auto", {"stacked"}),
+    "cuda": (NETS["cnn3"], "cuda", torch.float32, "auto", {"triton", "stacked"}),
     "opaque": (_opaque(NETS["mlp"]), "cpu", torch.float32, "auto", {"module"}),
     "opaque-cuda": (_opaque(NETS["mlp"]), "cuda", torch.float32, "auto", {"module"}),
     "opaque-torch": (_opaque(NETS["mlp"]), "cuda", torch.float32, "torch", {"module"}),
@@ -110,7 +110,9 @@ PATHS: dict[str, Callable[[Tensor, Tensor, Architecture], Tensor]] = {
     "served": lambda w, x, a: engine.forward(w, x, a),
     "served-with-graph": lambda w, x, a: engine.forward(w.requires_grad_(), x, a),
     "loop": lambda w, x, a: engine.forward(w, x, a, backend="torch"),
-    "grouped": lambda w, x, a: reference.forward_grouped(w, x, a.layers),
+    "stacked": lambda w, x, a: stacked.forward(w, x, a.graph),
+    "stacked-with-graph": lambda w, x, a: stacked.differentiable(w.requires_grad_(), x, a.graph),
+    "stacked-plain": lambda w, x, a: stacked.plain(w, x, a.graph),
     "module": lambda w, x, a: engine.forward(w, x, _opaque(a)),
 }
 
@@ -171,15 +173,21 @@ def test_labels(how: str) -> None:
         assert relative_error(gradient[j], expected) < 1e-5
 
 
-@pytest.mark.parametrize("how", ["served", "torch", "opaque", "grouped"])
+@pytest.mark.parametrize("how", ["served", "torch", "opaque", "stacked"])
 @pytest.mark.parametrize("net", ["cnn", "mlp", "odd", "flat"])
 def test_each_model_its_own_queries(net: str, how: str) -> None:
     arch = NETS[net]
     weights, _, targets = _case(arch, 3, 4)
     queries = torch.randn(3, 4, *arch.input_shape)
     expected = torch.cat([oracle_outputs(weights[j : j + 1], queries[j], arch) for j in range(3)])
-    if how == "grouped":
-        assert relative_error(reference.forward_grouped(weights, queries, arch.layers), expected) < 1e-5
+    if how == "stacked":
+        assert arch.graph is not None
+        assert relative_error(stacked.forward(weights, queries, arch.graph), expected) < 1e-5
+        losses, gradient = stacked.loss_and_gradient(weights, queries, targets, arch.graph, "mse")
+        for j in range(3):
+            one = oracle_loss(weights[j : j + 1], queries[j], targets[j : j + 1], arch, "mse")
+            assert relative_error(losses[j : j + 1], one[0]) < 1e-5
+            assert _by_name(gradient[j : j + 1], one[1], arch) < 1e-5
         return
     ran, backend = (_opaque(arch), "auto") if how == "opaque" else (arch, "auto" if how == "served" else "torch")
     assert relative_error(engine.forward(weights, queries, ran, backend=backend), expected) < 1e-5
@@ -321,4 +329,4 @@ def test_module_is_said_once(caplog: pytest.LogCaptureFixture, monkeypatch: pyte
     with caplog.at_level(logging.INFO, logger="wslfast"):
         engine.forward(weights, queries, arch)
         engine.loss_and_gradient(weights, queries, targets, arch, "mse")
-    assert len([r for r in caplog.records if "the module itself" in r.message]) == 1
+    assert len([r for r in caplog.records if "run as a module" in r.message]) == 1

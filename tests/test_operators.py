@@ -191,9 +191,9 @@ def test_opcheck(net: str) -> None:
     tokens = TokenLayout(architecture, size).tokenize(weights).tokens.detach().requires_grad_()
     torch.library.opcheck(operators._detokenize, (tokens, key))
     torch.library.opcheck(operators._tokenize, (weights, key, size))
-    options = (key, "softmax_mse", 2.0, "omit", "auto", "")
-    torch.library.opcheck(operators._behavioral_loss, (weights, queries.detach(), targets, *options, True, True))
-    torch.library.opcheck(operators._behavioral_loss, (weights.detach(), queries.detach(), targets, *options, False, False))
+    options = (key, "softmax_mse", 2.0, "mean", "omit", "auto", "")
+    torch.library.opcheck(operators._behavioral_loss, (weights, queries.detach(), targets, *options, True))
+    torch.library.opcheck(operators._behavioral_loss, (weights.detach(), queries.detach(), targets, *options, False))
 
 
 @pytest.mark.parametrize("own", [False, True])

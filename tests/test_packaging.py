@@ -33,7 +33,7 @@ def test_public_names_are_pinned() -> None:
 
 def test_packages_list_equals_the_folders_on_disk() -> None:
     folders = {p.parent.relative_to(ROOT) for base in ("wslfast", "kernels") for p in (ROOT / base).rglob("__init__.py")}
-    names = {("wslfast.kernels" if f.parts[0] == "kernels" else ".".join(f.parts)) for f in folders}
+    names = {".".join(("wslfast", *f.parts) if f.parts[0] == "kernels" else f.parts) for f in folders}
     assert set(_toml()["tool"]["setuptools"]["packages"]) == names
     code = {p.parent.relative_to(ROOT) for base in ("wslfast", "kernels") for p in (ROOT / base).rglob("*.py")}
     assert code == folders  # every folder with code has an __init__.py

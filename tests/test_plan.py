@@ -29,6 +29,7 @@ from wslfast.kernels.layers import (
     layer_to_dict,
     multiply_adds,
     output_shape,
+    shapes,
 )
 
 CHAIN: tuple[Layer, ...] = (
@@ -70,11 +71,11 @@ def test_slots_tile_the_row_in_state_dict_order() -> None:
 
 def test_shapes_are_torchs() -> None:
     x = torch.zeros(1, 3, 11, 9)
-    shapes = [tuple(x.shape[1:])]
+    expected = [tuple(x.shape[1:])]
     for layer in CHAIN[:6]:
         x = _module(layer)(x)
-        shapes.append(tuple(x.shape[1:]))
-    assert shapes(CHAIN[:6], (3, 11, 9)) == tuple(shapes)
+        expected.append(tuple(x.shape[1:]))
+    assert shapes(CHAIN[:6], (3, 11, 9)) == tuple(expected)
 
 
 @settings(max_examples=60)

@@ -136,6 +136,20 @@ def test_resume_says_where_from_and_leaves_a_finished_run_alone(
     assert before == (checkpoint_path(tmp_path / "run").stat().st_mtime_ns, (tmp_path / "run" / "log.jsonl").read_bytes())
 
 
+@pytest.mark.parametrize(
+    ("has", "precision", "layers", "told"), [(1, "fp32", 1, 1), (1, "bf16", 1, 0), (1, "fp32", 0, 0), (0, "fp32", 1, 0)]
+)
+def test_a_cpu_that_has_bf16_is_told_of(
+    tmp_path: Path, population: Population, images: Tensor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    has: int, precision: str, layers: int, told: int,
+) -> None:  # fmt: skip
+    caplog.set_level(logging.INFO, "wslfast")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bool(has), raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+    train(config(tmp_path, steps=1, precision=precision, layers=layers), population=population, images=images)
+    assert ("this CPU computes in bf16" in caplog.text) == bool(told)
+
+
 def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path: Path, population: Population, images: Tensor) -> None:
     train(config(tmp_path, steps=2), population=population, images=images)
     with pytest.raises(WslfastError, match="already holds a run"):
@@ -445,17 +459,16 @@ def test_a_run_that_cannot_start_says_why(tmp_path: Path, population: Population
         train(replace(config(tmp_path), **changes), population=population, images=images)
 
 
-def test_the_papers_preset_is_the_papers() -> None:
+def test_the_papers_preset_is_the_papers(tmp_path: Path) -> None:
     paper = TrainConfig.paper("zoo", "out")
-    assert (paper.gamma, paper.beta, paper.queries, paper.batch_size, paper.d_model, paper.layers, paper.latent) == (
-        0.05,
-        0.1,
-        256,
-        64,
-        256,
-        8,
-        64,
-    )
+    names = ("gamma", "beta", "queries", "batch_size", "d_model", "heads", "layers", "latent", "lr", "steps", "clip", "start")
+    assert [getattr(paper, name) for name in names] == [0.05, 0.1, 256, 64, 256, 8, 8, 64, 1e-5, 30_000, None, "random"]
+    assert TrainConfig.from_dict({"preset": "paper", "zoo": "zoo", "out": "out"}) == paper
+    (tmp_path / "c.toml").write_text('preset = "paper"\nzoo = "zoo"\nout = "out"\nlr = 1e-4\n')
+    assert TrainConfig.from_toml(tmp_path / "c.toml") == replace(paper, lr=1e-4)
+    assert TrainConfig.from_toml(tmp_path / "c.toml", preset="small", steps=5) == TrainConfig("zoo", "out", lr=1e-4, steps=5)
+    with pytest.raises(WslfastError, match=r"preset: expected one of \('small', 'paper'\), got 'large'"):
+        TrainConfig.from_dict({"preset": "large", "zoo": "zoo", "out": "out"})
 
 
 # -- scrambled views -------------------------------------------------------------------------------------------------------

@@ -224,13 +224,13 @@ def test_no_split_is_emptied_by_what_was_left_out(tmp_path: Path, tree: Path) ->
 
 def test_two_folders_of_one_epoch_and_names_that_are_none(tmp_path: Path, tree: Path) -> None:
     trial = tree / "NN_tune_trainable_00001"
-    other = population().state_dict(17)
+    other = population(7).state_dict(18)
     (trial / "checkpoint_2").mkdir()
     torch.save(other, trial / "checkpoint_2" / "checkpoints")  # the published loaders look for this one first
     (trial / "checkpoint_-00001").mkdir()
     done = import_zoo(tree, tmp_path / "out", split=(1.0, 0.0, 0.0))
     assert (done.rows, dict(done.skipped)) == (18, {"epoch twice": 1, "not an epoch": 1})
-    assert torch.equal(load_zoo(tmp_path / "out").weights[4], population().weights[17])
+    assert torch.equal(load_zoo(tmp_path / "out").weights[4], population(7).weights[18])
 
 
 def test_no_threshold_is_the_published_default(tmp_path: Path, tree: Path) -> None:
@@ -452,8 +452,9 @@ def test_a_flat_list_of_checkpoints_keeps_a_model_together(tmp_path: Path, publi
 
 
 def test_a_broken_file_among_several_is_left_out(tmp_path: Path, published: type) -> None:
-    for split in ("train", "test"):
-        torch.save(_dataset(published, population(2), "checkpoint", False), tmp_path / f"dataset_{split}.pt")
+    for number, split in enumerate(("train", "test")):
+        part = population(4)[list(range(6 * number, 6 * number + 6))]
+        torch.save(_dataset(published, part, "checkpoint", False), tmp_path / f"dataset_{split}.pt")
     (tmp_path / "dataset_val.pt").write_bytes(b"nothing of torch's")
     done = import_zoo(tmp_path, tmp_path / "out")
     assert (done.rows, dict(done.skipped)) == (12, {"unreadable data set": 1})

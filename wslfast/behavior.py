@@ -156,7 +156,7 @@ def _rows(value: Any, architecture: Architecture, argument: str) -> Tensor:
             return value
     elif isinstance(value, Population):
         other = value.architecture
-        same = other.layers == architecture.layers and other.parameters == architecture.parameters
+        same = other.same_network(architecture)
         wrong = f"{argument}: expected a population of architecture {architecture.name!r}, got one of another, {other.name!r}"
         require(same, wrong)
         value = value.weights
@@ -205,7 +205,7 @@ def _targets(targets: Any, original: Any, rows: Tensor, queries: Tensor, archite
             return operators.forward(weights, queries, architecture, backend).to(rows.dtype)
         with torch.no_grad():
             return operators.forward(weights, queries.detach(), architecture, backend).to(rows.dtype)
-    shape = (k, n, architecture.num_classes)
+    shape = (k, n, *architecture.output_shape)
     require(
         isinstance(targets, Tensor) and targets.is_floating_point() and tuple(targets.shape) == shape,
         lambda: f"targets: expected floating {list(shape)} (models, queries, classes), got {describe(targets)}",

@@ -108,7 +108,7 @@ def _forward(weights: Tensor, queries: Tensor, architecture: str, backend: str, 
 def _(weights: Tensor, queries: Tensor, architecture: str, backend: str, autocast: str, graph: bool) -> Tensor:
     found = from_handle(architecture)
     n = queries.shape[queries.ndim - len(found.input_shape) - 1]
-    return weights.new_empty(weights.shape[0], n, found.num_classes, dtype=_AUTOCAST[autocast] or weights.dtype)
+    return weights.new_empty(weights.shape[0], n, *found.output_shape, dtype=_AUTOCAST[autocast] or weights.dtype)
 
 
 @torch.library.custom_op("wslfast::forward_backward", mutates_args=())

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .architecture import Architecture
 from .errors import WslfastError, describe, require
+from .tracing import effective_state
 
 Column = tuple[Any, ...]
 Index = Union[int, slice, Sequence[int], Sequence[bool], Tensor]
@@ -86,7 +87,7 @@ class Population:
         weights = torch.empty(len(state_dicts), architecture.num_weights)
         for j, state in enumerate(state_dicts):
             require(isinstance(state, Mapping), f"state_dicts[{j}]: expected a mapping of names to tensors, got {describe(state)}")
-            state = plain_keys(state, architecture)
+            state = effective_state(state, architecture.known)
             constants = architecture.constants
             known = architecture.slots.keys() | architecture.aliases.keys() | constants.keys()
             extra = [key for key in state if key not in known and not str(key).endswith("num_batches_tracked")]
@@ -113,8 +114,8 @@ class Population:
         state = {s.name: row[s.offset : s.stop].reshape(s.shape).clone() for s in self.architecture.parameters}
         state |= {key: state[name].clone() for key, name in self.architecture.aliases.items()}
         state |= {key: value.clone() for key, value in self.architecture.constants.items()}
-        if self.architecture.module is not None:  # a batch norm that is loaded back expects its step counter
-            statistics = [name for name in state if name.endswith("running_var")]
+        statistics = [name for name in state if name.endswith("running_var")]
+        if statistics:  # a batch norm that is loaded back expects its step counter
             state |= {name.replace("running_var", "num_batches_tracked"): torch.tensor(0) for name in statistics}
         return state
 
@@ -128,25 +129,9 @@ def unstack(weights: Tensor, architecture: Architecture) -> dict[str, Tensor]:
     return {s.name: weights[:, s.offset : s.stop].reshape(len(weights), *s.shape) for s in architecture.parameters}
 
 
-def plain_keys(state: Mapping[str, Any], architecture: Architecture) -> Mapping[str, Any]:
-    """A state dict with the prefixes of wrappers taken off its keys (``module.`` of DataParallel, ``_orig_mod.`` of torch.compile),
-    where the architecture does not know them with."""
-    known = architecture.slots.keys() | architecture.aliases.keys() | architecture.constants.keys()
-    if all(key in known for key in state):
-        return state
-
-    def plain(key: str) -> str:
-        short, longer = key, ""
-        while short not in known and short != longer:
-            short, longer = short.replace("_orig_mod.", "").removeprefix("module."), short
-        return short if short in known else key
-
-    return {plain(key) if isinstance(key, str) else key: value for key, value in state.items()}
-
-
 def stack(parameters: Mapping[str, Tensor], architecture: Architecture) -> Tensor:
     """The inverse of :func:`unstack`, differentiable: ``{name: [k, *shape]} -> [k, P]``. Entries without weights are passed over."""
-    parameters = {key: value for key, value in plain_keys(parameters, architecture).items() if key not in architecture.constants}
+    parameters = {key: value for key, value in effective_state(parameters, architecture.known).items() if key not in architecture.constants}
     unknown = [key for key in parameters if key not in architecture.slots and not str(key).endswith("num_batches_tracked")]
     require(not unknown, f"parameters: unknown keys {unknown[:5]}; expected {list(architecture.slots)}")
     rows = []

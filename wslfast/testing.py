@@ -6,13 +6,17 @@ does the rest. Slow on purpose.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .architecture import Architecture
 from .errors import require
+from .kernels.graph import Graph
 from .kernels.layers import Activation, Conv2d, Dropout, Flatten, Layer, Linear, Pool2d
+from .kernels.reference import run_graph
 from .population import unstack
 
 _ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid, "silu": nn.SiLU, "identity": nn.Identity}
@@ -63,10 +67,54 @@ class _Chain(nn.Module):
         return x
 
 
+class GraphModule(nn.Module):
+    """A graph as a module: parameters and buffers under their state-dict keys, one reference call a node."""
+
+    def __init__(self, graph: Graph) -> None:
+        super().__init__()
+        self._graph = graph
+        for slot in graph.slots:
+            owner, leaf = self._owner(slot.name)
+            if leaf.startswith("running_"):
+                owner.register_buffer(leaf, torch.zeros(slot.shape))
+            else:
+                owner.register_parameter(leaf, nn.Parameter(torch.zeros(slot.shape)))
+        for constant in graph.constants:
+            if constant.kept:
+                owner, leaf = self._owner(constant.name)
+                owner.register_buffer(leaf, constant.value.clone())
+        for key, name in graph.aliases:
+            owner, leaf = self._owner(key)
+            setattr(owner, leaf, _at(self, name))
+
+    def _owner(self, key: str) -> tuple[nn.Module, str]:
+        *path, leaf = key.split(".")
+        owner: nn.Module = self
+        for part in path:
+            if part not in owner._modules:
+                owner.add_module(part, nn.Module())
+            owner = owner._modules[part]  # type: ignore[assignment]
+        return owner, leaf
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = [_at(self, slot.name).reshape(-1) for slot in self._graph.slots]
+        return run_graph(torch.cat(values), x, self._graph)
+
+
+def _at(module: nn.Module, key: str) -> Any:
+    *path, leaf = key.split(".")
+    for part in path:
+        module = module._modules[part]  # type: ignore[assignment]
+    return getattr(module, leaf)
+
+
 def as_module(architecture: Architecture) -> nn.Module:
-    """A planned architecture as an ordinary module in evaluation mode, its state-dict keys the architecture's."""
-    require(architecture.planned, f"architecture {architecture.name!r} is opaque; its template is .module")
-    return _Chain(architecture).eval()
+    """An architecture as an ordinary module in evaluation mode, its state-dict keys the architecture's."""
+    if architecture.planned:
+        return _Chain(architecture).eval()
+    require(architecture.graph is not None, f"architecture {architecture.name!r} could not be traced; its template is .module")
+    assert architecture.graph is not None
+    return GraphModule(architecture.graph).eval()
 
 
 def oracle_outputs(weights: Tensor, queries: Tensor, architecture: Architecture) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .architecture import Architecture
 from .errors import describe, require
-from .kernels.layers import Slot
+from .kernels.graph import Slot
 
 _BATCH_NORM = ("bn", "downsample.1", "batchnorm")  # key parts that mark batch norm in the published code
 

@@ -44,24 +44,24 @@ GUARDS = (
         "tests/faults/test_bit_flips.py::test_no_flipped_bit_of_a_zoo_is_silent[manifest]",
     ),
     Guard(
-        "files are renamed into place", "wslfast/_files.py", "        write(temporary)\n", "        write(path)\n        write(temporary)\n",
+        "files are renamed into place", "wslfast/files.py", "        write(temporary)\n", "        write(path)\n        write(temporary)\n",
         "tests/faults/test_kill.py::test_a_killed_run_resumes_to_the_bit",
     ),
     Guard(
-        "an unfinished file is removed", "wslfast/_files.py", "    finally:\n        with contextlib.suppress(OSError):\n            temporary.unlink()\n", "",
+        "an unfinished file is removed", "wslfast/files.py", "    finally:\n        with contextlib.suppress(OSError):\n            temporary.unlink()\n", "",
         "tests/faults/test_refused_writes.py",
     ),
     Guard(
-        "a name in a temporary file's place is not followed", "wslfast/_files.py", "        temporary.unlink(missing_ok=True)  #", "        #",
+        "a name in a temporary file's place is not followed", "wslfast/files.py", "        temporary.unlink(missing_ok=True)  #", "        #",
         "tests/faults/test_refused_writes.py::test_a_link_in_the_temporary_files_place_is_not_followed",
     ),
     Guard(
-        "what a file calls is not called", "wslfast/zoo/importers/inert.py", "        return Stub(what.kind, arguments)\n",
+        "what a file calls is not called", "wslfast/safe/inert.py", "        return Stub(what.kind, arguments)\n",
         '        home, _, name = what.kind.rpartition(".")\n        return getattr(__import__(home), name)(*arguments)\n',
         "tests/faults/test_hostile.py::test_no_payload_runs_at_any_door[archive]",
     ),
     Guard(
-        "a state is no larger than its file when written out", "wslfast/zoo/importers/state.py",
+        "a state is no larger than its file when written out", "wslfast/safe/state.py",
         'require(count <= self._size, "it holds more values than the file has bytes")', "pass",
         "tests/faults/test_fuzz.py::test_what_would_not_end_when_written_out_is_refused",
     ),
@@ -78,7 +78,7 @@ GUARDS = (
         "tests/faults/test_backends.py::test_kernels_that_cannot_be_built_are_replaced_with_one_warning",
     ),
     Guard(
-        "a diverged model's gradient is zeroed", "wslfast/operators.py", '    if gradient and nan_policy == "omit":\n        slopes', "    if False:\n        slopes",
+        "a diverged model's gradient is zeroed", "wslfast/operators.py", '    if slopes is not None and nan_policy == "omit":\n        slopes', "    if False:\n        slopes",
         "tests/faults/test_determinism.py::test_broken_models_among_64_touch_nobody_else[nan]",
     ),
 )  # fmt: skip

@@ -193,7 +193,7 @@ def no_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
         for name in ("forward", "loss_and_gradient"):
             forbid(module, name)
     forbid(reference, "forward_grouped")
-    for path in (paths.Loop, paths.Grouped, paths.Cpu, Triton, Module):
+    for path in (paths.Loop, paths.Stacked, paths.Cpu, Triton, Module):
         monkeypatch.setattr(path, "forward", lambda *_: called.append("path"))
         monkeypatch.setattr(path, "loss_and_gradient", lambda *_: called.append("path"))
     monkeypatch.chdir(tmp_path)

@@ -23,7 +23,7 @@ def scarce(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, type[Exception]], 
 
     def limit(most: int, error: type[Exception]) -> list[int]:
         tried: list[int] = []
-        for path in (paths.Loop, paths.Grouped):
+        for path in (paths.Loop, paths.Stacked):
             real = path._run
 
             def run(self: Any, weights: Tensor, queries: Tensor, real: Any = real) -> Tensor:
@@ -67,7 +67,7 @@ def test_a_loss_halves_and_goes_on(
     scarce: Callable[..., list[int]], most: int, error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The grouped path, as on a GPU: the same losses and gradients."""
-    monkeypatch.setattr(engine, "choose", lambda *_, **__: paths.Grouped(ARCH, "as on a GPU"))
+    monkeypatch.setattr(engine, "choose", lambda *_, **__: paths.Stacked(ARCH, "as on a GPU"))
     weights, queries = 0.1 * torch.randn(6, ARCH.num_weights), torch.randn(4, 1, 28, 28)
     targets = torch.randn(6, 4, 10)
     expected = engine.loss_and_gradient(weights, queries, targets, ARCH, "mse")
@@ -118,8 +118,8 @@ def test_memory_that_runs_out_once_anywhere(
     weights, queries = 0.1 * torch.randn(16, ARCH.num_weights), torch.randn(4, 1, 28, 28)
     targets = torch.randn(16, 4, 10)
     expected = engine.loss_and_gradient(weights, queries, targets, ARCH, "mse")
-    real, sizes = paths.Grouped._run, []
-    monkeypatch.setattr(engine, "choose", lambda *_, **__: paths.Grouped(ARCH, "chunked"))
+    real, sizes = paths.Stacked._run, []
+    monkeypatch.setattr(engine, "choose", lambda *_, **__: paths.Stacked(ARCH, "chunked"))
 
     def run(self: Any, part: Tensor, queries: Tensor) -> Tensor:
         sizes.append(len(part))
@@ -127,7 +127,7 @@ def test_memory_that_runs_out_once_anywhere(
             raise error
         return real(self, part, queries)
 
-    monkeypatch.setattr(paths.Grouped, "_run", run)
+    monkeypatch.setattr(paths.Stacked, "_run", run)
     for a, b in zip(engine.loss_and_gradient(weights, queries, targets, ARCH, "mse"), expected, strict=True):
         torch.testing.assert_close(a, b)
     assert sizes == [4] * (at + 1) + [2] * (2 * (4 - at))

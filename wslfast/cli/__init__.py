@@ -50,14 +50,23 @@ class Info:
         )
 
 
+def _given(argv: Sequence[str], flag: str) -> str | None:
+    """The value of a flag, ahead of the real parsing; None if it is not there."""
+    values = [a.partition("=")[2] if "=" in a else b for a, b in zip(argv, [*argv[1:], ""]) if a.partition("=")[0] == flag]
+    return values[-1] if values else None
+
+
 def _commands(argv: Sequence[str]) -> Any:
-    """All commands; ``train``'s defaults come from ``--config`` where that is given."""
+    """All commands; ``train``'s defaults come from ``--config`` and ``--preset`` where those are given."""
     options: dict[str, Any] = {}
-    for flag, value in zip(argv, [*argv[1:], ""]):
-        if argv[0] == "train" and (flag == "--config" or flag.startswith("--config=")):
-            path = flag.partition("=")[2] or value
-            given = {name: "" for name in ("zoo", "out") if any(a.split("=")[0] == f"--{name}" for a in argv)}  # flags fill these in
+    if argv and argv[0] == "train":
+        path, preset = (_given(argv, flag) for flag in ("--config", "--preset"))
+        given = {name: "" for name in ("zoo", "out") if _given(argv, f"--{name}") is not None}  # flags fill these in
+        given |= {"preset": preset} if preset is not None else {}
+        if path is not None:
             options = {"default": Train(**TrainConfig.from_toml(path, **given).to_dict(), config=path)}
+        elif preset is not None:
+            options = {"default": Train(**TrainConfig.from_dict(given).to_dict())}
     return Union[
         Annotated[Zoo, tyro.conf.subcommand("zoo")],
         Annotated[Train, tyro.conf.subcommand("train", **options)],

@@ -13,9 +13,10 @@ from rich.table import Table
 from .. import queries
 from ..errors import require
 from ..measure.first_order import GradientSettings, analyse
-from ..measure.results import over_seeds
+from ..measure.results import Row, over_seeds
 from ..study.ablation_file import Ablation
 from ..study.ablations import rows_file, run_ablation
+from ..study.loaded_zoo import Protocol
 from ..training.query_sets import query_images
 from ..zoo import MappedZoo
 from .console import console
@@ -65,8 +66,12 @@ class Ablate:
     """TOML file: a zoo, base settings, what is varied, seeds."""
     out: str = "runs/ablations"
     """Folder of rows, cells and, where the file describes one, the zoo."""
-    zoo: str | None = None
-    """Folder of a zoo to use instead of the file's."""
+    zoo: tuple[str, ...] = ()
+    """Folders of zoos to use, one after another, instead of the file's."""
+    steps: int | None = None
+    """Steps of every cell instead of the file's: --steps 3 --quick tries a file out (give it another --out)."""
+    quick: bool = False
+    """Where the file samples new models: fewer of them, on fewer images."""
     split: Literal["test", "val"] | None = None
     """Whose models are measured, instead of the file's; val to choose by (rows go to ablations-val.csv). Nothing is trained twice."""
 
@@ -77,17 +82,28 @@ class Ablate:
         ablation = Ablation.from_toml(self.file)
         if self.split is not None:
             ablation = dataclasses.replace(ablation, split=self.split)
+        if self.steps is not None:
+            variants = {name: {**settings, "steps": self.steps} for name, settings in ablation.variants.items()}
+            ablation = dataclasses.replace(ablation, variants=variants)
         say = lambda text: console.print(f"- {text}", soft_wrap=True)  # noqa: E731
-        rows = run_ablation(ablation, self.out, zoo=self.zoo, systems={**closed_form.systems(), **published.systems()}, on_cell=say)
+        known = {**closed_form.systems(), **published.systems()}
+        protocol = Protocol.quick() if self.quick else Protocol()
+        for zoo in self.zoo or (None,):
+            rows = run_ablation(ablation, self.out, zoo=zoo, systems=known, protocol=protocol, on_cell=say)
+            self._table(ablation, rows, zoo)
+        rows_at = Path(self.out) / rows_file(ablation)
+        console.print(f"means over models, mean ± standard deviation over seeds; rows in {rows_at}", soft_wrap=True)
+
+    def _table(self, ablation: Ablation, rows: list[Row], zoo: str | None) -> None:
         table = Table(ablation.axis, box=None, pad_edge=False, header_style="bold")
         for column in _SHOWN:
             table.add_column(column.replace("_", " "), justify="right")
         for variant, metrics in over_seeds(rows).items():
             cells = (metrics.get(m) for m in _SHOWN)
             table.add_row(variant, *("-" if c is None else f"{c[0]:.3f}" + (f" ± {c[1]:.3f}" if c[1] is not None else "") for c in cells))
+        if len(self.zoo) > 1:
+            console.print(f"[bold]{zoo}[/bold]", soft_wrap=True)
         console.print(table)
-        rows_at = Path(self.out) / rows_file(ablation)
-        console.print(f"means over models, mean ± standard deviation over seeds; rows in {rows_at}", soft_wrap=True)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -24,6 +24,9 @@ class Train(TrainConfig):
 
     config: str | None = None
     """TOML file of settings; flags win over it."""
+    preset: Literal["small", "paper"] = "small"
+    """What settings are that neither flags nor --config give: small, the defaults shown here, a CPU's; paper, the published ones (arXiv
+    2503.17138: d 256, 8 + 8 blocks, 64 models and 256 queries a step, lr 1e-5, 30,000 steps)."""
     resume: bool = False
     """Continue from the folder's checkpoint (starts afresh where there is none)."""
     profile: bool = False

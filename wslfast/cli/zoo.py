@@ -92,8 +92,8 @@ class ZooShow:
 class ZooImport:
     """Read a published zoo: ray-tune trees (NN_tune_trainable_*) or pickled dataset_{train,val,test}.pt files.
 
-    Nothing in the files is run, whatever they contain. What is missing, broken, not finite or too large is left out; the counts are
-    printed, and OUT/skipped.json lists every case.
+    Nothing in the files is run, whatever they contain. What is missing, broken, not finite, too large or there twice is left out; the
+    counts are printed, and OUT/skipped.json lists every case.
 
     Example: wslfast zoo import ~/zoos/svhn_cnn3 runs/svhn --epochs 20 30 40 50
     """
@@ -117,7 +117,7 @@ class ZooImport:
     seed: int = 0
     """Seed of the split."""
     dataset: str | None = None
-    """What the models were trained on (as for zoo build), so that training finds its query images."""
+    """What the models were trained on (as for zoo build), so that training finds its query images. Images of a file are standardised."""
     overwrite: bool = False
     """Replace a zoo that is already there."""
 

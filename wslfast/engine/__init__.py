@@ -14,12 +14,13 @@ from torch import Tensor
 
 from ..architecture import Architecture
 from ..errors import require, say_once
+from ..kernels import stacked
 from ..profiling import region
 from .choice import BACKENDS, choose
 from .chunks import in_chunks
 from .memory import activation_elements, memory_budget, models_per_chunk
 from .module_path import Module
-from .paths import Loop, Path
+from .paths import Path
 from .transforms import looked_through
 from .triton_path import Unbuildable
 
@@ -45,9 +46,9 @@ def forward(weights: Tensor, queries: Tensor, architecture: Architecture, *, bac
     """
     if looked_through(weights, queries):
         require(backend != "triton", "backend='triton' cannot be looked through by a torch transform; use backend='torch'")
-        if architecture.planned:
-            return Loop(architecture, "a torch transform looks through").forward(weights, queries, False)
-        return Module(architecture, "a torch transform looks through").plain(weights, queries)
+        if architecture.graph is None:
+            return Module(architecture, "a torch transform looks through").plain(weights, queries)
+        return stacked.plain(weights, queries, architecture.graph)
     device = weights.device.type
     graph = torch.is_grad_enabled() and (weights.requires_grad or queries.requires_grad)
     if graph and queries.requires_grad:

@@ -15,7 +15,7 @@ from ..kernels.layers import Unplannable
 from ..kernels.triton.schedule import schedule
 from . import triton_path
 from .module_path import Module
-from .paths import Cpu, Grouped, Loop, Path
+from .paths import Cpu, Loop, Path, Stacked
 from .triton_path import Triton
 
 BACKENDS = ("auto", "triton", "torch")
@@ -36,10 +36,10 @@ def choose(architecture: Architecture, device: str, dtype: torch.dtype, backend:
             raise WslfastError(f"backend='triton' cannot run this: {reason}")
         level = logging.INFO if _why_no_kernels(architecture) is None else logging.WARNING
         say_once(f"wslfast: no Triton kernels for architecture {architecture.name!r}: {reason}; using torch", level)
-    if not architecture.planned:
-        return Module(architecture, "not a plain chain of layers: the module itself, with each model's weights in place of its own")
-    if device == "cuda":
-        return Grouped(architecture, "a loop over models would be bound by launches")
+    if architecture.graph is None:
+        return Module(architecture, f"run as a module, with each model's weights in place of its own, as {architecture.reason}")
+    if not architecture.planned or device == "cuda":
+        return Stacked(architecture, "many models in one torch call an operation")
     if backend == "auto" and dtype == torch.float32 and _cpu_plans(architecture):
         return Cpu(architecture, "hand-written forward and backward, no graph over models")
     return Loop(architecture, "one model after another, channels-last" if not autocast else "one model after another, under autocast")

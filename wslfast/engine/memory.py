@@ -11,10 +11,15 @@ from torch import Tensor, nn
 
 from ..architecture import Architecture
 from ..errors import WslfastError
-from ..kernels import layers
+from ..kernels import stacked
 
 _CPU_CHUNK = 1 << 30
 _CUDA_CHUNK = 4 << 30
+
+
+def default_budget(device: str) -> int:
+    """:func:`memory_budget` where nothing is set: what decides bits must not depend on settings."""
+    return _CUDA_CHUNK if device == "cuda" else _CPU_CHUNK
 
 
 def memory_budget(device: str) -> int:
@@ -25,14 +30,15 @@ def memory_budget(device: str) -> int:
         if not megabytes.isdecimal() or int(megabytes) < 1:
             raise WslfastError(f"WSLFAST_MEMORY_MB: expected a positive integer, got {megabytes!r}")
         return int(megabytes) << 20
-    return _CUDA_CHUNK if device == "cuda" else _CPU_CHUNK
+    return default_budget(device)
 
 
 @lru_cache(maxsize=64)
 def activation_elements(architecture: Architecture) -> int:
     """Numbers that one (model, query) pair keeps for its backward."""
-    if architecture.module is None:
-        return layers.activation_elements(architecture.layers, architecture.input_shape)
+    if architecture.graph is not None:
+        return max(stacked.sizes(architecture.graph)[0], math.prod(architecture.input_shape))
+    assert architecture.module is not None
     total = 0
 
     def count(_: nn.Module, __: object, output: object) -> None:
@@ -49,7 +55,7 @@ def activation_elements(architecture: Architecture) -> int:
     return max(total, math.prod(architecture.input_shape))
 
 
-def models_per_chunk(architecture: Architecture, n: int, device: str) -> int:
-    """Models whose activations, their gradients and one workspace fit the budget; at least one."""
+def models_per_chunk(architecture: Architecture, n: int, device: str, budget: int | None = None) -> int:
+    """Models whose activations, their gradients and one workspace fit the budget (default: :func:`memory_budget`); at least one."""
     per_model = 4 * (3 * n * activation_elements(architecture) + 2 * architecture.num_weights)
-    return max(1, memory_budget(device) // per_model)
+    return max(1, (memory_budget(device) if budget is None else budget) // per_model)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -21,15 +21,16 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from ..architecture import Architecture
 from ..errors import WslfastError, describe
 from ..kernels.criteria import share_of_loss
+from ..kernels.stacked.company import group_size
 from .chunks import in_chunks, is_shortage
-from .company import filled
-from .memory import models_per_chunk
+from .memory import default_budget, models_per_chunk
 from .paths import gathered, in_pieces, per_model
 
 # what a forward raises that does not fit its input; torch's checkpoint has exceptions of its own, which are none
 _FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
 _GROUP = 64  # models that vmap runs at once
 _LOOPED = 8  # models of a loop that share one backward call
+_FEW = 1000  # numbers of a product: so few could agree by chance, and a group is always filled
 
 
 class _Bound:
@@ -129,7 +130,7 @@ def _traits(architecture: Architecture) -> frozenset[str]:
     path = Module(architecture, "")
     try:
         with temporarily_clear_interpreter_stack(), torch.no_grad():
-            path._mapped(_leaves(row, architecture), x, architecture, "writes" in found)
+            path._mapped(_leaves(row, architecture), x, "writes" in found)
         found.add("mapped")
     except Exception:  # whatever vmap cannot follow runs one model after another
         pass
@@ -162,16 +163,14 @@ class Module:
     reason: str
     name: ClassVar[str] = "module"
 
-    def _at_once(self, k: int, device: str) -> bool:
-        """Whether vmap runs all models at once."""
+    def _at_once(self, device: str) -> bool:
+        """Whether vmap runs all models at once; never a matter of how many there are, or bits would depend on company."""
         traits = _traits(self.architecture)
-        if "mapped" not in traits:
-            return False
-        return device != "cpu" or (k > 2 and not traits & {"convolutions", "recurrent"})
+        return "mapped" in traits and (device != "cpu" or not traits & {"convolutions", "recurrent"})
 
-    def _mapped(self, leaves: Sequence[Tensor], queries: Tensor, architecture: Architecture, writes: bool) -> Tensor:
-        bound = _bound(architecture, queries.device, queries.dtype)
-        own = per_model(queries, architecture)
+    def _mapped(self, leaves: Sequence[Tensor], queries: Tensor, writes: bool) -> Tensor:
+        bound = _bound(self.architecture, queries.device, queries.dtype)
+        own = per_model(queries, self.architecture)
         x = queries.clone() if writes else queries
         if writes and not own:  # vmap refuses to write what differs between models into what they share
             x, own = x.expand(len(leaves[0]), *x.shape).clone(), True
@@ -181,10 +180,11 @@ class Module:
         """Outputs of each model. Values and own queries are copied, as in ``reference.forward``: bits do not depend on where rows stand."""
         own, traits = per_model(queries, self.architecture), _traits(self.architecture)
         bound = _bound(self.architecture, queries.device, queries.dtype)
-        images = queries if own else [queries] * len(leaves[0])
         channels_last = "convolutions" in traits and "slices" not in traits
-        if channels_last and not own and queries.ndim == 4:
-            images = [queries.contiguous(memory_format=torch.channels_last)] * len(leaves[0])
+        images: Any = queries
+        if not own:
+            flat = channels_last and queries.ndim == 4
+            images = [queries.contiguous(memory_format=torch.channels_last) if flat else queries] * len(leaves[0])
         answers = []
         for values, x in zip(zip(*(leaf.unbind() for leaf in leaves)), images):
             if own and channels_last and x.ndim == 4:
@@ -194,14 +194,54 @@ class Module:
             answers.append(bound([value.clone() for value in values], x))
         return answers
 
+    def _size(self, count: int, queries: Tensor, dtype: torch.dtype) -> int:
+        """Models that are run at once."""
+        architecture, device = self.architecture, queries.device.type
+        own = per_model(queries, architecture)
+        shape = tuple(queries.shape[int(own) :])
+        most = models_per_chunk(architecture, shape[0], device)
+        if not self._at_once(device):
+            return min(_LOOPED, most)
+        if device != "cpu":
+            return most
+        full = min(_GROUP, models_per_chunk(architecture, shape[0], device, default_budget(device)))
+        if architecture.num_weights * shape[0] < _FEW:
+            return full
+
+        def trial(size: int, order: Sequence[int]) -> Sequence[Tensor]:
+            generator = torch.Generator().manual_seed(0)
+            kind: Any = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
+            rows = torch.randn(full, architecture.num_weights, **kind) / math.sqrt(architecture.num_weights)
+            x = torch.randn(*((full,) if own else ()), *shape, **kind).to(dtype)
+            chosen = list(order)[:size]
+            return self._outputs_and_gradient(rows.to(dtype)[chosen], x[chosen] if own else x)
+
+        key = architecture, shape, own, dtype, torch.get_num_threads(), torch.is_autocast_enabled("cpu")
+        return group_size(count, most, full, key, trial)
+
+    def _outputs_and_gradient(self, rows: Tensor, x: Tensor) -> Sequence[Tensor]:
+        with torch.enable_grad():
+            leaf = rows.detach().requires_grad_()
+            outputs = self._run(leaf, x)
+            return outputs.detach(), torch.autograd.grad(outputs, leaf, torch.ones_like(outputs))[0]
+
     def _run(self, weights: Tensor, queries: Tensor) -> Tensor:
         leaves = _leaves(weights, self.architecture)
-        if self._at_once(len(weights), weights.device.type):
-            return self._mapped(leaves, queries, self.architecture, "writes" in _traits(self.architecture))
+        if self._at_once(weights.device.type):
+            return self._mapped(leaves, queries, "writes" in _traits(self.architecture))
         return torch.stack(self._looped(leaves, queries))
 
     def forward(self, weights: Tensor, queries: Tensor, graph: bool) -> Tensor:
-        return in_pieces(self._run, weights, queries, self.architecture, graph)
+        k = len(weights)
+        if k == 0 or not self._at_once(weights.device.type):
+            return in_pieces(self._run, weights, queries, self.architecture, graph)
+        size = self._size(k, queries, weights.dtype)
+
+        def run(rows: Tensor, x: Tensor) -> Tensor:
+            real = len(rows)
+            return self._run(*_filled((rows, x), size, (True, per_model(x, self.architecture))))[:real]
+
+        return in_pieces(run, weights, queries, self.architecture, graph, size)
 
     def plain(self, weights: Tensor, queries: Tensor) -> Tensor:
         """Outputs where a transform looks through: nothing cut into chunks, no threads."""
@@ -213,53 +253,36 @@ class Module:
         architecture = self.architecture
         if index is not None:
             return gathered(self, weights, queries, targets, index, architecture, criterion, temperature)
-        k, own = len(weights), per_model(queries, architecture)
+        k, own, n = len(weights), per_model(queries, architecture), targets.shape[1]
         losses, gradient = weights.new_empty(k), torch.empty_like(weights, memory_format=torch.contiguous_format)
-        at_once = self._at_once(k, weights.device.type)
-        group = min(_GROUP if at_once else _LOOPED, models_per_chunk(architecture, queries.shape[int(own)], weights.device.type))
-
-        def some(rows: Tensor, x: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-            n = wanted.shape[1]
-            with torch.enable_grad():
-                leaves = [leaf.detach().clone().requires_grad_() for leaf in _leaves(rows, architecture)]
-                if at_once:
-                    answers = [self._mapped(leaves, x, architecture, "writes" in _traits(architecture))]
-                else:
-                    answers = [a[None] for a in self._looped(leaves, x)]
-            values, slopes = [], []
-            for answer, part in zip(answers, wanted.split(len(wanted) if at_once else 1), strict=True):
-                value, slope = share_of_loss(answer.detach().to(rows.dtype), part, n, criterion, temperature)
-                values.append(value)
-                slopes.append(slope.to(answer.dtype))
-            # models are independent: the gradient of the sum is each model's own
-            found = torch.autograd.grad(answers, leaves, slopes, materialize_grads=True)
-            return torch.cat(values), torch.cat([slope.reshape(len(rows), -1) for slope in found], 1)
+        at_once, size = self._at_once(weights.device.type), self._size(k, queries, weights.dtype)
+        writes = "writes" in _traits(architecture)
 
         def piece(part: slice) -> None:
             rows, x, wanted = weights[part], queries[part] if own else queries, targets[part]
             real = len(rows)
-            size = self._filled(real, group, queries, wanted, some) if at_once and weights.device.type == "cpu" else real
-            if size > real:
-                rows, wanted = (torch.cat((t, t[-1:].expand(size - real, *t.shape[1:]))) for t in (rows, wanted))
-                x = torch.cat((x, x[-1:].expand(size - real, *x.shape[1:]))) if own else x
-            values, slopes = some(rows, x, wanted)
-            losses[part], gradient[part] = values[:real], slopes[:real]
+            if at_once:
+                rows, x, wanted = _filled((rows, x, wanted), size, (True, own, True))
+            with torch.enable_grad():
+                leaves = [leaf.detach().clone().requires_grad_() for leaf in _leaves(rows, architecture)]
+                answers = [self._mapped(leaves, x, writes)] if at_once else [a[None] for a in self._looped(leaves, x)]
+            values, slopes = [], []
+            for answer, target in zip(answers, wanted.split(len(wanted) if at_once else 1), strict=True):
+                value, slope = share_of_loss(answer.detach().to(rows.dtype), target, n, criterion, temperature)
+                values.append(value)
+                slopes.append(slope.to(answer.dtype))
+            # models are independent: the gradient of the sum is each model's own
+            found = torch.autograd.grad(answers, leaves, slopes, materialize_grads=True)
+            losses[part] = torch.cat(values)[:real]
+            gradient[part] = torch.cat([slope.reshape(len(rows), -1) for slope in found], 1)[:real]
 
-        in_chunks(k, group, piece)
+        in_chunks(k, size, piece)
         return losses, gradient
 
-    def _filled(self, count: int, full: int, queries: Tensor, wanted: Tensor, some: Callable[..., tuple[Tensor, Tensor]]) -> int:
-        own = per_model(queries, self.architecture)
-        shape, kind = queries.shape[int(own) :], queries.dtype
-        if self.architecture.num_weights * shape[0] < 1000:  # so few numbers could agree by chance
-            return full
 
-        def run(size: int) -> tuple[Tensor, Tensor]:
-            generator = torch.Generator().manual_seed(0)
-            rows = torch.randn(full, self.architecture.num_weights, generator=generator) / math.sqrt(self.architecture.num_weights)
-            x = torch.randn(*((full,) if own else ()), *shape, generator=generator).to(kind)
-            outputs = torch.zeros(full, *wanted.shape[1:], dtype=wanted.dtype)
-            return some(rows.to(kind)[:size], x[:size] if own else x, outputs[:size])
-
-        key = self.architecture, tuple(shape), own, kind, wanted.dtype, torch.get_num_threads(), torch.is_autocast_enabled("cpu")
-        return filled(count, full, key, run)
+def _filled(tensors: Sequence[Tensor], size: int, stacked: Sequence[bool]) -> list[Tensor]:
+    """Tensors with one entry a model (where ``stacked``), filled up to ``size`` models with copies of the last."""
+    missing = size - len(tensors[0])
+    if missing <= 0:
+        return list(tensors)
+    return [torch.cat((t, t[-1:].expand(missing, *t.shape[1:]))) if own else t for t, own in zip(tensors, stacked, strict=True)]

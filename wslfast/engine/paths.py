@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..architecture import Architecture
-from ..kernels import reference
+from ..kernels import reference, stacked
 from ..kernels.cpu import engine as cpu
-from ..kernels.criteria import share_of_loss
+from ..kernels.graph import Graph
 from ..profiling import region
 from .chunks import in_chunks
 from .memory import memory_budget, models_per_chunk
@@ -26,7 +26,7 @@ class Path(Protocol):
     """One way to run k models of one architecture, each with its own weights.
 
     Attributes:
-        name: loop | grouped | module | cpu | triton.
+        name: loop | stacked | module | cpu | triton.
         reason: why this one, in words.
         backend: what the caller asked for.
     """
@@ -52,42 +52,25 @@ def per_model(queries: Tensor, architecture: Architecture) -> bool:
     return queries.ndim == len(architecture.input_shape) + 2
 
 
-def in_pieces(run: Run, weights: Tensor, queries: Tensor, architecture: Architecture, graph: bool) -> Tensor:
-    """Outputs of ``run(weights, queries)``, models cut into chunks that fit the memory budget. With a graph that does not fit as a
-    whole, chunks are recomputed in the backward pass."""
+def in_pieces(run: Run, weights: Tensor, queries: Tensor, architecture: Architecture, graph: bool, size: int | None = None) -> Tensor:
+    """Outputs of ``run(weights, queries)``, models cut into chunks of ``size`` (default: as many as fit the memory budget). With a graph
+    that does not fit as a whole, chunks are recomputed in the backward pass."""
     own = per_model(queries, architecture)
     n, k = queries.shape[int(own)], len(weights)
     if k == 0:
         return run(weights, queries)
     pieces: list[Tensor] = []
+    fitting = models_per_chunk(architecture, n, weights.device.type)
+    planned = min(k, fitting if size is None else size)
 
     def piece(part: slice) -> None:
         arguments = weights[part], queries[part] if own else queries
-        again = graph and part.stop - part.start < k
+        scarce = part.stop - part.start < planned and part.stop < k  # memory ran out, and the chunk was halved
+        again = graph and (fitting < k or scarce)
         pieces.append(checkpoint(run, *arguments, use_reentrant=False) if again else run(*arguments))
 
-    in_chunks(k, models_per_chunk(architecture, n, weights.device.type), piece)
+    in_chunks(k, planned, piece)
     return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-
-
-def by_autograd(
-    run: Run, weights: Tensor, queries: Tensor, targets: Tensor, architecture: Architecture, criterion: str, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """Values and gradients of ``run`` through torch's graph, one chunk of models after another."""
-    own = per_model(queries, architecture)
-    n = queries.shape[int(own)]
-    losses, gradient = weights.new_empty(len(weights)), torch.empty_like(weights, memory_format=torch.contiguous_format)
-
-    def piece(part: slice) -> None:
-        with torch.enable_grad():
-            rows = weights[part].detach().requires_grad_()
-            outputs = run(rows, queries[part] if own else queries)
-        losses[part], slope = share_of_loss(outputs.detach().to(weights.dtype), targets[part], n, criterion, temperature)
-        # models are independent: the gradient of the sum is each model's own
-        (gradient[part],) = torch.autograd.grad(outputs, rows, slope.to(outputs.dtype))
-
-    in_chunks(len(weights), models_per_chunk(architecture, n, weights.device.type), piece)
-    return losses, gradient
 
 
 def gathered(
@@ -143,25 +126,34 @@ def _channels_last(queries: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Grouped:
-    """Plain chains, all models in one operator call a layer: what torch offers a GPU, where a loop is bound by launches."""
+class Stacked:
+    """Any graph on any device: many models in one plain torch call an operation."""
 
     architecture: Architecture
     reason: str
-    name: ClassVar[str] = "grouped"
+    name: ClassVar[str] = "stacked"
 
-    def _run(self, weights: Tensor, queries: Tensor) -> Tensor:
-        return reference.forward_grouped(weights, queries, self.architecture.layers)
+    @property
+    def _graph(self) -> Graph:
+        assert self.architecture.graph is not None
+        return self.architecture.graph
 
     def forward(self, weights: Tensor, queries: Tensor, graph: bool) -> Tensor:
-        return in_pieces(self._run, weights, queries, self.architecture, graph)
+        if len(weights) == 0 or queries.shape[int(per_model(queries, self.architecture))] == 0:
+            return weights.new_zeros(
+                len(weights), queries.shape[int(per_model(queries, self.architecture))], *self.architecture.output_shape
+            )
+        if not graph:
+            return stacked.forward(weights, queries, self._graph)
+        return in_pieces(self._differentiable, weights, queries, self.architecture, graph)
+
+    def _differentiable(self, weights: Tensor, queries: Tensor) -> Tensor:
+        return stacked.differentiable(weights, queries, self._graph)
 
     def loss_and_gradient(
         self, weights: Tensor, queries: Tensor, targets: Tensor, criterion: str, temperature: float, index: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        if index is not None:
-            return gathered(self, weights, queries, targets, index, self.architecture, criterion, temperature)
-        return by_autograd(self._run, weights, queries, targets, self.architecture, criterion, temperature)
+        return stacked.loss_and_gradient(weights, queries, targets, self._graph, criterion, temperature, index)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 _PLAIN = Tensor.__torch_dispatch__
 
 
-def looked_through(*tensors: Tensor | None) -> bool:
+def looked_through(*tensors: object) -> bool:
     """Whether a transform, a tangent, a tracer, a dispatch mode or a tensor subclass has to see every operator of this call."""
     if torch.compiler.is_compiling():  # the operators see to it
         return False
@@ -21,7 +21,7 @@ def looked_through(*tensors: Tensor | None) -> bool:
         return True
     if torch._C._get_tracing_state() is not None:
         return True
-    given = [t for t in tensors if t is not None]
+    given = [t for t in tensors if isinstance(t, Tensor)]  # anything else is refused where it is checked
     if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in given):
         return True
     return any(type(t).__torch_dispatch__ is not _PLAIN for t in given)

@@ -22,6 +22,7 @@ from ..training import load_run
 from ..zoo import Dataset, dataset_of, load_zoo
 from .diversity import outputs_of
 from .reconstruction import Reconstruction, compare
+from .recorded import check_recorded
 
 Code = Union[Autoencoder, LinearCodec]
 BASELINES = ("linear", "linear-views", "linear-metric", "adaptive")  # what linear_baselines returns, where the architecture allows
@@ -82,6 +83,8 @@ def evaluate(
 ) -> dict[str, dict[str, Any]]:
     """Reconstruct a split of a zoo with a trained run and measure how its models behave.
 
+    Where the originals' accuracy and the zoo's ``test_acc`` differ by more than half a point, one warning names the likely causes.
+
     Args:
         run: folder of a training run.
         zoo: folder of the zoo; by default the one that the run was trained on.
@@ -114,9 +117,10 @@ def evaluate(
         # the originals run once for all codes
         targets = outputs_of(population.weights, images, population.architecture) if len(codes) > 1 else None
         for name, code in codes.items():
-            figures = compare_models(population, reconstruct(code, population.weights), images, labels, targets).summary()
+            result = compare_models(population, reconstruct(code, population.weights), images, labels, targets)
+            check_recorded(population, result.accuracy_original, dataset, folder)
             numbers = latent_numbers(code)
-            results[name] = {**figures, "latent_numbers": numbers, "latent_share": numbers / population.architecture.num_weights}
+            results[name] = {**result.summary(), "latent_numbers": numbers, "latent_share": numbers / population.architecture.num_weights}
     if out is not None:
         write_json(out, {"run": str(run), "zoo": folder, "split": split, "variants": results})
     return results

@@ -19,6 +19,7 @@ from ..zoo.build import fine_tune
 from ..zoo.manifest import MANIFEST
 from .diversity import accuracy, behavioral_novelty, classes_of, nearest, outputs_of
 from .evaluation import Code, decode, encode
+from .recorded import check_recorded
 from .sampling import SAMPLERS, bootstrapped, draw, subsampled
 
 SELECTIONS = ("none", "subsampled", "bootstrapped")
@@ -76,6 +77,11 @@ class Source:
         if self.known_classes is not None:
             return self.known_classes
         return classes_of(self.train.weights, self.data.split("test")[0], self.train.architecture)
+
+    @property
+    def train_accuracy(self) -> Tensor:
+        """Share of the test images that each training model gets right, ``[K]`` on the CPU."""
+        return (self.train_classes == self.data.test_labels.to(self.train_classes.device)).double().mean(1).cpu()
 
     def outputs(self, weights: Tensor, split: str) -> Tensor:
         """Raw outputs ``[k, n, K]`` on a split's images."""
@@ -183,6 +189,7 @@ def generate(
         tuned = fine_tune(Population(train.architecture, weights), data, epochs=finetune, seed=seed) if finetune else None
         weights = weights if tuned is None else tuned.weights.to(device)
         population = Population(train.architecture, weights.cpu(), _properties(source, weights, samples, of))
+    check_recorded(train, source.train_accuracy, data, folder)
     if out is not None:
         settings = {"sampler": sampler, "bandwidth": bandwidth, "anchors": anchors, "select": select, "finetune": finetune, "seed": seed}
         settings |= {} if select == "none" else {"candidates": candidates or 4 * samples, "rounds": rounds}

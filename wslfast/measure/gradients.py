@@ -25,9 +25,11 @@ _QUERIES = 16  # images differentiated at a time
 
 def model_function(architecture: Architecture) -> Callable[[Tensor, Tensor], Tensor]:
     """One model as a function ``(weights [P], queries [n, ...]) -> outputs [n, K]`` that ``torch.func`` can transform."""
-    if architecture.module is None:
-        return lambda weights, queries: reference.forward_one(weights, queries, architecture.layers)
+    graph = architecture.graph
+    if graph is not None:
+        return lambda weights, queries: reference.run_graph(weights, queries, graph)
     module = architecture.module
+    assert module is not None
 
     def call(weights: Tensor, queries: Tensor) -> Tensor:
         parameters = {s.name: weights[s.offset : s.stop].view(s.shape) for s in architecture.parameters}

@@ -249,12 +249,13 @@ def write_tables(folder: Path, units: Iterable[Unit], facts: Mapping[str, Any]) 
 def read_results(folder: str | Path) -> Results:
     """Read the tables of a folder back. Raises WslfastError for a folder without results, or a table that is none.
 
-    The tables of ``EXTRA`` are looked for in the folder and in its ``analysis/``.
+    The tables of ``EXTRA`` are looked for in the folder and in its ``analysis/``; they alone are results, too.
     """
     place = Path(folder)
-    require((place / "rows.csv").is_file(), f"{place}: no results here (expected rows.csv); wslfast evaluate --out writes them")
-    rows = from_csv(place / "rows.csv", HEADER)
     beside = {name: at for name in EXTRA for at in (place / "analysis", place) if (at / f"{name}.csv").is_file()}
+    there = (place / "rows.csv").is_file()
+    require(there or bool(beside), f"{place}: no results here (expected rows.csv); wslfast evaluate --out writes them")
+    rows = from_csv(place / "rows.csv", HEADER) if there else []
     paths = {name: place / f"{name}.csv" for name in TABLES} | {name: at / f"{name}.csv" for name, at in beside.items()}
     tables = {name: from_csv(path) for name, path in paths.items() if path.is_file()}
     facts = _json(place / "report.json") if (place / "report.json").is_file() else {}

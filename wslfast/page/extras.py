@@ -15,6 +15,7 @@ _METRICS = (
     ("agreement", "Agreement", "%"), ("agreement_others", "With others", "%"),
     ("identified", "Identified", "%"), ("explained_variance", "Variance kept", "%"), ("accuracy_change", "Accuracy change", "points"),
     ("l2_masked", "Masked L2", "of weights"), ("probe_r2", "Probe", "R2 of accuracy"),
+    ("probe_r2_ggap", "Probe", "R2 of the gap"), ("generated_accuracy", "New models", "%"), ("diversity", "Their diversity", "L2"),
 )  # fmt: skip
 _DRAWN = ("agreement", "identified", "accuracy_change", "l2_masked")
 _DIRECTIONS = {

@@ -69,7 +69,7 @@ class TargetCache:
     @torch.no_grad()
     def _fill(self, architecture: Architecture, blocks: Iterable[Tensor], models: int, pool: QueryPool, backend: str) -> None:
         q = len(pool)
-        self.outputs = torch.empty(models, q, architecture.num_classes, device=pool.images.device)
+        self.outputs = torch.empty(models, q, *architecture.output_shape, device=pool.images.device)
         at = 0
         for weights in blocks:
             weights, rows = weights.to(pool.images.device), slice(at, at + len(weights))

@@ -17,7 +17,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-_KEYS = ("about", "zoo", "seeds", "split", "seconds", "clock", "base", "axis", "variants")
+_KEYS = ("about", "zoo", "seeds", "split", "seconds", "clock", "generate", "base", "axis", "variants")
+_KINDS = {"base": dict, "axis": dict, "variants": dict, "seeds": list, "split": str, "clock": str, "generate": bool}
 _ZOO_KEYS = ("dataset", "models", "epochs", "grid", "batch_size", "seed")
 _FIXED = ("zoo", "out", "seed")  # of TrainConfig; not a variant's to set
 
@@ -36,6 +37,7 @@ class Ablation:
         split: whose models are measured: ``"test"``, or ``"val"`` to choose by.
         seconds: budget of a cell; None is ``steps`` alone.
         clock: ``"wall"``, or ``"process"``, the CPU time of this process, for machines that are shared.
+        generate: whether new models are sampled from every cell's autoencoder and measured, too (test split).
     """
 
     name: str
@@ -46,12 +48,13 @@ class Ablation:
     split: str = "test"
     seconds: float | None = None
     clock: str = "wall"
+    generate: bool = False
 
     @classmethod
     def from_toml(cls, path: str | Path) -> Ablation:
         """From a file: ``zoo`` (a folder, or a table of what to build), ``[base]`` settings of training, and either ``[axis]`` with a
         list of values for each setting varied (all combinations) or ``[variants.NAME]`` tables; maybe ``seeds``, ``split``, ``seconds``,
-        ``clock``. Raises WslfastError, one line, for anything else."""
+        ``clock``, ``generate``. Raises WslfastError, one line, for anything else."""
         path = Path(path)
         try:
             values = tomllib.loads(path.read_bytes().decode("utf-8"))
@@ -63,7 +66,7 @@ class Ablation:
     def _read(cls, name: str, values: Mapping[str, Any]) -> Ablation:
         unknown = sorted(set(values) - set(_KEYS))
         require(not unknown, f"unknown keys {unknown}; known: {list(_KEYS)}")
-        for key, kind in (("base", dict), ("axis", dict), ("variants", dict), ("seeds", list), ("split", str), ("clock", str)):
+        for key, kind in _KINDS.items():
             require(isinstance(values.get(key, kind()), kind), f"{key}: expected a {kind.__name__}, got {values.get(key)!r}")
         zoo, base = values.get("zoo"), values.get("base", {})
         require(isinstance(zoo, (str, dict)) and bool(zoo), f"zoo: expected a folder, or a table of what to build, got {zoo!r}")
@@ -83,7 +86,8 @@ class Ablation:
         require(clock in ("wall", "process"), f"clock: expected wall or process, got {clock!r}")
         number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and 0 < seconds < float("inf")
         require(seconds is None or number, f"seconds: expected a positive number, got {seconds!r}")
-        made = cls(name, zoo, variants, axis, seeds, split, None if seconds is None else float(seconds), clock)
+        budget = None if seconds is None else float(seconds)
+        made = cls(name, zoo, variants, axis, seeds, split, budget, clock, values.get("generate", False))
         for variant in variants:  # every wrong setting is found before anything is trained
             try:
                 _, config = settings_of(made, variant, "zoo", seeds[0])

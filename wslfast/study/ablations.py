@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ..errors import WslfastError, check_device, require
 from ..files import write_text
-from ..measure.evaluation import compare_models, embeddings, reconstruct
+from ..measure.evaluation import Code, compare_models, embeddings, reconstruct
+from ..measure.recorded import check_recorded
 from ..measure.results import HEADER, Row, Unit, figures, file_digest, kept_unit, single, update_csv, write_unit
 from ..population import Population
 from ..training import TrainConfig, load_run, train
@@ -30,7 +31,7 @@ from ..zoo import build_zoo
 from ..zoo.manifest import MANIFEST
 from .ablation_file import Ablation, settings_of
 from .loaded_zoo import LoadedZoo, Protocol
-from .protocol import discriminative
+from .protocol import discriminative, generative
 
 COLUMNS = (*HEADER, "ablation", "axis", "value")
 _VERSION = 1  # of what a cell is; part of its hash
@@ -40,12 +41,14 @@ _CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "process":
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """What a cell has trained: maps ``[k, P] -> [k, P]`` and ``[k, P] -> [k, features]``, latent numbers a model, steps taken."""
+    """What a cell has trained: maps ``[k, P] -> [k, P]`` and ``[k, P] -> [k, features]``, latent numbers a model, steps taken, and the
+    code to sample new models from, where it is one."""
 
     reconstruct: Callable[[Tensor], Tensor]
     embed: Callable[[Tensor], Tensor]
     latent_numbers: int
     steps: int
+    code: Code | None = None
 
 
 class Stop:
@@ -96,7 +99,7 @@ def core(cell: Cell) -> Trained:
     else:
         run = train(config, resume=True, population=cell.zoo, stop=stop)
     model = run.autoencoder
-    return Trained(lambda w: reconstruct(model, w), lambda w: embeddings(model, w), model.latent_numbers, run.step)
+    return Trained(lambda w: reconstruct(model, w), lambda w: embeddings(model, w), model.latent_numbers, run.step, model)
 
 
 def run_ablation(
@@ -105,6 +108,7 @@ def run_ablation(
     *,
     zoo: str | Path | None = None,
     systems: Mapping[str, System] | None = None,
+    protocol: Protocol | None = None,
     on_cell: Callable[[str], None] | None = None,
 ) -> list[Row]:
     """Train and measure every cell that is not there yet; returns all rows and writes them to ``out/ablations.csv``
@@ -112,7 +116,8 @@ def run_ablation(
 
     Rows have :data:`COLUMNS`: median, mean and standard deviation over held-out models of every metric of
     :class:`~wslfast.measure.Reconstruction`, for one variant and seed, and figures of the cell as a whole (``probe_r2`` of test
-    accuracy, ``probe_r2_ggap``, ``latent_numbers``, ``steps``, ``seconds``). Rows of other ablations, and of other zoos, that are in the
+    accuracy, ``probe_r2_ggap``, ``latent_numbers``, ``steps``, ``seconds``); with ``generate`` those of new models as well, for systems
+    that can be sampled from (:func:`~wslfast.study.protocol.generative`). Rows of other ablations, and of other zoos, that are in the
     file stay.
 
     Args:
@@ -120,6 +125,7 @@ def run_ablation(
         out: folder; cells go to ``out/cells``, a zoo that the file describes to ``out/zoo-...``.
         zoo: folder of a zoo to use instead of the file's.
         systems: what ``semantics`` may ask for, by name; by default ``{"core": core}``.
+        protocol: sizes of what ``generate`` measures; by default the full ones.
         on_cell: told about every cell before it runs.
 
     Raises:
@@ -140,19 +146,23 @@ def run_ablation(
                 cells.append((seed, name, system, config, _key(digest, system, config, ablation)))
             except WslfastError as error:
                 raise WslfastError(f"ablation {ablation.name}: {name}: {error}") from None
-    zoos = {device: LoadedZoo(folder, Protocol.whole(), device=device) for device in {config.device for *_, config, _ in cells}}
+    devices = {config.device for *_, config, _ in cells}
+    zoos = {device: LoadedZoo(folder, Protocol.whole(), device=device) for device in devices}
+    samples = protocol or Protocol()
+    sampled = {d: LoadedZoo(folder, samples, device=d) for d in devices if ablation.generate and ablation.split == "test"}
+    # one training serves validation models, test models and several protocols
+    file = f"figures-{ablation.split}{f'-{samples.digest}' if sampled else ''}.json"
     rows: list[Row] = []
     for number, (seed, name, system, config, key) in enumerate(cells, 1):
         models = zoos[config.device]
         require(ablation.split in models.splits, f"zoo {folder} has no {ablation.split} models")
         place = out / "cells" / key
-        path = place / f"figures-{ablation.split}.json"  # one training serves validation models and test models
-        unit = kept_unit(path, key)
+        unit = kept_unit(place / file, key)
         if on_cell is not None:
             on_cell(f"{number} of {len(cells)}: {name}, seed {seed}{' (done before)' if unit else ''}")
         if unit is None:
-            unit = _measured(key, known[system], replace(config, out=str(place)), ablation, models)
-            write_unit(path, unit)
+            unit = _measured(key, known[system], replace(config, out=str(place)), ablation, models, sampled.get(config.device))
+            write_unit(place / file, unit)
         # a cell has another name in another file
         own = replace(unit, zoo=models.name, variant=name, seed=seed).rows()
         rows += [{**row, "ablation": ablation.name, "axis": ablation.axis, "value": ablation.value(name)} for row in own]
@@ -189,20 +199,24 @@ def _key(zoo: str, system: str, config: TrainConfig, ablation: Ablation) -> str:
     return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _measured(key: str, system: System, config: TrainConfig, ablation: Ablation, zoo: LoadedZoo) -> Unit:
-    """Train a cell, or go on with it, and measure it on the models of the ablation's split and the images of that split."""
+def _measured(key: str, system: System, config: TrainConfig, ablation: Ablation, zoo: LoadedZoo, sampled: LoadedZoo | None) -> Unit:
+    """Train a cell, or go on with it, and measure it on the models of the ablation's split and the images of that split; new models of it
+    on ``sampled``, where that is given."""
     stop = Stop(Path(config.out), ablation.clock, ablation.seconds, config.checkpoint_every, config.steps)
     trained = system(Cell(config, zoo.train, stop))
     held_out = zoo.splits[ablation.split]
     with torch.no_grad():
         result = compare_models(held_out, trained.reconstruct(held_out.weights), *zoo.data.split(ablation.split))
+        new = {} if sampled is None or trained.code is None else generative(sampled, trained.code, full=True)[0]
         probes = discriminative(zoo, {split: trained.embed(p.weights) for split, p in zoo.splits.items()})
+    if ablation.split == "test":  # validation models are measured on validation images
+        check_recorded(held_out, result.accuracy_original, zoo.data, zoo.folder)
     alone = {"steps": trained.steps, "seconds": stop.seconds, "latent_numbers": trained.latent_numbers, "non_finite": result.non_finite}
     metrics = {name: figures(values) for name, values in result.metrics().items()}
     metrics |= {name: single(float(value)) for name, value in alone.items()}
     suffix = "" if ablation.split == "test" else f"_{ablation.split}"
     metrics |= {m: (*probes[m + suffix][:2], None) for m in ("probe_r2", "probe_r2_ggap") if m + suffix in probes}
-    return Unit(zoo.name, key, config.seed, "cell", key, {"config": config.to_dict()}, metrics)
+    return Unit(zoo.name, key, config.seed, "cell", key, {"config": config.to_dict()}, {**metrics, **new})
 
 
 def _zoo(ablation: Ablation, out: Path, given: str | Path | None) -> Path:

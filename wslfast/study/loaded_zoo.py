@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ..errors import require
-from ..measure.diversity import classes_of, outputs_of, sorted_channels
+from ..measure.diversity import accuracy, classes_of, outputs_of, sorted_channels
 from ..measure.generation import best_rows, val_accuracy
+from ..measure.recorded import check_recorded
 from ..measure.results import file_digest, fingerprint
 from ..population import Population
 from ..zoo import Dataset, dataset_of, load_zoo, read_manifest
@@ -58,6 +59,16 @@ class Protocol:
     seed: int = 0
     """Seed of samples and resamples."""
 
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """All of them but those of the refinement, which are in the fingerprints of the units that are refined."""
+        return {name: value for name, value in asdict(self).items() if not name.startswith("refine_")}
+
+    @property
+    def digest(self) -> str:
+        """Digest of the sizes, which tells apart what was measured with others."""
+        return fingerprint(VERSION, self.sizes)
+
     @classmethod
     def quick(cls) -> Protocol:
         """A few minutes on two cores."""
@@ -91,7 +102,8 @@ class LoadedZoo:
         self.val = evenly(load_zoo(zoo, "val"), protocol.models).to(device) if "val" in splits else None
         self.architecture = self.train.architecture
         data = dataset_of(zoo, self.architecture)
-        rows = torch.arange(len(data.test_labels))[: protocol.images]
+        self._test_images = len(data.test_labels)  # before they are cut
+        rows = torch.arange(self._test_images)[: protocol.images]
         self.data: Dataset = replace(data, test_images=data.test_images[rows].to(device), test_labels=data.test_labels[rows].to(device))
         self.name = name or data.name
         self.facts = {
@@ -118,8 +130,10 @@ class LoadedZoo:
 
     @cached_property
     def targets(self) -> Tensor:
-        """Outputs of the test models on the test images."""
-        return outputs_of(self.test.weights, self.data.test_images, self.architecture)
+        """Outputs of the test models on the test images; their accuracy is held against the zoo's."""
+        outputs = outputs_of(self.test.weights, self.data.test_images, self.architecture)
+        check_recorded(self.test, accuracy(outputs, self.data.test_labels), self.data, self.folder, of=self._test_images)
+        return outputs
 
     @cached_property
     def anchors(self) -> Tensor:
@@ -141,19 +155,9 @@ class LoadedZoo:
         """Training models' weights with channels in a canonical order."""
         return sorted_channels(self.train.weights, self.architecture)
 
-    @property
-    def _sizes(self) -> dict[str, Any]:
-        # sizes of the refinement are in the fingerprints of the units that are refined
-        return {name: value for name, value in asdict(self.protocol).items() if not name.startswith("refine_")}
-
-    @property
-    def sizes(self) -> str:
-        """Digest of the protocol, which tells apart what was measured with another one."""
-        return fingerprint(VERSION, self._sizes)
-
     def fingerprint(self, *parts: Any) -> str:
         """Digest of the protocol, the zoo, and the other ``parts`` that a unit is computed from."""
-        return fingerprint(VERSION, self._sizes, self.digest, *parts)
+        return fingerprint(VERSION, self.protocol.sizes, self.digest, *parts)
 
 
 def evenly(population: Population, most: int) -> Population:

@@ -109,13 +109,14 @@ def make_units(inputs: Inputs, folder: Path, say: Callable[[str], None]) -> None
             if measured is not None:
                 seconds = round(time.perf_counter() - began, 1)
                 note = {"baseline": family.baseline} if family.baseline else {}
-                facts = {**note, **measured.facts, "seconds": seconds, "sizes": zoo.sizes}
+                facts = {**note, **measured.facts, "seconds": seconds, "sizes": zoo.protocol.digest}
                 write_unit(path, Unit(*key, family.kind, fingerprint, facts, measured.metrics, measured.tables))
 
 
 def _comparable(units: Sequence[Unit], zoo: LoadedZoo, say: Callable[[str], None]) -> list[Unit]:
     """Units of other zoos, and those of this one that were measured with its sizes."""
-    kept = [u for u in units if u.zoo != zoo.name or u.facts.get("sizes", zoo.sizes) == zoo.sizes]
+    sizes = zoo.protocol.digest
+    kept = [u for u in units if u.zoo != zoo.name or u.facts.get("sizes", sizes) == sizes]
     if len(kept) < len(units):
         others = sorted({u.variant for u in units} - {u.variant for u in kept})
         say(f"{zoo.name}: left out, as they were measured with other sizes: {', '.join(others)}")

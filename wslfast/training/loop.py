@@ -115,12 +115,21 @@ def _announce(trainer: Trainer, resumed: bool) -> None:
         return
     if resumed:
         logger.info("resumed at step %d", trainer.step_index)
+    config = trainer.config
+    if trainer.device.type == "cpu" and config.precision == "fp32" and config.layers > 0 and _has_bf16():
+        logger.info("this CPU computes in bf16: with precision bf16 steps take two thirds to three quarters of the time (docs/cpu.md)")
     if trainer.world.size > 1:
         logger.info("%d processes, %d models each a step", trainer.world.size, trainer.batch // trainer.world.size)
     if not trainer.models.resident:
         logger.info("zoo: %d models stay on disk and are read a window of shards at a time", len(trainer.models))
     if trainer.cache is not None:
         logger.info("targets: %d forward passes of originals, computed once", trainer.cache.computed)
+
+
+def _has_bf16() -> bool:
+    """Whether this CPU has instructions for bf16 products, as far as torch says."""
+    known = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(ask() for ask in known if ask is not None)
 
 
 def _run(trainer: Trainer, out: Path, log: RunLog, recorder: Recorder | None, stop: Callable[[int], bool] | None) -> None:

@@ -24,6 +24,7 @@ from ..population import Population
 from ..profiling import region
 from .datasets import Dataset, image_shape, load_dataset
 from .grid import Cell, Grid
+from .identical import draw
 from .manifest import MANIFEST
 from .splits import Split
 from .store import save_zoo
@@ -75,8 +76,8 @@ def build_zoo(
     Returns:
         A population in model order, epochs ascending within a model. Properties: model, epoch, train_acc, val_acc, test_acc,
         ggap (train_acc - test_acc), train_loss (mean cross-entropy; all measured on whole splits after the epoch),
-        init_type, lr, wd, seed, split. Checkpoints with weights that are not finite or above 10,000 in size are dropped, and
-        the log says how many.
+        init_type, lr, wd, seed, split. Checkpoints with weights that are not finite or above 10,000 in size are dropped, and those
+        with the bits of one in another split (at epoch 0, where models share a seed); the log says how many.
 
     Raises:
         WslfastError: for arguments that do not fit, a zoo that is there already, or if every checkpoint is dropped.
@@ -101,9 +102,7 @@ def build_zoo(
     with _bar(progress, kept[-1] * math.ceil(len(data.train_labels) / batch_size)) as advance:
         with region("initialise"):
             weights = architecture.initial_weights([c.init_type for c in cells], [c.seed for c in cells]).to(where)
-        population, dropped = _sound(_train(weights, architecture, data, cells, kept, batch_size, advance))
-    table = population.properties
-    population = Population(architecture, population.weights, {**table, "split": plan.assign(table["model"])})
+        population, dropped = _split(plan, *_sound(_train(weights, architecture, data, cells, kept, batch_size, advance)))
     if out is not None:
         from .. import __version__
 
@@ -339,6 +338,21 @@ def _sound(population: Population) -> tuple[Population, dict[str, int]]:
         LARGEST_WEIGHT,
     )
     return population[good], dropped
+
+
+def _split(plan: Split, population: Population, dropped: dict[str, int]) -> tuple[Population, dict[str, int]]:
+    """The rows with their splits, without those whose weights are in another split already, and the counts with theirs; logged."""
+    before = len(population)
+    while True:
+        table = population.properties
+        drawn = draw(plan, population.weights, table["model"], table["epoch"])
+        if not any(drawn.elsewhere):
+            break
+        population = population[[not there for there in drawn.elsewhere]]  # a model may have no row left, and then splits are drawn anew
+    count = before - len(population)
+    if count:
+        logger.warning("zoo: dropped %d of %d checkpoints with weights that another split has, to the bit", count, before)
+    return Population(population.architecture, population.weights, {**table, "split": drawn.names}), {**dropped, "identical": count}
 
 
 @contextmanager

@@ -1,12 +1,13 @@
 """Labelled images to train a zoo on: data sets known by name, or any ``.npz`` file. Nothing is downloaded.
 
-Images come normalised (train mean and standard deviation of each channel, or the published ones) in the shape that an architecture
-wants, split once by a seed. A file is read without pickle.
+Images come standardised (train mean and standard deviation of each channel, or the published ones) unless asked otherwise, in the
+shape that an architecture wants, split once by a seed. A file is read without pickle.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import WslfastError, check_seed, describe, require
+from ..errors import WslfastError, check_seed, describe, require, say_once
 from .catalogue import NAMES, Parts, Source, named_shape, read_named
 
 _PREFIXES = ("train", "val", "test")
@@ -29,14 +30,15 @@ _DIGITS = (1200, 200, 397)
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Normalised images and labels in three splits.
+    """Images and labels in three splits, standardised unless ``provenance["standardise"]`` is False.
 
     Attributes:
         name: what to call it: one of ``NAMES`` (digits, fashion, photos, ...), or a file's name.
         train_images, val_images, test_images: float32 ``[N, C, H, W]`` (``[N, features]`` for a flat architecture).
         train_labels, val_labels, test_labels: int64 ``[N]``, in ``range(classes)``.
         classes: how many labels there are.
-        provenance: where it came from: file digest, split sizes and seed, mean and standard deviation of each channel.
+        provenance: where it came from: file digest, split sizes and seed, mean and standard deviation of each channel of the training
+            images (or the published ones), and ``standardise``: whether they were subtracted and divided by.
     """
 
     name: str
@@ -72,7 +74,9 @@ class Dataset:
         return getattr(self, f"{name}_images"), getattr(self, f"{name}_labels")
 
 
-def load_dataset(name_or_path: str | Path, input_shape: Sequence[int], *, seed: int = 0, root: str | Path | None = None) -> Dataset:
+def load_dataset(
+    name_or_path: str | Path, input_shape: Sequence[int], *, seed: int = 0, root: str | Path | None = None, standardise: bool = True
+) -> Dataset:
     """Images and labels in an architecture's shape.
 
     Args:
@@ -88,6 +92,8 @@ def load_dataset(name_or_path: str | Path, input_shape: Sequence[int], *, seed: 
         seed: of the split; 0 is the published one where there is one.
         root: folder with a named data set's files, as torchvision lays them out; default ``data``, and for fashion also where Debian's
             dataset-fashion-mnist puts them.
+        standardise: subtract the training images' mean of each channel and divide by their standard deviation (or the published ones).
+            False: pixels as they are, bytes in [0, 1]. Models answer as they did for their owner only on what they were trained on.
 
     Raises:
         WslfastError: naming file and key, what was expected and what came; for a package that is missing, how to install it.
@@ -98,6 +104,7 @@ def load_dataset(name_or_path: str | Path, input_shape: Sequence[int], *, seed: 
         f"input_shape: expected (C, H, W) or (features,), got {input_shape!r}",
     )
     check_seed(seed)
+    require(type(standardise) is bool, f"standardise: expected True or False, got {describe(standardise)}")
     if str(name_or_path) in NAMES and str(name_or_path) != "digits":
         name, source = str(name_or_path), read_named(str(name_or_path), root, seed)
     else:
@@ -115,12 +122,24 @@ def load_dataset(name_or_path: str | Path, input_shape: Sequence[int], *, seed: 
     view = (1, -1) if train.ndim == 2 else (1, -1, 1, 1)
     arrays: dict[str, Tensor] = {}
     for key, (_, labels) in parts.items():
-        arrays[f"{key}_images"] = ((images[key] - mean.float().view(view)) / std.float().view(view)).contiguous()
+        pixels = (images[key] - mean.float().view(view)) / std.float().view(view) if standardise else images[key]
+        arrays[f"{key}_images"] = pixels.contiguous()
         arrays[f"{key}_labels"] = labels
     classes = 1 + max(int(labels.max()) for _, labels in parts.values())
     sizes = [len(labels) for _, labels in parts.values()]
-    made = {"seed": seed, "sizes": sizes, "mean": mean.reshape(-1).tolist(), "std": std.reshape(-1).tolist()}
-    return Dataset(name, **arrays, classes=classes, provenance={**provenance, **made})  # type: ignore[arg-type]
+    made: dict[str, Any] = {"seed": seed, "sizes": sizes, "mean": mean.reshape(-1).tolist(), "std": std.reshape(-1).tolist()}
+    if str(name_or_path) not in NAMES:
+        _say(name, standardise, made["mean"], made["std"])
+    return Dataset(name, **arrays, classes=classes, provenance={**provenance, **made, "standardise": standardise})  # type: ignore[arg-type]
+
+
+def _say(name: str, standardise: bool, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Say once what was done to a file's pixels: whoever trained on others gets other answers."""
+    if not standardise:
+        say_once(f"wslfast: {name}: images are taken as they are, not standardised", logging.INFO)
+        return
+    figures = "; ".join(f"{what} {', '.join(f'{v:.4g}' for v in values[:4])}" for what, values in (("mean", mean), ("deviation", std)))
+    say_once(f"wslfast: {name}: images are standardised by those of the training split ({figures})", logging.INFO)
 
 
 def image_shape(name_or_path: str | Path) -> tuple[int, int, int]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..architecture import Architecture
-from ..errors import WslfastError, require
+from ..errors import WslfastError, describe, require
 from .catalogue import NAMES
 from .datasets import Dataset, load_dataset
 from .store import read_manifest
@@ -16,7 +16,9 @@ NETWORKS = {"cnn": Architecture.cnn, "cnn2": Architecture.cnn2, "cnn3": Architec
 
 
 def dataset_of(zoo: str | Path, architecture: Architecture) -> Dataset:
-    """The data set that a zoo's manifest names, in the architecture's shape, split as it was for the zoo.
+    """The data set that a zoo's manifest names, in the architecture's shape, split and standardised as it was for the zoo.
+
+    A manifest that does not say whether images were standardised is of a version that always did.
 
     Raises:
         WslfastError: the manifest names none, or the file has moved or is not the one the zoo was trained on.
@@ -31,8 +33,10 @@ def dataset_of(zoo: str | Path, architecture: Architecture) -> Dataset:
     root = record.get("root")
     if root is not None and not Path(str(root)).is_dir():
         root = None  # from another machine: perhaps the files are in the usual places
+    standardise = record.get("standardise", True)
+    require(type(standardise) is bool, f"zoo {zoo}: its manifest says standardise {describe(standardise)}; expected true or false")
     try:
-        data = load_dataset(str(source), architecture.input_shape, seed=record.get("seed", 0), root=root)
+        data = load_dataset(str(source), architecture.input_shape, seed=record.get("seed", 0), root=root, standardise=standardise)
     except WslfastError as error:
         raise WslfastError(f"zoo {zoo}: the data set it was trained on cannot be read: {error}") from None
     known, found = record.get("sha256"), data.provenance.get("sha256")

@@ -26,10 +26,11 @@ import safetensors.torch
 import torch
 
 from ..architecture import Architecture
-from ..errors import WslfastError, require, say_once
+from ..errors import WslfastError, logger, require, say_once
 from ..files import write_bytes
 from ..population import Population
 from ..profiling import region
+from .identical import digests, draw, elsewhere
 from .manifest import MANIFEST, SPLITS, Manifest, Shard, normalised, plain
 from .splits import Split
 
@@ -56,7 +57,8 @@ def save_zoo(
     Args:
         population: any; a ``model`` property (int) says which rows are checkpoints of one model, else each row is a model.
         path: the folder; made if absent. Files in it that are not a zoo's are left alone.
-        splits: a :class:`Split`, drawn by model and recorded with its seed, or one of train / val / test for each row.
+        splits: a :class:`Split`, drawn by model and recorded with its seed, or one of train / val / test for each row. Drawn, models
+            that share a trained checkpoint to the bit are in one split.
         provenance: JSON-able facts about how the zoo came to be.
         shard_rows: rows a shard; by default what makes shards of 64 MiB.
         overwrite: replace a zoo that is already there.
@@ -103,12 +105,21 @@ def _table(population: Population, splits: Split | Sequence[str]) -> tuple[dict[
         split: dict[str, Any] = {"by": "model", "seed": splits.seed, "fractions": list(splits.fractions)}
         wrong = [m for m in columns["model"] if type(m) is not int]
         require(not wrong, f"properties['model']: expected integers, got {wrong[:1]}")
-        return {**columns, "split": splits.assign(columns["model"])}, split
-    require(
-        not isinstance(splits, str) and len(splits) == len(population),
-        f"splits: expected a Split or {len(population)} names of {SPLITS}, got {splits!r:.60}",
-    )
-    return {**columns, "split": tuple(splits)}, {"by": "model", "seed": None, "fractions": None}
+        drawn = draw(splits, population.weights, columns["model"], columns.get("epoch"))
+        if drawn.copies:
+            logger.warning("zoo: %d models share a checkpoint with another one, to the bit, and are in its split", drawn.copies)
+        names, twice = drawn.names, sum(drawn.elsewhere)
+    else:
+        require(
+            not isinstance(splits, str) and len(splits) == len(population),
+            f"splits: expected a Split or {len(population)} names of {SPLITS}, got {splits!r:.60}",
+        )
+        split = {"by": "model", "seed": None, "fractions": None}
+        names = tuple(splits)
+        twice = sum(elsewhere(digests(population.weights), names))
+    if twice:
+        logger.warning("zoo: %d checkpoints have weights that another split has, to the bit", twice)
+    return {**columns, "split": names}, split
 
 
 def write_shards(folder: Path, parts: Iterable[torch.Tensor], describe: Callable[[Sequence[Shard]], Manifest]) -> Manifest:

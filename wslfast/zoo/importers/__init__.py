@@ -13,22 +13,24 @@ import torch
 from torch import Tensor
 
 from ...architecture import Architecture
-from ...errors import WslfastError, require
+from ...errors import WslfastError, logger, require
 from ...files import write_text
 from ...population import Population
 from ...profiling import region
 from ..build import LARGEST_WEIGHT
 from ..datasets import load_dataset
+from ..identical import Identical, digest
 from ..manifest import MANIFEST, SPLITS, Manifest, Shard, normalised, plain
 from ..splits import Split
 from ..store import SHARD_BYTES, write_shards
 from . import pickled, ray
-from .found import Found, Skips, State, unreadable
+from .found import UNKNOWN, Found, Skips, State, unreadable
 from .recognise import contradiction, fits, recognise
 
 __all__ = ["Imported", "import_zoo"]
 
 SKIPPED = "skipped.json"
+_IDENTICAL = "identical weights"
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Imported:
     """What an import gave.
 
     Attributes:
-        rows, models: checkpoints in the new zoo, and the models they are of.
+        rows, models: checkpoints in the new zoo, and the models they are of (copies of a trial are one).
         architecture: of all of them.
         skipped: ``{reason: count}``; OUT/skipped.json lists every one as ``{"where", "reason", "detail"}``.
     """
@@ -71,7 +73,7 @@ def import_zoo(
         split: shares of the models for train, val and test; pickled data sets keep the split their names say.
         seed: draws that split.
         dataset: what the models were trained on (see :func:`wslfast.zoo.load_dataset`), recorded so that training and evaluation
-            find their images.
+            find their images, which are standardised.
         overwrite: replace a zoo that is already in ``out``.
 
     Raises:
@@ -99,12 +101,16 @@ def import_zoo(
         provenance["dataset"] = {"name": data.name, "classes": data.classes, **data.provenance}
 
     def describe(shards: Sequence[Shard]) -> Manifest:
-        given = rows.splits if all(s is not None for s in rows.splits) else None
-        names = _assigned(plan, rows) if given is None else tuple(given)
+        given = None if None in rows.splits else rows.splits
+        names = _assigned(plan, rows) if given is None else _together(given, rows)
+        moved = sum(one != other for one, other in zip(given or (), names))
+        together = len(set(rows.numbers())) - len({rows.identical.family(model) for model in rows.models})
+        left_out = rows.skips.counts().get(_IDENTICAL, 0)
+        identical = {"left_out": left_out, "kept": rows.repeated, "together": together, "moved": moved}
         record: dict[str, Any] = {"by": "model", "seed": seed if given is None else None}
         record["fractions"] = list(plan.fractions) if given is None else None
-        columns = {"model": tuple(rows.models), "epoch": tuple(rows.epochs), **rows.columns(), "split": names}
-        skipped = {**provenance, "skipped": rows.skips.counts()}
+        columns = {"model": rows.numbers(), "epoch": tuple(rows.epochs), **rows.columns(), "split": names}
+        skipped = {**provenance, "skipped": rows.skips.counts(), "identical": identical}
         return Manifest(
             normalised(arch.to_dict(), "architecture"),
             arch.num_weights,
@@ -116,19 +122,44 @@ def import_zoo(
         )
 
     with region("import"):
-        write_shards(place, rows, describe)
+        manifest = write_shards(place, rows, describe)
     write_text(place / SKIPPED, json.dumps(rows.skips.entries, indent=1, ensure_ascii=False) + "\n")
-    return Imported(len(rows.models), len(set(rows.models)), arch, rows.skips.counts())
+    _say(place / SKIPPED, rows, manifest.provenance["identical"])
+    return Imported(len(rows.models), len(set(rows.numbers())), arch, rows.skips.counts())
 
 
 def _assigned(plan: Split, rows: _Rows) -> tuple[str, ...]:
     """The split of every row. All models of the source are dealt out, those left out too, so that another choice of epochs, or a checkpoint
-    that is broken, moves no other model; unless that left a split without models that could have some."""
-    everybody = sorted({*rows.seen, *rows.models})
+    that is broken, moves no other model; unless that left a split without models that could have some. Copies of a trial go together."""
+    families = [rows.identical.family(model) for model in rows.models]
+    everybody = sorted({*map(rows.identical.family, rows.seen), *families})
     of = dict(zip(everybody, plan.assign(everybody), strict=True))
-    names = tuple(of[model] for model in rows.models)
-    alone = plan.assign(rows.models)
+    names = tuple(of[family] for family in families)
+    alone = plan.assign(families)
     return names if set(alone) <= set(names) else alone
+
+
+def _together(given: Sequence[str | None], rows: _Rows) -> tuple[str, ...]:
+    """The splits that the source names; of copies of a model in several, the first one's."""
+    first: dict[int, str] = {}
+    return tuple(first.setdefault(rows.identical.family(model), str(split)) for model, split in zip(rows.models, given, strict=True))
+
+
+def _say(file: Path, rows: _Rows, identical: Mapping[str, int]) -> None:
+    """What a user has to know of an import, a line each."""
+    counts = rows.skips.counts()
+    if UNKNOWN in counts:
+        what = "zoo import: nothing says which results are those of %d checkpoints; their accuracies stay empty (%s)"
+        logger.warning(what, counts[UNKNOWN], file)
+    if identical["left_out"]:
+        what = "zoo import: %d checkpoints have the weights of another one, to the bit, and are left out (%s)"
+        logger.warning(what, identical["left_out"], file)
+    if identical["together"]:
+        logger.warning("zoo import: %d models share a checkpoint with another one, to the bit, and are in its split", identical["together"])
+    if identical["moved"]:
+        logger.warning("zoo import: %d checkpoints of models that are in two splits went to the first one", identical["moved"])
+    if identical["kept"]:
+        logger.info("zoo import: %d checkpoints have the weights of an earlier epoch of their own model; they are kept", identical["kept"])
 
 
 class _Rows:
@@ -150,6 +181,8 @@ class _Rows:
         self.epochs: list[int] = []
         self.splits: list[str | None] = []
         self._properties: list[Mapping[str, Any]] = []
+        self.identical = Identical()
+        self.repeated = 0  # rows that repeat an earlier epoch of their own model
 
     def __iter__(self) -> Iterator[Tensor]:
         self._begin()
@@ -158,6 +191,14 @@ class _Rows:
             row = self._row(found)
             if row is None:
                 continue
+            first = self.identical.add(digest(row), found.model, found.epoch, found.where)
+            if first is not None and first.model == found.model and first.epoch != found.epoch:
+                self.repeated += 1
+            elif first is not None:
+                self.skips.add(found.where, _IDENTICAL, f"the same as {first.where}")
+                continue
+            if found.unknown:
+                self.skips.add(found.where, UNKNOWN, found.unknown)
             self.models.append(found.model)
             self.epochs.append(found.epoch)
             self.splits.append(found.split)
@@ -168,6 +209,14 @@ class _Rows:
                 waiting = []
         if waiting:
             yield torch.stack(waiting)
+
+    def numbers(self) -> tuple[int, ...]:
+        """The model of every row: one for the copies of a trial, unless two of them differ at one epoch."""
+        epochs: dict[int, list[int]] = {}
+        for model, epoch in zip(self.models, self.epochs, strict=True):
+            epochs.setdefault(self.identical.family(model), []).append(epoch)
+        one = {family for family, own in epochs.items() if len(set(own)) == len(own)}
+        return tuple(family if (family := self.identical.family(model)) in one else model for model in self.models)
 
     def columns(self) -> dict[str, tuple[Any, ...]]:
         """The properties by name, None where a checkpoint lacks one."""

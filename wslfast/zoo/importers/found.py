@@ -13,11 +13,15 @@ from ...errors import WslfastError, require
 from ...safe.inert import StoredTensor
 
 State = Mapping[str, Tensor]
+UNKNOWN = "no matching results"
 
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint: where it is, which model's and of which epoch, what is known about it, and how to read its weights."""
+    """A checkpoint: where it is, which model's and of which epoch, what is known about it, and how to read its weights.
+
+    ``unknown`` says why nothing tells which results are its own.
+    """
 
     where: str
     model: int
@@ -26,6 +30,7 @@ class Found:
     config: Mapping[str, Any]
     read: Callable[[], State]
     split: str | None = None
+    unknown: str = ""
 
 
 @dataclass

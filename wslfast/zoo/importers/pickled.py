@@ -121,47 +121,94 @@ class _Models:
 
     def found(self, first: int, numbers: list[int], split: str | None, epochs: Collection[int] | None, skips: Skips) -> Iterator[Found]:
         restore = self._standardisation()
+        if not self._stated():
+            skips.add(self.where, "epochs not stated", "a model's checkpoints are counted from 0 as they come")
         for j, model in enumerate(self.data):
             rows = model if isinstance(model, list) else [model]
             for e, row in enumerate(rows):
                 epoch, place = self._epoch(j, e, len(rows))
                 where = f"{self.where} model {j} epoch {e if epoch is None else epoch}"
                 if epoch is None:
-                    skips.add(where, "epoch unknown", "fewer epochs than checkpoints, and no labels that say which")
+                    skips.add(where, "epoch unknown", "as many epochs as checkpoints are not there, and no labels say which is which")
                     continue
                 if epochs is not None and epoch not in epochs:
                     continue
-                known = {} if place is None else self._properties(j, place)
+                known, unknown = self._properties(j, place, len(rows))
+                why = f"properties of other epochs, or lists of other lengths: {', '.join(unknown)}" if unknown else ""
                 config = {**self.config, **{key: known[key] for key in ("model::nlin",) if key in known}}  # the model's own
-                yield Found(where, first + numbers[j], epoch, known, config, partial(self._read, row, restore), split)
+                yield Found(where, first + numbers[j], epoch, known, config, partial(self._read, row, restore), split, why)
 
     def _epoch(self, j: int, e: int, count: int) -> tuple[int | None, int | None]:
         """The epoch of a model's e-th checkpoint and its place among the properties, None where not known.
 
         The published class drops epoch 0 from ``epochs``, and reads properties for what is left; labels (``PATH#_#epoch_0``) keep it.
+        It takes lines of ``result.json`` by their place, which is another epoch's line where a run began again; where the property
+        ``training_iteration`` says so, that counts.
         """
-        listed, label = self.stub.attribute("epochs"), _at(self.stub.attribute("labels"), j, e)
-        mine = listed[j] if isinstance(listed, list) and j < len(listed) else None
+        mine, label, recorded = self._listed(j), _at(self.stub.attribute("labels"), j, e), self._recorded(j)
         said = re.search(r"#_#epoch_(\d{1,9})$", label) if isinstance(label, str) else None
-        if not isinstance(mine, list):
-            epoch = int(said[1]) if said else mine if type(mine) is int else e
+        if said:
+            epoch = int(said[1])
+        elif isinstance(mine, list):
+            if len(mine) != count or type(mine[e]) is not int:
+                return None, None
+            epoch = mine[e]
+        elif type(mine) is int:
+            epoch = mine
+        else:
+            epoch = recorded[e] if recorded is not None and len(recorded) == count else e
+        numbers = mine if recorded is None else recorded
+        if not isinstance(numbers, list):
             return epoch, e
-        if said is None:
-            known = len(mine) >= count
-            return (mine[e] if type(mine[e]) is int else e, e) if known else (None, None)
-        epoch = int(said[1])
-        return epoch, mine.index(epoch) if epoch in mine else None
+        return epoch, max((place for place, number in enumerate(numbers) if number == epoch), default=None)
 
-    def _properties(self, j: int, e: int) -> dict[str, Any]:
+    @property
+    def _table(self) -> Mapping[Any, Any]:
+        """The properties: columns of models of epochs."""
         table = self.stub.attribute("properties")
-        table = table if isinstance(table, dict) else {}
+        return table if isinstance(table, dict) else {}
+
+    def _listed(self, j: int) -> Any:
+        """A model's entry of ``epochs``, or None."""
+        listed = self.stub.attribute("epochs")
+        return listed[j] if isinstance(listed, list) and j < len(listed) else None
+
+    def _recorded(self, j: int) -> list[Any] | None:
+        """The training iterations that a model's properties are of, where they say so."""
+        column = self._table.get("training_iteration")
+        mine = column[j] if isinstance(column, list) and len(column) == len(self.data) else None
+        mine = [mine] if type(mine) is int else mine
+        return mine if isinstance(mine, list) and len(mine) > 0 and all(type(n) is int for n in mine) else None
+
+    def _stated(self) -> bool:
+        """Whether anything says which epochs the checkpoints are of."""
+        lists = (self.stub.attribute("epochs"), self.stub.attribute("labels"), self._table.get("training_iteration"))
+        return any(isinstance(entries, list) for entries in lists)
+
+    def _properties(self, j: int, place: int | None, count: int) -> tuple[dict[str, Any], list[str]]:
+        """What is known of a model's checkpoint at a place of its lists, and the columns whose lists do not say.
+
+        Settings (``model::nlin``, ``optim::lr``) are those of the whole model, wherever in its list they are.
+        """
         short = {"model::init_type": "init_type", "optim::lr": "lr", "optim::wd": "wd", "training_iteration": None}
         found: dict[str, Any] = {}
-        for key, column in table.items():
-            name, value = short.get(key, key), _at(column, j, e)
+        unknown: list[str] = []
+        length = next((len(numbers) for numbers in (self._recorded(j), self._listed(j)) if isinstance(numbers, list)), count)
+        for key, column in self._table.items():
+            if not isinstance(key, str) or not isinstance(column, list):
+                continue
+            mine = column[j] if len(column) == len(self.data) else []
+            if "::" in key:
+                value = _at(column, j, 0) if len(column) == len(self.data) else None
+            elif place is None or (isinstance(mine, list) and len(mine) != length):
+                unknown.append(key)
+                continue
+            else:
+                value = _at(column, j, place)
+            name = short.get(key, key)
             if isinstance(name, str) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
                 found[name] = value
-        return found
+        return found, unknown
 
     def _standardisation(self) -> tuple[Tensor, Tensor] | None:
         """``scale, shift`` of a row of weights that undo the data set's, or None."""

@@ -18,6 +18,7 @@ from typing import Any
 from ...errors import WslfastError
 from ...safe.inert import InertFile
 from .found import Found, Skips, State, state_of
+from .results import match
 
 _CHECKPOINT = re.compile(r"checkpoint_(\d{1,9})")
 _TRIAL = "NN_tune_trainable_"
@@ -40,10 +41,13 @@ def checkpoints(source: Path, epochs: Collection[int] | None, skips: Skips, seen
         seen.add(model)
         where = str(folder.relative_to(source)) if folder != source else folder.name
         config = _config(folder, where, skips)
-        results = _results(folder, where, skips)
-        config = config or next((r["config"] for r in results.values() if isinstance(r.get("config"), dict)), {})  # ray repeats it there
-        there = _weights(folder, where, skips)
-        if not there:
+        lines = _lines(folder, where, skips)
+        repeated = (line["config"] for line in reversed(lines or []) if isinstance(line.get("config"), dict))
+        config = config or next(repeated, {})  # ray repeats it in every line; the last run's counts
+        there, left = match(lines or [], _weights(folder, where, skips))
+        for file, reason, detail in left:
+            skips.add(f"{where}/{file.parent.name}", reason, detail)
+        if not there and not left:
             skips.add(where, "no checkpoints")
         wanted = sorted(there) if epochs is None else sorted(epochs)
         for epoch in wanted:
@@ -52,8 +56,10 @@ def checkpoints(source: Path, epochs: Collection[int] | None, skips: Skips, seen
                 if there:
                     skips.add(at, "epoch missing")
                 continue
-            known = {"name": folder.name, **_properties(config, results.get(epoch, {}))}
-            yield Found(at, model, epoch, known, config, partial(_read, there[epoch]))
+            file, line, why = there[epoch]
+            known = {"name": folder.name, **_properties(config, line or {})}
+            unknown = why if line is None and lines is not None else ""
+            yield Found(at, model, epoch, known, config, partial(_read, file), unknown=unknown)
 
 
 def stated(source: Path, key: str) -> Any:
@@ -152,28 +158,26 @@ def _config(folder: Path, where: str, skips: Skips) -> dict[str, Any]:
     return value or {}
 
 
-def _results(folder: Path, where: str, skips: Skips) -> dict[int, Mapping[str, Any]]:
-    """Lines of ``result.json`` by training iteration; a later line of an iteration (a resumed trial) wins."""
+def _lines(folder: Path, where: str, skips: Skips) -> list[Mapping[str, Any]] | None:
+    """The objects in ``result.json``, in the order in which they were written; None if it cannot be read."""
     file = folder / "result.json"
     if not file.exists():
         skips.add(f"{where}/result.json", "no result.json", "the model is read, its accuracies are unknown")
-        return {}
+        return None
     try:
-        lines = _json(file).splitlines()
+        texts = _json(file).splitlines()
     except WslfastError as error:
         skips.add(f"{where}/result.json", "unreadable result.json", str(error))
-        return {}
-    found: dict[int, Mapping[str, Any]] = {}
-    for number, line in enumerate(lines):
-        if not line.strip():
+        return None
+    found: list[Mapping[str, Any]] = []
+    for number, text in enumerate(texts):
+        if not text.strip():
             continue
-        value = _object(line)
+        value = _object(text)
         if value is None:
             skips.add(f"{where}/result.json:{number + 1}", "unreadable line of result.json")
-            continue
-        iteration = value.get("training_iteration", number)
-        if type(iteration) is int:
-            found[iteration] = value
+        else:
+            found.append(value)
     return found
 
 

@@ -1,0 +1,330 @@
+"""The graph of a network: which operation follows which, as plain data.
+
+A :class:`Graph` is what an architecture is made of, whatever module it was traced from: a tuple of nodes, each one operation of
+the table in ``operations.py`` with its arguments. Everything is frozen, hashable, comparable and JSON-able, so that a graph is a cache
+key, an entry in a zoo's manifest and part of a checkpoint; running it needs no module and no code of its owner's.
+
+An argument is a number, a text, a tuple, or a *reference*, a text that begins with ``@``:
+
+    @x        the queries ``[n, *input_shape]``
+    @3        the output of node 3
+    @w:NAME   the parameter of that name, one a model
+    @c:NAME   a constant, the same for all models
+    @n, @n*4  the number of queries, or a multiple of it, where a size is meant
+    @inf      infinity, which JSON has not; and @-inf
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+QUERY = "@x"
+SIZE = "@n"
+INFINITE = {"@inf": float("inf"), "@-inf": float("-inf")}
+DTYPES = {
+    str(d).removeprefix("torch."): d for d in (torch.float32, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+}
+_MOST_NODES = 100_000
+_MOST_CONSTANTS = 1 << 24  # numbers of one constant
+
+Argument = Any  # a number, a text, None, or a tuple of these
+Arguments = tuple[tuple[str, Argument], ...]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one parameter lives in a row of weights."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def stop(self) -> int:
+        return self.offset + self.size
+
+
+def slots_of(shapes: Mapping[str, tuple[int, ...]]) -> tuple[Slot, ...]:
+    """Slots of parameters that lie one after another, in this order."""
+    slots, offset = [], 0
+    for name, shape in shapes.items():
+        slots.append(Slot(name, tuple(shape), offset))
+        offset = slots[-1].stop
+    return tuple(slots)
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A tensor that all models share: an integer buffer, a position table that is no parameter, a mask.
+
+    Attributes:
+        name: its state-dict key, or one that was made up.
+        kept: whether it is an entry of the module's state dict.
+        data: the values, little-endian, in base64.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: str
+    kept: bool = False
+
+    @classmethod
+    def of(cls, name: str, value: Tensor, kept: bool = False) -> Constant:
+        value = value.detach().cpu().contiguous()
+        if value.is_floating_point():
+            value = value.float()
+        raw = value.reshape(-1).view(torch.uint8) if value.numel() else value.new_empty(0, dtype=torch.uint8)
+        return cls(name, str(value.dtype).removeprefix("torch."), tuple(value.shape), base64.b64encode(bytes(raw.tolist())).decode(), kept)
+
+    @cached_property
+    def value(self) -> Tensor:
+        """The tensor, on the CPU; not to be written to."""
+        raw = torch.frombuffer(bytearray(base64.b64decode(self.data) or b"\0"), dtype=torch.uint8)
+        dtype = DTYPES[self.dtype]
+        return raw[: math.prod(self.shape) * dtype.itemsize].clone().view(dtype).reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operation. ``arguments`` are in the order of its signature, defaults left out."""
+
+    operation: str
+    arguments: Arguments
+
+    def references(self) -> Iterator[str]:
+        """Everything it reads, in order."""
+        for _, value in self.arguments:
+            yield from references(value)
+
+    def argument(self, name: str, default: Argument = None) -> Argument:
+        """An argument's value, or the default where it is left out."""
+        return next((value for key, value in self.arguments if key == name), default)
+
+
+def references(value: Argument) -> Iterator[str]:
+    """References to tensors in an argument."""
+    if isinstance(value, str) and value.startswith("@") and value not in INFINITE and not is_size(value):
+        yield value
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from references(item)
+
+
+def is_size(value: Argument) -> bool:
+    """Whether an argument stands for the number of queries, or a multiple of it."""
+    return isinstance(value, str) and (value == SIZE or value.startswith(f"{SIZE}*"))
+
+
+def size_of(value: str, n: int) -> int:
+    """The number that ``@n`` or ``@n*4`` is for n queries."""
+    return n * int(value[3:] or 1)
+
+
+def substitute(value: Argument, of: Callable[[str], Any], n: int) -> Any:
+    """An argument with its references replaced by what ``of`` gives, its sizes by numbers and its tuples by lists."""
+    if isinstance(value, str) and value.startswith("@"):
+        return INFINITE[value] if value in INFINITE else size_of(value, n) if is_size(value) else of(value)
+    if isinstance(value, tuple):
+        return [substitute(item, of, n) for item in value]
+    return value
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """A network as data. Two graphs are equal if they compute the same in the same way from parameters of the same names and shapes.
+
+    Attributes:
+        input_shape: of one query.
+        nodes: operations, each after what it reads.
+        output: reference to the result.
+        slots: parameters in the order of a row of weights.
+        constants: tensors that all models share.
+        aliases: further state-dict keys of tied parameters: (key, name of the slot).
+    """
+
+    input_shape: tuple[int, ...]
+    nodes: tuple[Node, ...]
+    output: str
+    slots: tuple[Slot, ...]
+    constants: tuple[Constant, ...] = ()
+    aliases: tuple[tuple[str, str], ...] = ()
+    digest: str = field(init=False, repr=False, default="")
+
+    def __post_init__(self) -> None:
+        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        object.__setattr__(self, "digest", hashlib.sha256(text.encode()).hexdigest())
+        object.__setattr__(self, "_hash", hash(self.digest))
+
+    def __hash__(self) -> int:
+        return self._hash  # type: ignore[attr-defined,no-any-return]
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Graph) and self.digest == other.digest)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        object.__setattr__(self, "_hash", hash(self.digest))  # of texts, another in every process
+
+    @cached_property
+    def parameters(self) -> int:
+        """Numbers in a row of weights."""
+        return self.slots[-1].stop if self.slots else 0
+
+    @cached_property
+    def by_name(self) -> dict[str, Slot]:
+        """Slots by name."""
+        return {slot.name: slot for slot in self.slots}
+
+    @cached_property
+    def constant(self) -> dict[str, Constant]:
+        """Constants by name."""
+        return {c.name: c for c in self.constants}
+
+    @cached_property
+    def per_model(self) -> tuple[bool, ...]:
+        """Of each node: whether its output differs between models that see the same queries."""
+        found: list[bool] = []
+        for node in self.nodes:
+            found.append(any(r.startswith("@w:") or (r[1:].isdigit() and found[int(r[1:])]) for r in node.references()))
+        return tuple(found)
+
+    # -- JSON ----------------------------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form; the inverse of :meth:`from_dict`."""
+        record: dict[str, Any] = {
+            "input_shape": list(self.input_shape),
+            "parameters": [[slot.name, list(slot.shape)] for slot in self.slots],
+            "nodes": [{"op": node.operation, **{name: _jsonable(value) for name, value in node.arguments}} for node in self.nodes],
+            "output": self.output,
+        }
+        if self.constants:
+            record["constants"] = [
+                {"name": c.name, "dtype": c.dtype, "shape": list(c.shape), "data": c.data, "kept": c.kept} for c in self.constants
+            ]
+        if self.aliases:
+            record["aliases"] = [list(pair) for pair in self.aliases]
+        return record
+
+    @classmethod
+    def from_dict(cls, record: Any) -> Graph:
+        """Rebuild from :meth:`to_dict`'s form. Raises ValueError for anything else; nothing is run and nothing large allocated."""
+        check(isinstance(record, Mapping), f"expected an object, got {type(record).__name__}")
+        unknown = set(record) - {"input_shape", "parameters", "nodes", "output", "constants", "aliases"}
+        check(not unknown, f"unknown entries {sorted(map(str, unknown))[:5]}")
+        slots = slots_of(dict(_parameters(record.get("parameters"))))
+        nodes = record.get("nodes")
+        check(isinstance(nodes, list) and len(nodes) <= _MOST_NODES, "nodes: expected a list")
+        constants = tuple(_constant(c) for c in _list(record.get("constants", []), "constants"))
+        aliases = tuple(_alias(pair) for pair in _list(record.get("aliases", []), "aliases"))
+        output = record.get("output")
+        check(isinstance(output, str), "output: expected a reference")
+        graph = cls(_sizes(record.get("input_shape"), "input_shape"), tuple(_node(n) for n in nodes), output, slots, constants, aliases)
+        graph.validate()
+        return graph
+
+    def validate(self) -> None:
+        """Raises ValueError for a reference to what is not there, or not there yet, and for an unknown operation or argument."""
+        from .operations import TABLE  # the table reads this module
+
+        names = {f"@w:{s.name}" for s in self.slots} | {f"@c:{c.name}" for c in self.constants} | {QUERY}
+        check(len(names) == 1 + len(self.slots) + len(self.constants), "two parameters or constants share a name")
+        for i, node in enumerate(self.nodes):
+            check(node.operation in TABLE, f"node {i}: unknown operation {node.operation!r:.60}")
+            try:
+                TABLE[node.operation].check(node.arguments)
+            except ValueError as error:
+                raise ValueError(f"node {i} ({node.operation}): {error}") from None
+            for r in node.references():
+                before = r[1:].isdigit() and int(r[1:]) < i
+                check(before or r in names, f"node {i} ({node.operation}): it reads {r!r:.60}, which is not there")
+        r = self.output
+        there = (r[1:].isdigit() and int(r[1:]) < len(self.nodes)) or r in names
+        check(r.startswith("@") and there, f"output: {r!r:.60} is not there")
+        known = {s.name for s in self.slots}
+        check(all(name in known for _, name in self.aliases), "aliases: a key of no parameter")
+
+
+# -- reading JSON ------------------------------------------------------------------------------------------------------
+
+
+def check(condition: bool, message: str) -> None:
+    """Raise ValueError unless the condition holds."""
+    if not condition:
+        raise ValueError(f"graph: {message}")
+
+
+def _jsonable(value: Argument) -> Any:
+    return [_jsonable(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _argument(value: Any, depth: int = 0) -> Argument:
+    check(depth < 8, "arguments nested too deep")
+    if isinstance(value, list):
+        return tuple(_argument(item, depth + 1) for item in value)
+    check(value is None or type(value) in (bool, int, float, str), f"an argument of type {type(value).__name__}")
+    check(not isinstance(value, float) or not math.isnan(value), "an argument that is NaN")
+    if isinstance(value, str) and value.startswith(SIZE):
+        check(value == SIZE or (value[len(SIZE) + 1 :].isdecimal() and value[len(SIZE)] == "*"), f"a size {value!r:.40}")
+    return value
+
+
+def _node(record: Any) -> Node:
+    check(isinstance(record, Mapping) and isinstance(record.get("op"), str), "a node is an object with an op")
+    return Node(record["op"], tuple((str(name), _argument(value)) for name, value in record.items() if name != "op"))
+
+
+def _list(value: Any, what: str) -> list[Any]:
+    check(isinstance(value, list), f"{what}: expected a list")
+    return list(value)
+
+
+def _sizes(value: Any, what: str) -> tuple[int, ...]:
+    whole = isinstance(value, (list, tuple)) and all(type(s) is int and 0 <= s < 1 << 31 for s in value) and len(value) <= 16
+    check(whole, f"{what}: expected sizes, got {value!r:.60}")
+    return tuple(value)
+
+
+def _parameters(value: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
+    seen = set()
+    for pair in _list(value, "parameters"):
+        check(isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str), "a parameter is [name, shape]")
+        check(pair[0] not in seen, f"parameter {pair[0]!r:.60} is there twice")
+        seen.add(pair[0])
+        yield pair[0], _sizes(pair[1], f"parameter {pair[0]!r:.60}")
+
+
+def _constant(record: Any) -> Constant:
+    check(
+        isinstance(record, Mapping) and set(record) == {"name", "dtype", "shape", "data", "kept"},
+        "a constant has name, dtype, shape, data, kept",
+    )
+    shape = _sizes(record["shape"], "a constant's shape")
+    check(record["dtype"] in DTYPES and math.prod(shape) <= _MOST_CONSTANTS, f"a constant of {record['dtype']!r:.20} {list(shape)}")
+    check(all(isinstance(record[key], str) for key in ("name", "data")) and isinstance(record["kept"], bool), "a constant's entries")
+    try:
+        held = len(base64.b64decode(record["data"], validate=True))
+    except ValueError:
+        held = -1
+    check(held == math.prod(shape) * DTYPES[record["dtype"]].itemsize, f"constant {record['name']!r:.60} does not hold its numbers")
+    return Constant(record["name"], record["dtype"], shape, record["data"], record["kept"])
+
+
+def _alias(pair: Any) -> tuple[str, str]:
+    check(isinstance(pair, list) and len(pair) == 2 and all(isinstance(p, str) for p in pair), "an alias is [key, name]")
+    return pair[0], pair[1]

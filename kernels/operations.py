@@ -1,0 +1,257 @@
+"""ONE table of operations: what a network may be made of, and how k models run each of them at once.
+
+An entry is an ATen operator, which is what torch's own modules and functions come down to: calling it is the readable reference, in any
+dtype and on any device. ``form`` names how it runs *stacked*, for M models each with its own weights (``stacked/forms.py``):
+
+    elementwise  the same call, operands aligned behind the axis of models
+    axes         the same call: its axes are counted from the end
+    shape        a size for the models in front
+    join         several tensors along one axis
+    image        models folded into the axis of queries, ``[M * n, C, H, W]``
+    create       a tensor like the queries, the same for all models
+    identity     nothing, in evaluation mode
+    vmap         torch.vmap over the one operator
+    else         a function of its own name
+
+Adding an elementwise function is one line here, and its test. Adding a layer type is an entry here and, where it has weights, a form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from .graph import DTYPES, INFINITE, Argument, Arguments, is_size
+
+_LARGEST = (1 << 31) - 1
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One entry.
+
+    Attributes:
+        name: of the ATen operator, with its overload where that is not the default.
+        form: how it runs stacked.
+        monotone: whether it is elementwise and never decreasing, whatever its arguments: max pooling may go first.
+    """
+
+    name: str
+    form: str
+    monotone: bool = False
+
+    @cached_property
+    def overload(self) -> OpOverload:
+        """The operator."""
+        packet, _, overload = self.name.partition(".")
+        return getattr(getattr(torch.ops.aten, packet), overload or "default")  # type: ignore[no-any-return]
+
+    @cached_property
+    def parameters(self) -> dict[str, Parameter]:
+        """Its arguments by name, in order; not those that say where and how a tensor lies, or which library computes."""
+        return {name: parameter for name, parameter in self._all_parameters.items() if name not in _PLACES}
+
+    @cached_property
+    def _all_parameters(self) -> dict[str, Parameter]:
+        if self.form == "getitem":
+            return {"self": Parameter("Tensor", False, None, False), "index": Parameter("int", False, None, False)}
+        arguments = self.overload._schema.arguments
+        return {
+            a.name: Parameter(
+                "dtype" if a.name == "dtype" else str(a.type), a.has_default_value(), _frozen(a.default_value), bool(a.kwarg_only)
+            )
+            for a in arguments
+        }
+
+    def call(self, arguments: Mapping[str, Any]) -> Any:
+        """What the operator gives for arguments by name; those left out have their defaults."""
+        if self.form == "getitem":
+            return arguments["self"][arguments["index"]]
+        if self.name in _DIFFERENTIABLE and not arguments.get("use_input_stats"):
+            return _by_running_statistics(arguments)
+        positional, named, last = [], {}, 0
+        for name, parameter in self._all_parameters.items():
+            given = name in arguments
+            if not given and name in _PLACES and not parameter.optional:
+                given, arguments = True, {**arguments, name: False}  # cudnn_enabled has no default
+            if not given and not parameter.optional:
+                raise ValueError(f"{self.name}: argument {name!r} is missing")
+            if parameter.keyword:
+                if given:
+                    named[name] = arguments[name]
+                continue
+            positional.append(arguments[name] if given else _thawed(parameter.default))
+            last = len(positional) if given else last
+        return self.overload(*positional[:last], **named)
+
+    def check(self, arguments: Arguments) -> None:
+        """Raises ValueError for an argument that the operator does not have, of another type, or out of all proportion."""
+        given = dict(arguments)
+        if len(given) != len(arguments):
+            raise ValueError("an argument is there twice")
+        for name, value in arguments:
+            if name not in self.parameters:
+                raise ValueError(f"no argument {name!r:.40}; it has {list(self.parameters)}")
+            kind = self.parameters[name].kind
+            if not _fits(kind, value):
+                raise ValueError(f"argument {name!r}: expected {kind}, got {value!r:.60}")
+        missing = [name for name, parameter in self.parameters.items() if not parameter.optional and name not in given]
+        if missing:
+            raise ValueError(f"arguments {missing} are missing")
+
+
+_DIFFERENTIABLE = ("batch_norm", "instance_norm")  # in their running statistics, which torch's own are not: a decoder rebuilds those too
+
+
+def _by_running_statistics(a: Mapping[str, Any]) -> Tensor:
+    """scale (x - mean) / sqrt(variance + eps) + shift, one of each a channel."""
+    x = a["input"]
+    mean, variance, scale, shift = (
+        None if a.get(name) is None else a[name].view(-1, *(1,) * (x.ndim - 2))
+        for name in ("running_mean", "running_var", "weight", "bias")
+    )
+    made = (x - mean) * torch.rsqrt(variance + a["eps"])
+    made = made if scale is None else made * scale
+    return made if shift is None else made + shift
+
+
+class Parameter(NamedTuple):
+    """One argument of an operator: its type, whether it may be left out, what it is then, and whether it goes by name."""
+
+    kind: str
+    optional: bool
+    default: Any
+    keyword: bool
+
+
+_PLACES = ("layout", "device", "pin_memory", "memory_format", "non_blocking", "copy", "cudnn_enabled")
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _thawed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _fits(kind: str, value: Argument) -> bool:
+    if kind.startswith("Optional["):
+        return value is None or _fits(kind[len("Optional[") : -1], value)
+    if kind.startswith("List["):
+        inner = kind[len("List[") : -1]
+        return isinstance(value, tuple) and all(_fits(inner, item) for item in value)
+    if isinstance(value, str) and value in INFINITE:
+        return kind in ("number", "Scalar", "float", "Tensor")
+    reference = isinstance(value, str) and value.startswith("@") and not is_size(value)
+    if kind == "Tensor":  # arithmetic takes a number where a tensor is meant
+        return reference or type(value) in (int, float, bool)
+    if kind == "dtype":
+        return value is None or value in DTYPES
+    if kind in ("int", "SymInt"):
+        return is_size(value) or (type(value) is int and abs(value) <= _LARGEST)
+    if kind in ("number", "Scalar"):
+        return type(value) in (int, float, bool) or is_size(value)
+    if kind == "float":
+        return type(value) in (int, float)
+    if kind == "bool":
+        return type(value) is bool
+    if kind == "str":
+        return isinstance(value, str) and not value.startswith("@")
+    return False
+
+
+def _table() -> dict[str, Operation]:
+    entries: dict[str, Operation] = {}
+
+    def add(form: str, names: str, monotone: bool = False) -> None:
+        for name in names.split():
+            entries[name] = Operation(name, form, monotone)
+
+    # elementwise functions of torch.nn
+    add("elementwise", "relu relu6 tanh sigmoid softplus selu hardtanh hardsigmoid log_sigmoid", monotone=True)
+    add("elementwise", "leaky_relu elu celu gelu silu mish hardswish hardshrink softshrink threshold")
+    # arithmetic
+    add("elementwise", "abs neg exp exp2 expm1 log log1p log2 log10 sin cos tan asin acos atan sinh cosh asinh acosh atanh")
+    add("elementwise", "erf erfc sqrt rsqrt square reciprocal sign sgn floor ceil round trunc frac sinc logit")
+    add("elementwise", "add.Tensor add.Scalar sub.Tensor sub.Scalar rsub.Scalar rsub.Tensor mul.Tensor mul.Scalar div.Tensor div.Scalar")
+    add(
+        "elementwise",
+        "div.Tensor_mode pow.Tensor_Scalar pow.Tensor_Tensor pow.Scalar maximum minimum fmax fmin atan2 lerp.Tensor lerp.Scalar",
+    )
+    add("elementwise", "addcmul addcdiv clamp clamp.Tensor clamp_min clamp_max clamp_min.Tensor clamp_max.Tensor where.self where.Scalar")
+    add(
+        "elementwise",
+        "where.ScalarSelf where.ScalarOther masked_fill.Scalar masked_fill.Tensor remainder.Scalar remainder.Tensor fmod.Scalar",
+    )
+    add(
+        "elementwise",
+        "gt.Scalar gt.Tensor lt.Scalar lt.Tensor ge.Scalar ge.Tensor le.Scalar le.Tensor eq.Scalar eq.Tensor ne.Scalar ne.Tensor",
+    )
+    add(
+        "elementwise",
+        "logical_and logical_or logical_not logical_xor bitwise_and.Tensor bitwise_or.Tensor bitwise_not isfinite isnan nan_to_num",
+    )
+    add("elementwise", "floor_divide floor_divide.Scalar hypot logaddexp xlogy.Tensor copysign.Tensor heaviside rrelu")
+    # along axes
+    add("axes", "softmax.int log_softmax.int sum.dim_IntList mean.dim amax amin var.correction std.correction var.dim std.dim logsumexp")
+    add(
+        "axes", "cumsum cumprod flip roll glu select.int slice.Tensor narrow unsqueeze squeeze.dim squeeze.dims transpose.int unflatten.int"
+    )
+    add("axes", "constant_pad_nd argmax argmin max.dim min.dim topk sort split.Tensor split_with_sizes chunk unbind.int prod.dim_int")
+    add("axes", "norm.ScalarOpt_dim linalg_vector_norm movedim.int movedim.intlist diff repeat_interleave.self_int tril triu median.dim")
+    add("getitem", "getitem")
+    # shapes
+    add("shape", "view reshape expand repeat permute flatten.using_ints tile")
+    add("join", "cat stack")
+    # images
+    add("image", "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d")
+    add("image", "adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d")
+    add(
+        "image",
+        "pixel_shuffle pixel_unshuffle channel_shuffle im2col col2im reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d",
+    )
+    add(
+        "image",
+        "reflection_pad3d replication_pad3d pad upsample_nearest1d.vec upsample_nearest2d.vec upsample_bilinear2d.vec",
+    )
+    add("image", "upsample_bicubic2d.vec upsample_linear1d.vec upsample_nearest3d.vec upsample_trilinear3d.vec")
+    # layers with weights
+    add("linear", "linear")
+    add("convolution", "conv1d conv2d conv3d conv1d.padding conv2d.padding conv3d.padding")
+    add("transposed", "conv_transpose1d conv_transpose2d.input conv_transpose3d.input")
+    add("batch_norm", "batch_norm")
+    add("instance_norm", "instance_norm")
+    add("group_norm", "group_norm")
+    add("layer_norm", "layer_norm")
+    add("rms_norm", "rms_norm")
+    add("prelu", "prelu")
+    add("embedding", "embedding")
+    add("recurrent", "lstm.input gru.input rnn_tanh.input rnn_relu.input")
+    # products
+    add("matmul", "matmul mm bmm mv dot")
+    add("addmm", "addmm baddbmm")
+    add("attention", "scaled_dot_product_attention")
+    add("vmap", "einsum bilinear index.Tensor index_select gather cosine_similarity pairwise_distance cdist outer kron fold grid_sampler")
+    add("vmap", "_weight_norm linalg_matrix_norm mT numpy_T t searchsorted.Tensor one_hot scatter.src index_add")
+    # nothing
+    add("identity", "dropout feature_dropout alpha_dropout feature_alpha_dropout")
+    # made here: of the queries' dtype and device; what depends on nothing is a constant of the graph instead
+    add("create", "new_zeros new_ones new_full")
+    add("axes", "zeros_like ones_like full_like type_as to.dtype")
+    return {name: entry for name, entry in entries.items() if entry.form == "getitem" or _there(name)}
+
+
+def _there(name: str) -> bool:
+    """Whether this build of torch has the operator."""
+    packet, _, overload = name.partition(".")
+    return hasattr(torch.ops.aten, packet) and (overload or "default") in getattr(torch.ops.aten, packet).overloads()
+
+
+TABLE = _table()

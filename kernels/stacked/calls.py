@@ -1,0 +1,45 @@
+"""What a form is told of a node: where the models of its tensors are, and how many axes they have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from ..operations import Operation
+
+Values = dict[str, Any]
+
+
+class Layout(Enum):
+    """Where the models of a value are."""
+
+    SHARED = 0
+    MODELS = 1
+    CHANNELS = 2
+
+
+@dataclass(frozen=True)
+class Call:
+    """What is known of a node when the program is made.
+
+    Attributes:
+        operation: of the table.
+        layouts: of its tensors, by argument name; a tuple where the argument is a list of tensors.
+        ranks: axes of its tensors for one model, likewise.
+        rank: axes of its output for one model.
+        layout: of its output.
+        aligned: whether operands of products are filled up to 16 bytes a row, so that no model's bits depend on its place.
+    """
+
+    operation: Operation
+    layouts: Mapping[str, Any]
+    ranks: Mapping[str, Any]
+    rank: int
+    layout: Layout
+    aligned: bool
+
+    def stacked(self, name: str) -> bool:
+        """Whether a tensor argument has an axis of models in front."""
+        return self.layouts.get(name) is Layout.MODELS

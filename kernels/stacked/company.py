@@ -1,0 +1,52 @@
+"""Sizes of groups in which a model's result is the same bits as in a full group, whatever its place.
+
+A batched product of two matrices may be another routine than one of sixty-four. Neither looks at the numbers, so random ones tell:
+each size is tried once a process against a full group, and a full group against itself in another order. Only sizes that give the
+same bits are used; what is left over is filled up with idle models.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger("wslfast")
+SIZES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
+_agree: dict[tuple[Hashable, int, int], bool] = {}
+
+# Results of the first ``size`` of random models in an order; first axis models.
+Trial = Callable[[int, Sequence[int]], Sequence[Tensor]]
+
+
+def group_size(count: int, most: int, full: int, key: Hashable, trial: Trial) -> int:
+    """How many models to run at once: a size that gives each model the bits it has in a full group.
+
+    Args:
+        count: models there are. The size is at least this, and they are filled up to it, where they are fewer than ``most``.
+        most: models that may be run at once; exceeded only where no smaller size gives the bits of a full group.
+        full: models of a full group.
+        key: all that the bits may depend on.
+        trial: see :data:`Trial`.
+    """
+    if full <= 2 or count >= full <= most:
+        return full
+    sizes = [size for size in SIZES if size < full]
+    enough = [size for size in sizes if count <= size <= most]
+    fewer = [size for size in reversed(sizes) if size <= most and size < count]
+    candidates = enough + ([full] if full <= most else []) + fewer + [size for size in sizes if size > most]
+    return next((size for size in candidates if size == full or _agrees(size, full, key, trial)), full)
+
+
+def _agrees(size: int, full: int, key: Hashable, trial: Trial) -> bool:
+    """Whether a group of this size gives the bits of a full one, the last models first."""
+    if (key, size, full) not in _agree:
+        straight = trial(full, range(full))
+        turned = trial(size, range(full - 1, -1, -1))
+        same = all(torch.equal(a, b.flip(0)[:size]) for a, b in zip(turned, straight, strict=True))
+        _agree[key, size, full] = same
+        if not same:
+            logger.debug("groups of %d give other bits than groups of %d", size, full)
+    return _agree[key, size, full]

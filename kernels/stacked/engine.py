@@ -1,0 +1,295 @@
+"""Losses, gradients and outputs of any graph: groups of models, slabs of queries, one plain torch call an operation.
+
+A group of M models runs on a slab of q queries: forward, the criterion's share and its gradient written out, and one backward through
+torch's graph, which then is gone. Which M and q is a pure function of the graph, never of k: the last group is filled up with idle
+models, or run in a smaller size that gives the same bits on this machine (``company.py``). On a CPU in float32 the number of queries is
+filled up to a multiple of 16, so that every model's numbers lie alike in memory whatever its place in the group.
+
+Groups are jobs of one thread each (``cpu/jobs.py``) where there is enough work for more than one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..cpu import jobs
+from ..criteria import Named, share_of_loss
+from ..graph import Graph
+from ..operations import TABLE
+from ..reference import value_shapes
+from .company import group_size
+from .program import compile_program
+
+_MODELS = 64  # of a group: more leave the caches, fewer spend their time on calls
+_CONVOLVED = 8  # of a group whose time goes into convolutions (cpu/engine.py has the reasons)
+_QUERIES = 128  # of a slab
+_BYTES = 16 << 20  # of what a group's forward pass leaves for its backward
+_ROWS = 64 << 20  # of a group's weights
+_FILL = 16  # queries: every model's numbers then begin on 64 bytes
+_FEW = 1000  # numbers of a product: so few could agree by chance, and a group is always filled
+_ALONE = 2_000_000  # activations of a call: below, one thread is done before another has joined in
+
+
+@lru_cache(maxsize=256)
+def sizes(graph: Graph) -> tuple[int, int, int]:
+    """Of one model and query: numbers that a forward pass makes, multiply-adds in convolutions, and in other products."""
+    two, three = value_shapes(graph, 2), value_shapes(graph, 3)
+    made = convolved = products = 0
+    for i, node in enumerate(graph.nodes):
+        shape = three[f"@{i}"]
+        shape = shape[0] if isinstance(shape, list) else shape
+        before = two[f"@{i}"]
+        numbers = math.prod(shape) - math.prod(before[0] if isinstance(before, list) else before)
+        made += numbers
+        form = TABLE[node.operation].form
+        if form in ("convolution", "transposed", "linear"):
+            weight = str(node.argument("weight"))
+            work = numbers * math.prod(three[weight][1:]) if weight in three else 0
+            convolved += work if form != "linear" else 0
+            products += work if form == "linear" else 0
+    return max(made, 1), convolved, products
+
+
+def group_shape(graph: Graph) -> tuple[int, int]:
+    """Models of a group and queries of a slab; k plays no part, or a model's bits would depend on its company."""
+    made, convolved, products = sizes(graph)
+    models = _CONVOLVED if convolved > products else _MODELS
+    while models > 2 and 4 * models * graph.parameters > _ROWS:
+        models //= 2
+    while models > 2 and 4 * models * made * _FILL > _BYTES:
+        models //= 2
+    queries = _QUERIES
+    while queries > _FILL and 4 * models * made * queries > _BYTES:
+        queries //= 2
+    return models, queries
+
+
+class _Call:
+    """What holds for all groups of one call."""
+
+    def __init__(self, weights: Tensor, queries: Tensor, graph: Graph, index: Tensor | None, size: int | None = None) -> None:
+        self.graph, self.index = graph, index
+        self.weights, self.queries = weights, queries
+        self.own = index is not None or queries.ndim == len(graph.input_shape) + 2
+        self.n = index.shape[1] if index is not None else queries.shape[int(self.own)]
+        self.plain = weights.device.type == "cpu" and weights.dtype == torch.float32
+        self.program = compile_program(graph, self.own, self.plain)
+        full, self.slab = group_shape(graph)
+        self.models = full
+        if size is not None:
+            self.models = size
+        elif self.plain and len(weights):
+            self.models = self._size(full)
+
+    def _size(self, full: int) -> int:
+        graph, k = self.graph, len(self.weights)
+        n = self.n if self.n < self.slab else self.slab + self.n % self.slab
+        if graph.parameters * n < _FEW:
+            return full
+        key = graph, n, self.own, torch.is_autocast_enabled("cpu"), jobs.threads_inside()
+
+        def trial(size: int, order: Sequence[int]) -> Sequence[Tensor]:
+            return _trial(graph, n, self.own, full, order[:size])
+
+        return group_size(k, full, full, key, trial)
+
+    def starts(self) -> range:
+        return range(0, self.n, self.slab)
+
+    def rows(self, group: int) -> Tensor:
+        """Weights ``[M, P]`` of a group, filled up with idle models: copies of its last."""
+        rows = self.weights[group : group + self.models]
+        missing = self.models - len(rows)
+        return rows if missing == 0 else torch.cat((rows, rows[-1:].expand(missing, rows.shape[1])))
+
+    def slab_of(self, group: int, start: int, whole: bool = False) -> Tensor:
+        """Queries of a slab (of all, where ``whole``), as many as a multiple of 16, and of a group where they are each model's own."""
+        part = slice(start, start + (self.n if whole else self.slab))
+        if self.index is not None:
+            rows = self.index[group : group + self.models, part]
+            x = self.queries.index_select(0, rows.reshape(-1)).unflatten(0, rows.shape)
+        elif self.own:
+            x = self.queries[group : group + self.models, part]
+        else:
+            x = self.queries[part]
+        if self.own and len(x) < self.models:
+            x = torch.cat((x, x[-1:].expand(self.models - len(x), *x.shape[1:])))
+        axis = int(self.own)
+        missing = -x.shape[axis] % _FILL if self.plain else 0
+        if missing:
+            more = x.narrow(axis, 0, 1)
+            shape = list(x.shape)
+            shape[axis] = missing
+            x = torch.cat((x, more.expand(shape)), axis)
+        return x
+
+    def shared(self) -> dict[int, list[Any]]:
+        """Values that all models share, slab by slab; nothing where queries are each model's own."""
+        return {} if self.own else {start: self.program.prepare(self.slab_of(0, start)) for start in self.starts()}
+
+    def values(self, shared: dict[int, list[Any]], group: int, start: int) -> list[Any]:
+        return self.program.prepare(self.slab_of(group, start)) if self.own else shared[start]
+
+
+def leaves_of(rows: Tensor, graph: Graph) -> list[Tensor]:
+    """Each parameter of every model, ``[M, *shape]``, through one split: its backward is one concatenation."""
+    parts = rows.split([slot.size for slot in graph.slots], 1)
+    return [part.reshape(len(rows), *slot.shape) for part, slot in zip(parts, graph.slots, strict=True)]
+
+
+def _jobs(count: int, call: _Call, run: Callable[[int], None]) -> None:
+    """Every group once: side by side where that pays, and on a CPU always with one thread inside."""
+    groups = [partial(run, group) for group in range(0, count, call.models)]
+    if call.weights.device.type != "cpu":
+        for group in groups:
+            group()
+    elif len(groups) > 1 and len(call.weights) * call.n * sizes(call.graph)[0] < _ALONE:
+
+        def every() -> None:
+            for group in groups:
+                group()
+
+        jobs.run([every])
+    else:
+        jobs.run(groups)
+
+
+def loss_and_gradient(
+    weights: Tensor,
+    queries: Tensor,
+    targets: Tensor,
+    graph: Graph,
+    criterion: Named,
+    temperature: float = 2.0,
+    index: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Per-model losses ``[k]`` and gradients ``[k, P]`` with respect to each model's own weights.
+
+    Queries ``[n, *input]`` shared by all models or ``[k, n, *input]``; with ``index [k, n]``, a pool ``[N, *input]`` from which each model
+    takes its own. Targets ``[k, n, *out]``, or labels ``[k, n]`` for ``cross_entropy``.
+    """
+    call = _Call(weights.detach(), queries.detach(), graph, index)
+    return _loss_and_gradient(call, targets, criterion, temperature)
+
+
+def _loss_and_gradient(call: _Call, targets: Tensor, criterion: Named, temperature: float) -> tuple[Tensor, Tensor]:
+    weights, graph, n = call.weights, call.graph, call.n
+    losses = weights.new_zeros(len(weights))
+    gradient = torch.empty_like(weights, memory_format=torch.contiguous_format)
+    if n == 0:  # the mean over no queries, as the reference has it
+        return losses.fill_(float("nan")), gradient.zero_()
+    autocast = _autocast(weights.device.type)
+    with torch.no_grad(), autocast():
+        shared = call.shared()
+
+    def group(start: int) -> None:
+        rows = call.rows(start)
+        real = min(len(weights) - start, call.models)
+        wanted = targets[start : start + real]
+        if real < len(rows):
+            wanted = torch.cat((wanted, wanted[-1:].expand(len(rows) - real, *wanted.shape[1:])))
+        values = total = None
+        for at in call.starts():
+            leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves_of(rows, graph)]
+            target = wanted[:, at : at + call.slab]
+            q = target.shape[1]
+            with torch.enable_grad(), autocast():
+                prepared = call.values(shared, start, at)
+                made = call.program.outputs(prepared, leaves, prepared[call.program.query].shape[int(call.own)])
+            with torch.no_grad():
+                value, slope = share_of_loss(made.detach()[:, :q].to(weights.dtype), target, n, criterion, temperature)
+                if made.shape[1] > q:
+                    slope = torch.cat((slope, slope.new_zeros(len(rows), made.shape[1] - q, *slope.shape[2:])), 1)
+            # models are independent: the gradient of the sum is each model's own
+            slopes = torch.autograd.grad(made, leaves, slope.to(made.dtype), materialize_grads=True)
+            part = torch.cat([s.reshape(len(rows), -1) for s in slopes], 1)
+            values, total = (value, part) if values is None or total is None else (values + value, total.add_(part))
+        assert values is not None
+        assert total is not None
+        losses[start : start + real] = values[:real]
+        gradient[start : start + real] = total[:real]
+
+    _jobs(len(weights), call, group)
+    return losses, gradient
+
+
+def _autocast(device: str) -> Callable[[], Any]:
+    """The caller's autocast, for threads that have their own."""
+    enabled = torch.is_autocast_enabled(device)
+    return partial(torch.autocast, device, torch.get_autocast_dtype(device), enabled=enabled)
+
+
+def forward(weights: Tensor, queries: Tensor, graph: Graph) -> Tensor:
+    """Outputs ``[k, n, *out]``, not differentiable."""
+    call = _Call(weights.detach(), queries.detach(), graph, None)
+    autocast = _autocast(weights.device.type)
+    with torch.no_grad(), autocast():
+        shared = call.shared()
+    pieces: dict[tuple[int, int], Tensor] = {}
+
+    def group(start: int) -> None:
+        with torch.no_grad(), autocast():
+            leaves = [leaf.clone() for leaf in leaves_of(call.rows(start), graph)]
+            real = min(len(weights) - start, call.models)
+            for at in call.starts():
+                values = call.values(shared, start, at)
+                made = call.program.outputs(values, leaves, values[call.program.query].shape[int(call.own)])
+                pieces[start, at] = made[:real, : min(call.slab, call.n - at)]
+
+    _jobs(len(weights), call, group)
+    rows = [torch.cat([pieces[start, at] for at in call.starts()], 1) for start in range(0, len(weights), call.models)]
+    return torch.cat(rows) if len(rows) > 1 else rows[0].contiguous()
+
+
+def differentiable(weights: Tensor, queries: Tensor, graph: Graph) -> Tensor:
+    """Outputs ``[k, n, *out]`` through torch's own graph, differentiable in weights and queries as often as torch is, in the groups in
+    which :func:`loss_and_gradient` runs them. For callers that cut models into chunks that fit memory."""
+    call = _Call(weights, queries, graph, None)
+    rows: list[Tensor] = []
+    autocast = _autocast(weights.device.type)
+
+    def run() -> None:
+        with torch.enable_grad(), autocast():
+            for start in range(0, len(weights), call.models):
+                x = call.slab_of(start, 0, whole=True)
+                made = call.program.outputs(call.program.prepare(x), leaves_of(call.rows(start), graph), x.shape[int(call.own)])
+                rows.append(made[: len(weights) - start, : call.n])
+
+    jobs.run([run]) if weights.device.type == "cpu" else run()
+    return torch.cat(rows) if len(rows) > 1 else rows[0]
+
+
+def plain(weights: Tensor, queries: Tensor, graph: Graph) -> Tensor:
+    """Outputs ``[k, n, *out]`` in plain operators that any transform sees through. Bits may depend on how many models there are."""
+    own = queries.ndim == len(graph.input_shape) + 2
+    program = compile_program(graph, own, False)
+    return program.outputs(program.prepare(queries), leaves_of(weights, graph), queries.shape[int(own)])
+
+
+@lru_cache(maxsize=64)
+def _random(graph: Graph, n: int, own: bool, full: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    kind: Any = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
+    weights = torch.cat(
+        [torch.randn(full, s.size, **kind).abs() / math.sqrt(max(1, math.prod(s.shape[1:]))) for s in graph.slots], 1
+    )  # positive: variances are among them
+    queries = torch.rand(*((full,) if own else ()), n, *graph.input_shape, **kind)
+    out = value_shapes(graph, n)[graph.output][1:]
+    return weights, queries, torch.randn(full, n, *out, **kind)
+
+
+def _trial(graph: Graph, n: int, own: bool, full: int, order: Sequence[int]) -> Sequence[Tensor]:
+    """Losses and gradients of random models, those of ``order``, run in one group."""
+    weights, queries, targets = _random(graph, n, own, full)
+    rows = list(order)
+    call = _Call(weights[rows], queries[rows] if own else queries, graph, None, size=len(rows))
+    return _loss_and_gradient(call, targets[rows], "mse", 1.0)
+
+
+__all__ = ["differentiable", "forward", "group_shape", "loss_and_gradient", "plain", "sizes"]

@@ -1,0 +1,93 @@
+"""LSTM, GRU and plain recurrent layers of M models at once: a batched product a step, where torch's own would run one model after another.
+
+Formulas and the order of gates are torch.nn's (LSTM: input, forget, cell, output; GRU: reset, update, new).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .calls import Call, Layout, Values
+
+
+def recurrent(call: Call, a: Values, models: int) -> list[Tensor]:
+    """What ``torch.lstm`` and its kin return, ``[output, hidden]`` or ``[output, hidden, cell]``, each with the models in front."""
+    kind = call.operation.name.partition(".")[0]
+    first = a["has_biases"], a["num_layers"], a["bidirectional"]
+    parameters, layouts = a["params"], call.layouts["params"]
+    parameters = [_stacked(p, layout, models) for p, layout in zip(parameters, layouts, strict=True)]
+    x = _stacked(a["input"], call.layouts["input"], models)
+    x = x.transpose(1, 2) if a["batch_first"] else x  # [M, steps, n, features]
+    states, where = a["hx"], call.layouts["hx"]
+    if isinstance(states, Tensor):
+        states, where = [states], [where]
+    states = [_stacked(state, layout, models) for state, layout in zip(states, where, strict=True)]  # [M, layers * directions, n, width]
+    output, ends = _layers(kind, x, states, parameters, *first)
+    return [output.transpose(1, 2) if a["batch_first"] else output, *ends]
+
+
+def _stacked(x: Tensor, layout: Layout, models: int) -> Tensor:
+    return x if layout is Layout.MODELS else x.expand(models, *x.shape)
+
+
+def _layers(
+    kind: str, x: Tensor, states: Sequence[Tensor], parameters: Sequence[Tensor], biases: bool, layers: int, both: bool
+) -> tuple[Tensor, list[Tensor]]:
+    directions = 2 if both else 1
+    each = len(parameters) // (layers * directions)  # weights and biases, and a projection where there is one
+    ends: list[list[Tensor]] = [[] for _ in states]
+    for layer in range(layers):
+        outputs = []
+        for direction in range(directions):
+            place = layer * directions + direction
+            own = parameters[place * each : (place + 1) * each]
+            steps = x.flip(1) if direction else x
+            made, last = _direction(kind, steps, [state[:, place] for state in states], own, biases)
+            outputs.append(made.flip(1) if direction else made)
+            for kept, end in zip(ends, last, strict=True):
+                kept.append(end)
+        x = torch.cat(outputs, -1) if both else outputs[0]
+    return x, [torch.stack(kept, 1) for kept in ends]
+
+
+def _direction(kind: str, x: Tensor, states: list[Tensor], parameters: Sequence[Tensor], biases: bool) -> tuple[Tensor, list[Tensor]]:
+    """One layer in one direction: ``[M, steps, n, features] -> [M, steps, n, width]``, and the last states ``[M, n, width]``."""
+    weight_in, weight_h = parameters[0].transpose(1, 2), parameters[1].transpose(1, 2)
+    bias_in, bias_h = (parameters[2], parameters[3]) if biases else (None, None)
+    projection = parameters[-1].transpose(1, 2) if len(parameters) % 2 else None
+    rows = x.flatten(1, 2)
+    inputs = torch.bmm(rows, weight_in) if bias_in is None else torch.baddbmm(bias_in.unsqueeze(1), rows, weight_in)
+    inputs = inputs.unflatten(1, x.shape[1:3])
+    made = []
+    for step in inputs.unbind(1):
+        hidden = torch.bmm(states[0], weight_h) if bias_h is None else torch.baddbmm(bias_h.unsqueeze(1), states[0], weight_h)
+        states = _STEPS[kind](step, hidden, states)
+        if projection is not None:
+            states = [torch.bmm(states[0], projection), *states[1:]]
+        made.append(states[0])
+    return torch.stack(made, 1), states
+
+
+def _lstm(step: Tensor, hidden: Tensor, states: list[Tensor]) -> list[Tensor]:
+    entering, forget, cell, leaving = (step + hidden).chunk(4, -1)
+    kept = forget.sigmoid() * states[1] + entering.sigmoid() * cell.tanh()
+    return [leaving.sigmoid() * kept.tanh(), kept]
+
+
+def _gru(step: Tensor, hidden: Tensor, states: list[Tensor]) -> list[Tensor]:
+    (reset, update, new), (reset_h, update_h, new_h) = step.chunk(3, -1), hidden.chunk(3, -1)
+    reset, update = (reset + reset_h).sigmoid(), (update + update_h).sigmoid()
+    new = (new + reset * new_h).tanh()
+    return [new + update * (states[0] - new)]
+
+
+_STEPS: dict[str, Any] = {
+    "lstm": _lstm,
+    "gru": _gru,
+    "rnn_tanh": lambda step, hidden, _: [(step + hidden).tanh()],
+    "rnn_relu": lambda step, hidden, _: [(step + hidden).relu()],
+}

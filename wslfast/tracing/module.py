@@ -1,0 +1,230 @@
+"""What a module must be to be run as a population, and the plain copy of it that is traced."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
+from torch.overrides import TorchFunctionMode
+
+from ..errors import WslfastError, require
+
+
+class _FrozenNorm(nn.Module):
+    """Batch or instance norm by its running statistics, differentiable in them as well: a decoder reconstructs those too."""
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, like: nn.modules.batchnorm._NormBase) -> None:
+        super().__init__()
+        self.eps = like.eps
+        self.weight, self.bias = like.weight, like.bias
+        self.register_buffer("running_mean", like.running_mean)
+        self.register_buffer("running_var", like.running_var)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (1, -1, *(1,) * (x.ndim - 2))
+        scale = torch.rsqrt(self.running_var + self.eps)
+        if self.weight is not None:
+            scale = scale * self.weight
+        shift = -self.running_mean * scale
+        if self.bias is not None:
+            shift = shift + self.bias
+        return x * scale.view(shape) + shift.view(shape)
+
+
+def with_frozen_norms(module: nn.Module) -> nn.Module:
+    """The module, in place, with norms that are differentiable in their running statistics: for modules that are run as they are."""
+    if isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None:
+        return _FrozenNorm(module)
+    for name, child in list(module._modules.items()):  # named_children() would skip the second name of a shared one
+        if child is not None:
+            replaced = with_frozen_norms(child)
+            if replaced is not child:
+                module._modules[name] = replaced
+    return module
+
+
+def _effective(module: nn.Module) -> nn.Module:
+    """A parametrised module with the tensors that it computes as parameters. (torch's own removal changes the class, which a copy shares
+    with its original.)"""
+    made = {name: getattr(module, name).detach() for name in module.parametrizations}  # type: ignore[union-attr]
+    plain: Any = object.__new__(type(module).__mro__[1])
+    plain.__dict__.update(module.__dict__)
+    plain._modules = {name: child for name, child in module._modules.items() if name != "parametrizations"}
+    plain._parameters = {**{name: nn.Parameter(value, False) for name, value in made.items()}, **module._parameters}
+    return plain  # type: ignore[no-any-return]
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The module, in place, without wrappers, parametrisations and pruning: with the weights that they compute."""
+    while (inner := _inner(module)) is not None:
+        module = inner
+    if parametrize.is_parametrized(module):
+        module = _effective(module)
+    for hook in list(module._forward_pre_hooks.values()):  # the older forms are hooks
+        kind = type(hook).__name__
+        if isinstance(hook, prune.BasePruningMethod):
+            prune.remove(module, hook._tensor_name)
+        elif kind == "WeightNorm":
+            nn.utils.remove_weight_norm(module, hook.name)  # type: ignore[attr-defined]
+        elif kind == "SpectralNorm":
+            nn.utils.remove_spectral_norm(module, hook.name)  # type: ignore[attr-defined]
+    for name, child in list(module._modules.items()):
+        if child is not None:
+            plain = _unwrapped(child)
+            if plain is not child:
+                module._modules[name] = plain
+    return module
+
+
+def _inner(module: nn.Module) -> nn.Module | None:
+    """What a wrapper holds: of DataParallel, DistributedDataParallel and torch.compile."""
+    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return module.module
+    compiled = getattr(module, "_orig_mod", None)
+    return compiled if isinstance(compiled, nn.Module) else None
+
+
+class _Output(nn.Module):
+    """A module whose answer is one part of the answer of another, with the same parameters under the same names."""
+
+    def __init__(self, module: nn.Module, part: str | int) -> None:
+        super().__init__()
+        self._inner, self.part = [module], part  # in a list, so that no name is put before those of its parameters
+        self._modules, self._parameters, self._buffers = module._modules, module._parameters, module._buffers
+        self._non_persistent_buffers_set = module._non_persistent_buffers_set
+
+    def forward(self, x: Tensor) -> Any:
+        answer = self._inner[0](x)
+        return getattr(answer, self.part) if isinstance(self.part, str) and not isinstance(answer, dict) else answer[self.part]
+
+
+def prepared(module: nn.Module, name: str, output: str | int | None = None) -> nn.Module:
+    """A copy of a module as populations run it: wrappers, parametrisations and pruning off, on the CPU, in float32 and evaluation mode.
+
+    Args:
+        module: in any mode, on any device, in any dtype.
+        name: for errors.
+        output: which part of the answer counts, for a module that returns a tuple or a dict.
+
+    Raises:
+        WslfastError: a module that cannot be copied, or has no parameters yet.
+    """
+    for path, part in module.named_modules():
+        where = f"architecture {name!r}: " + (f"its part {path!r}" if path else "it")
+        scripted = isinstance(part, torch.jit.ScriptModule)
+        require(not scripted, f"{where} is a TorchScript module, whose code cannot be read; pass the module that it was made from")
+        lazy = [key for key, p in part._parameters.items() if isinstance(p, nn.parameter.UninitializedParameter)]
+        require(not lazy, f"{where} has parameters without a shape ({lazy[0] if lazy else ''}); run it once on a batch first")
+        norm = isinstance(part, nn.modules.batchnorm._BatchNorm) and part.running_mean is None
+        require(not norm, f"{where} is a batch norm without running statistics, which mixes the queries of a batch")
+    try:
+        plain = _unwrapped(copy.deepcopy(module)).to("cpu", torch.float32).eval().requires_grad_(False)
+    except WslfastError:
+        raise
+    except Exception as error:
+        raise WslfastError(f"architecture {name!r}: the module cannot be copied: {first_line(error)}") from error
+    return plain if output is None else _Output(plain, output).eval()
+
+
+@contextmanager
+def plainly() -> Iterator[None]:
+    """No gradients, no random state touched, and torch's fused transformer encoder off: it is one operation that hides its parts."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def queries_for(module: nn.Module, n: int, input_shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Queries that the module takes: normal numbers, or zeros and ones where it reads them as indices."""
+    generator = torch.Generator().manual_seed(n)
+    queries = torch.randn(n, *input_shape, generator=generator, dtype=dtype, device="cpu")
+    try:
+        with plainly():
+            module(queries.float().clone())
+    except (IndexError, RuntimeError):
+        return torch.randint(0, 2, (n, *input_shape), generator=generator, device="cpu").to(dtype)
+    return queries
+
+
+def innermost(module: nn.Module) -> nn.Module:
+    """The module that a selection of one part of its answer was put around."""
+    return innermost(module._inner[0]) if isinstance(module, _Output) else module
+
+
+def check_template(template: nn.Module, input_shape: tuple[int, ...], name: str) -> Tensor:
+    """Outputs of the template on a few queries.
+
+    Raises WslfastError for a network that a population could not run right: one that cannot run on these queries, is random in
+    evaluation mode, keeps something between calls, or whose answer to one query depends on the others.
+    """
+    shape = f"[n, {', '.join(map(str, input_shape))}]"
+    x = queries_for(template, 4, input_shape)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        try:
+            with _RandomCalls(template) as random:
+                out = template(x.clone())
+            again, fewer = template(x.clone()), template(x[:2].clone())
+        except Exception as error:
+            raise WslfastError(f"architecture {name!r}: cannot run on {shape}: {first_line(error)}") from error
+    if not isinstance(out, Tensor):
+        return out
+    same = isinstance(again, Tensor) and again.shape == out.shape and torch.equal(again.nan_to_num(), out.nan_to_num())
+    remedy = "populations run in evaluation mode; make it follow self.training, or leave it out"
+    require(same or not random.found, f"architecture {name!r} is random in evaluation mode ({', '.join(random.found)}): {remedy}")
+    require(
+        same, f"architecture {name!r} answers the same queries another way the second time: it keeps something between calls, or is random"
+    )
+    alone = isinstance(fewer, Tensor) and fewer.shape[1:] == out.shape[1:] and len(fewer) == 2 and len(out) == 4
+    close = alone and torch.allclose(fewer, out[:2], rtol=1e-3, atol=1e-4 * (1 + float(out.abs().max())), equal_nan=True)
+    require(
+        not isinstance(fewer, Tensor) or len(out) != 4 or close,
+        f"architecture {name!r}: its answer to a query depends on the other queries of the batch (a norm over the batch?)",
+    )
+    return out
+
+
+class _RandomCalls(TorchFunctionMode):
+    """Notes which functions draw random numbers, and in which part of the module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self._parts = [(path, part) for path, part in module.named_modules() if path]
+        self._at: list[str] = []
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> _RandomCalls:
+        for path, part in self._parts:
+            self._hooks.append(part.register_forward_pre_hook(lambda *_, path=path: self._at.append(path)))
+            self._hooks.append(part.register_forward_hook(lambda *_: self._at.pop() and None))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        super().__exit__(*error)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = torch.default_generator.get_state()
+        result = func(*args, **(kwargs or {}))
+        if not torch.equal(before, torch.default_generator.get_state()):
+            where = f" in {self._at[-1]!r}" if self._at else ""
+            self.found.append(f"{getattr(func, '__name__', func)}{where}")
+        return result
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
