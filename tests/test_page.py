@@ -145,7 +145,7 @@ def test_tables_say_what_the_rows_say(tmp_path: Path, undrawn: None) -> None:
         "On digits, reconstructions by S+B agree with their originals on 72.2 % of images at 72 % of the numbers (75.2 % identified)"
         in text
     )  # mean of two seeds
-    assert "; structure alone, S, on 51.3 %; the best closed-form code, linear-metric-55, on 81.5 %." in text
+    assert "; by S, without behavior, on 51.3 %; the best closed-form code, linear-metric-55, on 81.5 %." in text
     assert "S+B S+B, beta 0.1, mse, 100 steps; 2 seeds" in text
     assert "72.2 ± 1.4" in text  # over seeds
     assert "51.3 ± 5.0" in text  # over models, where there is one seed

@@ -68,17 +68,16 @@ def headline(results: Results) -> str:
         share, identified = results.mean(zoo, run, "latent_share"), results.mean(zoo, run, "identified")
         codes = [v for v in results.variants(zoo, "code") if share is None or (results.mean(zoo, v, "latent_share") or 0) <= share + 0.005]
         structure = [v for v in runs if v != run and results.losses(zoo, v) and "B" not in results.losses(zoo, v)]
-        others = {
-            "structure alone": results.best(zoo, structure, "agreement"),
-            "the best closed-form code" if alone else "best closed form": results.best(zoo, codes, "agreement"),
-        }
+        others = {"structure alone": results.best(zoo, structure, "agreement"), "best closed form": results.best(zoo, codes, "agreement")}
         known = [] if identified is None else [f"{percent(identified)} % identified"]
         known += [words] if (words := results.collapsed(zoo, run)) else []
         value = {v: f"{percent(results.mean(zoo, v, 'agreement'))} %" for v in (run, *others.values()) if v}
         if alone:
             size = f" at {100 * share:.0f} % of the numbers" if share else ""
             about = f" ({', '.join(known)})" if known else ""
-            rest = "".join(f"; {what}, {v}, on {value[v]}" for what, v in others.items() if v)
+            without, code = others.values()
+            rest = f"; by {without}, without behavior, on {value[without]}" if without else ""
+            rest += f"; the best closed-form code, {code}, on {value[code]}" if code else ""
             return f"On {zoo}, reconstructions by {run} agree with their originals on {value[run]} of images{size}{about}{rest}."
         known += [f"{what} {value[v]}" for what, v in others.items() if v]
         parts.append(f"{value[run]} of images on {zoo}" + (f" ({'; '.join(known)})" if known else ""))
