@@ -148,6 +148,8 @@ def run_ablation(
                 raise WslfastError(f"ablation {ablation.name}: {name}: {error}") from None
     devices = {config.device for *_, config, _ in cells}
     zoos = {device: LoadedZoo(folder, Protocol.whole(), device=device) for device in devices}
+    held_out = all(ablation.split in models.splits for models in zoos.values())
+    require(held_out, f"zoo {folder} has no {ablation.split} models")
     samples = protocol or Protocol()
     sampled = {d: LoadedZoo(folder, samples, device=d) for d in devices if ablation.generate and ablation.split == "test"}
     # one training serves validation models, test models and several protocols
@@ -155,7 +157,6 @@ def run_ablation(
     rows: list[Row] = []
     for number, (seed, name, system, config, key) in enumerate(cells, 1):
         models = zoos[config.device]
-        require(ablation.split in models.splits, f"zoo {folder} has no {ablation.split} models")
         place = out / "cells" / key
         unit = kept_unit(place / file, key)
         if on_cell is not None:
