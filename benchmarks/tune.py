@@ -29,7 +29,7 @@ from benchmarks import timing
 from benchmarks.kernels.inspect import ARCHITECTURES
 from wslfast.kernels import criteria, reference
 from wslfast.kernels.layers import Layers
-from wslfast.kernels.triton import launch as autograd
+from wslfast.kernels.triton import launch
 from wslfast.kernels.triton.schedule import Configuration, Tuning, schedule, tuned
 from wslfast.kernels.triton.stages import Stage
 
@@ -101,22 +101,20 @@ class Job:
 
     def __init__(self, name: str, layers: Layers, shape: tuple[int, ...], precision: str, k: int, n: int, device: str) -> None:
         self.name, self.layers, self.precision, self.k, self.n = name, layers, precision, k, n
-        self.plan = schedule(layers, shape)
+        self.schedule = schedule(layers, shape)
         torch.manual_seed(0)
-        self.weights = torch.randn(k, self.plan.parameters, device=device) * 0.1
+        self.weights = torch.randn(k, self.schedule.parameters, device=device) * 0.1
         self.queries = torch.randn(n, *shape, device=device)
-        self.targets = torch.randn(k, n, self.plan.classes, device=device)
+        self.targets = torch.randn(k, n, self.schedule.classes, device=device)
 
     def step(self) -> tuple[Tensor, Tensor]:
         """Losses and gradient of all models."""
-        return autograd.loss_and_gradient(
-            self.weights, self.queries, self.targets, self.layers, CRITERION, 2.0, self.precision, memory=2**36
-        )
+        return launch.loss_and_gradient(self.weights, self.queries, self.targets, self.layers, CRITERION, 2.0, self.precision, memory=2**36)
 
     def launches(self) -> list[tuple[str, Stage, Configuration, Callable[[Configuration], None]]]:
         """(kernel's name, stage, configuration, launch with a configuration) of every stage kernel of a step, its buffers kept."""
-        found: list[tuple[str, Stage, Configuration, Callable[[Configuration], None]]] = []
-        real = {role: getattr(autograd, f"stage_{role}") for role in ("forward", "dw", "dx")}
+        launches: list[tuple[str, Stage, Configuration, Callable[[Configuration], None]]] = []
+        real = {role: getattr(launch, f"stage_{role}") for role in ("forward", "dw", "dx")}
 
         def record(role: str) -> Callable[..., None]:
             def call(*arguments: Any, **options: Any) -> None:
@@ -126,19 +124,19 @@ class Job:
                 def again(c: Configuration) -> None:
                     real[role](*arguments[:at], c, *arguments[at + 1 :], **options)
 
-                found.append((f"{role} {self.plan.stages.index(stage)}", stage, arguments[at], again))
+                launches.append((f"{role} {self.schedule.stages.index(stage)}", stage, arguments[at], again))
                 again(arguments[at])
 
             return call
 
         try:
             for role in real:
-                setattr(autograd, f"stage_{role}", record(role))
+                setattr(launch, f"stage_{role}", record(role))
             self.step()
         finally:
-            for role, launch in real.items():
-                setattr(autograd, f"stage_{role}", launch)
-        return found
+            for role, function in real.items():
+                setattr(launch, f"stage_{role}", function)
+        return launches
 
 
 def milliseconds(call: Callable[[], object], device: str, repeats: int) -> float:
@@ -150,8 +148,8 @@ def milliseconds(call: Callable[[], object], device: str, repeats: int) -> float
     return 1e3 * (time.perf_counter() - began)
 
 
-def _difference(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm().clamp(min=1e-30))
+def _difference(given: Tensor, expected: Tensor) -> float:
+    return float((given - expected).norm() / expected.norm().clamp(min=1e-30))
 
 
 def _why(error: BaseException) -> str:
@@ -190,7 +188,7 @@ def step_rows(
     yield replace(base, part="step", kernel="step", lever="default", ms=default, default_ms=default, ratio=1.0)
 
     def best(role: str, stage: Stage, precision: str, c: Configuration) -> Configuration:
-        lever = chosen.get(f"{role} {job.plan.stages.index(stage)}") if stage in job.plan.stages else None
+        lever = chosen.get(f"{role} {job.schedule.stages.index(stage)}") if stage in job.schedule.stages else None
         return c if lever is None else lever.change(c)
 
     attempts = [(lever.name, lever.tuning()) for lever in levers]
@@ -202,9 +200,9 @@ def step_rows(
         row = replace(base, part="step", kernel="step", lever=name)
         try:
             with tuned(tuning):
-                _, found = job.step()
+                _, gradient = job.step()
                 ms = milliseconds(job.step, device, repeats)
-            yield _judged(row, ms, default, _difference(found, expected))
+            yield _judged(row, ms, default, _difference(gradient, expected))
         except Exception as error:
             yield replace(row, keep="no", note=_why(error))
 
@@ -264,7 +262,7 @@ def main(arguments: list[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     jobs = [(a, p) for a in options.architecture for p in options.precision]
-    kept: list[Row] = []
+    better: list[Row] = []
     with (out / "tune.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, [f.name for f in fields(Row)])
         writer.writeheader()
@@ -277,12 +275,12 @@ def main(arguments: list[str] | None = None) -> int:
             end = began + options.seconds * (i + 1) / len(jobs)
             job = Job(architecture, *ARCHITECTURES[architecture], precision, options.models, options.queries, "cuda")
             rows = sweep(job, LEVERS, "cuda", emit, options.repeats, end)
-            kept += [row for row in rows if row.keep == "yes"]
+            better += [row for row in rows if row.keep == "yes"]
             for row in rows:
                 if row.lever == "default" and row.ms is not None:
                     print(f"{architecture} {precision} {row.kernel}: {row.ms:.3f} ms", flush=True)
-    print("keep:" if kept else "keep: nothing beats the defaults")
-    for row in sorted(kept, key=lambda row: row.ratio or 1.0):
+    print("keep:" if better else "keep: nothing beats the defaults")
+    for row in sorted(better, key=lambda row: row.ratio or 1.0):
         print(f"  {row.architecture} {row.precision} {row.kernel}: {row.lever}: {row.ms:.3f} ms, {row.ratio:.2f} of the default")
     print(f"tune: {time.monotonic() - began:.0f} s, rows in {out / 'tune.csv'}")
     return 0

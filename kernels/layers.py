@@ -373,7 +373,7 @@ def _layer_of(node: Node, i: int, x: str, graph: Graph, shape: tuple[int, ...]) 
         return None if given else Pool2d(name, node.operation[:3], kernel, stride or kernel)
     if node.operation == "flatten.using_ints":
         return Flatten(name) if given == {"start_dim": -len(shape), "end_dim": -1} else None
-    if node.operation == "dropout":
+    if node.operation in ("dropout", "feature_dropout"):  # both the identity in evaluation mode
         return Dropout(name, float(given["p"]))
     if node.operation in _FUNCTIONS:
         function, argument = _FUNCTIONS[node.operation]

@@ -18,7 +18,7 @@ Adding an elementwise function is one line here, and its test. Adding a layer ty
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from .graph import DTYPES, INFINITE, Argument, Arguments, is_size
+from .graph import DTYPES, INFINITE, Argument, Arguments, Graph, is_size
 
 _LARGEST = (1 << 31) - 1
 
@@ -89,6 +89,20 @@ class Operation:
             positional.append(arguments[name] if given else _thawed(parameter.default))
             last = len(positional) if given else last
         return self.overload(*positional[:last], **named)
+
+    @cached_property
+    def invoke(self) -> Callable[[Mapping[str, Any]], Any]:
+        """:meth:`call` for arguments of which none is left out: nothing is looked up but they."""
+        if self.form == "getitem" or self.name in _DIFFERENTIABLE:
+            return self.call
+        overload, parameters = self.overload, self._all_parameters
+        names = [name for name, parameter in parameters.items() if not parameter.keyword]
+        named = [name for name, parameter in parameters.items() if parameter.keyword and name not in _PLACES]
+        if any(name in _PLACES for name in names):
+            return self.call
+        if named:
+            return lambda a: overload(*[a[name] for name in names], **{name: a[name] for name in named})
+        return lambda a: overload(*[a[name] for name in names])
 
     def check(self, arguments: Arguments) -> None:
         """Raises ValueError for an argument that the operator does not have, of another type, or out of all proportion."""
@@ -255,3 +269,15 @@ def _there(name: str) -> bool:
 
 
 TABLE = _table()
+
+
+def check_graph(graph: Graph) -> Graph:
+    """The graph itself. Raises ValueError for an operation that is not in the table, or an argument that it does not have."""
+    for i, node in enumerate(graph.nodes):
+        if node.operation not in TABLE:
+            raise ValueError(f"node {i}: unknown operation {node.operation!r:.60}")
+        try:
+            TABLE[node.operation].check(node.arguments)
+        except ValueError as error:
+            raise ValueError(f"node {i} ({node.operation}): {error}") from None
+    return graph

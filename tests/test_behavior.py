@@ -734,7 +734,7 @@ LOSS_ERRORS: dict[str, tuple[dict[str, Any], str, str]] = {
     "queries-transposed": ({"queries": QUERIES.mT}, "queries", "[5, 2, 9, 7]"),
     "queries-nhwc": ({"queries": QUERIES.permute(0, 2, 3, 1)}, "queries", "[5, 7, 9, 2]"),
     "queries-flat": ({"queries": QUERIES.flatten(1)}, "queries", "[5, 126]"),
-    "queries-per-model": ({"queries": QUERIES.expand(4, -1, -1, -1, -1)}, "queries", "[4, 5, 2, 7, 9]"),
+    "queries-per-model": ({"queries": QUERIES.expand(3, -1, -1, -1, -1)}, "queries", "[3, 5, 2, 7, 9]"),
     "queries-uint8": ({"queries": (QUERIES * 255).to(torch.uint8)}, "queries", "uint8"),
     "queries-int": ({"queries": QUERIES.long()}, "queries", "int64"),
     "queries-complex": ({"queries": QUERIES.to(torch.complex64)}, "queries", "complex64"),

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from wslfast.architecture import Architecture
-from wslfast.codes.groups import TokenGroups
+from wslfast.codes.layer_inputs import good_models, input_second_moments, output_sensitivity, root, symmetrise
 from wslfast.codes.linear import LinearCodec, equal_widths, water_filling
-from wslfast.codes.metric import good_models, input_second_moments, output_sensitivity, root, symmetrise
+from wslfast.codes.token_groups import TokenGroups
 from wslfast.errors import WslfastError
 from wslfast.kernels.layers import Activation, Conv2d, Flatten, Linear, Pool2d
 from wslfast.permutation import permute, random_views

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from wslfast.kernels import criteria, reference
-from wslfast.kernels.cpu import activations as cpu_activations
+from wslfast.kernels import layers as layers_module
 from wslfast.kernels.cpu import engine as cpu
-from wslfast.kernels.cpu import jobs as cpu_jobs
+from wslfast.kernels.cpu import jobs
+from wslfast.kernels.cpu.activations import TABLE, function_of
 from wslfast.kernels.layers import Activation, Conv2d, Dropout, Flatten, Layers, Linear, Pool2d, Unplannable, layer_slots, shapes
 from wslfast.zoo.build import StackedAdam
 
@@ -372,7 +373,7 @@ def test_bits_at_any_number_of_threads(threads: int) -> None:
             _equal(NETS[name], False, 9, 19, lambda k: torch.tensor([k - 1]))
 
 
-@pytest.mark.skipif(cpu_jobs.controls() is None, reason="this torch cannot be told how many threads a job has")
+@pytest.mark.skipif(jobs.controls() is None, reason="this torch cannot be told how many threads a job has")
 @pytest.mark.parametrize(
     ("name", "k", "n"), [("cnn3", 5, 19), ("cnn3", 2, 150), ("lenet5", 9, 140), ("lenet5-gelu", 17, 9), ("mlp", 33, 40)]
 )
@@ -410,20 +411,31 @@ def test_activations_round_every_element_alike(function: str, parameter: float) 
     act = Activation("a", function, parameter, "tanh" if function == "gelu" and parameter else "none")
     if function == "identity":
         return
+    entry = function_of(act)
+    assert entry is not None
     x, g = torch.randn(70_001) * 2, torch.randn(70_001)
-    y, saved = cpu_activations.forward(x, act, owned=False)
-    gx = cpu_activations.backward(g.clone(), saved, act)
+    y, saved = entry.forward(x, act, False)
+    gx = entry.backward(g.clone(), saved, act)
     for start, stop in ((0, 70_000), (1, 34_004), (5, 47), (7, 20), (11, 69_990)):
-        part, kept = cpu_activations.forward(x[start:stop].clone(), act, owned=False)
+        part, seen = entry.forward(x[start:stop].clone(), act, False)
         assert torch.equal(part, y[start:stop])
-        assert torch.equal(cpu_activations.backward(g[start:stop].clone(), kept, act), gx[start:stop])
+        assert torch.equal(entry.backward(g[start:stop].clone(), seen, act), gx[start:stop])
     # channels-last, as convolutions leave it, whatever is left over at the end
     for shape in ((3, 48, 7, 9), (2, 5, 3, 3), (5, 16, 1, 1)):
         size = math.prod(shape)
         image, back = (t[:size].view(shape[0], *shape[2:], shape[1]).permute(0, 3, 1, 2) for t in (x.clone(), g.clone()))
-        made, kept = cpu_activations.forward(image, act, owned=False)
+        made, seen = entry.forward(image, act, False)
         assert torch.equal(made.permute(0, 2, 3, 1).flatten(), y[:size])
-        assert torch.equal(cpu_activations.backward(back, kept, act).permute(0, 2, 3, 1).flatten(), gx[:size])
+        assert torch.equal(entry.backward(back, seen, act).permute(0, 2, 3, 1).flatten(), gx[:size])
+
+
+def test_the_table_of_activations_is_complete_and_tested() -> None:
+    """Every activation that a record may name, and nothing that no record reaches; an unknown one is refused before anything runs."""
+    assert {*TABLE, "identity"} == {*layers_module.ACTIVATIONS, "gelu_tanh"}
+    assert {f if (f, p) != ("gelu", 1.0) else "gelu_tanh" for f, p in ACTIVATIONS} == {*TABLE, "identity"}
+    net = (Linear("l", 3, 2), Activation("a", "softsign"), Linear("m", 2, 1))
+    with pytest.raises(Unplannable, match=r"'a' \(activation\).*'softsign'"):
+        cpu.compile_program(net, (3,), False)
 
 
 @pytest.mark.parametrize("threads", [1, 2])

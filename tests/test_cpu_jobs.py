@@ -14,9 +14,9 @@ import torch
 
 from wslfast.architecture import Architecture
 from wslfast.kernels.cpu import engine as cpu
-from wslfast.kernels.cpu import jobs as cpu_jobs
+from wslfast.kernels.cpu import jobs
 
-pytestmark = pytest.mark.skipif(cpu_jobs.controls() is None, reason="this torch cannot be told how many threads a job has")
+pytestmark = pytest.mark.skipif(jobs.controls() is None, reason="this torch cannot be told how many threads a job has")
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def test_every_job_once_on_one_torch_thread_each() -> None:
         done.append(number)
         seen.add((threading.current_thread().name, torch.get_num_threads()))
 
-    cpu_jobs.run([lambda number=number: job(number) for number in range(60)])  # type: ignore[misc]
+    jobs.run([lambda number=number: job(number) for number in range(60)])  # type: ignore[misc]
     assert sorted(done) == list(range(60))
     assert len(seen) == 3
     assert {threads for _, threads in seen} == {1}
@@ -50,7 +50,7 @@ def test_mkl_too_uses_one_thread() -> None:
     alone = a @ b
     torch.set_num_threads(3)
     results: list[torch.Tensor] = []
-    cpu_jobs.run([lambda: results.append(a @ b) for _ in range(6)])
+    jobs.run([lambda: results.append(a @ b) for _ in range(6)])
     assert all(torch.equal(result, alone) for result in results)
 
 
@@ -64,17 +64,17 @@ def test_an_error_is_raised_and_ends_what_has_not_begun() -> None:
         time.sleep(0.005)
 
     with pytest.raises(ValueError, match="the fourth"):
-        cpu_jobs.run([lambda number=number: job(number) for number in range(200)])  # type: ignore[misc]
+        jobs.run([lambda number=number: job(number) for number in range(200)])  # type: ignore[misc]
     assert len(begun) < 20
     assert torch.get_num_threads() == 3
-    cpu_jobs.run([lambda: begun.append(-1)] * 5)  # the threads live on
+    jobs.run([lambda: begun.append(-1)] * 5)  # the threads live on
     assert begun.count(-1) == 5
 
 
 def test_the_callers_inference_mode_holds_in_jobs() -> None:
     with torch.inference_mode():
         made = torch.zeros(8)
-        cpu_jobs.run([lambda i=i: made[i].add_(i) for i in range(8)])  # type: ignore[misc]
+        jobs.run([lambda i=i: made[i].add_(i) for i in range(8)])  # type: ignore[misc]
     assert made.tolist() == list(range(8))
 
 
@@ -95,12 +95,12 @@ def test_callers_on_several_threads_do_not_meet() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_process_starts_its_own_threads() -> None:
-    cpu_jobs.run([lambda: None] * 6)
+    jobs.run([lambda: None] * 6)
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:  # nothing that torch would share out among threads: OpenMP's did not survive the fork either
         names: set[str] = set()
-        cpu_jobs.run([lambda: (time.sleep(0.01), names.add(threading.current_thread().name)) for _ in range(9)])  # type: ignore[misc, list-item]
+        jobs.run([lambda: (time.sleep(0.01), names.add(threading.current_thread().name)) for _ in range(9)])  # type: ignore[misc, list-item]
         os.write(writer, str(len(names)).encode())
         os._exit(0)
     assert select.select([reader], [], [], 30)[0], "the child hangs"

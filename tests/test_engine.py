@@ -12,8 +12,9 @@ from torch import Tensor
 
 from wslfast import engine, errors
 from wslfast.architecture import Architecture
+from wslfast.engine import paths
 from wslfast.errors import WslfastError
-from wslfast.kernels import stacked
+from wslfast.kernels import reference, stacked
 from wslfast.kernels.layers import Activation, Conv2d, Flatten, Linear, Pool2d
 from wslfast.testing import as_module, oracle_loss, oracle_outputs, relative_error
 
@@ -171,6 +172,37 @@ def test_labels(how: str) -> None:
         assert float(losses[j]) == pytest.approx(float(value), rel=1e-5)
         expected = torch.cat([p.grad.flatten() for p in module.parameters()])  # type: ignore[union-attr]
         assert relative_error(gradient[j], expected) < 1e-5
+
+
+@pytest.mark.parametrize("form", ["shared", "own", "pool"])
+@pytest.mark.parametrize("how", ["served", "torch", "stacked", "opaque", "opaque-looped"])
+def test_a_function_of_the_outputs_is_a_criterion(how: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Huber loss, which no table has, on every path, against torch's own in float64; and that of the table, written as a function."""
+    arch, n = NETS["cnn" if how == "opaque-looped" else "mlp"], 7
+    weights, pool, _ = _case(arch, 4, n)
+    index = torch.randint(n, (4, n), generator=torch.Generator().manual_seed(2))
+    queries, chosen = (pool, None) if form == "shared" else (pool[index], None) if form == "own" else (pool, index)
+    targets = torch.randn(4, n, 10, generator=torch.Generator().manual_seed(1)) * 3
+    ran, backend = (_opaque(arch), "auto") if how.startswith("opaque") else (arch, "auto" if how == "served" else "torch")
+    if how == "stacked":
+        monkeypatch.setattr(engine, "choose", lambda architecture, *_, **__: paths.Stacked(architecture, "test"))
+
+    def huber(outputs: Tensor, wanted: Tensor) -> Tensor:
+        return F.huber_loss(outputs, wanted, reduction="none", delta=0.5).sum((1, 2)) / n
+
+    def mse(outputs: Tensor, wanted: Tensor) -> Tensor:
+        return (outputs - wanted).square().sum((1, 2)) / (2 * n)
+
+    values, gradient = engine.loss_and_gradient(weights, queries, targets, ran, huber, backend=backend, index=chosen)
+    wide = weights.double().requires_grad_()
+    asked = pool.double() if form == "shared" else pool[index].double()
+    expected = huber(reference.forward(wide, asked, arch.layers), targets.double())
+    (slope,) = torch.autograd.grad(expected.sum(), wide)
+    assert relative_error(values, expected.detach()) < 1e-5
+    assert _by_name(gradient, slope, arch) < 1e-5
+    named = engine.loss_and_gradient(weights, queries, targets, ran, "mse", backend=backend, index=chosen)
+    written = engine.loss_and_gradient(weights, queries, targets, ran, mse, backend=backend, index=chosen)
+    assert all(relative_error(a, b) < 1e-6 for a, b in zip(written, named, strict=True))
 
 
 @pytest.mark.parametrize("how", ["served", "torch", "opaque", "stacked"])

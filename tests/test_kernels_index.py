@@ -12,13 +12,14 @@ from torch import Tensor
 from wslfast import Architecture, engine
 from wslfast.engine import paths
 from wslfast.engine.triton_path import Triton
+from wslfast.kernels import reference
 from wslfast.zoo import Dataset, build_zoo
 
 triton = pytest.importorskip("triton")
 if not triton.knobs.runtime.interpret:
     pytest.skip("needs TRITON_INTERPRET=1 when triton is first imported", allow_module_level=True)
 
-from wslfast.kernels.triton import launch as autograd
+from wslfast.kernels.triton import launch as kernels
 from wslfast.kernels.triton import packing
 from wslfast.kernels.triton.schedule import schedule
 
@@ -59,6 +60,25 @@ def test_the_engine_hands_over_pool_and_index(on_triton: None, monkeypatch: pyte
     assert largest < 1 << 20
 
 
+def test_a_criterion_that_the_kernels_do_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A function of the outputs: they run forward and backward, and torch does what is between."""
+    monkeypatch.setattr(engine, "choose", lambda architecture, *_, **__: Triton(architecture, "test"))
+    arch = Architecture.from_layers(MLP.layers, MLP.shape)
+    weights, pool, targets = make(MLP, 2, 3)
+    index = torch.tensor([[0, 2, 1], [1, 1, 0]])
+
+    def smooth(outputs: Tensor, wanted: Tensor) -> Tensor:
+        return torch.nn.functional.huber_loss(outputs, wanted, reduction="none").sum((1, 2)) / 3
+
+    for chosen, queries in ((None, pool), (index, pool[index])):
+        values, gradient = engine.loss_and_gradient(weights, pool, targets, arch, smooth, index=chosen)
+        wide = weights.double().requires_grad_()
+        expected = smooth(reference.forward(wide, queries.double(), MLP.layers), targets.double())
+        (slope,) = torch.autograd.grad(expected.sum(), wide)
+        assert error(values, expected.detach()) < 5e-6
+        assert error(gradient, slope) < 5e-6
+
+
 def test_a_pool_is_stacked_once_until_it_changes_or_dies(monkeypatch: pytest.MonkeyPatch) -> None:
     weights, pool, targets = make(MLP, 2, 3)
     index = torch.tensor([[0, 2, 1], [1, 1, 0]])
@@ -67,7 +87,7 @@ def test_a_pool_is_stacked_once_until_it_changes_or_dies(monkeypatch: pytest.Mon
     monkeypatch.setattr(packing, "stack", lambda *a: stacked.append(1) or stack(*a))
 
     def check(pool: Tensor, expect: int) -> None:
-        losses, _ = autograd.loss_and_gradient(weights, pool, targets, MLP.layers, "mse", 2.0, "ieee", index=index)
+        losses, _ = kernels.loss_and_gradient(weights, pool, targets, MLP.layers, "mse", 2.0, "ieee", index=index)
         assert error(losses, oracle(weights, pool[index], targets, MLP.layers, "mse")[0]) < 5e-6
         assert len(stacked) == expect
 
@@ -75,7 +95,7 @@ def test_a_pool_is_stacked_once_until_it_changes_or_dies(monkeypatch: pytest.Mon
     check(pool, 1)
     pool[0] += 1  # written to: stacked again
     check(pool, 2)
-    autograd.forward(weights, pool, MLP.layers, "fp16", index=index)  # another precision
+    kernels.forward(weights, pool, MLP.layers, "fp16", index=index)  # another precision
     assert len(stacked) == 3
     before = len(packing._pools)
     del pool
@@ -88,9 +108,9 @@ def test_a_pool_made_in_inference_mode_is_not_kept() -> None:
         weights, pool, _ = make(MLP, 2, 3)
         index = torch.tensor([[0, 2], [1, 1]])
         before = len(packing._pools)
-        plan = schedule(MLP.layers, MLP.shape)
-        assert torch.equal(packing.stack_pool(pool, plan, 1, "ieee"), packing.stack(pool, plan, 1, "ieee"))
-        autograd.forward(weights, pool, MLP.layers, "ieee", index=index)
+        scheduled = schedule(MLP.layers, MLP.shape)
+        assert torch.equal(packing.stack_pool(pool, scheduled, 1, "ieee"), packing.stack(pool, scheduled, 1, "ieee"))
+        kernels.forward(weights, pool, MLP.layers, "ieee", index=index)
         assert len(packing._pools) == before
 
 

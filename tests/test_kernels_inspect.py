@@ -88,7 +88,7 @@ def test_resources(target: str, roles: tuple[str, ...]) -> None:
 COMPILE = """
 import sys
 from kernel_cases import CASES
-from wslfast.kernels import inspect
+from benchmarks.kernels import inspect
 for name in sys.argv[2:]:
     inspect.ARCHITECTURES[name] = (CASES[name].layers, CASES[name].shape)
 for row in inspect.rows("sm_90", (sys.argv[1],), tuple(sys.argv[2:])):
@@ -111,19 +111,18 @@ def test_every_branch_compiles(precision: str) -> None:
 
 FORMS = """
 from kernel_cases import SMALL
-from wslfast.kernels import inspect
+from benchmarks.kernels import inspect
 from wslfast.kernels.triton.schedule import schedule
 forms = {
     "network_forward": [{"SHARED": False}, {"SHARED": False, "INDEXED": True}],
     "network_loss": [
-        {"SHARED": False, "INDEXED": True, "ROUTED": True, "CRITERION": "labels"}, {"SHARED": False, "CRITERION": "distillation"},
-        {"CRITERION": "gradient", "ROUTED": True}, {"CRITERION": "softmax_mse"}, {"CRITERION": "cross_entropy"},
+        {"SHARED": False, "INDEXED": True, "CRITERION": "labels"}, {"SHARED": False, "CRITERION": "distillation"},
+        {"CRITERION": "gradient"}, {"CRITERION": "softmax_mse"}, {"CRITERION": "cross_entropy"},
     ],
 }
 for role, form, kernel, types, constants, warps in inspect._whole(schedule(SMALL.layers, SMALL.shape), "fp16", True):
     for other in forms.get(role, []):
         own = {**types, "index": "*i64"} if "INDEXED" in other else types
-        own = {**own, "target_row": "*i64"} if "ROUTED" in other else own
         own = {**own, "targets": "*i64"} if other.get("CRITERION") == "labels" else own
         print(inspect.compile_kernel(kernel, own, {**constants, **other}, warps, "sm_90").metadata.shared)
 """

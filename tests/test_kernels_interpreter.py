@@ -117,7 +117,7 @@ def test_fused_head_is_the_layer_by_layer_path(criterion: str, monkeypatch: pyte
         arguments = (weights, queries, targets, case.layers, criterion, 3.0, precision)
         fused = kernels.loss_and_gradient(*arguments)
         with monkeypatch.context() as patch:
-            patch.setattr(kernels, "fits", lambda plan, n: False)
+            patch.setattr(kernels, "fits", lambda scheduled, n: False)
             plain = kernels.loss_and_gradient(*arguments)
         if criterion != "gradient":
             assert error(fused[0], plain[0]) < tolerance
@@ -125,15 +125,15 @@ def test_fused_head_is_the_layer_by_layer_path(criterion: str, monkeypatch: pyte
 
 
 def test_heads_that_do_not_fit() -> None:
-    plan = schedule(HEADS["head_relu"].layers, HEADS["head_relu"].shape)
-    assert not kernels.fits(plan, 1025)
+    scheduled = schedule(HEADS["head_relu"].layers, HEADS["head_relu"].shape)
+    assert not kernels.fits(scheduled, 1025)
     for case in (MLP, lenet5(), cnn28()):  # too few stages, or too wide
         assert not kernels.fits(schedule(case.layers, case.shape), 3)
 
 
 @pytest.mark.slow
 def test_cnn3_layer_by_layer(monkeypatch: pytest.MonkeyPatch, poisoned_empty: None) -> None:
-    monkeypatch.setattr(kernels, "fits", lambda plan, n: False)
+    monkeypatch.setattr(kernels, "fits", lambda scheduled, n: False)
     _compare(cnn3("tanh"), 2, 2)
 
 

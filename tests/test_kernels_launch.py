@@ -40,30 +40,32 @@ def bind(self, *arguments, grid, warmup, **options):
     return run(self, *arguments, grid=grid, warmup=True, **options)
 
 JITFunction.run = bind
-from wslfast.kernels import autograd, inspect, plan
+from benchmarks.kernels import inspect
+from wslfast.kernels import layers as records
+from wslfast.kernels.triton import launch
 from wslfast.kernels.triton.network import network_forward_kernel, network_loss_kernel
 layers, shape = inspect.ARCHITECTURES["cnn3"]
 
 def call(k, n):
     launched.clear()
     weights, targets = torch.randn(k, 10853), torch.randn(k, n, 10)
-    autograd.loss_and_gradient(weights, torch.randn(n, *shape), targets, layers, "mse", 2.0, "fp16")
+    launch.loss_and_gradient(weights, torch.randn(n, *shape), targets, layers, "mse", 2.0, "fp16")
     return dict(launched)
 
 def variants():
-    kernels = (autograd.stage_forward.__globals__[name] for name in ("forward_kernel", "dw_kernel", "dx_kernel"))
+    kernels = (launch.stage_forward.__globals__[name] for name in ("forward_kernel", "dw_kernel", "dx_kernel"))
     return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
 
 def whole(k, n):
     launched.clear()
     weights, targets = torch.randn(k, 30), torch.randn(k, n, 3)
-    autograd.loss_and_gradient(weights, torch.randn(n, 5), targets, MLP, "mse", 2.0, "fp16", mode="network")
+    launch.loss_and_gradient(weights, torch.randn(n, 5), targets, MLP, "mse", 2.0, "fp16", mode="network")
     both = dict(launched)
     launched.clear()
-    autograd.forward(weights, torch.randn(n, 5), MLP, "fp16", mode="network")
+    launch.forward(weights, torch.randn(n, 5), MLP, "fp16", mode="network")
     return [both, dict(launched)]
 
-MLP = (plan.Linear("a", 5, 3), plan.Activation("b"), plan.Linear("c", 3, 3))
+MLP = (records.Linear("a", 5, 3), records.Activation("b"), records.Linear("c", 3, 3))
 network = whole(3, 7)
 whole(300, 70), whole(1, 1), whole(5, 256)
 whole_variants = sum(len(c[0]) for k in (network_forward_kernel, network_loss_kernel) for c in k.device_caches.values())

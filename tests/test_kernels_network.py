@@ -21,7 +21,7 @@ triton = pytest.importorskip("triton")
 if not triton.knobs.runtime.interpret:
     pytest.skip("needs TRITON_INTERPRET=1 when triton is first imported", allow_module_level=True)
 
-from wslfast.kernels.triton import budget, network_plan
+from wslfast.kernels.triton import budget, network_layout
 from wslfast.kernels.triton import launch as kernels
 from wslfast.kernels.triton import network as whole
 
@@ -45,11 +45,11 @@ def _marked(names: Any) -> list[Any]:
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(network_plan, "query_block", lambda plan, precision, gradient: 2)
-    monkeypatch.setattr(network_plan, "PART", 4)
-    network_plan.network.cache_clear()
+    monkeypatch.setattr(network_layout, "query_block", lambda *_: 2)
+    monkeypatch.setattr(network_layout, "PART", 4)
+    network_layout.network.cache_clear()
     yield
-    network_plan.network.cache_clear()
+    network_layout.network.cache_clear()
 
 
 def _loss(
@@ -142,40 +142,6 @@ def test_queries_of_every_model_and_from_a_pool(poisoned_empty: None) -> None:
         assert error(kernels.forward(weights, queries, TINY.layers, "ieee", index=rows, mode="network", memory=1), expected) < 5e-6
 
 
-@pytest.mark.parametrize("mode", ["network", "layers"])
-def test_views_share_a_row(mode: str, poisoned_empty: None) -> None:
-    """Models 0 and 2 are one function, models 1 and 3 others; nobody names row 2."""
-    weights, queries, _ = make(MLP, 4, 3)
-    weights[2] = weights[0]
-    rows, targets = torch.tensor([3, 0, 3, 1]), torch.randn(4, 3, 3)
-    found = _loss(MLP, weights, queries, targets, target_row=rows.to(torch.int32), mode=mode)
-    expected = _loss(MLP, weights, queries, targets[rows], mode=mode)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    index = torch.tensor([[0, 2], [1, 1], [0, 2], [2, 0]])
-    for more, each in (({}, queries), ({"index": index}, queries[index])):
-        outputs = kernels.forward(weights, queries, MLP.layers, "ieee", target_row=rows, rows=4, mode=mode, **more)
-        assert torch.equal(outputs[rows], kernels.forward(weights, each, MLP.layers, "ieee", mode=mode))
-        assert outputs[2].isnan().all()
-
-
-def test_wrong_rows_are_named() -> None:
-    weights, queries, targets = make(MLP, 2, 3)
-    for rows in (torch.zeros(3, dtype=torch.long), torch.zeros(2)):
-        with pytest.raises(ValueError, match=r"target_row \[2\] of integers"):
-            _loss(MLP, weights, queries, targets, target_row=rows)
-    with pytest.raises(ValueError, match="number of rows"):
-        kernels.forward(weights, queries, MLP.layers, target_row=torch.zeros(2, dtype=torch.long))
-
-
-def test_a_shared_row_is_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    weights, queries, _ = make(MLP, 6, 3)
-    packed: list[int] = []
-    prepare = whole.prepare
-    monkeypatch.setattr(whole, "prepare", lambda rows, *a: packed.append(len(rows)) or prepare(rows, *a))
-    kernels.forward(weights, queries, MLP.layers, "ieee", target_row=torch.tensor([1, 1, 0, 0, 1, 0]), rows=2, mode="network")
-    assert packed == [2]
-
-
 def test_strided_expanded_and_sliced_arguments(poisoned_empty: None) -> None:
     weights, queries, targets = make(TINY, 3, 3)
     expected = _loss(TINY, weights, queries, targets)
@@ -232,13 +198,13 @@ def test_offsets_of_programs_pass_two_to_the_31(monkeypatch: pytest.MonkeyPatch)
     from triton.runtime import interpreter
 
     weights, queries, _ = make(MLP, 1, 2)
-    plan = schedule(MLP.layers, MLP.shape)
+    scheduled = schedule(MLP.layers, MLP.shape)
     expected = kernels.forward(weights, queries, MLP.layers, "fp16", mode="network")
-    net = whole.specialised(plan, "fp16", False, weights.device)
+    net = whole.specialised(scheduled, "fp16", False, weights.device)
     first = 2**31 // net.SCRATCH + 3
-    packed, images = whole.prepare(weights, queries, plan, 1, "fp16")
+    packed, images = whole.prepare(weights, queries, scheduled, 1, "fp16")
     try:
-        scratch, outputs = torch.empty((first + 2) * net.SCRATCH, dtype=torch.float16), torch.empty(first + 2, 2, plan.classes)
+        scratch, outputs = torch.empty((first + 2) * net.SCRATCH, dtype=torch.float16), torch.empty(first + 2, 2, scheduled.classes)
     except RuntimeError:
         pytest.skip("no address space for 2^31 numbers")
     builder = interpreter.interpreter_builder
@@ -252,17 +218,15 @@ def test_offsets_of_programs_pass_two_to_the_31(monkeypatch: pytest.MonkeyPatch)
     assert torch.equal(outputs[first:], expected.expand(2, -1, -1))
 
 
-def test_operators_and_warmup_in_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a budget of a few models the operators take the whole-network path by themselves, with the gradient of autograd."""
+def test_autograd_and_warmup_in_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a budget of a few models both take the whole-network path by themselves, with autograd's gradient."""
     ran: list[str] = []
     for name in ("network_loss", "network_forward"):
         launcher = getattr(kernels, name)
         monkeypatch.setattr(kernels, name, lambda *a, launcher=launcher, name=name, **kw: (ran.append(name), launcher(*a, **kw))[1])
     weights, queries, targets = make(MLP, 2, 3)
     weights.requires_grad_()
-    key = kernels.layers_key(MLP.layers)
-    outputs = kernels.population_forward(weights, queries, None, key, "ieee", 1000)
-    outputs.backward(targets)
+    kernels.differentiable_forward(weights, queries, MLP.layers, "ieee", memory=1000).backward(targets)
     wide = weights.detach().double().requires_grad_()
     reference.forward(wide, queries.double(), MLP.layers).backward(targets.double())
     assert weights.grad is not None
@@ -285,11 +249,11 @@ PRODUCTS = net((8, 40, 40), *(Block(8, 7, padding=3, pool="max") for _ in range(
     ("case", "why"), [(DEEP, "9 stages"), (MANY_CLASSES, "5000 outputs"), (LARGE, "bytes a program"), (PRODUCTS, "matrix products")]
 )
 def test_what_does_not_fit_is_refused_with_the_reason_and_runs_layer_by_layer(case: Net, why: str) -> None:
-    plan = schedule(case.layers, case.shape)
+    scheduled = schedule(case.layers, case.shape)
     with pytest.raises(Unplannable, match=why):
-        network_plan.network(plan, "tf32", True)
+        network_layout.network(scheduled, "tf32", True)
     for gradient in (False, True):
-        mode, reason = budget.choose_mode(plan, 4, "tf32", gradient, 1)
+        mode, reason = budget.choose_mode(scheduled, 4, "tf32", gradient, 1)
         assert mode == "layers"
         assert why in reason
     if case is DEEP:
@@ -302,7 +266,7 @@ def test_what_does_not_fit_is_refused_with_the_reason_and_runs_layer_by_layer(ca
 
 
 def test_the_mode_is_a_function_of_shape_and_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = schedule(cnn3().layers, (3, 32, 32))
+    scheduled = schedule(cnn3().layers, (3, 32, 32))
     for n, memory, expected in (
         (256, 2**32, "layers"),
         (256, 2**27, "network"),
@@ -310,38 +274,38 @@ def test_the_mode_is_a_function_of_shape_and_budget(monkeypatch: pytest.MonkeyPa
         (20_000, 2**32, "layers"),
         (20_000, 2**27, "network"),
     ):
-        assert budget.choose_mode(plan, n, "tf32", True, memory)[0] == expected, (n, memory)
-        assert budget.choose_mode(plan, n, "tf32", False, memory)[0] == "network"
+        assert budget.choose_mode(scheduled, n, "tf32", True, memory)[0] == expected, (n, memory)
+        assert budget.choose_mode(scheduled, n, "tf32", False, memory)[0] == "network"
 
 
 def test_memory_is_what_the_function_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every buffer of a call, counted as it is allocated, against ``network_bytes``: the scratch does not grow with k."""
     weights, queries, targets = make(TINY, 9, 5)
-    plan = schedule(TINY.layers, TINY.shape)
+    scheduled = schedule(TINY.layers, TINY.shape)
     allocated: list[Tensor] = []
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **kw: allocated.append(empty(*a, **kw)) or allocated[-1])
     losses, gradient = _loss(TINY, weights, queries, targets, precision="fp16")
-    images = queries.shape[0] * plan.stages[0].INPUTS * 2
+    images = queries.shape[0] * scheduled.stages[0].INPUTS * 2
     results = 4 * (losses.numel() + gradient.numel())
     total = sum(t.numel() * t.element_size() for t in allocated)
-    assert total == network_plan.network_bytes(plan, 9, 5, "fp16", True, 4) + images + results
+    assert total == network_layout.network_bytes(scheduled, 9, 5, "fp16", True, 4) + images + results
 
 
 def test_the_bar_of_extra_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """design bar: at most 2 GB for k = 4,096 models of CNN3 and n = 256 on an H100's 264 programs."""
     monkeypatch.undo()
-    network_plan.network.cache_clear()
-    plan = schedule(cnn3().layers, (3, 32, 32))
-    assert network_plan.network_bytes(plan, 4096, 256, "tf32", True, 264) <= 2e9
-    assert network_plan.network_bytes(plan, 4096, 256, "fp16", True, 264) <= 1.1e9
+    network_layout.network.cache_clear()
+    scheduled = schedule(cnn3().layers, (3, 32, 32))
+    assert network_layout.network_bytes(scheduled, 4096, 256, "tf32", True, 264) <= 2e9
+    assert network_layout.network_bytes(scheduled, 4096, 256, "fp16", True, 264) <= 1.1e9
 
 
 @pytest.mark.parametrize("n", [1, 5, 127, 128, 129, 256, 257, 1025, 2049, 10_000])
 @pytest.mark.parametrize("block", [1, 8, 32, 64])
 def test_parts_cover_the_queries(n: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    parts, each = network_plan.split(n, block)
+    parts, each = network_layout.split(n, block)
     assert each % block == 0
     assert (parts - 1) * each < n <= parts * each
     assert parts <= 16

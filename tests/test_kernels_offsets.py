@@ -26,16 +26,14 @@ if not triton.knobs.runtime.interpret or not sys.platform.startswith("linux"):
 import triton.language as tl  # noqa: F401 (triton must be there; the interpreter looks for tl beside a kernel)
 from triton.runtime import interpreter
 
-from wslfast.kernels.triton import convolution, head, packing, tables, tiles
-from wslfast.kernels.triton import criterion as tail
-from wslfast.kernels.triton import launch as autograd
+from wslfast.kernels.triton import convolution, criterion, head, network, packing, tables, tiles
 from wslfast.kernels.triton.schedule import configuration, schedule
 
 CPU = torch.device("cpu")
 N = 3
 PRECISION = "ieee"
-PLAN = schedule(SMALL.layers, SMALL.shape)
-CONV, BELOW, LINEAR = PLAN.stages[1], PLAN.stages[0], PLAN.stages[2]
+SCHEDULE = schedule(SMALL.layers, SMALL.shape)
+CONV, BELOW, LINEAR = SCHEDULE.stages[1], SCHEDULE.stages[0], SCHEDULE.stages[2]
 FUSED = schedule(HEADS["head_relu"].layers, HEADS["head_relu"].shape)
 NORESERVE = 0x4000
 
@@ -131,7 +129,7 @@ def _activations(stage: Any, k: int = 2) -> Buffers:
 
 def _forward() -> None:
     weights = make(SMALL, 2, N)[0]
-    place = PLAN.placements[1]
+    place = SCHEDULE.placements[1]
     config = configuration("forward", CONV, PRECISION)
     assert place.bias is not None
     bias = place.bias.offset
@@ -153,7 +151,7 @@ def _forward() -> None:
             gradient=True,
         )
 
-    inputs = {"x": torch.randn(2, N * CONV.INPUTS), "packed": tables.pack(weights, PLAN, PRECISION), "weights": weights}
+    inputs = {"x": torch.randn(2, N * CONV.INPUTS), "packed": tables.pack(weights, SCHEDULE, PRECISION), "weights": weights}
     outputs = {"y": torch.full((2, N * CONV.OUTPUTS), -7.0), "code": torch.full((2, N * CONV.CODES), -7, dtype=torch.int8)}
     _probe(launch, inputs, outputs, N * CONV.OUTPUTS)
 
@@ -161,10 +159,10 @@ def _forward() -> None:
 def _forward_indexed() -> None:
     """Rows of a pool that passes 2^31 numbers; the index tensor is small."""
     weights, images, _ = make(SMALL, 1, N)
-    place, config = PLAN.placements[0], configuration("forward", BELOW, PRECISION)
+    place, config = SCHEDULE.placements[0], configuration("forward", BELOW, PRECISION)
     assert place.bias is not None
-    packed, bias = tables.pack(weights, PLAN, PRECISION), weights[:, place.bias.offset :]
-    stacked = packing.stack(images, PLAN, 3, PRECISION)
+    packed, bias = tables.pack(weights, SCHEDULE, PRECISION), weights[:, place.bias.offset :]
+    stacked = packing.stack(images, SCHEDULE, 3, PRECISION)
     far = 2**31 // BELOW.INPUTS + 5
     pool = _virtual((far + N) * BELOW.INPUTS, torch.float32)
     pool[far * BELOW.INPUTS :] = stacked.flatten()
@@ -188,18 +186,18 @@ def _dw() -> None:
 
 
 def _dx() -> None:
-    place, config = PLAN.placements[1], configuration("dx", CONV, PRECISION)
+    place, config = SCHEDULE.placements[1], configuration("dx", CONV, PRECISION)
 
     def launch(b: Buffers) -> None:
         convolution.stage_dx(b["y"], b["code"], None, b["packed"][:, place.backward :], b["xg"], None, 2, N, CONV, BELOW, config)
 
-    inputs = {**_activations(CONV), "packed": tables.pack(make(SMALL, 2, N)[0], PLAN, PRECISION)}
+    inputs = {**_activations(CONV), "packed": tables.pack(make(SMALL, 2, N)[0], SCHEDULE, PRECISION)}
     _probe(launch, inputs, {"xg": torch.rand(2, N * CONV.INPUTS)}, N * CONV.CODES)
 
 
 def _criterion() -> None:
     def launch(b: Buffers) -> None:
-        tail.criterion_forward_backward(
+        criterion.criterion_forward_backward(
             b["outputs"], b["targets"], None, b["losses"], b["gain"], b["g"], 2, N, LINEAR, "softmax_mse", 2.0, PRECISION
         )
 
@@ -245,23 +243,25 @@ def _head() -> None:
 
 def _pack() -> None:
     def launch(b: Buffers) -> None:
-        table = tables.pack_table(PLAN, CPU)
-        programs = packing.blocks(PLAN.packed, 1024)
+        table = tables.pack_table(SCHEDULE, CPU)
+        programs = packing.blocks(SCHEDULE.packed, 1024)
         packing.pack_kernel[(2 * programs,)](
-            b["weights"], table, b["out"], programs, PLAN.packed, b["weights"].stride(0), 1, B=1024, PREC=PRECISION
+            b["weights"], table, b["out"], programs, SCHEDULE.packed, b["weights"].stride(0), 1, B=1024, PREC=PRECISION
         )
 
-    _probe(launch, {"weights": make(SMALL, 2, N)[0]}, {"out": torch.full((2, PLAN.packed), -7.0)}, PLAN.parameters)
+    _probe(launch, {"weights": make(SMALL, 2, N)[0]}, {"out": torch.full((2, SCHEDULE.packed), -7.0)}, SCHEDULE.parameters)
 
 
 def _pack_wide_rows() -> None:
     """A weight's offset in its own row: a column stride of 2^33 / P."""
     weights = make(SMALL, 1, N)[0]
-    step = 2**33 // PLAN.parameters
-    far = torch.as_strided(_virtual(PLAN.parameters * step, torch.float32), (1, PLAN.parameters), (PLAN.parameters * step, step))
+    step = 2**33 // SCHEDULE.parameters
+    far = torch.as_strided(
+        _virtual(SCHEDULE.parameters * step, torch.float32), (1, SCHEDULE.parameters), (SCHEDULE.parameters * step, step)
+    )
     far.copy_(weights)
     with _shifted(0, 1):
-        assert torch.equal(packing.pack(far, PLAN, PRECISION), tables.pack(weights, PLAN, PRECISION))
+        assert torch.equal(packing.pack(far, SCHEDULE, PRECISION), tables.pack(weights, SCHEDULE, PRECISION))
 
 
 def _stack() -> None:
@@ -282,17 +282,17 @@ def _stack() -> None:
     out = _virtual((q0 + 2) * size, torch.float32)
     with _shifted(first, 1):
         launch(queries, out, 1)
-    expected = packing.stack(images, PLAN, 3, PRECISION).flatten()
+    expected = packing.stack(images, SCHEDULE, 3, PRECISION).flatten()
     begin = first * block - q0 * size
     end = min(begin + block, expected.numel())
     assert torch.equal(out[first * block :][: end - begin], expected[begin:end])
 
 
 def _fold() -> None:
-    fold = tables.fold_tables(PLAN, N, CPU)
+    fold = tables.fold_tables(SCHEDULE, N, CPU)
 
     def launch(b: Buffers) -> None:
-        programs = packing.blocks(PLAN.parameters, 256)
+        programs = packing.blocks(SCHEDULE.parameters, 256)
         packing.fold_kernel[(2 * programs,)](
             b["part"],
             fold.places,
@@ -301,7 +301,7 @@ def _fold() -> None:
             b["gain"],
             b["out"],
             programs,
-            PLAN.parameters,
+            SCHEDULE.parameters,
             max(fold.splits),
             fold.row,
             1.0,
@@ -310,7 +310,7 @@ def _fold() -> None:
         )
 
     inputs = {"part": torch.randn(2, fold.row), "gain": torch.rand(2, 1) + 1}
-    _probe(launch, inputs, {"out": torch.full((2, PLAN.parameters), -7.0)}, PLAN.parameters)
+    _probe(launch, inputs, {"out": torch.full((2, SCHEDULE.parameters), -7.0)}, SCHEDULE.parameters)
 
 
 PROBES = {
@@ -332,7 +332,7 @@ def _narrow(x):  # type: ignore[no-untyped-def]
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", PROBES)
 def test_the_probe_fails_without_the_cast(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (autograd, convolution, head, packing, tail, tiles):
+    for module in (convolution, criterion, head, network, packing, tiles):
         if hasattr(module, "wide"):
             monkeypatch.setattr(module, "wide", _narrow)
     with pytest.raises((AssertionError, interpreter.InterpreterError)) as caught:

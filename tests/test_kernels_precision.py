@@ -97,10 +97,10 @@ def test_precision_with_the_maxima_pinned(precision: str, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(kernels._Activations, "__init__", keep)
     _, gradient = kernels.loss_and_gradient(weights, queries, targets, case.layers, "mse", 2.0, precision)
-    plan = schedule(case.layers, case.shape)
+    scheduled = schedule(case.layers, case.shape)
     picks = [
         code.view(8, stage.HO, stage.WO, stage.N)[..., : stage.NOUT].permute(0, 3, 1, 2).long()
-        for stage, code in zip(plan.stages, held[0].codes, strict=True)
+        for stage, code in zip(scheduled.stages, held[0].codes, strict=True)
         if code is not None
     ]
     row = weights[0].double().requires_grad_()

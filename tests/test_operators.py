@@ -13,6 +13,7 @@ from torch import Tensor
 
 from wslfast import Architecture, Population, TokenLayout, WslfastError, batched_behavioral_loss, batched_forward, operators
 from wslfast.architecture import from_handle
+from wslfast.testing import as_module
 
 MLP = Architecture.mlp(6, (5, 4), 3)
 NETS = {"mlp": MLP, "small": SMALL, "opaque": OPAQUE}
@@ -221,11 +222,11 @@ def batched_like(weights: Tensor, images: Tensor) -> Tensor:
 def test_handles() -> None:
     assert from_handle(MLP.handle) == MLP
     assert copy.deepcopy(MLP).handle == MLP.handle
-    opaque = copy.deepcopy(OPAQUE)
-    handle = opaque.handle
-    assert handle != OPAQUE.handle
-    assert from_handle(handle) is opaque
-    del opaque
+    assert from_handle(OPAQUE.handle) == OPAQUE
+    module = Architecture("hidden", OPAQUE.input_shape, None, as_module(OPAQUE), "hidden by a test")
+    handle = module.handle
+    assert from_handle(handle) is module
+    del module
     gc.collect()
     with pytest.raises(WslfastError, match="kept as long as"):
         from_handle(handle)

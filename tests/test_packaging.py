@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -14,7 +15,7 @@ import wslfast
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = {
-    "Architecture", "Autoencoder", "LinearCodec", "Population", "QueryPool", "TargetCache", "TokenLayout", "TrainConfig", "WslfastError",
+    "AdaptiveCodec", "Architecture", "Autoencoder", "LinearCodec", "Population", "QueryPool", "TargetCache", "TokenLayout", "TrainConfig", "WslfastError",
     "batched_behavioral_loss", "batched_forward", "build_zoo", "evaluate", "generate", "load_zoo", "profiling", "train",
 }  # fmt: skip
 
@@ -29,6 +30,22 @@ def test_public_names_are_pinned() -> None:
     assert all(getattr(wslfast, name) is not None for name in NAMES)
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         wslfast.trian  # noqa: B018
+
+
+def test_every_name_of_the_pages_is_there_after_one_import(tmp_path: Path) -> None:
+    """README, docs and examples name public objects and submodules; ``import wslfast`` alone reaches them all."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*.py")]
+    names = {name.rstrip(".") for page in pages for name in re.findall(r"\bwslfast(?:\.[A-Za-z_]\w*)+", page.read_text())}
+    names -= {name for name in names if name.endswith((".py", ".toml"))}
+    assert {"wslfast.AdaptiveCodec", "wslfast.Architecture.cnn3", "wslfast.sane.patched"} <= names
+    code = f"""
+        import wslfast
+        for name in {sorted(names)}:
+            value = wslfast
+            for part in name.split(".")[1:]:
+                value = getattr(value, part)
+    """
+    _run(code, tmp_path, PYTHONPATH=str(ROOT))
 
 
 def test_packages_list_equals_the_folders_on_disk() -> None:
@@ -98,6 +115,8 @@ def test_import_is_light_and_needs_no_kernels_package_on_the_path(tmp_path: Path
     code = """
         import sys, wslfast
         assert "torch" not in sys.modules and "kernels" not in sys.modules, "import wslfast pulled torch in"
+        mine = {name for name in sys.modules if name.partition(".")[0] == "wslfast"}
+        assert mine == {"wslfast", "wslfast.kernels"}, mine
         import wslfast.kernels.layers, wslfast.kernels.reference
         print(wslfast.kernels.layers.__name__, wslfast.Architecture.cnn3().num_parameters)
     """
@@ -115,11 +134,12 @@ def test_a_wheel_holds_everything_and_imports_elsewhere(tmp_path: Path) -> None:
     (wheel,) = (tmp_path / "dist").glob("wslfast-*.whl")
     site = tmp_path / "site"
     subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True)
-    assert (site / "wslfast" / "kernels" / "plan.py").is_file()
+    assert (site / "wslfast" / "kernels" / "layers.py").is_file()
     assert (site / "wslfast" / "py.typed").is_file()
     assert not (site / "kernels").exists()
+    assert not (site / "benchmarks").exists()
     code = """
-        import wslfast, wslfast.kernels.layers
+        import wslfast, wslfast.kernels.layers, wslfast.kernels.cpu.engine, wslfast.kernels.triton.schedule
         from wslfast.kernels import reference
         assert wslfast.batched_forward and wslfast.train
         print(wslfast.kernels.layers.__file__)

@@ -12,7 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from wslfast import engine
 from wslfast.architecture import Architecture
+from wslfast.engine import paths
 from wslfast.errors import WslfastError
 from wslfast.kernels import reference
 from wslfast.permutation import random_views
@@ -25,8 +27,7 @@ from wslfast.sane import (
     NT_Xent,
     NT_Xent_pos,
     ReconDistillationLoss,
-    behavior,
-    unscaled,
+    package_sane,
 )
 from wslfast.sane.queries import Queries
 from wslfast.sane.views import same_functions, shared_functions
@@ -103,12 +104,12 @@ def test_values_and_gradients_are_the_published_ones(net: str, loss: str, reduct
 
 @pytest.mark.parametrize("nan_gradients", [True, False])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_raw_cross_entropy_is_the_same_in_one_pass_and_in_two(reduction: str, nan_gradients: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Paths that cannot differentiate any function of the outputs take a forward more; a model that is not finite included."""
+def test_raw_cross_entropy_is_the_same_on_every_path(reduction: str, nan_gradients: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine gets the criterion as a function: the CPU's, and torch's with a graph; a model that is not finite included."""
     checkpoint, params, x, mask, p = _case("CNN3")
     results = []
-    for one_pass in (True, False):
-        monkeypatch.setattr(behavior, "_on_cpu_path", lambda *_, found=one_pass: found)
+    for path in (paths.Cpu, paths.Grouped):
+        monkeypatch.setattr(engine, "choose", lambda architecture, *_, path=path, **__: path(architecture, "test"))
         made = DistillationLoss(checkpoint, params, n_queries=5, loss="cross_entropy", reduction=reduction, nan_gradients=nan_gradients)
         made.scale = 1.0
         y = 1.3 * x + 0.01
@@ -498,14 +499,14 @@ def test_half_precision_rounds_queries_and_weights() -> None:
 
 def test_the_losses_of_sane_itself() -> None:
     y, x, mask = torch.randn(4, 3, 2), torch.randn(4, 3, 2), torch.ones(4, 3, 2, dtype=torch.bool)
-    structure = unscaled.MaskedReconLoss("mean")
+    structure = package_sane.MaskedReconLoss("mean")
     assert set(structure(y, x, mask)) == {"loss_recon", "rsq"}
     assert structure(y, x, mask)["loss_recon"].item() == pytest.approx(F.mse_loss(y, x).item())
     a, b = torch.randn(2, 5), torch.randn(2, 5)
     scaled = NT_Xent(2, 0.1)
     scaled(a, b)
-    assert unscaled.NT_Xent(2, 0.1)(a, b).item() == pytest.approx(scaled.scale)
-    total = unscaled.GammaContrastReconLoss(0.25, "mean", 2, 0.1)(a, b, y, x, mask)
+    assert package_sane.NT_Xent(2, 0.1)(a, b).item() == pytest.approx(scaled.scale)
+    total = package_sane.GammaContrastReconLoss(0.25, "mean", 2, 0.1)(a, b, y, x, mask)
     assert total["loss/loss"].item() == pytest.approx(0.25 * (scaled.scale or 0) + 0.75 * F.mse_loss(y, x).item(), rel=1e-5)
 
 
@@ -530,15 +531,15 @@ def test_the_module_of_the_package_sane_needs_its_config_alone() -> None:
         "training::gamma": 0.3,
         "training::gradient_clipping": "none",
     }
-    with pytest.raises(WslfastError, match=r"reference_params: .*unscaled\.AEModule"):
+    with pytest.raises(WslfastError, match=r"reference_params: .*package_sane\.AEModule"):
         AEModule(config)
-    module = unscaled.AEModule(config)
+    module = package_sane.AEModule(config)
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(2, 6, 9, generator=generator) for _ in range(2))
     mask, p = torch.ones(2, 6, 9), torch.zeros(2, 6, 3, dtype=torch.int)
     (_, y_i, z_i), (_, y_j, z_j) = module(x, p), module(y, p)
     joined = torch.cat((y_i, y_j)), torch.cat((x, y)), torch.cat((mask, mask))
-    wanted = unscaled.GammaContrastReconLoss(0.3, "mean", 2, 0.1)(z_i, z_j, *joined)
+    wanted = package_sane.GammaContrastReconLoss(0.3, "mean", 2, 0.1)(z_i, z_j, *joined)
     found = module.test_step(x, mask, p, y, mask, p)
     assert set(found) == set(wanted)
     for name, value in wanted.items():

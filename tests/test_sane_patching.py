@@ -22,7 +22,7 @@ import wslfast.sane
 from wslfast.architecture import Architecture
 from wslfast.errors import WslfastError
 from wslfast.population import Population, unstack
-from wslfast.sane import patch, patched, patching, report, unscaled
+from wslfast.sane import package_sane, patch, patched, patching, report
 
 NAMES = ("shrp", "SANE", "mzsane")
 PARAMS = {"model::type": "CNN", "model::channels_in": 1, "model::nlin": "relu", "model::dropout": 0}
@@ -367,7 +367,7 @@ def test_subclasses_made_during_the_patch_are_of_ours(tmp_path: Path) -> None:
 def test_sane_itself_has_no_scale_no_positions_and_its_own_keys(tmp_path: Path) -> None:
     p = _load(tmp_path, "SANE", SANE)
     with patched():
-        assert issubclass(p.def_loss.NT_Xent, unscaled.NT_Xent)
+        assert issubclass(p.def_loss.NT_Xent, package_sane.NT_Xent)
         loss = p.def_loss.GammaContrastReconLoss(0.05, "mean", 2, 0.1)
         y = torch.randn(4, 5, 6)
         out = loss(z_i=torch.randn(2, 3), z_j=torch.randn(2, 3), y=y, t=y + 1, m=torch.ones_like(y, dtype=torch.bool))

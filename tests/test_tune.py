@@ -14,7 +14,7 @@ if not triton.knobs.runtime.interpret:
     pytest.skip("needs TRITON_INTERPRET=1 when triton is first imported", allow_module_level=True)
 
 from benchmarks import tune
-from wslfast.kernels.triton import schedule as planner
+from wslfast.kernels.triton import schedule as module
 
 
 def _job() -> tune.Job:
@@ -22,7 +22,7 @@ def _job() -> tune.Job:
 
 
 def test_a_sweep_of_one_case() -> None:
-    def broken(c: planner.Configuration) -> planner.Configuration:
+    def broken(c: module.Configuration) -> module.Configuration:
         return replace(c, BM=3)  # no power of two: does not compile
 
     levers = (
@@ -46,16 +46,16 @@ def test_a_sweep_of_one_case() -> None:
 
 
 def test_the_hook_changes_launches_inside_it_alone() -> None:
-    stage = planner.schedule(SMALL.layers, SMALL.shape).stages[1]
-    before = planner.configuration("dw", stage, "fp16"), planner.splits(stage, 64)
+    stage = module.schedule(SMALL.layers, SMALL.shape).stages[1]
+    before = module.configuration("dw", stage, "fp16"), module.splits(stage, 64)
     lever = tune.Lever("both", ("dw",), lambda c: replace(c, BM=16, REGISTERS=128), 64)
-    with planner.tuned(lever.tuning()):
-        assert planner.configuration("dw", stage, "fp16").BM == 16
-        assert planner.configuration("dx", stage, "fp16").BM == 64
-        assert planner.splits(stage, 128) == 2
-    assert (planner.configuration("dw", stage, "fp16"), planner.splits(stage, 64)) == before
-    assert planner.launch_options(4, 128)["maxnreg"] == 128
-    assert "maxnreg" not in planner.launch_options()
+    with module.tuned(lever.tuning()):
+        assert module.configuration("dw", stage, "fp16").BM == 16
+        assert module.configuration("dx", stage, "fp16").BM == 64
+        assert module.splits(stage, 128) == 2
+    assert (module.configuration("dw", stage, "fp16"), module.splits(stage, 64)) == before
+    assert module.launch_options(4, 128)["maxnreg"] == 128
+    assert "maxnreg" not in module.launch_options()
 
 
 def test_a_wrong_default_is_not_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,10 +66,10 @@ def test_a_wrong_default_is_not_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_lever_changes_a_default() -> None:
-    stage = planner.schedule(SMALL.layers, SMALL.shape).stages[1]
+    stage = module.schedule(SMALL.layers, SMALL.shape).stages[1]
     for lever in tune.LEVERS:
-        changed = any(lever.change(c) != c for role in lever.roles for c in [planner.configuration(role, stage, "tf32")])
-        assert changed or lever.split_rows not in (0, planner.SPLIT_ROWS), lever.name
+        changed = any(lever.change(c) != c for role in lever.roles for c in [module.configuration(role, stage, "tf32")])
+        assert changed or lever.split_rows not in (0, module.SPLIT_ROWS), lever.name
 
 
 def test_without_a_gpu_nothing_is_run(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,7 @@
 """wslfast: run and compare thousands of small neural networks, each with its own weights, on shared queries.
 
-The public names below are all there are; each is imported when it is first used, so ``import wslfast`` is light. The paper
-this serves is arXiv 2503.17138 (behavioural loss for weight-space autoencoders).
+The public names below are all there are; each is imported when it is first used, and so is every submodule: ``import wslfast`` is
+light. The paper this serves is arXiv 2503.17138 (behavioral loss for weight-space autoencoders).
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from . import profiling
     from .architecture import Architecture
     from .behavior import batched_behavioral_loss, batched_forward
+    from .codes.adaptive import AdaptiveCodec
     from .codes.autoencoder import Autoencoder
     from .codes.linear import LinearCodec
     from .errors import WslfastError
@@ -47,6 +50,7 @@ if TYPE_CHECKING:
     from .zoo import build_zoo, load_zoo
 
 _HOME = {
+    "AdaptiveCodec": "codes.adaptive",
     "Architecture": "architecture",
     "Autoencoder": "codes.autoencoder",
     "LinearCodec": "codes.linear",
@@ -65,6 +69,7 @@ _HOME = {
     "train": "training",
 }
 __all__ = [
+    "AdaptiveCodec",
     "Architecture",
     "Autoencoder",
     "LinearCodec",
@@ -85,14 +90,27 @@ __all__ = [
 ]
 
 
+def submodules_of(package: str) -> Callable[[str], ModuleType]:
+    """The ``__getattr__`` of a package (PEP 562): its submodules by name, each imported when it is first used."""
+
+    def __getattr__(name: str) -> ModuleType:
+        full = f"{package}.{name}"
+        if name.startswith("__") or importlib.util.find_spec(full) is None:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return importlib.import_module(full)
+
+    return __getattr__
+
+
+_submodule = submodules_of(__name__)
+
+
 def __getattr__(name: str) -> Any:
-    if name in ("profiling", "sane"):
-        return importlib.import_module(f"{__name__}.{name}")
-    if name in _HOME:
-        value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-        globals()[name] = value  # the next access is a plain attribute
-        return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOME:
+        return _submodule(name)
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value  # the next access is a plain attribute
+    return value
 
 
 def __dir__() -> list[str]:

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from . import networks, tracing
 from .errors import WslfastError, describe, require
-from .kernels.graph import Graph, Slot, slots_of
+from .kernels.graph import Graph, Node, Slot, slots_of
 from .kernels.layers import RECORDS, Layer, Layers, chain_of, check_layer, graph_of, layer_from_dict
+from .kernels.operations import check_graph
 from .kernels.reference import value_shapes
 from .networks import INITIALISATIONS, initial_weights
 
@@ -44,6 +45,9 @@ class Architecture:
             parameter that several keys share is one entry, under its first key.
         module: the template of a module that cannot be traced, in evaluation mode; None otherwise.
         reason: why it cannot be traced.
+        num_weights: P, numbers in one row of weights (trainable parameters, and running statistics where there are any).
+        output_shape: of the answer to one query.
+        handle: what torch operators take in its place, see :func:`from_handle`.
     """
 
     name: str
@@ -52,29 +56,39 @@ class Architecture:
     parameters: tuple[Slot, ...]
     module: nn.Module | None
     reason: str
+    num_weights: int
+    output_shape: tuple[int, ...]
+    handle: str
 
     def __init__(
         self, name: str, input_shape: tuple[int, ...], graph: Graph | None, module: nn.Module | None = None, reason: str = ""
     ) -> None:
         parameters = graph.slots if graph is not None else _slots(module)
-        for key, value in (
-            ("name", name),
-            ("input_shape", tuple(input_shape)),
-            ("graph", graph),
-            ("parameters", parameters),
-            ("module", module),
-            ("reason", reason),
-        ):
-            object.__setattr__(self, key, value)
+        given = {
+            "name": name,
+            "input_shape": tuple(input_shape),
+            "graph": graph,
+            "parameters": parameters,
+            "module": module,
+            "reason": reason,
+        }
+        self.__dict__.update(given)
+        self._derive()
+
+    def _derive(self) -> None:
+        """Plain attributes, as a compiler cannot follow properties that are computed once."""
+        num_weights = self.parameters[-1].stop if self.parameters else 0
+        self.__dict__.update(num_weights=num_weights, output_shape=self._output_shape(), handle=self._handle())
 
     def __setattr__(self, key: str, value: Any) -> None:
         raise AttributeError(f"an Architecture does not change; {key!r} cannot be set")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key in Architecture.__annotations__}
+        return {key: self.__dict__[key] for key in ("name", "input_shape", "graph", "parameters", "module", "reason")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._derive()
 
     def __copy__(self) -> Architecture:
         return self
@@ -119,11 +133,6 @@ class Architecture:
         return bool(self.layers)
 
     @cached_property
-    def num_weights(self) -> int:
-        """P: numbers in one row of weights (trainable parameters, and running statistics where there are any)."""
-        return self.parameters[-1].stop if self.parameters else 0
-
-    @cached_property
     def statistics(self) -> tuple[str, ...]:
         """Entries that no optimiser trains: running means and variances."""
         return tuple(p.name for p in self.parameters if p.name.endswith(("running_mean", "running_var")))
@@ -133,9 +142,7 @@ class Architecture:
         """Trainable parameters."""
         return sum(p.size for p in self.parameters if p.name not in self.statistics)
 
-    @cached_property
-    def output_shape(self) -> tuple[int, ...]:
-        """Shape of the answer to one query."""
+    def _output_shape(self) -> tuple[int, ...]:
         if self.graph is not None:
             return tuple(value_shapes(self.graph)[self.graph.output][1:])
         assert self.module is not None
@@ -172,9 +179,7 @@ class Architecture:
         """Every state-dict key that it has a place for."""
         return frozenset((*self.slots, *self.aliases, *self.constants))
 
-    @cached_property
-    def handle(self) -> str:
-        """What torch operators take in its place, see :func:`from_handle`."""
+    def _handle(self) -> str:
         if self.graph is not None:
             return json.dumps(self.to_dict())
         handle = f"{self.name} ({next(_numbers)})"
@@ -283,6 +288,11 @@ class Architecture:
     def _published(cls, name: str, layers: Sequence[Layer], input_shape: Sequence[int]) -> Architecture:
         return cls.from_layers(layers, input_shape, name)
 
+    def with_classes_last(self, axis: int) -> Architecture:
+        """The same network with an axis of its answer moved to the end, for criteria over classes. Raises WslfastError for a module that
+        cannot be traced."""
+        return _with_classes_last(self, axis)
+
     # -- weights -------------------------------------------------------------------------------------------------------
 
     def initial_weights(self, initialisations: Sequence[str], seeds: Sequence[int]) -> Tensor:
@@ -318,7 +328,7 @@ class Architecture:
         require(version in (1, VERSION), f"architecture {name!r}: written by a newer version of wslfast (form {version!r:.20})")
         try:
             if isinstance(record.get("graph"), Mapping):
-                graph = Graph.from_dict(record["graph"])
+                graph = check_graph(Graph.from_dict(record["graph"]))
                 require(graph.input_shape == tuple(shape), f"architecture {name!r}: its graph has another input shape")
                 value_shapes(graph)  # every operation fits what it reads
                 return cls(name, tuple(shape), graph)
@@ -337,6 +347,18 @@ class Architecture:
             )
             return cls.resnet18(**recipe[1])
         raise WslfastError(f"architecture {name!r} has no graph; pass architecture= (the module the zoo was made with)")
+
+
+@lru_cache(maxsize=64)
+def _with_classes_last(architecture: Architecture, axis: int) -> Architecture:
+    graph, rank = architecture.graph, len(architecture.output_shape)
+    require(
+        graph is not None, f"class_axis: architecture {architecture.name!r} cannot be traced; let its forward move the classes to the end"
+    )
+    assert graph is not None
+    move = Node("movedim.int", (("self", graph.output), ("source", axis - rank if axis >= 0 else axis), ("destination", -1)))
+    moved = Graph(graph.input_shape, (*graph.nodes, move), f"@{len(graph.nodes)}", graph.slots, graph.constants, graph.aliases)
+    return Architecture(architecture.name, architecture.input_shape, moved)
 
 
 _numbers = itertools.count()

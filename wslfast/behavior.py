@@ -25,17 +25,18 @@ Weights = Union[Tensor, Mapping[str, Tensor], Population]
 
 
 def batched_forward(weights: Weights, queries: Tensor, architecture: Architecture, *, backend: str = "auto") -> Tensor:
-    """Outputs of k models, each with its own weights, on shared queries, in evaluation mode.
+    """Outputs of k models, each with its own weights, in evaluation mode.
 
     Args:
         weights: ``[k, P]`` rows of weights, ``[k, T, D]`` tokens, ``{name: [k, *shape]}``, or a Population.
-        queries: ``[n, *architecture.input_shape]``, shared by all models; any strides.
+        queries: ``[n, *architecture.input_shape]`` shared by all models, or ``[k, n, *architecture.input_shape]``, each model's own; any
+            strides.
         architecture: what every model is.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Returns:
-        ``[k, n, K]`` in float32 (float64 for float64 weights, autocast's dtype under autocast); differentiable in both
-        weights and queries.
+        ``[k, n, *architecture.output_shape]`` (``[k, n, K]`` for a classifier) in float32 (float64 for float64 weights, autocast's
+        dtype under autocast); differentiable in both weights and queries.
 
     Raises:
         WslfastError: naming the argument, what was expected and what came.
@@ -58,6 +59,7 @@ def batched_behavioral_loss(
     reduction: str = "mean",
     nan_policy: str = "propagate",
     backend: str = "auto",
+    class_axis: int = -1,
 ) -> Tensor:
     """Distance in behaviour between reconstructed models and their originals on shared queries (arXiv 2503.17138).
 
@@ -65,12 +67,14 @@ def batched_behavioral_loss(
         reconstructed: ``[k, P]`` weights, ``[k, T, D]`` tokens (token size read off D), or ``{name: [k, *shape]}``; gradients
             flow here, once (``create_graph`` raises).
         original: the same forms, or None when ``targets`` is given; never receives a gradient.
-        queries: ``[n, *architecture.input_shape]``, shared by all models. If it requires a gradient, it gets the loss's whole
-            gradient: through the reconstructed models and, with ``original``, through the originals too.
+        queries: ``[n, *architecture.input_shape]`` shared by all models, or ``[k, n, *architecture.input_shape]``, each model's own (and
+            its original's). If it requires a gradient, it gets the loss's whole gradient: through the reconstructed models and, with
+            ``original``, through the originals too.
         architecture: what every model is.
-        targets: ``[k, n, K]`` outputs of the originals on these queries; saves running them. They are constants: a gradient to the
+        targets: ``[k, n, *out]`` outputs of the originals on these queries; saves running them. They are constants: a gradient to the
             queries then leaves the originals' part out.
-        criterion: per model, with f^ and f the outputs of reconstruction and original, ``[n, K]``:
+        criterion: per model, with f^ and f the outputs of reconstruction and original, ``[n, *out]``, ``[n, K]`` for a classifier (sums
+            over i are over queries, those inside over everything else):
             ``"mse"`` 1/(2n) sum_i ||f^(x_i) - f(x_i)||^2, whose mean over models is the paper's L_B;
             ``"softmax_mse"`` mean squared difference of probabilities (the published code's ``l2``);
             ``"cross_entropy"`` with the original's probabilities as soft labels;
@@ -81,6 +85,7 @@ def batched_behavioral_loss(
             gradient; ``"omit"`` leaves it out (zero gradient; NaN under reduction ``"none"``), every other model's value and gradient
             bit-equal to a call without it; ``"raise"`` raises and names it. Without a gradient, values alone are judged.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+        class_axis: axis of one answer ``[*out]`` that the classes are on, for criteria over classes (all but ``"mse"``).
 
     Returns:
         A scalar, or ``[k]`` for reduction ``"none"``; float32, or float64 for float64 weights.
@@ -96,6 +101,9 @@ def batched_behavioral_loss(
     require(number and 0 < temperature < float("inf"), lambda: f"temperature: expected a positive number, got {temperature!r}")
     rows = _rows(reconstructed, architecture, "reconstructed")
     queries = _queries(queries, architecture, rows)
+    if criterion != "mse" and (class_axis != -1 or not architecture.output_shape):
+        targets, original = _classes_last(targets, original, architecture, class_axis)
+        architecture = architecture.with_classes_last(class_axis)
     looked_through = engine.looked_through(rows, queries, targets)
     graph = torch.is_grad_enabled()
     through = looked_through or (graph and queries.requires_grad)  # the originals' answers depend on the queries, too
@@ -134,7 +142,8 @@ def _through_queries(rows: Tensor, queries: Tensor, targets: Tensor, options: op
         values = values + torch.where(never, rows, 0.0).sum() + torch.where(never, queries, 0.0).sum()
     elif bool(bad.any()):
         good = (~bad).nonzero().flatten()
-        values = values.index_copy(0, good, _values(rows[good], queries, targets[good], options))
+        mine = queries[good] if queries.ndim == len(options.architecture.input_shape) + 2 else queries
+        values = values.index_copy(0, good, _values(rows[good], mine, targets[good], options))
     else:
         values = _values(rows, queries, targets, options)
     return reduce(values, bad, reduction, nan_policy)
@@ -145,7 +154,7 @@ def _through_queries(rows: Tensor, queries: Tensor, targets: Tensor, options: op
 
 def _check_call(architecture: Architecture, backend: str) -> None:
     require(isinstance(architecture, Architecture), lambda: f"architecture: expected an Architecture, got {describe(architecture)}")
-    require(backend in engine.BACKENDS, lambda: f"backend: expected one of {engine.BACKENDS}, got {backend!r}")
+    engine.check_backend(backend)
 
 
 def _rows(value: Any, architecture: Architecture, argument: str) -> Tensor:
@@ -179,15 +188,30 @@ def _rows(value: Any, architecture: Architecture, argument: str) -> Tensor:
 
 def _queries(queries: Any, architecture: Architecture, rows: Tensor) -> Tensor:
     shape = architecture.input_shape
-    expected = f"queries: expected floating [n, {', '.join(map(str, shape))}] for architecture {architecture.name!r}"
-    require(isinstance(queries, Tensor), lambda: f"{expected}, got {describe(queries)}")
-    fits = queries.is_floating_point() and tuple(queries.shape[1:]) == shape and queries.ndim > 1
-    require(fits, lambda: f"{expected}, got {describe(queries)}")
-    require(queries.shape[0] > 0, lambda: f"{expected} with n >= 1, got {describe(queries)}")
+
+    def expected() -> str:
+        sizes = ", ".join(map(str, shape))
+        came = f"queries: expected floating [n, {sizes}] or [{len(rows)}, n, {sizes}] for architecture {architecture.name!r}"
+        return f"{came} with n >= 1, got {describe(queries)}"
+
+    require(isinstance(queries, Tensor) and queries.is_floating_point(), expected)
+    own = queries.ndim == len(shape) + 2
+    fits = tuple(queries.shape[1 + own :]) == shape and queries.ndim in (len(shape) + 1, len(shape) + 2)
+    require(fits and queries.shape[int(own)] > 0 and (not own or queries.shape[0] == rows.shape[0]), expected)
     require(queries.device == rows.device, lambda: f"queries: expected device {rows.device} (the weights'), got {queries.device}")
     if not torch.compiler.is_compiling() and queries.is_inference() and not torch.is_inference_mode_enabled():
         queries = queries.clone()  # autograd may not save what inference mode made
     return queries.to(rows.dtype)
+
+
+def _classes_last(targets: Any, original: Any, architecture: Architecture, axis: Any) -> tuple[Any, Any]:
+    """Targets as those of a network whose classes are last, and originals that are a population as plain weights."""
+    rank = len(architecture.output_shape)
+    fits = type(axis) is int and -rank <= axis < rank
+    require(fits, lambda: f"class_axis: expected an axis of one answer {list(architecture.output_shape)}, got {axis!r}")
+    if isinstance(targets, Tensor) and targets.ndim == rank + 2:
+        targets = targets.movedim(axis - rank if axis >= 0 else axis, -1)
+    return targets, _rows(original, architecture, "original") if isinstance(original, Population) else original
 
 
 def _targets(targets: Any, original: Any, rows: Tensor, queries: Tensor, architecture: Architecture, backend: str, through: bool) -> Tensor:
@@ -195,7 +219,7 @@ def _targets(targets: Any, original: Any, rows: Tensor, queries: Tensor, archite
     require(original is None or targets is None, "original: expected None when targets= is given (only one of the two is used)")
     either = "original: expected weights, or targets= with the originals' outputs; both are None"
     require(original is not None or targets is not None, either)
-    k, n = len(rows), len(queries)
+    k, n = len(rows), queries.shape[int(queries.ndim == len(architecture.input_shape) + 2)]
     if targets is None:
         weights = _rows(original, architecture, "original").detach()
         require(len(weights) == k, lambda: f"original: expected {k} models (as many as reconstructed), got {len(weights)}")

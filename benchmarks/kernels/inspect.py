@@ -1,6 +1,6 @@
 """Compile every kernel configuration for a GPU that is not there and print what it takes.
 
-    python -m benchmarks.kernels.inspect [--target sm_80|sm_90] [--precision fp16 ...] [--json]
+    python -m benchmarks.kernels.inspect [--target sm_80|sm_90|...] [--precision fp16 ...] [--json]
 
 One row a kernel, stage and precision: registers a thread, bytes of stack (spills), shared memory, matrix products in the
 source and which tensor-core instruction they became. The stages are those of CNN3, CNN and LeNet-5, the specialisations
@@ -30,13 +30,15 @@ from wslfast.kernels.triton.convolution import dw_kernel, dx_kernel, forward_ker
 from wslfast.kernels.triton.criterion import criterion_kernel, query_block
 from wslfast.kernels.triton.head import fits, head_kernel
 from wslfast.kernels.triton.network import network_forward_kernel, network_loss_kernel, reduce_kernel
-from wslfast.kernels.triton.network_plan import network
+from wslfast.kernels.triton.network_layout import network
 from wslfast.kernels.triton.packing import fold_kernel, pack_kernel, prepare_kernel, stack_kernel
-from wslfast.kernels.triton.schedule import PRECISIONS, configuration, launch_options, schedule
+from wslfast.kernels.triton.schedule import PRECISIONS, configuration, launch_options
+from wslfast.kernels.triton.schedule import schedule as schedule_of
 from wslfast.kernels.triton.stages import Schedule, Stage, power_of_two
 from wslfast.kernels.triton.tables import most_places
 
-TARGETS = ("sm_80", "sm_90")
+TARGETS = ("sm_80", "sm_90")  # what the tests hold
+KNOWN = ("sm_80", "sm_86", "sm_89", "sm_90")  # newer ones have another matrix instruction, which nobody looks for here
 FIELDS = (
     "kernel", "role", "architecture", "precision", "target",
     "registers", "spill_bytes", "shared_bytes", "dots", "mma", "seconds",
@@ -169,13 +171,13 @@ def _kernels(
     yield "fold", "layout", fold_kernel, {**plain, **tables, "out": "*fp32", "scale": "fp32"}, constants, 4
 
 
-def _whole(plan: Schedule, precision: str, hopper: bool) -> Iterator[tuple[str, str, Any, dict[str, str], dict[str, Any], int]]:
+def _whole(schedule: Schedule, precision: str, hopper: bool) -> Iterator[tuple[str, str, Any, dict[str, str], dict[str, Any], int]]:
     """The same of the whole-network path, for a network that it takes."""
     data = POINTERS.get(precision, "*fp32")
-    types = dict.fromkeys(("x", "index", "w", "target_row", "scratch"), data) | {"codes": "*i8", "temperature": "fp32"}
+    types = dict.fromkeys(("x", "index", "w", "scratch"), data) | {"codes": "*i8", "temperature": "fp32"}
     types |= dict.fromkeys(("bias", "targets", "partials", "terms", "y", "outs", "sums", "weights", "queries"), "*fp32")
     types |= dict.fromkeys(("places", "steps", "counts", "table"), "*i32") | {"out": data, "images": data}
-    first = plan.stages[0]
+    first = schedule.stages[0]
     constants: dict[str, Any] = {"H": first.H, "W": first.W, "C": first.C, "x_stride": 1, "step": 1, "B": 1024, "PREC": precision}
     yield "prepare", "layout", prepare_kernel, types, constants, 4
     sums = {"gradient": "*fp32", "losses": "*fp32", "scale": "fp32", "loss_scale": "fp32"}
@@ -183,10 +185,10 @@ def _whole(plan: Schedule, precision: str, hopper: bool) -> Iterator[tuple[str, 
     kernels = {"network_forward": network_forward_kernel, "network_loss": network_loss_kernel}
     for role, kernel in kernels.items():
         try:
-            net = network(plan, precision, role == "network_loss", hopper)
+            net = network(schedule, precision, role == "network_loss", hopper)
         except Unplannable:
             continue
-        constants = {"net": net, "CRITERION": "mse", "SHARED": True, "INDEXED": False, "ROUTED": False}
+        constants = {"net": net, "CRITERION": "mse", "SHARED": True, "INDEXED": False}
         constants = {n: v for n, v in constants.items() if n in kernel.arg_names} | {"bias_step": 1}
         if role == "network_loss":
             constants["c_stride"] = 1
@@ -207,21 +209,21 @@ def listings(
 ) -> Iterator[tuple[dict[str, Any], str]]:
     """The same with the kernel's machine code, empty for one without matrix products; ``wanted`` picks kernels by name."""
     for architecture in architectures:
-        plan = schedule(*ARCHITECTURES[architecture])
+        schedule = schedule_of(*ARCHITECTURES[architecture])
         for precision in precisions:
             hopper = target == "sm_90"
-            layers = _kernels(plan.stages, most_places(plan), precision, hopper, fits(plan, 1))
-            for name, role, kernel, types, constants, warps in chain(layers, _whole(plan, precision, hopper)):
+            layers = _kernels(schedule.stages, most_places(schedule), precision, hopper, fits(schedule, 1))
+            for name, role, kernel, types, constants, warps in chain(layers, _whole(schedule, precision, hopper)):
                 if (roles and role not in roles) or not wanted(name):
                     continue
                 began = time.perf_counter()
-                found = compile_kernel(kernel, types, constants, warps, target)
+                compiled = compile_kernel(kernel, types, constants, warps, target)
                 seconds = time.perf_counter() - began
-                usage = disassemble(found.asm["cubin"], "-res-usage")
+                usage = disassemble(compiled.asm["cubin"], "-res-usage")
                 numbers = re.search(r"REG:(\d+) STACK:(\d+)", usage)
                 assert numbers is not None, usage
-                dots = len(re.findall(r"\btt\.dot\b", found.asm["ttir"]))
-                sass = disassemble(found.asm["cubin"], "-sass") if dots else ""
+                dots = len(re.findall(r"\btt\.dot\b", compiled.asm["ttir"]))
+                sass = disassemble(compiled.asm["cubin"], "-sass") if dots else ""
                 mma = next((op for op in ("HGMMA", "HMMA") if re.search(rf"\b{op}\b", sass)), None)
                 values = (
                     name,
@@ -231,7 +233,7 @@ def listings(
                     target,
                     int(numbers[1]),
                     int(numbers[2]),
-                    found.metadata.shared,
+                    compiled.metadata.shared,
                     dots,
                     mma,
                     round(seconds, 2),
@@ -239,16 +241,16 @@ def listings(
                 yield dict(zip(FIELDS, values, strict=True)), sass
 
 
-def table(found: list[dict[str, Any]]) -> str:
+def table(listed: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
     lines = ["| " + " | ".join(FIELDS) + " |", "|" + " --- |" * len(FIELDS)]
-    return "\n".join([*lines, *("| " + " | ".join(str(row[f]) for f in FIELDS) + " |" for row in found)])
+    return "\n".join([*lines, *("| " + " | ".join(str(row[f]) for f in FIELDS) + " |" for row in listed)])
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels.inspect", description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--target", choices=TARGETS, default="sm_90")
+    parser.add_argument("--target", choices=KNOWN, default="sm_90")
     parser.add_argument("--precision", choices=PRECISIONS, nargs="+", default=["fp16", "tf32"])
     parser.add_argument("--architecture", choices=sorted(ARCHITECTURES), nargs="+", default=list(ARCHITECTURES))
     parser.add_argument("--role", choices=ROLES, nargs="+", default=[])
@@ -257,13 +259,13 @@ def main(arguments: list[str] | None = None) -> int:
     if triton.knobs.runtime.interpret:
         print("inspect compiles; unset TRITON_INTERPRET", file=sys.stderr)
         return 2
-    found = []
+    listed = []
     for row in rows(options.target, tuple(options.precision), tuple(options.architecture), tuple(options.role)):
-        found.append(row)
+        listed.append(row)
         if options.json:
             print(json.dumps(row), flush=True)
     if not options.json:
-        print(table(found))
+        print(table(listed))
     return 0
 
 

@@ -104,11 +104,11 @@ def tiles_per_query(stage: Stage, role: str, rows: int) -> tuple[float, int]:
 def query_traffic(stage: Stage, role: str, precision: str) -> float:
     """Bytes of device memory that one (model, query) pair moves; images that all models share stay in cache."""
     size = element_size(precision)
-    kept = stage.CODES * (stage.POOL == "max") + stage.SLOPES * size * (stage.SLOPE in ("pooled", "window"))
+    stored = stage.CODES * (stage.POOL == "max") + stage.SLOPES * size * (stage.SLOPE in ("pooled", "window"))
     inputs = 0 if stage.INPUT else stage.INPUTS * size
     if role == "forward":
-        return inputs + kept + stage.OUTPUTS * (4 if stage.LAST else size)
-    given = kept + stage.CODES * size
+        return inputs + stored + stage.OUTPUTS * (4 if stage.LAST else size)
+    given = stored + stage.CODES * size
     if role == "dw":
         return inputs + given + 2 * 4 * stage.GSIZE * splits(stage, QUERIES) / QUERIES
     return given + 2 * inputs

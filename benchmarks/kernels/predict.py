@@ -19,7 +19,8 @@ from typing import Any
 import triton
 
 from benchmarks.kernels import inspect, pipes
-from wslfast.kernels.triton.schedule import configuration, executed_multiply_adds, needed_multiply_adds, schedule
+from wslfast.kernels.triton.schedule import configuration, executed_multiply_adds, needed_multiply_adds
+from wslfast.kernels.triton.schedule import schedule as schedule_of
 from wslfast.kernels.triton.stages import Schedule
 
 PRECISIONS = ("fp16", "tf32")
@@ -48,18 +49,18 @@ def _wanted(kernel: str) -> bool:
     return _COUNTED.fullmatch(kernel) is not None or kernel in _LISTED
 
 
-def predict(plan: Schedule, row: dict[str, Any], sass: str) -> Prediction | None:
+def predict(schedule: Schedule, row: dict[str, Any], sass: str) -> Prediction | None:
     """The prediction behind a row of inspect, None for kernels outside the sum (layouts, the criterion, the head)."""
-    found = _COUNTED.fullmatch(row["kernel"])
-    if not found:
+    counted = _COUNTED.fullmatch(row["kernel"])
+    if not counted:
         return None
-    role, i = found[1], int(found[2])
-    stage, precision = plan.stages[i], row["precision"]
+    role, i = counted[1], int(counted[2])
+    stage, precision = schedule.stages[i], row["precision"]
     config = configuration(role, stage, precision)
     tiles, turns = pipes.tiles_per_query(stage, role, config.BM)
     clocks = pipes.tile_clocks(sass, 1 if config.HOIST else turns, config.WARPS) * tiles
     held = pipes.programs_per_sm(row["registers"], row["shared_bytes"], config.WARPS)
-    needed, executed = needed_multiply_adds(stage, plan.placements[i], role), executed_multiply_adds(stage, role)
+    needed, executed = needed_multiply_adds(stage, schedule.placements[i], role), executed_multiply_adds(stage, role)
     return Prediction(row["kernel"], held, needed, executed, clocks, pipes.query_traffic(stage, role, precision))
 
 
@@ -68,25 +69,25 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
 
 
-def kernel_table(found: Sequence[Prediction]) -> str:
+def kernel_table(predictions: Sequence[Prediction]) -> str:
     """One line a kernel of one network and precision, and the sum."""
     lines: list[Sequence[object]] = []
-    for p in found:
+    for p in predictions:
         ns, why = p.time
         clk = (round(p.clocks.tensor), round(p.clocks.issue), round(p.clocks.memory))
         lines.append((p.kernel, p.programs, f"{p.executed / 1e3:.0f}", *clk, f"{p.traffic / 1e3:.1f}", f"{ns:.2f}", why))
-    total = sum((p.clocks for p in found), pipes.Clocks())
+    total = sum((p.clocks for p in predictions), pipes.Clocks())
     clk = (round(total.tensor), round(total.issue), round(total.memory))
-    executed, traffic, ns = sum(p.executed for p in found), sum(p.traffic for p in found), sum(p.time[0] for p in found)
+    executed, traffic, ns = sum(p.executed for p in predictions), sum(p.traffic for p in predictions), sum(p.time[0] for p in predictions)
     lines.append(("**sum**", "", f"{executed / 1e3:.0f}", *clk, f"{traffic / 1e3:.0f}", f"**{ns:.1f}**", ""))
     header = ("kernel", "CTAs/SM", "kMAC executed", "clk tensor", "clk issue", "clk load/store", "KB", "ns", "bound by")
     return _table(header, lines)
 
 
-def summary_table(found: dict[tuple[str, str], list[Prediction]]) -> str:
+def summary_table(predictions: dict[tuple[str, str], list[Prediction]]) -> str:
     """One line a network and precision: the bound a pair, and milliseconds for n = 256."""
     lines = []
-    for (architecture, precision), kernels in found.items():
+    for (architecture, precision), kernels in predictions.items():
         ns = sum(p.time[0] for p in kernels)
         needed = sum(p.needed for p in kernels)
         executed = sum(p.executed for p in kernels)
@@ -138,18 +139,18 @@ def main(arguments: list[str] | None = None) -> int:
         print("predict compiles; unset TRITON_INTERPRET", file=sys.stderr)
         return 2
     resources: list[dict[str, Any]] = []
-    found: dict[tuple[str, str], list[Prediction]] = {(a, p): [] for a in TITLES for p in PRECISIONS}
+    predictions: dict[tuple[str, str], list[Prediction]] = {(a, p): [] for a in TITLES for p in PRECISIONS}
     for row, sass in inspect.listings("sm_90", PRECISIONS, tuple(TITLES), wanted=_wanted):
-        known = predict(schedule(*inspect.ARCHITECTURES[row["architecture"]]), row, sass)
+        prediction = predict(schedule_of(*inspect.ARCHITECTURES[row["architecture"]]), row, sass)
         if row["architecture"] == "cnn3":
             resources.append(row)
-        if known:
-            found[row["architecture"], row["precision"]].append(known)
+        if prediction:
+            predictions[row["architecture"], row["precision"]].append(prediction)
     columns = ("kernel", "precision", "registers", "spill_bytes", "shared_bytes", "dots", "mma")
     tables = {
         "resources": _table(columns, [[row[c] for c in columns] for row in resources]),
-        "summary": summary_table(found),
-        **{f"cnn3 {p}": kernel_table(found["cnn3", p]) for p in PRECISIONS},
+        "summary": summary_table(predictions),
+        **{f"cnn3 {p}": kernel_table(predictions["cnn3", p]) for p in PRECISIONS},
     }
     if options.network:
         tables["network"] = network_table()

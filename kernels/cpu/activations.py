@@ -1,10 +1,10 @@
-"""Activations of the CPU path and their derivatives, in operators that round every element alike.
+"""Activations of the CPU wing: one table of values and derivatives. A new activation is one entry here.
 
 torch's fused sigmoid, silu, elu and tanh-gelu compute the elements that fill a vector register with one formula and the few
 left over at the end of a thread's share with another, which differs in the last bit. Which models those elements belong to
-depends on the place in the group, so a model's loss would depend on its neighbours. These are therefore built from operators without
-that seam (``exp``, ``expm1``, ``tanh``, ``erf``-gelu and correctly rounded arithmetic; a test runs them all at odd offsets). torch's
-``erf``-gelu is without it on contiguous memory alone, so a channels-last tensor is shown to it as what lies in memory.
+depends on the place in the group, so a model's loss would depend on its neighbors. These functions are therefore built from operators
+that round every element alike (``exp``, ``expm1``, ``tanh``, ``erf``-gelu and correctly rounded arithmetic; a test runs them all at odd
+offsets). torch's ``erf``-gelu does so on contiguous memory alone, so it is given the contiguous view of a channels-last tensor.
 
     sigmoid s = 1 / (1 + exp(-x))        silu' = s (1 + x (1 - s))
     elu, celu = max(x, 0) + a expm1(min(x, 0) / b)   with b = 1 and b = a; derivative 1, or a / b exp(x / b) for x <= 0
@@ -14,11 +14,13 @@ that seam (``exp``, ``expm1``, ``tanh``, ``erf``-gelu and correctly rounded arit
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..layers import Activation, Unplannable
+from ..layers import Activation
 
 _aten = torch.ops.aten
 _threshold_backward = _aten.threshold_backward.grad_input
@@ -32,94 +34,149 @@ _C = math.sqrt(2 / math.pi)
 _CUBE = 0.044715
 
 
-def is_monotone(act: Activation) -> bool:
-    """Whether max pooling may go first: max(f(a), f(b)) = f(max(a, b)), at a quarter of the evaluations of f."""
-    if act.function in ("leakyrelu", "elu", "celu"):
-        return act.parameter > 0
-    return act.function in ("relu", "tanh", "sigmoid")
+class Function(NamedTuple):
+    """One activation.
+
+    Attributes:
+        forward: ``(x, record, owned) -> (f(x), saved)``. ``saved`` is the result where the derivative can be read off it, else ``x``.
+            ``owned``: nobody else reads ``x``, so the result may take its memory.
+        backward: ``(g, saved, record) -> gradient of x``. ``g``, the gradient of the result, may be overwritten.
+        monotone: ``record -> bool``: whether max pooling may go first, as max(f(a), f(b)) = f(max(a, b)): a quarter of the evaluations.
+    """
+
+    forward: Callable[[Tensor, Activation, bool], tuple[Tensor, Tensor]]
+    backward: Callable[[Tensor, Tensor, Activation], Tensor]
+    monotone: Callable[[Activation], bool]
 
 
-def _sigmoid(x: Tensor) -> Tensor:
+def function_of(record: Activation) -> Function | None:
+    """The table's entry for a record, None where it has none."""
+    return TABLE.get("gelu_tanh" if record.function == "gelu" and record.approximate == "tanh" else record.function)
+
+
+# -- functions whose derivative is read off the result -------------------------------------------------------------------
+
+
+def _relu(x: Tensor, _: Activation, owned: bool) -> tuple[Tensor, Tensor]:
+    y = x.relu_() if owned else x.relu()
+    return y, y
+
+
+def _relu_gradient(g: Tensor, y: Tensor, _: Activation) -> Tensor:
+    return _threshold_backward(g, y, 0, grad_input=g)
+
+
+def _tanh(x: Tensor, _: Activation, owned: bool) -> tuple[Tensor, Tensor]:
+    y = x.tanh_() if owned else x.tanh()
+    return y, y
+
+
+def _tanh_gradient(g: Tensor, y: Tensor, _: Activation) -> Tensor:
+    return _tanh_backward(g, y, grad_input=g)
+
+
+def _logistic(x: Tensor) -> Tensor:
     return x.neg().exp_().add_(1).reciprocal_()
 
 
-def _elu_scales(act: Activation) -> tuple[float, float]:
+def _sigmoid(x: Tensor, _: Activation, owned: bool) -> tuple[Tensor, Tensor]:
+    y = _logistic(x)
+    return y, y
+
+
+def _sigmoid_gradient(g: Tensor, y: Tensor, _: Activation) -> Tensor:
+    return _sigmoid_backward(g, y, grad_input=g)
+
+
+# -- functions whose derivative needs the argument -----------------------------------------------------------------------
+
+
+def _leaky(x: Tensor, record: Activation, owned: bool) -> tuple[Tensor, Tensor]:
+    return _leaky_relu(x, record.parameter), x
+
+
+def _leaky_gradient(g: Tensor, x: Tensor, record: Activation) -> Tensor:
+    return _leaky_relu_backward(g, x, record.parameter, False)
+
+
+def _silu(x: Tensor, _: Activation, owned: bool) -> tuple[Tensor, Tensor]:
+    return _logistic(x).mul_(x), x
+
+
+def _silu_gradient(g: Tensor, x: Tensor, _: Activation) -> Tensor:
+    s = _logistic(x)
+    return s.neg().add_(1).mul_(x).add_(1).mul_(s).mul_(g)
+
+
+def _exponential_scales(record: Activation) -> tuple[float, float]:
     """``a`` and ``b`` of the formula above."""
-    return act.parameter, act.parameter if act.function == "celu" else 1.0
+    return record.parameter, record.parameter if record.function == "celu" else 1.0
+
+
+def _exponential(x: Tensor, record: Activation, owned: bool) -> tuple[Tensor, Tensor]:
+    a, b = _exponential_scales(record)
+    return x.clamp_max(0).div_(b).expm1_().mul_(a).add_(x.clamp_min(0)), x
+
+
+def _exponential_gradient(g: Tensor, x: Tensor, record: Activation) -> Tensor:
+    a, b = _exponential_scales(record)
+    return torch.where(x > 0, g, x.clamp_max(0).div_(b).exp_().mul_(a / b).mul_(g))
+
+
+def _contiguous_view(x: Tensor) -> Tensor:
+    """A contiguous view of a dense channels-last tensor; any other as it is."""
+    return x.permute(0, 2, 3, 1) if x.ndim == 4 and not x.is_contiguous() else x
+
+
+def _gelu(x: Tensor, _: Activation, owned: bool) -> tuple[Tensor, Tensor]:
+    view = _contiguous_view(x)
+    y = torch.nn.functional.gelu(view.contiguous())
+    return y if view is x else y.permute(0, 3, 1, 2), x
+
+
+def _gelu_gradient(g: Tensor, x: Tensor, _: Activation) -> Tensor:
+    view = _contiguous_view(x)
+    if view is x:
+        return _gelu_backward(g.contiguous(), x.contiguous())
+    return _gelu_backward(g.permute(0, 2, 3, 1).contiguous(), view.contiguous()).permute(0, 3, 1, 2)
 
 
 def _tanh_of_gelu(x: Tensor) -> Tensor:
     return (x * x).mul_(_CUBE).add_(1).mul_(x).mul_(_C).tanh_()
 
 
-def _as_it_lies(x: Tensor) -> Tensor:
-    """A contiguous view of a dense channels-last tensor; any other as it is."""
-    return x.permute(0, 2, 3, 1) if x.ndim == 4 and not x.is_contiguous() else x
+def _tanh_gelu(x: Tensor, _: Activation, owned: bool) -> tuple[Tensor, Tensor]:
+    return _tanh_of_gelu(x).add_(1).mul_(x).mul_(0.5), x
 
 
-def _gelu(x: Tensor) -> Tensor:
-    lies = _as_it_lies(x)
-    y = torch.nn.functional.gelu(lies.contiguous())
-    return y if lies is x else y.permute(0, 3, 1, 2)
+def _tanh_gelu_gradient(g: Tensor, x: Tensor, _: Activation) -> Tensor:
+    t = _tanh_of_gelu(x)
+    slope = (x * x).mul_(3 * _CUBE).add_(1).mul_(_C)
+    slope = (t * t).neg_().add_(1).mul_(slope).mul_(x)
+    return slope.add_(t).add_(1).mul_(0.5).mul_(g)
 
 
-def _gelu_gradient(g: Tensor, x: Tensor) -> Tensor:
-    lies = _as_it_lies(x)
-    if lies is x:
-        return _gelu_backward(g.contiguous(), x.contiguous())
-    return _gelu_backward(g.permute(0, 2, 3, 1).contiguous(), lies.contiguous()).permute(0, 3, 1, 2)
+def _always(_: Activation) -> bool:
+    return True
 
 
-def forward(x: Tensor, act: Activation, owned: bool) -> tuple[Tensor, Tensor]:
-    """``f(x)``, and what :func:`backward` wants to see: the result where the derivative can be read off it, else ``x``.
-
-    ``owned``: nobody else looks at ``x``, so the result may take its place.
-    """
-    match act.function:
-        case "relu":
-            y = x.relu_() if owned else x.relu()
-            return y, y
-        case "tanh":
-            y = x.tanh_() if owned else x.tanh()
-            return y, y
-        case "sigmoid":
-            y = _sigmoid(x)
-            return y, y
-        case "silu":
-            return _sigmoid(x).mul_(x), x
-        case "gelu":
-            if act.approximate == "tanh":
-                return _tanh_of_gelu(x).add_(1).mul_(x).mul_(0.5), x
-            return _gelu(x), x
-        case "leakyrelu":
-            return _leaky_relu(x, act.parameter), x
-        case "elu" | "celu":
-            a, b = _elu_scales(act)
-            return x.clamp_max(0).div_(b).expm1_().mul_(a).add_(x.clamp_min(0)), x
-    raise Unplannable(f"layer {act.name!r} (activation): unknown function {act.function!r}")
+def _never(_: Activation) -> bool:
+    return False
 
 
-def backward(g: Tensor, saved: Tensor, act: Activation) -> Tensor:
-    """Gradient of the input, from the gradient ``g`` of the output, which may be overwritten."""
-    x = saved
-    match act.function:
-        case "relu":
-            return _threshold_backward(g, saved, 0, grad_input=g)
-        case "tanh":
-            return _tanh_backward(g, saved, grad_input=g)
-        case "sigmoid":
-            return _sigmoid_backward(g, saved, grad_input=g)
-        case "silu":
-            s = _sigmoid(x)
-            return s.neg().add_(1).mul_(x).add_(1).mul_(s).mul_(g)
-        case "gelu":
-            if act.approximate != "tanh":
-                return _gelu_gradient(g, x)
-            t = _tanh_of_gelu(x)
-            slope = (x * x).mul_(3 * _CUBE).add_(1).mul_(_C)
-            slope = (t * t).neg_().add_(1).mul_(slope).mul_(x)
-            return slope.add_(t).add_(1).mul_(0.5).mul_(g)
-        case "leakyrelu":
-            return _leaky_relu_backward(g, x, act.parameter, False)
-    a, b = _elu_scales(act)
-    return torch.where(x > 0, g, x.clamp_max(0).div_(b).exp_().mul_(a / b).mul_(g))
+def _if_positive(record: Activation) -> bool:
+    return record.parameter > 0
+
+
+# "identity" is no entry: it is left out of a compiled network.
+TABLE: dict[str, Function] = {
+    "relu": Function(_relu, _relu_gradient, _always),
+    "leakyrelu": Function(_leaky, _leaky_gradient, _if_positive),
+    "tanh": Function(_tanh, _tanh_gradient, _always),
+    "sigmoid": Function(_sigmoid, _sigmoid_gradient, _always),
+    "silu": Function(_silu, _silu_gradient, _never),
+    "gelu": Function(_gelu, _gelu_gradient, _never),
+    "gelu_tanh": Function(_tanh_gelu, _tanh_gelu_gradient, _never),
+    "elu": Function(_exponential, _exponential_gradient, _if_positive),
+    "celu": Function(_exponential, _exponential_gradient, _if_positive),
+}

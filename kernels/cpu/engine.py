@@ -3,9 +3,9 @@
 The loop that a careful user writes runs one model after another. Its convolutions have 16 outputs of 27 numbers and fill
 neither a vector unit nor the time that an operator call costs. Here M models form a group and q queries a slab, and a layer of all
 M models on all q queries is one call: the first layer one convolution with M * C_out outputs of the shared queries, the others
-grouped convolutions in channels-last memory, linear layers batched products (layouts and backward: ``cpu_layers``).
+grouped convolutions in channels-last memory, linear layers batched products (layouts and backward: steps.py).
 Forward, loss and backward of one slab follow each other while its activations are in cache; the gradient adds up over slabs. Groups are
-jobs of one thread each (``cpu_jobs``).
+jobs of one thread each (jobs.py).
 
 Which M and q is a pure function of the architecture, never of k: the last group is filled up with idle models, so every
 operator call has the shape it would have in any other batch, and a model's loss and gradient are the same bits
@@ -27,14 +27,13 @@ import torch
 from torch import Tensor
 
 from ..criteria import Named, share_of_loss
-from ..criteria import criterion as known_criterion
+from ..criteria import criterion as criterion_of
 from ..layers import Conv2d, Layers, Linear, Unplannable, layer_slots, shapes
 from ..reference import per_model_queries
-from . import jobs as cpu_jobs
-from .blocks import BlockedSteps, blocked, in_blocks
-from .pairs import PairedConvStep, paired
-from .queries import gathered, model_by_model, own_slab, shared_slabs
-from .steps import ConvStep, LinearStep, Packed, PoolStep, Program, compile_program
+from . import jobs
+from .queries import own_slab, shared_slabs
+from .rewrites import blocked, in_blocks, paired
+from .steps import Program, backward_through, compile_program, forward_through, values_through
 
 __all__ = ["forward", "group_shape", "loss_and_gradient", "supports"]
 
@@ -49,8 +48,8 @@ def group_shape(layers: Layers, input_shape: tuple[int, ...]) -> tuple[int, int]
 
     - Models: 8. Of the networks met in practice, eight fill the vectors of the first convolution (48 outputs and more); more would be
       waste where the last group is filled up with idle models.
-    - Queries: up to 128, while the largest activation that is whole at any time stays below 12 MiB (``cpu_blocks`` cuts up the first
-      convolution's). More leaves the caches, fewer spend their time on calls.
+    - Queries: up to 128, while the largest activation that is whole at any time stays below 12 MiB (the first convolution's
+      is cut up, :func:`~.rewrites.blocked`). More leaves the caches, fewer spend their time on calls.
     """
     cut = in_blocks(layers)
     largest = max(math.prod(shape) for i, shape in enumerate(shapes(layers, input_shape)[1:]) if i not in cut)
@@ -64,16 +63,6 @@ def group_shape(layers: Layers, input_shape: tuple[int, ...]) -> tuple[int, int]
 def _numbers(layers: Layers, input_shape: tuple[int, ...]) -> int:
     """Activations of one model and query."""
     return sum(math.prod(shape) for shape in shapes(layers, input_shape)[1:])
-
-
-@lru_cache(maxsize=1)
-def _keep_freed_memory() -> None:
-    """Let glibc keep what slabs free, once a process: without this, a third of the time goes into fresh pages.
-
-    glibc hands freed memory back to the system above a threshold that follows the largest block it has seen released, up to
-    32 MiB; one untouched block of nearly that size raises it. Elsewhere this is one allocation.
-    """
-    torch.empty(31 << 20, dtype=torch.uint8, device="cpu")
 
 
 @lru_cache(maxsize=64)
@@ -104,17 +93,14 @@ def _compile(weights: Tensor, queries: Tensor, layers: Layers, indexed: bool = F
     for tensor in (weights, queries):
         if tensor.device.type != "cpu" or tensor.dtype != torch.float32:
             raise _refuse(layers, f"takes float32 on the CPU, got {tensor.dtype} on {tensor.device}")
-    _keep_freed_memory()
+    jobs.keep_freed_memory()
     own = not indexed and per_model_queries(queries, layers)
     first = next((layer for layer in layers if isinstance(layer, (Conv2d, Linear))), None)
     if not own and not indexed and isinstance(first, Conv2d) and first.groups > 1:
         # Groups of shared channels and groups of models do not fit into one convolution: every model gets its copy.
         queries, own = queries.expand(weights.shape[0], *queries.shape), True
-    program = _program(layers, tuple(queries.shape[1 + own :]), own or indexed, cpu_jobs.threads_inside() == 1)
+    program = _program(layers, tuple(queries.shape[1 + own :]), own or indexed, jobs.threads_inside() == 1)
     return program, queries, own
-
-
-_WITH_WEIGHTS = (ConvStep, LinearStep, BlockedSteps)
 
 
 class _Call:
@@ -130,6 +116,7 @@ class _Call:
         sizes: tuple[int, ...] | None = None,
     ) -> None:
         self.program, self.queries, axis = _compile(weights, queries, layers, index is not None)
+        self.steps = self.program.steps[self.program.first :]
         self.own, self.index = axis or index is not None, index
         self.weights, self.dtype = weights.detach(), _dtype()
         self.n = index.shape[1] if index is not None else self.queries.shape[axis]
@@ -138,10 +125,10 @@ class _Call:
         self.models = full
         if sizes is None:
             k, threads = len(weights), torch.get_num_threads()
-            few = k < full * threads and cpu_jobs.threads_inside() < threads and k * self.n * _numbers(layers, image) > _ALONE
+            few = k < full * threads and jobs.threads_inside() < threads and k * self.n * _numbers(layers, image) > _ALONE
             whole = not few and k % full == 0
             n = self.n if self.n < self.slab else self.slab + self.n % self.slab  # a full slab and the last one
-            sizes = () if whole else _sizes(layers, image, self.own, n, self.dtype, cpu_jobs.threads_inside())
+            sizes = () if whole else _sizes(layers, image, self.own, n, self.dtype, jobs.threads_inside())
             if few:
                 self.models = next(size for size in (*sizes, full) if size * threads >= k)
         self.sizes = *sizes, full
@@ -157,45 +144,28 @@ class _Call:
             return rows
         return torch.cat((rows, rows.new_zeros(filled - rows.shape[0], rows.shape[1])))
 
-    def pack(self, rows: Tensor) -> list[Packed | None]:
-        steps = self.program.steps[self.program.first :]
-        return [step.pack(rows, self.dtype) if isinstance(step, _WITH_WEIGHTS) else None for step in steps]
+    def pack(self, rows: Tensor) -> list[Any]:
+        """The weights of a group, a step each."""
+        return [step.pack(rows, self.dtype) for step in self.steps]
 
     def slab_of(self, group: int, start: int, models: int) -> Tensor:
         """Input of the first layer with parameters."""
         if not self.own:
             return self.slabs[start // self.slab]
         part = slice(group, group + self.models), slice(start, start + self.slab)
-        if isinstance(self.program.steps[0], PairedConvStep):
-            return model_by_model(self.queries, self.index, part, self.program, self.dtype)
-        mine = list(self.queries[part]) if self.index is None else [gathered(self.queries, rows) for rows in self.index[part]]
-        x = own_slab(mine, self.program, models, self.dtype)
-        for step in self.program.steps[: self.program.first]:
-            x, _ = step.forward(x, None, models)
-        return x
+        return own_slab(self.queries, self.index, part, self.program, models, self.dtype)
 
-    def outputs(self, group: int, start: int, packed: list[Packed | None], models: int) -> Tensor:
+    def outputs(self, group: int, start: int, packed: list[Any], models: int) -> Tensor:
         """Outputs ``[M, q, K]`` of a slab (q at least 2 where images are shared): the same bits as :meth:`forward`, with nothing kept."""
-        x = self.slab_of(group, start, models)
-        for step, weights in zip(self.program.steps[self.program.first :], packed, strict=True):
-            if isinstance(step, (PoolStep, BlockedSteps)):
-                x = step.values(x, weights, models)  # type: ignore[arg-type]
-            else:
-                x, _ = step.forward(x, weights, models)
-        return x
+        return values_through(self.steps, packed, self.slab_of(group, start, models), models)
 
-    def forward(self, group: int, start: int, packed: list[Packed | None], models: int) -> tuple[Tensor, list[object]]:
+    def forward(self, group: int, start: int, packed: list[Any], models: int) -> tuple[Tensor, list[Any]]:
         """Outputs ``[M, q, K]`` of a slab, and what the backward of each step wants to see."""
-        x, saved = self.slab_of(group, start, models), []
-        for step, weights in zip(self.program.steps[self.program.first :], packed, strict=True):
-            x, keep = step.forward(x, weights, models)
-            saved.append(keep)
-        return x, saved
+        return forward_through(self.steps, packed, self.slab_of(group, start, models), models)
 
-    def backward(self, g: Tensor, saved: list[object], packed: list[Packed | None], rows: Tensor, fresh: bool) -> None:
-        """Gradient of the parameters, into ``rows [M, P]``; ``saved`` is eaten up, so that memory is free while in cache."""
-        for step, weights in zip(reversed(self.program.steps[self.program.first :]), reversed(packed), strict=True):
-            g = step.backward(g, saved.pop(), weights, rows, fresh)  # type: ignore[arg-type, assignment]
+    def backward(self, g: Tensor, saved: list[Any], packed: list[Any], rows: Tensor, fresh: bool) -> None:
+        """Gradient of the parameters, into ``rows [M, P]``; ``saved`` is emptied."""
+        backward_through(self.steps, packed, g, saved, rows, fresh)
 
 
 @contextmanager
@@ -223,7 +193,7 @@ def loss_and_gradient(
     respect to the outputs alone. Raises :class:`Unplannable` for what the reference has to run.
     """
     if isinstance(criterion, str):
-        known_criterion(criterion)  # raises for an unknown name
+        criterion_of(criterion)  # raises for an unknown name
     return _loss_and_gradient(_Call(weights, queries, layers, index), targets, criterion, temperature)
 
 
@@ -276,7 +246,7 @@ def _loss_and_gradient(call: _Call, targets: Tensor, criterion: Named, temperatu
             _Group(call, group, targets, criterion, temperature).all(losses[rows], gradient[rows])
 
     if len(groups) >= torch.get_num_threads() or len(call.starts) == 1:
-        cpu_jobs.run([partial(whole, group) for group in groups])
+        jobs.run([partial(whole, group) for group in groups])
         return losses, gradient
 
     # Fewer groups than threads: their slabs are jobs, and what each adds is kept until it can be added in the order above. A few slabs a
@@ -294,7 +264,7 @@ def _loss_and_gradient(call: _Call, targets: Tensor, criterion: Named, temperatu
         wave = max(1, 2 * torch.get_num_threads() // len(made))
         for first in range(0, len(call.starts), wave):
             starts = call.starts[first : first + wave]
-            cpu_jobs.run([partial(part, group, start) for group in made for start in starts])
+            jobs.run([partial(part, group, start) for group in made for start in starts])
             for group, (loss, grads) in zip(made, total, strict=True):
                 for start in starts:
                     value, more = parts.pop((group.start, start))
@@ -371,5 +341,5 @@ def forward(weights: Tensor, queries: Tensor, layers: Layers) -> Tensor:
 
     groups = range(0, weights.shape[0], call.models)
     cuts = [call.starts] if len(groups) >= torch.get_num_threads() else [(start,) for start in call.starts]
-    cpu_jobs.run([partial(part, group, starts) for group in groups for starts in cuts])
+    jobs.run([partial(part, group, starts) for group in groups for starts in cuts])
     return outputs

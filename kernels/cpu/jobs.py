@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["controls", "run", "threads_inside"]
+__all__ = ["controls", "keep_freed_memory", "run", "threads_inside"]
 
 _MOST = 256  # threads that may ever be started; they are, as jobs ask for them
 
@@ -58,36 +58,36 @@ def threads_inside() -> int:
 
 
 @contextmanager
-def _alone(found: Controls, threads: int) -> Iterator[None]:
+def _alone(library: Controls, threads: int) -> Iterator[None]:
     """One torch thread in this thread; ``threads`` again afterwards."""
-    found.openmp(1)
-    before = found.mkl(1)
+    library.openmp(1)
+    before = library.mkl(1)
     try:
         yield
     finally:
-        found.mkl(before or 0)
-        found.openmp(threads)
+        library.mkl(before or 0)
+        library.openmp(threads)
 
 
-def _begin(found: Controls) -> None:
+def _begin(library: Controls) -> None:
     """A worker's first act. torch sets a thread's number when it is first asked for: ask, then overrule it."""
     torch.get_num_threads()
-    found.openmp(1)
-    found.mkl(1)
+    library.openmp(1)
+    library.mkl(1)
 
 
 @lru_cache(maxsize=1)
 def _pool() -> ThreadPoolExecutor:
-    found = controls()
-    assert found is not None
-    return ThreadPoolExecutor(_MOST, thread_name_prefix="wslfast", initializer=_begin, initargs=(found,))
+    library = controls()
+    assert library is not None
+    return ThreadPoolExecutor(_MOST, thread_name_prefix="wslfast", initializer=_begin, initargs=(library,))
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked process has none of its parent's threads
 
 
-def _taken(waiting: deque[Callable[[], None]]) -> Callable[[], None] | None:
+def _next(waiting: deque[Callable[[], None]]) -> Callable[[], None] | None:
     try:
         return waiting.popleft()
     except IndexError:  # another thread was faster
@@ -105,8 +105,8 @@ def run(jobs: Sequence[Callable[[], None]]) -> None:
     The first exception keeps the jobs that wait from beginning, and is raised here. Gradient mode and autocast belong to a thread:
     jobs set their own.
     """
-    found, threads = controls(), torch.get_num_threads()
-    if found is None or threads == 1:
+    library, threads = controls(), torch.get_num_threads()
+    if library is None or threads == 1:
         for job in jobs:
             job()
         return
@@ -118,16 +118,16 @@ def run(jobs: Sequence[Callable[[], None]]) -> None:
             if _flushes_denormals() != flushed:  # which belongs to a thread, as the modes do
                 torch.set_flush_denormal(flushed)
             with torch.inference_mode(inference):
-                while (job := _taken(waiting)) is not None:
+                while (job := _next(waiting)) is not None:
                     job()
         except BaseException:
             waiting.clear()
             raise
 
-    with _alone(found, threads):
+    with _alone(library, threads):
         if len(jobs) > 1:
             # OpenMP's threads spin for milliseconds after torch's last call, on the cores that the others are to run on
-            found.rest(1)
+            library.rest(1)
         others = []
         try:
             for _ in range(min(threads, len(jobs)) - 1):
@@ -140,3 +140,13 @@ def run(jobs: Sequence[Callable[[], None]]) -> None:
             wait(others)
     for other in others:
         other.result()
+
+
+@lru_cache(maxsize=1)
+def keep_freed_memory() -> None:
+    """Let glibc keep what slabs free, once a process: without this, a third of the time goes into fresh pages.
+
+    glibc hands freed memory back to the system above a threshold that follows the largest block it has seen released, up to
+    32 MiB; one untouched block of nearly that size raises it. Elsewhere this is one allocation.
+    """
+    torch.empty(31 << 20, dtype=torch.uint8, device="cpu")

@@ -33,7 +33,26 @@ def shared_slabs(queries: Tensor, program: Program, slab: int, dtype: torch.dtyp
     return slabs
 
 
-def own_slab(queries: Sequence[Tensor], program: Program, models: int, dtype: torch.dtype) -> Tensor:
+def own_slab(queries: Tensor, index: Tensor | None, part: tuple[slice, slice], program: Program, models: int, dtype: torch.dtype) -> Tensor:
+    """A slab of each model's own queries, as the first layer with parameters wants it.
+
+    Args:
+        queries: ``[k, n, *input]``, or a pool ``[N, *input]`` with ``index [k, n]``.
+        part: the models, of which there may be fewer than ``models`` (idle ones see zeros), and the queries.
+
+    Returns:
+        ``[q, M * C, H, W]`` channels-last or ``[M, q, F]``; for a program that runs model by model ``[m, q, C, H, W]``.
+    """
+    if program.model_by_model:
+        return _apart(queries, index, part, program, dtype)
+    mine = list(queries[part]) if index is None else [_gathered(queries, rows) for rows in index[part]]
+    x = _side_by_side(mine, program, models, dtype)
+    for step in program.steps[: program.first]:
+        x, _ = step.forward(x, None, models)
+    return x
+
+
+def _side_by_side(queries: Sequence[Tensor], program: Program, models: int, dtype: torch.dtype) -> Tensor:
     """``m`` times ``[q, *input]`` -> ``[q, M * C, H, W]`` channels-last or ``[M, q, F]``; idle models see zeros."""
     q = queries[0].shape[0]
     empty = torch.empty if len(queries) == models else torch.zeros
@@ -50,14 +69,14 @@ def own_slab(queries: Sequence[Tensor], program: Program, models: int, dtype: to
     return x.view(q, height, width, models * channels).permute(0, 3, 1, 2)
 
 
-def gathered(pool: Tensor, index: Tensor) -> Tensor:
+def _gathered(pool: Tensor, index: Tensor) -> Tensor:
     """``pool[index]``, ``[q, *input]``: whole images at a time if the pool is channels-last, as its gather is then."""
     if pool.ndim == 4:
         return pool.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
     return pool.index_select(0, index)
 
 
-def model_by_model(queries: Tensor, index: Tensor | None, part: tuple[slice, slice], program: Program, dtype: torch.dtype) -> Tensor:
+def _apart(queries: Tensor, index: Tensor | None, part: tuple[slice, slice], program: Program, dtype: torch.dtype) -> Tensor:
     """Own queries ``[m, q, C, H, W]`` of the m models there are, cropped, each model's channels-last."""
     if index is None:
         x = queries[part].permute(0, 1, 3, 4, 2)

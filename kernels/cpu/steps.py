@@ -1,4 +1,4 @@
-"""Layers of a group of models on the CPU: forward and hand-written backward, one operator call for the whole group.
+"""Steps of a compiled network on the CPU: one operator call a layer for a whole group of models, with hand-written backward.
 
 A group of M models runs on a slab of q queries. Before ``Flatten`` an activation is
 
@@ -8,30 +8,28 @@ and afterwards it is ``x [M, q, F]``, where a linear layer is a batched product.
 parameters see the queries that all models share, ``[q, C, H, W]`` or ``[q, F]``, once instead of M times, and that first layer, if
 a convolution, has M * C_out outputs.
 
-``forward`` returns a layer's output and what its ``backward`` will want to see again; ``backward`` turns the gradient of the
-output, which it may overwrite, into that of the input and writes the parameters' share to ``rows``, the gradient ``[M, P]`` of the
-group (over what is there for the first slab, ``fresh``; on top of it afterwards). There is no autograd graph, and nothing is
-computed for the queries. A convolution's bias gradient is summed after the pooling that follows: a pooling window hands its
-gradient on exactly once, so the sums agree and a smaller tensor is read.
+:class:`Step` is what the engine knows of all of them. There is no autograd graph, and nothing is computed for the queries. A
+convolution's bias gradient is summed after the pooling that follows: a pooling window hands its gradient on exactly once, so the sums
+agree and a smaller tensor is read.
 
 Every operator here treats a model's slice without regard to its place in the group: equal bits whatever the slot, and no
 NaN crosses over. That rules out plain reductions over rows (their vector and remainder columns round differently), some of
-torch's activations (``cpu_activations``), and batched products whose slices lie at any address: on some processors MKL sums in
+torch's activations (activations.py), and batched products whose slices lie at any address: on some processors MKL sums in
 another order where an operand or the result is not on 16 bytes, so both are padded (:class:`LinearStep`).
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, Union
+from typing import Any, Union
 
 import torch
 from torch import Tensor
 
 from ..layers import Activation, Conv2d, Dropout, Flatten, Layer, Layers, Linear, Pool2d, Slot, Unplannable, layer_slots, shapes
-from . import activations as cpu_activations
-from .activations import is_monotone
+from .activations import Function, function_of
 
 # Overloads resolved once: looking one up costs as much as a small operator.
 _aten = torch.ops.aten
@@ -52,13 +50,13 @@ def block(rows: Tensor, slot: Slot, *shape: int) -> Tensor:
 
 
 def put(rows: Tensor, slot: Slot, value: Tensor, fresh: bool) -> None:
-    """Write one parameter's gradient to ``rows``, or add it to what is there."""
-    here = block(rows, slot)
-    value = value if value.shape == here.shape else value.view(here.shape)
+    """Write one parameter's gradient to ``rows``, or add it to what they hold."""
+    gradient = block(rows, slot)
+    value = value if value.shape == gradient.shape else value.view(gradient.shape)
     if fresh:
-        here.copy_(value)
+        gradient.copy_(value)
     else:
-        here.add_(value)
+        gradient.add_(value)
 
 
 def bias_gradient(g: Tensor, models: int) -> Tensor:
@@ -85,8 +83,63 @@ def _padded(size: int) -> int:
     return -size % 8 + size
 
 
+class Step(ABC):
+    """One step of a program: all that the engine knows of it.
+
+    Attributes:
+        layer: the record behind it, whose shape rule is the step's (of steps that a rewrite joined: that of the first).
+    """
+
+    layer: Layer
+
+    def pack(self, rows: Tensor, dtype: torch.dtype) -> Any:
+        """The weights of a group ``[M, P]`` as this step wants them, None without weights."""
+        return None
+
+    @abstractmethod
+    def forward(self, x: Tensor, packed: Any, models: int) -> tuple[Tensor, Any]:
+        """The output, and what :meth:`backward` will want to see."""
+
+    def values(self, x: Tensor, packed: Any, models: int) -> Tensor:
+        """The output alone, the same bits, where no backward will follow."""
+        return self.forward(x, packed, models)[0]
+
+    @abstractmethod
+    def backward(self, g: Tensor, saved: Any, packed: Any, rows: Tensor, fresh: bool) -> Tensor | None:
+        """The gradient of the input (None where nobody wants it) from that of the output, which may be overwritten.
+
+        The parameters' share is written to ``rows``, the gradient ``[M, P]`` of the group: over what it holds for the first slab
+        (``fresh``), on top of it afterwards.
+        """
+
+
+def forward_through(steps: Sequence[Step], packed: Sequence[Any], x: Tensor, models: int) -> tuple[Tensor, list[Any]]:
+    """The output of the last step, and what the backward of each wants to see."""
+    saved = []
+    for step, weights in zip(steps, packed, strict=True):
+        x, seen = step.forward(x, weights, models)
+        saved.append(seen)
+    return x, saved
+
+
+def values_through(steps: Sequence[Step], packed: Sequence[Any], x: Tensor, models: int) -> Tensor:
+    """The output of the last step alone: the same bits, with nothing kept for a backward."""
+    for step, weights in zip(steps, packed, strict=True):
+        x = step.values(x, weights, models)
+    return x
+
+
+def backward_through(steps: Sequence[Step], packed: Sequence[Any], g: Tensor, saved: list[Any], rows: Tensor, fresh: bool) -> Tensor | None:
+    """The gradient of the first step's input. ``saved`` is emptied on the way, so that memory is freed while it is in cache."""
+    gradient: Tensor | None = g
+    for step, weights in zip(reversed(steps), reversed(packed), strict=True):
+        assert gradient is not None  # only a first step leaves the gradient of its input out
+        gradient = step.backward(gradient, saved.pop(), weights, rows, fresh)
+    return gradient
+
+
 @dataclass(frozen=True)
-class ConvStep:
+class ConvStep(Step):
     """Convolution. ``shared``: its input is common to all models; ``sums_bias``: no pooling above does it instead."""
 
     layer: Conv2d
@@ -115,18 +168,9 @@ class ConvStep:
 
     def _backward(self, g: Tensor, x: Any, weight: Tensor, rows: Tensor, fresh: bool, input_gradient: bool) -> Tensor | None:
         conv, models = self.layer, rows.shape[0]
+        wanted = input_gradient, True, False
         gx, gw, _ = convolution_backward(
-            g,
-            x,
-            weight,
-            None,
-            conv.stride,
-            conv.padding,
-            conv.spacing,
-            False,
-            (0, 0),
-            self._groups(models),
-            (input_gradient, True, False),
+            g, x, weight, None, conv.stride, conv.padding, conv.spacing, False, (0, 0), self._groups(models), wanted
         )
         put(rows, self.weight, gw, fresh)
         if self.bias is not None and self.sums_bias:
@@ -135,7 +179,7 @@ class ConvStep:
 
 
 @dataclass(frozen=True)
-class LinearStep:
+class LinearStep(Step):
     """Linear layer on ``[M, q, F]``, or on queries ``[q, F]`` that all models share.
 
     Operands are padded to ``x [M, q', F']`` and ``w [M, out, F']``. The first number of the padding is 1 in ``x`` and the bias in
@@ -186,7 +230,7 @@ class LinearStep:
 
 
 @dataclass(frozen=True)
-class PoolStep:
+class PoolStep(Step):
     """Max or average pooling; ``bias`` is that of the convolution right below, whose gradient is summed here.
 
     Of its input only the shape is kept: the memory goes to the next layer while it is still in cache.
@@ -203,7 +247,7 @@ class PoolStep:
         return y, (x.shape, indices)
 
     def values(self, x: Tensor, packed: None, models: int) -> Tensor:
-        """Output alone, where no backward will follow: without the 64-bit indices, half the time of the operator above."""
+        """Without the 64-bit indices: half the time of the operator above."""
         pool = self.layer
         if pool.mode != "max" or pool.kernel_size != (2, 2) or pool.stride != (2, 2):
             return self.forward(x, None, 1)[0]
@@ -224,23 +268,25 @@ class PoolStep:
 
 
 @dataclass(frozen=True)
-class ActivationStep:
+class ActivationStep(Step):
     """Elementwise function. ``owned``: the layer below made the input and does not look at it again, so it is overwritten."""
 
     layer: Activation
+    function: Function
     owned: bool
 
     def forward(self, x: Tensor, packed: None, models: int) -> tuple[Tensor, Any]:
-        return cpu_activations.forward(x, self.layer, self.owned)
+        return self.function.forward(x, self.layer, self.owned)
 
     def backward(self, g: Tensor, saved: Any, packed: None, rows: Tensor, fresh: bool) -> Tensor:
-        return cpu_activations.backward(g, saved, self.layer)
+        return self.function.backward(g, saved, self.layer)
 
 
 @dataclass(frozen=True)
-class FlattenStep:
+class FlattenStep(Step):
     """``[q, M * C, H, W] -> [M, q, C * H * W]`` in C-order, or ``[q, C, H, W] -> [q, C * H * W]`` while shared."""
 
+    layer: Flatten
     shape: tuple[int, ...]  # of one model's input
     shared: bool
 
@@ -255,14 +301,6 @@ class FlattenStep:
         return g.unflatten(2, self.shape).transpose(0, 1).flatten(1, 2).contiguous(memory_format=CHANNELS_LAST)
 
 
-class Step(Protocol):
-    """One step of a program. ``packed`` are the weights of a step that has some, ``saved`` what its forward kept."""
-
-    def forward(self, x: Tensor, packed: Any, models: int) -> tuple[Tensor, Any]: ...
-
-    def backward(self, g: Tensor, saved: Any, packed: Any, rows: Tensor, fresh: bool) -> Tensor | None: ...
-
-
 @dataclass(frozen=True)
 class Program:
     """A network compiled for the CPU: its steps, and the part of the image on which its outputs depend."""
@@ -270,23 +308,30 @@ class Program:
     steps: tuple[Step, ...]
     crop: tuple[int, ...]  # of one query, no batch axis
     outputs: int
-    parameters: int
     first: int  # index of the first step with parameters
     fewest: int = 2  # images of a slab
+    model_by_model: bool = False  # whether that first step wants each model's own queries apart, [m, q, C, H, W]
 
 
 def _canonical(layers: Layers) -> list[tuple[Layer, Slot | None, Slot | None]]:
     """Layers with their slots: identities dropped, monotone activations moved behind the max pooling that follows them."""
-    kept: list[tuple[Layer, Slot | None, Slot | None]] = [
+    order: list[tuple[Layer, Slot | None, Slot | None]] = [
         (layer, slots.weight, slots.bias)
         for layer, slots in zip(layers, layer_slots(layers), strict=True)
         if not isinstance(layer, Dropout) and not (isinstance(layer, Activation) and layer.function == "identity")
     ]
-    for i in range(len(kept) - 1):
-        act, above = kept[i][0], kept[i + 1][0]
-        if isinstance(act, Activation) and is_monotone(act) and isinstance(above, Pool2d) and above.mode == "max":
-            kept[i], kept[i + 1] = kept[i + 1], kept[i]
-    return kept
+    for i in range(len(order) - 1):
+        act, above = order[i][0], order[i + 1][0]
+        if isinstance(act, Activation) and _function(act).monotone(act) and isinstance(above, Pool2d) and above.mode == "max":
+            order[i], order[i + 1] = order[i + 1], order[i]
+    return order
+
+
+def _function(layer: Activation) -> Function:
+    function = function_of(layer)
+    if function is None:
+        raise Unplannable(f"layer {layer.name!r} (activation): the CPU engine does not know {layer.function!r}")
+    return function
 
 
 def _needed(layers: Sequence[Layer], sizes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
@@ -308,8 +353,8 @@ def _needed(layers: Sequence[Layer], sizes: Sequence[tuple[int, ...]]) -> tuple[
 
 def compile_program(layers: Layers, input_shape: tuple[int, ...], own_queries: bool) -> Program:
     """Steps for ``layers`` on queries of ``input_shape``; ``own_queries``: every model has its own, so nothing is shared."""
-    kept = _canonical(layers)
-    order = [layer for layer, _, _ in kept]
+    slotted = _canonical(layers)
+    order = [layer for layer, _, _ in slotted]
     sizes = shapes(tuple(order), input_shape)
     crop = _needed(order, sizes)
     if shapes(tuple(order), crop)[-1] != sizes[-1]:
@@ -317,11 +362,11 @@ def compile_program(layers: Layers, input_shape: tuple[int, ...], own_queries: b
     sizes = shapes(tuple(order), crop)
     if len(sizes[-1]) != 1:
         raise Unplannable(f"layer {layers[-1].name!r} ({layers[-1].kind}): a network ends in [K] outputs, not {list(sizes[-1])}")
-    first = next((i for i, (_, weight, _) in enumerate(kept) if weight is not None), None)
+    first = next((i for i, (_, weight, _) in enumerate(slotted) if weight is not None), None)
     if first is None:
         raise Unplannable(f"layer {layers[0].name!r} ({layers[0].kind}): no layer of the network has parameters")
     steps: list[Step] = []
-    for i, (layer, weight, bias) in enumerate(kept):
+    for i, (layer, weight, bias) in enumerate(slotted):
         shared = not own_queries and i <= first
         below = steps[-1] if steps else None
         if isinstance(layer, Conv2d):
@@ -339,10 +384,10 @@ def compile_program(layers: Layers, input_shape: tuple[int, ...], own_queries: b
             else:
                 steps.append(PoolStep(layer))
         elif isinstance(layer, Activation):
-            steps.append(ActivationStep(layer, owned=isinstance(below, (ConvStep, LinearStep, PoolStep))))
+            steps.append(ActivationStep(layer, _function(layer), owned=isinstance(below, (ConvStep, LinearStep, PoolStep))))
         elif isinstance(layer, Flatten):
-            steps.append(FlattenStep(sizes[i], shared))
+            steps.append(FlattenStep(layer, sizes[i], shared))
         else:
             raise Unplannable(f"layer {layer!r}: unknown kind")
     fewest = 16 if any(needs_sixteen(layer) for layer in order) else 2
-    return Program(tuple(steps), crop, sizes[-1][0], sum(w.size + (b.size if b else 0) for _, w, b in kept if w), first, fewest)
+    return Program(tuple(steps), crop, sizes[-1][0], first, fewest)

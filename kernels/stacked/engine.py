@@ -1,9 +1,9 @@
 """Losses, gradients and outputs of any graph: groups of models, slabs of queries, one plain torch call an operation.
 
 A group of M models runs on a slab of q queries: forward, the criterion's share and its gradient written out, and one backward through
-torch's graph, which then is gone. Which M and q is a pure function of the graph, never of k: the last group is filled up with idle
-models, or run in a smaller size that gives the same bits on this machine (``company.py``). On a CPU in float32 the number of queries is
-filled up to a multiple of 16, so that every model's numbers lie alike in memory whatever its place in the group.
+torch's graph, which then is gone. Which M and q is a pure function of the graph and of the number of queries, never of k: the last
+group is filled up with idle models, or run in a smaller size that gives the same bits on this machine (``company.py``). On a CPU the
+number of queries is filled up to a multiple of 16, so that every model's numbers lie alike in memory whatever its place in the group.
 
 Groups are jobs of one thread each (``cpu/jobs.py``) where there is enough work for more than one.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import lru_cache, partial
 from typing import Any
 
@@ -26,8 +27,9 @@ from ..reference import value_shapes
 from .company import group_size
 from .program import compile_program
 
-_MODELS = 64  # of a group: more leave the caches, fewer spend their time on calls
-_CONVOLVED = 8  # of a group whose time goes into convolutions (cpu/engine.py has the reasons)
+_MODELS = 256  # of a group: more leave the caches, fewer spend their time on calls
+_PAIRS = 16_384  # of models and queries in a group and slab, for the same reasons
+_CONVOLVED = 8  # models of a group whose time goes into convolutions (cpu/engine.py has the reasons)
 _QUERIES = 128  # of a slab
 _BYTES = 16 << 20  # of what a group's forward pass leaves for its backward
 _ROWS = 64 << 20  # of a group's weights
@@ -56,17 +58,17 @@ def sizes(graph: Graph) -> tuple[int, int, int]:
     return max(made, 1), convolved, products
 
 
-def group_shape(graph: Graph) -> tuple[int, int]:
-    """Models of a group and queries of a slab; k plays no part, or a model's bits would depend on its company."""
+def group_shape(graph: Graph, n: int) -> tuple[int, int]:
+    """Models of a group and queries of a slab, for n queries; k plays no part, or a model's bits would depend on its company."""
     made, convolved, products = sizes(graph)
-    models = _CONVOLVED if convolved > products else _MODELS
+    queries = min(_QUERIES, -(-n // _FILL) * _FILL)
+    models = _CONVOLVED if convolved > products else min(_MODELS, 1 << (_PAIRS // queries).bit_length() - 1)
     while models > 2 and 4 * models * graph.parameters > _ROWS:
         models //= 2
     while models > 2 and 4 * models * made * _FILL > _BYTES:
         models //= 2
-    queries = _QUERIES
     while queries > _FILL and 4 * models * made * queries > _BYTES:
-        queries //= 2
+        queries = max(_FILL, queries // 2 // _FILL * _FILL)
     return models, queries
 
 
@@ -78,24 +80,25 @@ class _Call:
         self.weights, self.queries = weights, queries
         self.own = index is not None or queries.ndim == len(graph.input_shape) + 2
         self.n = index.shape[1] if index is not None else queries.shape[int(self.own)]
-        self.plain = weights.device.type == "cpu" and weights.dtype == torch.float32
+        self.plain = weights.device.type == "cpu"
+        if self.plain:
+            jobs.keep_freed_memory()
         self.program = compile_program(graph, self.own, self.plain)
-        full, self.slab = group_shape(graph)
-        self.models = full
-        if size is not None:
-            self.models = size
-        elif self.plain and len(weights):
-            self.models = self._size(full)
+        full, self.slab = group_shape(graph, self.n)
+        if weights.device.type != "cpu":  # the caller has cut models into chunks that fit its memory
+            full, self.slab = max(1, len(weights)), max(1, self.n)
+        self.models = size or (self._size(full) if self.plain and len(weights) else full)
 
     def _size(self, full: int) -> int:
         graph, k = self.graph, len(self.weights)
         n = self.n if self.n < self.slab else self.slab + self.n % self.slab
         if graph.parameters * n < _FEW:
             return full
-        key = graph, n, self.own, torch.is_autocast_enabled("cpu"), jobs.threads_inside()
+        dtype = self.weights.dtype
+        key = graph, n, self.own, dtype, torch.is_autocast_enabled("cpu"), jobs.threads_inside()
 
         def trial(size: int, order: Sequence[int]) -> Sequence[Tensor]:
-            return _trial(graph, n, self.own, full, order[:size])
+            return _trial(graph, n, self.own, full, dtype, order[:size])
 
         return group_size(k, full, full, key, trial)
 
@@ -141,6 +144,14 @@ def leaves_of(rows: Tensor, graph: Graph) -> list[Tensor]:
     """Each parameter of every model, ``[M, *shape]``, through one split: its backward is one concatenation."""
     parts = rows.split([slot.size for slot in graph.slots], 1)
     return [part.reshape(len(rows), *slot.shape) for part, slot in zip(parts, graph.slots, strict=True)]
+
+
+def _copies_of(rows: Tensor, graph: Graph) -> list[Tensor]:
+    """The same in memory of their own: how numbers lie there decides a BLAS's bits."""
+    parts: Any = torch.split_with_sizes_copy(  # type: ignore[func-returns-value]
+        rows, [slot.size for slot in graph.slots], 1
+    )
+    return [part.view(len(rows), *slot.shape) for part, slot in zip(parts, graph.slots, strict=True)]
 
 
 def _jobs(count: int, call: _Call, run: Callable[[int], None]) -> None:
@@ -194,26 +205,35 @@ def _loss_and_gradient(call: _Call, targets: Tensor, criterion: Named, temperatu
         wanted = targets[start : start + real]
         if real < len(rows):
             wanted = torch.cat((wanted, wanted[-1:].expand(len(rows) - real, *wanted.shape[1:])))
-        values = total = None
+        values: Tensor | None = None
+        own = gradient[start : start + real] if real == len(rows) else torch.empty_like(rows, memory_format=torch.contiguous_format)
+        leaves = [leaf.requires_grad_() for leaf in _copies_of(rows, graph)]
         for at in call.starts():
-            leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves_of(rows, graph)]
             target = wanted[:, at : at + call.slab]
             q = target.shape[1]
             with torch.enable_grad(), autocast():
                 prepared = call.values(shared, start, at)
                 made = call.program.outputs(prepared, leaves, prepared[call.program.query].shape[int(call.own)])
+            outputs = made.detach()
             with torch.no_grad():
-                value, slope = share_of_loss(made.detach()[:, :q].to(weights.dtype), target, n, criterion, temperature)
+                value, slope = share_of_loss(
+                    (outputs if q == made.shape[1] else outputs[:, :q]).to(weights.dtype), target, n, criterion, temperature
+                )
                 if made.shape[1] > q:
                     slope = torch.cat((slope, slope.new_zeros(len(rows), made.shape[1] - q, *slope.shape[2:])), 1)
             # models are independent: the gradient of the sum is each model's own
             slopes = torch.autograd.grad(made, leaves, slope.to(made.dtype), materialize_grads=True)
-            part = torch.cat([s.reshape(len(rows), -1) for s in slopes], 1)
-            values, total = (value, part) if values is None or total is None else (values + value, total.add_(part))
+            flat = [s.reshape(len(rows), -1) for s in slopes]
+            if values is None:
+                values = value
+                torch.cat(flat, 1, out=own)
+            else:
+                values = values + value
+                own += torch.cat(flat, 1)
         assert values is not None
-        assert total is not None
         losses[start : start + real] = values[:real]
-        gradient[start : start + real] = total[:real]
+        if real < len(rows):
+            gradient[start : start + real] = own[:real]
 
     _jobs(len(weights), call, group)
     return losses, gradient
@@ -222,6 +242,8 @@ def _loss_and_gradient(call: _Call, targets: Tensor, criterion: Named, temperatu
 def _autocast(device: str) -> Callable[[], Any]:
     """The caller's autocast, for threads that have their own."""
     enabled = torch.is_autocast_enabled(device)
+    if not enabled:
+        return nullcontext
     return partial(torch.autocast, device, torch.get_autocast_dtype(device), enabled=enabled)
 
 
@@ -235,7 +257,7 @@ def forward(weights: Tensor, queries: Tensor, graph: Graph) -> Tensor:
 
     def group(start: int) -> None:
         with torch.no_grad(), autocast():
-            leaves = [leaf.clone() for leaf in leaves_of(call.rows(start), graph)]
+            leaves = _copies_of(call.rows(start), graph)
             real = min(len(weights) - start, call.models)
             for at in call.starts():
                 values = call.values(shared, start, at)
@@ -262,7 +284,7 @@ def differentiable(weights: Tensor, queries: Tensor, graph: Graph) -> Tensor:
                 rows.append(made[: len(weights) - start, : call.n])
 
     jobs.run([run]) if weights.device.type == "cpu" else run()
-    return torch.cat(rows) if len(rows) > 1 else rows[0]
+    return torch.cat(rows) if len(rows) > 1 else rows[0].contiguous()
 
 
 def plain(weights: Tensor, queries: Tensor, graph: Graph) -> Tensor:
@@ -273,9 +295,9 @@ def plain(weights: Tensor, queries: Tensor, graph: Graph) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _random(graph: Graph, n: int, own: bool, full: int) -> tuple[Tensor, Tensor, Tensor]:
+def _random(graph: Graph, n: int, own: bool, full: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    kind: Any = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
+    kind: Any = {"generator": generator, "dtype": dtype, "device": "cpu"}
     weights = torch.cat(
         [torch.randn(full, s.size, **kind).abs() / math.sqrt(max(1, math.prod(s.shape[1:]))) for s in graph.slots], 1
     )  # positive: variances are among them
@@ -284,9 +306,9 @@ def _random(graph: Graph, n: int, own: bool, full: int) -> tuple[Tensor, Tensor,
     return weights, queries, torch.randn(full, n, *out, **kind)
 
 
-def _trial(graph: Graph, n: int, own: bool, full: int, order: Sequence[int]) -> Sequence[Tensor]:
+def _trial(graph: Graph, n: int, own: bool, full: int, dtype: torch.dtype, order: Sequence[int]) -> Sequence[Tensor]:
     """Losses and gradients of random models, those of ``order``, run in one group."""
-    weights, queries, targets = _random(graph, n, own, full)
+    weights, queries, targets = _random(graph, n, own, full, dtype)
     rows = list(order)
     call = _Call(weights[rows], queries[rows] if own else queries, graph, None, size=len(rows))
     return _loss_and_gradient(call, targets[rows], "mse", 1.0)

@@ -55,12 +55,12 @@ def elementwise(call: Call, a: Values, models: int) -> Any:
         for name, layout in call.layouts.items():
             if layout is Layout.MODELS:
                 a[name] = _behind(a[name], call.rank, call.ranks[name], models)
-    return call.operation.call(a)
+    return call.operation.invoke(a)
 
 
 def axes(call: Call, a: Values, models: int) -> Any:
     """The same call: its axes are counted from the end."""
-    return call.operation.call(a)
+    return call.operation.invoke(a)
 
 
 def shape(call: Call, a: Values, models: int) -> Tensor:
@@ -68,7 +68,7 @@ def shape(call: Call, a: Values, models: int) -> Tensor:
     x = a["input" if "input" in a else "self"]
     name = call.operation.name
     if name == "flatten.using_ints":
-        return call.operation.call(a)
+        return call.operation.invoke(a)
     rank = call.ranks["self"]
     if name == "permute":
         return x.permute(0, *(d + rank + 1 for d in a["dims"]))
@@ -85,17 +85,17 @@ def join(call: Call, a: Values, models: int) -> Tensor:
     """Several tensors along one axis; what is shared is repeated."""
     layouts = call.layouts["tensors"]
     a["tensors"] = [_everyone(t, models, layout is Layout.MODELS) for t, layout in zip(a["tensors"], layouts, strict=True)]
-    return call.operation.call(a)
+    return call.operation.invoke(a)
 
 
 def image(call: Call, a: Values, models: int) -> Any:
     """Models folded into the axis of queries; in the layout of channels, nothing to do."""
     if call.layout is Layout.CHANNELS:
-        return call.operation.call(a)
+        return call.operation.invoke(a)
     name = next(name for name, layout in call.layouts.items() if layout is Layout.MODELS)
     n = a[name].shape[1]
     a[name] = a[name].flatten(0, 1)
-    made = call.operation.call(a)
+    made = call.operation.invoke(a)
     unfolded = [t.unflatten(0, (models, n)) for t in (made if isinstance(made, (tuple, list)) else (made,))]
     return unfolded if isinstance(made, (tuple, list)) else unfolded[0]
 
@@ -114,7 +114,7 @@ def mapped(call: Call, a: Values, models: int) -> Any:
     names = [name for name in call.layouts if name in a]
 
     def run(*tensors: Any) -> Any:
-        return call.operation.call({**a, **dict(zip(names, tensors, strict=True))})
+        return call.operation.invoke({**a, **dict(zip(names, tensors, strict=True))})
 
     def dims(name: str) -> Any:
         layout = call.layouts[name]
@@ -215,6 +215,15 @@ def _own_kernels(call: Call, a: Values, models: int) -> tuple[Tensor, Tensor | N
     return weight, None if bias is None else _everyone(bias, models, call.stacked("bias")).flatten()
 
 
+def _channels_last(x: Tensor) -> Tensor:
+    """Images channels-last, also those of one channel, which torch would read as the other layout."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    if x.shape[1] > 1 or x.requires_grad or not x.is_contiguous():
+        return x
+    h, w = x.shape[2:]
+    return x.as_strided(x.shape, (h * w, 1, w, 1))
+
+
 def convolution(call: Call, a: Values, models: int) -> Tensor:
     """One convolution of shared images with M * out outputs, or one with the models as its groups."""
     x, groups = a["input"], a.get("groups", 1)
@@ -223,8 +232,8 @@ def convolution(call: Call, a: Values, models: int) -> Tensor:
         x, shared = x.repeat(1, models, *(1,) * (x.ndim - 2)), False
     weight, bias = _own_kernels(call, a, models)
     if x.ndim == 4 and call.aligned:
-        x = x.contiguous(memory_format=torch.channels_last)
-    return call.operation.call({**a, "input": x, "weight": weight, "bias": bias, "groups": groups if shared else groups * models})
+        x = _channels_last(x)
+    return call.operation.invoke({**a, "input": x, "weight": weight, "bias": bias, "groups": groups if shared else groups * models})
 
 
 def transposed(call: Call, a: Values, models: int) -> Tensor:
@@ -233,7 +242,7 @@ def transposed(call: Call, a: Values, models: int) -> Tensor:
     if call.layouts["input"] is Layout.SHARED:
         x = x.repeat(1, models, *(1,) * (x.ndim - 2))
     weight, bias = _own_kernels(call, a, models)
-    return call.operation.call({**a, "input": x, "weight": weight, "bias": bias, "groups": groups * models})
+    return call.operation.invoke({**a, "input": x, "weight": weight, "bias": bias, "groups": groups * models})
 
 
 # -- norms -------------------------------------------------------------------------------------------------------------

@@ -30,6 +30,10 @@ _ALONG_PIXELS = frozenset({
     "mean.dim", "sum.dim_IntList", "amax", "amin", "softmax.int", "log_softmax.int", "slice.Tensor", "logsumexp", "var.correction",
     "std.correction", "flip", "constant_pad_nd", "squeeze.dims", "squeeze.dim",
 })  # fmt: skip
+_IN_PLACE = {
+    name: lambda call, a, models, run=run: run(a["self"])
+    for name, run in (("relu", torch.relu_), ("tanh", torch.tanh_), ("sigmoid", torch.sigmoid_))
+}
 _NORMS = ("batch_norm", "instance_norm", "group_norm", "prelu")
 _FOLDABLE = {"conv1d", "conv2d", "conv3d", "conv1d.padding", "conv2d.padding", "conv3d.padding", "linear"}
 
@@ -137,6 +141,7 @@ class _Compiler:
             self._new(f"@w:{slot.name}", Layout.MODELS)
         for constant in graph.constants:
             self._new(f"@c:{constant.name}", Layout.SHARED)
+        self.folded = self._folded()
         self.steps: list[Step] = []
         self.shared: list[Step] = []
 
@@ -146,12 +151,11 @@ class _Compiler:
         return self.place[reference]
 
     def program(self) -> Program:
-        folded = self._folded()
         for i, node in enumerate(self.graph.nodes):
-            if i in folded.values():
+            if i in self.folded.values():
                 continue  # the layer of a norm, which is run with it
-            if i in folded:
-                self._fold(i, node, self.graph.nodes[folded[i]])
+            if i in self.folded:
+                self._fold(i, node, self.graph.nodes[self.folded[i]])
             else:
                 self._add(i, node)
         output = self._in(self.graph.output, Layout.MODELS)
@@ -167,7 +171,18 @@ class _Compiler:
     def _add(self, i: int, node: Node) -> None:
         operation, name = TABLE[node.operation], f"@{i}"
         wanted, layout = self._settle(node, operation)
-        self._emit(name, node, operation, wanted, layout, FORMS[operation.form])
+        form = _IN_PLACE[node.operation] if self._owns_its_input(node) else FORMS[operation.form]
+        self._emit(name, node, operation, wanted, layout, form)
+
+    def _owns_its_input(self, node: Node) -> bool:
+        """Whether an activation may be written over what it reads: nobody else does, nor does the backward of the layer that made it."""
+        if node.operation not in _IN_PLACE or not self.aligned:
+            return False
+        below = str(node.argument("self"))
+        if not below[1:].isdigit() or len(self.users[below]) > 1 or self.layout[below] is Layout.SHARED:
+            return False
+        made = self.graph.nodes[int(below[1:])]
+        return TABLE[made.operation].form in ("convolution", "transposed", "linear") or int(below[1:]) in self.folded
 
     def _emit(self, name: str, node: Node, operation: Operation, wanted: Layout, layout: Layout, form: Callable[..., Any]) -> Step:
         """A step for the node, its stacked tensors in the layout ``wanted``."""
@@ -206,7 +221,7 @@ class _Compiler:
             known["dtype"] = DTYPES[known["dtype"]]
         call = Call(operation, layouts, ranks, _rank(self.rank[name]), layout, self.aligned)
         alone = all(where is Layout.SHARED for where in _flat(layouts.values()))
-        run = (lambda a, models: operation.call(a)) if alone else (lambda a, models: form(call, a, models))
+        run = (lambda a, models: operation.invoke(a)) if alone else (lambda a, models: form(call, a, models))
         step = Step(run, known, tensors, lists, sizes, self._new(name, layout))
         (self.shared if alone else self.steps).append(step)
         return step
@@ -271,32 +286,27 @@ class _Compiler:
             return alike and scalars and not any(r.startswith("@w:") for r in node.references())
         return False
 
-    # -- norms that are folded -----------------------------------------------------------------------------------------
+    # -- norms that are folded into the layer before them ----------------------------------------------------------------
 
     def _folded(self) -> dict[int, int]:
-        """Batch norms by node, with the layer that each is folded into."""
+        """Batch norms by node, with the layer that each is folded into. (A factor is not: before a sine its rounding would show.)"""
         pairs = {}
         for i, node in enumerate(self.graph.nodes):
-            if node.operation != "batch_norm" or node.argument("training"):
-                continue
             below = str(node.argument("input"))
-            if not below[1:].isdigit() or self.users[below] != [i] or below == self.graph.output:
+            own = node.operation == "batch_norm" and not node.argument("training") and str(node.argument("running_var")).startswith("@w:")
+            if not own or not below[1:].isdigit() or self.users[below] != [i] or below == self.graph.output:
                 continue
             layer = self.graph.nodes[int(below[1:])]
-            own = all(str(a).startswith("@w:") for a in (layer.argument("weight"), node.argument("running_var")))
-            channels = (
-                self.rank[below] == (2 if layer.operation == "linear" else _dimensions(TABLE[layer.operation]) + 2)
-                if own and layer.operation in _FOLDABLE
-                else False
-            )
-            if channels:
+            if layer.operation not in _FOLDABLE or not str(layer.argument("weight")).startswith("@w:"):
+                continue
+            if self.rank[below] == (2 if layer.operation == "linear" else _dimensions(TABLE[layer.operation]) + 2):
                 pairs[i] = int(below[1:])
         return pairs
 
     def _fold(self, i: int, norm: Node, layer: Node) -> None:
         """One step for a layer and the batch norm behind it."""
         operation = TABLE[layer.operation]
-        parameters = {f"norm_{key}": value for key, value in norm.arguments if isinstance(value, str) and value.startswith("@w:")}
+        parameters = {f"folded_{key}": value for key, value in norm.arguments if isinstance(value, str) and value.startswith("@w:")}
         wanted, layout = self._settle(layer, operation)
         places = {key: self.place[r] for key, r in parameters.items()}
         eps = float(norm.argument("eps", 1e-5))
@@ -311,7 +321,7 @@ class _Compiler:
         step.tensors += list(places.items())
 
 
-_FOLDED = ("norm_running_mean", "norm_running_var", "norm_weight", "norm_bias")
+_FOLDED = ("folded_running_mean", "folded_running_var", "folded_weight", "folded_bias")
 
 
 def fold(

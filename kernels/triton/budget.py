@@ -5,7 +5,7 @@ number of models nor what happens to be free changes a model's bits.
 from __future__ import annotations
 
 from ..layers import Unplannable
-from .network_plan import network
+from .network_layout import network
 from .schedule import element_size, splits
 from .stages import Schedule
 
@@ -13,11 +13,11 @@ MEMORY = 2**33  # bytes of activations in flight unless the caller says otherwis
 FEW_MODELS, FEW_PAIRS = 64, 2**14  # a chunk with fewer models and fewer (model, query) pairs leaves a GPU idle
 
 
-def query_bytes(plan: Schedule, precision: str, gradient: bool) -> int:
+def query_bytes(schedule: Schedule, precision: str, gradient: bool) -> int:
     """Bytes of activations that one (model, query) pair holds while its chunk is in flight, layer by layer."""
     size = element_size(precision)
     total = 0
-    for stage in plan.stages:
+    for stage in schedule.stages:
         total += stage.OUTPUTS * (4 if stage.LAST else size)
         if gradient:
             total += stage.CODES * (stage.POOL == "max") + stage.CODES * size * stage.LAST
@@ -25,28 +25,28 @@ def query_bytes(plan: Schedule, precision: str, gradient: bool) -> int:
     return total
 
 
-def model_bytes(plan: Schedule, n: int, precision: str, gradient: bool) -> int:
+def model_bytes(schedule: Schedule, n: int, precision: str, gradient: bool) -> int:
     """Bytes that one model holds while its chunk is in flight, layer by layer."""
-    each = n * query_bytes(plan, precision, gradient) + plan.packed * element_size(precision)
+    each = n * query_bytes(schedule, precision, gradient) + schedule.packed * element_size(precision)
     if gradient:
-        each += 4 * sum(splits(stage, n) * stage.GSIZE for stage in plan.stages)
+        each += 4 * sum(splits(stage, n) * stage.GSIZE for stage in schedule.stages)
     return each
 
 
-def models_per_chunk(plan: Schedule, k: int, n: int, precision: str, gradient: bool, memory: int) -> int:
+def models_per_chunk(schedule: Schedule, k: int, n: int, precision: str, gradient: bool, memory: int) -> int:
     """Models that are run together, layer by layer, so that what they need stays below ``memory`` bytes."""
-    return max(1, min(k, memory // model_bytes(plan, n, precision, gradient)))
+    return max(1, min(k, memory // model_bytes(schedule, n, precision, gradient)))
 
 
-def choose_mode(plan: Schedule, n: int, precision: str, gradient: bool, memory: int) -> tuple[str, str]:
+def choose_mode(schedule: Schedule, n: int, precision: str, gradient: bool, memory: int) -> tuple[str, str]:
     """(``layers`` | ``network``, why) of a call that names no mode."""
     try:
-        network(plan, precision, gradient)
+        network(schedule, precision, gradient)
     except Unplannable as error:
         return "layers", str(error)
     if not gradient:
         return "network", "forward alone: what lies between two layers need not leave the chip"
-    models = memory // model_bytes(plan, n, precision, gradient)
+    models = memory // model_bytes(schedule, n, precision, gradient)
     held = f"{memory >> 20} MiB hold the activations of {models} models of {n} queries at a time"
     if models < FEW_MODELS and models * n < FEW_PAIRS:
         return "network", f"{held}, too few for a launch a layer"

@@ -330,12 +330,12 @@ def _gather(g, code, slope, w, ws, accs, q, by, bx, mask, nb, s: tl.constexpr, c
         for nx in tl.static_range(NX):
             oy = by - ny
             ox = bx - nx
-            there = mask & (oy >= 0) & (oy < HO) & (ox >= 0) & (ox < WO)
+            inside = mask & (oy >= 0) & (oy < HO) & (ox >= 0) & (ox < WO)
             m = (q * HO + oy) * WO + ox
-            G, at = output_gradient(g, code, m, col, there[:, None], s)
+            G, at = output_gradient(g, code, m, col, inside[:, None], s)
             for dy in tl.static_range(P):
                 for dx in tl.static_range(TURNS):
-                    A = spread(G, at, slope, m, col, there[:, None], kx // BN + (dy * P + dx), s)
+                    A = spread(G, at, slope, m, col, inside[:, None], kx // BN + (dy * P + dx), s)
                     for ry in tl.static_range(PS):
                         if between(ry + ny * PS - dy * S, 0, KH):
                             B = weights(w, ws, (((ry + ny * PS - dy * S) * NX + nx) * NB + nb) * TURNS + dx, TILE, HOIST)
@@ -565,7 +565,7 @@ def stage_dx(
 def launch_configuration(role: str, stage: Stage, precision: str, device: torch.device) -> Configuration:
     """``configuration`` for a device; in the interpreter with a precision that it gets right."""
     hopper = device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
-    found = configuration(role, stage, precision, hopper)
+    chosen = configuration(role, stage, precision, hopper)
     if precision == "bf16" and triton.knobs.runtime.interpret:
-        return replace_field(found, PREC="bf16_emulated")
-    return found
+        return replace_field(chosen, PREC="bf16_emulated")
+    return chosen

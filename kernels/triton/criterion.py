@@ -26,6 +26,8 @@ from .schedule import launch_options
 from .stages import Stage, power_of_two
 from .tiles import wide
 
+CRITERIA = ("mse", "softmax_mse", "cross_entropy", "distillation")  # of the table in criteria.py, those that these kernels know
+
 
 @triton.jit
 def _log_softmax(v, classes):

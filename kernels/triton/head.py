@@ -1,14 +1,14 @@
 """The last two linear layers of every model, its criterion, and their backward, in one launch.
 
 Seven launches of small layers become one. A program is a model; it walks over its queries twice, first for the loss and the
-largest gradient (the gain, see tail.py), then forward again and backward, with both weight gradients in registers:
+largest gradient (the gain, see criterion.py), then forward again and backward, with both weight gradients in registers:
 
     x  [k, n, C]    the map below, flattened; overwritten by dL/dz of the stage below
     h = act(x W1 + b1)      f = act2(h W2 + b2)      d = dL/df * gain
     g2 = d act2'            dW2 += h^T g2            g1 = (g2 W2^T) act'        dW1 += x^T g1        dx = g1 W1^T
 
 Nothing but x, the partials, the loss and the gain goes to memory. ``fits`` says when a network's head is narrow enough; the
-answer depends on the plan and on n, so that a model's bits depend on neither k nor chunks. Every product reads operands rounded
+answer depends on the schedule and on n, so that a model's bits depend on neither k nor chunks. Every product reads operands rounded
 as the layer-by-layer path rounds them.
 """
 # mypy: allow-untyped-defs
@@ -176,12 +176,12 @@ def head_kernel(
     tl.store(part2 + N1 * N2 + n2, tl.sum(db2, axis=0))
 
 
-def fits(plan: Schedule, n: int) -> bool:
+def fits(schedule: Schedule, n: int) -> bool:
     """Whether the last two stages are linear layers narrow enough for one tile each, and the queries few enough for one
     program to walk over them."""
-    if len(plan.stages) < 3 or n > MOST_QUERIES:
+    if len(schedule.stages) < 3 or n > MOST_QUERIES:
         return False
-    one, two = plan.stages[-2:]
+    one, two = schedule.stages[-2:]
     narrow = all(
         not s.PATCH and (s.KH, s.KW, s.H, s.W) == (1, 1, 1, 1) and s.NB == s.NCH == s.NCHW == s.CB == 1 and s.KD == s.KDW
         for s in (one, two)
@@ -201,14 +201,14 @@ def head_loss_and_gradient(
     bases: list[int],
     k: int,
     n: int,
-    plan: Schedule,
+    schedule: Schedule,
     config: Configuration,
     criterion: str,
     temperature: float,
 ) -> None:
     """Launch the fused head: ``x`` ``[k, n, C]`` becomes its own gradient; losses, gain and both partials are filled."""
-    below, one, two = plan.stages[-3:]
-    first, second = plan.placements[-2:]
+    below, one, two = schedule.stages[-3:]
+    first, second = schedule.placements[-2:]
     biases = [weights if p.bias is None else weights[:, p.bias.offset :] for p in (first, second)]
     head_kernel[(k,)](
         x,

@@ -1,4 +1,4 @@
-"""A population on Triton kernels: outputs, losses and their gradients, as plain functions and as torch operators.
+"""A population on Triton kernels: outputs, losses and their gradients.
 
 The contract is reference.py's: weights ``[k, P]``, queries ``[n, C, H, W]`` shared by all models or ``[k, n, C, H, W]``, and
 here also an image pool ``[rows, C, H, W]`` with ``index`` ``[k, n]``; outputs ``[k, n, K]`` fp32.
@@ -7,30 +7,29 @@ here also an image pool ``[rows, C, H, W]`` with ``index`` ``[k, n]``; outputs `
 outlives it. Chunks cut models only, and a model's sums keep their order: neither chunks nor neighbours change a bit. With
 ``mode="network"`` each program takes its model through the whole network instead (network.py): three launches, little memory.
 
-Operators: ``wslfast::population_forward`` (differentiable in the weights: its backward runs the forward pass again rather
-than keeping activations, and leaves saved tensors alone) and ``wslfast::population_loss`` (losses and gradient; the losses
-are differentiable). Both raise when differentiated twice.
+``differentiable_forward`` gives outputs with a graph to the weights: its backward runs the forward pass again rather than keeping
+activations. It raises when differentiated twice.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..layers import Layers, Linear, layer_from_dict, layer_to_dict
+from ..layers import Layers
 from ..once import once
 from .budget import MEMORY, choose_mode, models_per_chunk
 from .convolution import launch_configuration, stage_dw, stage_dx, stage_forward
-from .criterion import criterion_forward_backward, gradient_scale
+from .criterion import CRITERIA, criterion_forward_backward, gradient_scale
 from .head import fits, head_loss_and_gradient
 from .network import network_forward, network_loss
 from .packing import fold, pack, stack, stack_pool, storage
-from .schedule import PRECISIONS, schedule
+from .schedule import PRECISIONS
+from .schedule import schedule as schedule_of
 from .stages import Schedule
 from .tables import FoldTables, fold_tables
 
@@ -45,33 +44,33 @@ def _device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
 class _Activations:
     """Buffers of one chunk of ``k`` models; allocated once and used by every chunk."""
 
-    def __init__(self, plan: Schedule, k: int, n: int, precision: str, gradient: bool, device: torch.device) -> None:
+    def __init__(self, schedule: Schedule, k: int, n: int, precision: str, gradient: bool, device: torch.device) -> None:
         kind = storage(precision)
         self.outputs: list[Tensor] = []
         self.codes: list[Tensor | None] = []
         self.slopes: list[Tensor | None] = []
-        for stage in plan.stages:
-            kept = torch.float32 if stage.LAST else kind
-            self.outputs.append(torch.empty(k * n * stage.OUTPUTS, dtype=kept, device=device))
+        for stage in schedule.stages:
+            stored = torch.float32 if stage.LAST else kind
+            self.outputs.append(torch.empty(k * n * stage.OUTPUTS, dtype=stored, device=device))
             code = gradient and stage.POOL == "max"
             self.codes.append(torch.empty(k * n * stage.CODES, dtype=torch.int8, device=device) if code else None)
             slope = gradient and stage.SLOPE in ("pooled", "window")
             self.slopes.append(torch.empty(k * n * stage.SLOPES, dtype=kind, device=device) if slope else None)
         if gradient:
-            last = plan.stages[-1]
+            last = schedule.stages[-1]
             self.gradient = torch.empty(k * n * last.CODES, dtype=kind, device=device)
 
 
 class _Queries:
     """Queries as the first stage reads them, and how a model finds its own."""
 
-    def __init__(self, queries: Tensor, index: Tensor | None, plan: Schedule, k: int, precision: str) -> None:
+    def __init__(self, queries: Tensor, index: Tensor | None, schedule: Schedule, k: int, precision: str) -> None:
         rank = _axes(queries)
         if index is not None and queries.ndim != rank + 1:
             raise ValueError(f"expected a pool of {rank + 1} axes with an index, got {queries.ndim}")
         self.shared = queries.ndim == rank + 1 and index is None
         self.n = queries.shape[0] if self.shared else queries.shape[1] if index is None else index.shape[1]
-        self.queries, self.rank, self.layout = queries, rank, (plan, rank, precision)
+        self.queries, self.rank, self.layout = queries, rank, (schedule, rank, precision)
         self.index = None if index is None else index.contiguous()
         self.per_model = 0 if self.shared else self.n
         if self.n < 1:
@@ -93,7 +92,7 @@ class _Queries:
 
 
 def _forward(
-    plan: Schedule,
+    schedule: Schedule,
     held: _Activations,
     weights: Tensor,
     packed: Tensor,
@@ -108,7 +107,7 @@ def _forward(
     stages: int | None = None,
 ) -> None:
     """The first ``stages`` stages, all of them by default."""
-    for i, (stage, place) in enumerate(zip(plan.stages[:stages], plan.placements, strict=False)):
+    for i, (stage, place) in enumerate(zip(schedule.stages[:stages], schedule.placements, strict=False)):
         stage_forward(
             images if i == 0 else held.outputs[i - 1],
             index if i == 0 else None,
@@ -127,7 +126,7 @@ def _forward(
 
 
 def _backward(
-    plan: Schedule,
+    schedule: Schedule,
     held: _Activations,
     packed: Tensor,
     images: Tensor,
@@ -145,7 +144,7 @@ def _backward(
     """Weight-gradient partials of the first ``stages`` stages, down from ``g``, the gradient of the last one's output.
     Overwrites the activations: a stage's weight gradient reads its input before the input gradient is written over it."""
     for i in range(stages - 1, -1, -1):
-        stage = plan.stages[i]
+        stage = schedule.stages[i]
         stage_dw(
             images if i == 0 else held.outputs[i - 1],
             index if i == 0 else None,
@@ -165,24 +164,24 @@ def _backward(
                 g,
                 held.codes[i],
                 held.slopes[i],
-                packed[:, plan.placements[i].backward :],
+                packed[:, schedule.placements[i].backward :],
                 below,
                 held.slopes[i - 1],
                 k,
                 n,
                 stage,
-                plan.stages[i - 1],
+                schedule.stages[i - 1],
                 launch_configuration("dx", stage, precision, packed.device),
             )
             g = below
 
 
-def _check(weights: Tensor, plan: Schedule, n: int, precision: str) -> None:
+def _check(weights: Tensor, schedule: Schedule, n: int, precision: str) -> None:
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}; known: {list(PRECISIONS)}")
-    if weights.ndim != 2 or weights.shape[1] != plan.parameters or not weights.is_floating_point():
-        raise ValueError(f"expected weights [k, {plan.parameters}], got {list(weights.shape)} {weights.dtype}")
-    widest = max(max(s.INPUTS, s.CODES, s.OUTPUTS, s.SLOPES, s.HB * s.WB * s.PS**2 * s.C) for s in plan.stages)
+    if weights.ndim != 2 or weights.shape[1] != schedule.parameters or not weights.is_floating_point():
+        raise ValueError(f"expected weights [k, {schedule.parameters}], got {list(weights.shape)} {weights.dtype}")
+    widest = max(max(s.INPUTS, s.CODES, s.OUTPUTS, s.SLOPES, s.HB * s.WB * s.PS**2 * s.C) for s in schedule.stages)
     if n * widest >= OFFSETS:
         raise ValueError(f"{n} queries are {n * widest} numbers a model; the kernels address fewer than {OFFSETS}")
 
@@ -194,28 +193,14 @@ def _axes(queries: Tensor) -> int:
     return 1 if queries.ndim < 4 else 3
 
 
-def _check_rows(target_row: Tensor, k: int, rows: int | None) -> None:
-    if target_row.shape != (k,) or target_row.is_floating_point() or rows is None:
-        given = f"{list(target_row.shape)} {target_row.dtype}"
-        raise ValueError(f"expected target_row [{k}] of integers, and the number of rows, got {given} and {rows}")
+def _schedule(layers: Layers, queries: Tensor) -> Schedule:
+    return schedule_of(layers, tuple(queries.shape[-_axes(queries) :]))
 
 
-def _first_of_each(target_row: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """``[rows]``: the first model that names each row (0 where none does), and whether one does. Waits for no device."""
-    models = torch.arange(len(target_row), device=target_row.device)
-    first = models.new_full((rows,), len(target_row)).scatter_reduce_(0, target_row.long(), models, "amin")
-    named = first < len(target_row)
-    return torch.where(named, first, 0), named
-
-
-def _plan(layers: Layers, queries: Tensor) -> Schedule:
-    return schedule(layers, tuple(queries.shape[-_axes(queries) :]))
-
-
-def _mode(asked: str | None, plan: Schedule, n: int, precision: str, gradient: bool, memory: int) -> str:
+def _mode(asked: str | None, schedule: Schedule, n: int, precision: str, gradient: bool, memory: int) -> str:
     if asked not in (None, "layers", "network"):
         raise ValueError(f"unknown mode {asked!r}; known: 'layers', 'network', None")
-    return asked or choose_mode(plan, n, precision, gradient, memory)[0]
+    return asked or choose_mode(schedule, n, precision, gradient, memory)[0]
 
 
 def forward(
@@ -225,47 +210,37 @@ def forward(
     precision: str = "tf32",
     *,
     index: Tensor | None = None,
-    target_row: Tensor | None = None,
-    rows: int | None = None,
     memory: int | None = None,
     mode: str | None = None,
 ) -> Tensor:
     """Outputs ``[k, n, K]`` fp32, without autograd. ``memory`` bounds the bytes of activations in flight.
 
-    With ``target_row`` ``[k]``, outputs are ``[rows, n, K]``: row target_row[j] holds those of the first model j that names it, and
-    no other model is run (permuted views of one model share a row); a row that nobody names is NaN. Trusted, like ``index``.
+    ``index`` ``[k, n]`` picks rows of a query pool and is trusted: checking it would wait for the device.
     ``mode``: ``layers``, ``network`` (raises Unplannable where it cannot), or None for ``choose_mode``.
     """
-    if target_row is not None:
-        _check_rows(target_row, weights.shape[0], rows)
-        first, named = _first_of_each(target_row, rows or 0)
-        queries = queries[first] if index is None and queries.ndim == _axes(queries) + 2 else queries
-        index = None if index is None else index[first]
-        outputs = forward(weights.detach()[first], queries, layers, precision, index=index, memory=memory, mode=mode)
-        return outputs.masked_fill_(~named[:, None, None], float("nan"))
-    plan, k = _plan(layers, queries), weights.shape[0]
+    schedule, k = _schedule(layers, queries), weights.shape[0]
     memory = memory or MEMORY
     with torch.no_grad(), _device(weights):
-        source = _Queries(queries, index, plan, k, precision)
+        source = _Queries(queries, index, schedule, k, precision)
         n = source.n
-        _check(weights, plan, n, precision)
-        outputs = torch.empty(k, n, plan.classes, device=weights.device)
+        _check(weights, schedule, n, precision)
+        outputs = torch.empty(k, n, schedule.classes, device=weights.device)
         if k == 0:
             return outputs
-        if _mode(mode, plan, n, precision, False, memory) == "network":
-            network_forward(weights, queries, source.index, outputs, plan, precision, source.rank, memory, shared=source.shared)
+        if _mode(mode, schedule, n, precision, False, memory) == "network":
+            network_forward(weights, queries, source.index, outputs, schedule, precision, source.rank, memory, shared=source.shared)
             return outputs
-        chunk = models_per_chunk(plan, k, n, precision, False, memory)
-        held = _Activations(plan, chunk, n, precision, False, weights.device)
+        chunk = models_per_chunk(schedule, k, n, precision, False, memory)
+        held = _Activations(schedule, chunk, n, precision, False, weights.device)
         for start in range(0, k, chunk):
             part = weights[start : start + chunk]
             held.outputs[-1] = outputs[start:]
             images, own = source.of(start)
             _forward(
-                plan,
+                schedule,
                 held,
                 part,
-                pack(part, plan, precision),
+                pack(part, schedule, precision),
                 images,
                 own,
                 part.shape[0],
@@ -287,40 +262,33 @@ def loss_and_gradient(
     precision: str = "tf32",
     *,
     index: Tensor | None = None,
-    target_row: Tensor | None = None,
     memory: int | None = None,
     mode: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Per-model losses ``[k]`` and gradients ``[k, P]`` with respect to each model's own weights, both fp32.
 
-    ``index`` ``[k, n]`` picks rows of a query pool and is trusted: checking it would wait for the device.
-
-    ``targets`` ``[k, n, K]``, or integer labels ``[k, n]`` for cross_entropy; with ``target_row`` ``[k]`` (trusted too) model j's are
-    row target_row[j] of ``[rows, n, K]``. Criteria: see ``criteria.criterion_values``; ``gradient`` takes dL/d outputs for targets
-    and gives zeros for losses. ``memory`` and ``mode``: see :func:`forward`.
+    ``targets`` ``[k, n, K]``, or integer labels ``[k, n]`` for cross_entropy. Criteria: see ``criteria.criterion_values``; ``gradient``
+    takes dL/d outputs for targets and gives zeros for losses. ``index``, ``memory`` and ``mode``: see :func:`forward`.
     """
-    plan, k = _plan(layers, queries), weights.shape[0]
+    schedule, k = _schedule(layers, queries), weights.shape[0]
     memory = memory or MEMORY
     with torch.no_grad(), _device(weights):
-        source = _Queries(queries, index, plan, k, precision)
+        source = _Queries(queries, index, schedule, k, precision)
         n, device = source.n, weights.device
-        _check(weights, plan, n, precision)
-        if target_row is not None:
-            _check_rows(target_row, k, targets.shape[0])
-        held_rows = k if target_row is None else targets.shape[0]
+        _check(weights, schedule, n, precision)
         if not targets.is_floating_point():
-            if criterion != "cross_entropy" or targets.shape != (held_rows, n):
-                raise ValueError(f"labels are [{held_rows}, {n}] and for cross_entropy, got {list(targets.shape)}, {criterion}")
+            if criterion != "cross_entropy" or targets.shape != (k, n):
+                raise ValueError(f"labels are [{k}, {n}] and for cross_entropy, got {list(targets.shape)}, {criterion}")
             criterion = "labels"
-        elif targets.shape != (held_rows, n, plan.classes):
-            raise ValueError(f"expected targets {[held_rows, n, plan.classes]}, got {list(targets.shape)}")
-        if criterion not in ("mse", "softmax_mse", "cross_entropy", "distillation", "labels", "gradient"):
+        elif targets.shape != (k, n, schedule.classes):
+            raise ValueError(f"expected targets {[k, n, schedule.classes]}, got {list(targets.shape)}")
+        if criterion not in (*CRITERIA, "labels", "gradient"):
             raise ValueError(f"unknown criterion {criterion!r}")
         losses = torch.empty(k, device=device)
-        gradient = torch.empty(k, plan.parameters, device=device)
+        gradient = torch.empty(k, schedule.parameters, device=device)
         if k == 0:
             return losses, gradient
-        if _mode(mode, plan, n, precision, True, memory) == "network":
+        if _mode(mode, schedule, n, precision, True, memory) == "network":
             network_loss(
                 weights,
                 queries,
@@ -328,7 +296,7 @@ def loss_and_gradient(
                 targets,
                 losses,
                 gradient,
-                plan,
+                schedule,
                 n,
                 criterion,
                 temperature,
@@ -336,26 +304,23 @@ def loss_and_gradient(
                 source.rank,
                 memory,
                 shared=source.shared,
-                target_row=None if target_row is None else target_row.contiguous(),
             )
             return losses, gradient
-        if target_row is not None:
-            targets = targets.index_select(0, target_row)
-        chunk = models_per_chunk(plan, k, n, precision, True, memory)
-        held = _Activations(plan, chunk, n, precision, True, device)
-        tables = fold_tables(plan, n, device)
+        chunk = models_per_chunk(schedule, k, n, precision, True, memory)
+        held = _Activations(schedule, chunk, n, precision, True, device)
+        tables = fold_tables(schedule, n, device)
         partials = torch.empty(chunk, tables.row, device=device)
         gain = torch.empty(chunk, device=device)
-        scale = gradient_scale(criterion, n, plan.classes, temperature)
-        fused = fits(plan, n)
-        stages = len(plan.stages) - 2 * fused
+        scale = gradient_scale(criterion, n, schedule.classes, temperature)
+        fused = fits(schedule, n)
+        stages = len(schedule.stages) - 2 * fused
         for start in range(0, k, chunk):
             rows = weights[start : start + chunk]
             count = rows.shape[0]
-            packed = pack(rows, plan, precision)
+            packed = pack(rows, schedule, precision)
             images, own = source.of(start)
             _forward(
-                plan,
+                schedule,
                 held,
                 rows,
                 packed,
@@ -381,8 +346,8 @@ def loss_and_gradient(
                     tables.bases,
                     count,
                     n,
-                    plan,
-                    launch_configuration("forward", plan.stages[-2], precision, device),
+                    schedule,
+                    launch_configuration("forward", schedule.stages[-2], precision, device),
                     criterion,
                     temperature,
                 )
@@ -396,13 +361,13 @@ def loss_and_gradient(
                     held.gradient,
                     count,
                     n,
-                    plan.stages[-1],
+                    schedule.stages[-1],
                     criterion,
                     temperature,
                     precision,
                 )
             _backward(
-                plan,
+                schedule,
                 held,
                 packed,
                 images,
@@ -416,7 +381,7 @@ def loss_and_gradient(
                 g=held.outputs[-3] if fused else held.gradient,
                 stages=stages,
             )
-            fold(partials[:count], gain, gradient[start:], plan, tables, scale)
+            fold(partials[:count], gain, gradient[start:], schedule, tables, scale)
         return losses, gradient
 
 
@@ -433,105 +398,36 @@ def warmup(
 ) -> None:
     """Compile the kernels and build the tables that calls with n shared queries use, for any k: after it, a call makes no
     copy from the host and compiles nothing, so a CUDA graph can capture it."""
-    plan = schedule(layers, input_shape)
-    weights = torch.zeros(1, plan.parameters, device=device)
+    schedule = schedule_of(layers, input_shape)
+    weights = torch.zeros(1, schedule.parameters, device=device)
     queries = torch.zeros(n, *input_shape, device=device)
     kinds = {"labels": (torch.long, (1, n))}
-    kind, shape = kinds.get(criterion, (torch.float32, (1, n, plan.classes)))
+    kind, shape = kinds.get(criterion, (torch.float32, (1, n, schedule.classes)))
     targets = torch.zeros(shape, dtype=kind, device=device)
     criterion = "cross_entropy" if criterion == "labels" else criterion
     loss_and_gradient(weights, queries, targets, layers, criterion, 2.0, precision, memory=memory, mode=mode)
     forward(weights, queries, layers, precision, memory=memory, mode=mode)
 
 
-@lru_cache(maxsize=256)
-def layers_key(layers: Layers) -> str:
-    """A layer list as the string that the operators take."""
-    return json.dumps([layer_to_dict(layer) for layer in layers])
-
-
-@lru_cache(maxsize=256)
-def _layers(key: str) -> Layers:
-    return tuple(layer_from_dict(record) for record in json.loads(key))
-
-
-@torch.library.custom_op("wslfast::population_forward", mutates_args=())
-def population_forward(weights: Tensor, queries: Tensor, index: Tensor | None, layers: str, precision: str, memory: int) -> Tensor:
-    """:func:`forward` as an operator; ``memory`` 0 for the default."""
-    return forward(weights, queries, _layers(layers), precision, index=index, memory=memory or None)
-
-
-@torch.library.custom_op("wslfast::population_loss", mutates_args=())
-def population_loss(
-    weights: Tensor,
-    queries: Tensor,
-    index: Tensor | None,
-    targets: Tensor,
-    layers: str,
-    criterion: str,
-    temperature: float,
-    precision: str,
-    memory: int,
-) -> tuple[Tensor, Tensor]:
-    """:func:`loss_and_gradient` as an operator; ``memory`` 0 for the default."""
-    return loss_and_gradient(
-        weights, queries, targets, _layers(layers), criterion, temperature, precision, index=index, memory=memory or None
-    )
-
-
-@population_forward.register_fake
-def _(weights: Tensor, queries: Tensor, index: Tensor | None, layers: str, precision: str, memory: int) -> Tensor:
-    # sizes may be symbols here: no plan, whose last stage is the last linear layer
-    classes = next(layer.out_features for layer in reversed(_layers(layers)) if isinstance(layer, Linear))
-    own = queries.ndim == _axes(queries) + 2
-    n = index.shape[1] if index is not None else queries.shape[int(own)]
-    return weights.new_empty(weights.shape[0], n, classes, dtype=torch.float32)
-
-
-@population_loss.register_fake
-def _(
-    weights: Tensor,
-    queries: Tensor,
-    index: Tensor | None,
-    targets: Tensor,
-    layers: str,
-    criterion: str,
-    temperature: float,
-    precision: str,
-    memory: int,
-) -> tuple[Tensor, Tensor]:
-    return (
-        weights.new_empty(weights.shape[0], dtype=torch.float32),
-        weights.new_empty(weights.shape, dtype=torch.float32),
-    )
-
-
-def _keep_forward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    weights, queries, index, *ctx.options = inputs
+def differentiable_forward(
+    weights: Tensor, queries: Tensor, layers: Layers, precision: str = "tf32", *, memory: int | None = None
+) -> Tensor:
+    """:func:`forward` with a graph to the weights. Raises ValueError where queries require a gradient, which the kernels do not give."""
     if queries.requires_grad:
         raise ValueError("the kernels give no gradient for queries; use the torch engine")
-    ctx.save_for_backward(weights, queries, index)
+    return _Forward.apply(weights, queries, layers, precision, memory)
 
 
-def _differentiate_forward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    weights, queries, index = ctx.saved_tensors
-    layers, precision, memory = ctx.options
-    _, gradient = population_loss(weights, queries, index, grad.float(), layers, "gradient", 1.0, precision, memory)
-    return once(gradient.to(weights.dtype)), None, None, None, None, None
+class _Forward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, queries: Tensor, layers: Layers, precision: str, memory: int | None) -> Tensor:
+        ctx.save_for_backward(weights, queries)
+        ctx.options = layers, precision, memory
+        return forward(weights, queries, layers, precision, memory=memory)
 
-
-def _keep_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.kind = inputs[0].dtype
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1])
-
-
-def _differentiate_loss(ctx: Any, grad_losses: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    (gradient,) = ctx.saved_tensors
-    found = None if grad_losses is None else once((gradient * grad_losses.unsqueeze(1)).to(ctx.kind))
-    return found, *(None,) * 8
-
-
-population_forward.register_autograd(_differentiate_forward, setup_context=_keep_forward)
-population_loss.register_autograd(_differentiate_loss, setup_context=_keep_loss)
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weights, queries = ctx.saved_tensors
+        layers, precision, memory = ctx.options
+        _, gradient = loss_and_gradient(weights.detach(), queries, grad.detach().float(), layers, "gradient", 1.0, precision, memory=memory)
+        return once(gradient.to(weights.dtype)), None, None, None, None

@@ -15,8 +15,8 @@ walking over units of work, so that the scratch does not grow with k.
 
               then sums -> parts [unit, P], one number a parameter; ``reduce`` adds a model's parts in order
 
-Every block has its own gain (see tail.py), a power of two that is taken out again when its weight gradients are added to the
-sums: scaling changes no digit. Parts depend on n and the plan, never on k or on the number of programs, so a model's bits depend
+Every block has its own gain (see criterion.py), a power of two that is taken out again when its weight gradients are added to the
+sums: scaling changes no digit. Parts depend on n and the schedule, never on k or on the number of programs, so a model's bits depend
 on nobody else. Barriers stand wherever one thread reads what another wrote; loops that contain them have ``num_stages=1``.
 """
 # mypy: allow-untyped-defs
@@ -29,8 +29,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .convolution import dw_rows, dx_rows, forward_rows
-from .criterion import criterion_terms, gain_for, gradient_scale, loss_scale, read_targets, store_gradient
-from .network_plan import Network, model_bytes, network, split
+from .criterion import criterion_terms, gain_for, gradient_scale, loss_scale, read_targets, store_gradient, target_strides
+from .network_layout import Network, model_bytes, network, split
 from .packing import gathered, pack, prepare, stack_pool, storage
 from .schedule import launch_options
 from .stages import Schedule, blocks
@@ -228,7 +228,6 @@ def network_loss_kernel(
     w,
     bias,
     targets,
-    target_row,
     places,
     steps,
     counts,
@@ -253,10 +252,8 @@ def network_loss_kernel(
     CRITERION: tl.constexpr,
     SHARED: tl.constexpr,
     INDEXED: tl.constexpr,
-    ROUTED: tl.constexpr,
 ):
-    """Unit (model, part of its queries): its gradient [P] and the sum of its loss' terms. Targets of model j are row j, or row
-    target_row[j]."""
+    """Unit (model, part of its queries): its gradient [P] and the sum of its loss' terms."""
     QB: tl.constexpr = net.QB
     SCRATCH: tl.constexpr = net.SCRATCH
     CODES: tl.constexpr = net.CODES
@@ -279,9 +276,6 @@ def network_loss_kernel(
         j = unit // parts
         first = unit % parts * queries_per_part
         wj = w + j * w_stride
-        row = j
-        if ROUTED:
-            row = wide(tl.load(target_row + j))
         loss = tl.zeros([QB], tl.float32)
         for t in tl.range(0, tl.minimum(queries_per_part, n - first).to(tl.int32), QB, num_stages=1):
             q0 = first + t
@@ -289,8 +283,8 @@ def network_loss_kernel(
             images = x + (q0 if SHARED else j * n + q0) * (0 if INDEXED else INPUTS)
             own = index + (j * n + q0)
             _forward(images, own, wj, bias + j * bias_stride, bias_step, outs, codes, scratch, count, net, INDEXED, True)
-            found, factor = _criterion(outs, targets + row * k_stride, scratch, q0, count, q_stride, c_stride, temperature, net, CRITERION)
-            loss += found
+            more, factor = _criterion(outs, targets + j * k_stride, scratch, q0, count, q_stride, c_stride, temperature, net, CRITERION)
+            loss += more
             for up in tl.static_range(DEPTH - 1):
                 g = _between(scratch, scratch + GRADIENT, net, DEPTH - up, DEPTH)
                 below = _between(scratch, scratch, net, DEPTH - 1 - up, 0)
@@ -299,8 +293,8 @@ def network_loss_kernel(
             _backward_stage(images, own, g, wj, codes, scratch, sums, factor, t > 0, count, net, 0, INDEXED)
         for p0 in tl.range(0, PARAMETERS, B, num_stages=1):
             p = p0 + tl.arange(0, B)
-            found = gathered(sums, places, steps, counts, p, p < PARAMETERS, 1, PLACES)
-            tl.store(partials + unit * PARAMETERS + p, found, mask=p < PARAMETERS)
+            whole = gathered(sums, places, steps, counts, p, p < PARAMETERS, 1, PLACES)
+            tl.store(partials + unit * PARAMETERS + p, whole, mask=p < PARAMETERS)
         tl.store(terms + unit, tl.sum(loss, axis=0))
 
 
@@ -322,11 +316,11 @@ def reduce_kernel(partials, terms, gradient, losses, programs, parts, parameters
         tl.store(losses + j, total * loss_scale)
 
 
-def specialised(plan: Schedule, precision: str, gradient: bool, device: torch.device, block: int | None = None) -> Network:
+def specialised(schedule: Schedule, precision: str, gradient: bool, device: torch.device, block: int | None = None) -> Network:
     """``network`` for a device; in the interpreter with a precision that it gets right. Raises Unplannable."""
     hopper = device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
     emulated = "bf16_emulated" if precision == "bf16" and triton.knobs.runtime.interpret else None
-    return network(plan, precision, gradient, hopper, block, emulated)
+    return network(schedule, precision, gradient, hopper, block, emulated)
 
 
 def resident(device: torch.device) -> int:
@@ -337,12 +331,12 @@ def resident(device: torch.device) -> int:
 class _Launch:
     """What both directions share: the grid, the scratch, and chunks of models that keep a call below ``memory`` bytes."""
 
-    def __init__(self, weights: Tensor, net: Network, units: int, plan: Schedule, n: int, precision: str, memory: int) -> None:
-        self.net, self.plan, self.n, self.precision, self.device = net, plan, n, precision, weights.device
+    def __init__(self, weights: Tensor, net: Network, units: int, schedule: Schedule, n: int, precision: str, memory: int) -> None:
+        self.net, self.schedule, self.n, self.precision, self.device = net, schedule, n, precision, weights.device
         gradient = net.SUMS > 0
         self.programs = max(1, min(len(weights) * units, resident(self.device)))
         room = memory - self.programs * net.program_bytes(precision)
-        self.chunk = max(1, min(len(weights), room // model_bytes(plan, n, precision, gradient)))
+        self.chunk = max(1, min(len(weights), room // model_bytes(schedule, n, precision, gradient)))
         self.scratch = self.empty(net.SCRATCH, storage(precision))
 
     def empty(self, size: int, kind: torch.dtype) -> Tensor:
@@ -358,11 +352,11 @@ class _Launch:
         for start in range(0, len(weights), self.chunk):
             rows = weights[start : start + self.chunk]
             if images is None and index is None:
-                packed, images = prepare(rows, queries, self.plan, rank, self.precision)
+                packed, images = prepare(rows, queries, self.schedule, rank, self.precision)
             else:
-                packed = pack(rows, self.plan, self.precision)
+                packed = pack(rows, self.schedule, self.precision)
             if images is None:  # a pool that many calls index
-                images = stack_pool(queries, self.plan, rank, self.precision)
+                images = stack_pool(queries, self.schedule, rank, self.precision)
             own = images if shared or index is not None else images[start * self.n :]
             yield start, rows, packed, own, images if index is None else index[start:]
 
@@ -372,7 +366,7 @@ def network_forward(
     queries: Tensor,
     index: Tensor | None,
     outputs: Tensor,
-    plan: Schedule,
+    schedule: Schedule,
     precision: str,
     rank: int,
     memory: int,
@@ -382,9 +376,9 @@ def network_forward(
 ) -> None:
     """Fill ``outputs`` ``[k, n, K]``: two launches a chunk. Raises Unplannable if the network does not fit one program."""
     n = outputs.shape[1]
-    net = specialised(plan, precision, False, weights.device, block)
+    net = specialised(schedule, precision, False, weights.device, block)
     walks = blocks(n, net.QB)
-    launch = _Launch(weights, net, walks, plan, n, precision, memory)
+    launch = _Launch(weights, net, walks, schedule, n, precision, memory)
     for start, rows, packed, images, own in launch.chunks(weights, queries, index, rank, shared):
         units = len(rows) * walks
         network_forward_kernel[(min(units, launch.programs),)](
@@ -414,7 +408,7 @@ def network_loss(
     targets: Tensor,
     losses: Tensor,
     gradient: Tensor,
-    plan: Schedule,
+    schedule: Schedule,
     n: int,
     criterion: str,
     temperature: float,
@@ -423,22 +417,19 @@ def network_loss(
     memory: int,
     *,
     shared: bool,
-    target_row: Tensor | None = None,
     block: int | None = None,
 ) -> None:
-    """Fill ``losses`` ``[k]`` and ``gradient`` ``[k, P]``: three launches a chunk. Model j's targets are row j of ``targets``
-    ``[k, n, K]`` (``[k, n]`` integers for ``labels``) of any strides, or row target_row[j]. Raises Unplannable if the network
-    does not fit one program."""
-    net = specialised(plan, precision, True, weights.device, block)
+    """Fill ``losses`` ``[k]`` and ``gradient`` ``[k, P]``: three launches a chunk. ``targets`` are ``[k, n, K]`` (``[k, n]``
+    integers for ``labels``) of any strides. Raises Unplannable if the network does not fit one program."""
+    net = specialised(schedule, precision, True, weights.device, block)
     parts, each = split(n, net.QB)
-    launch = _Launch(weights, net, parts, plan, n, precision, memory)
+    launch = _Launch(weights, net, parts, schedule, n, precision, memory)
     codes, outs, sums = launch.empty(net.CODES, torch.int8), launch.empty(net.OUTS, torch.float32), launch.empty(net.SUMS, torch.float32)
-    partials = torch.empty(launch.chunk * parts, plan.parameters, device=weights.device)
+    partials = torch.empty(launch.chunk * parts, schedule.parameters, device=weights.device)
     terms = torch.empty(launch.chunk * parts, device=weights.device)
-    tables = whole_tables(plan, weights.device)
-    strides = targets.stride() if targets.ndim == 3 else (*targets.stride(), 0)
-    scales = gradient_scale(criterion, n, plan.classes, temperature), loss_scale(criterion, n, plan.classes, temperature)
-    programs = blocks(plan.parameters, 256)
+    tables = whole_tables(schedule, weights.device)
+    scales = gradient_scale(criterion, n, schedule.classes, temperature), loss_scale(criterion, n, schedule.classes, temperature)
+    programs = blocks(schedule.parameters, 256)
     for start, rows, packed, images, own in launch.chunks(weights, queries, index, rank, shared):
         count = len(rows)
         network_loss_kernel[(min(count * parts, launch.programs),)](
@@ -446,8 +437,7 @@ def network_loss(
             own,
             packed,
             rows,
-            targets[start:] if target_row is None else targets,
-            packed if target_row is None else target_row[start:],
+            targets[start:],
             tables.places,
             tables.steps,
             tables.counts,
@@ -464,15 +454,14 @@ def network_loss(
             packed.stride(0),
             rows.stride(0),
             rows.stride(1),
-            *strides,
+            *target_strides(targets),
             temperature,
             net=net,
             CRITERION=criterion,
             SHARED=shared,
             INDEXED=index is not None,
-            ROUTED=target_row is not None,
             **launch_options(),
         )
         reduce_kernel[(count * programs,)](
-            partials, terms, gradient[start:], losses[start:], programs, parts, plan.parameters, *scales, B=256, **launch_options()
+            partials, terms, gradient[start:], losses[start:], programs, parts, schedule.parameters, *scales, B=256, **launch_options()
         )

@@ -162,45 +162,45 @@ def fold_kernel(
     tl.store(out + j * parameters + p, acc * (scale / tl.load(gain + j)), mask=mask)
 
 
-def _packing(weights: Tensor, plan: Schedule, precision: str) -> tuple[Tensor, int, tuple[Tensor, ...], tuple[int, ...]]:
+def _packing(weights: Tensor, schedule: Schedule, precision: str) -> tuple[Tensor, int, tuple[Tensor, ...], tuple[int, ...]]:
     """(packed weights to fill, programs, the kernel's tensors, its sizes)."""
     k = weights.shape[0]
-    out = torch.empty(k, plan.packed, dtype=storage(precision), device=weights.device)
-    programs = blocks(plan.packed, 1024)
-    table = pack_table(plan, weights.device)
-    return out, k * programs, (weights, table, out), (programs, plan.packed, weights.stride(0), weights.stride(1))
+    out = torch.empty(k, schedule.packed, dtype=storage(precision), device=weights.device)
+    programs = blocks(schedule.packed, 1024)
+    table = pack_table(schedule, weights.device)
+    return out, k * programs, (weights, table, out), (programs, schedule.packed, weights.stride(0), weights.stride(1))
 
 
-def _stacking(queries: Tensor, plan: Schedule, rank: int, precision: str) -> tuple[Tensor, tuple[Any, ...], dict[str, int]]:
+def _stacking(queries: Tensor, schedule: Schedule, rank: int, precision: str) -> tuple[Tensor, tuple[Any, ...], dict[str, int]]:
     """(images to fill, the kernel's arguments, its constants)."""
-    stage = plan.stages[0]
+    stage = schedule.stages[0]
     queries = queries.reshape(-1, *queries.shape[queries.ndim - rank :])
-    if plan.flat_input:
+    if schedule.flat_input:
         queries = queries.flatten(1)
     out = torch.empty(queries.shape[0], stage.INPUTS, dtype=storage(precision), device=queries.device)
-    strides = (*queries.stride(), 0, 0) if plan.flat_input else queries.stride()
+    strides = (*queries.stride(), 0, 0) if schedule.flat_input else queries.stride()
     return out, (queries, out, out.numel(), queries.shape[1], *strides), {"H": stage.H, "W": stage.W, "C": stage.C}
 
 
-def pack(weights: Tensor, plan: Schedule, precision: str) -> Tensor:
+def pack(weights: Tensor, schedule: Schedule, precision: str) -> Tensor:
     """``[k, P]`` weights of any strides -> ``[k, packed]`` operands."""
-    out, programs, tensors, sizes = _packing(weights, plan, precision)
+    out, programs, tensors, sizes = _packing(weights, schedule, precision)
     pack_kernel[(programs,)](*tensors, *sizes, B=1024, PREC=precision, **launch_options())
     return out
 
 
-def stack(queries: Tensor, plan: Schedule, rank: int, precision: str) -> Tensor:
+def stack(queries: Tensor, schedule: Schedule, rank: int, precision: str) -> Tensor:
     """Queries ``[..., C, H, W]`` (``rank`` 3) or ``[..., features]`` (1) -> ``[rows, H * W * C]`` as the first stage reads
     them. A network that begins with a linear layer reads an image as a vector in C-order."""
-    out, arguments, shape = _stacking(queries, plan, rank, precision)
+    out, arguments, shape = _stacking(queries, schedule, rank, precision)
     stack_kernel[(blocks(out.numel(), 1024),)](*arguments, **shape, B=1024, PREC=precision, **launch_options())
     return out
 
 
-def prepare(weights: Tensor, queries: Tensor, plan: Schedule, rank: int, precision: str) -> tuple[Tensor, Tensor]:
+def prepare(weights: Tensor, queries: Tensor, schedule: Schedule, rank: int, precision: str) -> tuple[Tensor, Tensor]:
     """``pack`` and ``stack`` in one launch."""
-    packed, first, tensors, sizes = _packing(weights, plan, precision)
-    images, arguments, shape = _stacking(queries, plan, rank, precision)
+    packed, first, tensors, sizes = _packing(weights, schedule, precision)
+    images, arguments, shape = _stacking(queries, schedule, rank, precision)
     prepare_kernel[(first + blocks(images.numel(), 1024),)](
         *tensors, first, *sizes, *arguments, **shape, B=1024, PREC=precision, **launch_options()
     )
@@ -210,27 +210,27 @@ def prepare(weights: Tensor, queries: Tensor, plan: Schedule, rank: int, precisi
 _pools: WeakIdKeyDictionary = WeakIdKeyDictionary()  # pool -> (what its stacked form depends on, that form)
 
 
-def stack_pool(pool: Tensor, plan: Schedule, rank: int, precision: str) -> Tensor:
+def stack_pool(pool: Tensor, schedule: Schedule, rank: int, precision: str) -> Tensor:
     """:func:`stack` of a pool that many calls index: stacked once and kept as long as the pool lives and nobody writes to it.
 
     Kept for one stream, the one that wrote it, and not while a CUDA graph is being captured, whose memory is the graph's own.
     """
     if pool.is_inference() or (pool.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return stack(pool, plan, rank, precision)
+        return stack(pool, schedule, rank, precision)
     stream = torch.cuda.current_stream(pool.device).cuda_stream if pool.is_cuda else 0
-    stage = plan.stages[0]
+    stage = schedule.stages[0]
     state = (pool._version, pool.data_ptr(), pool.shape, pool.stride(), stage.H, stage.W, stage.C, rank, precision, stream)
-    known, images = _pools.get(pool, (None, None))
-    if known != state or images is None:
-        images = stack(pool, plan, rank, precision)
+    stacked_as, images = _pools.get(pool, (None, None))
+    if stacked_as != state or images is None:
+        images = stack(pool, schedule, rank, precision)
         _pools[pool] = (state, images)
     return images
 
 
-def fold(partials: Tensor, gain: Tensor, out: Tensor, plan: Schedule, tables: FoldTables, scale: float) -> None:
+def fold(partials: Tensor, gain: Tensor, out: Tensor, schedule: Schedule, tables: FoldTables, scale: float) -> None:
     """``[k, row]`` partials -> ``out`` ``[k, P]``, contiguous."""
     k = partials.shape[0]
-    programs = blocks(plan.parameters, 256)
+    programs = blocks(schedule.parameters, 256)
     fold_kernel[(k * programs,)](
         partials,
         tables.places,
@@ -239,7 +239,7 @@ def fold(partials: Tensor, gain: Tensor, out: Tensor, plan: Schedule, tables: Fo
         gain,
         out,
         programs,
-        plan.parameters,
+        schedule.parameters,
         max(tables.splits),
         tables.row,
         scale,

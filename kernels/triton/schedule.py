@@ -1,4 +1,4 @@
-"""The planner: a layer list becomes stages, or a layer is refused by name.
+"""The schedule of a network: a layer list becomes stages, or a layer is refused by name.
 
 ``schedule(layers, input_shape)`` folds the layers into stages (stages.py), each one convolution or linear layer with the
 pooling and the activation behind it, decides how each is tiled and where its numbers lie. ``configuration`` gives a
@@ -16,7 +16,8 @@ from functools import lru_cache
 from ..layers import Activation, Conv2d, Dropout, Flatten, Layer, Layers, Linear, Pool2d, Slot, Unplannable, layer_slots, shapes
 from .stages import Placement, Schedule, Stage, blocks, power_of_two
 
-MONOTONE = ("identity", "relu", "leakyrelu", "tanh", "sigmoid", "elu", "celu")
+MONOTONE = ("identity", "relu", "leakyrelu", "tanh", "sigmoid", "elu", "celu")  # their slope can be read off their output
+ACTIVATIONS = (*MONOTONE, "silu", "gelu")  # those of activations.py
 PRECISIONS = ("fp16", "bf16", "tf32", "tf32x3", "ieee")
 MAX_CHANNELS, MAX_FEATURES, MAX_KERNEL = 64, 16384, 7
 GRADIENT_ACCUMULATORS = 96 * 128  # fp32 numbers a dW program holds: 96 registers in each of 128 threads
@@ -55,7 +56,7 @@ def _check_conv(layer: Conv2d) -> None:
 
 
 def _collect(layers: Layers, input_shape: tuple[int, ...]) -> list[_Block]:
-    found: list[_Block] = []
+    collected: list[_Block] = []
     flattened: tuple[int, ...] | None = None if len(input_shape) == 3 else (input_shape[0], 1, 1)
     where = shapes(layers, input_shape)
     for layer, slots, shape in zip(layers, layer_slots(layers), where[:-1], strict=True):
@@ -68,7 +69,7 @@ def _collect(layers: Layers, input_shape: tuple[int, ...]) -> list[_Block]:
         if isinstance(layer, Conv2d):
             _check_conv(layer)
             assert slots.weight is not None
-            found.append(_Block(layer, (slots.weight, slots.bias), (0, 0, 0), (shape[0], shape[1], shape[2])))
+            collected.append(_Block(layer, (slots.weight, slots.bias), (0, 0, 0), (shape[0], shape[1], shape[2])))
             continue
         if isinstance(layer, Linear):
             if layer.in_features > MAX_FEATURES or layer.out_features > MAX_FEATURES:
@@ -76,17 +77,19 @@ def _collect(layers: Layers, input_shape: tuple[int, ...]) -> list[_Block]:
             c, h, w = flattened if flattened is not None else (layer.in_features, 1, 1)
             flattened = None
             assert slots.weight is not None
-            found.append(_Block(layer, (slots.weight, slots.bias), (c, h, w), (layer.in_features, 1, 1)))
+            collected.append(_Block(layer, (slots.weight, slots.bias), (c, h, w), (layer.in_features, 1, 1)))
             continue
-        if not found:
+        if not collected:
             raise _refuse(layer, "comes before the first convolution or linear layer")
-        last = found[-1]
+        last = collected[-1]
         if isinstance(layer, Activation):
             if last.activation is not None:
                 raise _refuse(layer, "a second activation behind one layer")
+            if layer.function not in ACTIVATIONS:
+                raise _refuse(layer, f"{layer.function!r}; the kernels know {', '.join(ACTIVATIONS)}")
             if layer.function in ("elu", "celu") and layer.parameter <= 0:
                 raise _refuse(layer, f"alpha {layer.parameter}; the kernels know alpha > 0")
-            found[-1] = replace(last, activation=layer, act_first=last.pool is None)
+            collected[-1] = replace(last, activation=layer, act_first=last.pool is None)
             continue
         if not isinstance(layer, Pool2d):
             raise _refuse(layer, "unknown to the kernels")
@@ -96,12 +99,12 @@ def _collect(layers: Layers, input_shape: tuple[int, ...]) -> list[_Block]:
             raise _refuse(layer, "a second pooling behind one layer")
         if layer.kernel_size != (2, 2) or layer.stride != (2, 2):
             raise _refuse(layer, f"window {layer.kernel_size} at stride {layer.stride}; the kernels know (2, 2)")
-        found[-1] = replace(last, pool=layer)
-    if not found:
+        collected[-1] = replace(last, pool=layer)
+    if not collected:
         raise Unplannable("no convolution and no linear layer: nothing to run")
-    if len(where[-1]) != 1 or isinstance(found[-1].layer, Conv2d):
-        raise _refuse(found[-1].layer, f"the network ends in a map {list(where[-1])}; the kernels need a linear layer last")
-    return found
+    if len(where[-1]) != 1 or isinstance(collected[-1].layer, Conv2d):
+        raise _refuse(collected[-1].layer, f"the network ends in a map {list(where[-1])}; the kernels need a linear layer last")
+    return collected
 
 
 def _runs(length: int, columns: int) -> tuple[int, int]:
@@ -148,17 +151,17 @@ def _extent(size: int, kernel: int, stride: int, padding: int, pool: int) -> int
     return ((size + 2 * padding - kernel) // stride + 1) // pool
 
 
-def _maps(found: list[_Block]) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+def _maps(collected: list[_Block]) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     """(input, output) map of every block, rows and columns that no later layer reads left out: a pooling drops what does not
     fill a window, and then nobody needs the rows below that only the dropped ones saw."""
-    out: list[tuple[tuple[int, int], tuple[int, int]]] = [((1, 1), (1, 1))] * len(found)
+    out: list[tuple[tuple[int, int], tuple[int, int]]] = [((1, 1), (1, 1))] * len(collected)
     read: tuple[int, int] | None = None  # what the block above reads of this one's outputs
-    for i in range(len(found) - 1, -1, -1):
-        layer, pool = found[i].layer, 1 if found[i].pool is None else 2
+    for i in range(len(collected) - 1, -1, -1):
+        layer, pool = collected[i].layer, 1 if collected[i].pool is None else 2
         if isinstance(layer, Linear):
             read = None
             continue
-        geometry = list(zip(found[i].rows[1:], layer.kernel_size, layer.stride, layer.padding, strict=True))
+        geometry = list(zip(collected[i].rows[1:], layer.kernel_size, layer.stride, layer.padding, strict=True))
         outputs = read or tuple(_extent(*axis, pool) for axis in geometry)
         inputs = tuple(
             min(size, ((count - 1) * pool + pool - 1) * stride + kernel - padding)
@@ -243,26 +246,26 @@ def _stage(block: _Block, maps: tuple[tuple[int, int], tuple[int, int]], stored:
 
 @lru_cache(maxsize=256)
 def schedule(layers: Layers, input_shape: tuple[int, ...]) -> Schedule:
-    """Plan a network for inputs of ``input_shape`` (no batch axis). Raises Unplannable naming a layer that does not fit."""
-    found = _collect(layers, tuple(input_shape))
-    maps = _maps(found)
+    """The stages of a network for inputs of ``input_shape`` (no batch axis). Raises Unplannable naming a layer that does not fit."""
+    collected = _collect(layers, tuple(input_shape))
+    maps = _maps(collected)
     stages: list[Stage] = []
     placements: list[Placement] = []
     offset = 0
-    for i, block in enumerate(found):
+    for i, block in enumerate(collected):
         linear = isinstance(block.layer, Linear)
         if i == 0:
             # Pixels are stored with channels padded to a power of two; a vector to a multiple of 16.
             stored = blocks(block.rows[0], 16) * 16 if linear else power_of_two(block.rows[0])
         else:
             stored = stages[-1].OUTPUTS if linear else stages[-1].N
-        stage = _stage(block, maps[i], stored, first=i == 0, last=i == len(found) - 1)
+        stage = _stage(block, maps[i], stored, first=i == 0, last=i == len(collected) - 1)
         stages.append(stage)
         forward, backward = offset, offset + blocks(stage.WSIZE, 16) * 16
         offset = backward + blocks(stage.XSIZE, 16) * 16
         placements.append(Placement(block.layer.name, *block.slots, forward, backward, block.features))
     parameters = sum(p.weight.size + (p.bias.size if p.bias else 0) for p in placements)
-    return Schedule(tuple(stages), tuple(placements), parameters, offset, stages[-1].NOUT, isinstance(found[0].layer, Linear))
+    return Schedule(tuple(stages), tuple(placements), parameters, offset, stages[-1].NOUT, isinstance(collected[0].layer, Linear))
 
 
 @dataclass(frozen=True)
@@ -334,8 +337,8 @@ def tuned(tuning: Tuning) -> Iterator[None]:
 
 def configuration(role: str, stage: Stage, precision: str, hopper: bool = True) -> Configuration:
     """Launch parameters of ``role`` (forward | dx | dw): a pure function, so that no first call tunes."""
-    found = _default(role, stage, precision, hopper)
-    return found if _tuning is None else _tuning.choose(role, stage, precision, found)
+    default = _default(role, stage, precision, hopper)
+    return default if _tuning is None else _tuning.choose(role, stage, precision, default)
 
 
 def splits(stage: Stage, n: int) -> int:

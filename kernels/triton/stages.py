@@ -223,7 +223,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class Schedule:
-    """A planned network: stages, placements, and the sizes of a row of weights and of packed weights."""
+    """A network as the kernels run it: stages, placements, and the sizes of a row of weights and of packed weights."""
 
     stages: tuple[Stage, ...]
     placements: tuple[Placement, ...]

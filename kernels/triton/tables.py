@@ -80,10 +80,10 @@ def backward_table(stage: Stage, placement: Placement) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def pack_table(plan: Schedule, device: torch.device) -> Tensor:
+def pack_table(schedule: Schedule, device: torch.device) -> Tensor:
     """``[packed]`` int32: the position in a row of weights behind every packed number, -1 for zero."""
-    table = torch.full((plan.packed,), -1)
-    for stage, place in zip(plan.stages, plan.placements, strict=True):
+    table = torch.full((schedule.packed,), -1)
+    for stage, place in zip(schedule.stages, schedule.placements, strict=True):
         table[place.forward : place.forward + stage.WSIZE] = forward_table(stage, place, stage.KD, stage.NCH)
         if not stage.INPUT:
             table[place.backward : place.backward + stage.XSIZE] = backward_table(stage, place)
@@ -97,16 +97,16 @@ class FoldTables:
     s < counts[p]), s outermost. ``bases`` are the stages' offsets in that row, ``row`` its length.
     """
 
-    def __init__(self, plan: Schedule, parts: tuple[int, ...], device: torch.device) -> None:
+    def __init__(self, schedule: Schedule, parts: tuple[int, ...], device: torch.device) -> None:
         self.bases: list[int] = []
         self.splits = parts
-        places = torch.full((plan.parameters, most_places(plan)), -1)
-        steps, counts = torch.zeros(plan.parameters, dtype=torch.long), torch.zeros(plan.parameters, dtype=torch.long)
+        places = torch.full((schedule.parameters, most_places(schedule)), -1)
+        steps, counts = torch.zeros(schedule.parameters, dtype=torch.long), torch.zeros(schedule.parameters, dtype=torch.long)
         base = 0
-        for stage, place, count in zip(plan.stages, plan.placements, parts, strict=True):
+        for stage, place, count in zip(schedule.stages, schedule.placements, parts, strict=True):
             self.bases.append(base)
             table = _gradient_table(stage, place)
-            at, width = _invert(table, plan.parameters)
+            at, width = _invert(table, schedule.parameters)
             places[:, :width] = torch.where(at >= 0, base + at, places[:, :width])
             for slot in (place.weight, place.bias):
                 if slot is not None:
@@ -146,24 +146,24 @@ def _invert(table: Tensor, parameters: int) -> tuple[Tensor, int]:
 
 
 @lru_cache(maxsize=64)
-def most_places(plan: Schedule) -> int:
+def most_places(schedule: Schedule) -> int:
     """Copies of one weight that packing makes at most."""
-    return max(stage.P**2 for stage in plan.stages)
+    return max(stage.P**2 for stage in schedule.stages)
 
 
-def fold_tables(plan: Schedule, n: int, device: torch.device) -> FoldTables:
+def fold_tables(schedule: Schedule, n: int, device: torch.device) -> FoldTables:
     """Cached :class:`FoldTables` of the layer-by-layer path, for n queries."""
-    return _fold_tables(plan, tuple(splits(stage, n) for stage in plan.stages), device)
+    return _fold_tables(schedule, tuple(splits(stage, n) for stage in schedule.stages), device)
 
 
-def whole_tables(plan: Schedule, device: torch.device) -> FoldTables:
+def whole_tables(schedule: Schedule, device: torch.device) -> FoldTables:
     """Cached :class:`FoldTables` of one sum a stage, as a program of the whole-network path keeps it."""
-    return _fold_tables(plan, (1,) * len(plan.stages), device)
+    return _fold_tables(schedule, (1,) * len(schedule.stages), device)
 
 
 @lru_cache(maxsize=64)
-def _fold_tables(plan: Schedule, parts: tuple[int, ...], device: torch.device) -> FoldTables:
-    return FoldTables(plan, parts, device)
+def _fold_tables(schedule: Schedule, parts: tuple[int, ...], device: torch.device) -> FoldTables:
+    return FoldTables(schedule, parts, device)
 
 
 def round_tf32(x: Tensor) -> Tensor:
@@ -182,19 +182,19 @@ def round_operand(x: Tensor, precision: str) -> Tensor:
     return x.to(torch.bfloat16) if precision == "bf16" else x
 
 
-def pack(weights: Tensor, plan: Schedule, precision: str) -> Tensor:
+def pack(weights: Tensor, schedule: Schedule, precision: str) -> Tensor:
     """``[k, P]`` weights -> ``[k, packed]`` operands."""
-    table = pack_table(plan, weights.device).long()
+    table = pack_table(schedule, weights.device).long()
     return round_operand(torch.where(table >= 0, weights.float()[:, table.clamp(min=0)], 0.0), precision)
 
 
-def fold(partials: Tensor, plan: Schedule, n: int) -> Tensor:
+def fold(partials: Tensor, schedule: Schedule, n: int) -> Tensor:
     """``[k, row]`` partial gradients -> ``[k, P]``: the transpose of packing, and the sum over splits."""
-    tables = fold_tables(plan, n, partials.device)
-    out = partials.new_zeros(partials.shape[0], plan.parameters)
+    tables = fold_tables(schedule, n, partials.device)
+    out = partials.new_zeros(partials.shape[0], schedule.parameters)
     for s in range(max(tables.splits)):
         for d in range(tables.places.shape[1]):
             at = (tables.places[:, d] + s * tables.steps).long()
-            there = (tables.places[:, d] >= 0) & (s < tables.counts)
-            out += torch.where(there, partials[:, at.clamp(0, tables.row - 1)], 0.0)
+            used = (tables.places[:, d] >= 0) & (s < tables.counts)
+            out += torch.where(used, partials[:, at.clamp(0, tables.row - 1)], 0.0)
     return out

@@ -23,16 +23,16 @@ def scarce(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, type[Exception]], 
 
     def limit(most: int, error: type[Exception]) -> list[int]:
         tried: list[int] = []
-        for path in (paths.Loop, paths.Stacked):
-            real = path._run
+        for path, name in ((paths.Loop, "_run"), (paths.Stacked, "_piece")):
+            real = getattr(path, name)
 
-            def run(self: Any, weights: Tensor, queries: Tensor, real: Any = real) -> Tensor:
+            def run(self: Any, weights: Tensor, *rest: Any, real: Any = real) -> Any:
                 tried.append(len(weights))
                 if len(weights) > most:
                     raise error("DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes.")
-                return real(self, weights, queries)
+                return real(self, weights, *rest)
 
-            monkeypatch.setattr(path, "_run", run)
+            monkeypatch.setattr(path, name, run)
         monkeypatch.setattr(errors, "_said", set())
         return tried
 
@@ -66,7 +66,7 @@ def test_a_forward_pass_with_a_graph_halves_and_goes_on(
 def test_a_loss_halves_and_goes_on(
     scarce: Callable[..., list[int]], most: int, error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The grouped path, as on a GPU: the same losses and gradients."""
+    """The stacked path: the same losses and gradients."""
     monkeypatch.setattr(engine, "choose", lambda *_, **__: paths.Stacked(ARCH, "as on a GPU"))
     weights, queries = 0.1 * torch.randn(6, ARCH.num_weights), torch.randn(4, 1, 28, 28)
     targets = torch.randn(6, 4, 10)
@@ -113,21 +113,21 @@ def test_memory_that_runs_out_once_anywhere(
 ) -> None:
     """At the first chunk or a later one: that chunk alone is tried again at half its size, one warning, the same numbers."""
     monkeypatch.setattr(errors, "_said", set())
-    monkeypatch.setattr(paths, "models_per_chunk", lambda *_: 4)
+    monkeypatch.setattr(paths.Stacked, "_models", lambda *_: 4)
     monkeypatch.setattr(engine, "choose", lambda *_, **__: paths.Loop(ARCH, "chunked"))
     weights, queries = 0.1 * torch.randn(16, ARCH.num_weights), torch.randn(4, 1, 28, 28)
     targets = torch.randn(16, 4, 10)
     expected = engine.loss_and_gradient(weights, queries, targets, ARCH, "mse")
-    real, sizes = paths.Stacked._run, []
+    real, sizes = paths.Stacked._piece, []
     monkeypatch.setattr(engine, "choose", lambda *_, **__: paths.Stacked(ARCH, "chunked"))
 
-    def run(self: Any, part: Tensor, queries: Tensor) -> Tensor:
+    def run(self: Any, part: Tensor, *rest: Any) -> Any:
         sizes.append(len(part))
         if len(sizes) == at + 1:
             raise error
-        return real(self, part, queries)
+        return real(self, part, *rest)
 
-    monkeypatch.setattr(paths.Stacked, "_run", run)
+    monkeypatch.setattr(paths.Stacked, "_piece", run)
     for a, b in zip(engine.loss_and_gradient(weights, queries, targets, ARCH, "mse"), expected, strict=True):
         torch.testing.assert_close(a, b)
     assert sizes == [4] * (at + 1) + [2] * (2 * (4 - at))

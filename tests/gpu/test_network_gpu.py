@@ -20,7 +20,7 @@ if not torch.cuda.is_available():
 
 from wslfast.kernels.triton import launch as kernels
 from wslfast.kernels.triton import network as whole
-from wslfast.kernels.triton import network_plan
+from wslfast.kernels.triton import network_layout
 from wslfast.kernels.triton.schedule import schedule
 
 SMALL_NETS = {
@@ -117,20 +117,15 @@ def test_a_bad_model_touches_nobody_else(value: float, monkeypatch: pytest.Monke
         assert losses[4].isnan()
 
 
-def test_pool_labels_and_shared_rows() -> None:
+def test_pool_and_labels() -> None:
     weights, pool, _ = _on_gpu(SMALL, 5, 50)
     index = torch.randint(0, 50, (5, 140), device="cuda")
-    labels = torch.randint(0, 3, (2, 140), device="cuda")
-    rows = torch.tensor([0, 1, 1, 0, 1], device="cuda", dtype=torch.int32)
+    labels = torch.randint(0, 3, (5, 140), device="cuda")
     more = {"precision": "tf32x3", "mode": "network"}
-    found = kernels.loss_and_gradient(weights, pool, labels, SMALL.layers, "cross_entropy", index=index, target_row=rows, **more)
-    own = kernels.loss_and_gradient(weights, pool[index], labels[rows.long()], SMALL.layers, "cross_entropy", **more)
+    found = kernels.loss_and_gradient(weights, pool, labels, SMALL.layers, "cross_entropy", index=index, **more)
+    own = kernels.loss_and_gradient(weights, pool[index], labels, SMALL.layers, "cross_entropy", **more)
     assert all(torch.equal(a, b) for a, b in zip(found, own, strict=True))
-    assert error(found[1], oracle(weights, pool[index], labels[rows.long()], SMALL.layers, "cross_entropy")[1]) < 1e-5
-    weights[3], weights[2], weights[4] = weights[0], weights[1], weights[1]
-    outputs = kernels.forward(weights, pool, SMALL.layers, target_row=rows, rows=3, **more)
-    assert torch.equal(outputs[rows.long()], kernels.forward(weights, pool, SMALL.layers, **more))
-    assert outputs[2].isnan().all()
+    assert error(found[1], oracle(weights, pool[index], labels, SMALL.layers, "cross_entropy")[1]) < 1e-5
 
 
 def test_cuda_graph() -> None:
@@ -151,14 +146,14 @@ def test_extra_memory_of_4096_models() -> None:
     case, k, n = cnn3(), 4096, 256
     weights, queries, targets = _on_gpu(case, 4, n)
     weights, targets = weights.repeat(k // 4, 1), targets.repeat(k // 4, 1, 1)
-    plan = schedule(case.layers, case.shape)
+    scheduled = schedule(case.layers, case.shape)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     losses, gradient = kernels.loss_and_gradient(weights, queries, targets, case.layers, "mse", 2.0, "fp16", mode="network")
     extra = torch.cuda.max_memory_allocated() - before - 4 * (losses.numel() + gradient.numel())
     programs = whole.resident(weights.device)
-    said = network_plan.network_bytes(plan, k, n, "fp16", True, programs)
-    images = n * plan.stages[0].INPUTS * 2
+    said = network_layout.network_bytes(scheduled, k, n, "fp16", True, programs)
+    images = n * scheduled.stages[0].INPUTS * 2
     assert said <= extra <= said + images + 2**24  # the allocator rounds up
     assert extra <= 2e9
     assert all(torch.equal(gradient[:4], gradient[at : at + 4]) for at in (4, 2048, k - 4))

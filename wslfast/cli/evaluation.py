@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from .. import engine
 from ..errors import require
 from ..measure import evaluate, generate
 from ..measure.results import column_of, read_results
@@ -49,6 +50,8 @@ class Evaluate:
     """What the page calls the zoo (default: its data set)."""
     device: str = "cpu"
     """cpu, cuda or cuda:N."""
+    backend: Literal["auto", "triton", "torch"] = "auto"
+    """What runs the networks: Triton kernels, plain torch, or whatever is best and proved."""
     skip_bad: bool = False
     """Leave out shards of the zoo that are missing or damaged, with a count, instead of stopping."""
     json: bool = False
@@ -59,7 +62,7 @@ class Evaluate:
         first = self.run_folders[0]
         if len(self.run_folders) == 1 and (self.out is None or self.out.endswith(".json")):
             out = self.out or str(Path(first) / f"evaluation-{self.split}.json")
-            results = evaluate(first, self.zoo, split=self.split, out=out, device=self.device, skip_bad=self.skip_bad)
+            results = evaluate(first, self.zoo, split=self.split, out=out, device=self.device, backend=self.backend, skip_bad=self.skip_bad)
             if self.json:
                 print(Path(out).read_text())
             else:
@@ -70,17 +73,18 @@ class Evaluate:
         require(not self.skip_bad, "skip_bad: the page is of a whole zoo; --skip-bad is for the table of one run")
         require(self.split == "test", "split: the page is of test models; --split is for the table of one run")
         zoo = self.zoo or load_run(first, device=self.device).config.zoo
-        page = study(
-            zoo,
-            self.run_folders,
-            str(self.out),
-            quick=self.quick,
-            zero_layer=self.zero_layer,
-            name=self.name,
-            device=self.device,
-            # beside JSON stages are log lines, which go to standard error
-            on_stage=None if self.json else functools.partial(console.print, "-", soft_wrap=True, markup=False),
-        )
+        with engine.using(self.backend):
+            page = study(
+                zoo,
+                self.run_folders,
+                str(self.out),
+                quick=self.quick,
+                zero_layer=self.zero_layer,
+                name=self.name,
+                device=self.device,
+                # beside JSON stages are log lines, which go to standard error
+                on_stage=None if self.json else functools.partial(console.print, "-", soft_wrap=True, markup=False),
+            )
         _told(page, self.json)
 
 
@@ -158,6 +162,8 @@ class Generate:
     """Seed of the draw."""
     device: str = "cpu"
     """cpu, cuda or cuda:N."""
+    backend: Literal["auto", "triton", "torch"] = "auto"
+    """What runs the networks: Triton kernels, plain torch, or whatever is best and proved."""
     skip_bad: bool = False
     """Leave out shards of the zoo that are missing or damaged, with a count, instead of stopping."""
 
@@ -176,6 +182,7 @@ class Generate:
             seed=self.seed,
             out=self.out,
             device=self.device,
+            backend=self.backend,
             skip_bad=self.skip_bad,
         )
         epoch = made.column("epoch")

@@ -45,6 +45,8 @@ class ZooBuild:
     """Seed of the draw from the grid, of the split and of every model."""
     device: str = "cpu"
     """cpu, cuda or cuda:N."""
+    backend: Literal["auto", "triton", "torch"] = "auto"
+    """What runs the networks: Triton kernels, plain torch, or whatever is best and proved."""
     overwrite: bool = False
     """Replace a zoo that is already there."""
 
@@ -61,6 +63,7 @@ class ZooBuild:
             batch_size=self.batch_size,
             seed=self.seed,
             device=self.device,
+            backend=self.backend,
             progress=console.is_terminal,
             overwrite=self.overwrite,
             root=self.data,

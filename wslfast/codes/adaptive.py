@@ -24,10 +24,9 @@ from ..kernels.layers import Conv2d, Layer
 from ..population import Population
 from ..queries import QueryPool
 from ..tokens import layout
-from .groups import TokenGroups
-from .layerwise import before_units, units_of
+from .layer_inputs import good_models, hidden_inputs, output_sensitivity, root, spaced, symmetrise, weighted_layers, without_weights
 from .linear import LinearCodec, budget_of, deviations, principal, row_moments, scales, water_filling
-from .metric import good_models, hidden_inputs, output_sensitivity, root, spaced, symmetrise
+from .token_groups import TokenGroups
 
 _QUERIES = 256
 _CHUNK_BYTES = 1 << 26  # patches of all queries, of as many models at once
@@ -117,8 +116,8 @@ class AdaptiveCodec(LinearCodec):
         super()._place(place)
         architecture = self.architecture
         require(architecture.planned, f"architecture {architecture.name!r}: not a plain chain of layers; use LinearCodec(metric='plain')")
-        self._head, self._units = units_of(architecture)
-        grouped = [u.layer.name for u in self._units if _grouped(u.layer)]
+        self._head, self._weighted = weighted_layers(architecture)
+        grouped = [w.layer.name for w in self._weighted if w.groups > 1]
         require(not grouped, f"architecture {architecture.name!r}: expected no grouped convolutions, got {grouped}")
 
     @staticmethod
@@ -128,7 +127,7 @@ class AdaptiveCodec(LinearCodec):
 
     def _opening(self) -> Tensor:
         """Patches ``[1, R, width]`` that the rows of the first layer meet: the same in every model."""
-        return self._units[0].patches(before_units(self.queries, self._head))
+        return self._weighted[0].patches(without_weights(self.queries, self._head))
 
     def __repr__(self) -> str:
         return super().__repr__().replace("LinearCodec", "AdaptiveCodec", 1)
@@ -199,8 +198,8 @@ class AdaptiveCodec(LinearCodec):
         out = torch.zeros(k, *self.layout.mask.shape, device=device)
         rows = None if tokens is None else self.groups.rows(given)
         inputs = true = first  # every model sees the same images, so one moment serves the first layer of all
-        for index, (unit, span) in enumerate(zip(self._units, self.groups.spans, strict=True)):
-            moment = unit.moment(inputs, inputs)
+        for index, (layer, span) in enumerate(zip(self._weighted, self.groups.spans, strict=True)):
+            moment = layer.moment(inputs, inputs)
             sound = moment.isfinite().all(-1).all(-1)  # weights that overflow leave nothing to code the rest in
             finite = finite & sound
             moment = torch.where(sound[:, None, None], moment, torch.eye(moment.shape[1], device=device)).double()
@@ -209,7 +208,7 @@ class AdaptiveCodec(LinearCodec):
             if encoding is not None:
                 target = encoding[index].double()
                 if self.compensate and index > 0:
-                    cross = unit.moment(true, inputs)
+                    cross = layer.moment(true, inputs)
                     inverse = roots[0][1] if len(roots) == 1 else root(moment, self.damping)[1]
                     target = self._compensated(target, cross.nan_to_num(0, 0, 0).double(), moment, inverse)
             start = 0
@@ -222,16 +221,16 @@ class AdaptiveCodec(LinearCodec):
                 if encoding is not None:
                     t = (target[..., start : start + n] - center) @ half
                     z[:, channels, :width] = (t @ basis / deviation).float()
-                kept = z[:, channels, :width].double() * deviation
-                out[:, channels, :n] = (kept @ basis.mT @ back + center).float()
+                coded = z[:, channels, :width].double() * deviation
+                out[:, channels, :n] = (coded @ basis.mT @ back + center).float()
                 if maps is not None:
                     maps.append(_Map(channels, (deviation[:, None] * (basis.mT @ back)).float(), center.float()))
                 start += n
-            if index + 1 < len(self._units):
-                above = self._units[index + 1]
-                inputs = above.patches(unit(self.groups.rows(out)[index], inputs), k)
+            if index + 1 < len(self._weighted):
+                above = self._weighted[index + 1]
+                inputs = above.patches(layer(self.groups.rows(out)[index], inputs), k)
                 if rows is not None and self.compensate:
-                    true = above.patches(unit(rows[index], true), k)
+                    true = above.patches(layer(rows[index], true), k)
         lost = ~finite[:, None, None]
         return z.masked_fill(lost, float("nan")) if tokens is not None else z, out.masked_fill(lost, float("nan"))
 
@@ -259,17 +258,17 @@ class AdaptiveCodec(LinearCodec):
         first = self._opening()
         for tokens in self.layout.tokenize(weights).tokens.split(self._chunk()):
             inputs, moments = first, []
-            for index, unit in enumerate(self._units):
+            for index, layer in enumerate(self._weighted):
                 if index > 0:
-                    below = self._units[index - 1]
-                    inputs = unit.patches(below(self.groups.rows(tokens)[index - 1], inputs), len(tokens))
-                moments.append(unit.moment(inputs, inputs).double())
+                    below = self._weighted[index - 1]
+                    inputs = layer.patches(below(self.groups.rows(tokens)[index - 1], inputs), len(tokens))
+                moments.append(layer.moment(inputs, inputs).double())
             parts.append(moments)
         return [layer[0] if index == 0 else torch.cat(layer) for index, layer in enumerate(zip(*parts, strict=True))]
 
     def _chunk(self) -> int:
         """Models whose patches are held at once."""
-        sizes = [4 * len(self.queries) * unit.width * unit.positions for unit in self._units]
+        sizes = [4 * len(self.queries) * layer.width * layer.positions for layer in self._weighted]
         return max(1, _CHUNK_BYTES // max(sizes))
 
     # -- persistence ---------------------------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ..errors import WslfastError, describe, require
 from ..tokens import TokenLayout
-from .groups import TokenGroups
 from .linear import LinearCodec
+from .token_groups import TokenGroups
 from .transformer import PositionEmbedding, ProjectionHead, Transformer, Windows
 
 STARTS = ("random", "linear", "paths")

@@ -3,7 +3,7 @@
 The *plain* code keeps the directions in which weights vary most. The *activation* metric measures a weight error by what it
 does to its layer's output: with C the second moment of the layer's inputs, ``E ||e x||^2 = e C e^T``, so PCA is done on
 ``t = w C^(1/2)`` and decoded by ``C^(-1/2)``. That is the layer-wise idea of GPTQ-like quantisers (Frantar et al. 2023), and
-behavioural information without a gradient step. Either code is a baseline for, and a start of, a trained autoencoder.
+behavioral information without a gradient step. Either code is a baseline for, and a start of, a trained autoencoder.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from ..errors import describe, require
 from ..population import Population
 from ..queries import QueryPool
 from ..tokens import TokenLayout, layout
-from .groups import TokenGroups
-from .metric import good_models, hidden_inputs, input_second_moments, output_sensitivity, root, spaced, symmetrise
+from .layer_inputs import good_models, hidden_inputs, input_second_moments, output_sensitivity, root, spaced, symmetrise
+from .token_groups import TokenGroups
 
 METRICS = ("plain", "activation")
 WIDTHS = ("water-filling", "equal")

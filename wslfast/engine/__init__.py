@@ -1,7 +1,8 @@
 """The one seam between what is asked (populations, queries) and what runs it (torch, the tuned CPU path, Triton).
 
 Everything above calls two functions: :func:`forward`, with full autograd, and :func:`loss_and_gradient`, which needs no graph over
-models. :func:`choose` picks the path, an object with both; tests call it, and ``backend=`` overrides it. Arguments are trusted here:
+models. :func:`choose` picks the path, an object with both; tests call it, and ``backend=``, or :func:`using` around a whole piece of work,
+overrides it. Arguments are trusted here:
 ``behavior.py`` has validated them.
 """
 
@@ -15,18 +16,21 @@ from torch import Tensor
 from ..architecture import Architecture
 from ..errors import require, say_once
 from ..kernels import stacked
+from ..kernels.criteria import Named
 from ..profiling import region
 from .choice import BACKENDS, choose
 from .chunks import in_chunks
 from .memory import activation_elements, memory_budget, models_per_chunk
 from .module_path import Module
 from .paths import Path
+from .preference import check_backend, preferred, using
 from .transforms import looked_through
 from .triton_path import Unbuildable
 
 __all__ = [
     "BACKENDS",
     "activation_elements",
+    "check_backend",
     "choose",
     "forward",
     "in_chunks",
@@ -34,6 +38,7 @@ __all__ = [
     "loss_and_gradient",
     "memory_budget",
     "models_per_chunk",
+    "using",
 ]
 
 
@@ -44,6 +49,7 @@ def forward(weights: Tensor, queries: Tensor, architecture: Architecture, *, bac
     recomputed in the backward pass. Where a transform looks through (``torch.func``, forward-mode derivatives, tracers), plain torch
     operators run one model after another.
     """
+    backend = preferred(backend)
     if looked_through(weights, queries):
         require(backend != "triton", "backend='triton' cannot be looked through by a torch transform; use backend='torch'")
         if architecture.graph is None:
@@ -68,7 +74,7 @@ def loss_and_gradient(
     queries: Tensor,
     targets: Tensor,
     architecture: Architecture,
-    criterion: str,
+    criterion: Named,
     *,
     temperature: float = 2.0,
     backend: str = "auto",
@@ -77,9 +83,10 @@ def loss_and_gradient(
     """Per-model values ``[k]`` of a criterion and their gradients ``[k, P]`` to each model's own weights; no graph is kept.
 
     With ``index [k, n]``, ``queries`` is a pool ``[N, *input]`` from which each model takes its own. ``targets`` are outputs
-    ``[k, n, K]``, or labels ``[k, n]`` for ``cross_entropy``.
+    ``[k, n, K]``, or labels ``[k, n]`` for ``cross_entropy``. ``criterion`` is a name of the table in ``kernels/criteria.py``, or a
+    function of outputs ``[m, q, K]`` and targets alike to values ``[m]`` that add up over queries (some paths take a few at a time).
     """
-    device = weights.device.type
+    device, backend = weights.device.type, preferred(backend)
     weights, targets = weights.detach(), targets.detach()
     with region("loss"):
         while True:

@@ -11,7 +11,7 @@ import torch
 from ..architecture import Architecture
 from ..errors import WslfastError, say_once
 from ..kernels.cpu import engine as cpu
-from ..kernels.layers import Unplannable
+from ..kernels.layers import Conv2d, Unplannable
 from ..kernels.triton.schedule import schedule
 from . import triton_path
 from .module_path import Module
@@ -38,7 +38,8 @@ def choose(architecture: Architecture, device: str, dtype: torch.dtype, backend:
         say_once(f"wslfast: no Triton kernels for architecture {architecture.name!r}: {reason}; using torch", level)
     if architecture.graph is None:
         return Module(architecture, f"run as a module, with each model's weights in place of its own, as {architecture.reason}")
-    if not architecture.planned or device == "cuda":
+    convolved = any(isinstance(layer, Conv2d) for layer in architecture.layers)
+    if device != "cpu" or not architecture.planned or (backend == "auto" and dtype == torch.float32 and not convolved):
         return Stacked(architecture, "many models in one torch call an operation")
     if backend == "auto" and dtype == torch.float32 and _cpu_plans(architecture):
         return Cpu(architecture, "hand-written forward and backward, no graph over models")

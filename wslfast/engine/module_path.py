@@ -20,7 +20,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from ..architecture import Architecture
 from ..errors import WslfastError, describe
-from ..kernels.criteria import share_of_loss
+from ..kernels.criteria import Named, share_of_loss
 from ..kernels.stacked.company import group_size
 from .chunks import in_chunks, is_shortage
 from .memory import default_budget, models_per_chunk
@@ -248,7 +248,7 @@ class Module:
         return torch.stack(self._looped(_leaves(weights, self.architecture), queries))
 
     def loss_and_gradient(
-        self, weights: Tensor, queries: Tensor, targets: Tensor, criterion: str, temperature: float, index: Tensor | None
+        self, weights: Tensor, queries: Tensor, targets: Tensor, criterion: Named, temperature: float, index: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         architecture = self.architecture
         if index is not None:

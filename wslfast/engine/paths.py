@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Protocol
 
 import torch
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from ..architecture import Architecture
 from ..kernels import reference, stacked
 from ..kernels.cpu import engine as cpu
+from ..kernels.criteria import Named, share_of_loss
 from ..kernels.graph import Graph
 from ..profiling import region
 from .chunks import in_chunks
@@ -41,7 +43,7 @@ class Path(Protocol):
         ...
 
     def loss_and_gradient(
-        self, weights: Tensor, queries: Tensor, targets: Tensor, criterion: str, temperature: float, index: Tensor | None
+        self, weights: Tensor, queries: Tensor, targets: Tensor, criterion: Named, temperature: float, index: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Per-model values ``[k]`` and gradients ``[k, P]``, as :func:`wslfast.engine.loss_and_gradient` documents them."""
         ...
@@ -73,6 +75,26 @@ def in_pieces(run: Run, weights: Tensor, queries: Tensor, architecture: Architec
     return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
 
+def by_autograd(
+    run: Run, weights: Tensor, queries: Tensor, targets: Tensor, architecture: Architecture, criterion: Named, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Values and gradients of ``run`` through torch's graph, one chunk of models after another."""
+    own = per_model(queries, architecture)
+    n = queries.shape[int(own)]
+    losses, gradient = weights.new_empty(len(weights)), torch.empty_like(weights, memory_format=torch.contiguous_format)
+
+    def piece(part: slice) -> None:
+        with torch.enable_grad():
+            rows = weights[part].detach().requires_grad_()
+            outputs = run(rows, queries[part] if own else queries)
+        losses[part], slope = share_of_loss(outputs.detach().to(weights.dtype), targets[part], n, criterion, temperature)
+        # models are independent: the gradient of the sum is each model's own
+        (gradient[part],) = torch.autograd.grad(outputs, rows, slope.to(outputs.dtype))
+
+    in_chunks(len(weights), models_per_chunk(architecture, n, weights.device.type), piece)
+    return losses, gradient
+
+
 def gathered(
     path: Path,
     weights: Tensor,
@@ -80,7 +102,7 @@ def gathered(
     targets: Tensor,
     index: Tensor,
     architecture: Architecture,
-    criterion: str,
+    criterion: Named,
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
     """Values and gradients of a path that wants each model's queries as a tensor: gathered from the pool for some models at a time."""
@@ -113,10 +135,12 @@ class Loop:
         return in_pieces(self._run, weights, queries, self.architecture, graph)
 
     def loss_and_gradient(
-        self, weights: Tensor, queries: Tensor, targets: Tensor, criterion: str, temperature: float, index: Tensor | None
+        self, weights: Tensor, queries: Tensor, targets: Tensor, criterion: Named, temperature: float, index: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         if index is not None:
             return gathered(self, weights, queries, targets, index, self.architecture, criterion, temperature)
+        if not isinstance(criterion, str):
+            return by_autograd(self._run, weights, queries, targets, self.architecture, criterion, temperature)
         return reference.loss_and_gradient(weights, _channels_last(queries), targets, self.architecture.layers, criterion, temperature)
 
 
@@ -143,15 +167,35 @@ class Stacked:
             return weights.new_zeros(
                 len(weights), queries.shape[int(per_model(queries, self.architecture))], *self.architecture.output_shape
             )
-        if not graph:
-            return stacked.forward(weights, queries, self._graph)
-        return in_pieces(self._differentiable, weights, queries, self.architecture, graph)
+        size = None if graph else self._models(len(weights), queries.shape[int(per_model(queries, self.architecture))], weights.device.type)
+        return in_pieces(partial(self._run, graph), weights, queries, self.architecture, graph, size)
 
-    def _differentiable(self, weights: Tensor, queries: Tensor) -> Tensor:
-        return stacked.differentiable(weights, queries, self._graph)
+    def _run(self, graph: bool, weights: Tensor, queries: Tensor) -> Tensor:
+        return (stacked.differentiable if graph else stacked.forward)(weights, queries, self._graph)
+
+    def _models(self, k: int, n: int, device: str) -> int:
+        """Models of one call below: on a CPU all, which are cut into groups that fit the caches."""
+        return k if device == "cpu" else models_per_chunk(self.architecture, n, device)
 
     def loss_and_gradient(
-        self, weights: Tensor, queries: Tensor, targets: Tensor, criterion: str, temperature: float, index: Tensor | None
+        self, weights: Tensor, queries: Tensor, targets: Tensor, criterion: Named, temperature: float, index: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        k, own = len(weights), per_model(queries, self.architecture)
+        pieces: list[tuple[Tensor, Tensor]] = []
+
+        def piece(part: slice) -> None:
+            x = queries[part] if own and index is None else queries
+            rows = None if index is None else index[part]
+            pieces.append(self._piece(weights[part], x, targets[part], criterion, temperature, rows))
+
+        in_chunks(k, self._models(k, targets.shape[1], weights.device.type), piece)
+        if len(pieces) == 1:
+            return pieces[0]
+        losses, gradients = zip(*pieces) if pieces else ((weights.new_empty(0),), (torch.empty_like(weights),))
+        return torch.cat(losses), torch.cat(gradients)
+
+    def _piece(
+        self, weights: Tensor, queries: Tensor, targets: Tensor, criterion: Named, temperature: float, index: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         return stacked.loss_and_gradient(weights, queries, targets, self._graph, criterion, temperature, index)
 
@@ -171,6 +215,6 @@ class Cpu:
         return outputs.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else outputs
 
     def loss_and_gradient(
-        self, weights: Tensor, queries: Tensor, targets: Tensor, criterion: str, temperature: float, index: Tensor | None
+        self, weights: Tensor, queries: Tensor, targets: Tensor, criterion: Named, temperature: float, index: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         return cpu.loss_and_gradient(weights, queries, targets, self.architecture.layers, criterion, temperature, index)

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from ..architecture import Architecture
 from ..errors import say_once
+from ..kernels.criteria import Named
 from ..kernels.triton import budget
 from ..kernels.triton.schedule import schedule
 from .memory import memory_budget
-from .paths import per_model
+from .paths import by_autograd, gathered, per_model
 
 _T = TypeVar("_T")
 unbuildable: dict[Architecture, str] = {}  # whose kernels failed to build in this process, and why
@@ -36,27 +37,30 @@ class Triton:
     name: ClassVar[str] = "triton"
 
     def forward(self, weights: Tensor, queries: Tensor, graph: bool) -> Tensor:
-        precision = kernel_precision()
-
-        def run() -> Tensor:
-            made = kernels()
-            key = made.layers_key(self.architecture.layers)
-            return made.population_forward(weights, queries, None, key, precision, memory_budget("cuda"))
-
-        outputs = self._built(run)
+        outputs = self._built(lambda: self._run(weights, queries))
         return outputs.to(torch.get_autocast_dtype("cuda")) if torch.is_autocast_enabled("cuda") else outputs
 
+    def _run(self, weights: Tensor, queries: Tensor) -> Tensor:
+        """Outputs in float32, with a graph where autograd records one."""
+        return kernels().differentiable_forward(
+            weights, queries, self.architecture.layers, kernel_precision(), memory=memory_budget("cuda")
+        )
+
     def loss_and_gradient(
-        self, weights: Tensor, queries: Tensor, targets: Tensor, criterion: str, temperature: float, index: Tensor | None
+        self, weights: Tensor, queries: Tensor, targets: Tensor, criterion: Named, temperature: float, index: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         precision, memory = kernel_precision(), memory_budget("cuda")
         self._say_mode(queries.shape[int(per_model(queries, self.architecture))] if index is None else index.shape[1], precision)
 
         def run() -> tuple[Tensor, Tensor]:
-            layers = self.architecture.layers
-            return kernels().loss_and_gradient(
-                weights, queries, targets, layers, criterion, temperature, precision, index=index, memory=memory
-            )
+            made, layers = kernels(), self.architecture.layers
+            if isinstance(criterion, str) and criterion in made.CRITERIA:
+                return made.loss_and_gradient(
+                    weights, queries, targets, layers, criterion, temperature, precision, index=index, memory=memory
+                )
+            if index is not None:
+                return gathered(self, weights, queries, targets, index, self.architecture, criterion, temperature)
+            return by_autograd(self._run, weights, queries, targets, self.architecture, criterion, temperature)
 
         return self._built(run)
 

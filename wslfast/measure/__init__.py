@@ -1,5 +1,8 @@
 """What reconstructed models and their latents are good for: fidelity, probes, new models."""
 
+from __future__ import annotations
+
+from .. import submodules_of
 from .evaluation import embeddings, evaluate, evaluate_code, linear_baselines, reconstruct
 from .generation import generate
 from .probe import RidgeProbe, behavior_statistics, consensus_of, probe, weight_statistics
@@ -20,3 +23,4 @@ __all__ = [
     "reconstruct",
     "weight_statistics",
 ]
+__getattr__ = submodules_of(__name__)

@@ -9,10 +9,11 @@ from typing import Any, Union
 import torch
 from torch import Tensor
 
+from .. import engine
 from ..codes.adaptive import AdaptiveCodec
 from ..codes.autoencoder import Autoencoder
+from ..codes.layer_inputs import spaced
 from ..codes.linear import LinearCodec
-from ..codes.metric import spaced
 from ..errors import require
 from ..files import write_json
 from ..population import Population
@@ -79,6 +80,7 @@ def evaluate(
     baselines: bool = True,
     out: str | Path | None = None,
     device: str = "cpu",
+    backend: str = "auto",
     skip_bad: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Reconstruct a split of a zoo with a trained run and measure how its models behave.
@@ -91,6 +93,8 @@ def evaluate(
         split: ``"train"``, ``"val"`` or ``"test"``: held-out models, on the data set's test images.
         baselines: also evaluate the closed-form codes at the same latent size (see :func:`linear_baselines`).
         out: file to write the figures to, as JSON.
+        device: where to run.
+        backend: what runs the networks: ``"auto"``, ``"triton"`` or ``"torch"``.
         skip_bad: leave out shards of the zoo that are missing or damaged, with a count, instead of raising.
 
     Returns:
@@ -102,6 +106,7 @@ def evaluate(
         WslfastError: unreadable run or zoo, an empty split.
     """
     require(split in ("train", "val", "test"), f"split: expected train, val or test, got {split!r}")
+    engine.check_backend(backend)
     loaded = load_run(run, device=device)
     folder = str(zoo if zoo is not None else loaded.config.zoo)
     population = load_zoo(folder, split, skip_bad=skip_bad).to(device)
@@ -109,20 +114,21 @@ def evaluate(
     dataset = dataset_of(folder, population.architecture)
     images, labels = dataset.split("test")
     codes: dict[str, Code] = {"run": loaded.autoencoder}
-    if baselines:
-        train, numbers = load_zoo(folder, "train", skip_bad=skip_bad).to(device), loaded.autoencoder.latent_numbers
-        codes |= linear_baselines(train, dataset, numbers, loaded.config.token_size)
     results = {}
-    with region("evaluate"), torch.no_grad():
+    with region("evaluate"), torch.no_grad(), engine.using(backend):
+        if baselines:
+            train, numbers = load_zoo(folder, "train", skip_bad=skip_bad).to(device), loaded.autoencoder.latent_numbers
+            codes |= linear_baselines(train, dataset, numbers, loaded.config.token_size)
         # the originals run once for all codes
         targets = outputs_of(population.weights, images, population.architecture) if len(codes) > 1 else None
         for name, code in codes.items():
             result = compare_models(population, reconstruct(code, population.weights), images, labels, targets)
-            check_recorded(population, result.accuracy_original, dataset, folder)
+            if name == "run":  # the originals are the same for all
+                check_recorded(population, result.accuracy_original, dataset, folder)
             numbers = latent_numbers(code)
             results[name] = {**result.summary(), "latent_numbers": numbers, "latent_share": numbers / population.architecture.num_weights}
     if out is not None:
-        write_json(out, {"run": str(run), "zoo": folder, "split": split, "variants": results})
+        write_json(out, {"run": str(run), "zoo": folder, "split": split, "backend": backend, "variants": results})
     return results
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import engine
 from ..errors import check_seed, require
 from ..population import Population
 from ..profiling import region
@@ -136,6 +137,7 @@ def generate(
     seed: int = 0,
     out: str | Path | None = None,
     device: str = "cpu",
+    backend: str = "auto",
     skip_bad: bool = False,
 ) -> Population:
     """Sample new models from a trained run: latents around those of its zoo's best training models, decoded.
@@ -155,6 +157,7 @@ def generate(
         seed: of the draw, and of the fine-tuning's batches.
         out: folder to store the generated models in, as a zoo.
         device: where to run.
+        backend: what runs the networks: ``"auto"``, ``"triton"`` or ``"torch"``.
         skip_bad: leave out shards of the zoo that are missing or damaged, with a count, instead of raising.
 
     Returns:
@@ -171,6 +174,7 @@ def generate(
     require(sampler in SAMPLERS, f"sampler: expected one of {SAMPLERS}, got {sampler!r}")
     require(type(finetune) is int and finetune >= 0, f"finetune: expected a number of epochs >= 0, got {finetune!r}")
     check_seed(seed)
+    engine.check_backend(backend)
     drawn = candidates is None or (type(candidates) is int and candidates >= 1)
     require(drawn, f"candidates: expected a positive integer, got {candidates!r}")
     if out is not None:
@@ -180,8 +184,8 @@ def generate(
     folder = str(zoo if zoo is not None else loaded.config.zoo)
     train = load_zoo(folder, "train", skip_bad=skip_bad).to(device)
     data = dataset_of(folder, train.architecture)
-    source = Source.of(loaded.autoencoder, train, data, best_rows(val_accuracy(train, data), anchors))
-    with region("generate"), torch.no_grad():
+    with region("generate"), torch.no_grad(), engine.using(backend):
+        source = Source.of(loaded.autoencoder, train, data, best_rows(val_accuracy(train, data), anchors))
         generator = torch.Generator().manual_seed(seed)
         weights, of = source.sample(
             samples, generator, sampler=sampler, bandwidth=bandwidth, select=select, candidates=candidates, rounds=rounds
@@ -193,6 +197,7 @@ def generate(
     if out is not None:
         settings = {"sampler": sampler, "bandwidth": bandwidth, "anchors": anchors, "select": select, "finetune": finetune, "seed": seed}
         settings |= {} if select == "none" else {"candidates": candidates or 4 * samples, "rounds": rounds}
+        settings |= {"backend": backend}
         provenance = {"made_by": "wslfast.generate", "run": str(run), "zoo": folder, **settings}
         save_zoo(population, out, splits=["test"] * len(population), provenance=provenance)
     return population

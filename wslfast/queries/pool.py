@@ -89,4 +89,4 @@ class TargetCache:
     def variance(self) -> float:
         """Half the variance of outputs over originals, summed over classes and averaged over queries: what criterion ``"mse"`` gives
         an answer that knows nothing of the model, the originals' mean output at each query. The natural unit of L_B."""
-        return float(self.outputs.double().var(0, unbiased=False).sum(1).mean() / 2)
+        return float(self.outputs.flatten(2).double().var(0, unbiased=False).sum(1).mean() / 2)

@@ -11,6 +11,7 @@ Everything defaults to ``semantics="published"``; ``"corrected"`` is the core's,
 
 from __future__ import annotations
 
+from .. import submodules_of
 from .autoencoder import AE
 from .behavior import DistillationLoss, ReconDistillationLoss
 from .checkpoints import (
@@ -92,3 +93,4 @@ __all__ = [
     "zoo_cnn_permutation_spec",
     "zoo_lenet_permutation_spec",
 ]  # fmt: skip
+__getattr__ = submodules_of(__name__)

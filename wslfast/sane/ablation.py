@@ -23,10 +23,10 @@ from ..study.ablations import Cell, System, Trained
 from ..tokens import TokenLayout
 from ..training import TrainConfig
 from ..training.query_sets import query_images
+from .loss_scale import ScaledLoss
 from .module import AEModule
 from .permutations import PermutationSpec, permutation_spec_from_axes_to_perm, permute_model_vector, precompute_permutations
 from .semantics import resolve
-from .units import Scaled
 
 VIEWS = 20  # permutations drawn once, before training, as published
 _LOSSES = {"mse": "l2", "softmax_mse": "l2", "cross_entropy": "cross_entropy", "distillation": "distillation"}
@@ -150,8 +150,8 @@ class _Sitting:
             parts += [torch.stack(view), self.mask.expand(shape), self.positions.expand(shape)]
         return parts
 
-    def _units(self) -> list[Scaled]:
-        return [part for part in self.module.criterion.modules() if isinstance(part, Scaled)]
+    def _units(self) -> list[ScaledLoss]:
+        return [part for part in self.module.criterion.modules() if isinstance(part, ScaledLoss)]
 
     def _save(self) -> None:
         scheduler = self.module.scheduler

@@ -1,4 +1,4 @@
-"""The published behaviour losses, run by the core's engine.
+"""The published behavior losses, run by the core's engine.
 
 Values and gradients are those of the published code (arXiv 2503.17138) as long as a flag of
 :class:`~wslfast.sane.semantics.Semantics` says so; what is fast is how they are computed: all models in one call, no graph over
@@ -19,12 +19,12 @@ from .. import engine
 from ..architecture import Architecture
 from ..behavior import batched_behavioral_loss
 from ..errors import WslfastError, describe, require
-from ..kernels.cpu import engine as cpu
+from ..nan_policy import bad_models
 from ..tokens import layout
+from .loss_scale import ScaledLoss
 from .queries import Queries
 from .semantics import Choice, resolve
 from .structure import MaskedReconLoss
-from .units import Scaled
 from .views import shared_functions
 
 LOSSES = ("l2", "cross_entropy", "distillation")
@@ -45,8 +45,8 @@ def architecture_of(reference_params: Mapping[str, Any] | None, reference_checkp
     assert reference_params is not None
     assert reference_checkpoint is not None
     kind = reference_params.get("model::type")
-    known = f"reference_params: model::type: expected one of {list(NETWORKS)}, got {kind!r}"
-    require(kind in NETWORKS, f"{known}; pass architecture= for any other network")
+    unknown = f"reference_params: model::type: expected one of {list(NETWORKS)}, got {kind!r}"
+    require(kind in NETWORKS, f"{unknown}; pass architecture= for any other network")
     missing = [key for key in ("model::channels_in", "model::nlin", "model::dropout") if key not in reference_params]
     require(not missing, f"reference_params: expected {missing[0]!r} for the template of {kind!r}" if missing else "")
     architecture = NETWORKS[str(kind)](
@@ -66,8 +66,8 @@ def _check_checkpoint(checkpoint: Mapping[str, Tensor], architecture: Architectu
         )
 
 
-class DistillationLoss(Scaled):
-    """Distance in behaviour between reconstructions and originals on queries drawn at every call.
+class DistillationLoss(ScaledLoss):
+    """Distance in behavior between reconstructions and originals on queries drawn at every call.
 
     Args:
         reference_checkpoint, reference_params: a state dict of the zoo and its params; they say what network it is. No weight
@@ -129,8 +129,8 @@ class DistillationLoss(Scaled):
         if self.semantics.half_precision:
             queries = queries.to(output.dtype)
         values = self.values(output, target, queries, pos)
-        kept = values[values.isfinite()]
-        loss = self.in_unit(kept.mean() if self.reduction == "mean" else kept.sum())
+        finite = values[values.isfinite()]
+        loss = self.scaled(finite.mean() if self.reduction == "mean" else finite.sum())
         return {"loss_recon": loss, "loss_structure": torch.tensor(0.0), "loss_behaviour": loss}
 
     def values(self, output: Tensor, target: Tensor, queries: Tensor, pos: Tensor | None = None) -> Tensor:
@@ -206,26 +206,12 @@ class DistillationLoss(Scaled):
         return self.loss == "cross_entropy" and self.semantics.raw_logit_cross_entropy
 
     def _raw_cross_entropy(self, rows: Tensor, targets: Tensor, queries: Tensor) -> Tensor:
-        """Cross-entropy with logits for class probabilities, which is no criterion of the engine.
-
-        The CPU path differentiates any function of the outputs. Elsewhere: its gradient to the outputs f is (S softmax(f) - t) / n,
-        S the sum of t; ``mse`` has the same with f minus n times that as target. So the values come from one forward without a
-        graph, and the gradient from the engine all the same.
-        """
-        if rows.requires_grad and torch.is_grad_enabled() and _on_cpu_path(rows, self.architecture):
-            values = _OnePass.apply(rows, queries, targets, self)
+        """Cross-entropy with logits for class probabilities: a criterion of its own, so the engine gets it as a function."""
+        if rows.requires_grad and torch.is_grad_enabled():
+            values = _RawCrossEntropy.apply(rows, queries, targets, self)
             return self._repaired(values, rows, targets, queries)
         with torch.no_grad():
-            outputs = engine.forward(rows, queries, self.architecture).float()
-            values = self._formula(outputs, targets)
-            pulled = outputs - (targets.sum(-1, keepdim=True) * outputs.softmax(-1) - targets)
-        if not rows.requires_grad:
-            return values
-        surrogate = batched_behavioral_loss(
-            rows, None, queries, self.architecture, targets=pulled, criterion="mse", reduction="none", nan_policy=self._policy
-        )
-        surrogate = surrogate * (1 if self.reduction == "mean" else targets.shape[1])
-        return self._repaired(values + (surrogate - surrogate.detach()), rows, targets, queries)
+            return self._formula(engine.forward(rows, queries, self.architecture).float(), targets)
 
     def _repaired(self, values: Tensor, rows: Tensor, targets: Tensor, queries: Tensor) -> Tensor:
         """``values`` with those that are not finite by the published formula, whose NaN gradients count where ``nan_gradients``."""
@@ -282,7 +268,7 @@ class DistillationLoss(Scaled):
         return (q * (q.log() - log_p)).sum((1, 2)) / n * self.temperature**2
 
 
-class _OnePass(torch.autograd.Function):
+class _RawCrossEntropy(torch.autograd.Function):
     """Raw-logit cross-entropy ``[k]`` of one model each, loss and gradient together; a model whose outputs are not finite is NaN."""
 
     @staticmethod
@@ -293,9 +279,9 @@ class _OnePass(torch.autograd.Function):
             # the last term is zero, and NaN where an output is not finite
             return (-(wanted * outputs.log_softmax(-1)) / divisor + 0 * outputs).sum((1, 2))
 
-        values, gradient = cpu.loss_and_gradient(rows, queries, targets, loss.architecture.layers, share)
+        values, gradient = engine.loss_and_gradient(rows, queries, targets, loss.architecture, share)
         if not loss.semantics.nan_gradients:
-            bad = ~(values.isfinite() & gradient.isfinite().all(1))
+            bad = bad_models(values, gradient)
             values = values.masked_fill(bad, float("nan"))
             gradient = gradient.masked_fill(bad.unsqueeze(1), 0.0)
         ctx.save_for_backward(gradient)
@@ -308,12 +294,8 @@ class _OnePass(torch.autograd.Function):
         return gradient * grad_values.unsqueeze(1), None, None, None
 
 
-def _on_cpu_path(rows: Tensor, architecture: Architecture) -> bool:
-    return engine.choose(architecture, rows.device.type, rows.dtype).name == "cpu"
-
-
 class ReconDistillationLoss(nn.Module):
-    """``beta`` times the structural loss plus ``1 - beta`` times the behavioural one, each in its own unit.
+    """``beta`` times the structural loss plus ``1 - beta`` times the behavioral one, each in its own unit.
 
     Arguments are those of :class:`DistillationLoss`; ``reduction`` reaches the structural loss alone, as published.
     """
@@ -353,18 +335,18 @@ class ReconDistillationLoss(nn.Module):
     def forward(self, output: Tensor, target: Tensor, mask: Tensor, pos: Tensor | None = None) -> dict[str, Tensor]:
         """Tokens ``[k, T, D]``, mask of that shape, positions ``[k, T, 3]``."""
         structure = self.recon_loss(output, target, mask, pos)
-        behaviour = self.distillation_loss(output, target, mask, pos)
-        loss = self.beta * structure["loss_recon"] + (1 - self.beta) * behaviour["loss_recon"]
+        behavior = self.distillation_loss(output, target, mask, pos)
+        loss = self.beta * structure["loss_recon"] + (1 - self.beta) * behavior["loss_recon"]
         return {
             "loss_recon": loss,
             "loss_structure": structure["loss_recon"],
-            "loss_behaviour": behaviour["loss_recon"],
+            "loss_behaviour": behavior["loss_recon"],
             "rsq": structure["rsq"],
         }
 
 
 def supports(reference_params: Any, reference_checkpoint: Any) -> str | None:
-    """None if the behaviour losses can run this network, else the reason."""
+    """None if the behavior losses can run this network, else the reason."""
     try:
         architecture_of(reference_params, reference_checkpoint)
     except (WslfastError, TypeError, ValueError, AttributeError) as error:

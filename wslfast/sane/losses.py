@@ -14,14 +14,14 @@ from ..architecture import Architecture
 from ..errors import describe, require
 from ..losses import nt_xent
 from .behavior import DistillationLoss, ReconDistillationLoss
+from .loss_scale import ScaledLoss
 from .semantics import Choice, Semantics, resolve
 from .structure import MaskedReconLoss
-from .units import Scaled
 
 _NONE = 1e-10  # weights this close to 0 or 1 leave the other term out
 
 
-class _Contrast(Scaled):
+class _Contrast(ScaledLoss):
     """What both contrastive losses share. Any number of models may come; ``batch_size`` is kept for scripts that read it."""
 
     def __init__(self, batch_size: int, temperature: float, *, semantics: Choice = "published", **flags: bool) -> None:
@@ -32,7 +32,7 @@ class _Contrast(Scaled):
 
     def forward(self, z_i: Tensor, z_j: Tensor) -> Tensor:
         """Embeddings ``[k, d]`` of two views; row j of one and row j of the other are partners."""
-        return self.in_unit(self._value(z_i, z_j))
+        return self.scaled(self._value(z_i, z_j))
 
     def _value(self, z_i: Tensor, z_j: Tensor) -> Tensor:
         raise NotImplementedError

@@ -145,7 +145,7 @@ class AEModule(nn.Module):
         require(
             known or config.get("training::beta", 0.1) >= 1,
             "reference_params: expected the zoo's params, for the behaviour loss; training::beta = 1 goes without, and scripts of the "
-            "package SANE take wslfast.sane.unscaled.AEModule",
+            "package SANE take wslfast.sane.package_sane.AEModule",
         )
         return GammaContrastReconLoss(
             **contrast_settings(config),

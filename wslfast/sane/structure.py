@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import describe, require
+from .loss_scale import ScaledLoss
 from .semantics import Choice, resolve
-from .units import Scaled
 
 REDUCTIONS = ("mean", "sum")
 
 
-class MaskedReconLoss(Scaled):
+class MaskedReconLoss(ScaledLoss):
     """Squared difference of tokens, divided by its first value.
 
     Published: the output is masked and the target is not, and the mean counts padding. Corrected (``unmasked_target=False``):
@@ -53,7 +53,7 @@ class MaskedReconLoss(Scaled):
             output, target = torch.where(keep, output, 0), torch.where(keep, target, 0)
             loss = F.mse_loss(output, target, reduction="sum")
             loss = loss / keep.sum() if self.reduction == "mean" else loss
-        loss = self.in_unit(loss)
+        loss = self.scaled(loss)
         rsq = explained_variance(output, target) if self.loss_mean is None else 1 - loss.detach() / self.loss_mean
         out = {"loss_recon": loss, "rsq": rsq}
         if self._paper:

@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import require, say_once
-from . import autoencoder, behavior, checkpoints, losses, module, permutations, probe, queries, sampling, state, structure, unscaled
+from . import autoencoder, behavior, checkpoints, losses, module, package_sane, permutations, probe, queries, sampling, state, structure
 from .semantics import Semantics
 
 PACKAGES = ("shrp", "SANE", "mzsane")
@@ -74,7 +74,7 @@ def _config(arguments: dict[str, Any]) -> str | None:
 
 
 def _contrast(paper: bool, name: str) -> Form:
-    kind = getattr(losses if paper else unscaled, name)
+    kind = getattr(losses if paper else package_sane, name)
     return Form({"__init__": "self, batch_size, temperature", "forward": "self, z_i, z_j"}, kind)
 
 
@@ -85,7 +85,7 @@ def _forms(paper: bool) -> dict[str, tuple[Form, ...]]:
     forms: dict[str, tuple[Form, ...]] = {
         "models.def_loss.MaskedReconLoss": (
             Form({"__init__": _RECON, "forward": f"{pair}, _"}, structure.MaskedReconLoss),
-            Form({"__init__": _RECON, "forward": pair}, unscaled.MaskedReconLoss),
+            Form({"__init__": _RECON, "forward": pair}, package_sane.MaskedReconLoss),
             Form({"__init__": f"{_RECON}, standardize=False, std_eps=0.0001", "forward": pair}, None),
         ),
         "models.def_loss.DistillationLoss": (
@@ -112,7 +112,7 @@ def _forms(paper: bool) -> dict[str, tuple[Form, ...]]:
         "models.def_loss.NT_Xent_pos": (_contrast(paper, "NT_Xent_pos"),),
         "models.def_loss.GammaContrastReconLoss": (
             Form({"__init__": _PAPER_GAMMA, "forward": "self, z_i, z_j, y, t, m, p, z, z_hat"}, losses.GammaContrastReconLoss, _network),
-            Form({"__init__": _GAMMA, "forward": "self, z_i, z_j, y, t, m"}, unscaled.GammaContrastReconLoss),
+            Form({"__init__": _GAMMA, "forward": "self, z_i, z_j, y, t, m"}, package_sane.GammaContrastReconLoss),
             Form(
                 {"__init__": f"{_GAMMA}, standardize_token=False, standardize_std_eps=0.0001", "forward": "self, z_i, z_j, y, t, m"}, None
             ),

@@ -35,7 +35,7 @@ from .protocol import discriminative, generative
 
 COLUMNS = (*HEADER, "ablation", "axis", "value")
 _VERSION = 1  # of what a cell is; part of its hash
-_NO_RESULT = ("zoo", "out", "log_every", "checkpoint_every", "memory_gb")  # settings that change no result
+_NO_RESULT = ("zoo", "out", "log_every", "checkpoint_every", "memory_gb", "backend")  # settings that change no result but by rounding
 _CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "process": time.process_time}
 
 

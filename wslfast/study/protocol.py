@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..codes.metric import spaced
+from ..codes.layer_inputs import spaced
 from ..measure.diversity import Diversity, accuracy, behavioral_novelty, diversity, matched_rows, nearest, outputs_of, sorted_channels
 from ..measure.evaluation import Code, compare_models, decode, embeddings, encode, latent_numbers
 from ..measure.generation import Source

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..codes.autoencoder import Autoencoder
-from ..codes.metric import spaced
+from ..codes.layer_inputs import spaced
 from ..measure.diversity import classes_of
 from ..measure.evaluation import BASELINES, decode, embeddings, linear_baselines
 from ..measure.probe import weight_statistics

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..kernels.graph import Constant, Graph, slots_of
+from ..kernels.operations import check_graph
 from ..kernels.reference import run_graph
 from .convert import Converter, Untraceable, unified
 from .module import first_line, plainly, queries_for
@@ -50,7 +51,7 @@ def trace(module: nn.Module, input_shape: tuple[int, ...]) -> Graph:
         tuple(aliases.items()),
     )
     try:
-        graph.validate()
+        check_graph(graph)
     except ValueError as error:
         raise Untraceable(str(error)) from None
     _verify(graph, module, state)

@@ -43,6 +43,8 @@ class TrainConfig:
     """Seed of initialisation, batches, views and queries."""
     device: str = "cpu"
     """cpu, cuda or cuda:N."""
+    backend: Literal["auto", "triton", "torch"] = "auto"
+    """What runs the zoo's networks. A checkpoint keeps it: a run goes on with the backend that it began with."""
 
     batch_size: int = 32
     """Models a step; each gives two views where gamma > 0, one otherwise."""

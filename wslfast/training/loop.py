@@ -11,6 +11,7 @@ from typing import Union
 import torch
 from torch import Tensor
 
+from .. import engine
 from ..errors import WslfastError, require
 from ..files import remove_leftovers, write_text
 from ..population import Population
@@ -61,7 +62,7 @@ def train(
     require(bool(config.out), "out: expected a folder for the run")
     require(bool(config.zoo) or population is not None, "zoo: expected the folder of a zoo")
     out = Path(config.out)
-    with joined(config.device) as (world, device):
+    with joined(config.device) as (world, device), engine.using(config.backend):
         saved = load_checkpoint(out) if resume and checkpoint_path(out).exists() else None
         require(resume or not checkpoint_path(out).exists(), f"{out} already holds a run; resume it, or choose another folder")
         if saved is not None and saved["step"] >= config.steps:
@@ -118,6 +119,9 @@ def _announce(trainer: Trainer, resumed: bool) -> None:
     config = trainer.config
     if trainer.device.type == "cpu" and config.precision == "fp32" and config.layers > 0 and _has_bf16():
         logger.info("this CPU computes in bf16: with precision bf16 steps take two thirds to three quarters of the time (docs/cpu.md)")
+    backend = trainer.config.backend
+    path = engine.choose(trainer.architecture, trainer.device.type, torch.float32, backend)
+    logger.info("backend %s: path %s, %s", backend, path.name, path.reason)
     if trainer.world.size > 1:
         logger.info("%d processes, %d models each a step", trainer.world.size, trainer.batch // trainer.world.size)
     if not trainer.models.resident:

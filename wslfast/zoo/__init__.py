@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .. import submodules_of
 from .build import build_zoo
 from .datasets import Dataset, image_shape, load_dataset
 from .export import export_zoo
@@ -32,3 +33,4 @@ __all__ = [
     "save_zoo",
     "summarize",
 ]
+__getattr__ = submodules_of(__name__)

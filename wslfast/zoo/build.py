@@ -48,6 +48,7 @@ def build_zoo(
     seed: int = 0,
     split: Sequence[float] = (0.7, 0.15, 0.15),
     device: str | torch.device = "cpu",
+    backend: str = "auto",
     progress: bool = False,
     overwrite: bool = False,
     root: str | Path | None = None,
@@ -69,6 +70,7 @@ def build_zoo(
             zoo of a dataset has the same held-out images.
         split: shares of the models for train, val and test.
         device: where to train.
+        backend: what runs the networks: ``"auto"``, ``"triton"`` or ``"torch"``.
         progress: show a progress bar (with rich).
         overwrite: replace a zoo that is already in ``out``.
         root: folder with a named data set's files (see :func:`wslfast.zoo.load_dataset`).
@@ -90,6 +92,7 @@ def build_zoo(
     kept = _kept(epochs, keep)
     cells = chosen.cells(models, seed)
     where = check_device(device)
+    engine.check_backend(backend)
     if out is not None:
         there = (Path(out) / MANIFEST).exists()
         require(overwrite or not there, f"out: {out}: there is a zoo already; overwrite=True (--overwrite) replaces it")
@@ -99,7 +102,7 @@ def build_zoo(
             raise WslfastError(f"out: {out}: cannot be made: {error.strerror or error}") from None
     with region("dataset"):
         architecture, data = _matched(dataset, architecture, root)
-    with _bar(progress, kept[-1] * math.ceil(len(data.train_labels) / batch_size)) as advance:
+    with engine.using(backend), _bar(progress, kept[-1] * math.ceil(len(data.train_labels) / batch_size)) as advance:
         with region("initialise"):
             weights = architecture.initial_weights([c.init_type for c in cells], [c.seed for c in cells]).to(where)
         population, dropped = _split(plan, *_sound(_train(weights, architecture, data, cells, kept, batch_size, advance)))
@@ -111,6 +114,7 @@ def build_zoo(
             "wslfast": __version__,
             "torch": torch.__version__,
             "device": where.type,
+            "backend": backend,
             "dataset": {"name": data.name, "classes": data.classes, **data.provenance},
             "grid": chosen.to_dict(),
             "models": models,

@@ -1,4 +1,4 @@
-"""The whole network on one program: where a block of queries keeps its activations, and which networks that suits.
+"""The layout of a whole network on one program (network.py): where a block of queries keeps its activations, and which networks fit.
 
 A program takes one model and a block of ``QB`` queries through all stages, forward and (for a loss) back, and keeps what lies
 between two stages in a scratch of its own, small enough that the scratches of all programs stay in the L2 cache or close to it.
@@ -85,9 +85,9 @@ def _offsets(sizes: Iterable[int], start: int = 0) -> tuple[tuple[int, ...], int
     return tuple(starts), at
 
 
-def _query_numbers(plan: Schedule, gradient: bool) -> tuple[int, int]:
+def _query_numbers(schedule: Schedule, gradient: bool) -> tuple[int, int]:
     """(operands, codes) that one query keeps in the scratch."""
-    stages = plan.stages
+    stages = schedule.stages
     operands = sum(stage.OUTPUTS for stage in stages[:-1])
     if not gradient:
         return operands, 0
@@ -95,11 +95,11 @@ def _query_numbers(plan: Schedule, gradient: bool) -> tuple[int, int]:
     return operands, sum(stage.CODES for stage in stages if stage.POOL == "max")
 
 
-def query_block(plan: Schedule, precision: str, gradient: bool) -> int:
+def query_block(schedule: Schedule, precision: str, gradient: bool) -> int:
     """Queries a program takes through the network at a time: a power of two, never a function of k or n."""
-    operands, codes = _query_numbers(plan, gradient)
+    operands, codes = _query_numbers(schedule, gradient)
     each = operands * element_size(precision) + codes
-    most = min(MOST_QUERIES, MOST_LOGITS // max(plan.stages[-1].N, power_of_two(plan.classes)))
+    most = min(MOST_QUERIES, MOST_LOGITS // max(schedule.stages[-1].N, power_of_two(schedule.classes)))
     block = 1
     while 2 * block <= most and 2 * block * each <= SCRATCH:
         block *= 2
@@ -108,11 +108,11 @@ def query_block(plan: Schedule, precision: str, gradient: bool) -> int:
 
 @lru_cache(maxsize=256)
 def network(
-    plan: Schedule, precision: str, gradient: bool, hopper: bool = True, block: int | None = None, interpreted: str | None = None
+    schedule: Schedule, precision: str, gradient: bool, hopper: bool = True, block: int | None = None, interpreted: str | None = None
 ) -> Network:
-    """Lay out ``plan`` for one program. ``block`` overrides the queries a block (a power of two), ``interpreted`` the products'
+    """Lay out ``schedule`` for one program. ``block`` overrides the queries a block (a power of two), ``interpreted`` the products'
     precision. Raises Unplannable if the network is too deep, too wide or too large for it."""
-    stages = plan.stages
+    stages = schedule.stages
     if len(stages) > MOST_STAGES:
         raise Unplannable(f"{len(stages)} stages; one kernel unrolls up to {MOST_STAGES}")
     products = sum(map(_products, stages))
@@ -120,8 +120,8 @@ def network(
         raise Unplannable(f"{products} matrix products; one kernel unrolls up to {MOST_PRODUCTS}")
     last = stages[-1]
     if max(last.N, power_of_two(last.NOUT)) > MOST_LOGITS:
-        raise Unplannable(f"layer {plan.placements[-1].layer!r}: {last.NOUT} outputs; the criterion's tile holds {MOST_LOGITS}")
-    qb = block or query_block(plan, precision, gradient)
+        raise Unplannable(f"layer {schedule.placements[-1].layer!r}: {last.NOUT} outputs; the criterion's tile holds {MOST_LOGITS}")
+    qb = block or query_block(schedule, precision, gradient)
     outputs, end = _offsets(qb * s.OUTPUTS * (s is not last) for s in stages)
     slopes, end = _offsets((qb * s.SLOPES * (gradient and s.SLOPE in ("pooled", "window")) for s in stages), end)
     (gradient_at,), end = _offsets([qb * last.CODES * gradient], end)
@@ -129,15 +129,15 @@ def network(
     bases = tuple(accumulate((step(s) for s in stages[:-1]), initial=0)) if gradient else (0,) * len(stages)
     roles = {role: tuple(configuration(role, s, precision, hopper) for s in stages) for role in ("forward", "dw", "dx")}
     if interpreted is not None:
-        roles = {role: tuple(replace(c, PREC=interpreted) for c in found) for role, found in roles.items()}
-    found = Network(
+        roles = {role: tuple(replace(c, PREC=interpreted) for c in configurations) for role, configurations in roles.items()}
+    layout = Network(
         stages,
         roles["forward"],
         roles["dw"],
         roles["dx"],
-        weights=tuple(p.forward for p in plan.placements),
-        back=tuple(p.backward for p in plan.placements),
-        biases=tuple(p.bias.offset if p.bias else 0 for p in plan.placements),
+        weights=tuple(p.forward for p in schedule.placements),
+        back=tuple(p.backward for p in schedule.placements),
+        biases=tuple(p.bias.offset if p.bias else 0 for p in schedule.placements),
         outputs=outputs,
         slopes=slopes,
         codes=codes,
@@ -147,12 +147,12 @@ def network(
         SCRATCH=end,
         CODES=codes_end,
         SUMS=bases[-1] + step(last) if gradient else 0,
-        PARAMETERS=plan.parameters,
+        PARAMETERS=schedule.parameters,
         PLACES=max(s.P**2 for s in stages),
     )
-    if found.program_bytes(precision) > MOST_SCRATCH:
-        raise Unplannable(f"{found.program_bytes(precision)} bytes a program; the whole network in one launch takes up to {MOST_SCRATCH}")
-    return found
+    if layout.program_bytes(precision) > MOST_SCRATCH:
+        raise Unplannable(f"{layout.program_bytes(precision)} bytes a program; the whole network in one launch takes up to {MOST_SCRATCH}")
+    return layout
 
 
 def split(n: int, block: int) -> tuple[int, int]:
@@ -161,12 +161,14 @@ def split(n: int, block: int) -> tuple[int, int]:
     return blocks(n, queries), queries
 
 
-def model_bytes(plan: Schedule, n: int, precision: str, gradient: bool) -> int:
+def model_bytes(schedule: Schedule, n: int, precision: str, gradient: bool) -> int:
     """What a call holds for every model of a chunk: packed weights and, for a loss, a gradient a part of its queries."""
-    parts = split(n, query_block(plan, precision, True))[0] if gradient else 0
-    return plan.packed * element_size(precision) + 4 * parts * (plan.parameters + 1)
+    parts = split(n, query_block(schedule, precision, True))[0] if gradient else 0
+    return schedule.packed * element_size(precision) + 4 * parts * (schedule.parameters + 1)
 
 
-def network_bytes(plan: Schedule, k: int, n: int, precision: str, gradient: bool, programs: int, hopper: bool = True) -> int:
+def network_bytes(schedule: Schedule, k: int, n: int, precision: str, gradient: bool, programs: int, hopper: bool = True) -> int:
     """Bytes a call on k models holds beyond its arguments, its results and the queries as the kernels read them."""
-    return programs * network(plan, precision, gradient, hopper).program_bytes(precision) + k * model_bytes(plan, n, precision, gradient)
+    return programs * network(schedule, precision, gradient, hopper).program_bytes(precision) + k * model_bytes(
+        schedule, n, precision, gradient
+    )

@@ -1,7 +1,6 @@
-"""What the package ``SANE`` itself has another way: losses without behaviour term, positions and first-value scale, the module that trains
-with them, and tokens back to checkpoints.
+"""The variants of package ``SANE``, where it differs from ``shrp``: losses without behavior, positions and first-value scale, and the rest.
 
-A script of that package changes its import to this module; ``wslfast.sane`` has the paper's versions (package ``shrp``).
+A script of that package changes its import to this module; ``wslfast.sane`` has the versions of the paper's package ``shrp``.
 """
 
 from __future__ import annotations
@@ -76,7 +75,7 @@ class GammaContrastReconLoss(losses.GammaContrastReconLoss):
             **{"first_value_scale": False} | flags,  # type: ignore[arg-type]
         )
 
-    def _reconstruction(self, beta: float, reduction: str, semantics: Semantics, **behaviour: Any) -> nn.Module:
+    def _reconstruction(self, beta: float, reduction: str, semantics: Semantics, **behavior: Any) -> nn.Module:
         return MaskedReconLoss(reduction, semantics=semantics, first_value_scale=semantics.first_value_scale)
 
     def forward(self, z_i: Tensor, z_j: Tensor, y: Tensor, t: Tensor, m: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
@@ -85,7 +84,7 @@ class GammaContrastReconLoss(losses.GammaContrastReconLoss):
 
 
 class AEModule(module.AEModule):
-    """:class:`wslfast.sane.AEModule` with SANE's objective: ``AEModule(config)``, no behaviour, no reference network."""
+    """:class:`wslfast.sane.AEModule` with SANE's objective: ``AEModule(config)``, no behavior, no reference network."""
 
     def __init__(self, config: Mapping[str, Any], *, semantics: Choice = "published", **flags: bool) -> None:
         super().__init__(config, semantics=semantics, **{"first_value_scale": False} | flags)  # type: ignore[arg-type]

@@ -1,18 +1,19 @@
-"""The planner and the packing tables, in plain torch: no Triton needed."""
+"""The schedule of a network and the packing tables, in plain torch: no Triton needed."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from kernel_cases import CASES, MLP, Net, cnn3, cnn28, count, lenet5, make_weights
 
-from wslfast.kernels.layers import Activation, Conv2d, Flatten, Linear, Pool2d, Unplannable
-from wslfast.kernels.triton import schedule as planner
+from wslfast.kernels.layers import ACTIVATIONS, Activation, Conv2d, Flatten, Linear, Pool2d, Unplannable
+from wslfast.kernels.triton import schedule as module
 from wslfast.kernels.triton import tables
 from wslfast.kernels.triton.schedule import executed_multiply_adds, needed_multiply_adds, schedule
 
@@ -55,7 +56,7 @@ def test_refuses_by_name(name: str) -> None:
         if isinstance(layer, Linear):
             layer = Linear(layer.name, shape[0], layer.out_features)
         fitted.append(layer)
-        shape = planner.shapes(tuple(fitted), (3, size, size))[-1]
+        shape = module.shapes(tuple(fitted), (3, size, size))[-1]
     with pytest.raises(Unplannable, match="'bad'"):
         schedule(tuple(fitted), (3, size, size))
 
@@ -65,7 +66,14 @@ def test_refuses_nothing_to_run() -> None:
         schedule((Flatten("flatten"),), (3, 4, 4))
 
 
-def test_plan_is_cached_and_shared() -> None:
+def test_every_activation_of_a_record_is_known_and_others_are_refused() -> None:
+    assert set(module.ACTIVATIONS) == set(ACTIVATIONS)
+    layers = (Linear("l", 3, 2), Activation("a", "softsign"), Linear("m", 2, 1))
+    with pytest.raises(Unplannable, match=r"'a' .*'softsign'"):
+        schedule(layers, (3,))
+
+
+def test_a_schedule_is_cached_and_shared() -> None:
     assert schedule(cnn3().layers, (3, 32, 32)) is schedule(cnn3().layers, (3, 32, 32))
     # Stages carry no names and no offsets, so equal stages of different networks share a compiled kernel.
     other = (*cnn3().layers[:-1], Linear("renamed", 20, 10))
@@ -75,12 +83,12 @@ def test_plan_is_cached_and_shared() -> None:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_weight_is_packed_and_folded(name: str) -> None:
     case = NETWORKS[name]
-    plan = schedule(case.layers, case.shape)
-    assert plan.parameters == count(case.layers)
-    table = tables.pack_table(plan, CPU)
-    weights = {i for place in plan.placements for i in range(place.weight.offset, place.weight.stop)}
+    scheduled = schedule(case.layers, case.shape)
+    assert scheduled.parameters == count(case.layers)
+    table = tables.pack_table(scheduled, CPU)
+    weights = {i for place in scheduled.placements for i in range(place.weight.offset, place.weight.stop)}
     assert set(table[table >= 0].tolist()) == weights
-    folded = tables.fold_tables(plan, 3, CPU)
+    folded = tables.fold_tables(scheduled, 3, CPU)
     assert (folded.places[:, 0] >= 0).all(), "a parameter that no partial reaches"
     assert len(set(folded.places[folded.places >= 0].tolist())) == int((folded.places >= 0).sum()), "a partial counted twice"
 
@@ -89,8 +97,8 @@ def test_every_weight_is_packed_and_folded(name: str) -> None:
 def test_fold_is_the_transpose_of_pack(name: str) -> None:
     """<pack(w), v> = <w, fold(v)>, with the gradient's own tiles."""
     case = NETWORKS[name]
-    plan = schedule(case.layers, case.shape)
-    for stage, place in zip(plan.stages, plan.placements, strict=True):
+    scheduled = schedule(case.layers, case.shape)
+    for stage, place in zip(scheduled.stages, scheduled.placements, strict=True):
         weights = make_weights(case.layers, 1)[0].double()
         table = tables.gradient_table(stage, place)
         packed = torch.where(table >= 0, weights[table.clamp(min=0)], 0.0)
@@ -98,17 +106,17 @@ def test_fold_is_the_transpose_of_pack(name: str) -> None:
         gradient = torch.zeros_like(weights).index_add_(0, table.clamp(min=0), torch.where(table >= 0, v, 0.0))
         assert torch.allclose(packed @ v, weights @ gradient)
         # The same sum through the tables of the real kernel, one split.
-        parts = torch.zeros(1, tables.fold_tables(plan, 1, CPU).row, dtype=torch.float64)
-        base = tables.fold_tables(plan, 1, CPU).bases[plan.stages.index(stage)]
-        if plan.stages.count(stage) == 1:
+        parts = torch.zeros(1, tables.fold_tables(scheduled, 1, CPU).row, dtype=torch.float64)
+        base = tables.fold_tables(scheduled, 1, CPU).bases[scheduled.stages.index(stage)]
+        if scheduled.stages.count(stage) == 1:
             parts[0, base : base + packed.numel()] = v
-            assert torch.allclose(tables.fold(parts, plan, 1)[0], gradient)
+            assert torch.allclose(tables.fold(parts, scheduled, 1)[0], gradient)
 
 
 def _patch_convolution(case: Net, stage_index: int) -> tuple[torch.Tensor, torch.Tensor]:
     """One stage's convolution, pooled positions as rows, by its packed weights and by torch."""
-    plan = schedule(case.layers, case.shape)
-    stage, place = plan.stages[stage_index], plan.placements[stage_index]
+    scheduled = schedule(case.layers, case.shape)
+    stage, place = scheduled.stages[stage_index], scheduled.placements[stage_index]
     weights = make_weights(case.layers, 1).double()
     slot = place.weight
     kernel = weights[0, slot.offset : slot.stop].view(slot.shape)
@@ -152,42 +160,42 @@ def test_packed_weights_are_a_convolution(name: str, index: int) -> None:
 
 
 def test_pack_rounds_to_nearest() -> None:
-    plan = schedule(MLP.layers, MLP.shape)
-    weights = torch.randn(3, plan.parameters) * 1e3
+    scheduled = schedule(MLP.layers, MLP.shape)
+    weights = torch.randn(3, scheduled.parameters) * 1e3
     weights[0, 0], weights[1, 0], weights[2, 0] = float("inf"), float("nan"), 1e30
-    exact = tables.pack(weights, plan, "ieee")
+    exact = tables.pack(weights, scheduled, "ieee")
     for precision, eps in (("tf32", 2.0**-11), ("fp16", 2.0**-11), ("bf16", 2.0**-8)):
-        packed = tables.pack(weights, plan, precision).float()
+        packed = tables.pack(weights, scheduled, precision).float()
         finite = exact.isfinite() & (exact.abs() < 6e4)
         assert ((packed - exact).abs()[finite] <= eps * exact.abs()[finite]).all()
         assert packed.isnan().sum() == exact.isnan().sum() > 0, "NaN must stay NaN"
-    assert tables.pack(weights, plan, "fp16").float().nan_to_num(nan=0.0).abs().max() == 65504
+    assert tables.pack(weights, scheduled, "fp16").float().nan_to_num(nan=0.0).abs().max() == 65504
 
 
 def test_splits_know_nothing_of_k_and_cover_every_row() -> None:
     for stage in schedule(cnn3().layers, (3, 32, 32)).stages:
         for n in (1, 5, 256, 4096):
-            assert 1 <= planner.splits(stage, n) <= 16
+            assert 1 <= module.splits(stage, n) <= 16
 
 
 @pytest.mark.parametrize(("name", "most"), [("cnn3", 1.8), ("lenet5", 2.35), ("cnn28", 2.5)])
 def test_executed_multiply_adds(name: str, most: float) -> None:
     case = NETWORKS[name]
-    plan = schedule(case.layers, case.shape)
+    scheduled = schedule(case.layers, case.shape)
     roles = ("forward", "dx", "dw")
-    needed = sum(needed_multiply_adds(s, p, r) for s, p in zip(plan.stages, plan.placements, strict=True) for r in roles)
-    executed = sum(executed_multiply_adds(s, r) for s in plan.stages for r in roles)
+    needed = sum(needed_multiply_adds(s, p, r) for s, p in zip(scheduled.stages, scheduled.placements, strict=True) for r in roles)
+    executed = sum(executed_multiply_adds(s, r) for s in scheduled.stages for r in roles)
     assert executed <= most * needed
     if name == "cnn3":
         assert needed == 2_979_816 - 2 * 432 * (900 - 784)  # of conv 1's outputs 28 x 28 are read, of 30 x 30
 
 
-def test_plan_tables_and_reference_need_no_triton() -> None:
+def test_schedule_tables_and_reference_need_no_triton() -> None:
     code = (
         "import sys; sys.modules['triton'] = None\n"
         "import wslfast.kernels.layers, wslfast.kernels.triton.schedule, wslfast.kernels.triton.tables, wslfast.kernels.reference"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=planner.__file__.rsplit("/", 2)[0])
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
 
 
 def test_what_the_new_cases_are_for() -> None:

@@ -1,16 +1,24 @@
-"""Two columns at once, where a convolution makes so few channels that most of a vector would stay empty.
+"""Two rewrites of a compiled program: the same function, in steps that run faster on a CPU.
 
-oneDNN puts 16 of the channels that a convolution makes into a vector. Two convolutions of a group of models make 8 or fewer a group:
+**Two columns at once** (:func:`paired`), where a convolution makes so few channels that most of a vector would stay empty. oneDNN puts 16
+of the channels that a convolution makes into a vector. Two convolutions of a group of models make 8 or fewer a group:
 the first one where every model has its own queries (zoo building), and the gradient of the input of a narrow layer. Both compute
-two neighbouring columns together: twice the channels, of a kernel one column wider (the second column's weights moved by one), at
-stride 2. For a 5 x 5 kernel that is 1.2 times the products in twice the lanes.
+two neighboring columns together: twice the channels, of a kernel one column wider (the second column's weights moved by one), at
+stride 2. For a 5 x 5 kernel that is 1.2 times the products in twice the lanes. The columns come out on the wrong side of the models in
+memory, ``[q, H, W / 2, M, 2, C]``. Copying rows of C numbers through a table puts them right for a tenth of what the convolution saves;
+elementwise operators on them, in runs of C, would cost more than all of it.
 
-The columns come out on the wrong side of the models in memory, ``[q, H, W / 2, M, 2, C]``. Copying rows of C numbers through a table puts
-them right for a tenth of what the convolution saves; elementwise operators on them, in runs of C, would cost more than all of it.
+**Blocks** (:func:`blocked`): the first convolution and its pooling, a few queries at a time. What a first convolution makes is the largest
+thing in a small network, and the pooling right above keeps a quarter of it. A whole slab of it leaves the caches, so that pooling, its
+backward (which begins by writing zeros) and the gradient of the weights would each wait for memory: a query of CNN3 costs them two to
+three times as much in twelve megabytes as in three. All other layers are small enough for the slab, and there fewer, larger calls are
+better.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -18,10 +26,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layers import shapes
-from .steps import ConvStep, FlattenStep, Packed, Program, bias_gradient, block, convolution, convolution_backward, put
+from ..layers import Activation, Conv2d, Dropout, Layers, Linear, Pool2d, Slot, shapes
+from .steps import (
+    ConvStep,
+    Packed,
+    Program,
+    Step,
+    backward_through,
+    bias_gradient,
+    block,
+    convolution,
+    convolution_backward,
+    forward_through,
+    needs_sixteen,
+    put,
+    values_through,
+)
 
 _LANES = 16
+_BYTES = 4 << 20  # of the largest activation of eight models, at once
+_FEWEST = 4  # queries: cut evenly, no part is then a single image, which torch gives to another library
 
 
 def _two_columns(kernels: Tensor) -> Tensor:
@@ -108,10 +132,9 @@ class NarrowConvStep(ConvStep):
 def paired(program: Program, own_queries: bool) -> Program:
     """``program`` with two columns at once where that fills more lanes than it wastes."""
     steps, size = list(program.steps), program.crop
+    apart = False
     for i, step in enumerate(steps):
-        if isinstance(step, FlattenStep):
-            break
-        before, size = size, shapes((step.layer,), size)[-1]  # type: ignore[attr-defined]
+        before, size = size, shapes((step.layer,), size)[-1]
         if not isinstance(step, ConvStep) or step.layer.groups != 1 or step.layer.spacing != (1, 1):
             continue
         conv = step.layer
@@ -119,8 +142,74 @@ def paired(program: Program, own_queries: bool) -> Program:
             # with one channel in, model by model is slower than all models in one call
             if conv.stride[1] == 1 and size[2] % 2 == 0 and 2 * conv.out_channels <= _LANES and conv.in_channels > 1:
                 steps[i] = PairedConvStep(conv, step.weight, step.bias, step.shared, step.input_gradient, step.sums_bias)
+                apart = True
         elif step.input_gradient and conv.stride == (1, 1) and before[2] % 2 == 0 and 2 * conv.in_channels <= _LANES:
             reaches = all(p < k for p, k in zip(conv.padding, conv.kernel_size, strict=True))
             if reaches and conv.kernel_size[1] > 2:
                 steps[i] = NarrowConvStep(conv, step.weight, step.bias, step.shared, step.input_gradient, step.sums_bias)
-    return replace(program, steps=tuple(steps))
+    return replace(program, steps=tuple(steps), model_by_model=apart)
+
+
+@dataclass(frozen=True)
+class BlockedSteps(Step):
+    """A first convolution and what follows it up to a pooling, ``queries`` at a time; a step like any other from outside."""
+
+    layer: Conv2d
+    slots: tuple[Slot, ...]  # of the convolution's parameters
+    steps: tuple[Step, ...]  # ConvStep, ..., PoolStep
+    queries: int
+
+    def pack(self, rows: Tensor, dtype: torch.dtype) -> list[Any]:
+        return [step.pack(rows, dtype) for step in self.steps]
+
+    def _parts(self, x: Tensor) -> Sequence[Tensor]:
+        return x.tensor_split(-(-x.shape[0] // self.queries))
+
+    def forward(self, x: Tensor, packed: list[Any], models: int) -> tuple[Tensor, Any]:
+        outputs, saved = zip(*(forward_through(self.steps, packed, part, models) for part in self._parts(x)))
+        return _joined(outputs), saved
+
+    def values(self, x: Tensor, packed: list[Any], models: int) -> Tensor:
+        return _joined([values_through(self.steps, packed, part, models) for part in self._parts(x)])
+
+    def backward(self, g: Tensor, saved: Any, packed: list[Any], rows: Tensor, fresh: bool) -> None:
+        # Blocks add up on their own, so that a slab's share of the sum is the same bits whenever the slab is added.
+        sums = rows if fresh else torch.empty_like(rows)
+        for i, part in enumerate(g.tensor_split(len(saved))):
+            backward_through(self.steps, packed, part, saved[i], sums, i == 0)
+        if not fresh:
+            for slot in self.slots:
+                put(rows, slot, block(sums, slot), fresh=False)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
+
+
+def in_blocks(layers: Layers) -> range:
+    """Indices of the layers whose outputs are never whole: the first convolution and what follows it below a pooling. Empty without."""
+    first = next((i for i, layer in enumerate(layers) if isinstance(layer, (Conv2d, Linear))), len(layers))
+    last = first + 1
+    while last < len(layers) and isinstance(layers[last], (Activation, Dropout)):
+        last += 1
+    pooled = last < len(layers) and isinstance(layers[first], Conv2d) and isinstance(layers[last], Pool2d)
+    return range(first, last) if pooled else range(0)
+
+
+def blocked(program: Program) -> Program:
+    """``program`` with its first convolution and the pooling above it in blocks of queries."""
+    steps = program.steps
+    cut = in_blocks(tuple(step.layer for step in steps))
+    if not cut or program.model_by_model:  # such a first step works on one model after another as it is
+        return program
+    first = steps[cut.start]
+    assert isinstance(first, ConvStep)
+    if needs_sixteen(first.layer):
+        return program
+    size = program.crop
+    for step in steps[: cut.start + 1]:
+        size = shapes((step.layer,), size)[-1]
+    queries = max(_FEWEST, _BYTES // (4 * 8 * math.prod(size)))
+    slots = tuple(slot for slot in (first.weight, first.bias) if slot is not None)
+    head = BlockedSteps(first.layer, slots, steps[cut.start : cut.stop + 1], queries)
+    return replace(program, steps=(*steps[: cut.start], head, *steps[cut.stop + 1 :]))
