@@ -1,4 +1,4 @@
-"""``wslfast zoo``: build, import, export and show zoos."""
+"""``wslfast zoo``: build, import, export, show, push and pull zoos."""
 
 from __future__ import annotations
 
@@ -173,14 +173,64 @@ class ZooExport:
 
 
 @dataclass(frozen=True)
+class ZooPush:
+    """Upload a zoo to the Hugging Face Hub: shards, manifest, and a card with the zoo's picture and table.
+
+    Log in first (hf auth login, or HF_TOKEN). The repository is made where there is none. Needs pip install 'wslfast[hub]'.
+
+    Example: wslfast zoo push runs/zoo USER/digits-zoo
+    """
+
+    path: tyro.conf.Positional[str]
+    """Folder of the zoo."""
+    repository: tyro.conf.Positional[str]
+    """USER/NAME, a data set on the Hub."""
+    private: bool = False
+    """Make a repository that only you can see."""
+    revision: str | None = None
+    """Branch (default: main)."""
+
+    def run(self) -> None:
+        from ..hub import push_zoo
+
+        console.print(push_zoo(self.path, self.repository, private=self.private, revision=self.revision), soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class ZooPull:
+    """Download a zoo from the Hugging Face Hub. It passes the checks that every zoo does, and nothing in it is executed.
+
+    An interrupted download goes on when the command is given again. Needs pip install 'wslfast[hub]'.
+
+    Example: wslfast zoo pull USER/digits-zoo runs/zoo
+    """
+
+    repository: tyro.conf.Positional[str]
+    """USER/NAME, a data set on the Hub."""
+    out: tyro.conf.Positional[str]
+    """A new or empty folder."""
+    revision: str | None = None
+    """Branch, tag or commit (default: main)."""
+
+    def run(self) -> None:
+        from ..hub import pull_zoo
+
+        manifest = pull_zoo(self.repository, self.out, revision=self.revision)
+        models = len(set(manifest.properties["model"]))
+        console.print(f"{self.out}: {manifest.rows} rows of {models} models; wslfast zoo show {self.out}", soft_wrap=True)
+
+
+@dataclass(frozen=True)
 class Zoo:
-    """Build, import, export and show zoos of trained networks."""
+    """Build, import, export and show zoos of trained networks, and exchange them with the Hub."""
 
     command: Union[
         Annotated[ZooBuild, tyro.conf.subcommand("build")],
         Annotated[ZooImport, tyro.conf.subcommand("import")],
         Annotated[ZooExport, tyro.conf.subcommand("export")],
         Annotated[ZooShow, tyro.conf.subcommand("show")],
+        Annotated[ZooPush, tyro.conf.subcommand("push")],
+        Annotated[ZooPull, tyro.conf.subcommand("pull")],
     ]
 
     def run(self) -> None:
