@@ -54,6 +54,9 @@ class Evaluate:
     """What runs the networks: Triton kernels, plain torch, or whatever is best and proved."""
     skip_bad: bool = False
     """Leave out shards of the zoo that are missing or damaged, with a count, instead of stopping."""
+    log_to: Literal["tensorboard"] | None = None
+    """Also write the page's pictures and main figures for TensorBoard, into OUT/tensorboard (of one run without --out: the table of
+    figures, into RUN/tensorboard)."""
     json: bool = False
     """Print JSON instead of a table."""
 
@@ -62,7 +65,8 @@ class Evaluate:
         first = self.run_folders[0]
         if len(self.run_folders) == 1 and (self.out is None or self.out.endswith(".json")):
             out = self.out or str(Path(first) / f"evaluation-{self.split}.json")
-            results = evaluate(first, self.zoo, split=self.split, out=out, device=self.device, backend=self.backend, skip_bad=self.skip_bad)
+            settings = {"device": self.device, "backend": self.backend, "skip_bad": self.skip_bad, "log_to": self.log_to}
+            results = evaluate(first, self.zoo, split=self.split, out=out, **settings)
             if self.json:
                 print(Path(out).read_text())
             else:
@@ -82,6 +86,7 @@ class Evaluate:
                 zero_layer=self.zero_layer,
                 name=self.name,
                 device=self.device,
+                log_to=self.log_to,
                 # beside JSON stages are log lines, which go to standard error
                 on_stage=None if self.json else functools.partial(console.print, "-", soft_wrap=True, markup=False),
             )
@@ -103,13 +108,15 @@ class Report:
     """The same, as a flag."""
     page: str | None = None
     """Where to write the page (default: report.html in the folder)."""
+    log_to: Literal["tensorboard"] | None = None
+    """Also write the page's pictures and main figures for TensorBoard, into FOLDER/tensorboard."""
     json: bool = False
     """Print JSON instead of a table."""
 
     def run(self) -> None:
         folder = self.folder or self.out
         require(bool(folder), "folder: expected the folder of an evaluation (wslfast report FOLDER)")
-        _told(report(folder, page=self.page), self.json, folder)
+        _told(report(folder, page=self.page, log_to=self.log_to), self.json, folder)
 
 
 def _told(page: Path, as_json: bool, folder: str | None = None) -> None:

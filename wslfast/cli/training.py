@@ -31,6 +31,8 @@ class Train(TrainConfig):
     """Continue from the folder's checkpoint (starts afresh where there is none)."""
     profile: bool = False
     """Record 20 steps: profile/trace.json, profile/phases.json and a table of phases."""
+    log_to: Literal["tensorboard"] | None = None
+    """Also write every record, and the phases of 20 steps, for TensorBoard, into OUT/tensorboard (pip install 'wslfast[tensorboard]')."""
 
     def run(self) -> None:
         settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(TrainConfig)}
@@ -45,5 +47,5 @@ class Train(TrainConfig):
                 if not console.is_terminal:
                     console.print(f"step {record['step']} {parts} {record['models_per_s']:.0f} models/s", soft_wrap=True)
 
-            run = train(TrainConfig(**settings), resume=self.resume, profiled=self.profile, on_record=on_record)
+            run = train(TrainConfig(**settings), resume=self.resume, profiled=self.profile, on_record=on_record, log_to=self.log_to)
         console.print(f"{run.out}: {run.step} steps; next: wslfast evaluate --run {run.out}", soft_wrap=True)

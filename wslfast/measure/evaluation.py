@@ -20,6 +20,7 @@ from ..population import Population
 from ..profiling import region
 from ..tokens import layout
 from ..training import load_run
+from ..training.hooks import LogTo, hook_of
 from ..zoo import Dataset, dataset_of, load_zoo
 from .diversity import outputs_of
 from .reconstruction import Reconstruction, compare
@@ -82,6 +83,7 @@ def evaluate(
     device: str = "cpu",
     backend: str = "auto",
     skip_bad: bool = False,
+    log_to: LogTo = None,
 ) -> dict[str, dict[str, Any]]:
     """Reconstruct a split of a zoo with a trained run and measure how its models behave.
 
@@ -96,6 +98,8 @@ def evaluate(
         device: where to run.
         backend: what runs the networks: ``"auto"``, ``"triton"`` or ``"torch"``.
         skip_bad: leave out shards of the zoo that are missing or damaged, with a count, instead of raising.
+        log_to: also tell ``"tensorboard"`` (in ``run/tensorboard``), or an object with the three methods of
+            :class:`~wslfast.training.hooks.LogHook`, the figures as a table.
 
     Returns:
         Figures by variant (``"run"`` and the baselines): means over models of accuracy of original and reconstruction,
@@ -108,6 +112,7 @@ def evaluate(
     require(split in ("train", "val", "test"), f"split: expected train, val or test, got {split!r}")
     engine.check_backend(backend)
     loaded = load_run(run, device=device)
+    hook = hook_of(log_to, Path(run), loaded.step)
     folder = str(zoo if zoo is not None else loaded.config.zoo)
     population = load_zoo(folder, split, skip_bad=skip_bad).to(device)
     require(len(population) > 0, f"zoo {folder} has no {split} models")
@@ -129,6 +134,9 @@ def evaluate(
             results[name] = {**result.summary(), "latent_numbers": numbers, "latent_share": numbers / population.architecture.num_weights}
     if out is not None:
         write_json(out, {"run": str(run), "zoo": folder, "split": split, "backend": backend, "variants": results})
+    if hook is not None:
+        names = list(dict.fromkeys(name for figures in results.values() for name in figures if name != "spread"))
+        hook.table(f"evaluation of {split} models", ["variant", *names], [[v, *map(f.get, names)] for v, f in results.items()])
     return results
 
 

@@ -9,13 +9,14 @@ from typing import Any
 
 from ..files import write_text
 from ..measure.results import Results, read_results
+from ..training.hooks import LogTo, hook_of
 from . import drawing, extras, figures, published, tables
 from .html import beside, document, figure, note, number, percent, section
 
-__all__ = ["render", "report"]
+__all__ = ["pictures", "render", "report"]
 
 
-def report(out: str | Path, *, page: str | Path | None = None) -> Path:
+def report(out: str | Path, *, page: str | Path | None = None, log_to: LogTo = None) -> Path:
     """Draw the page from the tables in ``out``, and return its path; nothing is computed again.
 
     ``ablations.csv`` and ``gradients.csv`` (and JSON files of those names) are shown where they are there, or in ``out/analysis``.
@@ -23,13 +24,28 @@ def report(out: str | Path, *, page: str | Path | None = None) -> Path:
     Args:
         out: folder that an evaluation wrote.
         page: where to write the page; default: ``out/report.html``.
+        log_to: also tell ``"tensorboard"`` (in ``out/tensorboard``), or an object with the three methods of
+            :class:`~wslfast.training.hooks.LogHook`, the page's pictures and a table of its main figures.
 
     Raises:
         WslfastError: no results there, a damaged table, or matplotlib is missing.
     """
     path = Path(page) if page is not None else Path(out) / "report.html"
-    write_text(path, render(read_results(out)))
+    results = read_results(out)
+    write_text(path, render(results))
+    hook = hook_of(log_to, Path(out))
+    if hook is not None:
+        for name, png in pictures(results).items():
+            hook.picture(name, png)
+        hook.table("figures", *tables.main_figures(results))
     return path
+
+
+def pictures(results: Results) -> dict[str, bytes]:
+    """The page's figures by name (``"digits/overview"``), as PNG files. Raises WslfastError if matplotlib is missing."""
+    with drawing.collected() as found:
+        render(results)
+    return found
 
 
 def render(results: Results) -> str:

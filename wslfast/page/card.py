@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from ..zoo import read_manifest
 from ..zoo.store import summarize
-from .drawing import INK, SOFT, require_matplotlib, sheet
+from .drawing import INK, SOFT, require_matplotlib, sheet, to_png
 
 PICTURE = "zoo.png"
 _SPLITS = {"train": "#0072b2", "val": "#e69f00", "test": "#d55e00"}
@@ -95,10 +94,7 @@ def zoo_picture(zoo: str | Path) -> bytes:
                 axes.text(0.5, 0.5, "not recorded", ha="center", color=SOFT, transform=axes.transAxes)
         left.set_title("Accuracy of the zoo's models")
         right.set_title("Over training")
-        page.set_facecolor("white")
-        buffer = io.BytesIO()
-        page.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
-        return buffer.getvalue()
+        return to_png(page, 150)
 
 
 def _known(value: Any) -> bool:

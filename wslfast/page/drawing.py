@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -63,8 +64,22 @@ def require_matplotlib() -> None:
         raise WslfastError(f"the page's figures need matplotlib: pip install 'wslfast[plot]' ({error})") from error
 
 
+_pictures: ContextVar[dict[str, bytes] | None] = ContextVar("pictures", default=None)
+
+
 @contextmanager
-def sheet(height: float, width: float = _WIDTH) -> Iterator[tuple[Figure, Callable[[], str]]]:
+def collected() -> Iterator[dict[str, bytes]]:
+    """The figures that are drawn in the block, as PNG by name; their SVG is left empty."""
+    found: dict[str, bytes] = {}
+    token = _pictures.set(found)
+    try:
+        yield found
+    finally:
+        _pictures.reset(token)
+
+
+@contextmanager
+def sheet(height: float, width: float = _WIDTH, *, name: str = "figure") -> Iterator[tuple[Figure, Callable[[], str]]]:
     """A figure in the house style, and what turns it into SVG. No pyplot: nothing global, no backend, no window."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -72,7 +87,22 @@ def sheet(height: float, width: float = _WIDTH) -> Iterator[tuple[Figure, Callab
 
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(wspace=0.05, hspace=0.06))
-        yield figure, lambda: to_svg(figure)
+        yield figure, lambda: _drawn(figure, name)
+
+
+def _drawn(figure: Figure, name: str) -> str:
+    found = _pictures.get()
+    if found is None:
+        return to_svg(figure)
+    found[name] = to_png(figure)
+    return "<svg></svg>"
+
+
+def to_png(figure: Figure, dpi: int = 110) -> bytes:
+    """The figure as a PNG on white; the same figure gives the same bytes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
+    return buffer.getvalue()
 
 
 def to_svg(figure: Figure) -> str:
@@ -132,21 +162,21 @@ def errors(axes: Axes, points: Sequence[tuple[Any, float | None, float | None]],
     axes.errorbar(xs, ys, bars, color=color, label=label, fmt="o-", markersize=4, linewidth=1.3, elinewidth=1.0)
 
 
-def training_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]], palette: Mapping[str, str]) -> str:
+def training_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]], palette: Mapping[str, str], *, name: str = "training") -> str:
     """Loss parts over steps, one panel a part, one line a variant; empty if no record holds a loss."""
     parts = [key for key in _PARTS if any(_series(records, key)[0] for records in curves.values())]
     if not parts:
         return ""
-    with sheet(2.3) as (figure, svg):
+    with sheet(2.3, name=name) as (figure, svg):
         panels = figure.subplots(1, max(3, len(parts)), squeeze=False)[0]
         for axes in panels[len(parts) :]:
             axes.set_visible(False)
         for axes, part in zip(panels, parts):
             everything = []
-            for name, records in curves.items():
+            for variant, records in curves.items():
                 steps, values = _series(records, part)
                 everything += values
-                axes.plot(steps, values, color=palette[name], linewidth=1.4, label=name)
+                axes.plot(steps, values, color=palette[variant], linewidth=1.4, label=variant)
             if min(everything) > 0 and max(everything) > 3 * min(everything):
                 _decades(axes)
             axes.set_title(_PARTS[part])
@@ -158,9 +188,9 @@ def training_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]], palette: 
         return svg()
 
 
-def scatter_map(xy: np.ndarray, share: Sequence[float], level: np.ndarray, groups: Sequence[str]) -> str:
+def scatter_map(xy: np.ndarray, share: Sequence[float], level: np.ndarray, groups: Sequence[str], *, name: str = "map") -> str:
     """Models at ``xy [k, 2]`` whose axes hold ``share`` per cent of variance, coloured by ``level [k]`` per cent, one marker a group."""
-    with sheet(4.4, width=7.4) as (figure, svg):
+    with sheet(4.4, width=7.4, name=name) as (figure, svg):
         axes = figure.subplots()
         for mark, group in zip(_MARKERS * len(groups), dict.fromkeys(groups)):
             member = np.asarray([g == group for g in groups])

@@ -37,7 +37,8 @@ def ablations(results: Results) -> str:
         parts.append(f"<h3>{escape(name)}, {escape(zoo)}</h3>{ablation_table(figures, metrics)}")
         if len(figures) > 1:
             setting = {str(r["variant"]): r.get("value") for r in own}
-            parts.append(figure(_ablation(figures, setting, [m for m in metrics if m[0] in _DRAWN], axis), f"{name} on {zoo}."))
+            drawn = [m for m in metrics if m[0] in _DRAWN]
+            parts.append(figure(_ablation(figures, setting, drawn, axis, f"{zoo}/ablation {name}"), f"{name} on {zoo}."))
     if not parts:
         return ""
     small = note("Mean over held-out models; ± and bars: standard deviation over seeds. Settings that are not named are those of the file.")
@@ -45,7 +46,11 @@ def ablations(results: Results) -> str:
 
 
 def _ablation(
-    figures: Mapping[str, Mapping[str, OverSeeds]], setting: Mapping[str, object], metrics: Sequence[tuple[str, str, str]], axis: str
+    figures: Mapping[str, Mapping[str, OverSeeds]],
+    setting: Mapping[str, object],
+    metrics: Sequence[tuple[str, str, str]],
+    axis: str,
+    name: str,
 ) -> str:
     """Metrics against the setting; a number axis where all settings are numbers."""
     variants, places = list(figures), {v: float(s) for v, s in setting.items() if isinstance(s, (int, float))}
@@ -55,7 +60,7 @@ def _ablation(
     else:
         places = {v: float(i) for i, v in enumerate(variants)}
     words = [str(v if setting[v] is None else setting[v]) for v in variants]
-    with sheet(2.5) as (page, svg):
+    with sheet(2.5, name=name) as (page, svg):
         for axes, (metric, heading, unit) in zip(page.subplots(1, max(3, len(metrics)), squeeze=False)[0], metrics):
             scale = 100.0 if unit in ("%", "points") else 1.0
             points = [(places[v], *figures[v].get(metric, (None, None))[:2]) for v in variants]
@@ -91,7 +96,7 @@ def gradients(results: Results) -> str:
         parts.append(
             f"<h3>{escape(variant)}, {escape(zoo)}</h3>"
             + figure(
-                _sweeps([r for r in own if r.get("direction")]),
+                _sweeps([r for r in own if r.get("direction")], f"{zoo}/gradients {variant}"),
                 "A model's weights moved by an error of a given size, relative to their norm, in several directions: medians over models. "
                 "Left, the quadratic form over the measured behavioural loss (1 where the first-order step holds); then accuracy, and "
                 "agreement with the model that was moved.",
@@ -110,13 +115,13 @@ def _short(row: Row) -> str:
     return f"{value:.3g}".replace("-", "−") if isinstance(value, (int, float)) else "–"
 
 
-def _sweeps(rows: Sequence[Row]) -> str:
+def _sweeps(rows: Sequence[Row], name: str) -> str:
     from matplotlib.ticker import FuncFormatter
 
     plain = FuncFormatter(lambda value, _: f"{value:g}")
     directions = list(dict.fromkeys(str(r["direction"]) for r in rows))
     panels = (("ratio", "quadratic form / measured loss", 1.0), ("accuracy", "accuracy (%)", 100.0), ("agreement", "agreement (%)", 100.0))
-    with sheet(2.9) as (page, svg):
+    with sheet(2.9, name=name) as (page, svg):
         for axes, (metric, title, scale) in zip(page.subplots(1, 3), panels):
             for i, direction in enumerate(directions):
                 own = sorted((r for r in rows if r["direction"] == direction and r["metric"] == metric), key=lambda r: r["magnitude"])

@@ -61,7 +61,7 @@ def overview(results: Results, zoo: str, colors: Mapping[str, str]) -> str:
         return ""
     place = {v: y for y, v in _placed(results, zoo, "agreement")}
     bottom = max(place.values())
-    with sheet(0.9 + 0.36 * (bottom + 1)) as (figure, svg):
+    with sheet(0.9 + 0.36 * (bottom + 1), name=f"{zoo}/overview") as (figure, svg):
         left, right = figure.subplots(1, 2, sharey=True)
         for axes, first, second in ((left, "agreement_others", "agreement"), (right, "accuracy_original", "accuracy_reconstructed")):
             for variant, own in rows.items():
@@ -81,7 +81,7 @@ def histograms(results: Results, zoo: str, variants: Sequence[str], colors: Mapp
     kept = [v for v in variants if results.table("models", zoo, v)][:6]
     if not kept:
         return ""
-    with sheet(4.0) as (figure, svg):
+    with sheet(4.0, name=f"{zoo}/histograms") as (figure, svg):
         grid = figure.subplots(2, max(4, len(kept)), sharex=True, sharey="row", squeeze=False)
         for axes in grid.flat:
             axes.set_visible(False)
@@ -114,7 +114,7 @@ def probes(results: Results, zoo: str, colors: Mapping[str, str]) -> str:
     targets = [(f"probe_r2{m}", t) for m, t in known.items() if any(results.value(zoo, v, f"probe_r2{m}") for v in variants)]
     if not targets:
         return ""
-    with sheet(0.9 + 0.29 * (bottom + 1)) as (figure, svg):
+    with sheet(0.9 + 0.29 * (bottom + 1), name=f"{zoo}/probes") as (figure, svg):
         panels = figure.subplots(1, max(2, len(targets)), sharey=True, squeeze=False)[0]
         for axes in panels[len(targets) :]:
             axes.set_visible(False)
@@ -152,7 +152,7 @@ def generation(results: Results, zoo: str, colors: Mapping[str, str]) -> str:
         strips.append((f"{v}: generated", _column([r for r in own if r["set"] == "generated"], "test_acc"), colors[v]))
         if last is not None:
             strips.append((f"{v}: fine-tuned", _column([r for r in own if r["epoch"] == last], "test_acc"), colors[v]))
-    with sheet(max(3.4, 0.8 + 0.3 * len(strips))) as (figure, svg):
+    with sheet(max(3.4, 0.8 + 0.3 * len(strips)), name=f"{zoo}/generation") as (figure, svg):
         left, middle, right = figure.subplots(1, 3, width_ratios=(1.25, 1.0, 0.8))
         for y, (_, values, color) in enumerate(strips):
             _strip(left, y, values, color)
@@ -232,13 +232,14 @@ def latent_map(results: Results, zoo: str, variant: str) -> str:
         return ""
     level = [float("nan") if r.get("test_acc") is None else 100 * r["test_acc"] for r in rows]
     share = (100 * (rows[0]["share_x"] or 0.0), 100 * (rows[0]["share_y"] or 0.0))
-    return drawing.scatter_map(np.asarray([[r["x"], r["y"]] for r in rows]), share, np.asarray(level), [str(r["split"]) for r in rows])
+    xy, groups = np.asarray([[r["x"], r["y"]] for r in rows]), [str(r["split"]) for r in rows]
+    return drawing.scatter_map(xy, share, np.asarray(level), groups, name=f"{zoo}/latent map")
 
 
 def training(results: Results, zoo: str, colors: Mapping[str, str]) -> str:
     """Loss parts over steps, of each variant's first seed."""
     curves = {v: rows for v in results.trained(zoo) if (rows := results.table("curves", zoo, v, first_seed=True))}
-    return drawing.training_curves(curves, colors)
+    return drawing.training_curves(curves, colors, name=f"{zoo}/training")
 
 
 def against_beta(results: Results) -> str:
@@ -259,7 +260,7 @@ def against_beta(results: Results) -> str:
         ("diversity", "their diversity (L2 of weights)", 1.0),
         ("diversity_disagreement", "their disagreement (%)", 100.0),
     )
-    with sheet(2.6) as (figure, svg):
+    with sheet(2.6, name="against beta") as (figure, svg):
         for axes, (metric, title, unit) in zip(figure.subplots(1, len(panels)), panels):
             for i, (name, points) in enumerate(series.items()):
                 hue, zoo = _BEHAVIOR[i % len(_BEHAVIOR)], points[0][1]

@@ -70,6 +70,18 @@ def data_table(results: Results) -> str:
     return table(head(headings("Zoo; Data set; Images; Models; Checkpoints")), rows, "plain data") if rows else ""
 
 
+_MAIN = ("agreement", "agreement_others", "identified", "accuracy_change", "l2_masked", "probe_r2", "generated_accuracy")
+
+
+def main_figures(results: Results) -> tuple[list[str], list[list[Any]]]:
+    """The main figures of every variant as columns and rows, means over seeds; None for what was not measured."""
+    rows: list[list[Any]] = []
+    for zoo in results.zoos:
+        for variants in grouped(results, zoo).values():
+            rows += [[zoo, v, *(results.mean(zoo, v, metric) for metric in _MAIN)] for v in variants]
+    return ["zoo", "variant", *_MAIN], rows
+
+
 _GOALS: dict[str, tuple[str, Callable[[Results, str], Verdict], Callable[[Verdict], str]]] = {
     "Accuracy kept": ("median change within 1 point", goals.accuracy_kept, lambda v: f"{percent(v.value, signed=True)} points"),
     "Agreement": ("at least 95 % of images", goals.agreement, lambda v: f"{percent(v.value)} %"),

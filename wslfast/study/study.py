@@ -20,6 +20,7 @@ from ..measure.results import Unit, kept_unit, read_unit, read_units, unit_path,
 from ..page import report
 from ..profiling import region
 from ..training import load_run
+from ..training.hooks import LogTo
 from .loaded_zoo import LoadedZoo, Protocol
 from .trained import zero_layer_twins
 from .units import TABLE, Inputs, reserved
@@ -39,6 +40,7 @@ def study(
     device: str = "cpu",
     notes: Mapping[str, str] | None = None,
     on_stage: Callable[[str], None] | None = None,
+    log_to: LogTo = None,
 ) -> Path:
     """Evaluate runs on a zoo in all three downstream tasks, and write the tables and the page.
 
@@ -55,6 +57,7 @@ def study(
         device: where to run.
         notes: lines for the foot of the page, by name.
         on_stage: told what is being done.
+        log_to: as for :func:`wslfast.page.report`.
 
     Returns:
         The page.
@@ -85,7 +88,7 @@ def study(
         make_units(Inputs(models, loaded, twins), folder, say)
     facts = {"protocol": asdict(models.protocol), "quick": quick, **_machine(device), "date": datetime.date.today().isoformat()}
     write_tables(folder, _comparable(read_units(folder), models, say), {**facts, "notes": dict(notes or {})})
-    return report(folder)
+    return report(folder, log_to=log_to)
 
 
 def make_units(inputs: Inputs, folder: Path, say: Callable[[str], None]) -> None:

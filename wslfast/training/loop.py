@@ -20,6 +20,7 @@ from ..zoo import MappedZoo
 from .checkpoint import Run, checkpoint_path, load_checkpoint, load_run, save_checkpoint
 from .config import TrainConfig
 from .distributed import World, joined
+from .hooks import LogTo, hook_of
 from .query_sets import query_images, set_names
 from .records import OnRecord, Recorder, RunLog
 from .trainer import Trainer
@@ -36,6 +37,7 @@ def train(
     population: Union[Population, MappedZoo, None] = None,
     images: Tensor | None = None,
     stop: Callable[[int], bool] | None = None,
+    log_to: LogTo = None,
 ) -> Run:
     """Train an autoencoder on a zoo; returns the trained run.
 
@@ -54,6 +56,8 @@ def train(
         images: ``[N, *input_shape]`` query images, instead of those of ``config.query_set``.
         stop: asked after every step, with its number, whether to stop there: the run is then as if killed after a checkpoint. Under
             torchrun it has to answer alike in all processes.
+        log_to: ``"tensorboard"`` writes every record and the phases of 20 steps into ``config.out/tensorboard``; or an object with the
+            three methods of :class:`~wslfast.training.hooks.LogHook`, for any other service (docs/logging.md).
 
     Raises:
         WslfastError: bad config, unreadable zoo, a folder that already holds a run (without ``resume``), a loss that is not
@@ -84,8 +88,10 @@ def train(
             if world.writes:
                 remove_leftovers(checkpoint_path(out), out / "config.toml", out / "log.jsonl")
                 write_text(out / "config.toml", config.to_toml())
-            recorder = Recorder(out / "profile", str(device)) if profiled and world.writes else None
-            with RunLog(out / "log.jsonl" if world.writes else None, trainer.step_index, on_record) as log:
+            hook = hook_of(log_to, out, trainer.step_index) if world.writes else None
+            wanted = world.writes and (profiled or hook is not None)
+            recorder = Recorder(out / "profile", str(device), hook, profiled) if wanted else None
+            with RunLog(out / "log.jsonl" if world.writes else None, trainer.step_index, on_record, hook) as log:
                 try:
                     _run(trainer, out, log, recorder, stop)
                 finally:
