@@ -217,6 +217,7 @@ def test_the_documented_hooks_are_hooks(tmp_path: Path, name: str, monkeypatch: 
     for variable, value in (
         ("WANDB_MODE", "offline"),
         ("WANDB_SILENT", "true"),
+        ("MLFLOW_ALLOW_FILE_STORE", "true"),
         ("MLFLOW_TRACKING_URI", f"file://{tmp_path}/mlruns"),
     ):
         monkeypatch.setenv(variable, value)

@@ -11,9 +11,10 @@ from ..files import write_text
 from ..measure.results import Results, read_results
 from ..training.hooks import LogTo, hook_of
 from . import drawing, extras, figures, published, tables
+from .finding import headline, joined, named, small_samples, title
 from .html import beside, document, figure, note, number, percent, section
 
-__all__ = ["pictures", "render", "report"]
+__all__ = ["headline", "pictures", "render", "report"]
 
 
 def report(out: str | Path, *, page: str | Path | None = None, log_to: LogTo = None) -> Path:
@@ -53,12 +54,8 @@ def render(results: Results) -> str:
     drawing.require_matplotlib()
     body = [
         tables.data_table(results),
-        section(
-            "Where we stand",
-            tables.goals_table(results),
-            lead="The goals of this evaluation, and the best run or closed-form code of "
-            "at most 55 % latent numbers on each zoo. All figures are from test models and test images.",
-        ),
+        note(escape(few)) if (few := small_samples(results)) else "",
+        _glance(results),
         _reconstruction(results),
         _probes(results),
         _generation(results),
@@ -67,37 +64,17 @@ def render(results: Results) -> str:
         extras.ablations(results),
         extras.gradients(results),
     ]
-    title = "Weight-space autoencoders on " + _join(results.zoos)
-    return document(title, headline(results), "\n".join(body), _facts(results))
+    topic = "Weight-space autoencoders on " + joined(results.zoos)
+    return document(title(results), topic, headline(results), "\n".join(body), _facts(results))
 
 
-def headline(results: Results) -> str:
-    """The result in a sentence, whichever way it came out: the best run of each zoo, and beside it the best run on structure alone
-    and the best closed-form code that is no larger."""
-    parts = []
-    alone = len(results.zoos) == 1
-    for zoo in results.zoos:
-        runs = results.trained(zoo)
-        run = results.best(zoo, runs, "agreement")
-        if run is None:
-            continue
-        share, identified = results.mean(zoo, run, "latent_share"), results.mean(zoo, run, "identified")
-        codes = [v for v in results.variants(zoo, "code") if share is None or (results.mean(zoo, v, "latent_share") or 0) <= share + 0.005]
-        structure = [v for v in runs if v != run and results.losses(zoo, v) and "B" not in results.losses(zoo, v)]
-        others = {"structure alone": results.best(zoo, structure, "agreement"), "best closed form": results.best(zoo, codes, "agreement")}
-        known = [] if identified is None else [f"{percent(identified)} % identified"]
-        known += [words] if (words := results.collapsed(zoo, run)) else []
-        value = {v: f"{percent(results.mean(zoo, v, 'agreement'))} %" for v in (run, *others.values()) if v}
-        if alone:
-            size = f" at {100 * share:.0f} % of the numbers" if share else ""
-            about = f" ({', '.join(known)})" if known else ""
-            without, code = others.values()
-            rest = f"; by {without}, without behavior, on {value[without]}" if without else ""
-            rest += f"; the best closed-form code, {code}, on {value[code]}" if code else ""
-            return f"On {zoo}, reconstructions by {run} agree with their originals on {value[run]} of images{size}{about}{rest}."
-        known += [f"{what} {value[v]}" for what, v in others.items() if v]
-        parts.append(f"{value[run]} of images on {zoo}" + (f" ({'; '.join(known)})" if known else ""))
-    return f"Agreement of reconstructions with their originals: {_join(parts)}." if parts else "Nothing was evaluated yet."
+def _glance(results: Results) -> str:
+    """The best variant by each measure. Whether goals are met or missed is said where the results have goals: those of this project's
+    own evaluation (``"goals": true`` in report.json)."""
+    best = "the best run or closed-form code of at most 55 % latent numbers on each zoo. All figures are from test models and test images."
+    if results.facts.get("goals") is True:
+        return section("Where we stand", tables.goals_table(results), lead=f"The goals of this evaluation, and {best}")
+    return section("At a glance", tables.glance_table(results), lead=f"By each measure, {best}")
 
 
 def _by_zoo(results: Results, parts: Callable[[str], Sequence[str]]) -> list[str]:
@@ -179,7 +156,7 @@ def _generation(results: Results) -> str:
                 "Right: mean and middle 60 % while all new models are trained on.",
             ),
             tables.generation_table(results, zoo, colors),
-            f"<h4>Every sampler, {escape(run)}</h4>{tables.samplings_table(results, zoo, run)}" if run else "",
+            f"<h4>Every sampler, {escape(named(run))}</h4>{tables.samplings_table(results, zoo, run)}" if run else "",
         ]
 
     shown = _by_zoo(results, parts)
@@ -199,7 +176,7 @@ def _generation(results: Results) -> str:
 def _maps(results: Results) -> str:
     def parts(zoo: str) -> list[str]:
         run = results.best(zoo, results.trained(zoo), "agreement")
-        caption = f"{run}: one mark a model, its mean latent token on the two directions in which these vary most."
+        caption = f"{named(run)}: one mark a model, its mean latent token on the two directions in which these vary most."
         return [figure(figures.latent_map(results, zoo, run), caption, narrow=True)] if run else []
 
     return section("Latent maps", *_by_zoo(results, parts))
@@ -209,10 +186,6 @@ def _training(results: Results) -> str:
     caption = "Each term is divided by its value for an answer that knows nothing of the model, so 1 is no knowledge."
     drawn = lambda zoo: figures.training(results, zoo, figures.palette(results, zoo))  # noqa: E731
     return section("Training", *_by_zoo(results, lambda zoo: [figure(drawn(zoo), caption)]))
-
-
-def _join(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1] if names else "nothing"
 
 
 def _facts(results: Results) -> Mapping[str, str]:

@@ -8,14 +8,15 @@ from html import escape
 
 DASH = "–"
 CSS = """
-:root { color-scheme: light; --ink: #222; --soft: #666; --rule: #ddd; }
+:root { color-scheme: light dark; --paper: #fff; --ink: #222; --soft: #666; --rule: #ddd; --tint: #f6f3ea; --good: #00724f;
+  --bad: #b34700; }
 * { box-sizing: border-box; }
-body { margin: 0; background: #fff; color: var(--ink); font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue",
-  Arial, "DejaVu Sans", sans-serif; }
+body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto,
+  "Helvetica Neue", Arial, "DejaVu Sans", sans-serif; }
 main, footer { max-width: 1160px; margin: 0 auto; padding: 0 32px; }
-h1 { font-size: 17px; font-weight: 600; color: var(--soft); margin: 44px 0 10px; }
-.headline { font-size: 27px; line-height: 1.32; font-weight: 600; letter-spacing: -.01em; max-width: 34em; margin: 0 0 8px;
-  text-wrap: pretty; }
+.topic { font-size: 17px; font-weight: 600; color: var(--soft); margin: 44px 0 10px; }
+h1 { font-size: 27px; line-height: 1.32; font-weight: 600; letter-spacing: -.01em; max-width: 34em; margin: 0 0 8px;
+  text-wrap: pretty; overflow-wrap: anywhere; }
 section { margin: 44px 0; }
 section > p { max-width: 52em; }
 h2 { font-size: 22px; margin: 60px 0 6px; }
@@ -31,6 +32,7 @@ svg text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica
 figcaption, .note { color: var(--soft); font-size: 14px; max-width: 52em; margin: 10px 0 0; }
 .note b { font-weight: 600; color: var(--ink); }
 .pair { display: flex; flex-wrap: wrap; gap: 0 56px; }
+.pair > div { min-width: 0; max-width: 100%; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 14px; }
 th, td { text-align: right; vertical-align: top; padding: 9px 0 9px 14px; white-space: nowrap; }
@@ -50,18 +52,33 @@ th.plain { text-align: left; font-weight: 400; }
 .data th, .data td, td.left { text-align: left; }
 .data td, .data th, .goals td, td.left { white-space: normal; }
 .goals td { max-width: 230px; } .goals tbody th small { max-width: 24em; }
-table td.paper, table th.paper { background: #f6f3ea; padding-right: 12px; }
+table td.paper, table th.paper { background: var(--tint); padding-right: 12px; }
 table.plain td.paper:last-child, table.plain th.paper:last-child { padding-right: 14px; }
-td:not(.paper) + td.paper, th:not(.paper) + th.paper { border-left: 16px solid #fff; }
+td:not(.paper) + td.paper, th:not(.paper) + th.paper { border-left: 16px solid var(--paper); }
 thead th.over { text-align: center; border-bottom: 0; padding-bottom: 0; color: var(--soft); font-weight: 400; }
 tr.group th { font-size: 12px; color: var(--soft); font-weight: 600; padding-top: 16px; }
 tr.group { border-bottom: 0; }
-.met { color: #00724f; font-weight: 600; } .missed { color: #b34700; font-weight: 600; }
-.stamp { display: inline-block; background: #f6f3ea; padding: 0 6px; }
+.met { color: var(--good); font-weight: 600; } .missed { color: var(--bad); font-weight: 600; }
+.stamp { display: inline-block; background: var(--tint); padding: 0 6px; }
 footer { border-top: 1px solid var(--rule); margin-top: 56px; padding-top: 20px; padding-bottom: 48px; }
 footer dl { display: grid; grid-template-columns: max-content 1fr; gap: 3px 20px; margin: 0; font-size: 13px; }
 dt { color: var(--soft); }
 dd { margin: 0; overflow-wrap: anywhere; }
+h2, h3, h4 { overflow-wrap: anywhere; }
+@media (max-width: 700px) {
+  main, footer { padding: 0 16px; }
+  h1 { font-size: 21px; }
+  h2 { margin-top: 44px; }
+  figure svg { width: 760px; }
+  tbody th { white-space: normal; min-width: 7em; max-width: 11em; overflow-wrap: break-word; }
+  .data td, .goals td { min-width: 9em; }
+  footer dl { display: block; }
+  dd { margin-bottom: 8px; }
+}
+@media (prefers-color-scheme: dark) {
+  :root { --paper: #16181b; --ink: #e6e6e6; --soft: #a3a8ad; --rule: #34383d; --tint: #26241c; --good: #4cc79b; --bad: #f0935a; }
+  figure svg, th i { filter: invert(.9) hue-rotate(180deg); }
+}
 @media print { section { break-inside: avoid; } }
 """
 
@@ -129,7 +146,7 @@ def note(text: str) -> str:
 def figure(svg: str, caption: str, narrow: bool = False) -> str:
     """A figure and what it shows; nothing for a figure that has nothing to show."""
     kind = ' class="narrow"' if narrow else ""
-    return f"<figure{kind}>{svg}<figcaption>{escape(caption)}</figcaption></figure>" if svg else ""
+    return f'<figure{kind}><div class="wide">{svg}</div><figcaption>{escape(caption)}</figcaption></figure>' if svg else ""
 
 
 def section(heading: str, *parts: str, lead: str = "") -> str:
@@ -141,7 +158,7 @@ def section(heading: str, *parts: str, lead: str = "") -> str:
     return f"<section><h2>{escape(heading)}</h2>{opening}{''.join(kept)}</section>"
 
 
-def document(title: str, headline: str, body: str, facts: Mapping[str, str]) -> str:
+def document(title: str, topic: str, headline: str, body: str, facts: Mapping[str, str]) -> str:
     """The whole page; ``body`` is HTML, everything else is text. ``facts`` make the footer."""
     rows = "".join(f"<dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd>" for k, v in facts.items())
     # the policy makes "loads nothing" a fact that the browser enforces
@@ -156,8 +173,8 @@ def document(title: str, headline: str, body: str, facts: Mapping[str, str]) -> 
 </head>
 <body>
 <main>
-<h1>{escape(title)}</h1>
-<p class="headline">{escape(headline)}</p>
+<p class="topic">{escape(topic)}</p>
+<h1>{escape(headline)}</h1>
 {body}
 </main>
 <footer><dl>{rows}</dl></footer>

@@ -96,16 +96,38 @@ _GOALS: dict[str, tuple[str, Callable[[Results, str], Verdict], Callable[[Verdic
         lambda v: f"{percent(v.value)} of {percent(v.against)} %",
     ),
 }  # fmt: skip
+_GLANCE = {
+    "Accuracy kept": "median change against the originals",
+    "Agreement": "with the own original, share of images",
+    "Agreement, 40 %": "at most 40 % latent numbers, against the metric code",
+    "Probe": "R2 of test accuracy, against weight statistics",
+    "New models": "mean accuracy, of their anchors'",
+}
 
 
 def goals_table(results: Results) -> str:
     """Where we stand: the goals, and what the best run or code of at most 55 % latent numbers makes of them."""
+    return _judged(results, "Goal", lambda name: _GOALS[name][0], lambda verdict: _mark(verdict.met))
+
+
+def glance_table(results: Results) -> str:
+    """The same figures for whoever has no goals: nothing is met or missed."""
+    return _judged(results, "Measure", _GLANCE.__getitem__, lambda verdict: "", known=True)
+
+
+def _judged(results: Results, heading: str, words: Callable[[str], str], mark: Callable[[Verdict], str], known: bool = False) -> str:
+    """A row a goal, or, with ``known``, a row for each that can be judged on some zoo; the words under its name, and what stands before
+    its figures."""
     rows = []
-    for name, (what, judge, shown) in _GOALS.items():
+    for name, (_, judge, shown) in _GOALS.items():
         verdicts = [judge(results, zoo) for zoo in results.zoos]
-        cells = [cell(_mark(v.met) + shown(v), escape(_who(v))) if v.who else cell(DASH) for v in verdicts]
-        rows.append(f"<tr>{row_head(name, small=what)}{''.join(cells)}</tr>")
-    return table(head([("Goal", "at 55 % latent numbers or fewer"), *((z, "") for z in results.zoos)]), rows, "plain goals")
+        if known and not any(v.who for v in verdicts):
+            continue
+        cells = [cell(mark(v) + shown(v), escape(_who(v))) if v.who else cell(DASH) for v in verdicts]
+        rows.append(f"<tr>{row_head(name, small=words(name))}{''.join(cells)}</tr>")
+    if not rows:
+        return ""
+    return table(head([(heading, "at 55 % latent numbers or fewer"), *((z, "") for z in results.zoos)]), rows, "plain goals")
 
 
 def _mark(met: bool | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import logging
 import platform
 import re
@@ -87,6 +88,7 @@ def study(
     with region("evaluate"), torch.no_grad():
         make_units(Inputs(models, loaded, twins), folder, say)
     facts = {"protocol": asdict(models.protocol), "quick": quick, **_machine(device), "date": datetime.date.today().isoformat()}
+    facts |= {"goals": True} if _has_goals(folder) else {}
     write_tables(folder, _comparable(read_units(folder), models, say), {**facts, "notes": dict(notes or {})})
     return report(folder, log_to=log_to)
 
@@ -136,6 +138,14 @@ def _check_folder(folder: Path, zoo: LoadedZoo) -> None:
     if unit is not None and unit.facts.get("digest") != zoo.facts["digest"]:
         there = f"out: {folder} holds results of another zoo called {zoo.name!r} ({unit.facts.get('folder')})"
         require(False, f"{there}; choose another folder (--out), or another name for this one (--name)")
+
+
+def _has_goals(folder: Path) -> bool:
+    """Whether the results that are there are held against this project's goals: a mark by hand in report.json, which stays."""
+    try:
+        return json.loads((folder / "report.json").read_text(encoding="utf-8")).get("goals") is True
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _machine(device: str) -> dict[str, Any]:
