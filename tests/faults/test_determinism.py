@@ -7,8 +7,8 @@ import random
 import pytest
 import torch
 from matrix import FULL, digest, many, reached
-from test_training import ARCH, config
 from torch import Tensor
+from training_runs import ARCH, config
 
 from wslfast import Architecture, Population, batched_behavioral_loss, engine, train
 from wslfast.training.checkpoint import load_checkpoint

@@ -195,7 +195,7 @@ def test_schedule_tables_and_reference_need_no_triton() -> None:
         "import sys; sys.modules['triton'] = None\n"
         "import wslfast.kernels.layers, wslfast.kernels.triton.schedule, wslfast.kernels.triton.tables, wslfast.kernels.reference"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])
 
 
 def test_what_the_new_cases_are_for() -> None:
