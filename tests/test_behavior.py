@@ -82,6 +82,8 @@ def functional_oracle(
         y, target = outputs(row, x), outputs(other, x)
         if criterion == "mse":
             return (y - target).pow(2).sum() / (2 * y.shape[0])
+        if criterion == "huber":
+            return F.huber_loss(y, target, reduction="sum") / y.shape[0]
         if criterion == "softmax_mse":
             return (F.softmax(y, -1) - F.softmax(target, -1)).pow(2).mean()
         if criterion == "cross_entropy":

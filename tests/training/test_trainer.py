@@ -20,6 +20,7 @@ from torch import Tensor
 from training_runs import ARCH, config, records, same
 
 from wslfast import Population, TrainConfig, WslfastError, engine, train
+from wslfast.kernels.criteria import CRITERIA
 from wslfast.testing import oracle_loss, oracle_outputs
 from wslfast.training import load_run
 from wslfast.training.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
@@ -282,7 +283,7 @@ def test_a_failed_save_keeps_the_old_checkpoint_and_leaves_no_stray_file(
 # -- the objective -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("criterion", ["mse", "softmax_mse", "cross_entropy", "distillation"])
+@pytest.mark.parametrize("criterion", CRITERIA)
 def test_the_objective_is_the_papers_composition(tmp_path: Path, population: Population, images: Tensor, criterion: str) -> None:
     """Against float64: masked MSE over real weights, the oracle's behavioural loss, NT-Xent by a loop; each over its normaliser."""
     trainer = Trainer(config(tmp_path, criterion=criterion, views=False), population, images)
