@@ -45,7 +45,8 @@ def train_published(cell: Cell, semantics: str = "published") -> Trained:
     float16 is autocast's, which a CPU has not. ``query_pool`` does not apply: queries are drawn from all images.
 
     Raises:
-        WslfastError: a criterion that the published code has not, a linear start, views that are not equivalent, or a network that is not a chain of layers.
+        WslfastError: a criterion that the published code has not, a linear start, views that are not equivalent, or a network that
+            is not a chain of layers.
     """
     config, chosen = cell.config, resolve(semantics, {})
     architecture = cell.zoo.architecture
