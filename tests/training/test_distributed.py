@@ -16,7 +16,7 @@ from training_runs import ARCH, config, records, same
 
 from wslfast import Population, WslfastError, losses, train
 from wslfast.training.checkpoint import load_checkpoint
-from wslfast.training.distributed import World
+from wslfast.engine.ranks import World
 
 WORKER = """
     import json, os, signal, sys

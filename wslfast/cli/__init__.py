@@ -16,6 +16,7 @@ import tyro
 from rich.console import Console
 
 from .. import __version__
+from ..engine.ranks import first
 from ..errors import WslfastError
 from ..training import TrainConfig
 from .analysis import Ablate, Gradients, Queries
@@ -98,6 +99,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     handler = _ConsoleHandler("--json" in arguments)
     logger = logging.getLogger("wslfast")
     logger.addHandler(handler)
+    if not first():  # of torchrun's processes one speaks; the others' warnings and errors are heard
+        console.quiet = True
+        handler.console, handler.level = Console(stderr=True), logging.WARNING
     logger.setLevel(logging.INFO)
     try:
         command: Any = tyro.cli(

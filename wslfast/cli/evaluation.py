@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from .. import engine
+from ..engine.ranks import first
 from ..errors import require
 from ..measure import evaluate, generate
 from ..measure.results import column_of, read_results
@@ -62,11 +63,13 @@ class Evaluate:
 
     def run(self) -> None:
         require(len(self.run_folders) > 0, "run: expected at least one folder")
-        first = self.run_folders[0]
+        run = self.run_folders[0]
         if len(self.run_folders) == 1 and (self.out is None or self.out.endswith(".json")):
-            out = self.out or str(Path(first) / f"evaluation-{self.split}.json")
+            out = self.out or str(Path(run) / f"evaluation-{self.split}.json")
             settings = {"device": self.device, "backend": self.backend, "skip_bad": self.skip_bad, "log_to": self.log_to}
-            results = evaluate(first, self.zoo, split=self.split, out=out, **settings)
+            results = evaluate(run, self.zoo, split=self.split, out=out, **settings)
+            if not first():
+                return
             if self.json:
                 print(Path(out).read_text())
             else:
@@ -76,7 +79,7 @@ class Evaluate:
         require(self.out is not None and not self.out.endswith(".json"), "out: expected a folder (--out) for the page of several runs")
         require(not self.skip_bad, "skip_bad: the page is of a whole zoo; --skip-bad is for the table of one run")
         require(self.split == "test", "split: the page is of test models; --split is for the table of one run")
-        zoo = self.zoo or load_run(first, device=self.device).config.zoo
+        zoo = self.zoo or load_run(run, device=self.device).config.zoo
         with engine.using(self.backend):
             page = study(
                 zoo,
@@ -90,7 +93,8 @@ class Evaluate:
                 # beside JSON stages are log lines, which go to standard error
                 on_stage=None if self.json else functools.partial(console.print, "-", soft_wrap=True, markup=False),
             )
-        _told(page, self.json)
+        if first():
+            _told(page, self.json)
 
 
 @dataclass(frozen=True)

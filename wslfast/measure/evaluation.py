@@ -14,12 +14,13 @@ from ..codes.adaptive import AdaptiveCodec
 from ..codes.autoencoder import Autoencoder
 from ..codes.layer_inputs import spaced
 from ..codes.linear import LinearCodec
+from ..engine.ranks import apart, joined
 from ..errors import require
 from ..files import write_json
 from ..population import Population
 from ..profiling import region
 from ..tokens import layout
-from ..training import load_run
+from ..training import Run, load_run
 from ..training.hooks import LogTo, hook_of
 from ..zoo import Dataset, dataset_of, load_zoo
 from .diversity import outputs_of
@@ -87,7 +88,8 @@ def evaluate(
 ) -> dict[str, dict[str, Any]]:
     """Reconstruct a split of a zoo with a trained run and measure how its models behave.
 
-    Where the originals' accuracy and the zoo's ``test_acc`` differ by more than half a point, one warning names the likely causes.
+    Where the originals' accuracy and the zoo's ``test_acc`` differ by more than half a point, one warning names the likely causes. Under
+    torchrun the variants are dealt out to the processes, which all return all figures; the first writes.
 
     Args:
         run: folder of a training run.
@@ -111,19 +113,39 @@ def evaluate(
     """
     require(split in ("train", "val", "test"), f"split: expected train, val or test, got {split!r}")
     engine.check_backend(backend)
-    loaded = load_run(run, device=device)
-    hook = hook_of(log_to, Path(run), loaded.step)
-    folder = str(zoo if zoo is not None else loaded.config.zoo)
+    with joined(device, patient=True) as (world, _):
+        loaded = load_run(run, device=device)
+        hook = hook_of(log_to, Path(run), loaded.step) if world.writes else None
+        folder = str(zoo if zoo is not None else loaded.config.zoo)
+        with apart():
+            own = _figures(loaded, folder, split, world.dealt(["run", *(BASELINES if baselines else ())]), device, backend, skip_bad)
+        found = {name: figures for part in world.collected(own) for name, figures in part.items()}
+        results = {name: found[name] for name in ("run", *BASELINES) if name in found}
+    if not world.writes:
+        return results
+    if out is not None:
+        write_json(out, {"run": str(run), "zoo": folder, "split": split, "backend": backend, "variants": results})
+    if hook is not None:
+        names = list(dict.fromkeys(name for figures in results.values() for name in figures if name != "spread"))
+        hook.table(f"evaluation of {split} models", ["variant", *names], [[v, *map(f.get, names)] for v, f in results.items()])
+    return results
+
+
+def _figures(
+    run: Run, folder: str, split: str, names: Sequence[str], device: str, backend: str, skip_bad: bool
+) -> dict[str, dict[str, Any]]:
+    """The figures of the run (``"run"``) and of closed-form codes at its latent size, of those in ``names``."""
     population = load_zoo(folder, split, skip_bad=skip_bad).to(device)
     require(len(population) > 0, f"zoo {folder} has no {split} models")
     dataset = dataset_of(folder, population.architecture)
     images, labels = dataset.split("test")
-    codes: dict[str, Code] = {"run": loaded.autoencoder}
+    codes: dict[str, Code] = {"run": run.autoencoder} if "run" in names else {}
     results = {}
     with region("evaluate"), torch.no_grad(), engine.using(backend):
-        if baselines:
-            train, numbers = load_zoo(folder, "train", skip_bad=skip_bad).to(device), loaded.autoencoder.latent_numbers
-            codes |= linear_baselines(train, dataset, numbers, loaded.config.token_size)
+        closed = [name for name in names if name != "run"]
+        if closed:
+            train, numbers = load_zoo(folder, "train", skip_bad=skip_bad).to(device), run.autoencoder.latent_numbers
+            codes |= linear_baselines(train, dataset, numbers, run.config.token_size, only=closed)
         # the originals run once for all codes
         targets = outputs_of(population.weights, images, population.architecture) if len(codes) > 1 else None
         for name, code in codes.items():
@@ -132,11 +154,6 @@ def evaluate(
                 check_recorded(population, result.accuracy_original, dataset, folder)
             numbers = latent_numbers(code)
             results[name] = {**result.summary(), "latent_numbers": numbers, "latent_share": numbers / population.architecture.num_weights}
-    if out is not None:
-        write_json(out, {"run": str(run), "zoo": folder, "split": split, "backend": backend, "variants": results})
-    if hook is not None:
-        names = list(dict.fromkeys(name for figures in results.values() for name in figures if name != "spread"))
-        hook.table(f"evaluation of {split} models", ["variant", *names], [[v, *map(f.get, names)] for v, f in results.items()])
     return results
 
 

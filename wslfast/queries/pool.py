@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
 from ..architecture import Architecture
 from ..behavior import batched_forward
+from ..engine.ranks import ALONE, World
 from ..errors import describe, require
 from ..population import Population
 
@@ -55,29 +56,46 @@ class TargetCache:
     def __init__(self, population: Population, pool: QueryPool, *, backend: str = "auto") -> None:
         require(isinstance(population, Population), f"population: expected a Population, got {describe(population)}")
         require(isinstance(pool, QueryPool), f"pool: expected a QueryPool, got {describe(pool)}")
-        self._fill(population.architecture, (population.weights,), len(population), pool, backend)
+        self._fill(population.architecture, lambda rows: (population.weights,), len(population), pool, backend, ALONE)
 
     @classmethod
     def of_blocks(
-        cls, architecture: Architecture, blocks: Iterable[Tensor], models: int, pool: QueryPool, *, backend: str = "auto"
+        cls,
+        architecture: Architecture,
+        blocks: Callable[[range], Iterable[Tensor]],
+        models: int,
+        pool: QueryPool,
+        *,
+        backend: str = "auto",
+        world: World = ALONE,
     ) -> TargetCache:
-        """The cache of ``models`` originals whose weights come in blocks ``[b, P]``, for a zoo that is not in memory."""
+        """The cache of ``models`` originals whose weights ``blocks(rows)`` gives in blocks ``[b, P]``, for a zoo that is not in memory.
+        Each process of the ``world`` runs its share of them, and all have all outputs."""
         cache = cls.__new__(cls)
-        cache._fill(architecture, blocks, models, pool, backend)
+        cache._fill(architecture, blocks, models, pool, backend, world)
         return cache
 
     @torch.no_grad()
-    def _fill(self, architecture: Architecture, blocks: Iterable[Tensor], models: int, pool: QueryPool, backend: str) -> None:
-        q = len(pool)
-        self.outputs = torch.empty(models, q, *architecture.output_shape, device=pool.images.device)
+    def _fill(
+        self,
+        architecture: Architecture,
+        blocks: Callable[[range], Iterable[Tensor]],
+        models: int,
+        pool: QueryPool,
+        backend: str,
+        world: World,
+    ) -> None:
+        q, mine = len(pool), world.span(models)
+        outputs = torch.empty(len(mine), q, *architecture.output_shape, device=pool.images.device)
         at = 0
-        for weights in blocks:
+        for weights in blocks(mine):
             weights, rows = weights.to(pool.images.device), slice(at, at + len(weights))
             for start in range(0, q, 1024):  # blocks of queries bound the activations, whatever the pool's size
                 block = slice(start, start + 1024)
-                self.outputs[rows, block] = batched_forward(weights, pool.images[block], architecture, backend=backend).float()
+                outputs[rows, block] = batched_forward(weights, pool.images[block], architecture, backend=backend).float()
             at = rows.stop
-        require(at == models, f"blocks: expected {models} models in all, got {at}")
+        require(at == len(mine), f"blocks: expected {len(mine)} models in all, got {at}")
+        self.outputs = world.rows(outputs, models)
         self.computed = models * q
         self.served = 0
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..engine.ranks import World, apart, joined
 from ..errors import WslfastError, check_device, require
 from ..files import write_text
 from ..measure.evaluation import Code, compare_models, embeddings, reconstruct
@@ -118,7 +119,7 @@ def run_ablation(
     :class:`~wslfast.measure.Reconstruction`, for one variant and seed, and figures of the cell as a whole (``probe_r2`` of test
     accuracy, ``probe_r2_ggap``, ``latent_numbers``, ``steps``, ``seconds``); with ``generate`` those of new models as well, for systems
     that can be sampled from (:func:`~wslfast.study.protocol.generative`). Rows of other ablations, and of other zoos, that are in the
-    file stay.
+    file stay. Under torchrun cells are dealt out to the processes, each trained by one of them alone.
 
     Args:
         ablation: from :meth:`Ablation.from_toml`.
@@ -135,7 +136,22 @@ def run_ablation(
     wanted = {settings.get("semantics", "core") for settings in ablation.variants.values()}
     unknown = sorted(wanted - set(known))
     require(not unknown, f"ablation {ablation.name}: semantics: expected one of {sorted(known)}, got {unknown}")
-    folder = _zoo(ablation, out, zoo)
+    with joined(_device(ablation), patient=True) as (world, _):
+        folder = _zoo(ablation, out, zoo)  # one that is described is built by all processes
+        with apart():  # a cell is one process's
+            return _all_cells(ablation, out, folder, known, protocol or Protocol(), on_cell or (lambda text: None), world)
+
+
+def _all_cells(
+    ablation: Ablation,
+    out: Path,
+    folder: Path,
+    systems: Mapping[str, System],
+    samples: Protocol,
+    say: Callable[[str], None],
+    world: World,
+) -> list[Row]:
+    """The rows of every cell; those that are not there yet are made, each by one of the processes."""
     digest = file_digest(folder / MANIFEST)
     cells: list[tuple[int, str, str, TrainConfig, str]] = []
     for seed in ablation.seeds:  # what is wrong with the last cell is said before the first is trained
@@ -150,25 +166,38 @@ def run_ablation(
     zoos = {device: LoadedZoo(folder, Protocol.whole(), device=device) for device in devices}
     held_out = all(ablation.split in models.splits for models in zoos.values())
     require(held_out, f"zoo {folder} has no {ablation.split} models")
-    samples = protocol or Protocol()
     sampled = {d: LoadedZoo(folder, samples, device=d) for d in devices if ablation.generate and ablation.split == "test"}
     # one training serves validation models, test models and several protocols
     file = f"figures-{ablation.split}{f'-{samples.digest}' if sampled else ''}.json"
+    mine = set(world.dealt(list(dict.fromkeys(key for *_, key in cells))))  # cells of one key are one training
     rows: list[Row] = []
-    for number, (seed, name, system, config, key) in enumerate(cells, 1):
-        models = zoos[config.device]
-        place = out / "cells" / key
-        unit = kept_unit(place / file, key)
-        if on_cell is not None:
-            on_cell(f"{number} of {len(cells)}: {name}, seed {seed}{' (done before)' if unit else ''}")
-        if unit is None:
-            unit = _measured(key, known[system], replace(config, out=str(place)), ablation, models, sampled.get(config.device))
-            write_unit(place / file, unit)
-        # a cell has another name in another file
-        own = replace(unit, zoo=models.name, variant=name, seed=seed).rows()
-        rows += [{**row, "ablation": ablation.name, "axis": ablation.axis, "value": ablation.value(name)} for row in own]
-        update_csv(out / rows_file(ablation), COLUMNS, rows, ("ablation", "zoo"))
+    for final in (False, True) if world.size > 1 else (True,):
+        for number, (seed, name, system, config, key) in enumerate(cells, 1):
+            if not final and key not in mine:
+                continue
+            models = zoos[config.device]
+            place = out / "cells" / key
+            unit = kept_unit(place / file, key)
+            if not final or world.size == 1:
+                say(f"{number} of {len(cells)}: {name}, seed {seed}{' (done before)' if unit else ''}")
+            if unit is None:
+                unit = _measured(key, systems[system], replace(config, out=str(place)), ablation, models, sampled.get(config.device))
+                write_unit(place / file, unit)
+            if not final:
+                continue
+            # a cell has another name in another file
+            own = replace(unit, zoo=models.name, variant=name, seed=seed).rows()
+            rows += [{**row, "ablation": ablation.name, "axis": ablation.axis, "value": ablation.value(name)} for row in own]
+            if world.writes and (world.size == 1 or number == len(cells)):
+                update_csv(out / rows_file(ablation), COLUMNS, rows, ("ablation", "zoo"))
+        world.wait()
     return rows
+
+
+def _device(ablation: Ablation) -> str:
+    """Where cells are trained: cuda if any of them is, and then each process has its own."""
+    devices = {str(settings.get("device", "cpu")) for settings in ablation.variants.values()}
+    return next((device for device in sorted(devices) if device != "cpu"), "cpu")
 
 
 def rows_file(ablation: Ablation) -> str:

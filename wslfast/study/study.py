@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from .. import __version__
+from ..engine.ranks import ALONE, World, apart, joined
 from ..errors import check_device, require
 from ..measure.results import Unit, kept_unit, read_unit, read_units, unit_path, write_tables, write_unit
 from ..page import report
@@ -46,7 +47,8 @@ def study(
     """Evaluate runs on a zoo in all three downstream tasks, and write the tables and the page.
 
     What is measured is the table of :mod:`wslfast.study.units`. A unit that is there already, and was computed from the same
-    checkpoint, zoo and protocol, is not computed again. Several calls with one ``out`` (other runs, other zoos) make one page.
+    checkpoint, zoo and protocol, is not computed again. Several calls with one ``out`` (other runs, other zoos) make one page. Under
+    torchrun units are dealt out to the processes, and the first of them draws the page.
 
     Args:
         zoo: folder of the zoo.
@@ -68,33 +70,40 @@ def study(
     """
     say = on_stage or logger.info
     check_device(device)
-    folder = Path(out)
-    require(not folder.is_file(), f"out: expected a folder, got the file {out}")
-    require(len(runs) > 0, "runs: expected at least one")
-    folders = dict.fromkeys(Path(path).resolve() for path in runs)
-    loaded = [(_variant(path), load_run(path, device=device)) for path in folders]
-    keys = [(variant, run.config.seed) for variant, run in loaded]
-    twice = [f"{variant}, seed {seed}" for variant, seed in dict.fromkeys(keys) if keys.count((variant, seed)) > 1]
-    distinct = len(folders) == len(runs) and not twice
-    require(distinct, f"runs: expected distinct variants and seeds, got {', '.join(twice) or [str(r) for r in runs]} more than once")
-    taken = sorted({variant for variant, _ in loaded if reserved(variant)})
-    require(not taken, f"runs: {', '.join(taken)}: the page calls baselines so; rename the folder")
-    models = LoadedZoo(zoo, protocol or (Protocol.quick() if quick else Protocol()), device=device, name=name)
-    for _, run in loaded:
-        same = run.autoencoder.layout.architecture.parameters == models.architecture.parameters
-        require(same, f"run {run.out}: trained on models of another architecture than zoo {zoo}'s {models.architecture.name!r}")
-    _check_folder(folder, models)
-    twins = zero_layer_twins(loaded, models, folder / "zero-layer", quick=quick, say=say) if zero_layer else ()
-    with region("evaluate"), torch.no_grad():
-        make_units(Inputs(models, loaded, twins), folder, say)
-    facts = {"protocol": asdict(models.protocol), "quick": quick, **_machine(device), "date": datetime.date.today().isoformat()}
-    facts |= {"goals": True} if _has_goals(folder) else {}
-    write_tables(folder, _comparable(read_units(folder), models, say), {**facts, "notes": dict(notes or {})})
-    return report(folder, log_to=log_to)
+    with joined(device, patient=True) as (world, _), apart():
+        folder = Path(out)
+        require(not folder.is_file(), f"out: expected a folder, got the file {out}")
+        require(len(runs) > 0, "runs: expected at least one")
+        folders = dict.fromkeys(Path(path).resolve() for path in runs)
+        loaded = [(_variant(path), load_run(path, device=device)) for path in folders]
+        keys = [(variant, run.config.seed) for variant, run in loaded]
+        twice = [f"{variant}, seed {seed}" for variant, seed in dict.fromkeys(keys) if keys.count((variant, seed)) > 1]
+        distinct = len(folders) == len(runs) and not twice
+        require(distinct, f"runs: expected distinct variants and seeds, got {', '.join(twice) or [str(r) for r in runs]} more than once")
+        taken = sorted({variant for variant, _ in loaded if reserved(variant)})
+        require(not taken, f"runs: {', '.join(taken)}: the page calls baselines so; rename the folder")
+        models = LoadedZoo(zoo, protocol or (Protocol.quick() if quick else Protocol()), device=device, name=name)
+        for _, run in loaded:
+            same = run.autoencoder.layout.architecture.parameters == models.architecture.parameters
+            require(same, f"run {run.out}: trained on models of another architecture than zoo {zoo}'s {models.architecture.name!r}")
+        _check_folder(folder, models)
+        if zero_layer and world.size > 1:  # each process trains its share; after that all are there for all
+            list(zero_layer_twins(loaded, models, folder / "zero-layer", quick=quick, say=say, world=world))
+            world.wait()
+        twins = zero_layer_twins(loaded, models, folder / "zero-layer", quick=quick, say=say) if zero_layer else ()
+        with region("evaluate"), torch.no_grad():
+            make_units(Inputs(models, loaded, twins), folder, say, world)
+        world.wait()
+        if not world.writes:
+            return folder / "report.html"
+        facts = {"protocol": asdict(models.protocol), "quick": quick, **_machine(device), "date": datetime.date.today().isoformat()}
+        facts |= {"goals": True} if _has_goals(folder) else {}
+        write_tables(folder, _comparable(read_units(folder), models, say), {**facts, "notes": dict(notes or {})})
+        return report(folder, log_to=log_to)
 
 
-def make_units(inputs: Inputs, folder: Path, say: Callable[[str], None]) -> None:
-    """Every unit of the table that is not in the folder yet."""
+def make_units(inputs: Inputs, folder: Path, say: Callable[[str], None], world: World = ALONE) -> None:
+    """Every unit of the table that is not in the folder yet; of several processes, those that are this one's."""
     zoo, seen = inputs.zoo, set()
     for family in TABLE:
         for task in family.tasks(inputs):
@@ -103,6 +112,8 @@ def make_units(inputs: Inputs, folder: Path, say: Callable[[str], None]) -> None
             if key in seen:  # runs share their baselines
                 continue
             seen.add(key)
+            if not world.mine(len(seen) - 1):  # counted over all units, so that processes agree whatever is there already
+                continue
             stage, path = f"{zoo.name}: {variant}, seed {task.seed}", unit_path(folder, *key)
             fingerprint, *wider = (zoo.fingerprint(*parts) for parts in (task.parts, task.within) if parts)
             if kept_unit(path, fingerprint, *wider):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ..engine.ranks import ALONE, World
 from ..errors import WslfastError
 from ..training import Run, TrainConfig, load_run, train
 from .loaded_zoo import LoadedZoo
@@ -39,15 +40,16 @@ def trained(config: TrainConfig, say: Callable[[str], None], stage: str) -> Run:
 
 
 def zero_layer_twins(
-    runs: Sequence[NamedRun], zoo: LoadedZoo, folder: Path, *, quick: bool, say: Callable[[str], None]
+    runs: Sequence[NamedRun], zoo: LoadedZoo, folder: Path, *, quick: bool, say: Callable[[str], None], world: World = ALONE
 ) -> Iterator[NamedRun]:
     """Of each variant, its run of the lowest seed once more without transformer blocks: the same settings and steps, trained in
-    ``folder`` when its turn comes. Runs without blocks have none, nor, where it is ``quick``, have long ones."""
+    ``folder`` when its turn comes. Runs without blocks have none, nor, where it is ``quick``, have long ones. Of several processes
+    each gives its share of them."""
     lowest = {variant: run for variant, run in sorted(runs, key=lambda pair: -pair[1].config.seed) if run.config.layers > 0}
     long = [variant for variant in lowest if quick and lowest[variant].config.steps > _QUICK]
     if long:
         say(f"no zero-layer autoencoder for {', '.join(long)}: more than {_QUICK} steps, and this is quick")
-    for variant in dict.fromkeys(variant for variant, _ in runs if variant in lowest and variant not in long):
+    for variant in world.dealt(list(dict.fromkeys(variant for variant, _ in runs if variant in lowest and variant not in long))):
         of = lowest[variant].config
         out = folder / f"{zoo.name}-{variant}-seed{of.seed}"
         config = replace(of, layers=0, zoo=str(zoo.folder), out=str(out), device=zoo.device)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import engine
+from ..engine.ranks import World, joined
 from ..errors import WslfastError, require
 from ..files import remove_leftovers, write_text
 from ..population import Population
@@ -19,7 +20,6 @@ from ..queries import load_queries, save_queries
 from ..zoo import MappedZoo
 from .checkpoint import Run, checkpoint_path, load_checkpoint, load_run, save_checkpoint
 from .config import TrainConfig
-from .distributed import World, joined
 from .hooks import LogTo, hook_of
 from .query_sets import query_images, set_names
 from .records import OnRecord, Recorder, RunLog

@@ -62,6 +62,7 @@ class TrainingModels:
         some = self.source[index] if isinstance(self.source, Population) else self.source.load(index)
         return some.to(self.device)
 
-    def blocks(self, size: int) -> Iterator[Tensor]:
-        """All rows in order, ``size`` at a time."""
-        return (self.rows(torch.arange(len(self))[start : start + size]) for start in range(0, len(self), size))
+    def blocks(self, size: int, rows: range | None = None) -> Iterator[Tensor]:
+        """The rows numbered ``rows`` (default: all) in order, ``size`` at a time."""
+        wanted = torch.arange(len(self)) if rows is None else torch.arange(rows.start, rows.stop)
+        return (self.rows(wanted[start : start + size]) for start in range(0, len(wanted), size))

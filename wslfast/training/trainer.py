@@ -23,6 +23,7 @@ from ..architecture import Architecture
 from ..behavior import batched_behavioral_loss, batched_forward
 from ..codes.autoencoder import Autoencoder
 from ..codes.linear import LinearCodec
+from ..engine.ranks import ALONE, World
 from ..errors import require
 from ..permutation import permute, random_permutations
 from ..population import Population
@@ -31,7 +32,6 @@ from ..queries import QueryPool, TargetCache
 from ..tokens import TokenLayout
 from ..zoo import MappedZoo
 from .config import TrainConfig
-from .distributed import ALONE, World
 from .models import TrainingModels
 
 logger = logging.getLogger("wslfast")
@@ -121,7 +121,7 @@ class Trainer:
             if self.world.writes:
                 logger.info("targets: computed at every step; those of %d models on %d images %s", len(models), len(pool), why)
             return None
-        return TargetCache.of_blocks(self.architecture, models.blocks(_BLOCK), len(models), pool)
+        return TargetCache.of_blocks(self.architecture, lambda rows: models.blocks(_BLOCK, rows), len(models), pool, world=self.world)
 
     def _new_autoencoder(self, sample: Population) -> Autoencoder:
         config = self.config

@@ -19,13 +19,15 @@ from torch import Tensor
 
 from .. import engine
 from ..architecture import Architecture
-from ..errors import WslfastError, check_device, logger, require, say_once
+from ..engine.ranks import joined
+from ..errors import WslfastError, logger, require, say_once
 from ..population import Population
 from ..profiling import region
 from .datasets import Dataset, image_shape, load_dataset
 from .grid import Cell, Grid
 from .identical import draw
 from .manifest import MANIFEST
+from .parts import data_digest, discard_parts, trained_in_parts
 from .splits import Split
 from .store import save_zoo
 
@@ -54,6 +56,9 @@ def build_zoo(
     root: str | Path | None = None,
 ) -> Population:
     """Train ``models`` networks and return their checkpoints at the kept epochs; with ``out``, store them as a zoo there.
+
+    Under torchrun each process trains its part of the models, and all return all of them; the first stores them. What a process has
+    finished is kept in ``out`` until the zoo is whole: after one has died, the same call trains what is missing.
 
     Args:
         dataset: a name ("digits", "fashion", "photos", "svhn", ...) or an ``.npz`` file (see :func:`wslfast.zoo.load_dataset`), or a
@@ -91,7 +96,6 @@ def build_zoo(
     plan = Split(tuple(split), seed)  # type: ignore[arg-type]
     kept = _kept(epochs, keep)
     cells = chosen.cells(models, seed)
-    where = check_device(device)
     engine.check_backend(backend)
     if out is not None:
         there = (Path(out) / MANIFEST).exists()
@@ -102,30 +106,41 @@ def build_zoo(
             raise WslfastError(f"out: {out}: cannot be made: {error.strerror or error}") from None
     with region("dataset"):
         architecture, data = _matched(dataset, architecture, root)
-    with engine.using(backend), _bar(progress, kept[-1] * math.ceil(len(data.train_labels) / batch_size)) as advance:
-        with region("initialise"):
-            weights = architecture.initial_weights([c.init_type for c in cells], [c.seed for c in cells]).to(where)
-        population, dropped = _split(plan, *_sound(_train(weights, architecture, data, cells, kept, batch_size, advance)))
-    if out is not None:
-        from .. import __version__
+    steps = kept[-1] * math.ceil(len(data.train_labels) / batch_size)
+    with joined(device, patient=True) as (world, where), engine.using(backend), _bar(progress and world.writes, steps) as advance:
 
-        provenance = {
-            "made_by": "wslfast.build_zoo",
-            "wslfast": __version__,
-            "torch": torch.__version__,
-            "device": where.type,
-            "backend": backend,
-            "dataset": {"name": data.name, "classes": data.classes, **data.provenance},
-            "grid": chosen.to_dict(),
-            "models": models,
-            "epochs": epochs,
-            "kept_epochs": list(kept),
-            "batch_size": batch_size,
-            "seed": seed,
-            "optimizer": {"name": "adam", "betas": [0.9, 0.999], "eps": 1e-8},
-            "dropped_rows": dropped,
-        }
-        save_zoo(population, out, splits=plan, provenance=provenance, overwrite=overwrite)
+        def part(some: Sequence[Cell]) -> Population:
+            with region("initialise"):
+                weights = architecture.initial_weights([c.init_type for c in some], [c.seed for c in some]).to(where)
+            return _train(weights, architecture, data, some, kept, batch_size, advance)
+
+        require(models >= world.size, f"models: expected at least one for each of the {world.size} processes, got {models}")
+        settings = {"kept": kept, "batch_size": batch_size, "backend": backend, "device": where.type, "torch": torch.__version__}
+        settings |= {"data": data_digest(data)} if world.size > 1 else {}
+        trained = trained_in_parts(world, architecture, cells, part, None if out is None else Path(out), settings)
+        population, dropped = _split(plan, *_sound(trained))
+        if out is not None and world.writes:
+            from .. import __version__
+
+            provenance = {
+                "made_by": "wslfast.build_zoo",
+                "wslfast": __version__,
+                "torch": torch.__version__,
+                "device": where.type,
+                "backend": backend,
+                "dataset": {"name": data.name, "classes": data.classes, **data.provenance},
+                "grid": chosen.to_dict(),
+                "models": models,
+                "epochs": epochs,
+                "kept_epochs": list(kept),
+                "batch_size": batch_size,
+                "seed": seed,
+                "optimizer": {"name": "adam", "betas": [0.9, 0.999], "eps": 1e-8},
+                "dropped_rows": dropped,
+            }
+            save_zoo(population, out, splits=plan, provenance=provenance, overwrite=overwrite)
+            discard_parts(Path(out))
+        world.wait()
     return population
 
 
