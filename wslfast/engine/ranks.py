@@ -153,7 +153,10 @@ def joined(device: str | torch.device, *, patient: bool = False) -> Iterator[tup
         torch.cuda.set_device(here)
     ours = not dist.is_initialized()
     if ours:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo", timeout=_PATIENCE if patient else None)
+        backend = "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend, store=_meeting(), rank=int(os.environ["RANK"]), world_size=size, timeout=_PATIENCE if patient else None
+        )
     world = World(dist.get_rank(), dist.get_world_size())
     try:
         yield world, here
@@ -166,6 +169,17 @@ def joined(device: str | torch.device, *, patient: bool = False) -> Iterator[tup
         if ours:
             gc.collect()  # whoever still holds the group, in a cycle, would keep its threads alive
             dist.destroy_process_group()
+
+
+_meetings: list[Any] = []  # the store that torchrun's processes share, and one entry more for each group that was made
+
+
+def _meeting() -> dist.Store:
+    """Where the processes find each other: under another name each time, since a group would find the addresses of the one before it."""
+    if not _meetings:
+        _meetings.append(next(dist.rendezvous("env://"))[0])
+    _meetings.append(len(_meetings))
+    return dist.PrefixStore(f"wslfast-{len(_meetings)}", _meetings[0])
 
 
 def _lost(error: Exception) -> bool:
