@@ -1,6 +1,7 @@
 """A hypernetwork's outputs: all the networks that it writes run at once, with the gradient back into it.
 
-The hypernetwork and its target are hypnettorch's (pip install hypnettorch): one network a task. Run: python examples/neighbours/hypernetwork.py
+The hypernetwork and its target are hypnettorch's (pip install hypnettorch): one network a task.
+Run: python examples/neighbours/hypernetwork.py
 """
 
 import torch

@@ -19,15 +19,11 @@ def network() -> nn.Module:
 ARCH = wslfast.Architecture.from_module(network(), input_shape=(64,))
 
 
+@torch.no_grad()
 def losses(population: Tensor, images: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy ``[popsize]`` of every member."""
-    with torch.no_grad():
-        outputs = wslfast.batched_forward(population, images, ARCH)  # [popsize, n, 10]
-    return (
-        nn.functional.cross_entropy(outputs.flatten(0, 1), labels.repeat(len(population)), reduction="none")
-        .view(len(population), -1)
-        .mean(1)
-    )
+    outputs = wslfast.batched_forward(population, images, ARCH)  # [popsize, n, 10]
+    return nn.functional.cross_entropy(outputs.mT, labels.expand(len(population), -1), reduction="none").mean(1)
 
 
 def evotorch_problem(images: Tensor, labels: Tensor) -> object:

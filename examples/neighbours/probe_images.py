@@ -32,7 +32,7 @@ def answers_one_by_one(states: list[dict[str, Tensor]], probes: Tensor) -> Tenso
     return torch.stack([functional_call(module, state, (probes,)) for state in states])
 
 
-def learn(weights: Tensor, accuracy: Tensor, probes: int = 16, steps: int = 60) -> tuple[Tensor, nn.Module]:
+def learn(weights: Tensor, accuracy: Tensor, probes: int = 16, steps: int = 40) -> tuple[Tensor, nn.Module]:
     """Probe images, and the layer that reads the answers to them, fitted to networks of known accuracy."""
     torch.manual_seed(0)
     images = torch.randn(probes, *ARCH.input_shape, requires_grad=True)
@@ -46,7 +46,7 @@ def learn(weights: Tensor, accuracy: Tensor, probes: int = 16, steps: int = 60) 
 
 
 if __name__ == "__main__":
-    zoo = wslfast.build_zoo("digits", architecture=ARCH, models=48, epochs=3)
+    zoo = wslfast.build_zoo("digits", architecture=ARCH, models=40, epochs=2)
     train, test = (zoo[[s == name for s in zoo.properties["split"]]] for name in ("train", "test"))
     target = {split: p.column("test_acc").float() for split, p in (("train", train), ("test", test))}
     images, reader = learn(train.weights, target["train"])

@@ -25,8 +25,9 @@ def grid(side: int) -> Tensor:
 
 
 def image_loss(rebuilt: Tensor, images: Tensor, where: Tensor, arch: wslfast.Architecture) -> Tensor:
-    """Mean squared error of the images ``[k, side * side, 1]`` that weights ``[k, P]`` draw, all networks at once."""
-    return (wslfast.batched_forward(rebuilt, where, arch) - images).square().mean()
+    """Mean squared error of the images ``[k, side * side, 1]`` that weights ``[k, P]`` draw: twice the behavioral loss, with the images
+    as targets and coordinates as queries."""
+    return 2 * wslfast.batched_behavioral_loss(rebuilt, None, where, arch, targets=images)
 
 
 def image_loss_one_by_one(rebuilt: dict[str, Tensor], images: Tensor, where: Tensor, net: nn.Module) -> Tensor:
