@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .architecture import Architecture
 from .errors import WslfastError, describe, require
+from .showing import ROWS, html_table
 from .tracing import effective_state
 
 Column = tuple[Any, ...]
@@ -65,6 +66,13 @@ class Population:
 
     def __repr__(self) -> str:
         return f"Population({self.architecture.name!r}, k={len(self)}, P={self.weights.shape[1]}, properties={list(self.properties)})"
+
+    def _repr_html_(self) -> str:
+        """In a notebook: what is known of the first models."""
+        names, k = list(self.properties), len(self)
+        rows = [[j, *(self.properties[name][j] for name in names)] for j in range(min(k, ROWS))]
+        caption = f"{k:,} models of {self.architecture.name!r}, {self.weights.shape[1]:,} weights each"
+        return html_table(["", *names], rows, caption, k)
 
     def to(self, device: torch.device | str) -> Population:
         """The same population with its weights on ``device``."""

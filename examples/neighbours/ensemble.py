@@ -54,8 +54,7 @@ def train_one(data: Dataset, epochs: int, lr: float = 2e-3) -> None:
 
 
 if __name__ == "__main__":
-    digits = load_dataset("digits", ARCH.input_shape)
-    ensemble = members(digits, 16, 3)
+    ensemble = members(digits := load_dataset("digits", ARCH.input_shape), 16, 3)
     right = (vote(ensemble, digits.test_images).argmax(-1) == digits.test_labels).float().mean()
     print(f"accuracy of 16 members: {ensemble.column('test_acc').mean():.3f} on average, {right:.3f} together")
     print("training 16 members for an epoch:", turns(lambda: members(digits, 16, 1), lambda: [train_one(digits, 1) for _ in range(16)], 1))

@@ -19,6 +19,7 @@ from ..errors import require
 from ..files import write_json
 from ..population import Population
 from ..profiling import region
+from ..showing import html_table
 from ..tokens import layout
 from ..training import Run, load_run
 from ..training.hooks import LogTo, hook_of
@@ -74,6 +75,24 @@ def evaluate_code(code: Code, population: Population, images: Tensor, labels: Te
         return compare_models(population, reconstruct(code, population.weights), images, labels)
 
 
+class Figures(dict[str, dict[str, Any]]):
+    """Figures by variant: a dictionary that a notebook shows as a table."""
+
+    def _repr_html_(self) -> str:
+        names = (
+            "agreement",
+            "agreement_others",
+            "identified",
+            "accuracy_original",
+            "accuracy_reconstructed",
+            "accuracy_change",
+            "l2_masked",
+        )
+        columns = ["variant", *(name.replace("_", " ") for name in names)]
+        few = next((of.get("n_models") for of in self.values()), None)
+        return html_table(columns, [[v, *map(of.get, names)] for v, of in self.items()], f"means over {few} models; change: the median")
+
+
 def evaluate(
     run: str | Path,
     zoo: str | Path | None = None,
@@ -120,7 +139,7 @@ def evaluate(
         with apart():
             own = _figures(loaded, folder, split, world.dealt(["run", *(BASELINES if baselines else ())]), device, backend, skip_bad)
         found = {name: figures for part in world.collected(own) for name, figures in part.items()}
-        results = {name: found[name] for name in ("run", *BASELINES) if name in found}
+        results = Figures({name: found[name] for name in ("run", *BASELINES) if name in found})
     if not world.writes:
         return results
     if out is not None:

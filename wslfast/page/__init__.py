@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from ..errors import WslfastError
 from ..files import write_text
 from ..measure.results import Results, read_results
 from ..training.hooks import LogTo, hook_of
@@ -14,7 +15,7 @@ from . import drawing, extras, figures, published, tables
 from .finding import headline, joined, named, small_samples, title
 from .html import beside, document, figure, note, number, percent, section
 
-__all__ = ["headline", "pictures", "render", "report"]
+__all__ = ["Inline", "headline", "pictures", "render", "report"]
 
 
 def report(out: str | Path, *, page: str | Path | None = None, log_to: LogTo = None) -> Path:
@@ -40,6 +41,33 @@ def report(out: str | Path, *, page: str | Path | None = None, log_to: LogTo = N
             hook.picture(name, png)
         hook.table("figures", *tables.main_figures(results))
     return path
+
+
+class Inline:
+    """A page as a notebook shows it, in a frame of its own: ``wslfast.page.Inline("runs/results")`` as a cell's last line.
+
+    Args:
+        page: an HTML file, or the folder of an evaluation.
+        height: of the frame, in pixels.
+
+    Raises:
+        WslfastError: no such page.
+    """
+
+    def __init__(self, page: str | Path, height: int = 700) -> None:
+        path = Path(page)
+        self.path, self.height = path / "report.html" if path.is_dir() else path, height
+        try:
+            self._page = self.path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise WslfastError(f"{self.path}: cannot be shown: {error}") from None
+
+    def __repr__(self) -> str:
+        return f"Inline({str(self.path)!r})"
+
+    def _repr_html_(self) -> str:
+        style = f"width: 100%; height: {self.height}px; border: 1px solid #8888"
+        return f'<iframe sandbox srcdoc="{escape(self._page)}" style="{style}"></iframe>'
 
 
 def pictures(results: Results) -> dict[str, bytes]:

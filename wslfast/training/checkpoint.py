@@ -19,6 +19,7 @@ from ..codes.autoencoder import Autoencoder
 from ..errors import WslfastError, check_device, require
 from ..files import write_tensors
 from ..safe.state import load_plain
+from ..showing import html_table
 from ..tokens import TokenLayout, num_tokens
 from ..zoo.importers.found import unreadable
 from .config import TrainConfig
@@ -99,6 +100,16 @@ class Run:
     def finished(self) -> bool:
         """Whether all its steps were taken."""
         return self.step >= self.config.steps
+
+    def _repr_html_(self) -> str:
+        """In a notebook: where it is, how far it got, and what it was trained with."""
+        c, model = self.config, self.autoencoder
+        facts = {
+            "folder": str(self.out), "steps": f"{self.step:,} of {c.steps:,}", "zoo": c.zoo, "start": c.start,
+            "latent numbers a model": f"{model.latent_numbers:,} for {model.layout.architecture.num_weights:,} weights",
+            "gamma, beta": f"{c.gamma:g}, {c.beta:g}", "criterion": c.criterion, "learning rate": c.lr, "seed": c.seed,
+        }  # fmt: skip
+        return html_table(["run", ""], list(facts.items()))
 
 
 def load_run(out: str | Path, *, architecture: Architecture | None = None, device: torch.device | str = "cpu") -> Run:

@@ -7,10 +7,8 @@ hyper-parameters and its seed alone: not on k, nor on its neighbours, nor on one
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from torch import Tensor
 from .. import engine
 from ..architecture import Architecture
 from ..engine.ranks import joined
-from ..errors import WslfastError, logger, require, say_once
+from ..errors import WslfastError, logger, require
 from ..population import Population
 from ..profiling import region
 from .datasets import Dataset, image_shape, load_dataset
@@ -28,6 +26,7 @@ from .grid import Cell, Grid
 from .identical import draw
 from .manifest import MANIFEST
 from .parts import data_digest, discard_parts, trained_in_parts
+from .progress import bar
 from .splits import Split
 from .store import save_zoo
 
@@ -76,7 +75,7 @@ def build_zoo(
         split: shares of the models for train, val and test.
         device: where to train.
         backend: what runs the networks: ``"auto"``, ``"triton"`` or ``"torch"``.
-        progress: show a progress bar (with rich).
+        progress: show a progress bar: in a terminal (with rich) and in a notebook.
         overwrite: replace a zoo that is already in ``out``.
         root: folder with a named data set's files (see :func:`wslfast.zoo.load_dataset`).
 
@@ -107,7 +106,7 @@ def build_zoo(
     with region("dataset"):
         architecture, data = _matched(dataset, architecture, root)
     steps = kept[-1] * math.ceil(len(data.train_labels) / batch_size)
-    with joined(device, patient=True) as (world, where), engine.using(backend), _bar(progress and world.writes, steps) as advance:
+    with joined(device, patient=True) as (world, where), engine.using(backend), bar(progress and world.writes, steps) as advance:
 
         def part(some: Sequence[Cell]) -> Population:
             with region("initialise"):
@@ -372,29 +371,3 @@ def _split(plan: Split, population: Population, dropped: dict[str, int]) -> tupl
     if count:
         logger.warning("zoo: dropped %d of %d checkpoints with weights that another split has, to the bit", count, before)
     return Population(population.architecture, population.weights, {**table, "split": drawn.names}), {**dropped, "identical": count}
-
-
-@contextmanager
-def _bar(show: bool, steps: int) -> Iterator[Callable[[int, int, Tensor], None]]:
-    """What to call after each step with epoch, epochs and losses ``[k]``; a rich progress bar if ``show``."""
-    if show:
-        try:
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-        except ImportError:
-            say_once("wslfast: a progress bar needs rich: pip install rich; going on without", logging.WARNING)
-            show = False
-    if not show:
-        yield lambda epoch, epochs, losses: None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn())
-    with Progress(*columns) as bar:
-        task = bar.add_task("zoo", total=steps)
-        done = 0
-
-        def advance(epoch: int, epochs: int, losses: Tensor) -> None:
-            nonlocal done
-            done += 1
-            if done % 10 == 0 or done == steps:  # reading the losses waits for the device
-                bar.update(task, completed=done, description=f"zoo: epoch {epoch} of {epochs}, median loss {losses.nanmedian().item():.3f}")
-
-        yield advance
