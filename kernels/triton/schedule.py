@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ..layers import Activation, Conv2d, Dropout, Flatten, Layer, Layers, Linear, Pool2d, Slot, Unplannable, layer_slots, shapes
-from .stages import Placement, Schedule, Stage, blocks, power_of_two
+from .devices import WARPGROUP
+from .stages import Hashed, Placement, Schedule, Stage, blocks, hash_once, power_of_two
 
 MONOTONE = ("identity", "relu", "leakyrelu", "tanh", "sigmoid", "elu", "celu")  # their slope can be read off their output
 ACTIVATIONS = (*MONOTONE, "silu", "gelu")  # those of activations.py
@@ -269,7 +270,7 @@ def schedule(layers: Layers, input_shape: tuple[int, ...]) -> Schedule:
 
 
 @dataclass(frozen=True)
-class Configuration:
+class Configuration(Hashed):
     """How one kernel is launched: rows a tile, warps, pipeline stages, whether weights stay in shared memory, the precision, row
     tiles a program, and a limit to registers a thread (0: the compiler's own)."""
 
@@ -280,6 +281,8 @@ class Configuration:
     PREC: str
     TILES: int = 8
     REGISTERS: int = 0
+
+    __hash__ = hash_once
 
 
 def launch_options(warps: int = 4, registers: int = 0) -> dict[str, int | bool]:
@@ -292,10 +295,10 @@ def element_size(precision: str) -> int:
 
 
 @lru_cache(maxsize=1024)
-def _default(role: str, stage: Stage, precision: str, hopper: bool) -> Configuration:
+def _default(role: str, stage: Stage, precision: str, unit: str) -> Configuration:
     """Hopper's matrix instruction takes 64 rows a warpgroup. Before it, and for the three products of tf32x3, operands pass
     through registers and the rows are as few as keep them from spilling."""
-    size = element_size(precision)
+    size, hopper = element_size(precision), unit == WARPGROUP
     if precision == "tf32x3":
         rows = 32 if role == "dw" and hopper else 16
     elif hopper:
@@ -335,9 +338,9 @@ def tuned(tuning: Tuning) -> Iterator[None]:
         _tuning = before
 
 
-def configuration(role: str, stage: Stage, precision: str, hopper: bool = True) -> Configuration:
+def configuration(role: str, stage: Stage, precision: str, unit: str = WARPGROUP) -> Configuration:
     """Launch parameters of ``role`` (forward | dx | dw): a pure function, so that no first call tunes."""
-    default = _default(role, stage, precision, hopper)
+    default = _default(role, stage, precision, unit)
     return default if _tuning is None else _tuning.choose(role, stage, precision, default)
 
 
