@@ -9,7 +9,7 @@ from typing import Any
 
 from wslfast.errors import WslfastError
 from wslfast.files import write_text
-from wslfast.page import drawing as _figures
+from wslfast.page import drawing
 from wslfast.page.html import document
 
 from . import ceilings, tables
@@ -31,7 +31,7 @@ _LINES = ("-", "--", ":", "-.")
 
 def _style(provider: str) -> dict[str, Any]:
     ours = provider in OURS
-    look = {"color": _COLORS.get(provider, _figures.INK), "marker": _MARKS.get(provider, "."), "zorder": 4 if ours else 3}
+    look = {"color": _COLORS.get(provider, drawing.INK), "marker": _MARKS.get(provider, "."), "zorder": 4 if ours else 3}
     return {**look, "linewidth": 2.0 if ours else 1.1, "markersize": 6.5 if ours else 5}
 
 
@@ -77,7 +77,7 @@ def times(rows: Rows) -> str | None:
     panels = {along: some for along, some in lines.items() if some}
     if not panels:
         return None
-    with _figures._figure(5.0) as (figure, svg):
+    with drawing.sheet(5.0) as (figure, svg):
         for axes, (along, some) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
             nets = list(dict.fromkeys(where for _, where, _, _ in some))
             for provider, where, xs, ys in some:
@@ -85,7 +85,7 @@ def times(rows: Rows) -> str | None:
                 axes.plot(xs, ys, label=f"{provider}: {where}", linestyle=dash, **_style(provider))
             xs, ys = max(some, key=lambda line: len(line[2]))[2:]
             linear = (ys[-1] * xs[0] / xs[-1], ys[-1])
-            axes.plot((xs[0], xs[-1]), linear, color=_figures.RULE, linewidth=4, zorder=1, label="linear")
+            axes.plot((xs[0], xs[-1]), linear, color=drawing.RULE, linewidth=4, zorder=1, label="linear")
             _log_log(axes, "models k" if along == "k" else "queries n", "ms, loss and gradient")
             axes.set_title(f"Growth in {along}")
             axes.legend(fontsize=6.5)
@@ -103,7 +103,7 @@ def ratios(rows: Rows) -> str | None:
     panels = {title: points for title, points in panels.items() if any(name not in OURS for name, _ in points)}
     if not panels:
         return None
-    with _figures._figure(3.3 * len(panels)) as (figure, svg):
+    with drawing.sheet(3.3 * len(panels)) as (figure, svg):
         seen: dict[str, Any] = {}
         for axes, (title, points) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels.items(), strict=True):
             peers = {shape for name, shape in points if name not in OURS}
@@ -113,7 +113,7 @@ def ratios(rows: Rows) -> str | None:
                 (seen[name],) = axes.plot(xs, [points[name, shapes[i]] for i in xs], **{**_style(name), "linewidth": 0}, label=name)
             axes.set_yscale("log")
             _plain_decades(axes.yaxis)
-            axes.axhline(1, color=_figures.SOFT, linewidth=0.8)
+            axes.axhline(1, color=drawing.SOFT, linewidth=0.8)
             axes.set_xticks(range(len(shapes)), shapes, rotation=35, ha="right", fontsize=7)
             axes.set_ylabel("times as long as ours")
             axes.set_title(title)
@@ -134,7 +134,7 @@ def roofline(rows: Rows) -> str | None:
             points.setdefault(row.provider, []).append((work / needed_bytes(architecture, row.k, row.n, row.direction, again), row.value))
     if not precisions or not points:
         return None
-    with _figures._figure(4.6, width=8.4) as (figure, svg):
+    with drawing.sheet(4.6, width=8.4) as (figure, svg):
         axes = figure.subplots()
         for name, some in points.items():
             axes.plot([x for x, _ in some], [y for _, y in some], **{**_style(name), "linewidth": 0}, label=name)
@@ -146,8 +146,8 @@ def roofline(rows: Rows) -> str | None:
             if flops and bandwidth:
                 knee = flops / bandwidth
                 xs = [low, min(max(knee, low), high), high]
-                axes.plot(xs, [min(flops, bandwidth * x) for x in xs], color=_figures.SOFT, linewidth=1)
-                axes.text(high, flops, f" {precision}", color=_figures.SOFT, fontsize=7.5, va="bottom", ha="right")
+                axes.plot(xs, [min(flops, bandwidth * x) for x in xs], color=drawing.SOFT, linewidth=1)
+                axes.text(high, flops, f" {precision}", color=drawing.SOFT, fontsize=7.5, va="bottom", ha="right")
         _log_log(axes, "needed FLOP a needed byte", "FLOP/s")
         _legend(figure, axes)
         return svg()
@@ -182,7 +182,7 @@ def html(rows: Sequence[Row]) -> str:
         verdicts, *rest = tables.everything(some)
         sections.append(_table(verdicts))
         try:
-            _figures.require_matplotlib()
+            drawing.require_matplotlib()
             drawn = {title: draw(some) for title, draw in _FIGURES.items()}
         except WslfastError as error:
             drawn = {str(error): ""}

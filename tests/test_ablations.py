@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,13 @@ from torch import Tensor
 
 from wslfast import LinearCodec, TrainConfig, WslfastError, build_zoo, load_zoo
 from wslfast.measure.evaluation import evaluate_code
+from wslfast.measure.results import NAMES, from_csv, read_unit
+from wslfast.page import report
 from wslfast.sane.ablation import systems
 from wslfast.study import ablations, closed_form
 from wslfast.study.ablation_file import Ablation, settings_of
-from wslfast.study.ablations import COLUMNS, Cell, Stop, Trained, over_seeds, read_rows, run_ablation
+from wslfast.study.ablations import COLUMNS, Cell, Stop, Trained, run_ablation
 from wslfast.study.loaded_zoo import Protocol
-from wslfast.study.study import report
 from wslfast.training import load_run
 from wslfast.training.query_sets import query_images
 from wslfast.zoo import dataset_of
@@ -39,6 +39,10 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def write(path: Path, zoo: Path | str, rest: str, seeds: str = "[0, 1]", base: str = BASE, top: str = "") -> Path:
     path.write_text(f'zoo = "{zoo}"\nseeds = {seeds}\n{top}\n[base]\n{base}\n{rest}\n')
     return path
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    return from_csv(path, COLUMNS, names=(*NAMES, "ablation", "axis", "value"))
 
 
 def counted(log: list[tuple[str, int]], like: ablations.System = ablations.core) -> ablations.System:
@@ -136,6 +140,31 @@ def test_half_written_figures_are_measured_again_without_training(tmp_path: Path
     assert (cell / "checkpoint" / "state.pt").read_bytes() == before
     pick = lambda rows: {r["metric"]: r["mean"] for r in rows if r["metric"] not in ("seconds",)}  # noqa: E731
     assert pick(again) == pick(rows)
+
+
+def test_cells_as_they_were_written_before_cells_were_units_are_not_computed_again(tmp_path: Path, zoo: Path) -> None:
+    ablation = Ablation.from_toml(write(tmp_path / "a.toml", zoo, "[axis]\nbeta = [1.0]", seeds="[0]"))
+    rows = run_ablation(ablation, tmp_path / "new")
+    (cell,) = (tmp_path / "new" / "cells").iterdir()
+    unit = read_unit(cell / "figures-test.json")
+    assert unit is not None
+    old = {name: {"median": median, "mean": mean, "std": std} for name, (median, mean, std) in unit.metrics.items()}
+    place = tmp_path / "old" / "cells" / cell.name
+    place.mkdir(parents=True)
+    (place / "figures-test.json").write_text(json.dumps({"config": {}, "figures": old}, indent=1))
+    said: list[str] = []
+    assert run_ablation(ablation, tmp_path / "old", on_cell=said.append) == rows
+    assert said == ["1 of 1: beta=1, seed 0 (done before)"]
+    tables = [(tmp_path / folder / "ablations.csv").read_text() for folder in ("old", "new")]
+    assert tables[0] == tables[1]
+
+
+def test_the_key_of_a_cell_stays_what_it_was(tmp_path: Path) -> None:
+    """Of default settings. Where a new setting of TrainConfig changes it, every cell that there is would be computed again: leave the new
+    setting out of the hash where it has its default."""
+    ablation = Ablation.from_toml(write(tmp_path / "k.toml", "z", "[variants.a]", base=""))
+    system, config = ablations.settings_of(ablation, "a", "z", 0)
+    assert ablations._key("digest", system, config, ablation) == "ebf7b2948869ba05"
 
 
 def test_whatever_changes_a_result_changes_the_cell(tmp_path: Path, zoo: Path) -> None:
@@ -300,9 +329,6 @@ def test_what_only_running_can_tell_is_told_before_training(tmp_path: Path, zoo:
         late = Ablation.from_toml(write(tmp_path / "a.toml", zoo, f"[axis]\n{axis}"))
         with pytest.raises(WslfastError, match=words):
             run_ablation(late, tmp_path)
-    (tmp_path / "t.csv").write_text("zoo,variant\na,b\n")
-    with pytest.raises(WslfastError, match="missing"):
-        read_rows(tmp_path / "t.csv")
     assert not (tmp_path / "cells").exists()
 
 
@@ -329,14 +355,6 @@ def test_examples_are_good_files(path: Path) -> None:
     ablation = Ablation.from_toml(path)
     assert len(ablation.seeds) == (1 if path.stem == "paper" else 3)  # the paper has one
     assert len(ablation.variants) >= 2
-
-
-def test_spread_over_seeds() -> None:
-    rows: list[dict[str, Any]] = [
-        {"variant": v, "metric": "m", "mean": x, "median": 4.0} for v, x in (("a", 1.0), ("a", 3.0), ("b", 5.0), ("b", None))
-    ]
-    assert over_seeds(rows) == {"a": {"m": (2.0, statistics.stdev([1, 3]), 2)}, "b": {"m": (5.0, None, 1)}}
-    assert over_seeds(rows, "median")["b"]["m"] == (4.0, 0.0, 2)
 
 
 # -- published semantics ---------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from wslfast.cli import main
+from wslfast.measure.results import read_results
 
 Shell = Callable[..., str]
 
@@ -180,6 +181,8 @@ def test_info(shell: Shell) -> None:
         (("evaluate", "--run", "a", "--out", "results", "--split", "val"), "--split"),
         (("evaluate", "--zoo", "z", "--run", "nowhere", "--out", "results"), "nowhere"),
         (("report", "--out", "nowhere"), "nowhere"),
+        (("report", "nowhere"), "nowhere"),
+        (("report",), "wslfast report FOLDER"),
         (("generate", "--run", "nowhere", "--samples", 0), "samples"),
         (("zoo", "build", "--dataset", "mnist", "--out", "x"), "mnist"),
         (("zoo", "build", "--dataset", "nowhere.npz", "--out", "x"), "nowhere.npz"),
@@ -246,6 +249,8 @@ def test_a_quick_evaluation_of_digits_and_its_report(tmp_path: Path, shell: Shel
     (out / "report.html").unlink()
     shell("report", "--out", out)
     assert (out / "report.html").read_text() == page
+    shell("report", out, "--page", tmp_path / "elsewhere.html")
+    assert (tmp_path / "elsewhere.html").read_text() == page
     assert (out / "rows.csv").read_text() == rows
 
 
@@ -253,14 +258,28 @@ def test_a_quick_evaluation_of_digits_and_its_report(tmp_path: Path, shell: Shel
 def test_the_demo_writes_its_page_and_figures(tmp_path: Path, shell: Shell) -> None:
     """In small: what is shown, not how well it does (that is for the full demo)."""
     out = tmp_path / "demo"
-    text = shell("demo", "--out", out, "--models", 24, "--epochs", 3, "--steps", 4, "--lrs", 1e-3)
-    metrics = json.loads((out / "metrics.json").read_text())
-    for name in ("structure", "structure+behavior", "linear", "linear-metric"):
-        assert {"agreement", "agreement_others", "accuracy_original", "accuracy_reconstructed", "l2_masked"} <= set(metrics[name])
-        assert metrics[name]["latent_share"] == pytest.approx(0.55, abs=0.02)
-        assert (out / "weights" / f"{name}.safetensors").is_file()
+    small = ("demo", "--out", out, "--models", 24, "--epochs", 3, "--steps", 4, "--lrs", 1e-3, 2e-3)
+    text = shell(*small)
+    figures = read_results(out)
+    for name in ("structure", "structure+behavior", "linear-55", "linear-metric-55", "adaptive-55"):
+        for metric in ("agreement", "agreement_others", "accuracy_original", "accuracy_reconstructed", "l2_masked"):
+            assert len(figures.value("digits", name, metric)) == 1, (name, metric)
+        assert figures.mean("digits", name, "latent_share") == pytest.approx(0.55, abs=0.02)
+    assert figures.trained("digits") == ["structure", "structure+behavior"]
     page = (out / "report.html").read_text()
+    for heading in ("Reconstruction", "What latents know: probes", "New models", "Latent maps", "Training"):
+        assert f"<h2>{heading}</h2>" in page
     assert "structure+behavior" in page
+    assert "learning rates" in page
     assert 'src="http' not in page
     assert "report.html" in text
-    assert "already holds a demo" in shell("demo", "--out", out, code=2)
+    assert "structure+behavior" in text
+    assert "already holds a demo" in shell(*small, code=2)
+    # an interrupted one goes on: nothing that is there is made again
+    (out / "report.html").unlink()
+    again = shell(*small)
+    assert "training" not in again
+    assert again.count("there already") == text.count("- digits: ")
+    assert (out / "report.html").read_text() == page
+    (out / "report.html").unlink()
+    assert "holds 24 models" in shell(*small[:4], 12, *small[5:], code=2)

@@ -10,7 +10,9 @@ import torch
 
 from wslfast import Population, TrainConfig, WslfastError, build_zoo, generate, load_zoo, train
 from wslfast.measure import reconstruct
-from wslfast.measure.generation import best_rows, nearest, sample_latents
+from wslfast.measure.diversity import nearest
+from wslfast.measure.generation import best_rows, val_accuracy
+from wslfast.measure.sampling import draw
 from wslfast.testing import oracle_outputs
 from wslfast.training import load_run
 from wslfast.zoo import dataset_of
@@ -31,7 +33,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_density_is_an_anchor_plus_scaled_noise() -> None:
     generator = torch.Generator().manual_seed(0)
     anchors = torch.randn(5, 3, 2, generator=generator) * torch.tensor([1.0, 10.0])
-    latents, of = sample_latents(anchors, 20_000, 0.1, generator)
+    latents, of = draw(anchors, 20_000, generator, bandwidth=0.1)
+    assert of is not None
     assert set(of.tolist()) == set(range(5))
     noise = (latents - anchors[of]) / (0.1 * anchors.std(0, unbiased=False))
     assert noise.mean().abs() < 0.02
@@ -100,11 +103,15 @@ def test_fine_tuned_samples_stand_behind_what_they_were(run: Path) -> None:
 
 def test_anchors_are_the_best_by_validation_accuracy(run: Path) -> None:
     zoo = load_zoo(run / "zoo", "train")
+    data = dataset_of(run / "zoo", zoo.architecture)
     column = [0.1, None, 0.9, 0.5, *[0.0] * (len(zoo) - 4)]
-    ranked = Population(zoo.architecture, zoo.weights, {"val_acc": column})
-    assert best_rows(ranked, 3 / len(zoo)).tolist() == [2, 3, 0]
-    assert len(best_rows(ranked, 1e-6)) == 1
+    value = val_accuracy(Population(zoo.architecture, zoo.weights, {"val_acc": column}), data)
+    assert best_rows(value, 3 / len(zoo)).tolist() == [2, 3, 0]
+    assert len(best_rows(value, 1e-6)) == 1
     assert nearest(zoo.weights[:3], zoo.weights).abs().max() < 1e-3
+    # a zoo that does not say is measured; a tie may fall either way
+    measured = val_accuracy(Population(zoo.architecture, zoo.weights), data)
+    assert torch.allclose(measured, zoo.column("val_acc"), atol=1.5 / len(data.val_labels))
 
 
 @pytest.mark.parametrize(

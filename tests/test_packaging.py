@@ -42,8 +42,11 @@ def test_every_name_of_the_pages_is_there_after_one_import(tmp_path: Path) -> No
         import wslfast
         for name in {sorted(names)}:
             value = wslfast
-            for part in name.split(".")[1:]:
-                value = getattr(value, part)
+            try:
+                for part in name.split(".")[1:]:
+                    value = getattr(value, part)
+            except wslfast.WslfastError as error:  # made of another package's class, where that is installed
+                assert "needs the package sane 2.x" in str(error), name
     """
     _run(code, tmp_path, PYTHONPATH=str(ROOT))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,7 @@ from html_audit import Audit
 from wslfast.errors import WslfastError
 from wslfast.measure.reconstruction import collapse
 from wslfast.measure.results import Unit, read_results, to_csv, write_tables
-from wslfast.page import drawing as _figures
-from wslfast.page import extras, headline, published
-from wslfast.study.study import report
+from wslfast.page import drawing, extras, headline, published, report
 
 pytest.importorskip("matplotlib")
 RECONSTRUCTED = (
@@ -114,16 +113,15 @@ def _text(page: str) -> str:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures are made and not rendered, which takes longer than all the rest."""
-    monkeypatch.setattr(_figures, "_to_svg", lambda figure: "<svg></svg>")
+    monkeypatch.setattr(drawing, "to_svg", lambda figure: "<svg></svg>")
 
 
 def test_the_page_loads_nothing_and_is_well_formed(tmp_path: Path) -> None:
     page = _page(_folder(tmp_path, zoos=("digits", "fashion")))
     audit = Audit(page)
     assert not audit.open
-    assert "originals: 72.2 % of images on digits (75.2 % identified; best closed form 81.5 %) and 72.2 % of images on fashion" in _text(
-        page
-    )
+    first = "72.2 % of images on digits (75.2 % identified; structure alone 51.3 %; best closed form 81.5 %)"
+    assert f"originals: {first} and 72.2 % of images on fashion" in _text(page)
     assert all(link.startswith(("#", "data:image/png")) for link in audit.loads)
     assert not {"script", "link", "iframe", "img"} & set(audit.tags)
     assert not re.search(r"https?:|@import|url\((?!#)", page)
@@ -147,7 +145,7 @@ def test_tables_say_what_the_rows_say(tmp_path: Path, undrawn: None) -> None:
         "On digits, reconstructions by S+B agree with their originals on 72.2 % of images at 72 % of the numbers (75.2 % identified)"
         in text
     )  # mean of two seeds
-    assert "the best closed-form code, linear-metric-55, on 81.5 %" in text
+    assert "; by S, without behavior, on 51.3 %; the best closed-form code, linear-metric-55, on 81.5 %." in text
     assert "S+B S+B, beta 0.1, mse, 100 steps; 2 seeds" in text
     assert "72.2 ± 1.4" in text  # over seeds
     assert "51.3 ± 5.0" in text  # over models, where there is one seed
@@ -158,6 +156,80 @@ def test_tables_say_what_the_rows_say(tmp_path: Path, undrawn: None) -> None:
     assert "Trained" in text
     assert "The same without transformer blocks" in text
     assert not re.search(r"\bnan\b|\binf\b|None", text)
+
+
+def test_reconstructions_that_are_not_finite_are_counted(tmp_path: Path, undrawn: None) -> None:
+    folder = _folder(tmp_path)
+    with (folder / "rows.csv").open("a") as file:
+        file.write("digits,linear-metric-55,0,non_finite,2,2,\ndigits,S,0,non_finite,0,0,\n")
+    text = _text(report(folder).read_text())
+    assert text.count("not finite") == 1
+    assert "closed form; 2 reconstructions not finite: wrong everywhere" in text
+
+
+def test_dollar_signs_are_not_mathematics(tmp_path: Path) -> None:
+    page = _page(_folder(tmp_path, name="cost $5 {x$"))
+    assert page.count("cost $5 {x$") > 10
+    assert "mathdefault" not in page
+
+
+def test_the_same_rows_give_the_same_page_and_matplotlibs_state_is_left_alone(tmp_path: Path) -> None:
+    import matplotlib as mpl
+
+    before = dict(mpl.rcParams)
+    folder = _folder(tmp_path)
+    assert _page(folder) == report(folder, page=tmp_path / "again.html").read_text()
+    assert dict(mpl.rcParams) == before
+
+
+def test_odd_logs_latents_and_models(tmp_path: Path) -> None:
+    """What is undefined is left out of a figure, many points become a bitmap inside it, and one model draws as well as many."""
+    nan = float("nan")
+    odd = _unit("z", "S", 0, "run", 0.5, losses="S")
+    curve = [{"step": 1, "loss": nan}, {"step": 2, "loss": 0.0}, {"step": 3, "loss": "x"}, {"step": 4, "loss": 1e9}]
+    latents = [{"split": "test", "test_acc": nan, "x": x, "y": 0.0, "share_x": 1.0, "share_y": nan} for x in (nan, 1.0, 1.0, 1.0)]
+    one = [{"model": 0, "epoch": None, **dict.fromkeys(RECONSTRUCTED, nan), "agreement": 0.5}]
+    tables = {**odd.tables, "curves": curve, "latents": latents, "models": one}
+    write_tables(tmp_path, [replace(odd, tables=tables)], {})
+    page = _page(tmp_path)
+    assert not Audit(page).open
+    assert "total loss" in page
+    assert "Latent map" in page
+    many = [{**latents[1], "x": float(i), "y": float(i % 7), "test_acc": i / 4000} for i in range(4000)]
+    write_tables(tmp_path, [replace(odd, tables={**tables, "latents": many, "curves": curve[:1]})], {})
+    page = _page(tmp_path)
+    assert len(page) < 1_000_000
+    assert "data:image/png" in page
+    assert all(link.startswith(("#", "data:image/png")) for link in Audit(page).loads)
+    assert "total loss" not in page
+
+
+def test_notes_of_a_study_are_at_the_foot_of_its_page(tmp_path: Path, undrawn: None) -> None:
+    assert "<dt>rates</dt><dd>1 &amp; 2</dd>" in _page(_folder(tmp_path, facts={"notes": {"rates": "1 & 2"}}))
+
+
+def test_the_page_draws_and_measures_nothing() -> None:
+    """Its modules import no torch, and of what is measured only rows, what they mean, and goals."""
+    package = Path(extras.__file__).parent
+    for path in package.glob("*.py"):
+        imports = re.findall(r"^\s*(?:from|import) ([\w.]+)", path.read_text(), flags=re.MULTILINE)
+        assert "torch" not in {name.partition(".")[0] for name in imports}, path
+        assert {name for name in imports if name.startswith("..")} <= {
+            "..files",
+            "..errors",
+            "..measure",
+            "..measure.results",
+            "..measure.goals",
+        }
+
+
+def test_new_models_are_shown_where_only_rows_are_left(tmp_path: Path, undrawn: None) -> None:
+    folder = _folder(tmp_path)
+    for table in ("models", "samples", "samplings", "latents", "curves"):
+        (folder / f"{table}.csv").unlink()
+    text = _text(_page(folder))
+    assert "zoo: anchors the best training models" in text
+    assert "Latent map" not in text
 
 
 def test_the_papers_figures_are_tinted_and_told_apart(tmp_path: Path, undrawn: None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,14 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from wslfast import Population, TrainConfig, WslfastError, build_zoo, load_zoo, train
+from wslfast import Population, TrainConfig, WslfastError, build_zoo, load_zoo, page, train
 from wslfast.measure import behavior_statistics, embeddings, probe
 from wslfast.measure.evaluation import BASELINES, linear_baselines, reconstruct
-from wslfast.measure.results import HEADER, Unit, from_csv, read_results, read_unit, to_csv, unit_path, write_tables, write_unit
-from wslfast.study import study as module
-from wslfast.study.loaded_zoo import Bench, Protocol
-from wslfast.study.protocol import discriminative, generative, zoo_unit
-from wslfast.study.study import report, study
+from wslfast.measure.results import HEADER, read_results, read_unit, unit_path
+from wslfast.study import units
+from wslfast.study.loaded_zoo import LoadedZoo, Protocol
+from wslfast.study.protocol import discriminative, generative, measure_originals
+from wslfast.study.study import make_units, study
+from wslfast.study.trained import trained
+from wslfast.study.units import TABLE, Inputs, reserved
 from wslfast.testing import oracle_outputs
 from wslfast.training import load_run
 from wslfast.zoo import read_manifest, save_zoo
@@ -73,7 +74,7 @@ def results(root: Path) -> Path:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing the page takes longer than all that these tests look at."""
-    monkeypatch.setattr(module, "render", lambda results: "a page")
+    monkeypatch.setattr(page, "render", lambda results: "a page")
 
 
 def _said(root: Path, out: Path, runs: list[str], **options: Any) -> list[str]:
@@ -135,47 +136,45 @@ def test_every_variant_and_metric_is_there(results: Path) -> None:
 
 
 def test_rows_say_what_the_pieces_give(root: Path, results: Path) -> None:
-    found, bench = read_results(results), Bench(root / "zoo", TINY)
+    found, zoo = read_results(results), LoadedZoo(root / "zoo", TINY)
     code = load_run(root / "S").autoencoder
-    rebuilt = reconstruct(code, bench.test.weights)
-    images, labels = bench.data.test_images, bench.data.test_labels
+    rebuilt = reconstruct(code, zoo.test.weights)
+    images, labels = zoo.data.test_images, zoo.data.test_labels
     assert len(images) == 20
-    before, after = (oracle_outputs(w, images, bench.architecture).argmax(-1) for w in (bench.test.weights, rebuilt))
+    before, after = (oracle_outputs(w, images, zoo.architecture).argmax(-1) for w in (zoo.test.weights, rebuilt))
     value = lambda metric, variant="S": found.value("stripes.npz", variant, metric)[0]  # noqa: E731
     assert value("agreement") == pytest.approx(float((before == after).double().mean()), abs=1e-5)
     assert value("accuracy_reconstructed") == pytest.approx(float((after == labels).double().mean()), abs=1e-5)
-    assert value("l2_masked") == pytest.approx(float((rebuilt - bench.test.weights).double().norm(dim=1).mean()), rel=1e-5)
+    assert value("l2_masked") == pytest.approx(float((rebuilt - zoo.test.weights).double().norm(dim=1).mean()), rel=1e-5)
     models = found.table("models", "stripes.npz", "S")
-    assert [r["model"] for r in models] == list(bench.test.properties["model"])
+    assert [r["model"] for r in models] == list(zoo.test.properties["model"])
     assert [r["agreement"] for r in models] == pytest.approx((before == after).double().mean(1).tolist(), abs=1e-5)
-    r2 = probe(
-        {s: embeddings(code, p.weights) for s, p in bench.splits.items()}, {s: p.column("test_acc") for s, p in bench.splits.items()}
-    )
+    r2 = probe({s: embeddings(code, p.weights) for s, p in zoo.splits.items()}, {s: p.column("test_acc") for s, p in zoo.splits.items()})
     assert value("probe_r2") == pytest.approx(r2["test"], rel=1e-4)
     # what decoded networks answer on training images: through torch.func here
-    shown = bench.data.train_images[:: -(-len(bench.data.train_images) // TINY.probe_images)]
-    answers = {s: oracle_outputs(reconstruct(code, p.weights), shown, bench.architecture) for s, p in bench.splits.items()}
+    shown = zoo.data.train_images[:: -(-len(zoo.data.train_images) // TINY.probe_images)]
+    answers = {s: oracle_outputs(reconstruct(code, p.weights), shown, zoo.architecture) for s, p in zoo.splits.items()}
     consensus = answers["train"].double().softmax(-1).mean(0)
     features = {s: behavior_statistics(y, consensus) for s, y in answers.items()}
-    r2 = probe(features, {s: p.column("test_acc") for s, p in bench.splits.items()})
+    r2 = probe(features, {s: p.column("test_acc") for s, p in zoo.splits.items()})
     assert value("probe_r2_decoded") == pytest.approx(r2["test"], rel=1e-2, abs=1e-3)
     # the nearest zoo model stands in the place of each, and its distance is the smallest there is
-    distance = torch.cdist(bench.test.weights.double(), bench.train.weights.double()).amin(1).mean()
+    distance = torch.cdist(zoo.test.weights.double(), zoo.train.weights.double()).amin(1).mean()
     assert value("l2_masked", "nearest-zoo-model") == pytest.approx(float(distance), rel=1e-5)
     # one model for every other: no margin but by chance, identified as one of all models
     assert abs(value("agreement_margin", "best-zoo-model")) < 0.35
-    best = int(bench.train.column("val_acc").argmax())
-    everybody = oracle_outputs(bench.train.weights[best : best + 1], images, bench.architecture).argmax(-1)
+    best = int(zoo.train.column("val_acc").argmax())
+    everybody = oracle_outputs(zoo.train.weights[best : best + 1], images, zoo.architecture).argmax(-1)
     assert value("agreement", "best-zoo-model") == pytest.approx(float((before == everybody).double().mean()), abs=1e-5)
 
 
 def test_the_typical_model_agrees_most_with_the_others(root: Path, results: Path) -> None:
-    bench = Bench(root / "zoo", TINY)
-    val = oracle_outputs(bench.train.weights, bench.data.val_images, bench.architecture).argmax(-1)
+    zoo = LoadedZoo(root / "zoo", TINY)
+    val = oracle_outputs(zoo.train.weights, zoo.data.val_images, zoo.architecture).argmax(-1)
     agreement = [sum(float((a == b).double().mean()) for b in val) for a in val]
     typical = max(range(len(val)), key=lambda j: agreement[j])
-    test = oracle_outputs(bench.train.weights[typical : typical + 1], bench.data.test_images, bench.architecture).argmax(-1)
-    own = oracle_outputs(bench.test.weights, bench.data.test_images, bench.architecture).argmax(-1)
+    test = oracle_outputs(zoo.train.weights[typical : typical + 1], zoo.data.test_images, zoo.architecture).argmax(-1)
+    own = oracle_outputs(zoo.test.weights, zoo.data.test_images, zoo.architecture).argmax(-1)
     found = read_results(results).value("stripes.npz", "typical-zoo-model", "agreement")[0]
     assert found == pytest.approx(float((own == test).double().mean()), abs=1e-5)
 
@@ -211,7 +210,7 @@ def test_a_killed_evaluation_goes_on(root: Path, tmp_path: Path, undrawn: None, 
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "linear_baselines", killed)
+        patch.setattr(units, "linear_baselines", killed)
         with pytest.raises(Killed):
             _said(root, tmp_path / "out", ["S"])
     assert not (tmp_path / "out" / "rows.csv").exists()
@@ -255,18 +254,46 @@ def test_runs_that_would_take_each_others_place_are_refused(root: Path, tmp_path
 
 
 def test_a_code_is_sampled_whichever_call_came_first(root: Path, tmp_path: Path, undrawn: None) -> None:
-    share = load_run(root / "S").autoencoder.latent_numbers / Bench(root / "zoo", TINY).architecture.num_weights
+    zoo = LoadedZoo(root / "zoo", TINY)
+    share = load_run(root / "S").autoencoder.latent_numbers / zoo.architecture.num_weights
     few = replace(TINY, shares=(share,), refine_steps=0)
-    first = _work(root, tmp_path / "out", few)
-    first.codes(round(share * first.bench.architecture.num_weights), new=False)
+    make_units(Inputs(LoadedZoo(root / "zoo", few), [], ()), tmp_path / "out", lambda _: None)
     name = f"linear-{round(100 * share)}"
     unit = read_unit(unit_path(tmp_path / "out", "stripes.npz", name, 0))
     assert unit is not None
     assert "generated_accuracy" not in unit.metrics
     _said(root, tmp_path / "out", ["S"], protocol=few)
     assert read_results(tmp_path / "out").value("stripes.npz", name, "generated_accuracy")
-    said = _said(root, tmp_path / "out", ["S"], protocol=few)
+    # once it was sampled, a call that needs no samples finds it
+    said: list[str] = []
+    make_units(Inputs(LoadedZoo(root / "zoo", few), [], ()), tmp_path / "out", said.append)
     assert all("there already" in line for line in said)
+
+
+def test_names_are_reserved_by_the_table_itself(results: Path) -> None:
+    found = read_results(results)
+    for variant in found.variants("stripes.npz"):
+        assert reserved(variant) == (variant not in ("S", "S+B")), variant
+        rows = [family for family in TABLE if family.reserves(variant) and family.name != "{run}"]
+        assert {family.kind for family in rows} <= {found.about("stripes.npz", variant)["kind"]}
+    assert reserved("linear-metric-40-refined")
+    assert reserved("untrained-96x2-64")
+    assert not any(map(reserved, ("linear-start", "linear-4x", "my-zoo", "zoo2", "S+B", "refined", "zero-layer")))
+
+
+def test_a_run_of_the_study_itself_is_trained_once_and_to_its_end(root: Path, tmp_path: Path) -> None:
+    config = replace(load_run(root / "S").config, out=str(tmp_path / "run"), steps=4, checkpoint_every=1)
+    train(config, stop=lambda step: step == 2)
+    said: list[str] = []
+    run = trained(config, said.append, "training")
+    assert (run.step, said) == (4, ["training"])
+    whole = trained(replace(config, out=str(tmp_path / "whole")), said.append, "training")
+    same = zip(run.autoencoder.parameters(), whole.autoencoder.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in same)  # it went on from its checkpoint
+    assert trained(config, said.append, "training").step == 4
+    assert len(said) == 2
+    with pytest.raises(WslfastError, match="already holds a run"):
+        trained(replace(config, lr=1e-4), said.append, "training")
 
 
 def test_what_was_measured_with_other_sizes_is_left_off_the_page(root: Path, tmp_path: Path, undrawn: None) -> None:
@@ -292,39 +319,35 @@ def test_a_model_that_overflows_is_no_feature_and_no_anchor(root: Path, tmp_path
     assert found.value("stripes.npz", name, "non_finite") == [1]
 
 
-def _work(root: Path, out: Path, protocol: Protocol) -> Any:
-    return module._Work(Bench(root / "zoo", protocol), out, lambda _: None)
-
-
 def test_probe_spread_is_that_of_resampled_models(root: Path) -> None:
-    bench = Bench(root / "zoo", replace(TINY, models=100))
-    features = {s: p.weights[:, :4] for s, p in bench.splits.items()}
-    value = discriminative(bench, features)["probe_r2"]
+    zoo = LoadedZoo(root / "zoo", replace(TINY, models=100))
+    features = {s: p.weights[:, :4] for s, p in zoo.splits.items()}
+    value = discriminative(zoo, features)["probe_r2"]
     assert value[0] == value[1]
     assert value[2] is not None
     assert value[2] > 0
     # a probe that is always right has no spread
-    certain = {s: p.column("test_acc").unsqueeze(1) for s, p in bench.splits.items()}
-    perfect = discriminative(bench, certain)["probe_r2"]
+    certain = {s: p.column("test_acc").unsqueeze(1) for s, p in zoo.splits.items()}
+    perfect = discriminative(zoo, certain)["probe_r2"]
     assert perfect[0] == pytest.approx(1, abs=1e-3)
     assert perfect[2] == pytest.approx(0, abs=1e-3)
 
 
 def test_the_bandwidth_is_the_widest_that_keeps_validation_accuracy(root: Path) -> None:
-    bench = Bench(root / "zoo", TINY)
-    codes = linear_baselines(bench.train, bench.data, 400)
+    zoo = LoadedZoo(root / "zoo", TINY)
+    codes = linear_baselines(zoo.train, zoo.data, 400)
     assert tuple(codes) == BASELINES
     code = codes["linear-metric"]
-    metrics, tables = generative(bench, code, full=False)
+    metrics, tables = generative(zoo, code, full=False)
     joint = [r for r in tables["samplings"] if r["sampler"] == "joint"]
     assert [r["bandwidth"] for r in joint] == [0.05, 0.5]
     assert sum(r["main"] for r in joint) == 1
     chosen = next(r for r in joint if r["main"])
     assert metrics["generated_bandwidth"][0] == chosen["bandwidth"]
     assert metrics["generated_accuracy"][1] == chosen["test_acc"]
-    lenient, _ = generative(Bench(root / "zoo", replace(TINY, tolerance=1.0)), code, full=False)
+    lenient, _ = generative(LoadedZoo(root / "zoo", replace(TINY, tolerance=1.0)), code, full=False)
     assert lenient["generated_bandwidth"][0] == 0.5
-    strict, _ = generative(Bench(root / "zoo", replace(TINY, tolerance=-1.0)), code, full=False)
+    strict, _ = generative(LoadedZoo(root / "zoo", replace(TINY, tolerance=-1.0)), code, full=False)
     assert strict["generated_bandwidth"][0] == 0.05
 
 
@@ -332,65 +355,20 @@ def test_a_zoo_without_validation_accuracy_gets_it_from_the_images(root: Path, t
     zoo = load_zoo(root / "zoo")
     bare = Population(zoo.architecture, zoo.weights, {n: c for n, c in zoo.properties.items() if n in ("model", "epoch", "test_acc")})
     save_zoo(bare, tmp_path / "zoo", splits=zoo.properties["split"], provenance=read_manifest(root / "zoo").provenance)
-    bench = Bench(tmp_path / "zoo", TINY)
-    assert torch.allclose(
-        bench.train.column("val_acc"), load_zoo(root / "zoo", "train").column("val_acc"), atol=0.09
-    )  # a tie may fall either way
-    assert "probe_r2_ggap" not in discriminative(bench, {s: p.weights[:, :4] for s, p in bench.splits.items()})
+    imported, own = LoadedZoo(tmp_path / "zoo", TINY), LoadedZoo(root / "zoo", TINY)
+    value = own.train.column("val_acc")
+    assert torch.allclose(value[imported.anchors], value[own.anchors], atol=0.09)  # a tie may fall either way
+    assert "probe_r2_ggap" not in discriminative(imported, {s: p.weights[:, :4] for s, p in imported.splits.items()})
 
 
 def test_the_zoo_unit_is_the_originals(root: Path) -> None:
-    bench = Bench(root / "zoo", TINY)
-    unit = zoo_unit(bench)
+    unit = measure_originals(LoadedZoo(root / "zoo", TINY))
     zoo = load_zoo(root / "zoo", "train")
     value = zoo.column("val_acc")
     best = value.argsort(descending=True, stable=True)[: round(0.3 * len(zoo))]
     assert [r["model"] for r in unit.tables["samples"]] == best.tolist()
     pairs = torch.pdist(zoo.weights[best].double())
     assert unit.metrics["diversity"][1] == pytest.approx(float(pairs.mean()), rel=1e-6)
-
-
-# -- tables --------------------------------------------------------------------------------------------------------------
-
-
-def test_tables_come_back_as_they_were(tmp_path: Path) -> None:
-    rows = [
-        {"zoo": "1", "variant": "2.5", "seed": 3, "metric": "x", "a": 0.1, "b": None},
-        {"zoo": "1", "variant": 'a,"b"', "seed": 4, "c": "n/a"},
-    ]
-    (tmp_path / "t.csv").write_text(to_csv(rows, ("zoo", "variant", "seed")))
-    back = from_csv(tmp_path / "t.csv")
-    assert back[0] == {"zoo": "1", "variant": "2.5", "seed": 3, "metric": "x", "a": 0.1, "b": None, "c": None}
-    assert back[1] == {"zoo": "1", "variant": 'a,"b"', "seed": 4, "metric": None, "a": None, "b": None, "c": "n/a"}
-    assert to_csv([{"zoo": "z", "v": float("nan")}], ("zoo",)) == "zoo,v\nz,\n"
-
-
-def test_units_are_whole_or_not_there(tmp_path: Path) -> None:
-    unit = Unit("a/b", "x y", 1, "run", "f", {"k": [1, None]}, {"m": (1.0, float("nan"), None)}, {"models": [{"v": 1}]})
-    write_unit(tmp_path, unit)
-    path = unit_path(tmp_path, *unit.key)
-    back = read_unit(path)
-    assert back is not None
-    assert back.metrics == {"m": [1.0, None, None]}
-    assert (back.key, back.facts) == (unit.key, unit.facts)
-    assert unit_path(tmp_path, "a_b", "x y", 1) != path  # names that look alike are kept apart
-    for text in ("", "{", "[]", '{"schema": 99}', json.dumps({"schema": 1, "zoo": "z"}), json.dumps({"schema": 1, "what": 2})):
-        path.write_text(text)
-        assert read_unit(path) is None
-
-
-def test_a_folder_without_results_or_with_damaged_ones(tmp_path: Path) -> None:
-    with pytest.raises(WslfastError, match="no results here"):
-        report(tmp_path)
-    write_tables(tmp_path, [Unit("z", "v", 0, "run", "f", {}, {"agreement": (0.5, 0.5, 0.1)})], {})
-    assert report(tmp_path).is_file()
-    (tmp_path / "rows.csv").write_text("zoo,variant\na,b\n")
-    with pytest.raises(WslfastError, match=r"columns .* are missing"):
-        report(tmp_path)
-    write_tables(tmp_path, [Unit("z", "v", 0, "run", "f", {}, {"agreement": (0.5, 0.5, 0.1)})], {})
-    (tmp_path / "report.json").write_text("{")
-    with pytest.raises(WslfastError, match="not JSON"):
-        report(tmp_path)
 
 
 @pytest.mark.slow

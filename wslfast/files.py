@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,22 @@ def write_text(path: Path, text: str) -> None:
     except UnicodeEncodeError as error:  # a path in bytes that are no UTF-8, say
         raise WslfastError(f"cannot write {path}: {error}") from None
     write_bytes(path, content)
+
+
+def write_json(path: str | Path, value: Mapping[str, Any]) -> None:
+    """:func:`write_atomically` for JSON; what is not finite becomes null."""
+    write_text(Path(path), json.dumps(json_ready(value), indent=1, allow_nan=False) + "\n")
+
+
+def json_ready(value: Any) -> Any:
+    """Mappings, sequences and numbers as JSON has them; what is not finite becomes None."""
+    if isinstance(value, Mapping):
+        return {str(k): json_ready(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_ready(v) for v in value]
+    if isinstance(value, float) and not abs(value) < float("inf"):
+        return None
+    return value
 
 
 def write_tensors(path: Path, value: Any, finish: Callable[[Path], None] | None = None) -> None:

@@ -13,9 +13,9 @@ from rich.table import Table
 from .. import queries
 from ..errors import require
 from ..measure.first_order import GradientSettings, analyse
-from ..measure.rows import Row
+from ..measure.results import Row, over_seeds
 from ..study.ablation_file import Ablation
-from ..study.ablations import over_seeds, rows_file, run_ablation
+from ..study.ablations import rows_file, run_ablation
 from ..study.loaded_zoo import Protocol
 from ..training.query_sets import query_images
 from ..zoo import MappedZoo

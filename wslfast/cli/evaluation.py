@@ -14,9 +14,10 @@ import tyro
 from .. import engine
 from ..errors import require
 from ..measure import evaluate, generate
-from ..measure.results import read_results
+from ..measure.results import column_of, read_results
+from ..page import report
 from ..study.demo import DemoConfig, demo
-from ..study.study import report, study
+from ..study.study import study
 from ..training import load_run
 from .console import console, figures_table
 
@@ -91,20 +92,24 @@ class Evaluate:
 class Report:
     """Draw the page of an evaluation again from its tables; nothing is computed.
 
-    ablations.csv and gradients.csv (wslfast ablate, wslfast gradients) are shown where they lie in the folder.
+    ablations.csv and gradients.csv (wslfast ablate, wslfast gradients) are shown where they lie in the folder, or in its analysis/.
 
-    Example: wslfast report --out runs/results
+    Example: wslfast report runs/results
     """
 
-    out: str
+    folder: tyro.conf.Positional[str] = ""
     """Folder that wslfast evaluate --out wrote."""
+    out: str = ""
+    """The same, as a flag."""
     page: str | None = None
-    """Where to write the page (default: OUT/report.html)."""
+    """Where to write the page (default: report.html in the folder)."""
     json: bool = False
     """Print JSON instead of a table."""
 
     def run(self) -> None:
-        _told(report(self.out, page=self.page), self.json, self.out)
+        folder = self.folder or self.out
+        require(bool(folder), "folder: expected the folder of an evaluation (wslfast report FOLDER)")
+        _told(report(folder, page=self.page), self.json, folder)
 
 
 def _told(page: Path, as_json: bool, folder: str | None = None) -> None:
@@ -113,7 +118,7 @@ def _told(page: Path, as_json: bool, folder: str | None = None) -> None:
     figures: dict[str, dict[str, Any]] = {}
     for row in results.rows:
         key = f"{row['zoo']} {row['variant']} {row['seed']}"
-        figures.setdefault(key, {})[row["metric"]] = row["median" if row["metric"] == "accuracy_change" else "mean"]
+        figures.setdefault(key, {})[row["metric"]] = row[column_of(row["metric"])]
     if as_json:
         print(json.dumps(figures, indent=1))
         return
@@ -194,14 +199,12 @@ class Generate:
 class Demo(DemoConfig):
     """The paper's effect on your own machine in a few minutes: zoo, two autoencoders, baselines, one page.
 
-    Writes metrics.json, report.html, the weights and the runs.
+    The folder receives the zoo, the runs, and page and tables of their evaluation. An interrupted demo goes on when it is run again.
 
     Example: wslfast demo --out runs/demo
     """
 
     def run(self) -> None:
         settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(DemoConfig)}
-        stage = functools.partial(console.print, "-", soft_wrap=True)
-        results = demo(DemoConfig(**settings), progress=console.is_terminal, on_stage=stage)
-        figures_table({name: value for name, value in results.items() if name != "facts"})
-        console.print(f"{results['facts']['time']}; the page: {Path(self.out) / 'report.html'}", soft_wrap=True)
+        stage = functools.partial(console.print, "-", soft_wrap=True, markup=False)
+        _told(demo(DemoConfig(**settings), progress=console.is_terminal, on_stage=stage), as_json=False)

@@ -1,9 +1,8 @@
-"""What reconstructed models and their latents are good for: fidelity, probes, and the page that shows them."""
+"""What reconstructed models and their latents are good for: fidelity, probes, new models."""
 
 from __future__ import annotations
 
 from .. import submodules_of
-from ..page.report import Variant, write_report
 from .evaluation import embeddings, evaluate, evaluate_code, linear_baselines, reconstruct
 from .generation import generate
 from .probe import RidgeProbe, behavior_statistics, consensus_of, probe, weight_statistics
@@ -12,7 +11,6 @@ from .reconstruction import Reconstruction, compare
 __all__ = [
     "Reconstruction",
     "RidgeProbe",
-    "Variant",
     "behavior_statistics",
     "compare",
     "consensus_of",
@@ -24,6 +22,5 @@ __all__ = [
     "probe",
     "reconstruct",
     "weight_statistics",
-    "write_report",
 ]
 __getattr__ = submodules_of(__name__)

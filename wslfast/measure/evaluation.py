@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Union
 
@@ -11,18 +10,18 @@ import torch
 from torch import Tensor
 
 from .. import engine
-from ..behavior import batched_forward
 from ..codes.adaptive import AdaptiveCodec
 from ..codes.autoencoder import Autoencoder
 from ..codes.layer_inputs import spaced
 from ..codes.linear import LinearCodec
 from ..errors import require
-from ..files import write_text
+from ..files import write_json
 from ..population import Population
 from ..profiling import region
 from ..tokens import layout
 from ..training import load_run
 from ..zoo import Dataset, dataset_of, load_zoo
+from .diversity import outputs_of
 from .reconstruction import Reconstruction, compare
 from .recorded import check_recorded
 
@@ -58,25 +57,19 @@ def embeddings(code: Code, weights: Tensor, *, block: int = 256) -> Tensor:
     return torch.cat([encode(code, part).mean(1) for part in weights.split(block)])
 
 
-def evaluate_codes(codes: Mapping[str, Code], population: Population, images: Tensor, labels: Tensor) -> dict[str, Reconstruction]:
-    """Reconstruct every model of a population with each code and compare it with its original on labelled images.
-
-    The originals run once, whatever the number of codes.
-    """
-    with region("evaluate"), torch.no_grad():
-        weights, arch = population.weights, population.architecture
-        images, labels = images.to(weights.device), labels.to(weights.device)
-        groups: Sequence[Any] | None = population.properties.get("model")
-        targets = torch.cat([batched_forward(weights, part, arch) for part in images.split(1024)], 1) if len(codes) > 1 else None
-        return {
-            name: compare(weights, reconstruct(code, weights), images, labels, arch, groups=groups, targets=targets)
-            for name, code in codes.items()
-        }
+def compare_models(
+    population: Population, reconstructed: Tensor, images: Tensor, labels: Tensor, targets: Tensor | None = None
+) -> Reconstruction:
+    """:func:`compare` with the models of a population, checkpoints of one model a group; images may be on any device."""
+    weights, groups = population.weights, population.properties.get("model")
+    images, labels = images.to(weights.device), labels.to(weights.device)
+    return compare(weights, reconstructed, images, labels, population.architecture, groups=groups, targets=targets)
 
 
 def evaluate_code(code: Code, population: Population, images: Tensor, labels: Tensor) -> Reconstruction:
-    """:func:`evaluate_codes` for one."""
-    return evaluate_codes({"code": code}, population, images, labels)["code"]
+    """Reconstruct every model of a population with a code and compare it with its original on labelled images."""
+    with region("evaluate"), torch.no_grad():
+        return compare_models(population, reconstruct(code, population.weights), images, labels)
 
 
 def evaluate(
@@ -121,16 +114,19 @@ def evaluate(
     dataset = dataset_of(folder, population.architecture)
     images, labels = dataset.split("test")
     codes: dict[str, Code] = {"run": loaded.autoencoder}
-    with engine.using(backend):
+    results = {}
+    with region("evaluate"), torch.no_grad(), engine.using(backend):
         if baselines:
             train, numbers = load_zoo(folder, "train", skip_bad=skip_bad).to(device), loaded.autoencoder.latent_numbers
             codes |= linear_baselines(train, dataset, numbers, loaded.config.token_size)
-        compared = evaluate_codes(codes, population, images, labels)
-    results = {}
-    check_recorded(population, compared["run"].accuracy_original, dataset, folder)
-    for name, result in compared.items():
-        numbers = latent_numbers(codes[name])
-        results[name] = {**result.summary(), "latent_numbers": numbers, "latent_share": numbers / population.architecture.num_weights}
+        # the originals run once for all codes
+        targets = outputs_of(population.weights, images, population.architecture) if len(codes) > 1 else None
+        for name, code in codes.items():
+            result = compare_models(population, reconstruct(code, population.weights), images, labels, targets)
+            if name == "run":  # the originals are the same for all
+                check_recorded(population, result.accuracy_original, dataset, folder)
+            numbers = latent_numbers(code)
+            results[name] = {**result.summary(), "latent_numbers": numbers, "latent_share": numbers / population.architecture.num_weights}
     if out is not None:
         write_json(out, {"run": str(run), "zoo": folder, "split": split, "backend": backend, "variants": results})
     return results
@@ -139,43 +135,35 @@ def evaluate(
 def linear_baselines(
     train: Population, dataset: Dataset, latent: int, token_size: int = 0, seed: int = 0, only: Sequence[str] = BASELINES
 ) -> dict[str, LinearCodec]:
-    """The closed-form codes of a zoo with ``latent`` numbers a model: what any trained autoencoder has to beat.
+    """The closed-form codes of a zoo with ``latent`` numbers a model: what any trained autoencoder has to beat; ``only`` some of them.
 
-    ``linear`` is PCA of the stored weights, ``linear-views`` PCA over all their permuted views, ``linear-metric`` the same in
-    the activation metric, ``adaptive`` in the metric of each model's own activations (see :mod:`wslfast.codes.adaptive`); ``only`` some.
+    See :func:`closed_form` for what they are. ``adaptive`` is left out where it does not fit the architecture.
     """
-    latent = min(latent, train.architecture.num_weights)
-    images = spaced(dataset.train_images, 512).to(train.weights.device)
-    given: dict[str, dict[str, Any]] = {
-        "linear": {"views": False},
-        "linear-views": {},
-        "linear-metric": {"metric": "activation", "queries": images},
-        "adaptive": {"queries": images},
-    }
-    return {
-        name: (AdaptiveCodec if name == "adaptive" else LinearCodec)(train, latent=latent, token_size=token_size, seed=seed, **given[name])
-        for name in only
-        if name != "adaptive" or AdaptiveCodec.supports(train.architecture)
-    }
+    images = spaced(dataset.train_images, 512)
+    names = (name for name in only if name != "adaptive" or AdaptiveCodec.supports(train.architecture))
+    return {name: closed_form(name, train, min(latent, train.architecture.num_weights), images, token_size, seed) for name in names}
+
+
+def closed_form(
+    name: str, train: Population, latent: Union[int, float], images: Tensor | None, token_size: int = 0, seed: int = 0
+) -> LinearCodec:
+    """One of ``BASELINES``, fitted to training models: ``linear`` is PCA of the stored weights, ``linear-views`` PCA over all their
+    permuted views, ``linear-metric`` the same in the activation metric, ``adaptive`` in the metric of each model's own activations (see
+    :mod:`wslfast.codes.adaptive`).
+
+    Args:
+        latent: numbers a model, or as a float their share of the parameters.
+        images: ``[n, *input_shape]`` that activations are on; None for ``linear`` and ``linear-views``.
+    """
+    sizes: dict[str, Any] = {"latent": latent, "token_size": token_size, "seed": seed}
+    queries: Any = None if images is None else images.to(train.weights.device)
+    if name == "adaptive":
+        return AdaptiveCodec(train, queries=queries, **sizes)
+    if name == "linear-metric":
+        return LinearCodec(train, metric="activation", queries=queries, **sizes)
+    return LinearCodec(train, views=name != "linear", **sizes)
 
 
 def latent_numbers(code: Code) -> int:
     """Numbers that a code keeps of one model."""
     return code.latent_size if isinstance(code, LinearCodec) else code.latent_numbers
-
-
-def write_json(path: str | Path, value: Mapping[str, Any]) -> None:
-    """Write figures as JSON, atomically; NaN becomes null."""
-    text = json.dumps(json_ready(value), indent=1, allow_nan=False) + "\n"
-    write_text(Path(path), text)
-
-
-def json_ready(value: Any) -> Any:
-    """Mappings, sequences and numbers as JSON has them; what is not finite becomes None."""
-    if isinstance(value, Mapping):
-        return {str(k): json_ready(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [json_ready(v) for v in value]
-    if isinstance(value, float) and not abs(value) < float("inf"):
-        return None
-    return value

@@ -13,16 +13,16 @@ from torch import Tensor
 from ..architecture import Architecture
 from ..behavior import batched_forward
 from ..errors import check_seed, require
+from ..files import write_json
 from ..kernels.criteria import criterion_values
 from ..training import load_run
 from ..training.query_sets import query_images
 from ..zoo import MappedZoo, dataset_of, load_zoo
-from .evaluation import reconstruct, write_json
+from .evaluation import reconstruct
 from .gradients import directions, model_function, push, sensitive_directions, spectrum
-from .results import from_csv
-from .rows import Row, write_rows
+from .results import HEADER, KEY, Row, figures, update_csv
 
-COLUMNS = ("zoo", "variant", "seed", "metric", "median", "mean", "spread", "direction", "magnitude", "models")
+COLUMNS = (*HEADER, "direction", "magnitude", "models")
 MAGNITUDES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 _TOP = 16  # eigenvectors that "top" mixes
 
@@ -148,8 +148,7 @@ def analyse(
     for row, theta, hat in zip(chosen.tolist(), weights, rebuilt, strict=True):
         models.append(_model(theta, hat, queries, images, labels, architecture, settings, generator) | {"row": row})
     rows = _rows(models, {"zoo": dataset.name, "variant": name or Path(run).name, "seed": loaded.config.seed}, settings.magnitudes)
-    table = Path(out) / "gradients.csv"
-    write_rows(table, COLUMNS, (*_others(table, rows[0]), *rows))
+    update_csv(Path(out) / "gradients.csv", COLUMNS, rows, KEY)
     facts = {
         "run": str(run),
         "zoo": folder,
@@ -161,16 +160,6 @@ def analyse(
     }
     write_json(Path(out) / "gradients.json", facts)
     return rows
-
-
-def _others(table: Path, mine: Row) -> list[Row]:
-    """Rows of other runs that are in the file."""
-    if not table.exists():
-        return []
-    there = from_csv(table)
-    key = ("zoo", "variant", "seed")
-    require(not there or set(COLUMNS) <= set(there[0]), f"{table}: expected columns {', '.join(COLUMNS)}")
-    return [row for row in there if [str(row[c]) for c in key] != [str(mine[c]) for c in key]]
 
 
 def _model(
@@ -185,7 +174,7 @@ def _model(
 ) -> dict[str, Any]:
     pulled = directions(theta, hat, queries, architecture)
     values = spectrum(theta, hat, queries, architecture, seed=settings.seed)
-    figures = pulled.figures() | {
+    measured = pulled.figures() | {
         "relative_error": float((hat - theta).norm() / theta.norm()),
         "asymmetry": values.asymmetry,
         "effective_rank": values.effective_rank,
@@ -195,18 +184,14 @@ def _model(
     moves = error_directions(theta, queries, architecture, generator, hat)
     swept = {name: sweep(theta, d, settings.magnitudes, queries, images, labels, architecture) for name, d in moves.items()}
     spectra = {"singular_values": values.singular_values.tolist(), "eigenvalues": values.eigenvalues.tolist()}
-    return {"figures": figures, "sweep": swept, **spectra}
+    return {"figures": measured, "sweep": swept, **spectra}
 
 
 def _rows(models: Sequence[Mapping[str, Any]], head: Mapping[str, Any], magnitudes: Sequence[float]) -> list[Row]:
     def row(metric: str, values: list[float], direction: str = "", magnitude: float | None = None) -> Row:
-        kept = torch.tensor([v for v in values if abs(v) < float("inf")], dtype=torch.float64)
-        figures = {
-            "median": float(kept.quantile(0.5)) if len(kept) else None,
-            "mean": float(kept.mean()) if len(kept) else None,
-            "spread": float(kept.std()) if len(kept) > 1 else None,
-        }
-        return {**head, "metric": metric, **figures, "direction": direction, "magnitude": magnitude, "models": len(kept)}
+        numbers = torch.tensor(values, dtype=torch.float64)
+        of = {"direction": direction, "magnitude": magnitude, "models": int(numbers.isfinite().sum())}
+        return {**head, **dict(zip(HEADER[3:], (metric, *figures(numbers)))), **of}
 
     rows = [row(metric, [m["figures"][metric] for m in models]) for metric in models[0]["figures"]]
     for direction, swept in models[0]["sweep"].items():

@@ -26,27 +26,18 @@ from .sampling import SAMPLERS, bootstrapped, draw, subsampled
 SELECTIONS = ("none", "subsampled", "bootstrapped")
 
 
-def best_rows(population: Population, share: float, by: str = "val_acc") -> Tensor:
-    """Rows ``[m]`` of the best ``share`` of a population, at least one, best first; rows without a value are last."""
+def val_accuracy(population: Population, data: Dataset) -> Tensor:
+    """Validation accuracy ``[k]`` of every model, on the CPU: the zoo's own figure; measured where a zoo, an imported one say, has none."""
+    if "val_acc" in population.properties:
+        return population.column("val_acc")
+    return (classes_of(population.weights, data.val_images, population.architecture).cpu() == data.val_labels.cpu()).double().mean(1)
+
+
+def best_rows(value: Tensor, share: float) -> Tensor:
+    """Rows ``[m]`` of the best ``share`` of models by their ``value [k]``, at least one, best first; rows without a value are last."""
     require(0 < share <= 1, f"anchors: expected a share in (0, 1], got {share!r}")
-    value = torch.nan_to_num(population.column(by), nan=-torch.inf)
-    return value.argsort(descending=True, stable=True)[: max(1, round(share * len(population)))]
-
-
-def sample_latents(anchors: Tensor, samples: int, bandwidth: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draws from a joint Gaussian kernel density around anchors ``[m, ...]``: an anchor, uniformly, plus Gaussian noise.
-
-    Args:
-        bandwidth: standard deviation of the noise, in units of each latent number's standard deviation over the anchors; 0
-            gives the anchors themselves.
-        generator: one stream for anchors and noise (never a fixed seed a dimension).
-
-    Returns:
-        Latents ``[samples, ...]`` and the anchor ``[samples]`` that each was drawn around.
-    """
-    latents, of = draw(anchors, samples, generator, bandwidth=bandwidth)
-    assert of is not None
-    return latents, of
+    order = torch.nan_to_num(value, nan=-torch.inf).argsort(descending=True, stable=True)
+    return order[: max(1, round(share * len(value)))]
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,9 +61,8 @@ class Source:
     known_classes: Tensor | None = None
 
     @classmethod
-    def of(cls, code: Code, train: Population, data: Dataset, anchors: float, classes: Tensor | None = None) -> Source:
-        """Around the best share ``anchors`` of ``train`` by validation accuracy; a model whose latent is not finite is no anchor."""
-        rows = best_rows(train, anchors)
+    def of(cls, code: Code, train: Population, data: Dataset, rows: Tensor, classes: Tensor | None = None) -> Source:
+        """Around the models ``rows [m]`` of ``train``; a model whose latent is not finite is no anchor."""
         latents = encode(code, train.weights[rows.to(train.weights.device)])
         sound = latents.isfinite().flatten(1).all(1)
         require(bool(sound.any()), "anchors: none of them has a finite latent")
@@ -195,7 +185,7 @@ def generate(
     train = load_zoo(folder, "train", skip_bad=skip_bad).to(device)
     data = dataset_of(folder, train.architecture)
     with region("generate"), torch.no_grad(), engine.using(backend):
-        source = Source.of(loaded.autoencoder, train, data, anchors)
+        source = Source.of(loaded.autoencoder, train, data, best_rows(val_accuracy(train, data), anchors))
         generator = torch.Generator().manual_seed(seed)
         weights, of = source.sample(
             samples, generator, sampler=sampler, bandwidth=bandwidth, select=select, candidates=candidates, rounds=rounds

@@ -15,10 +15,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..architecture import Architecture
 from ..behavior import batched_behavioral_loss, batched_forward
 from ..codes.adaptive import AdaptiveCodec
 from ..codes.autoencoder import Autoencoder
@@ -78,19 +80,7 @@ def refine(
                 continue
             found = _descended(code, part, start, taught, draws, lr, criterion)
             targets = batched_forward(part, kept_back, architecture)
-            before, after = (
-                batched_behavioral_loss(
-                    decode(code, z),
-                    None,
-                    kept_back,
-                    architecture,
-                    targets=targets,
-                    criterion=criterion,
-                    reduction="none",
-                    nan_policy="omit",
-                )
-                for z in (start, found)
-            )
+            before, after = (_loss(decode(code, z), kept_back, architecture, targets, criterion) for z in (start, found))
             parts.append(torch.where((after < before)[:, None, None], found, start))
         return torch.cat(parts)
 
@@ -109,21 +99,18 @@ def _descended(
         for step, rows in enumerate(batches):
             adam.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / len(batches))) / 2
             with torch.enable_grad():
-                values = batched_behavioral_loss(
-                    decoder(latents + scale * offset),
-                    None,
-                    images[rows],
-                    code.layout.architecture,
-                    targets=targets[:, rows],
-                    criterion=criterion,
-                    reduction="none",
-                    nan_policy="omit",
-                )
+                moved = decoder(latents + scale * offset)
+                values = _loss(moved, images[rows], code.layout.architecture, targets[:, rows], criterion)
                 (offset.grad,) = torch.autograd.grad(values.nan_to_num(0).sum(), offset)  # a model that overflows stands still
             adam.step()
         latents = latents + scale * offset.detach()
         current = decoder(latents)
     return latents
+
+
+def _loss(weights: Tensor, images: Tensor, architecture: Architecture, targets: Tensor, criterion: str) -> Tensor:
+    settings: dict[str, Any] = {"criterion": criterion, "reduction": "none", "nan_policy": "omit"}
+    return batched_behavioral_loss(weights, None, images, architecture, targets=targets, **settings)
 
 
 def _held(code: Code, weights: Tensor, latents: Tensor, fixed: int) -> tuple[Tensor, Decoder]:

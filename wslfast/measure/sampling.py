@@ -59,35 +59,6 @@ class LatentDensity:
         latents = self.anchors.gather(0, index) + self.bandwidth * self.scale * noise
         return latents, chosen.to(self.anchors.device) if self.mode == "joint" else None
 
-    def log_density(self, latents: Tensor) -> Tensor:
-        """Log density ``[n]`` at latents ``[n, T, W]``, in the closed form, over the numbers that vary; float64.
-
-        Raises:
-            WslfastError: bandwidth 0 has no density.
-        """
-        require(self.bandwidth > 0, "bandwidth: 0 has no density")
-        assert self.scale is not None
-        scale = self.scale.double()
-        varies = scale > 0
-        unit = torch.where(varies, scale, 1.0) * self.bandwidth
-        anchors, points = ((t.double() / unit * varies).flatten(1) for t in (self.anchors, latents))
-        log_unit = torch.where(varies, unit.log() + math.log(2 * math.pi) / 2, 0.0)
-        if self.mode == "joint":
-            return _kernels(anchors, points) - log_unit.sum()
-        axis = 1 if self.mode == "token" else None
-        total = -log_unit.sum() * torch.ones(len(points), dtype=torch.float64, device=points.device)
-        pieces = math.prod(self.anchors.shape[1:]) if axis is None else self.anchors.shape[1]
-        for a, p in zip(anchors.unflatten(1, (pieces, -1)).unbind(1), points.unflatten(1, (pieces, -1)).unbind(1)):
-            total += _kernels(a, p)
-        return total
-
-
-def _kernels(anchors: Tensor, points: Tensor) -> Tensor:
-    """Log of the mean over anchors ``[m, d]`` of exp(-|p - a|^2 / 2), ``[n]`` for points ``[n, d]``."""
-    # not the expansion into a matrix product: far from the anchors it loses what little is left
-    square = torch.cdist(points, anchors, compute_mode="donot_use_mm_for_euclid_dist").square()
-    return (-square / 2).logsumexp(1) - math.log(len(anchors))
-
 
 def uniform_box(anchors: Tensor, samples: int, generator: torch.Generator) -> Tensor:
     """Latents uniform in the box that the anchors span, ``[samples, ...]``."""

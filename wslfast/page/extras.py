@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
-from ..measure.results import Results, Row
-from . import drawing
-from .drawing import INK, SOFT
-from .figures import errors
-from .markup import figure, note, section
+from ..measure.results import OverSeeds, Results, Row, over_seeds
+from .drawing import INK, SOFT, errors, sheet
+from .html import figure, note, section
 from .tables import ablation_table
 
 _HUES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f3c8d", "#555555")
@@ -34,38 +31,35 @@ def ablations(results: Results) -> str:
     groups = dict.fromkeys((str(r.get("ablation") or "ablation"), str(r["zoo"])) for r in rows)
     for name, zoo in groups:
         own = [r for r in rows if str(r.get("ablation") or "ablation") == name and str(r["zoo"]) == zoo]
-        known = {r["metric"] for r in own}
-        metrics = [m for m in _METRICS if m[0] in known]
+        figures = over_seeds(own)
+        metrics = [m for m in _METRICS if any(m[0] in of for of in figures.values())]
         axis = next((str(r["axis"]) for r in own if r.get("axis")), name)
-        parts.append(f"<h3>{escape(name)}, {escape(zoo)}</h3>{ablation_table(own, metrics)}")
-        if len({r["variant"] for r in own}) > 1:
-            parts.append(figure(_ablation(own, [m for m in metrics if m[0] in _DRAWN], axis), f"{name} on {zoo}."))
+        parts.append(f"<h3>{escape(name)}, {escape(zoo)}</h3>{ablation_table(figures, metrics)}")
+        if len(figures) > 1:
+            setting = {str(r["variant"]): r.get("value") for r in own}
+            parts.append(figure(_ablation(figures, setting, [m for m in metrics if m[0] in _DRAWN], axis), f"{name} on {zoo}."))
     if not parts:
         return ""
     small = note("Mean over held-out models; ± and bars: standard deviation over seeds. Settings that are not named are those of the file.")
     return section("Ablations", *parts, small, lead="One setting varied at a time, every variant with the same seeds, on the zoos here.")
 
 
-def _ablation(rows: Sequence[Row], metrics: Sequence[tuple[str, str, str]], axis: str) -> str:
+def _ablation(
+    figures: Mapping[str, Mapping[str, OverSeeds]], setting: Mapping[str, object], metrics: Sequence[tuple[str, str, str]], axis: str
+) -> str:
     """Metrics against the setting; a number axis where all settings are numbers."""
-    variants = list(dict.fromkeys(str(r["variant"]) for r in rows))
-    setting = {v: next(r.get("value") for r in rows if str(r["variant"]) == v) for v in variants}
-    numeric = all(isinstance(s, (int, float)) for s in setting.values()) and len(set(setting.values())) == len(variants)
+    variants, places = list(figures), {v: float(s) for v, s in setting.items() if isinstance(s, (int, float))}
+    numeric = len(set(places.values())) == len(variants)
     if numeric:
-        variants.sort(key=lambda v: float(setting[v]))  # type: ignore[arg-type]
-    words = [str(setting[v] if setting[v] is not None else v) for v in variants]
-    with drawing._figure(2.5) as (sheet, svg):
-        for axes, (metric, heading, unit) in zip(sheet.subplots(1, max(3, len(metrics)), squeeze=False)[0], metrics):
-            column = "median" if metric == "accuracy_change" else "mean"
+        variants.sort(key=places.__getitem__)
+    else:
+        places = {v: float(i) for i, v in enumerate(variants)}
+    words = [str(v if setting[v] is None else setting[v]) for v in variants]
+    with sheet(2.5) as (page, svg):
+        for axes, (metric, heading, unit) in zip(page.subplots(1, max(3, len(metrics)), squeeze=False)[0], metrics):
             scale = 100.0 if unit in ("%", "points") else 1.0
-            points = []
-            for place, v in enumerate(variants):
-                found = [r[column] for r in rows if str(r["variant"]) == v and r["metric"] == metric]
-                values = [scale * x for x in found if isinstance(x, (int, float))]
-                mean = statistics.fmean(values) if values else None
-                spread = statistics.stdev(values) if len(values) > 1 else None
-                points.append((float(setting[v]) if numeric else place, mean, spread))  # type: ignore[arg-type]
-            errors(axes, points, _HUES[0], heading)
+            points = [(places[v], *figures[v].get(metric, (None, None))[:2]) for v in variants]
+            errors(axes, points, _HUES[0], heading, scale)
             if not numeric:
                 axes.set_xticks(range(len(variants)), words, rotation=35, ha="right", fontsize=7.5)
                 for line in axes.get_lines():
@@ -79,7 +73,7 @@ def _ablation(rows: Sequence[Row], metrics: Sequence[tuple[str, str, str]], axis
                 axes.set_ylim(low - short / 2, high + short / 2)
             axes.set_title(f"{heading} ({unit})")
             axes.grid(axis="y")
-        for axes in sheet.axes[len(metrics) :]:
+        for axes in page.axes[len(metrics) :]:
             axes.set_visible(False)
         return svg()
 
@@ -122,8 +116,8 @@ def _sweeps(rows: Sequence[Row]) -> str:
     plain = FuncFormatter(lambda value, _: f"{value:g}")
     directions = list(dict.fromkeys(str(r["direction"]) for r in rows))
     panels = (("ratio", "quadratic form / measured loss", 1.0), ("accuracy", "accuracy (%)", 100.0), ("agreement", "agreement (%)", 100.0))
-    with drawing._figure(2.9) as (sheet, svg):
-        for axes, (metric, title, scale) in zip(sheet.subplots(1, 3), panels):
+    with sheet(2.9) as (page, svg):
+        for axes, (metric, title, scale) in zip(page.subplots(1, 3), panels):
             for i, direction in enumerate(directions):
                 own = sorted((r for r in rows if r["direction"] == direction and r["metric"] == metric), key=lambda r: r["magnitude"])
                 points = [(r["magnitude"], scale * r["median"]) for r in own if isinstance(r["median"], (int, float))]
@@ -141,6 +135,6 @@ def _sweeps(rows: Sequence[Row]) -> str:
                 axes.axhline(1, color=SOFT, linewidth=0.9)
             else:
                 axes.set_ylim(0, 102)
-        handles, labels = sheet.axes[0].get_legend_handles_labels()
-        sheet.legend(handles, labels, loc="outside upper left", ncols=5, fontsize=8, labelcolor=INK)
+        handles, labels = page.axes[0].get_legend_handles_labels()
+        page.legend(handles, labels, loc="outside upper left", ncols=5, fontsize=8, labelcolor=INK)
         return svg()

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from ..measure.results import Results, Row
+from ..measure.results import Results, Row, mean_and_spread
 from . import drawing
-from .drawing import INK, ORIGINAL, SOFT
-from .markup import number, over_seeds
-from .tables import grouped, trained, zoos
+from .drawing import INK, ORIGINAL, SOFT, errors, histogram, interval, lines, sheet
+from .html import number
+from .tables import grouped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,10 +27,10 @@ _SAMPLERS = {"joint": "o", "token": "s", "individual": "D", "uniform": "^", "nei
 def palette(results: Results, zoo: str) -> dict[str, str]:
     """A colour for each variant of a zoo."""
     colors: dict[str, str] = {}
-    runs = trained(results, zoo)
+    runs = results.trained(zoo)
     groups: list[tuple[list[str], Sequence[str]]] = [
-        ([v for v in runs if "B" in str(results.about(zoo, v).get("losses", "B"))], _BEHAVIOR),
-        ([v for v in runs if "B" not in str(results.about(zoo, v).get("losses", "B"))], _STRUCTURE),
+        ([v for v in runs if "B" in (results.losses(zoo, v) or "B")], _BEHAVIOR),
+        ([v for v in runs if "B" not in (results.losses(zoo, v) or "B")], _STRUCTURE),
         ([v for v in results.variants(zoo, "run") if v not in runs], ("#9aa5ad", "#b9a58c", "#a9b8a0", "#b5a5b8")),
         *((results.variants(zoo, kind), _CODES) for kind in ("code", "refined")),
         *((results.variants(zoo, kind), _MODELS) for kind in ("model", "features")),
@@ -42,8 +40,8 @@ def palette(results: Results, zoo: str) -> dict[str, str]:
     return colors
 
 
-def _column(rows: Sequence[Row], name: str) -> Tensor:
-    return torch.tensor([float(r[name]) for r in rows if isinstance(r.get(name), (int, float))], dtype=torch.float64)
+def _column(rows: Sequence[Row], name: str) -> list[float]:
+    return [float(r[name]) for r in rows if isinstance(r.get(name), (int, float))]
 
 
 def _placed(results: Results, zoo: str, metric: str) -> list[tuple[float, str]]:
@@ -63,22 +61,18 @@ def overview(results: Results, zoo: str, colors: Mapping[str, str]) -> str:
         return ""
     place = {v: y for y, v in _placed(results, zoo, "agreement")}
     bottom = max(place.values())
-    with drawing._figure(0.9 + 0.36 * (bottom + 1)) as (figure, svg):
+    with sheet(0.9 + 0.36 * (bottom + 1)) as (figure, svg):
         left, right = figure.subplots(1, 2, sharey=True)
         for axes, first, second in ((left, "agreement_others", "agreement"), (right, "accuracy_original", "accuracy_reconstructed")):
             for variant, own in rows.items():
                 y = place[variant]
-                drawing._interval(axes, y - 0.17, _column(own, first), SOFT, filled=False)
-                drawing._interval(axes, y + 0.17, _column(own, second), colors.get(variant, INK), filled=True)
+                interval(axes, y - 0.17, _column(own, first), SOFT, filled=False)
+                interval(axes, y + 0.17, _column(own, second), colors.get(variant, INK), filled=True)
             axes.set_xlim(0, 100)
-            axes.grid(axis="x")
-            axes.spines["left"].set_visible(False)
-            axes.tick_params(axis="y", length=0)
-            axes.set_xlabel("% of test images")
         left.set_yticks([place[v] for v in rows], list(rows), color=INK, fontsize=9)
         left.set_ylim(bottom + 0.5, -0.5)
-        left.set_title("Agreement with own (filled) and others' originals (open)")
-        right.set_title("Accuracy of reconstructions (filled) and originals (open)")
+        lines(left, "Agreement with own (filled) and others' originals (open)", "% of test images")
+        lines(right, "Accuracy of reconstructions (filled) and originals (open)", "% of test images")
         return svg()
 
 
@@ -87,7 +81,7 @@ def histograms(results: Results, zoo: str, variants: Sequence[str], colors: Mapp
     kept = [v for v in variants if results.table("models", zoo, v)][:6]
     if not kept:
         return ""
-    with drawing._figure(4.0) as (figure, svg):
+    with sheet(4.0) as (figure, svg):
         grid = figure.subplots(2, max(4, len(kept)), sharex=True, sharey="row", squeeze=False)
         for axes in grid.flat:
             axes.set_visible(False)
@@ -100,8 +94,8 @@ def histograms(results: Results, zoo: str, variants: Sequence[str], colors: Mapp
             for row, (grey, hue, label) in enumerate(pairs):
                 axes = grid[row, column]
                 axes.set_visible(True)
-                drawing._histogram(axes, _column(own, grey), ORIGINAL, filled=True)
-                drawing._histogram(axes, _column(own, hue), colors.get(variant, INK), filled=False)
+                histogram(axes, _column(own, grey), ORIGINAL, filled=True)
+                histogram(axes, _column(own, hue), colors.get(variant, INK), filled=False)
                 axes.set_xlim(0, 100)
                 axes.set_xticks(range(0, 101, 25))
                 axes.tick_params(labelbottom=True)
@@ -116,26 +110,19 @@ def probes(results: Results, zoo: str, colors: Mapping[str, str]) -> str:
     """R2 of every probe on test models, with the standard deviation over resamples of them (or over seeds)."""
     places = _placed(results, zoo, "probe_r2")
     variants, bottom = [v for _, v in places], max([y for y, _ in places], default=0.0)
-    known = (
-        ("probe_r2", "test accuracy"),
-        ("probe_r2_decoded", "the same, decoded"),
-        ("probe_r2_ggap", "generalisation gap"),
-        ("probe_r2_epoch", "epoch"),
-    )
-    targets = [(m, t) for m, t in known if any(results.value(zoo, v, m) for v in variants)]
+    known = {"": "test accuracy", "_decoded": "the same, decoded", "_ggap": "generalisation gap", "_epoch": "epoch"}
+    targets = [(f"probe_r2{m}", t) for m, t in known.items() if any(results.value(zoo, v, f"probe_r2{m}") for v in variants)]
     if not targets:
         return ""
-    with drawing._figure(0.9 + 0.29 * (bottom + 1)) as (figure, svg):
+    with sheet(0.9 + 0.29 * (bottom + 1)) as (figure, svg):
         panels = figure.subplots(1, max(2, len(targets)), sharey=True, squeeze=False)[0]
         for axes in panels[len(targets) :]:
             axes.set_visible(False)
         for axes, (metric, title) in zip(panels, targets):
             for y, variant in places:
-                value, spread, count = over_seeds(results, zoo, variant, metric)
+                value, spread = results.over_seeds(zoo, variant, metric)
                 if value is None:
                     continue
-                if count < 2:
-                    spread = next(iter(results.value(zoo, variant, metric, "spread")), None)
                 color, shown = colors.get(variant, INK), max(value, -0.5)
                 if spread is not None and value > -0.5:
                     axes.plot((max(value - spread, -0.5), min(value + spread, 1)), (y, y), color=color, linewidth=1.6, alpha=0.55)
@@ -143,11 +130,7 @@ def probes(results: Results, zoo: str, colors: Mapping[str, str]) -> str:
                 axes.text(1.04, y, number(value, 2), color=color, va="center_baseline", fontsize=8)
             axes.axvline(0, color=SOFT, linewidth=0.8)
             axes.set_xlim(-0.55, 1.0)
-            axes.grid(axis="x")
-            axes.spines["left"].set_visible(False)
-            axes.tick_params(axis="y", length=0)
-            axes.set_title(title)
-            axes.set_xlabel("R2 on test models")
+            lines(axes, title, "R2 on test models")
         panels[0].set_yticks([y for y, _ in places], variants, color=INK, fontsize=9)
         panels[0].set_ylim(bottom + 0.5, -0.5)
         return svg()
@@ -155,53 +138,46 @@ def probes(results: Results, zoo: str, colors: Mapping[str, str]) -> str:
 
 def generation(results: Results, zoo: str, colors: Mapping[str, str]) -> str:
     """Accuracies of originals, reconstructions and new models; what samplers trade; fine-tuning."""
-    runs = [v for v in trained(results, zoo) if results.table("samples", zoo, v)][:4]
+    runs = [v for v in results.trained(zoo) if results.table("samples", zoo, v)][:4]
     if not runs:
         return ""
-    strips: list[tuple[str, Tensor, str]] = []
-    first = results.table("models", zoo, runs[0])
-    strips.append(("zoo: test models", _column(first, "accuracy_original"), SOFT))
-    strips.append(("zoo: anchors", _column(results.table("samples", zoo, "zoo"), "test_acc"), SOFT))
+    strips = [
+        ("zoo: test models", _column(results.table("models", zoo, runs[0]), "accuracy_original"), SOFT),
+        ("zoo: anchors", _column(results.table("samples", zoo, "zoo"), "test_acc"), SOFT),
+    ]
     for v in runs:
         own = results.table("samples", zoo, v)
+        last = max((r["epoch"] for r in own if r["set"] == "finetuned"), default=None)
         strips.append((f"{v}: reconstructed", _column(results.table("models", zoo, v), "accuracy_reconstructed"), colors[v]))
         strips.append((f"{v}: generated", _column([r for r in own if r["set"] == "generated"], "test_acc"), colors[v]))
-        tuned = [r for r in own if r["set"] == "finetuned"]
-        if tuned:
-            last = max(r["epoch"] for r in tuned)
-            strips.append((f"{v}: fine-tuned", _column([r for r in tuned if r["epoch"] == last], "test_acc"), colors[v]))
-    with drawing._figure(max(3.4, 0.8 + 0.3 * len(strips))) as (figure, svg):
+        if last is not None:
+            strips.append((f"{v}: fine-tuned", _column([r for r in own if r["epoch"] == last], "test_acc"), colors[v]))
+    with sheet(max(3.4, 0.8 + 0.3 * len(strips))) as (figure, svg):
         left, middle, right = figure.subplots(1, 3, width_ratios=(1.25, 1.0, 0.8))
         for y, (_, values, color) in enumerate(strips):
             _strip(left, y, values, color)
         left.set_yticks(range(len(strips)), [name for name, _, _ in strips], color=INK, fontsize=8.5)
         left.set_ylim(len(strips) - 0.4, -0.6)
         left.set_xlim(0, 100)
-        left.grid(axis="x")
-        left.spines["left"].set_visible(False)
-        left.tick_params(axis="y", length=0)
-        left.set_title("Test accuracy, every model")
-        left.set_xlabel("% of test images")
+        lines(left, "Test accuracy, every model", "% of test images")
         _tradeoff(middle, results, zoo, runs, colors)
         _finetuning(right, results, zoo, runs, colors)
         return svg()
 
 
-def _strip(axes: Axes, y: float, values: Tensor, color: str) -> None:
+def _strip(axes: Axes, y: float, values: Sequence[float], color: str) -> None:
     """Every value as a faint tick, the middle 60 % as a bar, the mean as a dot with its figure."""
-    percent = (values * 100).tolist()
+    percent = [100 * value for value in values]
     axes.plot(percent, [y + 0.22] * len(percent), "|", color=color, markersize=4, alpha=0.35, rasterized=len(percent) > 1000)
-    drawing._interval(axes, y - 0.08, values, color, filled=True)
+    interval(axes, y - 0.08, values, color, filled=True)
 
 
 def _tradeoff(axes: Axes, results: Results, zoo: str, runs: Sequence[str], colors: Mapping[str, str]) -> None:
     """Accuracy against distance to the nearest training model, in units of a copy's."""
     used: dict[str, str] = {}
     for v in runs:
-        rows = [r for r in results.table("samplings", zoo, v) if r["select"] == "none"]
-        seeds = {r["seed"] for r in rows}
-        rows = [r for r in rows if r["seed"] == min(seeds)]
-        copy = over_seeds(results, zoo, v, "novelty_reconstruction")[0]
+        rows = [r for r in results.table("samplings", zoo, v, first_seed=True) if r["select"] == "none"]
+        copy = results.mean(zoo, v, "novelty_reconstruction")
         if not copy:
             continue
         joint = sorted((r for r in rows if r["sampler"] == "joint"), key=lambda r: r["bandwidth"])
@@ -217,7 +193,7 @@ def _tradeoff(axes: Axes, results: Results, zoo: str, runs: Sequence[str], color
                 markersize=5.5,
                 markerfacecolor=colors[v] if r.get("main") else "white",
             )
-    anchors = over_seeds(results, zoo, "zoo", "accuracy_anchors")[0]
+    anchors = results.mean(zoo, "zoo", "accuracy_anchors")
     if anchors is not None:
         axes.axhline(100 * anchors, color=SOFT, linewidth=0.9, linestyle=(0, (4, 3)))
         axes.text(1, 100 * anchors + 1.5, "anchors", color=SOFT, fontsize=8, ha="right", transform=axes.get_yaxis_transform())
@@ -237,15 +213,10 @@ def _finetuning(axes: Axes, results: Results, zoo: str, runs: Sequence[str], col
     for v in runs:
         rows = results.table("samples", zoo, v)
         epochs = sorted({r["epoch"] for r in rows})
-        means, lows, highs = [], [], []
-        for e in epochs:
-            values = _column([r for r in rows if r["epoch"] == e], "test_acc") * 100
-            low, high = torch.quantile(values, torch.tensor([0.2, 0.8], dtype=torch.float64)).tolist()
-            means.append(float(values.mean()))
-            lows.append(low)
-            highs.append(high)
+        after = [100 * np.asarray(_column([r for r in rows if r["epoch"] == e], "test_acc")) for e in epochs]
+        lows, highs = zip(*(np.quantile(values, (0.2, 0.8)) for values in after))
         axes.fill_between(epochs, lows, highs, color=colors[v], alpha=0.13, linewidth=0)
-        axes.plot(epochs, means, "o-", color=colors[v], linewidth=1.4, markersize=3.5, label=v)
+        axes.plot(epochs, [values.mean() for values in after], "o-", color=colors[v], linewidth=1.4, markersize=3.5, label=v)
         axes.set_xticks(epochs)
     axes.grid(axis="y")
     axes.set_title("Fine-tuning")
@@ -256,35 +227,31 @@ def _finetuning(axes: Axes, results: Results, zoo: str, runs: Sequence[str], col
 
 def latent_map(results: Results, zoo: str, variant: str) -> str:
     """Mean-token latents on two principal components, coloured by accuracy, one mark a split."""
-    rows = results.table("latents", zoo, variant)
-    rows = [r for r in rows if r["seed"] == min(x["seed"] for x in rows)]
+    rows = [r for r in results.table("latents", zoo, variant, first_seed=True) if None not in (r["x"], r["y"])]
     if len(rows) < 3:
         return ""
-    xy = torch.tensor([[r["x"], r["y"]] for r in rows], dtype=torch.float64)
-    known = [float("nan") if r.get("test_acc") is None else r["test_acc"] for r in rows]
-    share = (100 * rows[0]["share_x"], 100 * rows[0]["share_y"])
-    return drawing.scatter_map(xy, share, torch.tensor(known, dtype=torch.float64) * 100, [str(r["split"]) for r in rows])
+    level = [float("nan") if r.get("test_acc") is None else 100 * r["test_acc"] for r in rows]
+    share = (100 * (rows[0]["share_x"] or 0.0), 100 * (rows[0]["share_y"] or 0.0))
+    return drawing.scatter_map(np.asarray([[r["x"], r["y"]] for r in rows]), share, np.asarray(level), [str(r["split"]) for r in rows])
 
 
 def training(results: Results, zoo: str, colors: Mapping[str, str]) -> str:
     """Loss parts over steps, of each variant's first seed."""
-    curves = []
-    for variant in trained(results, zoo):
-        rows = results.table("curves", zoo, variant)
-        curves.append((variant, [r for r in rows if r["seed"] == min(x["seed"] for x in rows)]))
-    return drawing.training_curves([c for c in curves if c[1]], colors) or ""
+    curves = {v: rows for v in results.trained(zoo) if (rows := results.table("curves", zoo, v, first_seed=True))}
+    return drawing.training_curves(curves, colors)
 
 
 def against_beta(results: Results) -> str:
     """Agreement, and diversity of new models, against beta; one line a zoo and choice of gamma."""
-    lines: dict[str, list[tuple[float, str, str]]] = {}
-    for zoo in zoos(results):
-        for variant in trained(results, zoo):
+    series: dict[str, list[tuple[float, str, str]]] = {}
+    for zoo in results.zoos:
+        for variant in results.trained(zoo):
             about = results.about(zoo, variant)
             if about.get("beta") is not None:
-                lines.setdefault(f"{zoo}, {'with' if about.get('gamma') else 'without'} contrast", []).append((about["beta"], zoo, variant))
-    lines = {name: sorted(points) for name, points in lines.items() if len({b for b, _, _ in points}) > 1}
-    if not lines:
+                name = f"{zoo}, {'with' if about.get('gamma') else 'without'} contrast"
+                series.setdefault(name, []).append((about["beta"], zoo, variant))
+    series = {name: sorted(points) for name, points in series.items() if len({b for b, _, _ in points}) > 1}
+    if not series:
         return ""
     panels = (
         ("agreement", "agreement (%)", 100.0),
@@ -292,12 +259,12 @@ def against_beta(results: Results) -> str:
         ("diversity", "their diversity (L2 of weights)", 1.0),
         ("diversity_disagreement", "their disagreement (%)", 100.0),
     )
-    with drawing._figure(2.6) as (figure, svg):
+    with sheet(2.6) as (figure, svg):
         for axes, (metric, title, unit) in zip(figure.subplots(1, len(panels)), panels):
-            for i, (name, points) in enumerate(lines.items()):
+            for i, (name, points) in enumerate(series.items()):
                 hue, zoo = _BEHAVIOR[i % len(_BEHAVIOR)], points[0][1]
-                errors(axes, [(b, *over_seeds(results, z, v, metric)[:2]) for b, z, v in points], hue, name, unit)
-                level = over_seeds(results, zoo, "zoo", {"generated_accuracy": "accuracy_anchors"}.get(metric, metric))[0]
+                errors(axes, [(b, *mean_and_spread(results.value(z, v, metric))[:2]) for b, z, v in points], hue, name, unit)
+                level = results.mean(zoo, "zoo", {"generated_accuracy": "accuracy_anchors"}.get(metric, metric))
                 if level is not None:
                     axes.axhline(unit * level, color=hue, linewidth=0.8, linestyle=(0, (4, 3)), alpha=0.7)
             axes.set_title(title)
@@ -307,13 +274,3 @@ def against_beta(results: Results) -> str:
             if metric == "agreement":
                 axes.legend(fontsize=7.5, loc="lower left")
         return svg()
-
-
-def errors(axes: Axes, points: Sequence[tuple[Any, float | None, float | None]], color: str, label: str, unit: float = 1.0) -> None:
-    """Points with their spread over seeds where there is one, joined by a line; points without a value are left out."""
-    known = [(x, y, s) for x, y, s in points if y is not None and math.isfinite(y)]
-    if not known:
-        return
-    xs, ys = [x for x, _, _ in known], [unit * y for _, y, _ in known]
-    bars = [unit * (s or 0.0) for _, _, s in known]
-    axes.errorbar(xs, ys, bars, color=color, label=label, fmt="o-", markersize=4, linewidth=1.3, elinewidth=1.0)

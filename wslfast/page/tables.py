@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from ..measure.reconstruction import collapse
-from ..measure.results import Results
+from ..measure import goals
+from ..measure.goals import Verdict
+from ..measure.results import OverSeeds, Results
 from . import published
-from .markup import DASH, cell, head, note, number, over_seeds, percent, row_head, table
+from .html import DASH, cell, head, headings, note, number, percent, plus_minus, row_head, table
 
 KINDS = {
     "run": "Trained", "twin": "The same without transformer blocks", "code": "Closed form",
@@ -30,83 +30,94 @@ PAPER_NOTE = (
 )
 
 
-def zoos(results: Results) -> list[str]:
-    return list(dict.fromkeys(str(r["zoo"]) for r in results.rows))
-
-
-def trained(results: Results, zoo: str) -> list[str]:
-    """Runs of a zoo that are not somebody's baseline: structure alone first, then with behaviour, then by name."""
-    runs = [v for v in results.variants(zoo, "run") if not results.about(zoo, v).get("baseline")]
-    return sorted(runs, key=lambda v: ("B" in str(results.about(zoo, v).get("losses", "")), len(v), v))
-
-
 def grouped(results: Results, zoo: str) -> dict[str, list[str]]:
     """A zoo's variants by kind, in the page's order."""
-    runs = trained(results, zoo)
+    runs = results.trained(zoo)
     twins = [v for name in runs for v in results.variants(zoo, "run") if v == f"{name}-zero-layer"]
     twins += [v for v in results.variants(zoo, "run") if v not in runs and v not in twins]
     rest = {kind: results.variants(zoo, kind) for kind in ("code", "refined", "model", "features")}
     return {"run": runs, "twin": twins, **rest}
 
 
-def best(results: Results, zoo: str, variants: Sequence[str], metric: str) -> str | None:
-    """The variant with the highest mean of a metric; of those that have collapsed only where there is no other."""
-    known = [(not collapsed(results, zoo, v), over_seeds(results, zoo, v, metric)[0], v) for v in variants]
-    scored = [(kept, value, v) for kept, value, v in known if value is not None]
-    return max(scored)[2] if scored else None
-
-
-def collapsed(results: Results, zoo: str, variant: str) -> str:
-    """What to say of a variant that answers every model with one network; nothing of the others."""
-    return collapse(over_seeds(results, zoo, variant, "agreement_margin")[0])
+def _by_kind(results: Results, zoo: str, metric: str, columns: int, line: Callable[[str], str]) -> list[str]:
+    """A line for each variant that has the metric, under a heading for each kind."""
+    rows = []
+    for kind, members in grouped(results, zoo).items():
+        own = [line(v) for v in members if results.value(zoo, v, metric)]
+        rows += [f'<tr class="group"><th colspan="{columns}">{KINDS[kind]}</th></tr>', *own] if own else []
+    return rows
 
 
 def data_table(results: Results) -> str:
     """What was measured on what, plainly."""
     rows = []
-    for zoo in zoos(results):
+    for zoo in results.zoos:
         a = results.about(zoo, "zoo")
         if "dataset" not in a:
             continue
         used, there = a.get("checkpoints_used", {}), a.get("checkpoints", {})
         models = ", ".join(f"{split} {used.get(split, n)}" + (f" of {n}" if used.get(split, n) != n else "") for split, n in there.items())
         images = a.get("images", [0, 0, 0])
-        rows.append(
-            "<tr>"
-            + row_head(zoo)
-            + cell(escape(f"{a['dataset']}, {'x'.join(map(str, a['image_shape']))}, {a['classes']} classes"), kind="left")
-            + cell(escape(f"train {images[0]:,}, val {images[1]:,}, test {images[2]:,}" + f" ({a['images_used']:,} used)"), kind="left")
-            + cell(escape(f"{a['models']:,} {a['architecture']} networks of {a['parameters']:,} parameters"), kind="left")
-            + cell(escape(models), escape("epochs " + ", ".join(map(str, a.get("epochs", ())))), kind="left")
-            + "</tr>"
-        )
-    names = (("Zoo", ""), ("Data set", ""), ("Images", ""), ("Models", ""), ("Checkpoints", ""))
-    return table(head(names), rows, "plain data") if rows else ""
+        shape, sizes = "x".join(map(str, a["image_shape"])), f"train {images[0]:,}, val {images[1]:,}, test {images[2]:,}"
+        cells = {
+            f"{a['dataset']}, {shape}, {a['classes']} classes": "",
+            f"{sizes} ({a['images_used']:,} used)": "",
+            f"{a['models']:,} {a['architecture']} networks of {a['parameters']:,} parameters": "",
+            models: "epochs " + ", ".join(map(str, a.get("epochs", ()))),
+        }
+        text = "".join(cell(escape(words), escape(small), "left") for words, small in cells.items())
+        rows.append(f"<tr>{row_head(zoo)}{text}</tr>")
+    return table(head(headings("Zoo; Data set; Images; Models; Checkpoints")), rows, "plain data") if rows else ""
+
+
+_GOALS: dict[str, tuple[str, Callable[[Results, str], Verdict], Callable[[Verdict], str]]] = {
+    "Accuracy kept": ("median change within 1 point", goals.accuracy_kept, lambda v: f"{percent(v.value, signed=True)} points"),
+    "Agreement": ("at least 95 % of images", goals.agreement, lambda v: f"{percent(v.value)} %"),
+    "Agreement, 40 %": (
+        "10 points above the metric code", goals.small_agreement, lambda v: f"{percent(v.value)} against {percent(v.against)} %",
+    ),
+    "Probe": (
+        "R2 of accuracy at least .95, or above weight statistics", goals.probe, lambda v: f"{number(v.value)} against {number(v.against)}",
+    ),
+    "New models": (
+        "as accurate as their anchors, newer than copies, half as diverse", goals.new_models,
+        lambda v: f"{percent(v.value)} of {percent(v.against)} %",
+    ),
+}  # fmt: skip
+
+
+def goals_table(results: Results) -> str:
+    """Where we stand: the goals, and what the best run or code of at most 55 % latent numbers makes of them."""
+    rows = []
+    for name, (what, judge, shown) in _GOALS.items():
+        verdicts = [judge(results, zoo) for zoo in results.zoos]
+        cells = [cell(_mark(v.met) + shown(v), escape(_who(v))) if v.who else cell(DASH) for v in verdicts]
+        rows.append(f"<tr>{row_head(name, small=what)}{''.join(cells)}</tr>")
+    return table(head([("Goal", "at 55 % latent numbers or fewer"), *((z, "") for z in results.zoos)]), rows, "plain goals")
+
+
+def _mark(met: bool | None) -> str:
+    word = "met" if met else "missed"
+    return "" if met is None else f'<span class="{word}">{word}</span> '
+
+
+def _who(verdict: Verdict) -> str:
+    if not verdict.more:
+        return f"{verdict.who}: {verdict.features}" if verdict.features else verdict.who
+    distance, copy, diversity = (verdict.more[name] for name in ("distance", "copy", "diversity"))
+    return f"{verdict.who}: distance {number(distance)} (a copy: {number(copy)}), diversity {100 * diversity:.0f} % of theirs"
 
 
 # -- reconstruction --------------------------------------------------------------------------------------------------------
 
 
 def reconstruction_table(results: Results, zoo: str, palette: Mapping[str, str]) -> str:
-    names = (
-        ("Variant", ""),
-        ("Latent", "numbers"),
-        ("Agreement", "%"),
-        ("With others", "%"),
-        ("Margin", "points"),
-        ("Identified", "%"),
-        ("Accuracy", "before → after, %"),
-        ("Change", "median, points"),
-        ("Masked L2", "of weights"),
-        ("Variance kept", "%"),
-        ("Softmax L2", "of outputs"),
+    names = headings(
+        "Variant; Latent: numbers; Agreement: %; With others: %; Margin: points; Identified: %; "
+        "Accuracy: before → after, %; Change: median, points; Masked L2: of weights; Variance kept: %; "
+        "Softmax L2: of outputs"
     )
-    rows = []
-    for kind, members in grouped(results, zoo).items():
-        variants = [v for v in members if results.value(zoo, v, "agreement")]
-        if variants:
-            rows.append(f'<tr class="group"><th colspan="{len(names)}">{KINDS[kind]}</th></tr>')
-        rows += [_reconstruction_row(results, zoo, v, palette) for v in variants]
+    rows = _by_kind(results, zoo, "agreement", len(names), lambda v: _reconstruction_row(results, zoo, v, palette))
     small = (
         "Means over models and seeds, except the change in accuracy (median over models); small print: ± standard deviation over seeds "
         "where there are several, else over models. <b>With others</b>: agreement with other models' originals. <b>Margin</b>: the "
@@ -119,20 +130,20 @@ def reconstruction_table(results: Results, zoo: str, palette: Mapping[str, str])
 def _reconstruction_row(results: Results, zoo: str, variant: str, palette: Mapping[str, str]) -> str:
     about = results.about(zoo, variant)
 
-    def get(metric: str, column: str = "mean") -> float | None:
-        return over_seeds(results, zoo, variant, metric, column)[0]
+    def get(metric: str) -> float | None:
+        return results.mean(zoo, variant, metric)
 
-    def both(metric: str, column: str = "mean", shown: Callable[..., str] = percent, **options: Any) -> str:
-        value, spread, count = over_seeds(results, zoo, variant, metric, column)
-        if count < 2:
-            spread = get(metric, "spread")
-        return cell(shown(value, **options), f"± {shown(spread)}" if spread is not None else "")
+    def both(metric: str, shown: Callable[..., str] = percent, **options: Any) -> str:
+        value, spread = results.over_seeds(zoo, variant, metric)
+        return cell(shown(value, **options), plus_minus(spread, shown))
 
     numbers, share = get("latent_numbers"), get("latent_share")
     latent = cell(number(numbers, 0), f"{100 * share:.0f} % of weights" if share is not None else "") if numbers else cell(DASH)
     seeds = len(results.value(zoo, variant, "agreement"))
     small = str(about.get("baseline") or settings(about)) + (f"; {seeds} seeds" if seeds > 1 else "")
-    small = "; ".join(filter(None, (small, collapsed(results, zoo, variant))))
+    broken = sum(results.value(zoo, variant, "non_finite"))
+    lost = f"{number(broken, 0)} reconstruction{'s' if broken > 1 else ''} not finite: wrong everywhere" if broken else ""
+    small = "; ".join(filter(None, (small, results.collapsed(zoo, variant), lost)))
     cells = (
         latent,
         both("agreement"),
@@ -140,7 +151,7 @@ def _reconstruction_row(results: Results, zoo: str, variant: str, palette: Mappi
         both("agreement_margin"),
         both("identified"),
         cell(f"{percent(get('accuracy_original'))} → {percent(get('accuracy_reconstructed'))}"),
-        both("accuracy_change", "median", signed=True),
+        both("accuracy_change", signed=True),
         both("l2_masked", shown=number),
         cell(percent(get("explained_variance"))),
         both("softmax_l2", shown=number),
@@ -166,11 +177,11 @@ def side_by_side(
 
     ``extra``: the paper's row name -> the variant (or its beginning) that stands for it here.
     """
-    ours = zoos(results)
+    ours = results.zoos
     lines: list[tuple[str, str, dict[str, str]]] = []  # label, losses, variant by zoo
     for zoo in ours:
-        for variant in trained(results, zoo):
-            losses = str(results.about(zoo, variant).get("losses", ""))
+        for variant in results.trained(zoo):
+            losses = results.losses(zoo, variant)
             label = variant if variant == losses else f"{variant} ({losses})"
             line = next((x for x in lines if x[0] == label), None)
             if line is None:
@@ -183,7 +194,7 @@ def side_by_side(
     lines.sort(key=lambda x: order.index(x[1]) if x[1] in order else len(order))
     rows, told = [], set()
     for label, losses, by_zoo in lines:
-        cells = [cell(shown(over_seeds(results, z, by_zoo[z], metric)[0]) if z in by_zoo else DASH) for z in ours]
+        cells = [cell(shown(results.mean(z, by_zoo[z], metric)) if z in by_zoo else DASH) for z in ours]
         theirs = paper.get(losses, (None, None, None)) if losses not in told else (None, None, None)
         told.add(losses)
         cells += [cell(shown(v), kind="paper") for v in theirs]
@@ -204,19 +215,13 @@ def _with_paper(first: str, ours: Sequence[str], rows: Sequence[str]) -> str:
 
 
 def generation_table(results: Results, zoo: str, palette: Mapping[str, str]) -> str:
-    names = (
-        ("Models", ""),
-        ("Accuracy", "mean, %"),
-        ("after fine-tuning", "%"),
-        ("Diversity", "L2 of weights"),
-        ("of outputs", "L2 of logits"),
-        ("of classes", "% of images"),
-        ("Distance to training", "a copy's"),
-        ("Behaves unlike any", "% of images, a copy's"),
+    names = headings(
+        "Models; Accuracy: mean, %; after fine-tuning: %; Diversity: L2 of weights; of outputs: L2 of logits; "
+        "of classes: % of images; Distance to training: a copy's; Behaves unlike any: % of images, a copy's"
     )
 
     def line(label: str, variant: str, suffix: str, accuracy: str, novel: bool, small: str = "", color: str | None = None) -> str:
-        get = lambda metric: over_seeds(results, zoo, variant, metric)[0]  # noqa: E731
+        get = lambda metric: results.mean(zoo, variant, metric)  # noqa: E731
         copy = lambda text: f"copy {text}"  # noqa: E731
         cells = (
             cell(percent(get(accuracy))),
@@ -232,10 +237,10 @@ def generation_table(results: Results, zoo: str, palette: Mapping[str, str]) -> 
     rows = [line("zoo: anchors", "zoo", "", "accuracy_anchors", False, "the best training models")]
     members = [v for kind in ("run", "twin", "code") for v in grouped(results, zoo)[kind]]
     for variant in [v for v in members if results.value(zoo, v, "generated_accuracy")]:
-        h = over_seeds(results, zoo, variant, "generated_bandwidth")[0]
+        h = results.mean(zoo, variant, "generated_bandwidth")
         small = f"bandwidth {h:g}" if h is not None else ""
         rows.append(line(variant, variant, "", "generated_accuracy", True, small, palette.get(variant)))
-        if variant in trained(results, zoo):
+        if variant in results.trained(zoo):
             small = f"matched one to one to {variant}"
             rows.append(line("↳ zoo models as accurate", variant, "_matched", "accuracy_matched", False, small))
     small = (
@@ -251,8 +256,7 @@ def generation_table(results: Results, zoo: str, palette: Mapping[str, str]) -> 
 def samplings_table(results: Results, zoo: str, variant: str) -> str:
     """Every sampler of one run, of its first seed."""
     rows = []
-    found = results.table("samplings", zoo, variant)
-    for r in [r for r in found if r["seed"] == min(x["seed"] for x in found)]:
+    for r in results.table("samplings", zoo, variant, first_seed=True):
         h = f"bandwidth {r['bandwidth']:g}" if r.get("bandwidth") is not None else ""
         label = _SAMPLERS.get(str(r["sampler"]), str(r["sampler"])) + (f", {r['select']}" if r["select"] != "none" else "")
         columns = (("test_acc", percent), ("diversity", number), ("diversity_disagreement", percent), ("novelty", number))
@@ -260,29 +264,22 @@ def samplings_table(results: Results, zoo: str, variant: str) -> str:
         rows.append(f"<tr>{row_head(label, small=h)}{''.join(cell(v) for v in values)}</tr>")
     if not rows:
         return ""
-    names = (
-        ("Sampler", ""),
-        ("Accuracy", "mean, %"),
-        ("Diversity", "L2"),
-        ("of classes", "%"),
-        ("Distance to training", "L2"),
-        ("Unlike any", "%"),
-    )
+    names = headings("Sampler; Accuracy: mean, %; Diversity: L2; of classes: %; Distance to training: L2; Unlike any: %")
     return table(head(names), rows, "plain")
 
 
 def best_table(results: Results) -> str:
     """The paper's headline, the best model of each set, beside ours. A maximum over models: it hides what the rest do."""
-    ours = zoos(results)
+    ours = results.zoos
     lines = [("zoo", "zoo", "best_original", dict.fromkeys(ours, "zoo"))]
     for metric, word in (("best_reconstructed", "reconstructed"), ("best_generated", "generated"), ("best_finetuned", "fine-tuned")):
-        combos = dict.fromkeys(str(results.about(z, v).get("losses", v)) for z in ours for v in trained(results, z))
+        combos = dict.fromkeys(results.losses(z, v) or v for z in ours for v in results.trained(z))
         for losses in dict.fromkeys([*combos, *published.BEST[word]]):
-            by_zoo = {z: next((v for v in trained(results, z) if results.about(z, v).get("losses") == losses), "") for z in ours}
+            by_zoo = {z: next((v for v in results.trained(z) if results.losses(z, v) == losses), "") for z in ours}
             lines.append((word, losses, metric, by_zoo))
     rows = []
     for word, losses, metric, by_zoo in lines:
-        cells = [cell(percent(over_seeds(results, z, by_zoo[z], metric)[0])) for z in ours]
+        cells = [cell(percent(results.mean(z, by_zoo[z], metric))) for z in ours]
         cells += [cell(percent(v), kind="paper") for v in published.BEST[word].get(losses, (None, None, None))]
         rows.append(f"<tr>{row_head(word if losses == 'zoo' else f'{word}, {losses}')}{''.join(cells)}</tr>")
     return _with_paper("Best accuracy, %", ours, rows)
@@ -295,36 +292,25 @@ def probe_table(results: Results, zoo: str, palette: Mapping[str, str]) -> str:
     targets = (("probe_r2", "test accuracy"), ("probe_r2_ggap", "generalisation gap"), ("probe_r2_epoch", "epoch"))
     more = (("probe_r2_whole", "whole latent"), ("probe_r2_decoded", "decoded"), ("probe_r2_decoded_drawn", "decoded, drawn images"))
     names = [("Features", ""), *((f"R2 of {what}", "mean token") for _, what in targets), *(("R2 of test accuracy", w) for _, w in more)]
-    rows = []
-    for kind, members in grouped(results, zoo).items():
-        variants = [v for v in members if results.value(zoo, v, "probe_r2")]
-        if variants:
-            rows.append(f'<tr class="group"><th colspan="{len(names)}">{KINDS[kind]}</th></tr>')
-        for variant in variants:
-            cells = []
-            for metric in (m for m, _ in (*targets, *more)):
-                value, spread, count = over_seeds(results, zoo, variant, metric)
-                if count < 2:
-                    spread = next(iter(results.value(zoo, variant, metric, "spread")), None)
-                cells.append(cell(number(value), f"± {number(spread)}" if spread is not None else ""))
-            small = str(results.about(zoo, variant).get("baseline") or "")
-            rows.append(f"<tr>{row_head(variant, palette.get(variant), small)}{''.join(cells)}</tr>")
+
+    def line(variant: str) -> str:
+        figures = (results.over_seeds(zoo, variant, metric) for metric, _ in (*targets, *more))
+        small = str(results.about(zoo, variant).get("baseline") or "")
+        cells = "".join(cell(number(value), plus_minus(spread, number)) for value, spread in figures)
+        return f"<tr>{row_head(variant, palette.get(variant), small)}{cells}</tr>"
+
+    rows = _by_kind(results, zoo, "probe_r2", len(names), line)
     return table(head(names), rows, "plain") if rows else ""
 
 
-def ablation_table(rows: Sequence[Mapping[str, Any]], metrics: Sequence[tuple[str, str, str]]) -> str:
+def ablation_table(figures: Mapping[str, Mapping[str, OverSeeds]], metrics: Sequence[tuple[str, str, str]]) -> str:
     """One ablation: a row a variant, mean over seeds ± their standard deviation; metrics are (name, heading, unit)."""
     lines = []
-    for variant in dict.fromkeys(r["variant"] for r in rows):
-        own = [r for r in rows if r["variant"] == variant]
-        seeds = {r["seed"] for r in own}
-        cells = []
+    for variant, own in figures.items():
+        cells, seeds = [], max((count for *_, count in own.values()), default=0)
         for metric, _, unit in metrics:
-            column = "median" if metric == "accuracy_change" else "mean"
-            values = [r[column] for r in own if r["metric"] == metric and isinstance(r[column], (int, float))]
             shown = percent if unit.startswith("%") or unit == "points" else number
-            mean = statistics.fmean(values) if values else None
-            spread = statistics.stdev(values) if len(values) > 1 else None
-            cells.append(cell(shown(mean), f"± {shown(spread)}" if spread is not None else ""))
-        lines.append(f"<tr>{row_head(str(variant), small=f'{len(seeds)} seeds' if len(seeds) > 1 else '')}{''.join(cells)}</tr>")
+            mean, spread, _ = own.get(metric, (None, None, 0))
+            cells.append(cell(shown(mean), plus_minus(spread, shown)))
+        lines.append(f"<tr>{row_head(variant, small=f'{seeds} seeds' if seeds > 1 else '')}{''.join(cells)}</tr>")
     return table(head([("Variant", ""), *((heading, unit) for _, heading, unit in metrics)]), lines, "plain")

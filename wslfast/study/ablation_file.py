@@ -79,23 +79,15 @@ class Ablation:
                 require(type(value) is wanted, f"zoo: {key}: expected {wanted.__name__}, got {value!r}")
         axis, variants = _variants(values, base)
         seeds, seconds = tuple(values.get("seeds", (0, 1, 2))), values.get("seconds")
+        split, clock = values.get("split", "test"), values.get("clock", "wall")
         require(all(type(s) is int and 0 <= s < 1 << 63 for s in seeds), f"seeds: expected integers from 0 to 2^63 - 1, got {list(seeds)}")
         require(len(seeds) > 0 and len(set(seeds)) == len(seeds), f"seeds: expected distinct integers, got {list(seeds)}")
-        require(values.get("split", "test") in ("test", "val"), f"split: expected test or val, got {values.get('split')!r}")
-        require(values.get("clock", "wall") in ("wall", "process"), f"clock: expected wall or process, got {values.get('clock')!r}")
+        require(split in ("test", "val"), f"split: expected test or val, got {split!r}")
+        require(clock in ("wall", "process"), f"clock: expected wall or process, got {clock!r}")
         number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and 0 < seconds < float("inf")
         require(seconds is None or number, f"seconds: expected a positive number, got {seconds!r}")
-        made = cls(
-            name,
-            zoo,
-            variants,
-            axis,
-            seeds,
-            values.get("split", "test"),
-            None if seconds is None else float(seconds),
-            values.get("clock", "wall"),
-            values.get("generate", False),
-        )
+        budget = None if seconds is None else float(seconds)
+        made = cls(name, zoo, variants, axis, seeds, split, budget, clock, values.get("generate", False))
         for variant in variants:  # every wrong setting is found before anything is trained
             try:
                 _, config = settings_of(made, variant, "zoo", seeds[0])

@@ -7,39 +7,35 @@ checkpoint. Seeds are paired: the same seed draws the same batches, views and qu
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
-import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import WslfastError, check_device, require
 from ..files import write_text
-from ..measure.evaluation import Code, embeddings, reconstruct, write_json
-from ..measure.probe import probe
-from ..measure.reconstruction import compare
+from ..measure.evaluation import Code, compare_models, embeddings, reconstruct
 from ..measure.recorded import check_recorded
-from ..measure.rows import Row, write_rows
+from ..measure.results import HEADER, Row, Unit, figures, file_digest, kept_unit, single, update_csv, write_unit
 from ..population import Population
 from ..training import TrainConfig, load_run, train
 from ..training.checkpoint import checkpoint_path, load_checkpoint
 from ..training.query_sets import set_names
-from ..zoo import Dataset, build_zoo, dataset_of, load_zoo, read_manifest
+from ..zoo import build_zoo
 from ..zoo.manifest import MANIFEST
 from .ablation_file import Ablation, settings_of
-from .loaded_zoo import Bench, Protocol
-from .protocol import generative
+from .loaded_zoo import LoadedZoo, Protocol
+from .protocol import discriminative, generative
 
-COLUMNS = ("zoo", "variant", "seed", "metric", "median", "mean", "spread", "ablation", "axis", "value")
+COLUMNS = (*HEADER, "ablation", "axis", "value")
 _VERSION = 1  # of what a cell is; part of its hash
-_NO_RESULT = ("zoo", "out", "log_every", "checkpoint_every", "memory_gb")  # settings that change no result
+_NO_RESULT = ("zoo", "out", "log_every", "checkpoint_every", "memory_gb", "backend")  # settings that change no result but by rounding
 _CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "process": time.process_time}
 
 
@@ -98,9 +94,7 @@ System = Callable[[Cell], Trained]
 def core(cell: Cell) -> Trained:
     """The system ``"core"``: :func:`wslfast.train`."""
     config, stop = cell.config, cell.stop
-    there = checkpoint_path(config.out).exists()
-    left = not there or stop.resume(load_checkpoint(config.out)["step"])
-    if not left:
+    if checkpoint_path(config.out).exists() and not stop.resume(load_checkpoint(config.out)["step"]):
         run = load_run(config.out, device=config.device)
     else:
         run = train(config, resume=True, population=cell.zoo, stop=stop)
@@ -142,25 +136,38 @@ def run_ablation(
     unknown = sorted(wanted - set(known))
     require(not unknown, f"ablation {ablation.name}: semantics: expected one of {sorted(known)}, got {unknown}")
     folder = _zoo(ablation, out, zoo)
-    data = _Data(folder, ablation, protocol or Protocol())
-    rows: list[Row] = []
+    digest = file_digest(folder / MANIFEST)
     cells: list[tuple[int, str, str, TrainConfig, str]] = []
     for seed in ablation.seeds:  # what is wrong with the last cell is said before the first is trained
         for name in ablation.variants:
             try:
                 system, config = settings_of(ablation, name, str(folder), seed)
                 check_device(config.device)
-                cells.append((seed, name, system, config, _key(data.digest, system, config, ablation)))
+                cells.append((seed, name, system, config, _key(digest, system, config, ablation)))
             except WslfastError as error:
                 raise WslfastError(f"ablation {ablation.name}: {name}: {error}") from None
+    devices = {config.device for *_, config, _ in cells}
+    zoos = {device: LoadedZoo(folder, Protocol.whole(), device=device) for device in devices}
+    held_out = all(ablation.split in models.splits for models in zoos.values())
+    require(held_out, f"zoo {folder} has no {ablation.split} models")
+    samples = protocol or Protocol()
+    sampled = {d: LoadedZoo(folder, samples, device=d) for d in devices if ablation.generate and ablation.split == "test"}
+    # one training serves validation models, test models and several protocols
+    file = f"figures-{ablation.split}{f'-{samples.digest}' if sampled else ''}.json"
+    rows: list[Row] = []
     for number, (seed, name, system, config, key) in enumerate(cells, 1):
+        models = zoos[config.device]
         place = out / "cells" / key
+        unit = kept_unit(place / file, key)
         if on_cell is not None:
-            done = " (done before)" if (place / data.finished).exists() else ""
-            on_cell(f"{number} of {len(cells)}: {name}, seed {seed}{done}")
-        figures = _figures(place, known[system], config, ablation, data)
-        rows += _rows(figures, ablation, data.name, name, seed)
-        _write(out / rows_file(ablation), ablation.name, data.name, rows)
+            on_cell(f"{number} of {len(cells)}: {name}, seed {seed}{' (done before)' if unit else ''}")
+        if unit is None:
+            unit = _measured(key, known[system], replace(config, out=str(place)), ablation, models, sampled.get(config.device))
+            write_unit(place / file, unit)
+        # a cell has another name in another file
+        own = replace(unit, zoo=models.name, variant=name, seed=seed).rows()
+        rows += [{**row, "ablation": ablation.name, "axis": ablation.axis, "value": ablation.value(name)} for row in own]
+        update_csv(out / rows_file(ablation), COLUMNS, rows, ("ablation", "zoo"))
     return rows
 
 
@@ -169,58 +176,7 @@ def rows_file(ablation: Ablation) -> str:
     return "ablations.csv" if ablation.split == "test" else f"ablations-{ablation.split}.csv"
 
 
-def read_rows(path: str | Path) -> list[Row]:
-    """Rows of an ``ablations.csv``, numbers as floats (None where empty). Raises WslfastError if it is not one."""
-    try:
-        with Path(path).open(newline="", encoding="utf-8") as file:
-            table = list(csv.DictReader(file))
-            missing = [c for c in COLUMNS if table and c not in table[0]]
-            require(not missing, f"{path}: expected columns {', '.join(COLUMNS)}; {missing} missing")
-            return [{**r, "seed": int(r["seed"])} | {c: float(r[c]) if r[c] else None for c in ("median", "mean", "spread")} for r in table]
-    except (OSError, ValueError, TypeError) as error:
-        raise error if isinstance(error, WslfastError) else WslfastError(f"{path}: {error}") from None
-
-
-def over_seeds(rows: Sequence[Row], figure: str = "mean") -> dict[str, dict[str, tuple[float, float | None, int]]]:
-    """``{variant: {metric: (mean, standard deviation, count)}}`` over seeds of the rows' means or medians (``figure``)."""
-    table: dict[str, dict[str, list[float]]] = {}
-    for row in rows:
-        if row[figure] is not None:
-            table.setdefault(row["variant"], {}).setdefault(row["metric"], []).append(row[figure])
-    return {
-        variant: {m: (statistics.fmean(v), statistics.stdev(v) if len(v) > 1 else None, len(v)) for m, v in metrics.items()}
-        for variant, metrics in table.items()
-    }
-
-
 # -- one cell ------------------------------------------------------------------------------------------------------------
-
-
-class _Data:
-    """What all cells of an ablation share: models by split, images, the name and digest of the zoo, and what new models are measured on."""
-
-    def __init__(self, folder: Path, ablation: Ablation, protocol: Protocol) -> None:
-        split = ablation.split
-        self.protocol = protocol if ablation.generate and split == "test" else None
-        # a cell's file of figures; one training serves validation models and test models
-        self.finished = f"figures-{split}{f'-{protocol.digest}' if self.protocol is not None else ''}.json"
-        manifest = read_manifest(folder)
-        self.folder, self.digest = folder, hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
-        self.splits: dict[str, Population] = {name: load_zoo(folder, name) for name in ("train", "val", "test")}
-        self.held_out = self.splits[split]
-        require(len(self.held_out) > 0, f"zoo {folder} has no {split} models")
-        self.dataset: Dataset = dataset_of(folder, self.held_out.architecture)
-        self.split, self.images = split, self.dataset.split(split if split == "val" else "test")
-        record: Any = manifest.provenance.get("dataset")
-        self.name = str(record["name"]) if isinstance(record, Mapping) and "name" in record else folder.name
-        self._bench: Bench | None = None
-
-    def bench(self, device: str) -> Bench:
-        """The zoo as new models are measured on it, kept for the next cell on the same device."""
-        assert self.protocol is not None
-        if self._bench is None or self._bench.device != device:
-            self._bench = Bench(self.folder, self.protocol, device=device)
-        return self._bench
 
 
 def _key(zoo: str, system: str, config: TrainConfig, ablation: Ablation) -> str:
@@ -230,7 +186,7 @@ def _key(zoo: str, system: str, config: TrainConfig, ablation: Ablation) -> str:
     for name in set_names(config.query_set):
         if name.endswith(".npz"):
             require(Path(name).is_file(), f"query_set: {name}: no such file")
-            files[Path(name).name] = hashlib.sha256(Path(name).read_bytes()).hexdigest()
+            files[Path(name).name] = file_digest(Path(name))
     if files:
         settings["query_set"] = "+".join(files.get(Path(name).name, name) for name in set_names(config.query_set))
     everything = {
@@ -244,66 +200,24 @@ def _key(zoo: str, system: str, config: TrainConfig, ablation: Ablation) -> str:
     return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _figures(place: Path, system: System, config: TrainConfig, ablation: Ablation, data: _Data) -> dict[str, dict[str, float | None]]:
-    finished = place / data.finished
-    if finished.exists():
-        try:
-            return json.loads(finished.read_text())["figures"]
-        except (OSError, ValueError, KeyError, TypeError):
-            pass  # half a file, or another's: measured again from the run that is there
-    config = TrainConfig.from_dict({**config.to_dict(), "out": str(place)})
-    stop = Stop(place, ablation.clock, ablation.seconds, config.checkpoint_every, config.steps)
-    trained = system(Cell(config, data.splits["train"].to(config.device), stop))
-    held_out = data.held_out.to(config.device)
-    pixels, labels = (t.to(config.device) for t in data.images)
+def _measured(key: str, system: System, config: TrainConfig, ablation: Ablation, zoo: LoadedZoo, sampled: LoadedZoo | None) -> Unit:
+    """Train a cell, or go on with it, and measure it on the models of the ablation's split and the images of that split; new models of it
+    on ``sampled``, where that is given."""
+    stop = Stop(Path(config.out), ablation.clock, ablation.seconds, config.checkpoint_every, config.steps)
+    trained = system(Cell(config, zoo.train, stop))
+    held_out = zoo.splits[ablation.split]
     with torch.no_grad():
-        rebuilt = trained.reconstruct(held_out.weights)
-    groups: Any = held_out.properties.get("model")
-    result = compare(held_out.weights, rebuilt, pixels, labels, held_out.architecture, groups=groups)
-    if data.split != "val":  # validation models are measured on validation images
-        check_recorded(held_out, result.accuracy_original, data.dataset, data.folder)
-    summary = result.summary()
-    figures = {name: {c: f[c] for c in ("median", "mean", "std")} for name, f in summary["spread"].items()}
+        result = compare_models(held_out, trained.reconstruct(held_out.weights), *zoo.data.split(ablation.split))
+        new = {} if sampled is None or trained.code is None else generative(sampled, trained.code, full=True)[0]
+        probes = discriminative(zoo, {split: trained.embed(p.weights) for split, p in zoo.splits.items()})
+    if ablation.split == "test":  # validation models are measured on validation images
+        check_recorded(held_out, result.accuracy_original, zoo.data, zoo.folder)
     alone = {"steps": trained.steps, "seconds": stop.seconds, "latent_numbers": trained.latent_numbers, "non_finite": result.non_finite}
-    figures |= {name: {"median": float(v), "mean": float(v), "std": None} for name, v in (alone | _probes(trained, data)).items()}
-    if data.protocol is not None and trained.code is not None:
-        with torch.no_grad():
-            sampled, _ = generative(data.bench(config.device), trained.code, full=True)
-        figures |= {name: dict(zip(("median", "mean", "std"), values, strict=True)) for name, values in sampled.items()}
-    write_json(finished, {"config": config.to_dict(), "figures": figures})
-    return json.loads(finished.read_text())["figures"]
-
-
-def _probes(trained: Trained, data: _Data) -> dict[str, float]:
-    """R2 of a linear probe on the split that is measured, of test accuracy and of the generalisation gap."""
-    splits = {name: p for name, p in data.splits.items() if len(p) > 0}
-    if "train" not in splits:
-        return {}
-    with torch.no_grad():
-        features = {name: trained.embed(p.weights) for name, p in splits.items()}
-    if not all(bool(f.isfinite().all()) for f in features.values()):
-        return {}
-    found = {}
-    for metric, target in (("probe_r2", "test_acc"), ("probe_r2_ggap", "ggap")):
-        if all(target in p.properties for p in splits.values()):
-            found[metric] = probe(features, {name: p.column(target) for name, p in splits.items()})[data.split]
-    return found
-
-
-# -- rows ------------------------------------------------------------------------------------------------------------------
-
-
-def _rows(figures: Mapping[str, Mapping[str, float | None]], ablation: Ablation, zoo: str, name: str, seed: int) -> list[Row]:
-    tail = {"ablation": ablation.name, "axis": ablation.axis, "value": ablation.value(name)}
-    head = {"zoo": zoo, "variant": name, "seed": seed}
-    return [
-        {**head, "metric": metric, "median": f["median"], "mean": f["mean"], "spread": f["std"], **tail} for metric, f in figures.items()
-    ]
-
-
-def _write(path: Path, name: str, zoo: str, rows: Sequence[Row]) -> None:
-    others = [row for row in read_rows(path) if (row["ablation"], row["zoo"]) != (name, zoo)] if path.exists() else []
-    write_rows(path, COLUMNS, (*others, *rows))
+    metrics = {name: figures(values) for name, values in result.metrics().items()}
+    metrics |= {name: single(float(value)) for name, value in alone.items()}
+    suffix = "" if ablation.split == "test" else f"_{ablation.split}"
+    metrics |= {m: (*probes[m + suffix][:2], None) for m in ("probe_r2", "probe_r2_ggap") if m + suffix in probes}
+    return Unit(zoo.name, key, config.seed, "cell", key, {"config": config.to_dict()}, {**metrics, **new})
 
 
 def _zoo(ablation: Ablation, out: Path, given: str | Path | None) -> Path:

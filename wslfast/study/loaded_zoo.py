@@ -1,8 +1,8 @@
-"""What an evaluation runs on: its sizes, and one zoo loaded once for everything measured on it."""
+"""What an evaluation runs on: its sizes, and a zoo that is loaded once for all that is measured on it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import require
 from ..measure.diversity import accuracy, classes_of, outputs_of, sorted_channels
-from ..measure.reconstruction import Reconstruction, compare
+from ..measure.generation import best_rows, val_accuracy
 from ..measure.recorded import check_recorded
 from ..measure.results import file_digest, fingerprint
 from ..population import Population
@@ -61,12 +61,12 @@ class Protocol:
 
     @property
     def sizes(self) -> dict[str, Any]:
-        """All but those of refinement, whose units name theirs."""
+        """All of them but those of the refinement, which are in the fingerprints of the units that are refined."""
         return {name: value for name, value in asdict(self).items() if not name.startswith("refine_")}
 
     @property
     def digest(self) -> str:
-        """Of the sizes."""
+        """Digest of the sizes, which tells apart what was measured with others."""
         return fingerprint(VERSION, self.sizes)
 
     @classmethod
@@ -75,20 +75,26 @@ class Protocol:
         few = {"models": 90, "train_models": 400, "images": 400, "samples": 24, "map_models": 200}
         return cls(**few, bandwidths=(0.1, 0.3), shares=(), finetune_epochs=2, finetune_images=1000, refine_steps=0)  # type: ignore[arg-type]
 
+    @classmethod
+    def whole(cls) -> Protocol:
+        """All models and all images."""
+        return cls(models=sys.maxsize, train_models=sys.maxsize, images=sys.maxsize)
 
-class Bench:
+
+class LoadedZoo:
     """One zoo, loaded once for all that is measured on it.
 
     Attributes:
-        zoo: its folder. name: what tables call it: its data set. digest: of its manifest, which holds its shards' digests.
-        train, val, test: populations, the latter two at most ``protocol.models``.
+        folder: where it is. name: what tables call it, its data set's name. digest: of its manifest, which holds its shards' digests.
+        train, val, test: populations of at most the protocol's sizes; ``val`` is None where there are no such models.
         data: labelled images, test images cut to ``protocol.images``.
+        facts: what it holds, for the page.
     """
 
     def __init__(self, zoo: str | Path, protocol: Protocol, *, device: str = "cpu", name: str | None = None) -> None:
-        self.zoo, self.protocol, self.device = Path(zoo), protocol, device
+        self.folder, self.protocol, self.device = Path(zoo), protocol, device
         manifest = read_manifest(zoo)
-        self.digest = file_digest(self.zoo / MANIFEST)
+        self.digest = file_digest(self.folder / MANIFEST)
         splits = set(manifest.properties["split"])
         require("train" in splits and "test" in splits, f"zoo {zoo}: expected train and test models, got splits {sorted(splits)}")
         self.train = evenly(load_zoo(zoo, "train"), protocol.train_models).to(device)
@@ -99,9 +105,6 @@ class Bench:
         self._test_images = len(data.test_labels)  # before they are cut
         rows = torch.arange(self._test_images)[: protocol.images]
         self.data: Dataset = replace(data, test_images=data.test_images[rows].to(device), test_labels=data.test_labels[rows].to(device))
-        if "val_acc" not in self.train.properties:  # of an imported zoo; anchors are the best by it
-            value = accuracy(outputs_of(self.train.weights, data.val_images, self.architecture), data.val_labels)
-            self.train = Population(self.architecture, self.train.weights, {**self.train.properties, "val_acc": tuple(value.tolist())})
         self.name = name or data.name
         self.facts = {
             "folder": str(zoo),
@@ -129,8 +132,13 @@ class Bench:
     def targets(self) -> Tensor:
         """Outputs of the test models on the test images; their accuracy is held against the zoo's."""
         outputs = outputs_of(self.test.weights, self.data.test_images, self.architecture)
-        check_recorded(self.test, accuracy(outputs, self.data.test_labels), self.data, self.zoo, of=self._test_images)
+        check_recorded(self.test, accuracy(outputs, self.data.test_labels), self.data, self.folder, of=self._test_images)
         return outputs
+
+    @cached_property
+    def anchors(self) -> Tensor:
+        """Rows of the training models to sample around: the best share by validation accuracy, best first."""
+        return best_rows(val_accuracy(self.train, self.data), self.protocol.anchors)
 
     @cached_property
     def train_classes(self) -> Tensor:
@@ -147,27 +155,9 @@ class Bench:
         """Training models' weights with channels in a canonical order."""
         return sorted_channels(self.train.weights, self.architecture)
 
-    @property
-    def sizes(self) -> str:
-        """Digest of the protocol, so that what was measured with another is told apart."""
-        return self.protocol.digest
-
     def fingerprint(self, *parts: Any) -> str:
-        """Of a unit on this zoo: the protocol, the zoo, and what else it was computed from."""
+        """Digest of the protocol, the zoo, and the other ``parts`` that a unit is computed from."""
         return fingerprint(VERSION, self.protocol.sizes, self.digest, *parts)
-
-    def compare(self, reconstructed: Tensor) -> Reconstruction:
-        """Rows of weights in the test models' places, against them."""
-        groups: Sequence[Any] | None = self.test.properties.get("model")
-        return compare(
-            self.test.weights,
-            reconstructed,
-            self.data.test_images,
-            self.data.test_labels,
-            self.architecture,
-            groups=groups,
-            targets=self.targets,
-        )
 
 
 def evenly(population: Population, most: int) -> Population:

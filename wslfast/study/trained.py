@@ -1,0 +1,54 @@
+"""Runs that a study trains itself: each to its end, and once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ..errors import WslfastError
+from ..training import Run, TrainConfig, load_run, train
+from .loaded_zoo import LoadedZoo
+
+_QUICK = 500  # steps up to which a quick evaluation trains zero-layer autoencoders
+NamedRun = tuple[str, Run]
+
+
+def trained(config: TrainConfig, say: Callable[[str], None], stage: str) -> Run:
+    """The finished run of these settings: read from ``config.out`` if it is there, else trained, from its checkpoint if there is one.
+
+    Args:
+        say: told the ``stage`` before anything is trained.
+
+    Raises:
+        WslfastError: ``config.out`` holds a run with other settings.
+    """
+    try:
+        run: Run | None = load_run(config.out, device=config.device)
+    except WslfastError:
+        run = None
+    same = run is not None and run.config == config
+    if run is not None and same and run.finished:
+        return run
+    say(stage)
+    with torch.enable_grad():
+        train(config, resume=same)
+    return load_run(config.out, device=config.device)
+
+
+def zero_layer_twins(
+    runs: Sequence[NamedRun], zoo: LoadedZoo, folder: Path, *, quick: bool, say: Callable[[str], None]
+) -> Iterator[NamedRun]:
+    """Of each variant, its run of the lowest seed once more without transformer blocks: the same settings and steps, trained in
+    ``folder`` when its turn comes. Runs without blocks have none, nor, where it is ``quick``, have long ones."""
+    lowest = {variant: run for variant, run in sorted(runs, key=lambda pair: -pair[1].config.seed) if run.config.layers > 0}
+    long = [variant for variant in lowest if quick and lowest[variant].config.steps > _QUICK]
+    if long:
+        say(f"no zero-layer autoencoder for {', '.join(long)}: more than {_QUICK} steps, and this is quick")
+    for variant in dict.fromkeys(variant for variant, _ in runs if variant in lowest and variant not in long):
+        of = lowest[variant].config
+        out = folder / f"{zoo.name}-{variant}-seed{of.seed}"
+        config = replace(of, layers=0, zoo=str(zoo.folder), out=str(out), device=zoo.device)
+        yield variant, trained(config, say, f"{zoo.name}: training {variant} without transformer blocks, {of.steps} steps")
