@@ -29,7 +29,7 @@ from .gradients import stage_dw, stage_dx
 from .head import fits, head_loss_and_gradient
 from .network import network_forward, network_loss
 from .packing import fold, pack, stack, stack_pool, storage
-from .schedule import PRECISIONS
+from .schedule import PRECISIONS, tuned, tuning
 from .schedule import schedule as schedule_of
 from .stages import Schedule
 from .tables import FoldTables, fold_tables
@@ -447,12 +447,15 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weights: Tensor, queries: Tensor, layers: Layers, precision: str, memory: int | None) -> Tensor:
         ctx.save_for_backward(weights, queries)
-        ctx.options = layers, precision, memory
+        ctx.options = layers, precision, memory, tuning()
         return forward(weights, queries, layers, precision, memory=memory)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weights, queries = ctx.saved_tensors
-        layers, precision, memory = ctx.options
-        _, gradient = loss_and_gradient(weights.detach(), queries, grad.detach().float(), layers, "gradient", 1.0, precision, memory=memory)
+        layers, precision, memory, choice = ctx.options
+        with tuned(choice):  # this is autograd's thread
+            _, gradient = loss_and_gradient(
+                weights.detach(), queries, grad.detach().float(), layers, "gradient", 1.0, precision, memory=memory
+            )
         return once(gradient.to(weights.dtype)), None, None, None, None

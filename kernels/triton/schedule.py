@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -324,29 +325,44 @@ class Tuning:
     split_rows: int = SPLIT_ROWS
 
 
-_tuning: Tuning | None = None
+def _pipelined(role: str, stage: Stage, precision: str, default: Configuration) -> Configuration:
+    return replace(default, STAGES=2) if role in ("forward", "dx") else default
+
+
+def _long(role: str, stage: Stage, precision: str, default: Configuration) -> Configuration:
+    return replace(default, TILES=16) if role in ("forward", "dx") else default
+
+
+# What a machine may find fastest when it proves the kernels. They move loads and rows between programs and no term of a sum: whichever
+# is taken, the bits are the same.
+CHOICES = {"default": Tuning(), "pipelined": Tuning(_pipelined), "long": Tuning(_long)}
+_tuning: ContextVar[Tuning | None] = ContextVar("wslfast_tuning", default=None)
+
+
+def tuning() -> Tuning:
+    """What :func:`tuned` set for this call, to be set again where autograd's own thread goes on with it."""
+    return _tuning.get() or CHOICES["default"]
 
 
 @contextmanager
-def tuned(tuning: Tuning) -> Iterator[None]:
-    """The one hook of ``benchmarks/tune.py``: inside, every launch of this process takes its configuration from ``tuning``."""
-    global _tuning
-    before, _tuning = _tuning, tuning
+def tuned(choice: Tuning) -> Iterator[None]:
+    """Inside, every launch takes its configuration from ``choice``: one of CHOICES, or what ``benchmarks/tune.py`` tries."""
+    token = _tuning.set(choice)
     try:
         yield
     finally:
-        _tuning = before
+        _tuning.reset(token)
 
 
 def configuration(role: str, stage: Stage, precision: str, unit: str = WARPGROUP) -> Configuration:
     """Launch parameters of ``role`` (forward | dx | dw): a pure function, so that no first call tunes."""
     default = _default(role, stage, precision, unit)
-    return default if _tuning is None else _tuning.choose(role, stage, precision, default)
+    return tuning().choose(role, stage, precision, default)
 
 
 def splits(stage: Stage, n: int) -> int:
     """Parts of the rows that a weight gradient is summed over; never a function of k, so a model's sum keeps its order."""
-    return min(16, blocks(n * stage.POSITIONS, SPLIT_ROWS if _tuning is None else _tuning.split_rows))
+    return min(16, blocks(n * stage.POSITIONS, tuning().split_rows))
 
 
 def needed_multiply_adds(stage: Stage, placement: Placement, role: str) -> int:

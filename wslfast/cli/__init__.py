@@ -16,6 +16,7 @@ import tyro
 from rich.console import Console
 
 from .. import __version__
+from ..engine.precision import matmul_precision
 from ..errors import WslfastError
 from ..training import TrainConfig
 from .analysis import Ablate, Gradients, Queries
@@ -43,7 +44,7 @@ class Info:
                 "platform": platform.platform(),
                 "threads": torch.get_num_threads(),
                 "cuda": cuda or "none",
-                "float32 matmul precision": torch.get_float32_matmul_precision(),
+                "float32 matmul precision": matmul_precision(),
                 "optional packages": {name: importlib.util.find_spec(name) is not None for name in optional},
             },
             self.json,

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
 from typing import Any, Union
 
 import torch
@@ -23,6 +22,7 @@ from ..architecture import Architecture
 from ..behavior import batched_behavioral_loss, batched_forward
 from ..codes.autoencoder import Autoencoder
 from ..codes.linear import LinearCodec
+from ..engine.precision import matmul_precision_of
 from ..errors import require
 from ..permutation import permute, random_permutations
 from ..population import Population
@@ -320,15 +320,6 @@ class _Objective(nn.Module):
         return self._losses(rows, queries)
 
 
-@contextlib.contextmanager
-def _matmul_precision(precision: str, device: torch.device) -> Iterator[None]:
-    """torch's float32 matmul precision for the block (a setting of GPUs; on a CPU it is left alone)."""
-    if device.type != "cuda":
-        yield
-        return
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+def _matmul_precision(precision: str, device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """torch's float32 matmul precision for a block (a setting of GPUs; on a CPU it is left alone)."""
+    return matmul_precision_of(precision) if device.type == "cuda" else contextlib.nullcontext()
