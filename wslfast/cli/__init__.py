@@ -1,4 +1,5 @@
-"""The shell: ``wslfast zoo build | import | export | show, train, evaluate, report, generate, queries, ablate, gradients, demo, info``."""
+"""The shell: ``wslfast zoo build | import | export | show``, ``train``, ``evaluate``, ``report``, ``generate``, ``queries``, ``ablate``,
+``gradients``, ``demo``, ``doctor``, ``info``."""
 
 from __future__ import annotations
 
@@ -21,6 +22,7 @@ from ..errors import WslfastError
 from ..training import TrainConfig
 from .analysis import Ablate, Gradients, Queries
 from .console import console, show
+from .doctor import Doctor
 from .evaluation import Demo, Evaluate, Generate, Report
 from .training import Train
 from .zoo import Zoo
@@ -78,6 +80,7 @@ def _commands(argv: Sequence[str]) -> Any:
         Annotated[Ablate, tyro.conf.subcommand("ablate")],
         Annotated[Gradients, tyro.conf.subcommand("gradients")],
         Annotated[Demo, tyro.conf.subcommand("demo")],
+        Annotated[Doctor, tyro.conf.subcommand("doctor")],
         Annotated[Info, tyro.conf.subcommand("info")],
     ]
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import logging
 import math
 import os
 import re
@@ -124,6 +123,12 @@ class Decision:
 def bucket(k: int, n: int) -> tuple[int, int]:
     """Sizes that share a measurement: within a factor of two of a power of four."""
     return round(math.log(max(k, 1), 4)), round(math.log(max(n, 1), 4))
+
+
+def slice_of(k: int, n: int) -> tuple[int, int]:
+    """The part of a call that is timed for it: enough for a GPU to be full, and a second of torch's time at most."""
+    n = max(1, min(n, 1024))
+    return max(1, min(k, 2**19 // n)), n
 
 
 def setting() -> str:
@@ -316,8 +321,3 @@ def decision_from(record: Mapping[str, Any]) -> Decision:
     good = isinstance(record, Mapping) and set(record) == names and type(record["on"]) is bool and record["choice"] in CHOICES
     require(good, "kernels: expected a decision with on, reason, choice and proved")
     return Decision(record["on"], str(record["reason"]), str(record["choice"]), bool(record["proved"]))
-
-
-def log(message: str, level: int = logging.INFO) -> None:
-    """Say something about the kernels, once."""
-    say_once(f"wslfast: {message}", level)

@@ -22,6 +22,7 @@ from ..architecture import Architecture
 from ..behavior import batched_behavioral_loss, batched_forward
 from ..codes.autoencoder import Autoencoder
 from ..codes.linear import LinearCodec
+from ..engine import verdicts
 from ..engine.precision import matmul_precision_of
 from ..errors import require
 from ..permutation import permute, random_permutations
@@ -75,6 +76,7 @@ class Trainer:
         self.two_views = config.gamma > 0
         self.layout = TokenLayout(self.architecture, config.token_size)
         self.step_index = 0
+        self.kernels: dict[tuple[str, str, str], verdicts.Decision] = {}  # what the run holds to, see engine/verdicts.py
 
         root = torch.Generator().manual_seed(config.seed)
         seeds = torch.randint(2**62, (3,), generator=root).tolist()
@@ -277,6 +279,7 @@ class Trainer:
             "normalizers": self.normalizers.to_dict(),
             "rng": state,
             "sampler": {"permutation": self.permutation, "position": self.position},
+            "kernels": [[*key, verdicts.to_dict(decision)] for key, decision in self.kernels.items()],
         }
 
     def restore(self, state: dict[str, Any]) -> None:
