@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,7 +19,6 @@ from wslfast import trial
 from wslfast.engine.paths import Loop
 from wslfast.engine.triton_path import Triton, Unbuildable, unbuildable
 
-MODE = sys.argv[1]
 ELAPSED = 0.0
 
 
@@ -74,20 +74,19 @@ class Stub:
         return losses, gradient
 
 
-def _kernels(architecture: Any, choice: str) -> Any:
-    if MODE == "interpreter":
-        return Triton(architecture, "a test", choice)
-    seconds = {"default": 3.0, "pipelined": 2.0, "long": 5.0}[choice] * (10 if MODE == "slow" else 1)
-    return Stub(architecture, choice, seconds, MODE)
+def install(mode: str, put: Callable[[Any, str, Any], None] = setattr) -> None:
+    """Make ``trial`` try the stand-in for kernels; ``put`` as setattr."""
 
+    def kernels(architecture: Any, choice: str) -> Any:
+        if mode == "interpreter":
+            return Triton(architecture, "a test", choice)
+        seconds = {"default": 3.0, "pipelined": 2.0, "long": 5.0}[choice] * (10 if mode == "slow" else 1)
+        return Stub(architecture, choice, seconds, mode)
 
-if __name__ == "__main__":
-    trial.kernels = _kernels
-    trial.torch_path = lambda architecture, device, form: Stub(architecture, "torch", 10.0)
-    trial.clock = lambda: ELAPSED
-    job = json.loads(sys.stdin.readline())
-    job["device"] = "cuda:99" if MODE == "busy" else "cpu"
-    if MODE == "busy":  # what CUDA says in exclusive-process mode
+    put(trial, "kernels", kernels)
+    put(trial, "torch_path", lambda architecture, device, form: Stub(architecture, "torch", 10.0))
+    put(trial, "clock", lambda: ELAPSED)
+    if mode == "busy":  # what CUDA says in exclusive-process mode
         zeros = torch.zeros
 
         def refused(*a: Any, device: Any = None, **kw: Any) -> Tensor:
@@ -95,5 +94,11 @@ if __name__ == "__main__":
                 raise RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nCompile with ...")
             return zeros(*a, device=device, **kw)
 
-        torch.zeros = refused
+        put(torch, "zeros", refused)
+
+
+if __name__ == "__main__":
+    install(sys.argv[1])
+    job = json.loads(sys.stdin.readline())
+    job["device"] = "cpu"
     trial.run(job, lambda finding: print(trial.MARK + json.dumps(finding), flush=True))

@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 
 from benchmarks.kernels import inspect
 from wslfast import Architecture
+from wslfast.kernels.triton.schedule import schedule
 
 ROOT = Path(__file__).parent.parent
 SHARED_LIMIT = 99 * 1024  # what a block gets on the smaller GPUs of sm_80's family
@@ -33,8 +34,8 @@ def _run(*arguments: str) -> str:
 def test_layer_lists_are_the_architectures() -> None:
     for name, (layers, shape) in inspect.ARCHITECTURES.items():
         architecture = getattr(Architecture, name)()
-        assert layers == architecture.layers
-        assert shape == architecture.input_shape
+        assert Architecture.from_layers(layers, shape, name) == architecture
+        assert schedule(layers, shape) == schedule(architecture.layers, shape)
 
 
 def test_refuses_to_run_interpreted() -> None:

@@ -8,10 +8,13 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+import stub_trial
 import torch
 
 import wslfast
@@ -39,7 +42,7 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("WSLFAST_CACHE", str(tmp_path))
     monkeypatch.delenv("WSLFAST_KERNELS", raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(verdicts, "machine", lambda index=None: MACHINE)
+    monkeypatch.setattr(verdicts, "machine", lru_cache(lambda index=None: MACHINE))
     monkeypatch.setattr(verdicts, "_known", {})
     monkeypatch.setattr(triton_path, "unbuildable", {})
     monkeypatch.setattr(errors, "_said", set())
@@ -51,6 +54,31 @@ def _new_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verdicts, "_known", {})
 
 
+@pytest.fixture
+def tried(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Verdict]]:
+    """Verdicts of a trial in this process, for what does not end one."""
+
+    def run(mode: str, forms: tuple[str, ...] = verdicts.FORMS) -> dict[str, Verdict]:
+        stub_trial.install(mode, monkeypatch.setattr)
+        monkeypatch.setattr(triton_path, "unbuildable", {})
+        device = "cuda:99" if mode == "busy" else "cpu"
+        job = {"architecture": ARCH.to_dict(), "device": device, "precision": "tf32", "forms": list(forms), "sizes": [[4, 6]]}
+        found: dict[str, Verdict] = {}
+        said = json.loads(json.dumps(_run(job)))
+        for finding in said:
+            if "verdict" in finding:
+                found[finding["form"]] = verdicts.from_dict(finding["verdict"])
+        return found
+
+    return run
+
+
+def _run(job: dict[str, Any]) -> list[dict[str, Any]]:
+    said: list[dict[str, Any]] = []
+    trial.run(job, said.append)
+    return said
+
+
 def _prove(mode: str, forms: tuple[str, ...] = verdicts.FORMS, limit_s: float = 60.0, **more: Any) -> dict[str, Verdict]:
     return proof.prove(ARCH, forms, "tf32", [(4, 6)], GPU, limit_s=limit_s, command=_command(mode), **more)
 
@@ -58,8 +86,8 @@ def _prove(mode: str, forms: tuple[str, ...] = verdicts.FORMS, limit_s: float = 
 # -- the trial ---------------------------------------------------------------------------------------------------------
 
 
-def test_right_and_faster(gpu: Path) -> None:
-    found = _prove("right")
+def test_right_and_faster(tried: Callable[..., dict[str, Verdict]]) -> None:
+    found = tried("right")
     assert list(found) == list(verdicts.FORMS)
     for form, verdict in found.items():
         assert verdict.status == RIGHT, (form, verdict)
@@ -79,54 +107,59 @@ def test_right_and_faster(gpu: Path) -> None:
         ("bad neighbour", WRONG, "not finite for models whose weights are"),
         ("hides NaN", WRONG, "a model whose weights are NaN got numbers"),
         ("unwritten", WRONG, "not finite"),
-        ("crash", FAILED, "its process died (SIGSEGV)"),
-        ("exit", FAILED, "exit status 70): LLVM ERROR: out of registers"),
         ("unbuildable", FAILED, "they cannot be built here: no such luck"),
         ("raises", FAILED, "illegal memory access"),
         ("memory", UNKNOWN, "out of memory"),
         ("busy", UNKNOWN, "no second process gets onto the GPU: CUDA error: CUDA-capable device(s) is/are busy"),
     ],
 )
-def test_what_is_wrong_is_found(gpu: Path, mode: str, status: str, words: str) -> None:
-    (verdict,) = _prove(mode, ("loss",)).values()
+def test_what_is_wrong_is_found(tried: Callable[..., dict[str, Verdict]], mode: str, status: str, words: str) -> None:
+    (verdict,) = tried(mode, ("loss",)).values()
     assert verdict.status == status, verdict
     assert words in verdict.reason
     assert "\n" not in verdict.reason
     assert not verdicts.judge(verdict, 4, 6).on
 
 
-def test_slow_is_right_and_off(gpu: Path) -> None:
-    (verdict,) = _prove("slow", ("loss",)).values()
+def test_slow_is_right_and_off(tried: Callable[..., dict[str, Verdict]]) -> None:
+    (verdict,) = tried("slow", ("loss",)).values()
     assert verdict.status == RIGHT
     decision = verdicts.judge(verdict, 4, 6)
     assert (decision.on, decision.proved) == (False, True)
     assert "right but not faster" in decision.reason
 
 
-def test_one_form_that_crashes_costs_itself_alone(gpu: Path) -> None:
-    found = _prove("crash@loss")
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mode", "words"),
+    [("crash@loss", "its process died (SIGSEGV)"), ("exit@loss", "its process died (exit status 70): LLVM ERROR: out of registers")],
+)
+def test_one_form_that_crashes_costs_itself_alone(gpu: Path, mode: str, words: str) -> None:
+    found = _prove(mode)
     assert [found[form].status for form in verdicts.FORMS] == [RIGHT, FAILED, RIGHT]
+    assert found["loss"].reason == words
 
 
-def test_a_configuration_that_is_wrong_is_left_out(gpu: Path) -> None:
-    (verdict,) = _prove("wrong@pipelined", ("loss",)).values()
+def test_a_configuration_that_is_wrong_is_left_out(tried: Callable[..., dict[str, Verdict]]) -> None:
+    (verdict,) = tried("wrong@pipelined", ("loss",)).values()
     assert verdict.status == RIGHT
     assert verdict.speeds[0].choice == "default"
     assert "pipelined: not right" in verdict.reason
 
 
+@pytest.mark.slow
 def test_a_hang_is_ended(gpu: Path) -> None:
-    found = _prove("hang@loss", ("loss", "forward"), limit_s=12.0)
-    assert (found["loss"].status, found["loss"].reason) == (FAILED, "not finished after 12 s")
+    found = _prove("hang@loss", ("loss", "forward"), limit_s=20.0)
+    assert (found["loss"].status, found["loss"].reason) == (FAILED, "not finished after 20 s")
     assert found["forward"].status == UNKNOWN  # its time was used up
     still = subprocess.run(["pgrep", "-f", "stub_trial.py hang@loss"], capture_output=True, text=True, check=False)
     assert still.stdout == ""
 
 
+@pytest.mark.slow
 def test_the_kernels_themselves_in_the_interpreter(gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(trial, "K", 3)
     found = proof.prove(FLAT, ("loss", "forward"), "tf32", [], GPU, limit_s=300.0, command=_command("interpreter"))
     assert {form: v.status for form, v in found.items()} == {"loss": RIGHT, "forward": RIGHT}, found
     assert max(found["loss"].errors.values()) < 1
@@ -237,7 +270,6 @@ def test_auto_follows_the_verdict(gpu: Path, caplog: pytest.LogCaptureFixture, m
 def test_a_verdict_is_frozen_for_the_process(gpu: Path) -> None:
     key = verdicts.key_of(ARCH, "tf32x3", "loss")
     assert not verdicts.decide(ARCH, "tf32x3", "loss").on
-    (gpu).mkdir()
     verdicts.keep(verdicts.key_of(ARCH, "tf32", "loss"), GOOD)
     (made,) = gpu.iterdir()
     record = json.loads(made.read_text())
@@ -263,11 +295,18 @@ def test_held_decisions_win(gpu: Path) -> None:
 def fitting(gpu: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Every (form, precision) of every proof that is begun."""
     began: list[list[str]] = []
-    real = proof.prove
 
-    def watched(architecture: Any, forms: Any, *rest: Any, **more: Any) -> Any:
+    def watched(architecture: Any, forms: Any, precision: str, sizes: Any, *_: Any, command: list[str], **__: Any) -> Any:
         began.append(list(forms))
-        return real(architecture, forms, *rest, **more)
+        return in_this_process(command[-1], list(forms), precision, sizes)
+
+    def in_this_process(mode: str, forms: list[str], precision: str, sizes: Any) -> dict[str, Verdict]:
+        if mode == "crash":
+            return dict.fromkeys(forms, Verdict(FAILED, "its process died (SIGSEGV)"))
+        stub_trial.install(mode, monkeypatch.setattr)
+        job = {"architecture": ARCH.to_dict(), "device": "cuda:99" if mode == "busy" else "cpu", "precision": precision, "forms": forms}
+        said = _run({**job, "sizes": [list(size) for size in sizes]})
+        return {s["form"]: verdicts.from_dict(json.loads(json.dumps(s["verdict"]))) for s in said if "verdict" in s}
 
     monkeypatch.setattr(proof, "prove", watched)
     monkeypatch.setattr(proof, "why_not_triton", lambda *_: None)
@@ -309,7 +348,7 @@ def test_ensure_leaves_alone(fitting: list[list[str]], monkeypatch: pytest.Monke
 def test_a_failure_is_kept_and_what_is_unknown_is_asked_again(fitting: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     for mode, times in (("crash", 1), ("busy", 2)):
         monkeypatch.setattr(proof, "COMMAND", _command(mode))
-        precision = "tf32" if mode == "crash" else "fp16"
+        precision = "tf32" if mode == "crash" else "tf32x3"
         fitting.clear()
         for _ in range(2):
             _new_process(monkeypatch)

@@ -113,7 +113,12 @@ def test_other_errors_of_kernels_are_not_hidden(as_on_a_gpu: None, monkeypatch: 
 
 @pytest.mark.parametrize(
     "error",
-    [RuntimeError("PassManager::run failed"), IndexError("map::at"), AssertionError("ptr layout"), ValueError("line 3\n  ^\nwhy it is not so")],
+    [
+        RuntimeError("PassManager::run failed"),
+        IndexError("map::at"),
+        AssertionError("ptr layout"),
+        ValueError("line 3\n  ^\nwhy it is not so"),
+    ],
     ids=lambda e: type(e).__name__,
 )
 def test_whatever_the_compiler_ends_in_is_a_failure_to_build(as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
@@ -127,9 +132,7 @@ def test_whatever_the_compiler_ends_in_is_a_failure_to_build(as_on_a_gpu: None, 
 
 
 @pytest.mark.parametrize("words", ["CUDA error: an illegal memory access was encountered", "Triton Error [CUDA]: misaligned address"])
-def test_a_device_error_turns_the_kernels_off(
-    as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, words: str
-) -> None:
+def test_a_device_error_turns_the_kernels_off(as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, words: str) -> None:
     monkeypatch.setenv("WSLFAST_CACHE", str(tmp_path))
     monkeypatch.setattr(verdicts, "_known", {})
     _broken(monkeypatch, RuntimeError(words))
