@@ -1,7 +1,7 @@
 """The GPU gate, ``make gpu``: everything that only a GPU can tell, in one go of under ten minutes.
 
-In this order, so that what is lost is the least telling: *compile* every kernel in many processes; *diagnose* every kernel alone against its
-twin; the GPU *tests* in several processes; the *timing* cells (ceilings, core, nets, growth), each worker started anew after a device
+In this order, so that what is lost is the least telling: *compile* every kernel in many processes; *diagnose* every kernel alone against
+its twin; the GPU *tests* in several processes; the *timing* cells (ceilings, core, nets, growth), each worker started anew after a device
 error; the *proof* that ``backend="auto"`` asks of every machine; one profiled training *step*; a *zoo*.
 
 Plain ``python3`` with ``PYTHONPATH=.``; needs torch, numpy, einops and safetensors (tests are skipped where pytest is missing, kernels

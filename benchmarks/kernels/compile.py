@@ -2,8 +2,8 @@
 
     PYTHONPATH=. python3 -m benchmarks.kernels.compile NETWORK PRECISION TARGET
 
-So that what runs afterwards, tests and timings, finds its kernels made: sixteen of these run at once. What is compiled is what calls compile
-(``inspect.make_calls`` through ``standin.py``). NETWORK is one of inspect.py's, or one of the tests' as ``test:NAME``.
+So that what runs afterwards, tests and timings, finds its kernels made: sixteen of these run at once. What is compiled is what calls
+compile (``inspect.make_calls`` through ``standin.py``). NETWORK is one of inspect.py's, or one of the tests' as ``test:NAME``.
 """
 
 from __future__ import annotations
