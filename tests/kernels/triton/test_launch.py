@@ -19,7 +19,7 @@ from wslfast.kernels.triton import devices
 from wslfast.kernels.triton.schedule import CHOICES, configuration, schedule
 
 pytest.importorskip("triton")
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[3]
 
 SCRIPT = """
 import json, sys
