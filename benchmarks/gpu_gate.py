@@ -99,7 +99,7 @@ def target() -> str:
 
 def compile_jobs(rehearse: bool) -> list[Job]:
     """Every network and precision that the parts to come run: the published ones first, then the tests'."""
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "support"))
     import kernel_cases
 
     nets = [(net, precision) for precision in PRECISIONS for net in CORE]

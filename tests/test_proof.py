@@ -33,7 +33,7 @@ GPU = torch.device("cuda", 0)
 
 
 def _command(mode: str) -> list[str]:
-    return [sys.executable, str(HERE / "stub_trial.py"), mode]
+    return [sys.executable, str(HERE / "support" / "stub_trial.py"), mode]
 
 
 @pytest.fixture
@@ -420,13 +420,14 @@ def test_ranks_agree(tmp_path: Path) -> None:
 
 
 def test_a_run_keeps_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from test_training import config
-    from test_training import population as models
+    from training_runs import ARCH as arch
+    from training_runs import config
 
+    from wslfast import Population
     from wslfast.training import loop
     from wslfast.training.checkpoint import load_checkpoint
 
-    population = getattr(models, "__wrapped__", models)()
+    population = Population(arch, arch.initial_weights(["kaiming_normal"] * 20, range(20)))
     images = torch.randn(48, *population.architecture.input_shape)
     graph = verdicts.graph_digest(population.architecture)
     held: list[Any] = []

@@ -25,7 +25,6 @@ from .engine.paths import Path
 from .engine.precision import at_precision
 from .engine.triton_path import Triton, Unbuildable, unbuildable
 from .engine.verdicts import RIGHT, UNKNOWN, WRONG, Speed, Verdict
-from .kernels import reference
 from .kernels.criteria import CRITERIA
 from .kernels.layers import Conv2d, Linear
 from .kernels.triton.schedule import CHOICES
@@ -61,7 +60,8 @@ def models(architecture: Architecture, k: int, seed: int) -> Tensor:
     weights = torch.zeros(k, architecture.num_weights)
     for p in architecture.parameters:
         spread = 1.3 * math.sqrt(p.shape[0] / p.size) if len(p.shape) > 1 else 0.2
-        weights[:, p.offset : p.stop] = torch.randn(k, p.size, generator=generator) * spread
+        drawn = torch.randn(k, p.size, generator=generator) * spread
+        weights[:, p.offset : p.stop] = drawn.abs() + 0.5 if p.name.endswith("running_var") else drawn
     return weights
 
 
@@ -92,10 +92,17 @@ class Wrong(Exception):
 
 
 def bar(architecture: Architecture, parameter: str, bars: tuple[float, ...]) -> float:
-    """The bound of one parameter's gradient."""
+    """The bound of one parameter's gradient. A norm's parameters are those of the convolution that it is folded into."""
     weighted = [layer for layer in architecture.layers if isinstance(layer, (Conv2d, Linear))]
-    layer = next(layer for layer in weighted if layer.name == parameter.rpartition(".")[0])
+    layer = next((layer for layer in weighted if layer.name == parameter.rpartition(".")[0]), None)
+    if layer is None:
+        return bars[3]
     return bars[1] if isinstance(layer, Linear) else bars[3] if layer is weighted[0] else bars[2]
+
+
+def truth_of(architecture: Architecture) -> Path:
+    """The path in float64 that the kernels are compared with: torch, on the CPU."""
+    return choose(architecture, "cpu", torch.float64, "torch")
 
 
 class Trial:
@@ -134,8 +141,8 @@ class Trial:
         return errors
 
     def _forward(self, path: Path, weights: Tensor, queries: Tensor) -> dict[str, float]:
-        layers = self.architecture.layers
-        truth = reference.forward(weights.double(), queries.double(), layers)
+        exact = truth_of(self.architecture)
+        truth = exact.forward(weights.double(), queries.double(), False)
         outputs = self._twice("outputs", lambda: (path.forward(*self._here(weights, queries), False),))[0]
         errors = {"outputs": self._error("outputs", outputs, truth) / self.bars[0]}
         slope = torch.ones(1, 1, 1, dtype=truth.dtype).expand(truth.shape)  # stride 0, as out of a sum
@@ -148,7 +155,7 @@ class Trial:
             return (gradient,)
 
         wide = weights.double().requires_grad_()
-        (expected,) = torch.autograd.grad(reference.forward(wide, queries.double(), layers), wide, slope)
+        (expected,) = torch.autograd.grad(exact.forward(wide, queries.double(), True), wide, slope)
         return errors | self._gradient("sum", self._twice("gradient", backward)[0], expected)
 
     def _loss(
@@ -156,7 +163,7 @@ class Trial:
     ) -> dict[str, float]:
         exact = targets.double() if targets.is_floating_point() else targets
         own = queries.double() if index is None else queries.double()[index]
-        truth, slopes = reference.loss_and_gradient(weights.double(), own, exact, self.architecture.layers, criterion)
+        truth, slopes = truth_of(self.architecture).loss_and_gradient(weights.double(), own, exact, criterion, 2.0, None)
         rows, x, y = self._here(weights, queries, targets)
         chosen = None if index is None else index.to(self.device)
         name = criterion if targets.is_floating_point() else "labels"

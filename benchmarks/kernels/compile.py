@@ -23,7 +23,7 @@ def network_of(name: str) -> tuple[Layers, tuple[int, ...]]:
     """Layers and input shape of a network by name."""
     if not name.startswith("test:"):
         return ARCHITECTURES[name]
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "support"))
     import kernel_cases
 
     known = {"small": kernel_cases.SMALL, "mlp": kernel_cases.MLP, **kernel_cases.CASES, **kernel_cases.HEADS}

@@ -15,7 +15,7 @@ from ..errors import WslfastError, say_once
 from ..kernels.cpu import engine as cpu
 from ..kernels.layers import Conv2d, Unplannable
 from ..kernels.triton import devices
-from ..kernels.triton.schedule import schedule
+from ..kernels.triton.folding import chain
 from . import triton_path, verdicts
 from .module_path import Module
 from .paths import Cpu, Loop, Path, Stacked
@@ -81,12 +81,12 @@ def why_not_triton(architecture: Architecture, device: str, dtype: torch.dtype, 
         return f"tensors are on {device}, kernels need cuda"
     if dtype == torch.float64:
         return "kernels have no float64"
-    if not architecture.planned:
-        return f"architecture {architecture.name!r} is not a plain chain of layers"
+    if architecture.graph is None:
+        return f"architecture {architecture.name!r} is not a plain chain of layers, but a module that cannot be traced"
     if (reason := _why_no_kernels(architecture)) is not None:
         return reason
     try:
-        schedule(architecture.layers, architecture.input_shape)
+        chain(architecture.graph)
     except Unplannable as error:
         return str(error)
     return _refused(gpu)

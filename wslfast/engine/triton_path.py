@@ -16,6 +16,7 @@ from ..architecture import Architecture
 from ..errors import WslfastError, say_once
 from ..kernels.criteria import Named
 from ..kernels.triton import budget
+from ..kernels.triton.folding import Chain, chain
 from ..kernels.triton.schedule import CHOICES, schedule, tuned
 from . import verdicts
 from .memory import memory_budget
@@ -32,7 +33,8 @@ class Unbuildable(Exception):
 
 @dataclass(frozen=True)
 class Triton:
-    """Plain chains on a GPU: all models in one launch a layer, or in one launch; ``choice`` is one of ``schedule.CHOICES``."""
+    """Chains on a GPU, norms and averages folded into them: all models in one launch a layer, or in one launch. ``choice`` is one of
+    ``schedule.CHOICES``."""
 
     architecture: Architecture
     reason: str
@@ -45,9 +47,13 @@ class Triton:
 
     def _run(self, weights: Tensor, queries: Tensor) -> Tensor:
         """Outputs in float32, with a graph where autograd records one."""
-        return kernels().differentiable_forward(
-            weights, queries, self.architecture.layers, kernel_precision(), memory=memory_budget("cuda")
-        )
+        rows = weights if self._chain.rows is None else self._chain.rows(weights)
+        return kernels().differentiable_forward(rows, queries, self._chain.layers, kernel_precision(), memory=memory_budget("cuda"))
+
+    @property
+    def _chain(self) -> Chain:
+        assert self.architecture.graph is not None
+        return chain(self.architecture.graph)
 
     def loss_and_gradient(
         self, weights: Tensor, queries: Tensor, targets: Tensor, criterion: Named, temperature: float, index: Tensor | None
@@ -56,11 +62,19 @@ class Triton:
         self._say_mode(queries.shape[int(per_model(queries, self.architecture))] if index is None else index.shape[1], precision)
 
         def run() -> tuple[Tensor, Tensor]:
-            made, layers = kernels(), self.architecture.layers
+            made, found = kernels(), self._chain
             if isinstance(criterion, str) and criterion in made.CRITERIA:
-                return made.loss_and_gradient(
-                    weights, queries, targets, layers, criterion, temperature, precision, index=index, memory=memory
+                leaf, rows = weights, weights
+                if found.rows is not None:
+                    with torch.enable_grad():
+                        leaf = weights.detach().requires_grad_()
+                        rows = found.rows(leaf)
+                losses, gradient = made.loss_and_gradient(
+                    rows.detach(), queries, targets, found.layers, criterion, temperature, precision, index=index, memory=memory
                 )
+                if found.rows is not None:  # through the fold, to the network's own numbers
+                    (gradient,) = torch.autograd.grad(rows, leaf, gradient.to(rows.dtype))
+                return losses, gradient
             if index is not None:
                 return gathered(self, weights, queries, targets, index, self.architecture, criterion, temperature)
             return by_autograd(self._run, weights, queries, targets, self.architecture, criterion, temperature)
@@ -69,7 +83,7 @@ class Triton:
 
     def _say_mode(self, n: int, precision: str) -> None:
         """Why the kernels leave their usual way, a launch a layer."""
-        planned = schedule(self.architecture.layers, self.architecture.input_shape)
+        planned = schedule(self._chain.layers, self.architecture.input_shape)
         mode, reason = budget.choose_mode(planned, n, precision, True, memory_budget("cuda"))
         if mode == "network":
             say_once(f"wslfast: {self.architecture.name!r} runs as a whole network in one launch: {reason}", logging.INFO)

@@ -19,7 +19,7 @@ from benchmarks.gpu_gate import Gate
 from benchmarks.jobs import LATE, Done, Job, run_all
 from benchmarks.losses import Cell
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def _job(name: str, code: str, seconds: float = 60.0) -> Job:

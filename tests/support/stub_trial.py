@@ -1,4 +1,4 @@
-"""A trial of kernels that are none: ``python tests/stub_trial.py MODE``, with MODE what is wrong with them. Runs on a CPU, with a clock
+"""A trial of kernels that are none: ``python tests/support/stub_trial.py MODE``, with MODE what is wrong with them. Runs on a CPU, with a clock
 that counts calls and not time."""
 
 from __future__ import annotations
