@@ -11,7 +11,7 @@ An argument is a number, a text, a tuple, or a *reference*, a text that begins w
     @w:NAME   the parameter of that name, one a model
     @c:NAME   a constant, the same for all models
     @n, @n*4  the number of queries, or a multiple of it, where a size is meant
-    @inf      infinity, which JSON has not; and @-inf
+    @inf      infinity, which JSON has not; and @-inf, @nan
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch import Tensor
 
 QUERY = "@x"
 SIZE = "@n"
-INFINITE = {"@inf": float("inf"), "@-inf": float("-inf")}
+INFINITE = {"@inf": float("inf"), "@-inf": float("-inf"), "@nan": float("nan")}
 DTYPES = {
     str(d).removeprefix("torch."): d for d in (torch.float32, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 }
@@ -272,7 +272,7 @@ def _argument(value: Any, depth: int = 0) -> Argument:
         return tuple(_argument(item, depth + 1) for item in value)
     check(value is None or type(value) in (bool, int, float, str), f"an argument of type {type(value).__name__}")
     check(not isinstance(value, float) or not math.isnan(value), "an argument that is NaN")
-    if isinstance(value, str) and value.startswith(SIZE):
+    if isinstance(value, str) and value.startswith(SIZE) and value not in INFINITE:
         check(value == SIZE or (value[len(SIZE) + 1 :].isdecimal() and value[len(SIZE)] == "*"), f"a size {value!r:.40}")
     return value
 

@@ -8,11 +8,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from torch.overrides import TorchFunctionMode
 
 from ..errors import WslfastError, require
+from ..kernels.operations import by_running_statistics
 
 
 class _FrozenNorm(nn.Module):
@@ -39,10 +41,27 @@ class _FrozenNorm(nn.Module):
         return x * scale.view(shape) + shift.view(shape)
 
 
+class FrozenNorms(TorchFunctionMode):
+    """Within, the same holds of norms that are called as functions."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (F.batch_norm, F.instance_norm):
+            names = ("input", "running_mean", "running_var", "weight", "bias", "from_batch", "momentum", "eps")
+            given = {"from_batch": func is F.instance_norm, "eps": 1e-5, **dict(zip(names, args)), **kwargs}
+            if not kwargs.get("training", kwargs.get("use_input_stats", given["from_batch"])) and given.get("running_mean") is not None:
+                return by_running_statistics(given)
+        return func(*args, **kwargs)
+
+
+_NORM_FORWARDS = (nn.modules.batchnorm._BatchNorm.forward, nn.modules.instancenorm._InstanceNorm.forward, nn.SyncBatchNorm.forward)
+
+
 def with_frozen_norms(module: nn.Module) -> nn.Module:
     """The module, in place, with norms that are differentiable in their running statistics: for modules that are run as they are."""
-    if isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None:
-        return _FrozenNorm(module)
+    own = isinstance(module, nn.modules.batchnorm._NormBase) and type(module).forward in _NORM_FORWARDS  # not a subclass's
+    if own and module.running_mean is not None:
+        return _FrozenNorm(module)  # type: ignore[arg-type]
     for name, child in list(module._modules.items()):  # named_children() would skip the second name of a shared one
         if child is not None:
             replaced = with_frozen_norms(child)
