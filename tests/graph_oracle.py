@@ -108,7 +108,14 @@ def close(actual: Tensor, expected: Tensor, tolerance: float, what: str) -> None
         assert float(actual.detach().abs().max() if actual.numel() else 0) < 1e-9, what
 
 
-def check(module: nn.Module, arch: Architecture, weights: Tensor, queries: Tensor, tolerances: tuple[float, float], criteria: tuple[str, ...] = ("mse",)) -> None:
+def check(
+    module: nn.Module,
+    arch: Architecture,
+    weights: Tensor,
+    queries: Tensor,
+    tolerances: tuple[float, float],
+    criteria: tuple[str, ...] = ("mse",),
+) -> None:
     """Outputs, losses and gradients of the engine in float64 and in float32 against the loop's in float64.
 
     Args:

@@ -210,7 +210,13 @@ add("repeat", lambda x, w: w.repeat(x.shape[0], 2) + x, (6,), (1, 3), fronts="ms
 add("repeat", lambda x, w: w.repeat(x.shape[0], 1, 1).sum(1) + x, (6,), (6,), fronts="ms")
 add("tile", lambda x, w: w.tile((x.shape[0], 2)) + x, (6,), (3,), fronts="ms")
 add("cat", lambda x, w: torch.cat((w.expand(x.shape[0], 1, 3), x.view(-1, 2, 3)), 1).flatten(1), (6,), (1, 1, 3), fronts="ms")
-add("cat", lambda x, w: torch.cat((torch.zeros(x.shape[0], 2), x, constant(x, 1, 3).expand(x.shape[0], 3)), -1) * w, (6,), (11,), fronts="ms")
+add(
+    "cat",
+    lambda x, w: torch.cat((torch.zeros(x.shape[0], 2), x, constant(x, 1, 3).expand(x.shape[0], 3)), -1) * w,
+    (6,),
+    (11,),
+    fronts="ms",
+)
 add("stack", lambda x, w: torch.stack((x, w.expand_as(x), x.sin()), -1).flatten(1), (6,), (6,), fronts="ms")
 add("stack", lambda x, w: torch.stack((x, x * w, x.cos())).sum(0), (6,), (6,), fronts="ms")
 add("new_zeros", lambda x: torch.zeros(x.shape[0], 3) + x[:, :3], fronts="ms")
@@ -268,7 +274,9 @@ for _d, _shape in ((1, SIGNAL), (2, IMAGE), (3, VOLUME)):
     add(f"conv{_d}d", lambda x, w, b, f=conv: f(x, w, b, groups=2), _shape, (6, c // 2, *one), (6,), fronts="mcs")
     add(f"conv{_d}d", lambda x, w, f=conv, g=c: f(x, w, padding=1, groups=g), _shape, (c, 1, *three), fronts="mcs")
     add(f"conv{_d}d", lambda x, w, f=conv: f(x, w, dilation=2, padding=2), _shape, (1, c, *three), fronts="mcs")
-    add(f"conv{_d}d", lambda x, w, f=conv, s=(2, c, *one): f(x, constant(x, *s), w), _shape, (2,), fronts="mcs")  # a fixed filter, an offset a model
+    add(
+        f"conv{_d}d", lambda x, w, f=conv, s=(2, c, *one): f(x, constant(x, *s), w), _shape, (2,), fronts="mcs"
+    )  # a fixed filter, an offset a model
     add(f"conv{_d}d", lambda x, f=conv, s=(2, c, *one): f(x, constant(x, *s)), _shape, fronts="mcs")
     add(f"conv{_d}d", lambda x, f=conv, s=(c, 1, *one), g=c: f(x, constant(x, *s), constant(x, g), groups=g), _shape, fronts="mcs")
     add(f"conv{_d}d.padding", lambda x, w, f=conv: f(x, w, padding="same"), _shape, (3, c, *one), fronts="mcs")
@@ -289,7 +297,14 @@ for _shape in ((6,), SIGNAL, IMAGE, VOLUME):
     add("prelu", F.prelu, _shape, (1,), fronts=_fronts)
     add("group_norm", lambda x, w, b: F.group_norm(x, 2, w, b), _shape, (c,), (c,), fronts=_fronts)
     add("group_norm", lambda x: F.group_norm(x, 1), _shape, fronts=_fronts)
-    add("batch_norm", lambda x, w, b: F.batch_norm(x, constant(x, x.shape[1]), constant(x, x.shape[1]).abs() + 0.5, w, b), _shape, (c,), (c,), fronts=_fronts)
+    add(
+        "batch_norm",
+        lambda x, w, b: F.batch_norm(x, constant(x, x.shape[1]), constant(x, x.shape[1]).abs() + 0.5, w, b),
+        _shape,
+        (c,),
+        (c,),
+        fronts=_fronts,
+    )
     add("batch_norm", lambda x, w: F.batch_norm(x, w, w.exp()), _shape, (c,), fronts=_fronts)
     if len(_shape) > 1:
         add("instance_norm", lambda x, w, b: F.instance_norm(x, None, None, w, b, eps=1e-2), _shape, (c,), (c,), fronts="mcs")
@@ -317,7 +332,9 @@ add("embedding", lambda x, w: F.embedding(torch.arange(4), w) + x.unsqueeze(-1),
 # -- recurrent ---------------------------------------------------------------------------------------------------------
 
 
-def _recurrent(kind: str, gates: int, layers: int, both: bool, biases: bool, first: bool, learned: bool, width: int = 3, project: int = 0) -> None:
+def _recurrent(
+    kind: str, gates: int, layers: int, both: bool, biases: bool, first: bool, learned: bool, width: int = 3, project: int = 0
+) -> None:
     out = project or width
     shapes: list[tuple[int, ...]] = []
     for layer in range(layers):
@@ -371,13 +388,37 @@ def _heads(x: Tensor) -> Tensor:
 
 attend = F.scaled_dot_product_attention
 add("scaled_dot_product_attention", lambda x, w: attend(_heads(x), _heads(x * w), _heads(x)), (4, 6), (6,), fronts="ms")
-add("scaled_dot_product_attention", lambda x, w: attend(_heads(x), _heads(x * w), _heads(x), is_causal=True, scale=0.7), (4, 6), (6,), fronts="ms")
-add("scaled_dot_product_attention", lambda x, w: attend(_heads(x), _heads(x), _heads(x * w), attn_mask=w.expand(4, 4)), (4, 6), (4, 1), fronts="ms")
-add("scaled_dot_product_attention", lambda x: attend(_heads(x), _heads(x), _heads(x), attn_mask=torch.ones(4, 4, dtype=torch.bool).tril()), (4, 6), fronts="ms")
-add("scaled_dot_product_attention", lambda x: attend(x, x, x, attn_mask=(x[:, None, :, 0] > -0.3)), (4, 6), fronts="ms")  # some rows see nothing
+add(
+    "scaled_dot_product_attention",
+    lambda x, w: attend(_heads(x), _heads(x * w), _heads(x), is_causal=True, scale=0.7),
+    (4, 6),
+    (6,),
+    fronts="ms",
+)
+add(
+    "scaled_dot_product_attention",
+    lambda x, w: attend(_heads(x), _heads(x), _heads(x * w), attn_mask=w.expand(4, 4)),
+    (4, 6),
+    (4, 1),
+    fronts="ms",
+)
+add(
+    "scaled_dot_product_attention",
+    lambda x: attend(_heads(x), _heads(x), _heads(x), attn_mask=torch.ones(4, 4, dtype=torch.bool).tril()),
+    (4, 6),
+    fronts="ms",
+)
+add(
+    "scaled_dot_product_attention", lambda x: attend(x, x, x, attn_mask=(x[:, None, :, 0] > -0.3)), (4, 6), fronts="ms"
+)  # some rows see nothing
 add("scaled_dot_product_attention", lambda x, w: attend(w.expand(len(x), -1, -1), x, x), (4, 6), (1, 2, 6), fronts="ms")
 add("scaled_dot_product_attention", lambda x, w: attend(x, w, w), (4, 6), (5, 6), fronts="ms")  # a learned memory
-add("scaled_dot_product_attention", lambda x: attend(x.view(-1, 4, 2, 3), x.view(-1, 4, 2, 3)[:, :2], x.view(-1, 4, 2, 3)[:, :2], enable_gqa=True), (4, 6), fronts="ms")
+add(
+    "scaled_dot_product_attention",
+    lambda x: attend(x.view(-1, 4, 2, 3), x.view(-1, 4, 2, 3)[:, :2], x.view(-1, 4, 2, 3)[:, :2], enable_gqa=True),
+    (4, 6),
+    fronts="ms",
+)
 add("einsum", lambda x, w: torch.einsum("nij,jk->nik", x, w), (3, 6), (6, 4), fronts="ms")
 add("einsum", lambda x, w: torch.einsum("nij,nkj,k->nik", x, x, w), (3, 6), (3,), fronts="ms")
 add("bilinear", lambda x, w, b: F.bilinear(x, x.sin(), w, b), (6,), (4, 6, 6), (4,), fronts="ms")
@@ -395,7 +436,13 @@ add("cdist", lambda x, w: torch.cdist(x, w), (3, 6), (4, 6), fronts="ms")
 add("cdist", lambda x, w: torch.cdist(x, w), (6,), (4, 6), fronts="ms")  # a radial basis
 add("outer", lambda x, w: torch.outer(w, w[:2]).flatten() * x, (6,), (3,), fronts="ms")
 add("kron", lambda x, w: torch.kron(w, w).reshape(-1) * x, (6 * 6,), (2, 3), fronts="ms")
-add("grid_sampler", lambda x, w: F.grid_sample(x, F.affine_grid(w.expand(len(x), 2, 3), [len(x), 2, 4, 4], align_corners=False), align_corners=False), (2, 4, 4), (1, 2, 3), fronts="mcs")
+add(
+    "grid_sampler",
+    lambda x, w: F.grid_sample(x, F.affine_grid(w.expand(len(x), 2, 3), [len(x), 2, 4, 4], align_corners=False), align_corners=False),
+    (2, 4, 4),
+    (1, 2, 3),
+    fronts="mcs",
+)
 add("linalg_matrix_norm.str_ord", lambda x, w: x / torch.linalg.matrix_norm(w), (6,), (4, 6), fronts="ms")
 add("linalg_matrix_norm", lambda x, w: x / torch.linalg.matrix_norm(w, 1), (6,), (4, 6), fronts="ms")
 add("mT", lambda x, w: x.mT @ w, (3, 6), (3, 2), fronts="ms")
@@ -434,10 +481,16 @@ def _cell(kind: str, gates: int, biases: bool) -> None:
 for _kind, _gates in {"lstm_cell": 4, "gru_cell": 3, "rnn_tanh_cell": 1, "rnn_relu_cell": 1}.items():
     _cell(_kind, _gates, True)
     _cell(_kind, _gates, False)
-for _name in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"):
-    add(_name, lambda x, f=getattr(torch, _name): f(x, 0.5, False), IMAGE, fronts="mcs")
+for _name, _f in {name: getattr(torch, name) for name in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")}.items():
+    add(_name, lambda x, f=_f: f(x, 0.5, False), IMAGE, fronts="mcs")
 add("prod", lambda x, w: x * w.prod(), (6,), (3,), fronts="ms")
 add("median", lambda x, w: x * w.median(), (6,), (5,), fronts="ms")
 add("trace", lambda x, w: x * w.trace(), (6,), (3, 3), fronts="ms")
 add("diag", lambda x, w: x @ torch.diag(w), (6,), (6,), fronts="ms")
-add("affine_grid_generator", lambda x, w: F.affine_grid(w.expand(len(x), 2, 3), [len(x), 1, 2, 3], align_corners=True).flatten(1) * x, (12,), (1, 2, 3), fronts="ms")
+add(
+    "affine_grid_generator",
+    lambda x, w: F.affine_grid(w.expand(len(x), 2, 3), [len(x), 1, 2, 3], align_corners=True).flatten(1) * x,
+    (12,),
+    (1, 2, 3),
+    fronts="ms",
+)

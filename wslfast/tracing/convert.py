@@ -260,6 +260,7 @@ class Converter:
             return value
         raise Untraceable(f"an argument of type {type(value).__name__}")
 
+
 _PER_AXIS = ("kernel_size", "stride", "padding", "dilation", "output_padding", "output_size")
 
 
