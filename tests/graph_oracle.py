@@ -61,6 +61,7 @@ def loop(module: nn.Module, arch: Architecture, weights: Tensor, queries: Tensor
     outputs = []
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    torch.set_default_dtype(torch.float64)  # of what its forward makes
     try:
         for j, row in enumerate(weights.double()):
             state = {s.name: row[s.offset : s.stop].view(s.shape) for s in arch.parameters}
@@ -68,6 +69,7 @@ def loop(module: nn.Module, arch: Architecture, weights: Tensor, queries: Tensor
             with _Statistics():
                 outputs.append(torch.func.functional_call(twin, state, (x.clone(),)))
     finally:
+        torch.set_default_dtype(torch.float32)
         torch.backends.mha.set_fastpath_enabled(fast)
     return torch.stack(outputs)
 

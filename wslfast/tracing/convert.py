@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import operator
+import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +17,7 @@ from ..kernels.graph import DTYPES, QUERY, Argument, Node
 from ..kernels.operations import AXES, TABLE, WITH_AXES, Operation
 from .spelling import spelled
 
+_NOT_THEIRS = (os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "<frozen", "<eval")
 _SAME = frozenset({"alias", "clone", "contiguous", "lift_fresh_copy", "lift_fresh", "_to_copy", "to", "type_as", "positive"})
 _FILLED = {name: f"new_{name.removeprefix('new_')}" for name in ("zeros", "ones", "full", "new_zeros", "new_ones", "new_full")}
 _FILLED |= dict.fromkeys(("empty", "new_empty"), "new_zeros")  # which holds anything
@@ -23,6 +26,16 @@ _MADE = frozenset({*_FILLED, "scalar_tensor", "arange", "eye", "linspace", "logs
 
 class Untraceable(Exception):
     """Why a module has no graph."""
+
+
+def written_in(trace: str | None) -> str:
+    """The last line of a stack that is neither torch's nor ours, as ``(file.py:3: its text)``; nothing where there is none."""
+    found = ""
+    for place, text in re.findall(r'File "([^\n]*)\n\s*([^\n]*)', trace or ""):
+        path, line = re.fullmatch(r'(.*)", line (\d+).*', place).groups()  # type: ignore[union-attr]
+        if not path.startswith(_NOT_THEIRS):
+            found = f" ({os.path.basename(path)}:{line}: {text.strip():.100})"
+    return found
 
 
 @dataclass(frozen=True)
@@ -69,7 +82,10 @@ class Converter:
             elif node.op == "get_attr":
                 self.references[node] = self._constant(_attribute(self.traced, str(node.target)))
             elif node.op == "call_function":
-                self.references[node] = self._call(node)
+                try:
+                    self.references[node] = self._call(node)
+                except Untraceable as reason:
+                    raise Untraceable(f"{reason}{written_in(node.stack_trace)}") from None
             elif node.op == "output":
                 output = node.args[0]
             shape = _shape(node)
@@ -92,8 +108,10 @@ class Converter:
             self.detached = not node.args[0]
             return None
         target = node.target
+        if "autocast" in getattr(target, "__name__", ""):
+            raise Untraceable("it turns autocast on or off itself; leave that to whoever calls wslfast")
         if not isinstance(target, torch._ops.OpOverload):
-            raise Untraceable(f"it calls {target}, which is no tensor operation")
+            raise Untraceable(f"it calls {getattr(target, '__name__', target)}, which is no tensor operation")
         result = self._operation(target, node)
         return self._append("detach", [("self", result)]) if self.detached and isinstance(result, str) else result
 
@@ -109,9 +127,12 @@ class Converter:
             return self._made(packet, given, node)
         if packet == "bilinear":
             return self._bilinear(given)
+        if packet == "index_put" and (chosen := self._mask_of(given)) is not None:
+            packet, overload, given = "where", "self", chosen
         name = packet if overload == "default" else f"{packet}.{overload}"
         if name not in TABLE:
-            raise Untraceable(f"operation aten.{name} is not in the table")
+            draws = torch.Tag.nondeterministic_seeded in target.tags
+            raise Untraceable(f"it draws random numbers (aten.{name})" if draws else f"operation aten.{name} is not in the table")
         operation = TABLE[name]
         if given.get("train", given.get("training")) is True:
             if operation.form == "identity" and given.get("p") == 0:
@@ -122,11 +143,27 @@ class Converter:
         arguments = self._canonical(operation, given, node)
         if name.startswith("conv") and name.endswith(".padding"):
             name, arguments = self._numbered(name, arguments, given)
-        made = self._append(name, arguments)
         wanted, came = _dtype(node), _dtype(given.get("self"))
+        if isinstance(given.get("dtype"), torch.dtype) and given["dtype"].is_floating_point:  # which a node does not say
+            arguments = [(key, self._converted(value, came, given["dtype"]) if key == "self" else value) for key, value in arguments]
+        made = self._append(name, arguments)
         if name == "expand" and wanted != came and wanted is not None and came is not None:  # what is copied is converted
             made = self._converted(made, came, wanted)
         return [made] if several else made
+
+    def _mask_of(self, given: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Arguments of the ``where`` that an assignment of one number to what a mask picks comes down to; None for any other."""
+        before, (*whole, mask), value = _shape(given["self"]), given["indices"], given["values"]
+        picked = _shape(mask)
+        if any(i is not None for i in whole) or _dtype(mask) is not torch.bool or before is None or picked is None:
+            return None
+        if math.prod(_shape(value) or ()) != 1 or given.get("accumulate"):
+            return None
+        behind = len(before) - len(whole) - len(picked)  # axes that the mask does not have
+        condition = self._reference(mask)
+        if behind:
+            condition = self._append("reshape", [("self", condition), ("shape", (*picked, *(1,) * behind))])
+        return {"condition": condition, "self": value, "other": given["self"]}
 
     def _bilinear(self, given: Mapping[str, Any]) -> str:
         """x W y + b of nn.Bilinear, which torch has no batching rule for."""
@@ -201,6 +238,8 @@ class Converter:
 
     def _converted(self, reference: str, came: torch.dtype | None, made: torch.dtype | None) -> str:
         """Conversions: between floating types they are nothing, as a population computes in one."""
+        if made is not None and made.is_floating_point and made.itemsize < 4:
+            raise Untraceable(f"a conversion to {made}: a population computes in one type; leave the choice to autocast")
         if made is None or made == came or (made.is_floating_point and came is not None and came.is_floating_point):
             return reference
         if made.is_floating_point:
@@ -233,6 +272,8 @@ class Converter:
     # -- values --------------------------------------------------------------------------------------------------------
 
     def _constant(self, value: Tensor) -> str:
+        if torch._C._functorch.is_functorch_wrapped_tensor(value):
+            raise Untraceable("it uses a transform of torch.func inside; write it for a batch of queries")
         dtype = str(value.dtype).removeprefix("torch.")
         if not (value.is_floating_point() or dtype in DTYPES):
             raise Untraceable(f"it holds a tensor of {dtype} that is no parameter")

@@ -7,6 +7,7 @@ is believed once it computes what the module computes, outputs and gradients, in
 from __future__ import annotations
 
 import copy
+import traceback
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -17,8 +18,8 @@ from torch.overrides import TorchFunctionMode
 
 from ..kernels.graph import Constant, Graph, slots_of
 from ..kernels.operations import check_graph
-from ..kernels.reference import run_graph
-from .convert import Converter, Untraceable
+from ..kernels.reference import run_graph, value_shapes
+from .convert import Converter, Untraceable, written_in
 from .module import FrozenNorms, first_line, plainly, queries_for
 from .simplify import joined
 
@@ -47,9 +48,11 @@ def trace(module: nn.Module, input_shape: tuple[int, ...]) -> Graph:
             tuple(aliases.items()),
         )
         try:
-            check_graph(graph)
+            value_shapes(check_graph(graph))
         except ValueError as error:
-            raise Untraceable(str(error)) from None
+            picks = "torch.nonzero" in str(error)
+            why = "it picks numbers by a mask, and how many depends on them; torch.where keeps their places" if picks else str(error)
+            raise Untraceable(why) from None
         _verify(graph, module, state)
         return graph
 
@@ -104,10 +107,11 @@ def _followed(module: nn.Module, state: Mapping[str, Tensor], queries: Tensor, w
     try:
         with plainly(), torch.enable_grad():  # so that torch.no_grad() inside shows; nothing here requires a gradient
             follow: Any = dispatch_functionalize(run, FunctionalTensorMode(pre_dispatch=True, export=True)) if written else run
-            return make_fx(follow, pre_dispatch=True)([state[name].detach() for name in names], queries)
+            return make_fx(follow, pre_dispatch=True, record_stack_traces=True)([state[name].detach() for name in names], queries)
     except Exception as error:  # a forward that cannot be followed, whatever it raised
         looks = "get value out of a tracing tensor" in str(error) or "data-dependent" in str(error)
-        why = "control flow that looks at numbers" if looks else first_line(error)
+        where = written_in("".join(traceback.format_tb(error.__traceback__)))
+        why = f"control flow that looks at numbers{where}; torch.where in place of it can be" if looks else f"{first_line(error)}{where}"
         raise Untraceable(f"its forward cannot be followed: {why}") from None
 
 

@@ -68,6 +68,7 @@ def _folded(nodes: list[Node], output: str, constants: Mapping[str, Tensor]) -> 
     left: list[Node | None] = []
     for i, node in enumerate(nodes):
         node = Node(node.operation, tuple((name, renamed(value, new)) for name, value in node.arguments))
+        node = _unmasked(node, known)
         kind = node.operation.startswith("new_") or node.operation == "type_as"  # of the queries it takes the dtype alone
         reads = [value for name, value in node.arguments if not (kind and value == QUERY)]
         value = None
@@ -81,6 +82,22 @@ def _folded(nodes: list[Node], output: str, constants: Mapping[str, Tensor]) -> 
         else:
             left.append(node)
     return left, new.get(output, output), {r.removeprefix("@c:"): value for r, value in known.items()}
+
+
+def _unmasked(node: Node, known: dict[str, Any]) -> Node:
+    """A constant mask as an index is the places where it is true; these become constants."""
+    if node.operation not in ("index.Tensor", "index_put"):
+        return node
+    places: list[Argument] = []
+    for reference in node.argument("indices"):
+        mask = known.get(reference) if isinstance(reference, str) else None
+        if isinstance(mask, Tensor) and mask.dtype in (torch.bool, torch.uint8):
+            for axis, place in enumerate(mask.nonzero(as_tuple=True)):
+                places.append(f"@c:computed.{reference[3:]}.{axis}")
+                known[places[-1]] = place
+        else:
+            places.append(reference)
+    return Node(node.operation, tuple((name, tuple(places) if name == "indices" else value) for name, value in node.arguments))
 
 
 def _sized(value: Argument) -> bool:

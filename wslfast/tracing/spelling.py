@@ -99,6 +99,8 @@ def spelled(packet: str, overload: str, given: Given, result: tuple[int, ...] | 
         return "full_like", "default", {"self": given["self"], "fill_value": given["value"]}
     if packet == "zero":
         return "zeros_like", "default", given
+    if packet == "empty_like":  # which holds anything
+        return "zeros_like", "default", {name: given[name] for name in ("self", "dtype") if name in given}
     if packet in ("copy", "fill"):
         return "expand", "default", {"self": given["src" if packet == "copy" else "value"], "size": result}
     if packet == "slice" and type(given.get("end")) is int and before is not None and given["end"] >= before[given.get("dim", 0)]:
