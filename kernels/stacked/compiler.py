@@ -189,7 +189,8 @@ class _Compiler:
                 move = _spread if layout is Layout.MODELS else _repeat
             else:
                 move = _to_models if layout is Layout.MODELS else partial(_to_channels, self.aligned)
-            self.steps.append(Step(move, {}, [("x", self.place[reference])], [], [], self.size))
+            steps = self.made if reference in self.of_weights else self.steps  # what is made of weights alone may read it
+            steps.append(Step(move, {}, [("x", self.place[reference])], [], [], self.size))
             self.moved[reference, layout] = self.size
             self.size += 1
         return self.moved[reference, layout]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+import layer_cases  # noqa: F401  (adds its cases)
 import pytest
 from graph_oracle import check_everything, check_record
 from operation_cases import CASES, Alone, Case
