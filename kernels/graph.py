@@ -36,6 +36,8 @@ DTYPES = {
 }
 _MOST_NODES = 100_000
 _MOST_CONSTANTS = 1 << 24  # numbers of one constant
+_MOST_WEIGHTS = 1 << 40
+_LARGEST = 1 << 53  # of whole numbers: what a float holds
 
 Argument = Any  # a number, a text, None, or a tuple of these
 Arguments = tuple[tuple[str, Argument], ...]
@@ -229,6 +231,8 @@ class Graph:
         unknown = set(record) - {"input_shape", "parameters", "nodes", "output", "constants", "aliases"}
         check(not unknown, f"unknown entries {sorted(map(str, unknown))[:5]}")
         slots = slots_of(dict(_parameters(record.get("parameters"))))
+        check(bool(slots), "it has no parameters")
+        check(slots[-1].stop <= _MOST_WEIGHTS, f"parameters: {slots[-1].stop:,.3g} numbers")
         nodes = record.get("nodes")
         check(isinstance(nodes, list) and len(nodes) <= _MOST_NODES, "nodes: expected a list")
         constants = tuple(_constant(c) for c in _list(record.get("constants", []), "constants"))
@@ -251,6 +255,8 @@ class Graph:
         check(r.startswith("@") and there, f"output: {r!r:.60} is not there")
         known = {s.name for s in self.slots}
         check(all(name in known for _, name in self.aliases), "aliases: a key of no parameter")
+        keys = [key for key, _ in self.aliases]
+        check(len(set(keys)) == len(keys) and not known & set(keys), "aliases: a key that is there twice")
 
 
 # -- reading JSON ------------------------------------------------------------------------------------------------------
@@ -271,9 +277,11 @@ def _argument(value: Any, depth: int = 0) -> Argument:
     if isinstance(value, list):
         return tuple(_argument(item, depth + 1) for item in value)
     check(value is None or type(value) in (bool, int, float, str), f"an argument of type {type(value).__name__}")
-    check(not isinstance(value, float) or not math.isnan(value), "an argument that is NaN")
+    check(not isinstance(value, float) or math.isfinite(value), "an argument that is no finite number")
+    check(type(value) is not int or abs(value) <= _LARGEST, "an argument out of all proportion")
     if isinstance(value, str) and value.startswith(SIZE) and value not in INFINITE:
-        check(value == SIZE or (value[len(SIZE) + 1 :].isdecimal() and value[len(SIZE)] == "*"), f"a size {value!r:.40}")
+        times = value[len(SIZE) + 1 :]
+        check(value == SIZE or (times.isdecimal() and len(times) < 10 and value[len(SIZE)] == "*"), f"a size {value!r:.40}")
     return value
 
 
