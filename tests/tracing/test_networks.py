@@ -38,9 +38,10 @@ K, N = 3, 5
 
 def made(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> nn.Module:
     torch.manual_seed(3)
-    module = make()
-    module(torch.randn(2, *shape))  # what is lazy has its shape now
-    return module.eval()
+    module = make().eval()
+    with torch.no_grad():
+        module(torch.randn(2, *shape))  # what is lazy has its shape now
+    return module
 
 
 def check_public(module: nn.Module, arch: Architecture, queries: Tensor, weights: Tensor) -> None:

@@ -134,6 +134,8 @@ class Converter:
             draws = torch.Tag.nondeterministic_seeded in target.tags
             raise Untraceable(f"it draws random numbers (aten.{name})" if draws else f"operation aten.{name} is not in the table")
         operation = TABLE[name]
+        if operation.form == "identity" and "self" in given:  # as it is called in place
+            given = {"input": given["self"], **{key: value for key, value in given.items() if key != "self"}}
         if given.get("train", given.get("training")) is True:
             if operation.form == "identity" and given.get("p") == 0:
                 return self._reference(given["input"])

@@ -103,7 +103,12 @@ def spelled(packet: str, overload: str, given: Given, result: tuple[int, ...] | 
         return "zeros_like", "default", {name: given[name] for name in ("self", "dtype") if name in given}
     if packet in ("copy", "fill"):
         return "expand", "default", {"self": given["src" if packet == "copy" else "value"], "size": result}
-    if packet == "slice" and type(given.get("end")) is int and before is not None and given["end"] >= before[given.get("dim", 0)]:
+    if (
+        packet in ("slice", "slice_scatter")
+        and type(given.get("end")) is int
+        and before is not None
+        and given["end"] >= before[given.get("dim", 0)]
+    ):
         return packet, overload, {**given, "end": None}
     if packet == "_native_batch_norm_legit_no_training":
         return "batch_norm", "default", {**given, "training": False, "cudnn_enabled": False}
