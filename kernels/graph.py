@@ -248,11 +248,9 @@ class Graph:
         check(len(names) == 1 + len(self.slots) + len(self.constants), "two parameters or constants share a name")
         for i, node in enumerate(self.nodes):
             for r in node.references():
-                before = r[1:].isdigit() and int(r[1:]) < i
-                check(before or r in names, f"node {i} ({node.operation:.40}): it reads {r!r:.60}, which is not there")
+                check(_is_node(r, i) or r in names, f"node {i} ({node.operation:.40}): it reads {r!r:.60}, which is not there")
         r = self.output
-        there = (r[1:].isdigit() and int(r[1:]) < len(self.nodes)) or r in names
-        check(r.startswith("@") and there, f"output: {r!r:.60} is not there")
+        check(_is_node(r, len(self.nodes)) or r in names, f"output: {r!r:.60} is not there")
         known = {s.name for s in self.slots}
         check(all(name in known for _, name in self.aliases), "aliases: a key of no parameter")
         keys = [key for key, _ in self.aliases]
@@ -266,6 +264,13 @@ def check(condition: bool, message: str) -> None:
     """Raise ValueError unless the condition holds."""
     if not condition:
         raise ValueError(f"graph: {message}")
+
+
+def _is_node(reference: str, count: int) -> bool:
+    """Whether it stands for one of the first ``count`` nodes, in the one spelling that there is."""
+    number = reference[1:]
+    plain = reference.startswith("@") and number.isascii() and number.isdigit() and len(number) < 10
+    return plain and str(int(number)) == number and int(number) < count
 
 
 def _jsonable(value: Argument) -> Any:
@@ -316,7 +321,10 @@ def _constant(record: Any) -> Constant:
         "a constant has name, dtype, shape, data, kept",
     )
     shape = _sizes(record["shape"], "a constant's shape")
-    check(record["dtype"] in DTYPES and math.prod(shape) <= _MOST_CONSTANTS, f"a constant of {record['dtype']!r:.20} {list(shape)}")
+    check(
+        isinstance(record["dtype"], str) and record["dtype"] in DTYPES and math.prod(shape) <= _MOST_CONSTANTS,
+        f"a constant of {record['dtype']!r:.20} {list(shape)}",
+    )
     check(all(isinstance(record[key], str) for key in ("name", "data")) and isinstance(record["kept"], bool), "a constant's entries")
     try:
         held = len(base64.b64decode(record["data"], validate=True))

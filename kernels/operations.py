@@ -54,6 +54,12 @@ class Operation:
         return getattr(getattr(torch.ops.aten, packet), overload or "default")  # type: ignore[no-any-return]
 
     @cached_property
+    def axes(self) -> int:
+        """Axes of the images that it reads, by its name; 0 for none."""
+        name = self.name.partition(".")[0]
+        return int(name[-2]) if name.endswith("d") and name[-2:-1].isdigit() else 0
+
+    @cached_property
     def parameters(self) -> dict[str, Parameter]:
         """Its arguments by name, in order; not those that say where and how a tensor lies, or which library computes."""
         return {name: parameter for name, parameter in self._all_parameters.items() if name not in _PLACES}
@@ -118,6 +124,8 @@ class Operation:
                 raise ValueError(f"argument {name!r}: expected {kind}, got {value!r:.60}")
             if value != _MUST_BE.get(name, value):
                 raise ValueError(f"argument {name!r}: expected {_MUST_BE[name]}, got {value!r:.60}")
+            if name in PER_AXIS and isinstance(value, tuple) and len(value) not in (self.axes or len(value), 0 if name == "stride" else -1):
+                raise ValueError(f"argument {name!r}: expected one for each of {self.axes} axes, got {value!r:.60}")
         if self.form in WITH_AXES:
             for name in AXES & set(self.parameters):
                 axes = given.get(name, self.parameters[name].default)
@@ -130,6 +138,7 @@ class Operation:
 
 # Arguments that are axes, in forms that add an axis of models in front: counted from the end, they mean the same with it.
 AXES = frozenset({"dim", "dims", "dim0", "dim1", "start_dim", "end_dim", "source", "destination"})
+PER_AXIS = ("kernel_size", "stride", "padding", "dilation", "output_padding", "output_size")  # one number for each axis of an image
 WITH_AXES = ("axes", "join", "shape", "scatter")
 _MUST_BE = {"train": False, "training": False, "dropout_p": 0.0, "scale_grad_by_freq": False}  # evaluation mode, and torch's gradient
 

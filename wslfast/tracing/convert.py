@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from ..kernels.graph import DTYPES, QUERY, Argument, Node
-from ..kernels.operations import AXES, TABLE, WITH_AXES, Operation
+from ..kernels.operations import AXES, PER_AXIS, TABLE, WITH_AXES, Operation
 from .spelling import spelled
 
 _NOT_THEIRS = (os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "<frozen", "<eval")
@@ -211,8 +211,8 @@ class Converter:
             if name in AXES and operation.form in WITH_AXES:
                 value = self._from_the_end(operation, value, given, node)
             value = self._argument(value)
-            axes = _axes(operation)
-            if isinstance(value, tuple) and len(value) == 1 and axes > 1 and name in _PER_AXIS:
+            axes = operation.axes
+            if isinstance(value, tuple) and len(value) == 1 and axes > 1 and name in PER_AXIS:
                 value = value * axes
             if name == "dilation" and operation.form == "convolution":  # along an axis of one tap it means nothing
                 value = tuple(d if k > 1 else 1 for d, k in zip(value, (_shape(given["weight"]) or ())[2:], strict=True))
@@ -302,15 +302,6 @@ class Converter:
         if value is None or type(value) in (bool, int, float, str):
             return value
         raise Untraceable(f"an argument of type {type(value).__name__}")
-
-
-_PER_AXIS = ("kernel_size", "stride", "padding", "dilation", "output_padding", "output_size")
-
-
-def _axes(operation: Operation) -> int:
-    """Axes of the images that an operation reads, by its name; 0 for none."""
-    name = operation.name.partition(".")[0]
-    return int(name[-2]) if name.endswith("d") and name[-2:-1].isdigit() else 0
 
 
 def _shape(node: Any) -> tuple[int, ...] | None:
