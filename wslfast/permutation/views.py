@@ -1,0 +1,89 @@
+"""Views: permutations of a model's hidden channels that leave its function unchanged, drawn for every model at once.
+
+Permuting the output channels of one layer and the input channels of the next by the same permutation changes the weights
+and not the outputs, as everything between (pooling, elementwise functions, flattening) treats channels alike
+(Ainsworth et al. 2023, Git Re-Basin). Weights are permuted first and tokenised after, so padding stays zero.
+
+Of a graph, the same is followed through every operation (``following.py``): what residual connections add shares one permutation, heads of
+attention move as blocks, gates of recurrent layers alike.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..architecture import Architecture
+from ..errors import describe, require
+from .groups import channel_groups, read_from
+
+Permutations = tuple[Tensor, ...]  # one [k, channels] a group
+
+
+def hidden_channels(architecture: Architecture) -> tuple[int, ...]:
+    """Sizes of the groups of hidden channels that may be permuted, in order; empty where nothing may be, or nothing is known as the module
+    could not be traced.
+
+    Of a plain chain of layers there is one a hidden layer, empty where its channels meet a grouped convolution. Inputs and outputs keep
+    their order.
+    """
+    return channel_groups(architecture).sizes
+
+
+def random_permutations(
+    architecture: Architecture, k: int, generator: torch.Generator | None = None, device: torch.device | str | None = None
+) -> Permutations:
+    """Uniform permutations for k models, drawn on the generator's device: one ``[k, channels]`` per group of hidden channels."""
+    device = device if device is not None else (generator.device if generator is not None else "cpu")
+    source = generator.device if generator is not None else torch.device(device)
+    draw = [torch.rand(k, c, generator=generator, device=source, dtype=torch.float64) for c in hidden_channels(architecture)]
+    return tuple(d.argsort(1).to(device) for d in draw)
+
+
+def inverse(permutations: Permutations) -> Permutations:
+    """The permutations that undo ``permutations``."""
+    return tuple(p.argsort(1) for p in permutations)
+
+
+def permute(weights: Tensor, architecture: Architecture, permutations: Permutations, inputs: Permutations | None = None) -> Tensor:
+    """Apply one permutation a model and group of channels: new channel c of a group is its old channel ``permutation[:, c]``.
+
+    Args:
+        weights: ``[k, P]``.
+        permutations: as from :func:`random_permutations`; an empty tuple (the identity) where there are no groups.
+        inputs: of the axes of parameters that do not count outputs (the columns of the layers that read a group, the features of a
+            position table); by default the same, which preserves the function. Others scramble a model: the control of what views are
+            good for.
+
+    Returns:
+        ``[k, P]``, the same functions (unless ``inputs`` are others); differentiable.
+    """
+    sizes = hidden_channels(architecture)
+    if inputs is not None:
+        require([p.shape for p in inputs] == [p.shape for p in permutations], "inputs: expected the shapes of permutations")
+    require(
+        weights.ndim == 2 and weights.shape[1] == architecture.num_weights,
+        f"weights: expected [k, {architecture.num_weights}], got {describe(weights)}",
+    )
+    require(
+        len(permutations) == len(sizes) and all(tuple(p.shape) == (len(weights), c) for p, c in zip(permutations, sizes, strict=True)),
+        f"permutations: expected {[[len(weights), c] for c in sizes]}, got {[list(p.shape) for p in permutations]}",
+    )
+    if not sum(sizes):
+        return weights
+    return weights.gather(1, _index(architecture, permutations, permutations if inputs is None else inputs))
+
+
+def random_views(weights: Tensor, architecture: Architecture, generator: torch.Generator | None = None) -> Tensor:
+    """One uniformly drawn view of every model: ``[k, P] -> [k, P]``."""
+    return permute(weights, architecture, random_permutations(architecture, len(weights), generator, weights.device))
+
+
+def _index(architecture: Architecture, outputs: Permutations, inputs: Permutations) -> Tensor:
+    """``[k, P]``: where each weight of the permuted models is read from."""
+    k, device = len(outputs[0]), outputs[0].device
+    index = torch.arange(architecture.num_weights, device=device).repeat(k, 1)
+    for name, axes in channel_groups(architecture, device).axes.items():
+        slot = architecture.slots[name]
+        index[:, slot.offset : slot.stop] = read_from(slot, axes, outputs, inputs).flatten(1)
+    return index
