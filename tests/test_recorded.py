@@ -17,7 +17,7 @@ from wslfast import Architecture, Population, TrainConfig, WslfastError, build_z
 from wslfast.measure.recorded import check_recorded
 from wslfast.study.ablation_file import Ablation
 from wslfast.study.ablations import run_ablation
-from wslfast.study.loaded_zoo import Bench, Protocol
+from wslfast.study.loaded_zoo import LoadedZoo, Protocol
 from wslfast.testing import oracle_outputs
 from wslfast.zoo import Dataset, dataset_of, export_zoo, import_zoo, load_dataset, read_manifest, save_zoo
 from wslfast.zoo.manifest import MANIFEST, Manifest
@@ -100,7 +100,7 @@ def _generate(root: Path, zoo: str) -> Any:
 
 
 def _bench(root: Path, zoo: str) -> Any:
-    bench = Bench(root / zoo, Protocol.quick())
+    bench = LoadedZoo(root / zoo, Protocol.quick())
     return bench.compare(bench.test.weights), bench.compare(bench.test.weights)
 
 
