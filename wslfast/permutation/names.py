@@ -112,8 +112,9 @@ class Names:
     def split(self, group: int, kind: Tensor) -> None:
         """Channels of a group are interchangeable only with those of the same kind ``[size]``."""
         ids = torch.arange(self._first[group], self._first[group] + self.sizes[group])
-        names = torch.full((len(ids), 1), -1)
-        for k in range(int(kind.max()) + 1):
+        apart = self.new(int(kind.max()) + 1, fixed=True)  # one kind may come to be called by another, and is still not it
+        names = torch.stack([torch.full_like(ids, -1), apart[kind]], 1)
+        for k in range(len(apart)):
             names[kind == k, 0] = self.new(int((kind == k).sum()))
         self.replace(ids, names)
 

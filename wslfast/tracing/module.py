@@ -171,7 +171,7 @@ def check_template(template: nn.Module, input_shape: tuple[int, ...], name: str)
     """
     shape = f"[n, {', '.join(map(str, input_shape))}]"
     x = queries_for(template, 4, input_shape)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with plainly():
         try:
             with _RandomCalls(template) as random:
                 out = template(x.clone())
