@@ -174,12 +174,14 @@ class Layer(NamedTuple):
         bias: what is appended to its rows.
         axes: of the parameter that count rows; the others are its columns, in their order.
         groups: of a transposed convolution ``[in, out / groups, ...]``, whose groups count rows as well.
+        multiplies: whether the graph multiplies with it, so that its rows are a layer's outputs.
     """
 
     slot: Slot
     bias: Slot | None
     axes: tuple[int, ...]
     groups: int = 1
+    multiplies: bool = False
 
     @property
     def channels(self) -> int:
@@ -281,7 +283,7 @@ class _Uses:
             return
         slot, turned = self._slots[weight]
         axes = tuple(1 - axis for axis in axes) if turned else axes
-        self.rows.setdefault(slot.name, Layer(slot, None, axes, groups))
+        self.rows.setdefault(slot.name, Layer(slot, None, axes, groups, True))
         if bias in self._slots:
             self.biases.setdefault(slot.name, self._slots[bias][0].name)
         elif bias is None:

@@ -8,7 +8,7 @@ rest. An operation without a rule keeps the order of everything that it reads.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,14 +43,35 @@ _SAME = _set("softmax.int log_softmax.int")
 _UNIFORM = _set("zeros_like ones_like full_like")
 
 
-def followed(graph: Graph) -> tuple[Names, dict[str, list[Tensor]]]:
-    """Names, and for each parameter what the places of its axes ``[size]`` are called."""
+class Followed(NamedTuple):
+    """What is known of a graph's parameters.
+
+    Attributes:
+        names: of everything.
+        own: what the places of each axis of a parameter are called, ``[size]`` each.
+        kept_by: of the same places, the operation at which it came out that they keep their order, by its number; -1 where they do
+            not, and the number of operations where it is the answer that has an order.
+    """
+
+    names: Names
+    own: dict[str, list[Tensor]]
+    kept_by: dict[str, list[Tensor]]
+
+
+def followed(graph: Graph) -> Followed:
+    """Every parameter's axes after one way through the graph."""
     follower = _Follower(graph)
+    ids = torch.cat([torch.empty(0, dtype=torch.long), *(axis for slot in graph.slots for axis in follower.own[slot.name])])
+    kept = torch.full_like(ids, -1)
     for i, node in enumerate(graph.nodes):
         follower.values[f"@{i}"] = follower.follow(f"@{i}", node)
-    output = follower.values[graph.output]
-    output.fix()
-    return follower.names, {slot.name: follower.own[slot.name] for slot in graph.slots}
+        kept[(kept < 0) & ~follower.names.move(ids)] = i
+    for value in _operands(follower.values[graph.output]):
+        value.fix()
+    kept[(kept < 0) & ~follower.names.move(ids)] = len(graph.nodes)
+    parts = iter(kept.split([size for slot in graph.slots for size in slot.shape]))
+    own = {slot.name: follower.own[slot.name] for slot in graph.slots}
+    return Followed(follower.names, own, {slot.name: [next(parts) for _ in slot.shape] for slot in graph.slots})
 
 
 class _Follower(LayerRules):

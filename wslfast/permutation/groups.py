@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import lru_cache
 from itertools import pairwise
 
@@ -10,130 +10,68 @@ import torch
 from torch import Tensor
 
 from ..architecture import Architecture
-from ..kernels.graph import Slot
+from ..kernels.graph import Graph
 from ..kernels.layers import Conv2d, Linear
 from ..tokens import layers_of
+from .axes import Axis, ChannelGroups, Part
 from .following import followed
 from .names import Names, once
+from .trial import failing
+
+_GROUPED = "a grouped convolution in a chain of layers"
+_TRIED = "a permutation of them changes the outputs"
 
 
-@dataclass(frozen=True)
-class Part:
-    """Places of one axis of a parameter that move with the same groups.
-
-    Attributes:
-        places: ``[R]``, where they are along the axis.
-        groups: which move them, one of which every place has a channel each.
-        channels: ``[R, q]``, those channels.
-        strides: ``[q]``: of ``at``, by channel.
-        base: ``[R]``: in ``at``, of what else tells places apart.
-        at: the place of every such combination.
-    """
-
-    places: Tensor
-    groups: tuple[int, ...]
-    channels: Tensor
-    strides: tuple[int, ...]
-    base: Tensor
-    at: Tensor
-
-    def to(self, device: torch.device) -> Part:
-        """The same on a device."""
-        moved = (t.to(device) for t in (self.places, self.channels, self.base, self.at))
-        places, channels, base, at = moved
-        return Part(places, self.groups, channels, self.strides, base, at)
-
-    def source(self, permutations: tuple[Tensor, ...]) -> Tensor:
-        """``[k, R]``: where along the axis what comes to each place is read from."""
-        found = self.base
-        for i, (group, stride) in enumerate(zip(self.groups, self.strides, strict=True)):
-            found = found + permutations[group].index_select(1, self.channels[:, i]) * stride
-        return self.at[found]
-
-
-@dataclass(frozen=True)
-class Axis:
-    """One axis of a parameter along which something moves.
-
-    Attributes:
-        size: of the axis.
-        rows: whether it is one of those that count rows of tokens, the outputs of a layer.
-        parts: places that move; the others stay.
-    """
-
-    size: int
-    rows: bool
-    parts: tuple[Part, ...]
-
-    def source(self, permutations: tuple[Tensor, ...]) -> Tensor:
-        """``[k, size]``: where along the axis what comes to each place is read from."""
-        if len(self.parts) == 1 and len(self.parts[0].places) == self.size:
-            return self.parts[0].source(permutations)
-        k, device = len(permutations[0]), permutations[0].device
-        found = torch.arange(self.size, device=device).repeat(k, 1)
-        for part in self.parts:
-            found[:, part.places] = part.source(permutations)
-        return found
-
-
-@dataclass(frozen=True, eq=False)
-class ChannelGroups:
-    """Which permutations of channels leave the functions of an architecture unchanged.
-
-    Attributes:
-        sizes: channels of each group, each of which may be put in any order by itself.
-        axes: of each parameter that moves, by name, its axes; None for one along which nothing moves.
-    """
-
-    sizes: tuple[int, ...]
-    axes: dict[str, tuple[Axis | None, ...]]
-
-    def to(self, device: torch.device) -> ChannelGroups:
-        """The same with its indices on a device."""
-        moved = {
-            name: tuple(None if a is None else Axis(a.size, a.rows, tuple(part.to(device) for part in a.parts)) for a in axes)
-            for name, axes in self.axes.items()
-        }
-        return ChannelGroups(self.sizes, moved)
-
-
-@lru_cache(maxsize=64)
 def channel_groups(architecture: Architecture, device: torch.device | None = None) -> ChannelGroups:
     """The groups of an architecture, in the order in which the axes of its parameters are called after them; none for a module that cannot
     be traced.
 
     A plain chain of layers has one for each hidden layer, which is empty where a grouped convolution reads or makes its channels.
     """
-    if device is not None and device.type != "cpu":
-        return channel_groups(architecture).to(device)
+    return _derived(architecture) if device is None or device.type == "cpu" else _elsewhere(architecture, device)
+
+
+@lru_cache(maxsize=64)
+def _elsewhere(architecture: Architecture, device: torch.device) -> ChannelGroups:
+    return _derived(architecture).to(device)
+
+
+@lru_cache(maxsize=64)
+def _derived(architecture: Architecture) -> ChannelGroups:
     graph = architecture.graph
     if graph is None:
-        return ChannelGroups((), {})
-    names, own = followed(graph)
+        return ChannelGroups((), {}, {slot.name: "the module cannot be traced" for slot in architecture.parameters})
+    names, own, kept_by = followed(graph)
     called = {slot.name: [once(names.resolved(ids.unsqueeze(0)).T) for ids in own[slot.name]] for slot in graph.slots}
-    chosen, sizes = _of_chain(architecture, names, called) if architecture.planned else _of_graph(architecture, names, called)
-    rows = {layer.slot.name: layer.axes for layer in layers_of(architecture)}
-    axes = {}
-    for slot in graph.slots:
-        found = tuple(_axis(names, c, a in rows.get(slot.name, (0,)), chosen) for a, c in enumerate(called[slot.name]))
-        if any(axis is not None for axis in found):
-            axes[slot.name] = found
-    return ChannelGroups(sizes, axes)
+    if architecture.planned:
+        chosen, sizes = _of_chain(architecture, names, called)
+        axes = _axes(architecture, names, called, chosen)
+        return ChannelGroups(sizes, axes, _kept(architecture, graph, axes, kept_by, _GROUPED))
+    free = _free(architecture, names, called)
+    while True:
+        try:
+            axes = _axes(architecture, names, called, {group: i for i, group in enumerate(free)})
+            kept = _kept(architecture, graph, axes, kept_by, _TRIED)
+            groups = ChannelGroups(tuple(names.sizes[group] for group in free), axes, kept)
+            wrong = failing(graph, groups)
+        except _Open as found:
+            wrong = found.groups
+        if not wrong:
+            return groups
+        free = [group for i, group in enumerate(free) if i not in wrong]
 
 
-def _of_graph(architecture: Architecture, names: Names, called: dict[str, list[Tensor]]) -> tuple[dict[int, int], tuple[int, ...]]:
-    """The number of every free group, in the order of the parameters, and their sizes."""
-    chosen: dict[int, int] = {}
+def _free(architecture: Architecture, names: Names, called: Mapping[str, list[Tensor]]) -> list[int]:
+    """Every group that may be permuted, in the order of the parameters."""
+    found: dict[int, None] = {}
     for slot in architecture.parameters:
         for columns in called[slot.name]:
-            free = names.free(columns)
-            for group in names.group(columns)[free].tolist():
-                chosen.setdefault(group, len(chosen))
-    return chosen, tuple(names.sizes[group] for group in chosen)
+            found.update(dict.fromkeys(names.group(columns)[names.free(columns)].tolist()))
+    return list(found)
 
 
-def _of_chain(architecture: Architecture, names: Names, called: dict[str, list[Tensor]]) -> tuple[dict[int, int], tuple[int, ...]]:
-    """The same of a chain: one group a hidden layer, of which nothing is permuted beside grouped convolutions."""
+def _of_chain(architecture: Architecture, names: Names, called: Mapping[str, list[Tensor]]) -> tuple[dict[int, int], tuple[int, ...]]:
+    """The number of each group of a chain, one a hidden layer, and their sizes: nothing is permuted beside grouped convolutions."""
     layers = [layer for layer in architecture.layers if isinstance(layer, (Conv2d, Linear))]
     chosen, sizes = {}, []
     for i, (layer, following) in enumerate(pairwise(layers)):
@@ -147,12 +85,42 @@ def _of_chain(architecture: Architecture, names: Names, called: dict[str, list[T
     return chosen, tuple(sizes)
 
 
-def _axis(names: Names, columns: Tensor, rows: bool, chosen: dict[int, int]) -> Axis | None:
+# -- axes ----------------------------------------------------------------------------------------------------------------
+
+
+def _axes(
+    architecture: Architecture, names: Names, called: Mapping[str, list[Tensor]], chosen: Mapping[int, int]
+) -> dict[str, tuple[Axis | None, ...]]:
+    """Of each parameter that moves, its axes."""
+    rows = {layer.slot.name: layer.axes for layer in layers_of(architecture)}
+    axes = {}
+    for slot in architecture.parameters:
+        found = tuple(_axis(names, c, a in rows.get(slot.name, (0,)), chosen) for a, c in enumerate(called[slot.name]))
+        if any(axis is not None for axis in found):
+            axes[slot.name] = found
+    return axes
+
+
+class _Open(Exception):
+    """Groups by which places of an axis cannot be told apart, or that would move one to where there is none."""
+
+    def __init__(self, groups: tuple[int, ...]) -> None:
+        super().__init__(groups)
+        self.groups = groups
+
+
+def _axis(names: Names, columns: Tensor, rows: bool, chosen: Mapping[int, int]) -> Axis | None:
     """How the places of an axis, called ``columns [S, m]``, move."""
     group = names.group(columns)
     moving = torch.isin(group, torch.tensor(list(chosen), dtype=torch.long)) & (columns >= 0)
     if not bool(moving.any()):
         return None
+    if columns.shape[1] == 1 and bool((moving & (group == group[0])).all()):  # as almost all are: one whole group
+        channels = names.index(columns)
+        if len(channels) != names.sizes[int(group[0])] or len(channels.unique()) != len(channels):
+            raise _Open((chosen[int(group[0])],))
+        places, at = torch.arange(len(columns)), channels.flatten().argsort()
+        return Axis(len(columns), rows, (Part(places, (chosen[int(group[0])],), channels, (1,), torch.zeros_like(places), at),))
     kinds, which = torch.unique(torch.where(moving, group, -1), dim=0, return_inverse=True)
     rest = torch.unique(torch.cat([torch.where(moving, -1, columns), which.unsqueeze(1)], 1), dim=0, return_inverse=True)[1]
     parts = []
@@ -171,17 +139,39 @@ def _axis(names: Names, columns: Tensor, rows: bool, chosen: dict[int, int]) -> 
         flat = base + (channels * torch.tensor(strides)).sum(1)
         table = torch.full(((int(base.max()) + total),), -1)
         table[flat] = places
-        if bool((table < 0).any()):
-            raise AssertionError("names that are not closed")
+        if bool((table < 0).any()) or len(table) != len(places):
+            raise _Open(tuple(chosen[g] for g in groups))
         parts.append(Part(places, tuple(chosen[g] for g in groups), channels, tuple(strides), base, table))
     return Axis(len(columns), rows, tuple(parts))
 
 
-def read_from(slot: Slot, axes: tuple[Axis | None, ...], outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> Tensor:
-    """``[k, *shape]``: where in a row of weights each number of a permuted parameter is read from."""
-    index, stride = torch.full((1,), slot.offset, device=outputs[0].device), slot.size
-    for size, axis in zip(slot.shape, axes, strict=True):
-        stride //= size
-        place = torch.arange(size, device=index.device).unsqueeze(0) if axis is None else axis.source(outputs if axis.rows else inputs)
-        index = index.unsqueeze(-1) + (place * stride).view(len(place), *(1,) * (index.ndim - 1), size)
-    return index
+# -- what stays ------------------------------------------------------------------------------------------------------------
+
+
+def _kept(
+    architecture: Architecture,
+    graph: Graph,
+    axes: Mapping[str, tuple[Axis | None, ...]],
+    kept_by: Mapping[str, list[Tensor]],
+    otherwise: str,
+) -> dict[str, str]:
+    """Layers whose outputs, or some of them, keep their order though nobody outside asks for one, and what asks for it."""
+    found: dict[str, str] = {}
+    for layer in layers_of(architecture):
+        if not layer.multiplies:
+            continue
+        name, reasons = layer.slot.name, []
+        for axis in layer.axes:
+            size, by = layer.slot.shape[axis], kept_by[name][axis]
+            stays = torch.ones(size, dtype=torch.bool)
+            along = axes[name][axis] if name in axes else None
+            for part in () if along is None else along.parts:
+                stays[part.places] = False
+            stays &= by < len(graph.nodes)
+            if size > 1 and bool(stays.any()):
+                at = sorted({int(i) for i in by[stays]})
+                why = " and ".join(dict.fromkeys(otherwise if i < 0 else f"operation {i} ({graph.nodes[i].operation})" for i in at))
+                reasons.append(f"{int(stays.sum())} of {size}: {why}")
+        if reasons:
+            found[name] = "; ".join(reasons)
+    return found

@@ -64,6 +64,10 @@ class Names:
         group = self.group(ids)
         return (group >= 0) & ~torch.tensor(self.fixed)[group.clamp_min(0)]
 
+    def move(self, ids: Tensor) -> Tensor:
+        """Whether an id is called by anything that may be permuted."""
+        return self.free(self._now[ids]).any(1)
+
     def fix(self, groups: list[int]) -> None:
         """Keep the order of groups."""
         for group in groups:
@@ -124,8 +128,16 @@ class Names:
         """Names ``[S, m]`` (as they are now, ``[S, m']``) after their set, each as often as it is there, has been made closed."""
         while True:
             rows = once(self.resolved(rows.T).T) if rows.shape[1] else rows
-            if not rows.shape[1] or not self._restricted(rows):
+            if not rows.shape[1] or self._plain(rows) or not self._restricted(rows):
                 return rows
+
+    def _plain(self, rows: Tensor) -> bool:
+        """Whether names are at a glance a closed set: one whole group, or nothing that moves."""
+        if rows.shape[1] > 1:
+            return not bool(self.free(rows).any())
+        groups = self.group(rows[:, 0])
+        whole = int(groups[0]) >= 0 and len(rows) == self.sizes[int(groups[0])] and bool((groups == groups[0]).all())
+        return (whole and len(rows[:, 0].unique()) == len(rows)) or not bool(self.free(rows).any())
 
     def _restricted(self, rows: Tensor) -> bool:
         """Give up what the next reason asks for; False if the set is closed."""

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from ..architecture import Architecture
 from ..errors import describe, require
-from .groups import channel_groups, read_from
-
-Permutations = tuple[Tensor, ...]  # one [k, channels] a group
+from .axes import Permutations
+from .groups import channel_groups
 
 
 def hidden_channels(architecture: Architecture) -> tuple[int, ...]:
@@ -28,6 +27,16 @@ def hidden_channels(architecture: Architecture) -> tuple[int, ...]:
     their order.
     """
     return channel_groups(architecture).sizes
+
+
+def kept_channels(architecture: Architecture) -> dict[str, str]:
+    """Hidden channels that views leave in their order: the parameter that makes them, how many of its outputs stay, and why.
+
+    Their order counts (for a running sum over features, or where they are added to something that has an order, as patches of an image
+    have), or an operation has no rule, so that nothing is known. The order of the network's own outputs is not listed. Of a module that
+    could not be traced, everything is.
+    """
+    return dict(channel_groups(architecture).kept)
 
 
 def random_permutations(
@@ -71,19 +80,11 @@ def permute(weights: Tensor, architecture: Architecture, permutations: Permutati
     )
     if not sum(sizes):
         return weights
-    return weights.gather(1, _index(architecture, permutations, permutations if inputs is None else inputs))
+    groups = channel_groups(architecture, permutations[0].device)
+    inputs = permutations if inputs is None else inputs
+    return weights.gather(1, groups.source(architecture.parameters, architecture.num_weights, permutations, inputs))
 
 
 def random_views(weights: Tensor, architecture: Architecture, generator: torch.Generator | None = None) -> Tensor:
     """One uniformly drawn view of every model: ``[k, P] -> [k, P]``."""
     return permute(weights, architecture, random_permutations(architecture, len(weights), generator, weights.device))
-
-
-def _index(architecture: Architecture, outputs: Permutations, inputs: Permutations) -> Tensor:
-    """``[k, P]``: where each weight of the permuted models is read from."""
-    k, device = len(outputs[0]), outputs[0].device
-    index = torch.arange(architecture.num_weights, device=device).repeat(k, 1)
-    for name, axes in channel_groups(architecture, device).axes.items():
-        slot = architecture.slots[name]
-        index[:, slot.offset : slot.stop] = read_from(slot, axes, outputs, inputs).flatten(1)
-    return index
