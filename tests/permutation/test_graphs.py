@@ -14,7 +14,6 @@ from wslfast.permutation import following, groups, hidden_channels, inverse, kep
 from wslfast.population import unstack
 from wslfast.testing import relative_error
 
-
 KIN = {
     "transformer-post-norm", "mobilenet", "densenet", "window-attention", "convnext", "gru-by-hand", "mixer", "vgg", "unet", "squeeze-excite",
     "decoder", "gpt", "rnn-last-state", "resnet-padded-shortcut", "pixel-shuffle", "gated", "one-block", "film", "lstm-projected",

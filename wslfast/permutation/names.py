@@ -81,13 +81,16 @@ class Names:
 
     def resolved(self, columns: Tensor | list[Tensor], constant: bool = False) -> Tensor:
         """Names ``[m, N]`` by what their ids are now, ``[m', N]``, columns that say nothing left out (``constant``: those kept that say
-        the same everywhere)."""
+        the same everywhere). One id of a group that may be permuted does say something: that it is not another."""
         found: list[Tensor] = []
         for column in columns:
             now = self._now[column.clamp_min(0)]
             for c in range(now.shape[1]):
                 ids = torch.where(column < 0, -1, now[:, c])
-                if len(ids) and bool((ids != ids[0]).any() if not constant else (ids >= 0).any()):
+                if not len(ids):
+                    continue
+                varies = bool((ids != ids[0]).any())
+                if varies or (int(ids[0]) >= 0 and (constant or bool(self.free(ids[:1])))):
                     found.append(ids)
         return torch.stack(found) if found else torch.empty(0, columns[0].shape[0] if len(columns) else 0, dtype=torch.long)
 

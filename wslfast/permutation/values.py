@@ -102,7 +102,7 @@ def _at(slots: list[Tensor], i: int, shape: tuple[int, ...]) -> Tensor:
 
 def _by_axis(names: Names, ids: list[Tensor], shape: tuple[int, ...]) -> list[Tensor]:
     """Names of every axis ``[size, m]`` from names number by number, after groups that run along several axes at once have become
-    products of one along each."""
+    products of one along each, and an id that is alone a group of its own."""
     long = [axis for axis, size in enumerate(shape) if size > 1]
     while True:
         slots = [s.view(shape) for s in names.resolved([s.reshape(-1) for s in ids])]
@@ -116,11 +116,23 @@ def _by_axis(names: Names, ids: list[Tensor], shape: tuple[int, ...]) -> list[Te
                     several = True
                 elif axes:
                     along[-1][group] = axes[0]
+                else:
+                    _single(names, slot, group)
+                    several = True
         if not several:
             break
     return [
         _columns(names, slots, along, axis, shape) if axis in long else torch.empty(shape[axis], 0).long() for axis in range(len(shape))
     ]
+
+
+def _single(names: Names, slot: Tensor, group: int) -> None:
+    """Tell the one id of a group that is there apart from the others; fix a group of which several are, along no axis."""
+    ids = slot[names.group(slot) == group].unique()
+    if len(ids) == 1:
+        names.split(group, (torch.arange(names.sizes[group]) == names.index(ids)).long())
+    else:
+        names.fix([group])
 
 
 def _axes_of(names: Names, slot: Tensor, long: list[int]) -> dict[int, list[int]]:
