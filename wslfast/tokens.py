@@ -72,7 +72,7 @@ class TokenLayout:
         self.layers = tuple(layer.slot.name for layer in layers)
         rows, positions = [], []
         for i, layer in enumerate(layers):
-            row = layer.index()
+            row = layer.places()
             chunks = -(-row.shape[1] // self.token_size)
             row = torch.nn.functional.pad(row, (0, chunks * self.token_size - row.shape[1]), value=-1)
             rows.append(row.view(-1, self.token_size))
@@ -193,7 +193,7 @@ class Layer(NamedTuple):
         """Numbers of a row, its bias included."""
         return (self.slot.size + (0 if self.bias is None else self.bias.size)) // self.channels
 
-    def index(self) -> Tensor:
+    def places(self) -> Tensor:
         """``[channels, width]``: where each number of the rows lies in a row of weights."""
         shape, axes = self.slot.shape, self.axes
         if self.groups > 1:

@@ -57,9 +57,7 @@ class RandomNetwork(nn.Module):
         elif name == "cat":
             b = draw.choice(others)
             self._add(name, (a, b), (*shape[:-1], 2 * last))
-        elif name == "half" and last % 2 == 0 and last > 2:
-            self._add(name, (a,), (*shape[:-1], last // 2), draw.randrange(2))
-        elif name == "every_second" and last % 2 == 0 and last > 2:
+        elif (name == "half" and last % 2 == 0 and last > 2) or (name == "every_second" and last % 2 == 0 and last > 2):
             self._add(name, (a,), (*shape[:-1], last // 2), draw.randrange(2))
         elif name == "glu" and last % 2 == 0:
             self._add(name, (a,), (*shape[:-1], last // 2))
@@ -110,7 +108,33 @@ class RandomNetwork(nn.Module):
         }[name]()  # fmt: skip
 
 
-OPERATIONS = (
-    "linear linear linear relu softmax norm group_norm batch_norm add add mul cat cat half every_second glu split split flatten flatten swap mean "
-    "attend flip conv mix gate pick"
-).split()
+OPERATIONS = [
+    "linear",
+    "linear",
+    "linear",
+    "relu",
+    "softmax",
+    "norm",
+    "group_norm",
+    "batch_norm",
+    "add",
+    "add",
+    "mul",
+    "cat",
+    "cat",
+    "half",
+    "every_second",
+    "glu",
+    "split",
+    "split",
+    "flatten",
+    "flatten",
+    "swap",
+    "mean",
+    "attend",
+    "flip",
+    "conv",
+    "mix",
+    "gate",
+    "pick",
+]

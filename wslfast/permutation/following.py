@@ -173,8 +173,7 @@ class _Follower(LayerRules):
             return self._summed(x, given.get("dim"), bool(given.get("keepdim")))
         if name == "glu":
             axis, half = given.get("dim", -1), shapes[given.get("dim", -1)]
-            halves = [moved(self.names, lambda t, start=start: t[0].narrow(axis, start, half), [x], False) for start in (0, half)]
-            return self.together(halves)
+            return self.together([moved(self.names, _narrow(axis, start, half), [x], False) for start in (0, half)])
         if name in ("tril", "triu"):
             return self.together([x, Value.placed(self.names, x.shape[-2:])])
         if name in _CHOICES:
@@ -200,7 +199,7 @@ class _Follower(LayerRules):
         return _several(shapes, one)
 
     def _image(self, name: str, given: dict[str, Any], shapes: Any) -> Any:
-        x: Value = given.get("self", given.get("input"))
+        x: Value = given["self"] if "self" in given else given["input"]
         digit = next((c for c in name if c.isdigit()), "")
         if name == "col2im" or not (digit or "spatial" in given):
             return None
@@ -209,6 +208,11 @@ class _Follower(LayerRules):
             self.keep(columns)
         front = x.axes[:-spatial]
         return _several(shapes, lambda shape: self.made([*front, *(self.places(size) for size in shape[len(front) :])]))
+
+
+def _narrow(axis: int, start: int, size: int) -> Callable[[list[Tensor]], Tensor]:
+    """Places ``start:start + size`` of an axis."""
+    return lambda tensors: tensors[0].narrow(axis, start, size)
 
 
 def _operands(given: Any) -> list[Value]:

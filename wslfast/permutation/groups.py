@@ -131,7 +131,8 @@ def _axis(names: Names, columns: Tensor, rows: bool, chosen: Mapping[int, int]) 
             continue
         groups = tuple(int(kind[c]) for c in at)
         channels = names.index(columns[places][:, at])
-        strides, total = [], 1
+        strides: list[int] = []
+        total = 1
         for g in reversed(groups):
             strides.insert(0, total)
             total *= names.sizes[g]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -161,7 +161,7 @@ class LayerRules:
                 self.meet(w_hidden.axes[1], answer)
                 for at, state in enumerate(states):
                     mine = answer if at == 0 else cells
-                    here = moved(self.names, lambda t, i=layer * ways + way: t[0].select(0, i), [state], False)
+                    here = moved(self.names, _entry(layer * ways + way), [state], False)
                     self.meet(here.axes[-1], mine)
                     last[at].append(mine)
                 out.append(answer)
@@ -229,6 +229,11 @@ def _blocks(group: Tensor, within: Tensor) -> Tensor:
     """Names of places in groups one after another: the group, and what the place in it is called."""
     outer = group.repeat_interleave(len(within)).unsqueeze(1)
     return torch.cat([outer, within.repeat(len(group), 1)], 1)
+
+
+def _entry(i: int) -> Callable[[list[Tensor]], Tensor]:
+    """Entry i of the first axis."""
+    return lambda tensors: tensors[0].select(0, i)
 
 
 def _of_axis(value: Any, i: int) -> Any:

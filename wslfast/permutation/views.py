@@ -18,6 +18,8 @@ from ..errors import describe, require
 from .axes import Permutations
 from .groups import channel_groups
 
+_AT_ONCE = 1 << 26  # numbers whose places are held at a time
+
 
 def hidden_channels(architecture: Architecture) -> tuple[int, ...]:
     """Sizes of the groups of hidden channels that may be permuted, in order; empty where nothing may be, or nothing is known as the module
@@ -81,10 +83,34 @@ def permute(weights: Tensor, architecture: Architecture, permutations: Permutati
     if not sum(sizes):
         return weights
     groups = channel_groups(architecture, permutations[0].device)
-    inputs = permutations if inputs is None else inputs
-    return weights.gather(1, groups.source(architecture.parameters, architecture.num_weights, permutations, inputs))
+    size = max(1, _AT_ONCE // architecture.num_weights)
+    if inputs is None:
+        inputs = permutations
+    moved = []
+    for start in range(0, max(len(weights), 1), size):
+        part = slice(start, start + size)
+        index = groups.source(
+            architecture.parameters, architecture.num_weights, *(tuple(p[part] for p in x) for x in (permutations, inputs))
+        )
+        moved.append(weights[part].gather(1, index))
+    return moved[0] if len(moved) == 1 else torch.cat(moved)
 
 
 def random_views(weights: Tensor, architecture: Architecture, generator: torch.Generator | None = None) -> Tensor:
     """One uniformly drawn view of every model: ``[k, P] -> [k, P]``."""
     return permute(weights, architecture, random_permutations(architecture, len(weights), generator, weights.device))
+
+
+def channel_norms(weights: Tensor, architecture: Architecture) -> tuple[Tensor, ...]:
+    """Norms of all weights that belong to each channel of a group, ``[k, channels]`` float64 a group: the same in every view but for
+    their order."""
+    groups = channel_groups(architecture, weights.device)
+    totals = [weights.new_zeros(len(weights), size, dtype=torch.float64) for size in groups.sizes]
+    for slot in architecture.parameters:
+        square = weights[:, slot.offset : slot.stop].double().square().view(-1, *slot.shape)
+        for at, axis in enumerate(groups.axes.get(slot.name, ())):
+            along = square.transpose(1, at + 1).flatten(2).sum(2) if slot.shape else square
+            for part in () if axis is None else axis.parts:
+                for i, group in enumerate(part.groups):
+                    totals[group].index_add_(1, part.channels[:, i], along[:, part.places])
+    return tuple(total.sqrt() for total in totals)

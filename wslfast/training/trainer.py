@@ -24,7 +24,7 @@ from ..behavior import batched_behavioral_loss, batched_forward
 from ..codes.autoencoder import Autoencoder
 from ..codes.linear import LinearCodec
 from ..errors import require
-from ..permutation import permute, random_permutations
+from ..permutation import kept_channels, permute, random_permutations
 from ..population import Population
 from ..profiling import region
 from ..queries import QueryPool, TargetCache
@@ -75,6 +75,9 @@ class Trainer:
         self.two_views = config.gamma > 0
         self.layout = TokenLayout(self.architecture, config.token_size)
         self.step_index = 0
+        if config.views and world.writes:
+            for name, why in kept_channels(self.architecture).items():
+                logger.info("views: outputs of %s keep their order: %s", name, why)
 
         root = torch.Generator().manual_seed(config.seed)
         seeds = torch.randint(2**62, (3,), generator=root).tolist()
@@ -199,7 +202,7 @@ class Trainer:
             if config.views and config.permutations == "random":
                 targets = self._outputs(torch.cat(views), queries)
             else:  # every view of a model is the same function: one row of targets serves them all
-                targets = self._targets(rows[mine], originals, queries).repeat(len(views), 1, 1)
+                targets = torch.cat([self._targets(rows[mine], originals, queries)] * len(views))
             with _matmul_precision(config.behavior_precision, self.device):
                 values = batched_behavioral_loss(
                     weights,
