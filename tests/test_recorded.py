@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from wslfast import Architecture, Population, TrainConfig, WslfastError, build_zoo, errors, evaluate, generate, load_zoo, train
+from wslfast.measure.evaluation import compare_models
 from wslfast.measure.recorded import check_recorded
 from wslfast.study.ablation_file import Ablation
 from wslfast.study.ablations import run_ablation
-from wslfast.study.loaded_zoo import Bench, Protocol
+from wslfast.study.loaded_zoo import LoadedZoo, Protocol
 from wslfast.testing import oracle_outputs
 from wslfast.zoo import Dataset, dataset_of, export_zoo, import_zoo, load_dataset, read_manifest, save_zoo
 from wslfast.zoo.manifest import MANIFEST, Manifest
@@ -100,8 +101,9 @@ def _generate(root: Path, zoo: str) -> Any:
 
 
 def _bench(root: Path, zoo: str) -> Any:
-    bench = Bench(root / zoo, Protocol.quick())
-    return bench.compare(bench.test.weights), bench.compare(bench.test.weights)
+    bench = LoadedZoo(root / zoo, Protocol.quick())
+    images, labels = bench.data.split("test")
+    return [compare_models(bench.test, bench.test.weights, images, labels, bench.targets) for _ in range(2)]
 
 
 @pytest.mark.parametrize("measure", [_evaluate, _generate, _bench], ids=["evaluate", "generate", "bench"])

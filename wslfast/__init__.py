@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from .queries import QueryPool, TargetCache
     from .tokens import TokenLayout
     from .training import TrainConfig, train
-    from .zoo import build_zoo, load_zoo
+    from .zoo import build_zoo, load_zoo, save_zoo
 
 _HOME = {
     "AdaptiveCodec": "codes.adaptive",
@@ -66,6 +66,7 @@ _HOME = {
     "evaluate": "measure",
     "generate": "measure",
     "load_zoo": "zoo",
+    "save_zoo": "zoo",
     "train": "training",
 }
 __all__ = [
@@ -86,6 +87,7 @@ __all__ = [
     "generate",
     "load_zoo",
     "profiling",
+    "save_zoo",
     "train",
 ]
 

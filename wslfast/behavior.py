@@ -195,10 +195,12 @@ def _remedy(value: Any) -> str:
         came = f"a list of {len(value)} modules" if which == "modules" else f"a module ({type(value).__name__})"
         return f"expected a population, got {came}; stack them with Population.from_modules({which}, input_shape=...)"
     if len(value) > 0 and all(isinstance(v, Mapping) for v in value):
-        return f"expected a population, got a list of {len(value)} state dicts; stack them with Population.from_state_dicts(architecture, [...])"
+        remedy = "stack them with Population.from_state_dicts(architecture, [...])"
+        return f"expected a population, got a list of {len(value)} state dicts; {remedy}"
     if len(value) > 0 and all(isinstance(v, Tensor) for v in value):
         return f"expected [k, P] weights, got a list of {len(value)} tensors; stack them with torch.stack(rows)"
-    return f"expected a population or [k, P] weights, got a {type(value).__name__} of {len(value)}; Population.from_modules makes one of modules"
+    came = f"got a {type(value).__name__} of {len(value)}"
+    return f"expected a population or [k, P] weights, {came}; Population.from_modules makes one of modules"
 
 
 def _queries(queries: Any, architecture: Architecture, rows: Tensor) -> Tensor:

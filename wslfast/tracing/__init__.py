@@ -5,4 +5,14 @@ from .module import check_template, innermost, prepared, queries_for, with_froze
 from .rebuilt import rebuilt
 from .state import effective_state
 
-__all__ = ["Untraceable", "check_template", "effective_state", "innermost", "prepared", "queries_for", "rebuilt", "trace", "with_frozen_norms"]
+__all__ = [
+    "Untraceable",
+    "check_template",
+    "effective_state",
+    "innermost",
+    "prepared",
+    "queries_for",
+    "rebuilt",
+    "trace",
+    "with_frozen_norms",
+]
