@@ -13,7 +13,7 @@ from torch import Tensor
 
 from wslfast import engine
 from wslfast.architecture import Architecture
-from wslfast.kernels.cpu.steps import compile_program
+from wslfast.kernels.cpu.program import compile_program
 from wslfast.kernels.layers import Activation, Conv2d, Flatten, Layer, Linear, Pool2d, multiply_adds, shapes
 from wslfast.testing import oracle_loss, oracle_outputs
 

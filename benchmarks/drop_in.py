@@ -24,7 +24,7 @@ import wslfast
 from wslfast import sane
 from wslfast.permutation import random_views
 from wslfast.population import unstack
-from wslfast.sane import multizoo, rebasin, unscaled
+from wslfast.sane import multizoo, package_sane, rebasin
 
 from . import published_code
 
@@ -110,7 +110,7 @@ class _Ours:
     """What takes the place of a package's names: a module of ours, and ``wslfast.sane`` for the rest."""
 
     def __init__(self, package: str) -> None:
-        self._modules = ({"SANE": unscaled, "mzsane": multizoo}.get(package, sane), sane)
+        self._modules = ({"SANE": package_sane, "mzsane": multizoo}.get(package, sane), sane)
 
     def __getattr__(self, name: str) -> Any:
         return next(getattr(m, name) for m in self._modules if hasattr(m, name))

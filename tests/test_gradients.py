@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import math
@@ -183,10 +184,13 @@ def test_a_sweep_measures_what_the_loss_is() -> None:
     assert found["quadratic"][1] == pytest.approx(found["quadratic"][0] * 0.5**2 / 1e-8)
 
 
-def test_opaque_networks_go_through_their_module() -> None:
+@pytest.mark.parametrize("traced", [True, False])
+def test_networks_beyond_plain_layers_go_through_their_graph_or_their_module(traced: bool) -> None:
     module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(6, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 2)).double()
     arch = Architecture.from_module(module, (1, 2, 3))
-    assert arch.module is not None
+    assert arch.module is None
+    if not traced:
+        arch = Architecture("opaque", arch.input_shape, None, copy.deepcopy(module).float(), "hidden by a test")
     row = torch.cat([p.detach().flatten() for p in module.parameters()])
     x = queries(arch, 5)
     torch.testing.assert_close(model_function(arch)(row, x), module(x).detach())

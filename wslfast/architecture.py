@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from . import networks, tracing
 from .errors import WslfastError, describe, require
+from .kernels.chains import chain_of, graph_of
 from .kernels.graph import Graph, Node, Slot, slots_of
-from .kernels.layers import RECORDS, Layer, Layers, chain_of, check_layer, graph_of, layer_from_dict
+from .kernels.layers import RECORDS, Layer, Layers, check_layer, layer_from_dict
 from .kernels.operations import check_graph
 from .kernels.reference import value_shapes
 from .networks import INITIALISATIONS, initial_weights

@@ -31,9 +31,10 @@ from ..criteria import criterion as criterion_of
 from ..layers import Conv2d, Layers, Linear, Unplannable, layer_slots, shapes
 from ..reference import per_model_queries
 from . import jobs
+from .program import Program, compile_program
 from .queries import own_slab, shared_slabs
 from .rewrites import blocked, in_blocks, paired
-from .steps import Program, backward_through, compile_program, forward_through, values_through
+from .steps import backward_through, forward_through, values_through
 
 __all__ = ["forward", "group_shape", "loss_and_gradient", "supports"]
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .steps import CHANNELS_LAST, Program
+from .program import Program
+from .steps import CHANNELS_LAST
 
 
 def shared_slabs(queries: Tensor, program: Program, slab: int, dtype: torch.dtype) -> list[Tensor]:

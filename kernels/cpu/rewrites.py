@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 
 from ..layers import Activation, Conv2d, Dropout, Layers, Linear, Pool2d, Slot, shapes
+from .program import Program
 from .steps import (
     ConvStep,
     Packed,
-    Program,
     Step,
     backward_through,
     bias_gradient,

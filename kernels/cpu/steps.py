@@ -22,14 +22,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Union
 
 import torch
 from torch import Tensor
 
-from ..layers import Activation, Conv2d, Dropout, Flatten, Layer, Layers, Linear, Pool2d, Slot, Unplannable, layer_slots, shapes
-from .activations import Function, function_of
+from ..layers import Activation, Affine, Conv2d, Flatten, Layer, Linear, Pool2d, Slot
+from .activations import Function
 
 # Overloads resolved once: looking one up costs as much as a small operator.
 _aten = torch.ops.aten
@@ -242,14 +242,14 @@ class PoolStep(Step):
     def forward(self, x: Tensor, packed: None, models: int) -> tuple[Tensor, Any]:
         pool = self.layer
         if pool.mode == "avg":
-            return _avg_pool(x, pool.kernel_size, pool.stride), (x.shape, None)
-        y, indices = _max_pool(x, pool.kernel_size, pool.stride)
+            return _avg_pool(x, pool.kernel_size, pool.stride, pool.padding), (x.shape, None)
+        y, indices = _max_pool(x, pool.kernel_size, pool.stride, pool.padding)
         return y, (x.shape, indices)
 
     def values(self, x: Tensor, packed: None, models: int) -> Tensor:
         """Without the 64-bit indices: half the time of the operator above."""
         pool = self.layer
-        if pool.mode != "max" or pool.kernel_size != (2, 2) or pool.stride != (2, 2):
+        if pool.mode != "max" or pool.kernel_size != (2, 2) or pool.stride != (2, 2) or pool.padding != (0, 0):
             return self.forward(x, None, 1)[0]
         height, width = x.shape[2] // 2 * 2, x.shape[3] // 2 * 2
         x = x.permute(0, 2, 3, 1)
@@ -263,8 +263,8 @@ class PoolStep(Step):
         # The operators look at their "input" for its shape and layout alone, so the output may stand in for it.
         gx = torch.empty(shape, dtype=g.dtype, device=g.device, memory_format=CHANNELS_LAST)
         if pool.mode == "avg":
-            return _avg_pool_backward(g, gx, pool.kernel_size, pool.stride, (0, 0), False, True, None, grad_input=gx)
-        return _max_pool_backward(g, gx, pool.kernel_size, pool.stride, (0, 0), (1, 1), False, indices, grad_input=gx)
+            return _avg_pool_backward(g, gx, pool.kernel_size, pool.stride, pool.padding, False, True, None, grad_input=gx)
+        return _max_pool_backward(g, gx, pool.kernel_size, pool.stride, pool.padding, (1, 1), False, indices, grad_input=gx)
 
 
 @dataclass(frozen=True)
@@ -280,6 +280,39 @@ class ActivationStep(Step):
 
     def backward(self, g: Tensor, saved: Any, packed: None, rows: Tensor, fresh: bool) -> Tensor:
         return self.function.backward(g, saved, self.layer)
+
+
+@dataclass(frozen=True)
+class AffineStep(Step):
+    """A factor and a shift a channel: a norm that could be folded into no layer."""
+
+    layer: Affine
+    weight: Slot
+    bias: Slot
+
+    def pack(self, rows: Tensor, dtype: torch.dtype) -> Packed:
+        return block(rows, self.weight).to(dtype).flatten(), block(rows, self.bias).to(dtype).flatten()
+
+    def forward(self, x: Tensor, packed: Any, models: int) -> tuple[Tensor, Any]:
+        factor, shift = (_beside(p, x, models) for p in packed)
+        return torch.addcmul(shift, x, factor), x
+
+    def backward(self, g: Tensor, x: Any, packed: Any, rows: Tensor, fresh: bool) -> Tensor:
+        models = rows.shape[0]
+        factor = _beside(packed[0], x, models)
+        product = g * x
+        if x.ndim == 4:
+            put(rows, self.weight, bias_gradient(product, models), fresh)
+            put(rows, self.bias, bias_gradient(g, models), fresh)
+        else:  # [M, q, F]
+            put(rows, self.weight, product.sum(1), fresh)
+            put(rows, self.bias, g.sum(1), fresh)
+        return torch.mul(g, factor, out=product)
+
+
+def _beside(parameter: Tensor, x: Tensor, models: int) -> Tensor:
+    """A number a channel ``[M * C]`` laid out for ``[q, M * C, H, W]`` or ``[M, q, F]``."""
+    return parameter.view(1, -1, 1, 1) if x.ndim == 4 else parameter.view(models, 1, -1)
 
 
 @dataclass(frozen=True)
@@ -299,95 +332,3 @@ class FlattenStep(Step):
         if len(self.shape) == 1:
             return g
         return g.unflatten(2, self.shape).transpose(0, 1).flatten(1, 2).contiguous(memory_format=CHANNELS_LAST)
-
-
-@dataclass(frozen=True)
-class Program:
-    """A network compiled for the CPU: its steps, and the part of the image on which its outputs depend."""
-
-    steps: tuple[Step, ...]
-    crop: tuple[int, ...]  # of one query, no batch axis
-    outputs: int
-    first: int  # index of the first step with parameters
-    fewest: int = 2  # images of a slab
-    model_by_model: bool = False  # whether that first step wants each model's own queries apart, [m, q, C, H, W]
-
-
-def _canonical(layers: Layers) -> list[tuple[Layer, Slot | None, Slot | None]]:
-    """Layers with their slots: identities dropped, monotone activations moved behind the max pooling that follows them."""
-    order: list[tuple[Layer, Slot | None, Slot | None]] = [
-        (layer, slots.weight, slots.bias)
-        for layer, slots in zip(layers, layer_slots(layers), strict=True)
-        if not isinstance(layer, Dropout) and not (isinstance(layer, Activation) and layer.function == "identity")
-    ]
-    for i in range(len(order) - 1):
-        act, above = order[i][0], order[i + 1][0]
-        if isinstance(act, Activation) and _function(act).monotone(act) and isinstance(above, Pool2d) and above.mode == "max":
-            order[i], order[i + 1] = order[i + 1], order[i]
-    return order
-
-
-def _function(layer: Activation) -> Function:
-    function = function_of(layer)
-    if function is None:
-        raise Unplannable(f"layer {layer.name!r} (activation): the CPU engine does not know {layer.function!r}")
-    return function
-
-
-def _needed(layers: Sequence[Layer], sizes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """Shape of the corner of the query that the outputs depend on (a pooling that floors leaves rows and columns unread)."""
-    need = sizes[-1]
-    for layer, full in zip(reversed(layers), reversed(sizes[:-1]), strict=True):
-        if isinstance(layer, Pool2d):
-            need = (full[0], *((n - 1) * s + k for n, s, k in zip(need[1:], layer.stride, layer.kernel_size, strict=True)))
-        elif isinstance(layer, Conv2d):
-            if layer.padding != (0, 0):  # padding belongs at the image's true edge
-                need = full
-                continue
-            reach = (d * (k - 1) + 1 for d, k in zip(layer.spacing, layer.kernel_size, strict=True))
-            need = (full[0], *((n - 1) * s + r for n, s, r in zip(need[1:], layer.stride, reach, strict=True)))
-        elif isinstance(layer, (Flatten, Linear)):
-            need = full
-    return need
-
-
-def compile_program(layers: Layers, input_shape: tuple[int, ...], own_queries: bool) -> Program:
-    """Steps for ``layers`` on queries of ``input_shape``; ``own_queries``: every model has its own, so nothing is shared."""
-    slotted = _canonical(layers)
-    order = [layer for layer, _, _ in slotted]
-    sizes = shapes(tuple(order), input_shape)
-    crop = _needed(order, sizes)
-    if shapes(tuple(order), crop)[-1] != sizes[-1]:
-        crop = tuple(input_shape)
-    sizes = shapes(tuple(order), crop)
-    if len(sizes[-1]) != 1:
-        raise Unplannable(f"layer {layers[-1].name!r} ({layers[-1].kind}): a network ends in [K] outputs, not {list(sizes[-1])}")
-    first = next((i for i, (_, weight, _) in enumerate(slotted) if weight is not None), None)
-    if first is None:
-        raise Unplannable(f"layer {layers[0].name!r} ({layers[0].kind}): no layer of the network has parameters")
-    steps: list[Step] = []
-    for i, (layer, weight, bias) in enumerate(slotted):
-        shared = not own_queries and i <= first
-        below = steps[-1] if steps else None
-        if isinstance(layer, Conv2d):
-            assert weight is not None
-            if shared and layer.groups > 1:
-                raise Unplannable(f"layer {layer.name!r} (conv2d): a first layer with groups is left to the reference")
-            steps.append(ConvStep(layer, weight, bias, shared, input_gradient=i > first))
-        elif isinstance(layer, Linear):
-            assert weight is not None
-            steps.append(LinearStep(layer, weight, bias, shared, input_gradient=i > first))
-        elif isinstance(layer, Pool2d):
-            if isinstance(below, ConvStep):
-                steps[-1] = replace(below, sums_bias=False)
-                steps.append(PoolStep(layer, below.bias))
-            else:
-                steps.append(PoolStep(layer))
-        elif isinstance(layer, Activation):
-            steps.append(ActivationStep(layer, _function(layer), owned=isinstance(below, (ConvStep, LinearStep, PoolStep))))
-        elif isinstance(layer, Flatten):
-            steps.append(FlattenStep(layer, sizes[i], shared))
-        else:
-            raise Unplannable(f"layer {layer!r}: unknown kind")
-    fewest = 16 if any(needs_sixteen(layer) for layer in order) else 2
-    return Program(tuple(steps), crop, sizes[-1][0], first, fewest)

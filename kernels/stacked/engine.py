@@ -25,7 +25,7 @@ from ..graph import Graph
 from ..operations import TABLE
 from ..reference import value_shapes
 from .company import group_size
-from .program import compile_program
+from .compiler import compile_program
 
 _MODELS = 256  # of a group: more leave the caches, fewer spend their time on calls
 _PAIRS = 16_384  # of models and queries in a group and slab, for the same reasons
@@ -75,7 +75,10 @@ def group_shape(graph: Graph, n: int) -> tuple[int, int]:
 class _Call:
     """What holds for all groups of one call."""
 
-    def __init__(self, weights: Tensor, queries: Tensor, graph: Graph, index: Tensor | None, size: int | None = None) -> None:
+    def __init__(
+        self, weights: Tensor, queries: Tensor, graph: Graph, index: Tensor | None, size: int | None = None, once: bool = True
+    ) -> None:
+        """``once``: nobody differentiates twice, or with respect to the queries."""
         self.graph, self.index = graph, index
         self.weights, self.queries = weights, queries
         self.own = index is not None or queries.ndim == len(graph.input_shape) + 2
@@ -83,7 +86,8 @@ class _Call:
         self.plain = weights.device.type == "cpu"
         if self.plain:
             jobs.keep_freed_memory()
-        self.program = compile_program(graph, self.own, self.plain)
+        segmented = self.plain and once and weights.dtype == torch.float32
+        self.program = compile_program(graph, self.own, self.plain, segmented)
         full, self.slab = group_shape(graph, self.n)
         if weights.device.type != "cpu":  # the caller has cut models into chunks that fit its memory
             full, self.slab = max(1, len(weights)), max(1, self.n)
@@ -205,15 +209,21 @@ def _loss_and_gradient(call: _Call, targets: Tensor, criterion: Named, temperatu
         wanted = targets[start : start + real]
         if real < len(rows):
             wanted = torch.cat((wanted, wanted[-1:].expand(len(rows) - real, *wanted.shape[1:])))
-        values: Tensor | None = None
-        own = gradient[start : start + real] if real == len(rows) else torch.empty_like(rows, memory_format=torch.contiguous_format)
+        value_sum: Tensor | None = None
         leaves = [leaf.requires_grad_() for leaf in _copies_of(rows, graph)]
+        with torch.enable_grad(), autocast():
+            made_of_weights = call.program.weights(leaves)
+        # several slabs: what is made of weights alone is made once, and its gradient goes on to the weights once
+        several = len(call.starts()) > 1
+        cut = [value.detach().requires_grad_(value.requires_grad) for value in made_of_weights] if several else made_of_weights
+        wanted_of = [value for value in cut if value.requires_grad] if several else leaves
+        sums: list[Tensor] = []
         for at in call.starts():
             target = wanted[:, at : at + call.slab]
             q = target.shape[1]
             with torch.enable_grad(), autocast():
                 prepared = call.values(shared, start, at)
-                made = call.program.outputs(prepared, leaves, prepared[call.program.query].shape[int(call.own)])
+                made = call.program.outputs(prepared, cut, len(rows), prepared[call.program.query].shape[int(call.own)])
             outputs = made.detach()
             with torch.no_grad():
                 value, slope = share_of_loss(
@@ -222,18 +232,19 @@ def _loss_and_gradient(call: _Call, targets: Tensor, criterion: Named, temperatu
                 if made.shape[1] > q:
                     slope = torch.cat((slope, slope.new_zeros(len(rows), made.shape[1] - q, *slope.shape[2:])), 1)
             # models are independent: the gradient of the sum is each model's own
-            slopes = torch.autograd.grad(made, leaves, slope.to(made.dtype), materialize_grads=True)
-            flat = [s.reshape(len(rows), -1) for s in slopes]
-            if values is None:
-                values = value
-                torch.cat(flat, 1, out=own)
+            slopes = torch.autograd.grad(made, wanted_of, slope.to(made.dtype), materialize_grads=True)
+            if value_sum is None:
+                value_sum, sums = value, list(slopes)
             else:
-                values = values + value
-                own += torch.cat(flat, 1)
-        assert values is not None
-        losses[start : start + real] = values[:real]
-        if real < len(rows):
-            gradient[start : start + real] = own[:real]
+                value_sum += value
+                sums = [total + more for total, more in zip(sums, slopes, strict=True)]
+        assert value_sum is not None
+        if several:
+            made_of_weights = [value for value in made_of_weights if value.requires_grad]
+            sums = list(torch.autograd.grad(made_of_weights, leaves, sums, materialize_grads=True))
+        losses[start : start + real] = value_sum[:real]
+        flat = [s.reshape(len(rows), -1)[:real] for s in sums]
+        torch.cat(flat, 1, out=gradient[start : start + real])
 
     _jobs(len(weights), call, group)
     return losses, gradient
@@ -257,11 +268,12 @@ def forward(weights: Tensor, queries: Tensor, graph: Graph) -> Tensor:
 
     def group(start: int) -> None:
         with torch.no_grad(), autocast():
-            leaves = _copies_of(call.rows(start), graph)
+            rows = call.rows(start)
+            ready = call.program.weights(_copies_of(rows, graph))
             real = min(len(weights) - start, call.models)
             for at in call.starts():
                 values = call.values(shared, start, at)
-                made = call.program.outputs(values, leaves, values[call.program.query].shape[int(call.own)])
+                made = call.program.outputs(values, ready, len(rows), values[call.program.query].shape[int(call.own)])
                 pieces[start, at] = made[:real, : min(call.slab, call.n - at)]
 
     _jobs(len(weights), call, group)
@@ -272,26 +284,28 @@ def forward(weights: Tensor, queries: Tensor, graph: Graph) -> Tensor:
 def differentiable(weights: Tensor, queries: Tensor, graph: Graph) -> Tensor:
     """Outputs ``[k, n, *out]`` through torch's own graph, differentiable in weights and queries as often as torch is, in the groups in
     which :func:`loss_and_gradient` runs them. For callers that cut models into chunks that fit memory."""
-    call = _Call(weights, queries, graph, None)
-    rows: list[Tensor] = []
+    call = _Call(weights, queries, graph, None, once=False)
+    outputs: list[Tensor] = []
     autocast = _autocast(weights.device.type)
 
     def run() -> None:
         with torch.enable_grad(), autocast():
             for start in range(0, len(weights), call.models):
-                x = call.slab_of(start, 0, whole=True)
-                made = call.program.outputs(call.program.prepare(x), leaves_of(call.rows(start), graph), x.shape[int(call.own)])
-                rows.append(made[: len(weights) - start, : call.n])
+                x, rows = call.slab_of(start, 0, whole=True), call.rows(start)
+                ready = call.program.weights(leaves_of(rows, graph))
+                made = call.program.outputs(call.program.prepare(x), ready, len(rows), x.shape[int(call.own)])
+                outputs.append(made[: len(weights) - start, : call.n])
 
     jobs.run([run]) if weights.device.type == "cpu" else run()
-    return torch.cat(rows) if len(rows) > 1 else rows[0].contiguous()
+    return torch.cat(outputs) if len(outputs) > 1 else outputs[0].contiguous()
 
 
 def plain(weights: Tensor, queries: Tensor, graph: Graph) -> Tensor:
     """Outputs ``[k, n, *out]`` in plain operators that any transform sees through. Bits may depend on how many models there are."""
     own = queries.ndim == len(graph.input_shape) + 2
     program = compile_program(graph, own, False)
-    return program.outputs(program.prepare(queries), leaves_of(weights, graph), queries.shape[int(own)])
+    ready = program.weights(leaves_of(weights, graph))
+    return program.outputs(program.prepare(queries), ready, len(weights), queries.shape[int(own)])
 
 
 @lru_cache(maxsize=64)

@@ -1,0 +1,345 @@
+"""A graph made ready to run stacked: where the models of each value are, what is computed once for all, what is freed when.
+
+Two rewrites on the way: a batch norm behind a convolution or a linear layer is folded into its weights, through which the gradient
+flows; and a value that is needed in another layout is moved once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..graph import DTYPES, INFINITE, QUERY, Graph, Node, is_size, references
+from ..layers import Conv2d
+from ..operations import TABLE, Operation
+from ..reference import value_shapes
+from .calls import Call, Layout, Values
+from .forms import FORMS, channels_first, models_first
+from .program import Program, Step
+from .segments import Segment, rows_of, segments
+from .through import shared_input, through
+
+_PER_CHANNEL = frozenset({
+    "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
+    "adaptive_avg_pool3d", "pixel_shuffle", "pixel_unshuffle", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d",
+    "replication_pad1d", "replication_pad2d", "replication_pad3d", "pad", "upsample_nearest1d.vec", "upsample_nearest2d.vec",
+    "upsample_nearest3d.vec", "upsample_linear1d.vec", "upsample_bilinear2d.vec", "upsample_bicubic2d.vec", "upsample_trilinear3d.vec",
+})  # fmt: skip
+_ALONG_PIXELS = frozenset({
+    "mean.dim", "sum.dim_IntList", "amax", "amin", "softmax.int", "log_softmax.int", "slice.Tensor", "logsumexp", "var.correction",
+    "std.correction", "flip", "constant_pad_nd", "squeeze.dims", "squeeze.dim",
+})  # fmt: skip
+_IN_PLACE = {
+    name: lambda call, a, models, run=run: run(a["self"])
+    for name, run in (("relu", torch.relu_), ("tanh", torch.tanh_), ("sigmoid", torch.sigmoid_))
+}
+_NORMS = ("batch_norm", "instance_norm", "group_norm", "prelu")
+_FOLDABLE = {"conv1d", "conv2d", "conv3d", "conv1d.padding", "conv2d.padding", "conv3d.padding", "linear"}
+
+
+@lru_cache(maxsize=256)
+def compile_program(graph: Graph, own: bool, aligned: bool, segmented: bool = False) -> Program:
+    """The program of a graph; ``aligned``: see :class:`Call`; ``segmented``: runs of layers go to the CPU wing's steps."""
+    return _Compiler(graph, own, aligned, segmented).program()
+
+
+class _Compiler:
+    def __init__(self, graph: Graph, own: bool, aligned: bool, segmented: bool) -> None:
+        self.graph, self.own, self.aligned = graph, own, aligned
+        shapes = value_shapes(graph)
+        self.rank: dict[str, Any] = {r: _ranks(shape) for r, shape in shapes.items()}
+        self.layout: dict[str, Layout] = {QUERY: Layout.MODELS if own else Layout.SHARED}
+        self.place: dict[str, int] = {QUERY: 0}
+        self.moved: dict[tuple[str, Layout], int] = {}
+        self.size = 1
+        self.users: dict[str, list[int]] = {}
+        for i, node in enumerate(graph.nodes):
+            for r in node.references():
+                self.users.setdefault(r, []).append(i)
+        for slot in graph.slots:
+            self._new(f"@w:{slot.name}", Layout.MODELS)
+        for constant in graph.constants:
+            self._new(f"@c:{constant.name}", Layout.SHARED)
+        self.segments = segments(graph, shapes, self.users) if segmented else []
+        self.ends = {segment.nodes[-1]: segment for segment in self.segments}
+        self.within = {i for segment in self.segments for i in segment.nodes}
+        self.folded = self._folded()
+        self.of_weights = {f"@w:{slot.name}" for slot in graph.slots}
+        self.steps: list[Step] = []
+        self.made: list[Step] = []
+        self.shared: list[Step] = []
+
+    def _new(self, reference: str, layout: Layout) -> int:
+        self.place[reference], self.layout[reference] = self.size, layout
+        self.size += 1
+        return self.place[reference]
+
+    def program(self) -> Program:
+        for i, node in enumerate(self.graph.nodes):
+            if i in self.ends:
+                self._segment(self.ends[i])
+            if i in self.within or i in self.folded.values():
+                continue  # run with another: the last layer of its segment, or the norm that is folded into it
+            if i in self.folded:
+                self._fold(i, node, self.graph.nodes[self.folded[i]])
+            else:
+                self._add(i, node)
+        output = self._in(self.graph.output, Layout.MODELS)
+        slots = tuple(self.place[f"@w:{s.name}"] for s in self.graph.slots)
+        constants = tuple((self.place[f"@c:{c.name}"], c.value) for c in self.graph.constants)
+        steps = _freeing(self.steps, {output})
+        ready = set(slots) | {step.out for step in self.made}
+        carried = tuple(sorted({i for step in steps for i in step.reads()} & ready | ({output} & ready)))
+        return Program(self.graph, self.own, tuple(self.shared), tuple(self.made), steps, slots, carried, constants, 0, output, self.size)
+
+    # -- nodes ---------------------------------------------------------------------------------------------------------
+
+    def _add(self, i: int, node: Node) -> None:
+        operation, name = TABLE[node.operation], f"@{i}"
+        wanted, layout = self._settle(node, operation)
+        form = _IN_PLACE[node.operation] if self._owns_its_input(node) else FORMS[operation.form]
+        self._emit(name, node, operation, wanted, layout, form)
+
+    def _owns_its_input(self, node: Node) -> bool:
+        """Whether an activation may be written over what it reads: nobody else does, nor does the backward of the layer that made it."""
+        if node.operation not in _IN_PLACE or not self.aligned:
+            return False
+        below = str(node.argument("self"))
+        if not below[1:].isdigit() or len(self.users[below]) > 1 or self.layout[below] is Layout.SHARED:
+            return False
+        made = self.graph.nodes[int(below[1:])]
+        if int(below[1:]) in self.within:
+            return False
+        return TABLE[made.operation].form in ("convolution", "transposed", "linear") or int(below[1:]) in self.folded
+
+    def _emit(self, name: str, node: Node, operation: Operation, wanted: Layout, layout: Layout, form: Callable[..., Any]) -> Step:
+        """A step for the node, its stacked tensors in the layout ``wanted``."""
+        known: Values = {}
+        tensors: list[tuple[str, int]] = []
+        lists: list[tuple[str, list[int | None]]] = []
+        sizes: list[tuple[str, int | None, str]] = []
+        layouts: dict[str, Any] = {}
+        ranks: dict[str, Any] = {}
+        for key, value in node.arguments:
+            if isinstance(value, str) and value.startswith("@"):
+                if is_size(value):
+                    sizes.append((key, None, value))
+                    continue
+                if value in INFINITE:
+                    known[key] = INFINITE[value]
+                    continue
+                at, where = self._wanted(value, wanted)
+                tensors.append((key, at))
+                layouts[key], ranks[key] = where, self.rank[value]
+            elif isinstance(value, tuple) and any(references(value)):
+                places = [None if r is None else self._wanted(r, wanted) for r in value]
+                lists.append((key, [None if p is None else p[0] for p in places]))
+                layouts[key] = tuple(Layout.SHARED if p is None else p[1] for p in places)
+                ranks[key] = tuple(0 if r is None else self.rank[r] for r in value)
+            elif isinstance(value, tuple):
+                known[key] = list(value)
+                sizes += [(key, j, item) for j, item in enumerate(value) if is_size(item)]
+            else:
+                known[key] = value
+        defaults = {
+            p: list(v.default) if isinstance(v.default, tuple) else v.default for p, v in operation.parameters.items() if v.optional
+        }
+        known = {**defaults, **known}
+        if known.get("dtype") is not None:
+            known["dtype"] = DTYPES[known["dtype"]]
+        call = Call(operation, layouts, ranks, _rank(self.rank[name]), layout, self.aligned)
+        alone = all(where is Layout.SHARED for where in _flat(layouts.values()))
+        run = (lambda a, models: operation.invoke(a)) if alone else (lambda a, models: form(call, a, models))
+        step = Step(run, known, tensors, lists, sizes, self._new(name, layout))
+        if (
+            node.references()
+            and self.of_weights.issuperset(r for r in node.references() if not r.startswith("@c:"))
+            and not sizes
+            and not alone
+        ):
+            self.of_weights.add(name)
+            self.made.append(step)
+        else:
+            (self.shared if alone else self.steps).append(step)
+        return step
+
+    def _wanted(self, reference: str, wanted: Layout) -> tuple[int, Layout]:
+        """Place and layout of a value; a stacked one is moved to the layout ``wanted`` (a parameter has the models in front)."""
+        layout = self.layout[reference]
+        if layout in (Layout.SHARED, wanted) or reference.startswith("@w:"):
+            return self.place[reference], layout
+        return self._in(reference, wanted), wanted
+
+    def _in(self, reference: str, layout: Layout) -> int:
+        """Place of a value in a layout; a step that moves it is added the first time."""
+        if self.layout[reference] is layout:
+            return self.place[reference]
+        if (reference, layout) not in self.moved:
+            move: Callable[[Values, int], Any]
+            if self.layout[reference] is Layout.SHARED:
+                move = _spread if layout is Layout.MODELS else _repeat
+            else:
+                move = _to_models if layout is Layout.MODELS else partial(_to_channels, self.aligned)
+            self.steps.append(Step(move, {}, [("x", self.place[reference])], [], [], self.size))
+            self.moved[reference, layout] = self.size
+            self.size += 1
+        return self.moved[reference, layout]
+
+    def _settle(self, node: Node, operation: Operation) -> tuple[Layout, Layout]:
+        """The layout in which a node wants its stacked tensors, and that of its output."""
+        read = [r for r in node.references() if not r.startswith("@w:")]
+        layouts = [self.layout[r] for r in read]
+        if all(where is Layout.SHARED for where in layouts) and not any(r.startswith("@w:") for r in node.references()):
+            return Layout.MODELS, Layout.SHARED
+        if operation.form == "create":
+            return Layout.MODELS, Layout.SHARED
+        if operation.form == "getitem":
+            return layouts[0], layouts[0]
+        if operation.form in ("convolution", "transposed"):
+            batched = self.rank[str(node.argument("input"))] == _dimensions(operation) + 2
+            own = str(node.argument("weight")).startswith("@w:") or self.layout[str(node.argument("weight"))] is Layout.MODELS
+            if not batched or not own:
+                return Layout.MODELS, Layout.MODELS
+            return Layout.CHANNELS, Layout.CHANNELS
+        if Layout.CHANNELS in layouts and self._stays(node, operation, read):
+            return Layout.CHANNELS, Layout.CHANNELS
+        return Layout.MODELS, Layout.MODELS
+
+    def _stays(self, node: Node, operation: Operation, read: list[str]) -> bool:
+        """Whether a node whose input has the models among the channels may leave them there."""
+        ranks = [self.rank[r] for r in read]
+        stacked = [r for r in read if self.layout[r] is not Layout.SHARED]
+        if operation.form == "identity" or operation.form in _NORMS:
+            return True
+        if operation.name in _PER_CHANNEL:
+            return operation.name != "pad" or len(node.argument("pad")) // 2 <= ranks[0] - 2
+        if operation.name in _ALONG_PIXELS:
+            dims = node.argument("dim", node.argument("dims", node.argument("pad")))
+            if operation.name == "constant_pad_nd":
+                return len(node.argument("pad")) // 2 <= ranks[0] - 2
+            return isinstance(dims, (int, tuple)) and all(-d <= ranks[0] - 2 for d in (dims if isinstance(dims, tuple) else (dims,)))
+        if operation.form == "elementwise":
+            alike = all(self.layout[r] is Layout.CHANNELS and self.rank[r] == max(ranks) for r in stacked)
+            scalars = all(self.rank[r] == 0 for r in read if r not in stacked)
+            return alike and scalars and not any(r.startswith("@w:") for r in node.references())
+        return False
+
+    # -- norms that are folded into the layer before them ----------------------------------------------------------------
+
+    def _folded(self) -> dict[int, int]:
+        """Batch norms by node, with the layer that each is folded into. (A factor is not: before a sine its rounding would show.)"""
+        pairs = {}
+        for i, node in enumerate(self.graph.nodes):
+            below = str(node.argument("input"))
+            own = node.operation == "batch_norm" and not node.argument("training") and str(node.argument("running_var")).startswith("@w:")
+            own = own and i not in self.within
+            if not own or not below[1:].isdigit() or self.users[below] != [i] or below == self.graph.output:
+                continue
+            layer = self.graph.nodes[int(below[1:])]
+            if layer.operation not in _FOLDABLE or not str(layer.argument("weight")).startswith("@w:"):
+                continue
+            if self.rank[below] == (2 if layer.operation == "linear" else _dimensions(TABLE[layer.operation]) + 2):
+                pairs[i] = int(below[1:])
+        return pairs
+
+    def _fold(self, i: int, norm: Node, layer: Node) -> None:
+        """One step for a layer and the batch norm behind it."""
+        operation = TABLE[layer.operation]
+        parameters = {f"folded_{key}": value for key, value in norm.arguments if isinstance(value, str) and value.startswith("@w:")}
+        wanted, layout = self._settle(layer, operation)
+        places = {key: self.place[r] for key, r in parameters.items()}
+        eps = float(norm.argument("eps", 1e-5))
+
+        def run(call: Call, a: Values, models: int) -> Any:
+            weight, bias, mean, variance, scale, shift = (a.pop(key, None) for key in ("weight", "bias", *_FOLDED))
+            weight, bias = fold(weight, bias, mean, variance, scale, shift, eps)
+            stacked = {**call.layouts, "weight": Layout.MODELS, "bias": Layout.MODELS}
+            return FORMS[operation.form](replace(call, layouts=stacked), {**a, "weight": weight, "bias": bias}, models)
+
+        step = self._emit(f"@{i}", layer, operation, wanted, layout, run)
+        step.tensors += list(places.items())
+
+    # -- segments --------------------------------------------------------------------------------------------------------
+
+    def _segment(self, segment: Segment) -> None:
+        """One step for a run of layers, and one that makes its weights ready."""
+        references = segment.references()
+        rows = self.size
+        self.size += 1
+        self.made.append(Step(lambda a, models: rows_of(segment, a), {}, [(r, self.place[r]) for r in references], [], [], rows))
+        first = segment.layers[0]
+        shared = self.layout[segment.input] is Layout.SHARED and not (isinstance(first, Conv2d) and first.groups > 1)
+        if shared:
+            x = self.size
+            self.size += 1
+            self.shared.append(Step(lambda a, models: shared_input(a["x"], segment), {}, [("x", self.place[segment.input])], [], [], x))
+        else:
+            x = self._in(segment.input, Layout.CHANNELS)
+        out = self._new(f"@{segment.nodes[-1]}", Layout.MODELS if segment.flat else Layout.CHANNELS)
+        run = lambda a, models: through(a["x"], a["rows"], segment, shared)  # noqa: E731
+        self.steps.append(Step(run, {}, [("x", x), ("rows", rows)], [], [], out))
+
+
+_FOLDED = ("folded_running_mean", "folded_running_var", "folded_weight", "folded_bias")
+
+
+def fold(
+    weight: Tensor, bias: Tensor | None, mean: Tensor, variance: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Weights ``[M, out, ...]`` and biases ``[M, out]`` of a layer with the batch norm behind it: scale (w x + b - mean) + shift."""
+    factor = torch.rsqrt(variance + eps)
+    factor = factor if scale is None else factor * scale
+    moved = -mean if bias is None else bias - mean
+    moved = moved * factor if shift is None else torch.addcmul(shift, moved, factor)
+    return weight * factor.reshape(*factor.shape, *(1,) * (weight.ndim - 2)), moved
+
+
+def _to_models(a: Values, models: int) -> Tensor:
+    return models_first(a["x"], models)
+
+
+def _to_channels(last: bool, a: Values, models: int) -> Tensor:
+    return channels_first(a["x"], last)
+
+
+def _spread(a: Values, models: int) -> Tensor:
+    x: Tensor = a["x"]
+    return x.expand(models, *x.shape)
+
+
+def _repeat(a: Values, models: int) -> Tensor:
+    x: Tensor = a["x"]
+    return x.repeat(1, models, *(1,) * (x.ndim - 2))
+
+
+def _dimensions(operation: Operation) -> int:
+    """Axes of the image that a convolution reads."""
+    return int(operation.name.partition(".")[0][-2])
+
+
+def _ranks(shape: Any) -> Any:
+    return len(shape) if not isinstance(shape, list) else [len(s) for s in shape]
+
+
+def _rank(ranks: Any) -> int:
+    return ranks if isinstance(ranks, int) else ranks[0]
+
+
+def _flat(layouts: Any) -> list[Layout]:
+    return [part for value in layouts for part in (value if isinstance(value, tuple) else (value,))]
+
+
+def _freeing(steps: list[Step], keep: set[int]) -> tuple[Step, ...]:
+    """Steps that let go of what nobody reads any more."""
+    made = {step.out for step in steps}
+    seen: set[int] = set(keep)
+    for step in reversed(steps):
+        read = step.reads()
+        step.frees = tuple((read & made) - seen)
+        seen |= read
+    return tuple(steps)

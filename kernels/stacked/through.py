@@ -1,0 +1,87 @@
+"""A segment as one differentiable call: forward and backward by the CPU wing's steps, in float32 or, under autocast, its dtype."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..cpu.program import Program, compile_segment
+from ..cpu.rewrites import blocked, paired
+from ..cpu.steps import CHANNELS_LAST, ActivationStep, backward_through, forward_through, values_through
+from .segments import Segment
+
+
+@lru_cache(maxsize=256)
+def program_of(segment: Segment, shared: bool, input_gradient: bool) -> Program:
+    """The steps of a segment, rewritten where that is faster."""
+    program = paired(compile_segment(segment.layers, segment.input_shape, shared, input_gradient), own_queries=False)
+    return program if input_gradient else blocked(program)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """``[q, C, H, W]`` channels-last, also where torch would not tell one channel's layouts apart."""
+    x = x.contiguous(memory_format=CHANNELS_LAST)
+    if x.shape[1] > 1:
+        return x
+    h, w = x.shape[2:]
+    return x.as_strided(x.shape, (h * w, 1, w, 1))
+
+
+def lifted(x: Tensor, segment: Segment) -> Tensor:
+    """``[q, C, L] -> [q, C, 1, L]`` where the segment has one dimension."""
+    return x.unsqueeze(2) if segment.lifted[0] else x
+
+
+def shared_input(x: Tensor, segment: Segment) -> Tensor:
+    """Input that all models share, as the first convolution wants it: cropped to what the segment looks at."""
+    _, height, width = program_of(segment, True, False).crop
+    return channels_last(lifted(x, segment)[:, :, :height, :width])
+
+
+def through(x: Tensor, rows: Tensor, segment: Segment, shared: bool) -> Tensor:
+    """``[q, M * C, H, W]`` or, where the segment flattens, ``[M, q, F]``, of an input ``[q, M * C, H, W]`` or :func:`shared_input`.
+
+    Differentiable once, in ``x`` (where it is not shared) and in ``rows [M, P]``.
+    """
+    x = x if shared else lifted(x, segment)
+    if torch.is_grad_enabled() and (x.requires_grad or rows.requires_grad):
+        y: Tensor = _Through.apply(x, rows, segment, shared)  # type: ignore[no-untyped-call]
+    else:
+        dtype = _dtype()
+        program = program_of(segment, shared, False)
+        with torch.autocast("cpu", enabled=False):
+            packed = [step.pack(rows, dtype) for step in program.steps]
+            y = values_through(program.steps, packed, x.to(dtype) if shared else channels_last(x.to(dtype)), len(rows))
+    return y.squeeze(2) if segment.lifted[1] else y
+
+
+def _dtype() -> torch.dtype:
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+
+
+class _Through(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor, segment: Segment, shared: bool) -> Tensor:
+        dtype = _dtype()
+        ctx.program, ctx.rows, ctx.kind = program_of(segment, shared, x.requires_grad), rows, x.dtype
+        with torch.autocast("cpu", enabled=False):
+            ctx.packed = [step.pack(rows, dtype) for step in ctx.program.steps]
+            y, ctx.seen = forward_through(
+                ctx.program.steps, ctx.packed, x.to(dtype) if shared else channels_last(x.to(dtype)), rows.shape[0]
+            )
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (g,) = gradients
+        steps = ctx.program.steps
+        laid = channels_last(g) if g.ndim == 4 else g.contiguous()
+        if laid.data_ptr() == g.data_ptr() and isinstance(steps[-1], ActivationStep):
+            laid = laid.clone()  # that step writes over it, and somebody else may be handed the same gradient
+        gradient = torch.empty_like(ctx.rows)
+        with torch.autocast("cpu", enabled=False):
+            gx = backward_through(steps, ctx.packed, laid, ctx.seen, gradient, True)
+        return None if gx is None else gx.to(ctx.kind), gradient, None, None
