@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.graph import Graph
-from ..kernels.layers import Activation, Conv2d, Dropout, Flatten, Layer, Layers, Linear, Pool2d, chain_of
+from ..kernels.chains import chain_of
+from ..kernels.layers import Activation, Conv2d, Dropout, Flatten, Layer, Layers, Linear, Pool2d
 from ..kernels.reference import run_graph
 
 _ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid, "silu": nn.SiLU, "identity": nn.Identity}
