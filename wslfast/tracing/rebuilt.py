@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels.graph import Graph
 from ..kernels.chains import chain_of
+from ..kernels.graph import Graph
 from ..kernels.layers import Activation, Conv2d, Dropout, Flatten, Layer, Layers, Linear, Pool2d
 from ..kernels.reference import run_graph
 

@@ -6,34 +6,39 @@ Nothing is unpickled: ``.npz`` is read without pickle, a ``.pt`` file by the rea
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import WslfastError, require
+from ..errors import WslfastError, require, say_once
 from ..safe.inert import InertFile, StoredTensor, Stub
 from .manifest import SPLITS
 
 Raw = dict[str, tuple[Tensor, Tensor]]  # numbers [N, ...] float32 and labels [N] int64, by split, or "" where the file has one part
+Read = dict[str, tuple[Tensor, Union[Tensor, None]]]  # the same; None where labels are no classes
 ENDINGS = (".npz", ".pt", ".pth")
 _SETS = {"trainset": "train", "valset": "val", "testset": "test"}
 
 
 def read_arrays(path: Path) -> tuple[Raw, dict[str, Any]]:
-    """What a file holds, and where it came from (``source``, ``path``, ``sha256``). Bytes become numbers in [0, 1]; all other numbers are
-    as they are. Raises WslfastError naming file and key."""
+    """What a file holds, and where it came from (``source``, ``path``, ``sha256``, and ``labels: none`` where there are no classes). Bytes
+    become numbers in [0, 1]; all other numbers are as they are. Raises WslfastError naming file and key."""
     require(path.is_file(), f"dataset: {path}: no such file")
     raw = _npz(path) if path.suffix == ".npz" else _pt(path)
     shapes = {tuple(images.shape[1:]) for images, _ in raw.values()}
     require(len(shapes) == 1, f"{path}: expected images of one shape in every split, got {sorted(shapes)}")
-    return raw, {"source": path.name, "path": str(path.resolve()), "sha256": sha256_of(path)}
+    facts = {"source": path.name, "path": str(path.resolve()), "sha256": sha256_of(path)}
+    if any(labels is None for _, labels in raw.values()):
+        return {p: (x, torch.zeros(len(x), dtype=torch.int64)) for p, (x, _) in raw.items()}, {**facts, "labels": "none"}
+    return {p: (x, y) for p, (x, y) in raw.items() if y is not None}, facts
 
 
 def sha256_of(path: Path) -> str:
@@ -50,7 +55,7 @@ def sha256_of(path: Path) -> str:
 # -- .npz --------------------------------------------------------------------------------------------------------------
 
 
-def _npz(path: Path) -> Raw:
+def _npz(path: Path) -> Read:
     try:
         with np.load(path, allow_pickle=False) as file:
             require(isinstance(file, np.lib.npyio.NpzFile), f"{path}: expected an .npz archive")
@@ -63,19 +68,20 @@ def _npz(path: Path) -> Raw:
 
 def _layout(keys: Sequence[str], path: Path) -> tuple[str, ...]:
     """Prefixes of the arrays to read: an owner's split goes before one pair. Raises WslfastError if neither layout is complete."""
-    have = tuple(p for p in SPLITS if {f"{p}_images", f"{p}_labels"} <= set(keys))
-    if "train" in have and "test" in have:
-        return have
-    require(
-        {"images", "labels"} <= set(keys),
-        f"{path}: expected keys 'images' and 'labels', or 'train_images', 'train_labels', 'test_images' and 'test_labels'; "
-        f"got {sorted(keys)[:8]}",
+    for wanted in ("images", "labels"), ("images",):  # without labels there are no classes
+        have = tuple(p for p in SPLITS if {f"{p}_{what}" for what in wanted} <= set(keys))
+        if "train" in have and "test" in have:
+            return have
+        if set(wanted) <= set(keys):
+            return ("",)
+    raise WslfastError(
+        f"{path}: expected keys 'images' and 'labels', or 'train_images', 'train_labels', 'test_images' and 'test_labels' (without labels "
+        f"where there are no classes); got {sorted(keys)[:8]}"
     )
-    return ("",)
 
 
-def _pair(file: Mapping[str, np.ndarray], prefix: str, path: Path) -> tuple[Tensor, Tensor]:
-    images, labels = file[f"{prefix}images"], file[f"{prefix}labels"]
+def _pair(file: Mapping[str, np.ndarray], prefix: str, path: Path) -> tuple[Tensor, Tensor | None]:
+    images, labels = file[f"{prefix}images"], file.get(f"{prefix}labels", None)
     where = f"{path}: {prefix}images"
     require(images.dtype == np.uint8 or images.dtype.kind == "f", f"{where}: expected uint8 or floating, got {images.dtype}")
     require(
@@ -83,7 +89,8 @@ def _pair(file: Mapping[str, np.ndarray], prefix: str, path: Path) -> tuple[Tens
         f"{where}: expected [N, H, W], [N, C, H, W], [N, H, W, C] or [N, ...], got {list(images.shape)}",
     )
     pixels = torch.from_numpy(np.ascontiguousarray(images, dtype=np.float32))
-    return _checked(pixels / 255 if images.dtype == np.uint8 else pixels, where), _labels(labels, len(images), f"{path}: {prefix}labels")
+    numbers = _checked(pixels / 255 if images.dtype == np.uint8 else pixels, where)
+    return numbers, None if labels is None else _labels(labels, len(images), f"{path}: {prefix}labels")
 
 
 def _checked(pixels: Tensor, where: str) -> Tensor:
@@ -91,7 +98,11 @@ def _checked(pixels: Tensor, where: str) -> Tensor:
     return pixels
 
 
-def _labels(labels: np.ndarray, count: int, where: str) -> Tensor:
+def _labels(labels: np.ndarray, count: int, where: str) -> Tensor | None:
+    """Labels ``[N]``; None where they are no classes but what a regression is to give."""
+    if labels.dtype.kind == "f" and len(labels) == count and not (labels.ndim == 1 and bool((labels == labels.round()).all())):
+        say_once(f"wslfast: {where} are no whole numbers: there are no classes, and models are compared by their outputs", logging.INFO)
+        return None
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]  # a column, as some archives have it
     require(labels.dtype.kind in "iu", f"{where}: expected integers, got {labels.dtype}")
@@ -104,7 +115,7 @@ def _labels(labels: np.ndarray, count: int, where: str) -> Tensor:
 # -- dataset.pt --------------------------------------------------------------------------------------------------------
 
 
-def _pt(path: Path) -> Raw:
+def _pt(path: Path) -> Read:
     """A dict of ``trainset``, ``valset``, ``testset``: TensorDatasets, or objects with ``data`` and ``targets``; or of tensors under the
     keys of an .npz file."""
     with InertFile(path) as file:
@@ -122,7 +133,7 @@ def _pt(path: Path) -> Raw:
             raise WslfastError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
 
 
-def _members(stub: Stub, name: str) -> tuple[Tensor, Tensor] | None:
+def _members(stub: Stub, name: str) -> tuple[Tensor, Tensor | None] | None:
     """Images and labels of a data set object; None of an empty one."""
     changed = [key for key in ("transform", "target_transform", "transforms") if stub.attribute(key) is not None]
     require(not changed, f"{name}: it changes its images when they are read ({', '.join(changed)}), which nothing here can run")
@@ -134,8 +145,10 @@ def _members(stub: Stub, name: str) -> tuple[Tensor, Tensor] | None:
         require(whole is not None, f"{name}: a part of an empty data set")
         assert whole is not None
         rows = torch.tensor(stub.attribute("indices"), dtype=torch.int64)
-        inside = len(rows) == 0 or (int(rows.min()) >= 0 and int(rows.max()) < len(whole[1]))
+        inside = len(rows) == 0 or (int(rows.min()) >= 0 and int(rows.max()) < len(whole[0]))
         require(inside, f"{name}: indices outside of the data set they are of")
+        require(whole[1] is not None, f"{name}: expected labels")
+        assert whole[1] is not None
         images, labels = whole[0][rows], whole[1][rows]
     else:
         data, targets = stub.attribute("data"), stub.attribute("targets")
@@ -211,6 +224,9 @@ def fitted(numbers: Tensor, shape: tuple[int, ...], where: str) -> Tensor:
             )
             pixels = _bilinear(pixels, side, side)
         return pixels.reshape(n, -1)
+    if shape[0] == 1 and channels == 3:
+        say_once(f"wslfast: {where}: three channels are averaged to the one that the network takes", logging.INFO)
+        pixels, channels = pixels.mean(1, keepdim=True), 1
     require(
         channels in (1, shape[0]),
         f"{where}: expected {shape[0]} channels (or 1, which is repeated), got {channels}; an architecture made with "

@@ -85,7 +85,14 @@ class Dataset:
 
 
 def load_dataset(
-    name_or_path: str | Path, input_shape: Sequence[int], *, seed: int = 0, root: str | Path | None = None, standardise: bool = True
+    name_or_path: str | Path,
+    input_shape: Sequence[int],
+    *,
+    seed: int = 0,
+    root: str | Path | None = None,
+    standardise: bool = True,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> Dataset:
     """Images and labels in an architecture's shape.
 
@@ -97,15 +104,18 @@ def load_dataset(
             pixels (:mod:`wslfast.zoo.grids`), the same points in every split, never standardised. An ``.npz`` file has ``train_images``,
             ``train_labels``, ``test_images``, ``test_labels`` and maybe ``val_images``, ``val_labels`` (without them one eighth of train is
             held out), or one pair ``images`` and ``labels`` (split 0.7 / 0.1 / 0.2). Images are uint8 or floats ``[N, H, W]``,
-            ``[N, C, H, W]``, ``[N, H, W, C]`` or any ``[N, *input_shape]``; labels integers ``[N]`` from 0. A ``.pt`` file is the
-            ``dataset.pt`` that model-zoo code writes (a dict of ``trainset``, ``valset``, ``testset``), read without running any of it.
+            ``[N, C, H, W]``, ``[N, H, W, C]`` or any ``[N, *input_shape]``; labels integers ``[N]`` from 0. Without labels, or with ones
+            that are no whole numbers, there are no classes: models are compared by their outputs. A ``.pt`` file is the ``dataset.pt``
+            that model-zoo code writes (a dict of ``trainset``, ``valset``, ``testset``), read without running any of it.
         input_shape: of one query: ``(C, H, W)``, ``(features,)`` or any other. Images are resized bilinearly, one channel is repeated
-            where C are wanted; for a flat architecture they are flattened, after resizing to a square where sizes differ.
+            where C are wanted, three are averaged
+            where one is; for a flat architecture they are flattened, after resizing to a square where sizes differ.
         seed: of the split, where the owner did not split; 0 is the published one where there is one.
         root: folder with a named data set's files, as torchvision lays them out; default ``data``, and for fashion also where Debian's
             dataset-fashion-mnist puts them.
         standardise: subtract the training images' mean of each channel and divide by their standard deviation (or the published ones).
             False: pixels as they are, bytes in [0, 1]. Models answer as they did for their owner only on what they were trained on.
+        mean, std: what is subtracted and divided by instead, a number for each channel or one for all; both or neither.
 
     Raises:
         WslfastError: naming file and key, what was expected and what came; for a package that is missing, how to install it.
@@ -117,6 +127,7 @@ def load_dataset(
     )
     check_seed(seed)
     require(type(standardise) is bool, f"standardise: expected True or False, got {describe(standardise)}")
+    given = _given(mean, std)
     if is_grid(str(name_or_path)):
         return _grid(str(name_or_path), shape)
     if str(name_or_path) in NAMES and str(name_or_path) != "digits":
@@ -126,34 +137,60 @@ def load_dataset(
         source = Source(_split(raw, name, seed), facts)
     parts, provenance = source.parts, source.provenance
     images = {key: fitted(pixels, shape, f"{name}: images") for key, (pixels, _) in parts.items()}
-    train = images["train"].double()
-    if source.normalisation is not None and train.ndim == 4:
-        mean, std = (torch.tensor(values, dtype=torch.float64) for values in source.normalisation)
-    else:
-        axes = (0, 2, 3) if train.ndim == 4 else tuple(range(train.ndim))
-        mean, std = train.mean(axes), train.std(axes, correction=0)
-    std = torch.where(std > 0, std, 1.0)
-    view = (1, -1, 1, 1) if train.ndim == 4 else (1,) * train.ndim
+    center, scale = _normalisation(images["train"], source.normalisation if given is None else given, name)
+    standardise = standardise or given is not None
+    view = (1, -1, 1, 1) if images["train"].ndim == 4 else (1,) * images["train"].ndim
     arrays: dict[str, Tensor] = {}
     for key, (_, labels) in parts.items():
-        pixels = (images[key] - mean.float().view(view)) / std.float().view(view) if standardise else images[key]
+        pixels = (images[key] - center.float().view(view)) / scale.float().view(view) if standardise else images[key]
         arrays[f"{key}_images"] = pixels.contiguous()
         arrays[f"{key}_labels"] = labels
-    classes = 1 + max(int(labels.max()) for _, labels in parts.values())
+    classes = 0 if source.provenance.get("labels") == "none" else 1 + max(int(labels.max()) for _, labels in parts.values())
     sizes = [len(labels) for _, labels in parts.values()]
-    made: dict[str, Any] = {"seed": seed, "sizes": sizes, "mean": mean.reshape(-1).tolist(), "std": std.reshape(-1).tolist()}
-    if str(name_or_path) not in NAMES:
-        _say(name, standardise, made["mean"], made["std"])
+    made: dict[str, Any] = {"seed": seed, "sizes": sizes, "mean": center.reshape(-1).tolist(), "std": scale.reshape(-1).tolist()}
+    made |= {} if given is None else {"given": True}
+    if str(name_or_path) not in NAMES or given is not None:
+        _say(name, standardise, made["mean"], made["std"], given is not None)
     return Dataset(name, **arrays, classes=classes, provenance={**provenance, **made, "standardise": standardise})  # type: ignore[arg-type]
 
 
-def _say(name: str, standardise: bool, mean: Sequence[float], std: Sequence[float]) -> None:
+def _given(mean: Sequence[float] | None, std: Sequence[float] | None) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and deviation that a caller states, checked."""
+    if mean is None and std is None:
+        return None
+    require(mean is not None and std is not None, "mean, std: expected both or neither")
+    assert mean is not None
+    assert std is not None
+    numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < 1e30 for v in (*mean, *std))
+    fits = numbers and len(mean) == len(std) > 0 and all(v > 0 for v in std)
+    require(
+        fits,
+        f"mean, std: expected as many numbers each, a channel's or one for all, std above 0, got {tuple(mean)!r:.60} {tuple(std)!r:.60}",
+    )
+    return tuple(map(float, mean)), tuple(map(float, std))
+
+
+def _normalisation(train: Tensor, stated: tuple[Sequence[float], Sequence[float]] | None, name: str) -> tuple[Tensor, Tensor]:
+    """Mean and deviation ``[C]`` of images ``[N, C, H, W]``, of all numbers of others ``[1]``: those stated, else their own; float64."""
+    channels = train.shape[1] if train.ndim == 4 else 1
+    if stated is not None and (train.ndim == 4 or len(stated[0]) == 1):  # published figures of channels say nothing of flat rows
+        counts = len(stated[0]) in (1, channels)
+        require(counts, f"mean, std: expected 1 or {channels} numbers for the images of {name}, got {len(stated[0])}")
+        mean, std = (torch.tensor(values, dtype=torch.float64).expand(channels) for values in stated)
+        return mean, std
+    axes = (0, 2, 3) if train.ndim == 4 else tuple(range(train.ndim))
+    mean, std = train.double().mean(axes), train.double().std(axes, correction=0)
+    return mean, torch.where(std > 0, std, 1.0)
+
+
+def _say(name: str, standardise: bool, mean: Sequence[float], std: Sequence[float], given: bool) -> None:
     """Say once what was done to a file's pixels: whoever trained on others gets other answers."""
     if not standardise:
         say_once(f"wslfast: {name}: images are taken as they are, not standardised", logging.INFO)
         return
     figures = "; ".join(f"{what} {', '.join(f'{v:.4g}' for v in values[:4])}" for what, values in (("mean", mean), ("deviation", std)))
-    say_once(f"wslfast: {name}: images are standardised by those of the training split ({figures})", logging.INFO)
+    whose = "the figures given" if given else "those of the training split"
+    say_once(f"wslfast: {name}: images are standardised by {whose} ({figures})", logging.INFO)
 
 
 def image_shape(name_or_path: str | Path) -> tuple[int, int, int]:
@@ -172,8 +209,8 @@ def input_shapes(name_or_path: str | Path) -> tuple[list[tuple[int, ...]], int]:
     if name in NAMES and name != "digits":
         channels, height, width = named_shape(name)
         return [(channels, height, width), (channels * height * width,)], 10
-    _, raw, _ = _raw(name_or_path)
-    classes = 1 + max(int(labels.max()) for _, labels in raw.values())
+    _, raw, facts = _raw(name_or_path)
+    classes = 0 if facts.get("labels") == "none" else 1 + max(int(labels.max()) for _, labels in raw.values())
     if name == "digits":
         return [(1, 28, 28), (1, 8, 8), (784,), (64,)], classes
     return shapes_of(next(iter(raw.values()))[0]), classes

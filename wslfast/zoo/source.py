@@ -52,15 +52,25 @@ class Images:
         return {**self.record, "sha256": sha256_of(folder / IMAGES)}
 
 
-def described(dataset: str | Path | Dataset, architectures: Sequence[Architecture], standardise: bool, **further: Any) -> Images:
+def described(
+    dataset: str | Path | Dataset,
+    architectures: Sequence[Architecture],
+    standardise: bool,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    **further: Any,
+) -> Images:
     """The record of a data set that models of these architectures were trained on; ``further`` entries are added to it.
+
+    Args:
+        standardise, mean, std: what was done to its images, as :func:`load_dataset` has it; of a :class:`Dataset` nothing is done to them.
 
     Raises WslfastError for images that cannot be read or do not fit, and more classes than a network has outputs.
     """
     data = dataset
     for architecture in architectures:
         if not isinstance(dataset, Dataset):
-            data = load_dataset(dataset, architecture.input_shape, standardise=standardise)
+            data = load_dataset(dataset, architecture.input_shape, standardise=standardise, mean=mean, std=std)
         assert isinstance(data, Dataset)
         came = tuple(data.train_images.shape[1:])
         fits = came == architecture.input_shape
@@ -100,8 +110,10 @@ def dataset_of(zoo: str | Path, architecture: Architecture) -> Dataset:
         root = None  # from another machine: perhaps the files are in the usual places
     standardise = record.get("standardise", True)
     require(type(standardise) is bool, f"zoo {zoo}: its manifest says standardise {describe(standardise)}; expected true or false")
+    given = {name: record[name] for name in ("mean", "std") if record.get("given") is True and isinstance(record.get(name), list)}
+    seed = record.get("seed", 0)
     try:
-        data = load_dataset(str(source), architecture.input_shape, seed=record.get("seed", 0), root=root, standardise=standardise)
+        data = load_dataset(str(source), architecture.input_shape, seed=seed, root=root, standardise=standardise, **given)
     except WslfastError as error:
         raise WslfastError(f"zoo {zoo}: the data set it was trained on cannot be read: {error}") from None
     known, found = record.get("sha256"), data.provenance.get("sha256")
