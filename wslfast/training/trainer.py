@@ -199,7 +199,7 @@ class Trainer:
             if config.views and config.permutations == "random":
                 targets = self._outputs(torch.cat(views), queries)
             else:  # every view of a model is the same function: one row of targets serves them all
-                targets = self._targets(rows[mine], originals, queries).repeat(len(views), 1, 1)
+                targets = torch.cat([self._targets(rows[mine], originals, queries)] * len(views))
             with _matmul_precision(config.behavior_precision, self.device):
                 values = batched_behavioral_loss(
                     weights,

@@ -22,7 +22,7 @@ from ..architecture import Architecture
 from ..errors import WslfastError, describe, require
 from ..population import Population
 from .arrays import sha256_of
-from .manifest import MANIFEST, SPLITS
+from .manifest import KIND, MANIFEST, SPLITS
 from .reading import chosen_kind, chosen_rows, in_shards, read_manifest
 from .shards import check_shards, check_weights, regular_file, rows_of, sound_part
 
@@ -150,3 +150,15 @@ class MappedZoo:
         except Exception as error:  # whatever the parser makes of bytes that nobody wrote
             raise WslfastError(f"{where}: not a safetensors file: {error}") from error
         return check_weights(tensors, self._shapes[number], str(where))
+
+
+def mapped_parts(path: str | Path, split: str | None = None, *, skip_bad: bool = False) -> dict[str, MappedZoo]:
+    """A stored zoo by architecture, as :func:`wslfast.zoo.load_parts`, its weights on disk."""
+    manifest = read_manifest(path)
+    if not manifest.kinds:
+        models = MappedZoo(path, split, skip_bad=skip_bad)
+        return {models.architecture.name: models}
+    rows = zip(manifest.properties[KIND], manifest.properties["split"], strict=True)
+    there = {label for label, own in rows if split in (None, own)}
+    require(bool(there), f"{path}: no row is in split {split!r}; there are {sorted(set(manifest.properties['split']))}")
+    return {label: MappedZoo(path, split, architecture=label, skip_bad=skip_bad) for label in manifest.kinds if label in there}

@@ -12,13 +12,14 @@ import json
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from ...architecture import Architecture
 from ...errors import WslfastError
 from ...safe.inert import InertFile
+from ..export import RECORD
 from .found import Found, Skips, State, plain_of, state_of
 from .modules import park_cnn
 from .results import match
@@ -67,9 +68,25 @@ def checkpoints(source: Path, epochs: Collection[int] | None, skips: Skips, seen
             file, line, why = there[epoch]
             known = {"name": folder.name, **_properties(config, line or {})}
             unknown = why if line is None and lines is not None else ""
-            kind, beside = _park(file) if file.name == "checkpoint.pt" else (None, {})
+            kind, beside = _park(file) if file.name == "checkpoint.pt" else (_recorded(config), {})
             known |= {name: value for name, value in beside.items() if known.get(name) is None}
             yield Found(at, model, epoch, known, config, partial(_read, file), unknown="" if beside else unknown, architecture=kind)
+
+
+def _recorded(config: Mapping[str, Any]) -> Architecture | None:
+    """The network that an export of ours wrote down among the settings; None where there is none, or none that can be rebuilt."""
+    record = config.get(RECORD)
+    if not isinstance(record, dict):
+        return None
+    try:
+        return _rebuilt(json.dumps(record))
+    except WslfastError:
+        return None
+
+
+@lru_cache(maxsize=64)
+def _rebuilt(record: str) -> Architecture:
+    return Architecture.from_dict(json.loads(record))
 
 
 def _park(file: Path) -> tuple[Architecture | None, dict[str, Any]]:
