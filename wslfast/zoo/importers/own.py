@@ -87,8 +87,9 @@ def architecture_of(network: str, input_shape: Sequence[int] | None, dataset: st
     for shape in shapes:
         try:
             return Architecture.from_module(module, shape, output=output)
-        except WslfastError as error:
-            failed.append(f"{list(shape)}: {error}")
+        except Exception as error:  # a module has errors of its own for inputs that it does not take
+            words = str(error) if isinstance(error, WslfastError) else f"{type(error).__name__}: {error}"
+            failed.append(f"{list(shape)}: {words}")
     raise WslfastError(f"network: {network} does not take the images: {'; '.join(failed)[:600]}")
 
 
