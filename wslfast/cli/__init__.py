@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 import os
@@ -18,6 +19,7 @@ from rich.console import Console
 from .. import __version__
 from ..errors import WslfastError
 from ..training import TrainConfig
+from ..training.progress import Interrupted
 from .analysis import Ablate, Gradients, Queries
 from .console import console, show
 from .evaluation import Demo, Evaluate, Generate, Report
@@ -44,10 +46,21 @@ class Info:
                 "threads": torch.get_num_threads(),
                 "cuda": cuda or "none",
                 "float32 matmul precision": torch.get_float32_matmul_precision(),
-                "optional packages": {name: importlib.util.find_spec(name) is not None for name in optional},
+                "optional packages": {name: _package(name) for name in optional},
             },
             self.json,
         )
+
+
+def _package(name: str) -> bool | str:
+    """Whether a package is there; of one that is there and does not import (as torchvision beside another torch), why."""
+    if importlib.util.find_spec(name) is None:
+        return False
+    try:
+        importlib.import_module(name)
+    except Exception as error:  # whatever a broken package raises
+        return f"there, and does not import: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:160]
+    return True
 
 
 def _given(argv: Sequence[str], flag: str) -> str | None:
@@ -92,6 +105,15 @@ class _ConsoleHandler(logging.Handler):
         self.console.print(record.getMessage(), markup=False, soft_wrap=True)
 
 
+def _interrupted(command: Any, error: KeyboardInterrupt) -> str:
+    """What is left after Ctrl-C, as far as the command knows."""
+    command = getattr(command, "command", command)  # of zoo: its own
+    again = getattr(command, "interrupted", "")
+    if isinstance(error, Interrupted) and isinstance(command, Train):
+        return str(error)
+    return f"interrupted {again}" if again else "interrupted; nothing was saved"
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of ``wslfast``. Exits with 2 and one line on wrong input, 130 when interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -99,8 +121,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     logger = logging.getLogger("wslfast")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
+    if arguments == ["--version"]:
+        print(f"wslfast {__version__}")
+        return
+    command: Any = None
     try:
-        command: Any = tyro.cli(
+        command = tyro.cli(
             _commands(arguments),
             args=arguments,
             prog="wslfast",
@@ -120,8 +146,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # the reader, say `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
-    except KeyboardInterrupt:
-        print("wslfast: interrupted (a training run goes on with --resume)", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"wslfast: {_interrupted(command, error)}", file=sys.stderr)
         raise SystemExit(130) from None
     finally:
         logger.removeHandler(handler)

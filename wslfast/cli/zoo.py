@@ -98,7 +98,7 @@ class ZooImport:
     Your own: a folder with a file a network (.pt, .pth, .ckpt, .safetensors, .npz: state dicts, bare or under a key such as model or
     state_dict), --network FILE.py:NAME for what they are, --dataset for what they were trained on, --table for what you know of each:
 
-      wslfast zoo import models/ runs/zoo --network net.py:Net --dataset images.npz --table accuracies.csv
+    Example: wslfast zoo import models/ runs/zoo --network net.py:Net --dataset images.npz --table accuracies.csv
 
     Published: ray-tune trees (NN_tune_trainable_*, tune_zoo_*), dataset_{train,val,test}.pt, the Small CNN Zoo's weights.npy, implicit
     representations of DWSNets and NFN, the CNN Wild Park, and what wslfast zoo export wrote (docs/zoos.md):

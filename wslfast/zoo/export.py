@@ -21,6 +21,8 @@ FORMATS = ("ray", "state-dicts")
 _TYPES = {"cnn": "CNN", "cnn2": "CNN2", "cnn3": "CNN3", "lenet5": "LeNet5", "mlp": "MLP", "resnet18": "Resnet18"}
 _SETTINGS = {"init_type": "model::init_type", "lr": "optim::lr", "wd": "optim::wd", "dropout": "model::dropout", "seed": "seed"}
 RECORD = "wslfast::architecture"  # in params.json: the network, where it is none of the published ones
+PROPERTIES = "wslfast::properties"  # in a line of result.json: what is known of a checkpoint besides RESULTS
+RESULTS = ("train_acc", "val_acc", "test_acc", "train_loss", "val_loss", "test_loss")
 _BLOCK = 256
 
 
@@ -75,9 +77,11 @@ def _ray(models: MappedZoo, folder: Path) -> int:
 def _results(table: Mapping[str, tuple[Any, ...]], rows: list[int], epochs: list[int], config: Mapping[str, Any]) -> str:
     """A line an iteration from 0 on, as the published loaders count lines; iterations that were not kept know only their number."""
     columns = {n: c for n, c in table.items() if n not in (*_SETTINGS, "split", "model", "epoch", "name", "ggap")}
-    known = {
-        epoch: {n: column[row] for n, column in columns.items() if column[row] is not None} for row, epoch in zip(rows, epochs, strict=True)
-    }
+    known: dict[int, dict[str, Any]] = {}
+    for row, epoch in zip(rows, epochs, strict=True):
+        known[epoch] = {n: column[row] for n, column in columns.items() if column[row] is not None}
+        further = {n: v for n, v in known[epoch].items() if n not in RESULTS}
+        known[epoch] |= {PROPERTIES: further} if further else {}  # so that an import knows them from what ray writes of its own
     lines = ({"training_iteration": e, **known.get(e, {}), "config": config} for e in range(epochs[-1] + 1))
     return "".join(json.dumps(line) + "\n" for line in lines)
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import WslfastError, describe, logger, require
-from ..files import write_bytes
+from ..files import check_folder, write_bytes
 from ..population import Population
 from ..profiling import region
 from .datasets import Dataset
@@ -71,6 +71,7 @@ def save_zoo(
     rows = sum(len(p) for p in populations.values())
     require(rows > 0, "population: expected at least one model to save, got none")
     require(overwrite or not (folder / MANIFEST).exists(), f"{folder}: there is a zoo already; overwrite=True replaces it")
+    check_folder(folder, "zoo")
     weights = {label: p.weights.detach().to("cpu", torch.float32) for label, p in populations.items()}
     sound = all(bool(w.isfinite().all()) for w in weights.values())
     require(sound, "population: expected finite weights; drop diverged models first")

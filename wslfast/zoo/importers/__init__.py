@@ -12,7 +12,7 @@ from typing import Any
 
 from ...architecture import Architecture
 from ...errors import logger, require
-from ...files import write_text
+from ...files import check_folder, write_text
 from ...profiling import region
 from ..build import LARGEST_WEIGHT
 from ..datasets import image_shape
@@ -106,6 +106,7 @@ def import_zoo(
     require(folder.exists(), f"source: {source}: no such file or folder")
     require(threshold > 0, f"threshold: expected a positive number, got {threshold!r}")
     require(overwrite or not (place / MANIFEST).exists(), f"out: {out}: there is a zoo already; overwrite=True (--overwrite) replaces it")
+    check_folder(place, "zoo")
     kept = None if epochs is None else frozenset(epochs)
     require(kept is None or all(type(e) is int and e >= 0 for e in kept), f"epochs: expected integers >= 0, got {epochs!r}")
     require(architecture is None or network is None, "network: expected None beside architecture= (only one of the two is used)")

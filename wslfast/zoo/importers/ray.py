@@ -19,7 +19,7 @@ from typing import Any
 from ...architecture import Architecture
 from ...errors import WslfastError
 from ...safe.inert import InertFile
-from ..export import RECORD
+from ..export import PROPERTIES, RECORD, RESULTS
 from .found import Found, Skips, State, plain_of, state_of
 from .modules import park_cnn
 from .results import match
@@ -30,7 +30,6 @@ _LARGEST_JSON = 64 << 20
 _DEEPEST = 8
 _FILES = ("checkpoints", "checkpoint.pt")  # in a checkpoint's folder
 _CONFIGS = ("params.json", "config.json")
-_RESULTS = ("train_acc", "val_acc", "test_acc", "train_loss", "val_loss", "test_loss")
 _SETTINGS = {  # a property, and the settings that say it, the first that is there
     "init_type": ("model::init_type", "init_type"), "lr": ("optim::lr", "lr", "learning_rate"),
     "wd": ("optim::wd", "optim::weight_decay", "weight_decay", "wd"), "dropout": ("model::dropout", "dropout"), "seed": ("seed",),
@@ -224,11 +223,13 @@ def _lines(folder: Path, where: str, skips: Skips) -> list[Mapping[str, Any]] | 
 
 
 def _properties(config: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, Any]:
-    values = {name: _number(result.get(name, result.get(name.replace("_", "/", 1)))) for name in _RESULTS}
+    values = {name: _number(result.get(name, result.get(name.replace("_", "/", 1)))) for name in RESULTS}
     train, test = values["train_acc"], values["test_acc"]
     values["ggap"] = train - test if train is not None and test is not None else None
     settings = {ours: next((config[name] for name in names if name in config), None) for ours, names in _SETTINGS.items()}
-    return {**values, **{n: v if isinstance(v, str) else _number(v) for n, v in settings.items()}, **_further(config)}
+    stated = result.get(PROPERTIES)
+    ours = {n: v for n, v in stated.items() if isinstance(v, (int, float, str))} if isinstance(stated, dict) else {}
+    return {**values, **{n: v if isinstance(v, str) else _number(v) for n, v in settings.items()}, **_further(config), **ours}
 
 
 def _further(config: Mapping[str, Any]) -> dict[str, Any]:
