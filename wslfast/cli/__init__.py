@@ -107,11 +107,11 @@ class _ConsoleHandler(logging.Handler):
 
 def _interrupted(command: Any, error: KeyboardInterrupt) -> str:
     """What is left after Ctrl-C, as far as the command knows."""
-    command = getattr(command, "command", command)  # of zoo: its own
-    again = getattr(command, "interrupted", "")
     if isinstance(error, Interrupted) and isinstance(command, Train):
         return str(error)
-    return f"interrupted {again}" if again else "interrupted; nothing was saved"
+    if isinstance(command, (Ablate, Demo)) or (isinstance(command, Evaluate) and command.out is not None):
+        return "interrupted; the same command goes on with what is done"
+    return "interrupted; nothing was saved"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 import tyro
 from rich.table import Table
@@ -63,8 +63,6 @@ class Ablate:
 
     Example: wslfast ablate examples/ablations/beta.toml --out runs/ablations
     """
-
-    interrupted: ClassVar[str] = "; the same command goes on with what is done"
 
     file: Annotated[str, tyro.conf.Positional]
     """TOML file: a zoo, base settings, what is varied, seeds."""

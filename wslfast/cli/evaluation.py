@@ -7,7 +7,7 @@ import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -33,8 +33,6 @@ class Evaluate:
 
     Example: wslfast evaluate --zoo runs/zoo --run runs/S runs/S+B-seed0 runs/S+B-seed1 --out runs/results
     """
-
-    interrupted: ClassVar[str] = "; with --out DIR the same command goes on with what is done"
 
     run_folders: Annotated[tuple[str, ...], tyro.conf.arg(name="run")]
     """Folders of runs; a name that ends in -seedN is a seed of the variant before it."""
@@ -207,8 +205,6 @@ class Demo(DemoConfig):
 
     Example: wslfast demo --out runs/demo
     """
-
-    interrupted: ClassVar[str] = "; the same command goes on with what is done"
 
     def run(self) -> None:
         settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(DemoConfig)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from ..training import TrainConfig, train
 from ..training.progress import shown
@@ -20,8 +20,6 @@ class Train(TrainConfig):
 
     Example: wslfast train --zoo runs/zoo --out runs/ae --steps 1000 --seed 0
     """
-
-    interrupted: ClassVar[str] = "before the first step; nothing was to be saved yet"
 
     config: str | None = None
     """TOML file of settings; flags win over it."""
