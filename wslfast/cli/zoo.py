@@ -180,6 +180,8 @@ class ZooImport:
         console.print(f"{self.out}: {done.rows} rows of {done.models} models, {what}", soft_wrap=True, markup=False)
         for reason, count in done.skipped.items():
             console.print(f"  skipped: {count} x {reason}", soft_wrap=True, markup=False)
+        if not done.has_dataset:
+            console.print("  no --dataset: evaluate and generate need what the models were trained on", soft_wrap=True, markup=False)
         console.print(f"next: wslfast train --zoo {self.out} --out RUN", soft_wrap=True, markup=False)
 
     def _architecture(self) -> Architecture | None:

@@ -100,8 +100,8 @@ def dataset_of(zoo: str | Path, architecture: Architecture) -> Dataset:
     record: Any = provenance.get("dataset")
     require(
         isinstance(record, Mapping) and isinstance(record.get("name"), str) and type(record.get("seed", 0)) is int,
-        f"zoo {zoo}: its manifest does not say which data set it was trained on; pass images=, or store the zoo with its data set "
-        "(zoo import --dataset, save_zoo(dataset=))",
+        f"zoo {zoo}: its manifest does not say which data set it was trained on; store the zoo with its data set (zoo import --dataset, "
+        "save_zoo(dataset=)); to train alone, query images without any will do (--query-set noise, images=)",
     )
     named = record["name"] in NAMES or is_grid(record["name"])
     source = record["name"] if named else _file(Path(zoo), record)

@@ -39,6 +39,7 @@ class Imported:
         architecture: of all of them; of several, the first one's.
         skipped: ``{reason: count}``; OUT/skipped.json lists every one as ``{"where", "reason", "detail"}``.
         architectures: those of a zoo of several by label; of one alone by its name.
+        has_dataset: whether the zoo records what its models were trained on.
     """
 
     rows: int
@@ -46,6 +47,7 @@ class Imported:
     architecture: Architecture
     skipped: Mapping[str, int]
     architectures: Mapping[str, Architecture]
+    has_dataset: bool = False
 
 
 def import_zoo(
@@ -158,7 +160,7 @@ def import_zoo(
     write_text(place / SKIPPED, json.dumps(rows.skips.entries, indent=1, ensure_ascii=False) + "\n")
     _say(place / SKIPPED, rows, manifest.provenance["identical"])
     every = {label: manifest.rebuild(str(place), label) for label in manifest.kinds} or {rows.kinds[0].name: rows.kinds[0]}
-    return Imported(len(rows.models), len(set(rows.numbers())), rows.kinds[0], rows.skips.counts(), every)
+    return Imported(len(rows.models), len(set(rows.numbers())), rows.kinds[0], rows.skips.counts(), every, "dataset" in provenance)
 
 
 @dataclass(frozen=True)
