@@ -49,6 +49,8 @@ def oracle_loss(
         outputs = module(queries.detach().double().cpu())
         if criterion == "mse":
             value = F.mse_loss(outputs, target, reduction="sum") / (2 * len(outputs))
+        elif criterion == "huber":
+            value = F.huber_loss(outputs, target, reduction="sum") / len(outputs)
         elif criterion == "softmax_mse":
             value = F.mse_loss(outputs.softmax(1), target.softmax(1))
         elif criterion == "cross_entropy":

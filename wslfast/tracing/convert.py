@@ -241,6 +241,8 @@ class Converter:
             return None
         if isinstance(value, float) and math.isinf(value):
             return "@inf" if value > 0 else "@-inf"
+        if type(value) is int and value == _END:
+            return None
         if value is None or type(value) in (bool, int, float, str):
             return value
         raise Untraceable(f"an argument of type {type(value).__name__}")
@@ -272,6 +274,7 @@ class Converter:
         return nodes, new.get(output, output), constants
 
 
+_END = (1 << 63) - 1  # of a slice that goes to the end of its axis
 _PER_AXIS = ("kernel_size", "stride", "padding", "dilation", "output_padding", "output_size")
 
 

@@ -13,6 +13,7 @@ from ..kernels.layers import Activation, Conv2d, Dropout, Flatten, Layer, Layers
 from ..kernels.reference import run_graph
 
 _ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid, "silu": nn.SiLU, "identity": nn.Identity}
+_WITH_PARAMETER = {"leakyrelu": nn.LeakyReLU, "elu": nn.ELU, "celu": nn.CELU, "softplus": nn.Softplus}
 
 
 def rebuilt(graph: Graph) -> nn.Module:
@@ -35,12 +36,10 @@ def _module(layer: Layer) -> nn.Module:
     if isinstance(layer, Dropout):
         return nn.Dropout(layer.p)
     assert isinstance(layer, Activation)
-    if layer.function == "leakyrelu":
-        return nn.LeakyReLU(layer.parameter)
     if layer.function == "gelu":
         return nn.GELU(layer.approximate)
-    if layer.function in ("elu", "celu"):
-        return (nn.ELU if layer.function == "elu" else nn.CELU)(layer.parameter)
+    if layer.function in _WITH_PARAMETER:
+        return _WITH_PARAMETER[layer.function](layer.parameter)
     return _ACTIVATIONS[layer.function]()
 
 
