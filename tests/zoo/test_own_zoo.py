@@ -281,10 +281,14 @@ def test_a_zoo_remembers_mean_and_deviation(tmp_path: Path, nets: list[nn.Module
 
 def test_without_labels_there_are_no_classes(tmp_path: Path) -> None:
     file = images(tmp_path, labels=False)
-    data = load_dataset(file, SHAPE, standardise=False)
+    data = load_dataset(file, SHAPE, standardise=False, unlabelled=True)
     assert (data.classes, len(data.test_images)) == (0, 16)
     np.savez(tmp_path / "regression.npz", images=np.zeros((20, 3)), labels=np.random.default_rng(0).normal(size=(20, 2)))
-    assert load_dataset(tmp_path / "regression.npz", (3,), standardise=False).classes == 0
+    assert load_dataset(tmp_path / "regression.npz", (3,), standardise=False, unlabelled=True).classes == 0
+    with pytest.raises(WslfastError, match="expected keys"):
+        load_dataset(file, SHAPE)
+    with pytest.raises(WslfastError, match="labels: expected integers"):
+        load_dataset(tmp_path / "regression.npz", (3,))
 
 
 def test_figures_without_classes() -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Union
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from .. import engine
@@ -75,7 +74,7 @@ def train(
     out = Path(config.out)
     check_folder(out, "run")
     if progress:
-        with shown(Console(highlight=False), config.steps) as bar:
+        with shown(None, config.steps) as bar:
 
             def both(record: Record) -> None:
                 bar(record)

@@ -8,12 +8,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from typing import TYPE_CHECKING, Any
 
 from .records import OnRecord
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _EVERY = 20.0  # seconds between lines where there is no terminal
 
@@ -45,8 +45,13 @@ def finishing_steps() -> Iterator[Callable[[], bool]]:
 
 
 @contextlib.contextmanager
-def shown(console: Console, steps: int) -> Iterator[OnRecord]:
-    """A bar on a terminal, that fits 80 columns; elsewhere a line at the first and last record, and every 20 seconds."""
+def shown(console: Console | None, steps: int) -> Iterator[OnRecord]:
+    """A bar on a terminal, that fits 80 columns; elsewhere a line at the first and last record, and every 20 seconds. Needs rich, which
+    comes with the commands."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(highlight=False) if console is None else console
     columns = (
         BarColumn(16),
         MofNCompleteColumn(),

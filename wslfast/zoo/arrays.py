@@ -28,15 +28,17 @@ ENDINGS = (".npz", ".pt", ".pth")
 _SETS = {"trainset": "train", "valset": "val", "testset": "test"}
 
 
-def read_arrays(path: Path) -> tuple[Raw, dict[str, Any]]:
-    """What a file holds, and where it came from (``source``, ``path``, ``sha256``, and ``labels: none`` where there are no classes). Bytes
-    become numbers in [0, 1]; all other numbers are as they are. Raises WslfastError naming file and key."""
+def read_arrays(path: Path, unlabelled: bool = False) -> tuple[Raw, dict[str, Any]]:
+    """What a file holds, and where it came from (``source``, ``path``, ``sha256``). Bytes become numbers in [0, 1]; all other numbers are
+    as they are. ``unlabelled`` ones without labels, or with ones that are no classes, have zeros, and ``labels: none`` says so. Raises
+    WslfastError naming file and key."""
     require(path.is_file(), f"dataset: {path}: no such file")
-    raw = _npz(path) if path.suffix == ".npz" else _pt(path)
+    raw = _npz(path, unlabelled) if path.suffix == ".npz" else _pt(path, unlabelled)
     shapes = {tuple(images.shape[1:]) for images, _ in raw.values()}
     require(len(shapes) == 1, f"{path}: expected images of one shape in every split, got {sorted(shapes)}")
     facts = {"source": path.name, "path": str(path.resolve()), "sha256": sha256_of(path)}
     if any(labels is None for _, labels in raw.values()):
+        require(unlabelled, f"{path}: labels: expected integers")
         return {p: (x, torch.zeros(len(x), dtype=torch.int64)) for p, (x, _) in raw.items()}, {**facts, "labels": "none"}
     return {p: (x, y) for p, (x, y) in raw.items() if y is not None}, facts
 
@@ -55,28 +57,28 @@ def sha256_of(path: Path) -> str:
 # -- .npz --------------------------------------------------------------------------------------------------------------
 
 
-def _npz(path: Path) -> Read:
+def _npz(path: Path, unlabelled: bool) -> Read:
     try:
         with np.load(path, allow_pickle=False) as file:
             require(isinstance(file, np.lib.npyio.NpzFile), f"{path}: expected an .npz archive")
-            return {p: _pair(file, f"{p}_" if p else "", path) for p in _layout(list(file.files), path)}
+            return {p: _pair(file, f"{p}_" if p else "", path) for p in _layout(list(file.files), path, unlabelled)}
     except WslfastError:
         raise
     except Exception as error:  # zipfile, zlib and numpy each have their own for a damaged or pickled file
         raise WslfastError(f"{path}: cannot be read as .npz without pickle: {type(error).__name__}: {error}") from None
 
 
-def _layout(keys: Sequence[str], path: Path) -> tuple[str, ...]:
+def _layout(keys: Sequence[str], path: Path, unlabelled: bool) -> tuple[str, ...]:
     """Prefixes of the arrays to read: an owner's split goes before one pair. Raises WslfastError if neither layout is complete."""
-    for wanted in ("images", "labels"), ("images",):  # without labels there are no classes
+    for wanted in (("images", "labels"), ("images",)) if unlabelled else (("images", "labels"),):
         have = tuple(p for p in SPLITS if {f"{p}_{what}" for what in wanted} <= set(keys))
         if "train" in have and "test" in have:
             return have
         if set(wanted) <= set(keys):
             return ("",)
     raise WslfastError(
-        f"{path}: expected keys 'images' and 'labels', or 'train_images', 'train_labels', 'test_images' and 'test_labels' (without labels "
-        f"where there are no classes); got {sorted(keys)[:8]}"
+        f"{path}: expected keys 'images' and 'labels', or 'train_images', 'train_labels', 'test_images' and 'test_labels'; "
+        f"got {sorted(keys)[:8]}"
     )
 
 
@@ -115,7 +117,7 @@ def _labels(labels: np.ndarray, count: int, where: str) -> Tensor | None:
 # -- dataset.pt --------------------------------------------------------------------------------------------------------
 
 
-def _pt(path: Path) -> Read:
+def _pt(path: Path, unlabelled: bool) -> Read:
     """A dict of ``trainset``, ``valset``, ``testset``: TensorDatasets, or objects with ``data`` and ``targets``; or of tensors under the
     keys of an .npz file."""
     with InertFile(path) as file:
@@ -128,7 +130,7 @@ def _pt(path: Path) -> Read:
                 found = {split: _members(stub, f"{split}set") for split, stub in sets.items()}
                 return {split: pair for split, pair in found.items() if pair is not None}
             arrays = {str(k): v.tensor().numpy() for k, v in root.items() if isinstance(v, StoredTensor)}
-            return {p: _pair(arrays, f"{p}_" if p else "", path) for p in _layout(list(arrays), path)}
+            return {p: _pair(arrays, f"{p}_" if p else "", path) for p in _layout(list(arrays), path, unlabelled)}
         except WslfastError as error:
             raise WslfastError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
 
@@ -204,9 +206,10 @@ def as_images(numbers: Tensor, channels: int | None, where: str) -> Tensor:
     raise WslfastError(f"{where}: expected [N, C, H, W] or [N, H, W, C] with at most 4 channels, or {channels}, got {list(numbers.shape)}")
 
 
-def fitted(numbers: Tensor, shape: tuple[int, ...], where: str) -> Tensor:
+def fitted(numbers: Tensor, shape: tuple[int, ...], where: str, grey: bool = False) -> Tensor:
     """Numbers ``[N, ...]`` as an architecture wants them: as they are where they fit; images resized bilinearly, one channel repeated
-    where more are wanted, flattened for a flat architecture (after resizing to a square where sizes differ)."""
+    where more are wanted (``grey``: three averaged where one is), flattened for a flat architecture (after resizing to a square where
+    sizes differ)."""
     came = tuple(numbers.shape[1:])
     if came == shape:
         return numbers
@@ -224,8 +227,7 @@ def fitted(numbers: Tensor, shape: tuple[int, ...], where: str) -> Tensor:
             )
             pixels = _bilinear(pixels, side, side)
         return pixels.reshape(n, -1)
-    if shape[0] == 1 and channels == 3:
-        say_once(f"wslfast: {where}: three channels are averaged to the one that the network takes", logging.INFO)
+    if grey and shape[0] == 1 and channels == 3:
         pixels, channels = pixels.mean(1, keepdim=True), 1
     require(
         channels in (1, shape[0]),

@@ -93,6 +93,8 @@ def load_dataset(
     standardise: bool = True,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    unlabelled: bool = False,
+    grey: bool = False,
 ) -> Dataset:
     """Images and labels in an architecture's shape.
 
@@ -104,18 +106,19 @@ def load_dataset(
             pixels (:mod:`wslfast.zoo.grids`), the same points in every split, never standardised. An ``.npz`` file has ``train_images``,
             ``train_labels``, ``test_images``, ``test_labels`` and maybe ``val_images``, ``val_labels`` (without them one eighth of train is
             held out), or one pair ``images`` and ``labels`` (split 0.7 / 0.1 / 0.2). Images are uint8 or floats ``[N, H, W]``,
-            ``[N, C, H, W]``, ``[N, H, W, C]`` or any ``[N, *input_shape]``; labels integers ``[N]`` from 0. Without labels, or with ones
-            that are no whole numbers, there are no classes: models are compared by their outputs. A ``.pt`` file is the ``dataset.pt``
-            that model-zoo code writes (a dict of ``trainset``, ``valset``, ``testset``), read without running any of it.
+            ``[N, C, H, W]``, ``[N, H, W, C]`` or any ``[N, *input_shape]``; labels integers ``[N]`` from 0. A ``.pt`` file is the
+            ``dataset.pt`` that model-zoo code writes (a dict of ``trainset``, ``valset``, ``testset``), read without running any of it.
         input_shape: of one query: ``(C, H, W)``, ``(features,)`` or any other. Images are resized bilinearly, one channel is repeated
-            where C are wanted, three are averaged
-            where one is; for a flat architecture they are flattened, after resizing to a square where sizes differ.
+            where C are wanted; for a flat architecture they are flattened, after resizing to a square where sizes differ.
         seed: of the split, where the owner did not split; 0 is the published one where there is one.
         root: folder with a named data set's files, as torchvision lays them out; default ``data``, and for fashion also where Debian's
             dataset-fashion-mnist puts them.
         standardise: subtract the training images' mean of each channel and divide by their standard deviation (or the published ones).
             False: pixels as they are, bytes in [0, 1]. Models answer as they did for their owner only on what they were trained on.
         mean, std: what is subtracted and divided by instead, a number for each channel or one for all; both or neither.
+        unlabelled: a file without labels, or with ones that are no whole numbers, has no classes: models are compared by their outputs.
+            Otherwise it is an error.
+        grey: three channels are averaged where one is wanted.
 
     Raises:
         WslfastError: naming file and key, what was expected and what came; for a package that is missing, how to install it.
@@ -133,10 +136,10 @@ def load_dataset(
     if str(name_or_path) in NAMES and str(name_or_path) != "digits":
         name, source = str(name_or_path), read_named(str(name_or_path), root, seed)
     else:
-        name, raw, facts = _raw(name_or_path)
+        name, raw, facts = _raw(name_or_path, unlabelled)
         source = Source(_split(raw, name, seed), facts)
     parts, provenance = source.parts, source.provenance
-    images = {key: fitted(pixels, shape, f"{name}: images") for key, (pixels, _) in parts.items()}
+    images = {key: fitted(pixels, shape, f"{name}: images", grey) for key, (pixels, _) in parts.items()}
     center, scale = _normalisation(images["train"], source.normalisation if given is None else given, name)
     standardise = standardise or given is not None
     view = (1, -1, 1, 1) if images["train"].ndim == 4 else (1,) * images["train"].ndim
@@ -148,7 +151,7 @@ def load_dataset(
     classes = 0 if source.provenance.get("labels") == "none" else 1 + max(int(labels.max()) for _, labels in parts.values())
     sizes = [len(labels) for _, labels in parts.values()]
     made: dict[str, Any] = {"seed": seed, "sizes": sizes, "mean": center.reshape(-1).tolist(), "std": scale.reshape(-1).tolist()}
-    made |= {} if given is None else {"given": True}
+    made |= {**({} if given is None else {"given": True}), **({"grey": True} if grey else {})}
     if str(name_or_path) not in NAMES or given is not None:
         _say(name, standardise, made["mean"], made["std"], given is not None)
     return Dataset(name, **arrays, classes=classes, provenance={**provenance, **made, "standardise": standardise})  # type: ignore[arg-type]
@@ -197,7 +200,7 @@ def image_shape(name_or_path: str | Path) -> tuple[int, int, int]:
     """``(C, H, W)`` of a dataset's images before any resizing; of a named one, what it is meant for (digits: 28x28)."""
     if str(name_or_path) in NAMES:
         return named_shape(str(name_or_path))
-    name, raw, _ = _raw(name_or_path)
+    name, raw, _ = _raw(name_or_path, True)
     return tuple(as_images(next(iter(raw.values()))[0][:1], None, f"{name}: images").shape[1:])  # type: ignore[return-value]
 
 
@@ -209,7 +212,7 @@ def input_shapes(name_or_path: str | Path) -> tuple[list[tuple[int, ...]], int]:
     if name in NAMES and name != "digits":
         channels, height, width = named_shape(name)
         return [(channels, height, width), (channels * height * width,)], 10
-    _, raw, facts = _raw(name_or_path)
+    _, raw, facts = _raw(name_or_path, True)
     classes = 0 if facts.get("labels") == "none" else 1 + max(int(labels.max()) for _, labels in raw.values())
     if name == "digits":
         return [(1, 28, 28), (1, 8, 8), (784,), (64,)], classes
@@ -227,7 +230,7 @@ def _grid(name: str, shape: tuple[int, ...]) -> Dataset:
     return Dataset(name, points, none, points, none, points, none, classes=0, provenance=provenance)
 
 
-def _raw(source: str | Path) -> tuple[str, Parts, dict[str, Any]]:
+def _raw(source: str | Path, unlabelled: bool = False) -> tuple[str, Parts, dict[str, Any]]:
     """Name, numbers ``[N, ...]`` float32 with labels by prefix ("" where there is no split), and provenance."""
     if str(source) == "digits":
         try:
@@ -240,7 +243,7 @@ def _raw(source: str | Path) -> tuple[str, Parts, dict[str, Any]]:
     path = Path(source)
     names = f"{', '.join(NAMES)}, {PREFIX}28x28"
     require(path.suffix in ENDINGS, f"dataset: expected one of {names} or a path ending in {' or '.join(ENDINGS)}, got {str(source)!r}")
-    raw, facts = read_arrays(path)
+    raw, facts = read_arrays(path, unlabelled)
     return path.name, raw, facts
 
 

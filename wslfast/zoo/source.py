@@ -58,19 +58,21 @@ def described(
     standardise: bool,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    grey: bool = False,
     **further: Any,
 ) -> Images:
     """The record of a data set that models of these architectures were trained on; ``further`` entries are added to it.
 
     Args:
-        standardise, mean, std: what was done to its images, as :func:`load_dataset` has it; of a :class:`Dataset` nothing is done to them.
+        standardise, mean, std, grey: what was done to its images, as :func:`load_dataset` has it; of a :class:`Dataset` nothing is.
 
     Raises WslfastError for images that cannot be read or do not fit, and more classes than a network has outputs.
     """
     data = dataset
     for architecture in architectures:
         if not isinstance(dataset, Dataset):
-            data = load_dataset(dataset, architecture.input_shape, standardise=standardise, mean=mean, std=std)
+            done = {"standardise": standardise, "mean": mean, "std": std, "grey": grey}
+            data = load_dataset(dataset, architecture.input_shape, unlabelled=True, **done)  # type: ignore[arg-type]
         assert isinstance(data, Dataset)
         came = tuple(data.train_images.shape[1:])
         fits = came == architecture.input_shape
@@ -111,6 +113,7 @@ def dataset_of(zoo: str | Path, architecture: Architecture) -> Dataset:
     standardise = record.get("standardise", True)
     require(type(standardise) is bool, f"zoo {zoo}: its manifest says standardise {describe(standardise)}; expected true or false")
     given = {name: record[name] for name in ("mean", "std") if record.get("given") is True and isinstance(record.get(name), list)}
+    given |= {"grey": record.get("grey") is True, "unlabelled": record.get("labels") == "none"}
     seed = record.get("seed", 0)
     try:
         data = load_dataset(str(source), architecture.input_shape, seed=seed, root=root, standardise=standardise, **given)

@@ -129,7 +129,7 @@ def import_zoo(
         family = inr.KINDS[rows.architectures[0].parameters[0].name.partition(".")[0]]
         trained_on, further = inr.grid_of(rows.architectures[0], family), {"peak": family.peak}
     if dataset is not None and chosen.kind == "Small CNN Zoo" and not standardise and mean is None:
-        given |= {"mean": [0.5], "std": [0.5]}  # its networks saw pixels from -1 to 1
+        given |= {"mean": [0.5], "std": [0.5], "grey": True}  # its networks saw grey pixels from -1 to 1
     checked: list[Architecture] = []
 
     def images(architectures: Sequence[Architecture]) -> None:
