@@ -54,7 +54,7 @@ def test_training_steps_under_the_patch_have_the_published_losses() -> None:
     row, shares = drop_in.step("shrp", 3, 5, 3, iter(range(10_000)).__next__)
     assert row.difference <= 1e-4
     assert len(shares) == 2
-    assert sane.report() == []
+    assert sane.replaced() == []
 
 
 @paper
@@ -181,7 +181,7 @@ def test_sane_itself_trains_alike_under_the_patch() -> None:
 
     expected = run()
     with sane.patched():
-        assert {row["package"] for row in sane.report()} >= {"SANE"}
+        assert {row["package"] for row in sane.replaced()} >= {"SANE"}
         found = run()
     for a, b in zip(expected, found):
         assert set(a) == set(b)
