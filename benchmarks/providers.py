@@ -1,4 +1,4 @@
-"""What computes the behavioural loss and its gradient: one registered function each, all from the same tensors.
+"""What computes the behavioral loss and its gradient: one registered function each, all from the same tensors.
 
 A provider takes ``(weights [k, P], original [k, P], queries [n, C, H, W], targets [k, n, K] or None, architecture)`` and returns
 ``(losses [k], gradient [k, P])`` of the ``softmax_mse`` criterion (the published code's ``l2``). Without targets it computes the

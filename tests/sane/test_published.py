@@ -35,7 +35,7 @@ def _quiet() -> Iterator[None]:
 
 @paper
 def test_every_item_has_the_published_value() -> None:
-    for item, theirs, ours in [*drop_in.part_rows("shrp"), *drop_in.behaviour_rows("shrp", 4, 5)]:
+    for item, theirs, ours in [*drop_in.part_rows("shrp"), *drop_in.behavior_rows("shrp", 4, 5)]:
         row = drop_in.compare(item, theirs, ours, 1, lambda: 0.0)
         # rsq averages ratios of nearly equal numbers, and the probe's best penalty decides a rounding
         tolerance = 1e-3 if "rsq" in item or "probe" in item else 1e-4
