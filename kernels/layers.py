@@ -103,6 +103,11 @@ class Pool2d:
     stride: Pair = (2, 2)
     padding: Pair = (0, 0)
 
+    def tiles(self, image: tuple[int, ...]) -> bool:
+        """Whether every pixel of an image ``[H, W]`` is in exactly one window."""
+        whole = all(size % kernel == 0 for size, kernel in zip(image, self.kernel_size, strict=True))
+        return whole and self.kernel_size == self.stride and self.padding == (0, 0)
+
 
 @dataclass(frozen=True)
 class Activation:

@@ -101,7 +101,8 @@ def _generate(root: Path, zoo: str) -> Any:
 
 def _bench(root: Path, zoo: str) -> Any:
     bench = LoadedZoo(root / zoo, Protocol.quick())
-    return bench.compare(bench.test.weights), bench.compare(bench.test.weights)
+    images, labels = bench.data.split("test")
+    return [compare_models(bench.test, bench.test.weights, images, labels, bench.targets) for _ in range(2)]
 
 
 @pytest.mark.parametrize("measure", [_evaluate, _generate, _bench], ids=["evaluate", "generate", "bench"])

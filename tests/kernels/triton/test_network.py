@@ -234,7 +234,8 @@ def test_autograd_and_warmup_in_little_memory(monkeypatch: pytest.MonkeyPatch) -
     assert wide.grad is not None
     assert error(weights.grad, wide.grad) < FP32 / 2
     kernels.warmup(MLP.layers, MLP.shape, 3, "labels", "ieee", "cpu", memory=1000)
-    assert ran == ["network_forward", "network_loss", "network_loss", "network_forward"]
+    assert ran[:2] == ["network_forward", "network_loss"]
+    assert set(ran[2:]) == {"network_forward", "network_loss"}
 
 
 # -- what fits, and what it takes --------------------------------------------------------------------------------------
