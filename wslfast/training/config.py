@@ -215,7 +215,10 @@ class TrainConfig:
 
     @classmethod
     def from_toml(cls, path: str | Path, **changes: Any) -> TrainConfig:
-        """From a TOML file of ``key = value`` lines (``clip = "none"`` for None; maybe ``preset``); ``changes`` win."""
+        """From a TOML file of ``key = value`` lines (``clip = "none"`` for None; maybe ``preset``); ``changes`` win.
+
+        Raises WslfastError for a file that cannot be read and for settings that do not fit, naming the file.
+        """
         try:
             text = Path(path).read_bytes().decode("utf-8")
             values = tomllib.loads(text)
