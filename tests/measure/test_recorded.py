@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from wslfast import Architecture, Population, TrainConfig, WslfastError, build_zoo, errors, evaluate, generate, load_zoo, train
+from wslfast.measure.evaluation import compare_models
 from wslfast.measure.recorded import check_recorded
 from wslfast.study.ablation_file import Ablation
 from wslfast.study.ablations import run_ablation
