@@ -1,4 +1,4 @@
-"""The library call: outputs of a population, and how far reconstructed models are from their originals in behaviour.
+"""The library call: outputs of a population, and how far reconstructed models are from their originals in behavior.
 
 This module validates, gathers targets and reduces. It knows nothing of devices: ``engine.py`` runs the models.
 """
@@ -61,7 +61,7 @@ def batched_behavioral_loss(
     backend: str = "auto",
     class_axis: int = -1,
 ) -> Tensor:
-    """Distance in behaviour between reconstructed models and their originals on shared queries (arXiv 2503.17138).
+    """Distance in behavior between reconstructed models and their originals on shared queries (arXiv 2503.17138).
 
     Args:
         reconstructed: ``[k, P]`` weights, ``[k, T, D]`` tokens (token size read off D), or ``{name: [k, *shape]}``; gradients

@@ -110,7 +110,7 @@ class Ablate:
 
 @dataclass(frozen=True)
 class Gradients(GradientSettings):
-    """Where structure and behaviour pull a run's reconstructions, the spectrum of what relates the two, and how far first order holds.
+    """Where structure and behavior pull a run's reconstructions, the spectrum of what relates the two, and how far first order holds.
 
     Writes gradients.csv and gradients.json (docs/analysis.md says what is in them).
 

@@ -1,4 +1,4 @@
-"""How different models are from one another, in weights and in behaviour, and how new generated ones are."""
+"""How different models are from one another, in weights and in behavior, and how new generated ones are."""
 
 from __future__ import annotations
 

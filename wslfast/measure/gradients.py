@@ -1,7 +1,7 @@
-"""Where structure and behaviour pull a reconstruction, and how far the first-order picture of it holds (docs/analysis.md).
+"""Where structure and behavior pull a reconstruction, and how far the first-order picture of it holds (docs/analysis.md).
 
 With d = reconstruction - original in weights ``[P]`` and J the Jacobian of all nK outputs, arXiv 2503.17138 writes the gradient of
-the structural loss as d and that of the behavioural loss as ``d^T F``, ``F = 1/n sum_i J_orig(x_i)^T J_rec(x_i)``, ``[P, P]``. F is
+the structural loss as d and that of the behavioral loss as ``d^T F``, ``F = 1/n sum_i J_orig(x_i)^T J_rec(x_i)``, ``[P, P]``. F is
 never built where P > nK: its singular values and the eigenvalues of its symmetric part are those of matrices of the size of the
 Gram side. For networks where even the Jacobians are too large, products with F come from ``jvp`` and ``vjp``.
 """
@@ -55,7 +55,7 @@ class Spectrum:
     Attributes:
         singular_values: of F, descending: all that can differ from zero if exact, the leading ones if sketched. ``[r]`` float64.
         eigenvalues: of its symmetric part (F + F^T) / 2, descending; negative ones are directions in which the first-order
-            behavioural gradient points uphill of the error. Empty if sketched.
+            behavioral gradient points uphill of the error. Empty if sketched.
         asymmetry: ||F - F^T|| / (2 ||F||), Frobenius: 0 is symmetric, 1 antisymmetric, 0.71 neither.
         trace: sum of F's diagonal.
         frobenius: ||F||.

@@ -155,7 +155,7 @@ def _announce(trainer: Trainer, resumed: bool) -> None:
         logger.info("resumed at step %d", trainer.step_index)
     config = trainer.config
     if trainer.device.type == "cpu" and config.precision == "fp32" and config.layers > 0 and _has_bf16():
-        logger.info("this CPU computes in bf16: with precision bf16 steps take two thirds to three quarters of the time (docs/cpu.md)")
+        logger.info("this CPU computes in bf16: with precision bf16 a step takes 2/3 to 3/4 of the time (docs/notes/cpu.md)")
     backend = trainer.config.backend
     with matmul_precision_of(config.behavior_precision) if trainer.device.type == "cuda" else contextlib.nullcontext():
         path = engine.choose(trainer.architecture, trainer.device.type, torch.float32, backend)
