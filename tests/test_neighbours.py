@@ -38,7 +38,7 @@ def test_probe_images_get_the_gradient_that_a_loop_gives(monkeypatch: pytest.Mon
     ours = example("probe_images", monkeypatch)
     networks = [ours.network() for _ in range(5)]
     weights = wslfast.Population.from_state_dicts(ours.ARCH, [n.state_dict() for n in networks]).weights
-    probes = torch.randn(3, 1, 28, 28, requires_grad=True)
+    probes = torch.randn(3, 1, 8, 8, requires_grad=True)
     direction = torch.randn(5, 3, 10)
     a = ours.answers(weights, probes)
     b = ours.answers_one_by_one([n.state_dict() for n in networks], probes)
@@ -46,8 +46,8 @@ def test_probe_images_get_the_gradient_that_a_loop_gives(monkeypatch: pytest.Mon
     gradients = [torch.autograd.grad((y * direction).sum(), probes)[0] for y in (a, b)]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
     images, reader = ours.learn(weights, torch.rand(5), probes=2, steps=2)
-    assert images.shape == (2, 1, 28, 28)
-    assert sum(p.numel() for p in reader.parameters()) > 20
+    assert images.shape == (2, 1, 8, 8)
+    assert sum(p.numel() for p in reader.parameters()) == 3
 
 
 def test_a_sirens_image_loss_is_that_of_its_own_module(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from .measure.results import file_digest
 from .page.card import PICTURE, zoo_card, zoo_picture
 from .zoo import read_manifest
 from .zoo.manifest import MANIFEST, Manifest
-from .zoo.store import _shard, check_shards, regular_file
+from .zoo.shards import check_shards, read_shard, regular_file
 
 _CARD = "README.md"
 _REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
@@ -141,9 +141,10 @@ def checked_zoo(folder: Path) -> Manifest:
     """The manifest of a zoo whose every shard is sound. Raises WslfastError naming what is not."""
     manifest = read_manifest(folder)
     check_shards(folder, manifest)
-    manifest.rebuild(str(folder / MANIFEST))
-    for shard in manifest.shards:
-        _shard(folder, shard, manifest.num_weights, True)
+    for label in manifest.kinds or (None,):
+        manifest.rebuild(str(folder / MANIFEST), *([label] if label is not None else []))
+    for shard, shape in zip(manifest.shards, manifest.shapes, strict=True):
+        read_shard(folder, shard, shape, True)
     return manifest
 
 

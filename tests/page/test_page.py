@@ -223,7 +223,7 @@ def test_the_page_draws_and_measures_nothing() -> None:
             "..measure.results",
             "..measure.goals",
             "..training.hooks",  # who else is told of the page
-            *(("..zoo", "..zoo.store") if path.name == "card.py" else ()),  # a zoo's card is drawn from its manifest
+            *(("..zoo", "..zoo.reading") if path.name == "card.py" else ()),  # a zoo's card is drawn from its manifest
         }
 
 

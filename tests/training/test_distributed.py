@@ -15,8 +15,8 @@ import torch
 from training_runs import ARCH, config, records, same
 
 from wslfast import Population, WslfastError, losses, train
-from wslfast.training.checkpoint import load_checkpoint
 from wslfast.engine.ranks import World
+from wslfast.training.checkpoint import load_checkpoint
 
 WORKER = """
     import json, os, signal, sys

@@ -66,7 +66,7 @@ class Evaluate:
         run = self.run_folders[0]
         if len(self.run_folders) == 1 and (self.out is None or self.out.endswith(".json")):
             out = self.out or str(Path(run) / f"evaluation-{self.split}.json")
-            settings = {"device": self.device, "backend": self.backend, "skip_bad": self.skip_bad, "log_to": self.log_to}
+            settings: dict[str, Any] = {"device": self.device, "backend": self.backend, "skip_bad": self.skip_bad, "log_to": self.log_to}
             results = evaluate(run, self.zoo, split=self.split, out=out, **settings)
             if not first():
                 return
@@ -202,6 +202,8 @@ class Generate:
             after = f" after {e} epochs" if e else ""
             for name in names:
                 values = made.column(name)[epoch == e]
+                if not bool(values.isfinite().any()):  # no classes, no accuracy
+                    continue
                 spread = f"from {values.min():.3f} to {values.max():.3f}"
                 console.print(f"{name}{after}: mean {values.mean():.3f}, median {values.median():.3f}, {spread}")
 

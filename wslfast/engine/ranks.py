@@ -130,6 +130,11 @@ def apart() -> Iterator[None]:
         _apart.reset(token)
 
 
+def is_apart() -> bool:
+    """Whether this is such a block: nobody else is asked or waited for."""
+    return _apart.get()
+
+
 @contextmanager
 def joined(device: str | torch.device, *, patient: bool = False) -> Iterator[tuple[World, torch.device]]:
     """This process's place among those torchrun started, and its device (``cuda`` becomes one GPU a process).

@@ -204,7 +204,7 @@ def _generation(results: Results) -> str:
 def _maps(results: Results) -> str:
     def parts(zoo: str) -> list[str]:
         run = results.best(zoo, results.trained(zoo), "agreement")
-        caption = f"{named(run)}: one mark a model, its mean latent token on the two directions in which these vary most."
+        caption = f"{named(run or '')}: one mark a model, its mean latent token on the two directions in which these vary most."
         return [figure(figures.latent_map(results, zoo, run), caption, narrow=True)] if run else []
 
     return section("Latent maps", *_by_zoo(results, parts))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..zoo import read_manifest
-from ..zoo.store import summarize
+from ..zoo.reading import summarize
 from .drawing import INK, SOFT, require_matplotlib, sheet, to_png
 
 PICTURE = "zoo.png"
@@ -70,16 +70,16 @@ def zoo_picture(zoo: str | Path) -> bytes:
     table = read_manifest(zoo).properties
     column = next((name for name in ("test_acc", "val_acc", "train_acc") if any(_known(v) for v in table.get(name, ()))), None)
     epochs = sorted({e for e in table.get("epoch", ()) if type(e) is int})
+    recorded: Sequence[Any] = table[column] if column is not None else ()
     with sheet(2.6, 7.4) as (page, _):
         left, right = page.subplots(1, 2)
         for split, color in _SPLITS.items():
             rows = [j for j, own in enumerate(table["split"]) if own == split]
-            values = [100 * table[column][j] for j in rows if _known(table[column][j])] if column else []
+            values = [100 * recorded[j] for j in rows if recorded and _known(recorded[j])]
             if values:
                 left.hist(values, bins=list(range(0, 101, 4)), color=color, alpha=0.55, label=f"{split}: {len(rows)} checkpoints")
             means = [
-                [100 * table[column][j] for j in rows if table["epoch"][j] == e and _known(table[column][j])]
-                for e in (epochs if column else ())
+                [100 * recorded[j] for j in rows if table["epoch"][j] == e and _known(recorded[j])] for e in (epochs if recorded else ())
             ]
             points = [(e, sum(own) / len(own)) for e, own in zip(epochs, means) if own]
             if points:

@@ -21,6 +21,7 @@ from ..engine.ranks import joined
 from ..errors import WslfastError, logger, require
 from ..population import Population
 from ..profiling import region
+from ..proof import proved
 from .datasets import Dataset, image_shape, load_dataset
 from .grid import Cell, Grid
 from .identical import draw
@@ -116,7 +117,8 @@ def build_zoo(
         require(models >= world.size, f"models: expected at least one for each of the {world.size} processes, got {models}")
         settings = {"kept": kept, "batch_size": batch_size, "backend": backend, "device": where.type, "torch": torch.__version__}
         settings |= {"data": data_digest(data)} if world.size > 1 else {}
-        trained = trained_in_parts(world, architecture, cells, part, None if out is None else Path(out), settings)
+        with proved(architecture, where, ("indexed", "forward"), math.ceil(models / world.size), batch_size):  # by all, or by none
+            trained = trained_in_parts(world, architecture, cells, part, None if out is None else Path(out), settings)
         population, dropped = _split(plan, *_sound(trained))
         if out is not None and world.writes:
             from .. import __version__

@@ -20,7 +20,7 @@ from wslfast.measure.results import Unit, write_tables
 from wslfast.page import report
 from wslfast.training.hooks import LogHook, TensorBoard, hook_of
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ARCH = Architecture.mlp(6, (5,), 3)
 SIZES: dict[str, Any] = {
     "batch_size": 4,
