@@ -25,9 +25,7 @@ def answers(weights: Tensor, probes: Tensor) -> Tensor:
     return wslfast.batched_forward(weights, probes, ARCH)
 
 
-def sureness(outputs: Tensor) -> Tensor:
-    """Features ``[k, n]``: the largest class probability."""
-    return outputs.softmax(-1).amax(-1)
+sureness = lambda outputs: outputs.softmax(-1).amax(-1)  # features [k, n]: the largest class probability  # noqa: E731
 
 
 def answers_one_by_one(states: list[dict[str, Tensor]], probes: Tensor) -> Tensor:
