@@ -1,7 +1,6 @@
 """Learnt probe images: what a few images that are learnt themselves tell of a network that is asked for its answers to them.
 
-A linear layer predicts each network's test accuracy from how sure it is of 24 probe images; the gradient reaches the images through all
-networks at once. Run: python examples/neighbours/probe_images.py
+A linear layer predicts test accuracy from how sure a network is of 24 learnt images. Run: python examples/neighbours/probe_images.py
 """
 
 import torch
