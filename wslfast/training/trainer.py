@@ -97,7 +97,11 @@ class Trainer:
         groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         # one pass over each parameter where torch loops over operators: a quarter of the time (a GPU has its own default)
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=True if self.device.type == "cpu" else None)
-        self.schedule = self._cycle()
+        self.schedule = (
+            torch.optim.lr_scheduler.OneCycleLR(self.optimizer, max_lr=config.lr, total_steps=config.steps, pct_start=0.3)
+            if config.schedule == "onecycle"
+            else None
+        )
         whole = len(sample) == len(models) and self.cache is not None
         known = self.cache if whole or not config.uses_behavior else TargetCache(sample, self.pool)
         self.normalizers = losses.Normalizers.from_data(
@@ -146,15 +150,6 @@ class Trainer:
         )
         logger.info("%s start: %d latent numbers for %d parameters", config.start, codec.latent_size, self.architecture.num_weights)
         return Autoencoder(self.layout, start=config.start, codec=codec, **sizes)
-
-    def _cycle(self) -> torch.optim.lr_scheduler.OneCycleLR | None:
-        """The learning rate's schedule: of the whole run, or, with a restart, of the part of it that this step begins or is in."""
-        config = self.config
-        if config.schedule != "onecycle":
-            return None
-        first = config.behavior_start if config.restart else config.steps
-        steps = first if self.step_index < first else config.steps - first
-        return torch.optim.lr_scheduler.OneCycleLR(self.optimizer, max_lr=config.lr, total_steps=steps, pct_start=0.3)
 
     def next_rows(self) -> Tensor:
         """Zoo rows of the next batch, of all processes: every model once an epoch, the incomplete last batch dropped."""
@@ -250,9 +245,7 @@ class Trainer:
                 parts["gradient_norm"] = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
             self.optimizer.step()
         self.step_index += 1
-        if self.config.restart and self.step_index == self.config.behavior_start:
-            self.schedule = self._cycle()
-        elif self.schedule is not None:
+        if self.schedule is not None:
             self.schedule.step()
         return parts
 
@@ -295,7 +288,6 @@ class Trainer:
         )
         self.model.load_state_dict(state["model"])
         self.step_index = int(state["step"])
-        self.schedule = self._cycle()
         self.optimizer.load_state_dict(state["optimizer"])
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])
