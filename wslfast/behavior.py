@@ -1,4 +1,4 @@
-"""The library call: outputs of a population, and how far reconstructed models are from their originals in behaviour.
+"""The library call: outputs of a population, and how far reconstructed models are from their originals in behavior.
 
 This module validates, gathers targets and reduces. It knows nothing of devices: ``engine.py`` runs the models.
 """
@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from typing import Any, Union
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import engine, operators
 from .architecture import Architecture
 from .errors import WslfastError, describe, require
-from .kernels.criteria import CRITERIA, criterion_values
+from .kernels.criteria import CRITERIA, TABLE, criterion_values
 from .nan_policy import NAN_POLICIES, REDUCTIONS, bad_models, check_models, reduce
 from .population import Population, stack
 from .tokens import num_tokens
@@ -61,7 +61,7 @@ def batched_behavioral_loss(
     backend: str = "auto",
     class_axis: int = -1,
 ) -> Tensor:
-    """Distance in behaviour between reconstructed models and their originals on shared queries (arXiv 2503.17138).
+    """Distance in behavior between reconstructed models and their originals on shared queries (arXiv 2503.17138).
 
     Args:
         reconstructed: ``[k, P]`` weights, ``[k, T, D]`` tokens (token size read off D), or ``{name: [k, *shape]}``; gradients
@@ -76,6 +76,7 @@ def batched_behavioral_loss(
         criterion: per model, with f^ and f the outputs of reconstruction and original, ``[n, *out]``, ``[n, K]`` for a classifier (sums
             over i are over queries, those inside over everything else):
             ``"mse"`` 1/(2n) sum_i ||f^(x_i) - f(x_i)||^2, whose mean over models is the paper's L_B;
+            ``"huber"`` 1/n sum_i h(f^(x_i) - f(x_i)), h(d) = d^2/2 up to |d| = 1 and |d| - 1/2 beyond: no class can weigh too much;
             ``"softmax_mse"`` mean squared difference of probabilities (the published code's ``l2``);
             ``"cross_entropy"`` with the original's probabilities as soft labels;
             ``"distillation"`` T^2/n sum_i KL(softmax(f/T) || softmax(f^/T)).
@@ -85,7 +86,7 @@ def batched_behavioral_loss(
             gradient; ``"omit"`` leaves it out (zero gradient; NaN under reduction ``"none"``), every other model's value and gradient
             bit-equal to a call without it; ``"raise"`` raises and names it. Without a gradient, values alone are judged.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
-        class_axis: axis of one answer ``[*out]`` that the classes are on, for criteria over classes (all but ``"mse"``).
+        class_axis: axis of one answer ``[*out]`` that the classes are on, for criteria over classes (all but ``"mse"`` and ``"huber"``).
 
     Returns:
         A scalar, or ``[k]`` for reduction ``"none"``; float32, or float64 for float64 weights.
@@ -101,7 +102,7 @@ def batched_behavioral_loss(
     require(number and 0 < temperature < float("inf"), lambda: f"temperature: expected a positive number, got {temperature!r}")
     rows = _rows(reconstructed, architecture, "reconstructed")
     queries = _queries(queries, architecture, rows)
-    if criterion != "mse" and (class_axis != -1 or not architecture.output_shape):
+    if TABLE[criterion].over_classes and (class_axis != -1 or not architecture.output_shape):
         targets, original = _classes_last(targets, original, architecture, class_axis)
         architecture = architecture.with_classes_last(class_axis)
     looked_through = engine.looked_through(rows, queries, targets)
@@ -169,6 +170,8 @@ def _rows(value: Any, architecture: Architecture, argument: str) -> Tensor:
         wrong = f"{argument}: expected a population of architecture {architecture.name!r}, got one of another, {other.name!r}"
         require(same, wrong)
         value = value.weights
+    if isinstance(value, (list, tuple, nn.Module)):
+        raise WslfastError(f"{argument}: {_remedy(value)}")
     forms = f"[k, {p}] weights, [k, T, D] tokens or {{name: [k, *shape]}} of architecture {architecture.name!r}"
     try:
         if isinstance(value, Mapping):
@@ -184,6 +187,21 @@ def _rows(value: Any, architecture: Architecture, argument: str) -> Tensor:
     except WslfastError as error:
         raise WslfastError(f"{argument}: {error}") from None
     return value if value.dtype == torch.float64 else value.to(torch.float32)
+
+
+def _remedy(value: Any) -> str:
+    """What to do with models that come one by one."""
+    if isinstance(value, nn.Module) or (len(value) > 0 and all(isinstance(v, nn.Module) for v in value)):
+        which = "modules" if not isinstance(value, nn.Module) else "[module]"
+        came = f"a list of {len(value)} modules" if which == "modules" else f"a module ({type(value).__name__})"
+        return f"expected a population, got {came}; stack them with Population.from_modules({which}, input_shape=...)"
+    if len(value) > 0 and all(isinstance(v, Mapping) for v in value):
+        remedy = "stack them with Population.from_state_dicts(architecture, [...])"
+        return f"expected a population, got a list of {len(value)} state dicts; {remedy}"
+    if len(value) > 0 and all(isinstance(v, Tensor) for v in value):
+        return f"expected [k, P] weights, got a list of {len(value)} tensors; stack them with torch.stack(rows)"
+    came = f"got a {type(value).__name__} of {len(value)}"
+    return f"expected a population or [k, P] weights, {came}; Population.from_modules makes one of modules"
 
 
 def _queries(queries: Any, architecture: Architecture, rows: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ..errors import WslfastError, require
 from ..kernels.criteria import CRITERIA
@@ -18,6 +18,11 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+if TYPE_CHECKING:
+    CriterionName = str
+else:
+    CriterionName = Literal[CRITERIA]  # the names of the table, so that the shell lists them
 
 PRESETS: dict[str, dict[str, Any]] = {
     "small": {},
@@ -60,7 +65,7 @@ class TrainConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     """Autocast of the autoencoder; the behavioral loss runs outside it. bf16 is faster on GPUs and on CPUs with avx512_bf16 or AMX."""
     behavior_precision: Literal["highest", "high", "medium"] = "high"
-    """float32 matmul precision of the behavioural loss on a GPU (high: TF32)."""
+    """float32 matmul precision of the behavioral loss on a GPU (high: TF32)."""
 
     gamma: float = 0.05
     """Weight of the contrastive loss."""
@@ -71,8 +76,8 @@ class TrainConfig:
     behavior in it from the first step finds one good network and answers every model with it; after structure it keeps models apart."""
     behavior_ramp: float = 0.0
     """Share of the steps, after those, over which behavior's weight rises evenly to 1 - beta."""
-    criterion: Literal["mse", "softmax_mse", "cross_entropy", "distillation"] = "mse"
-    """Behavioural criterion."""
+    criterion: CriterionName = "mse"
+    """Behavioral criterion."""
     distillation_temperature: float = 2.0
     """Temperature of criterion distillation."""
     contrast_temperature: float = 0.1
@@ -87,7 +92,7 @@ class TrainConfig:
     views: bool = True
     """Draw a permutation of every model at every step; without, models are seen as stored."""
     permutations: Literal["equivalent", "random"] = "equivalent"
-    """equivalent: views that preserve behaviour. random: a control that scrambles models, the next layer's inputs permuted by another
+    """equivalent: views that preserve behavior. random: a control that scrambles models, the next layer's inputs permuted by another
     permutation than the outputs they read; each scrambled model is then its own original."""
 
     start: Literal["linear", "random", "paths"] = "linear"
@@ -154,7 +159,6 @@ class TrainConfig:
         require(self.clip is None or self.clip > 0, f"clip: expected a positive number or none, got {self.clip}")
         require(self.d_model % (2 * self.heads) == 0, f"d_model: expected a multiple of 2 * heads = {2 * self.heads}, got {self.d_model}")
         set_names(self.query_set)
-        assert set(CRITERIA) == set(get_args(hints["criterion"]))
 
     @property
     def uses_behavior(self) -> bool:
@@ -208,7 +212,10 @@ class TrainConfig:
 
     @classmethod
     def from_toml(cls, path: str | Path, **changes: Any) -> TrainConfig:
-        """From a TOML file of ``key = value`` lines (``clip = "none"`` for None; maybe ``preset``); ``changes`` win."""
+        """From a TOML file of ``key = value`` lines (``clip = "none"`` for None; maybe ``preset``); ``changes`` win.
+
+        Raises WslfastError for a file that cannot be read and for settings that do not fit, naming the file.
+        """
         try:
             text = Path(path).read_bytes().decode("utf-8")
             values = tomllib.loads(text)

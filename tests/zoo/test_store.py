@@ -1,0 +1,530 @@
+"""The zoo on disk: round trips, damage of every kind, hostile manifests, interrupted and concurrent writing."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import pickle
+import random
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from wslfast.architecture import Architecture
+from wslfast.errors import WslfastError
+from wslfast.population import Population
+from wslfast.zoo import Split, load_zoo, read_manifest, save_zoo, summarize
+from wslfast.zoo.manifest import Manifest, Shard
+
+ARCH = Architecture.mlp(5, (4,), 3)
+
+
+def make(models: int = 7, epochs: int = 3, seed: int = 0, architecture: Architecture = ARCH) -> Population:
+    generator = torch.Generator().manual_seed(seed)
+    k = models * epochs
+    weights = torch.randn(k, architecture.num_weights, generator=generator)
+    accuracy = torch.rand(k, 2, generator=generator, dtype=torch.float64)
+    return Population(
+        architecture,
+        weights,
+        {
+            "model": [j for j in range(models) for _ in range(epochs)],
+            "epoch": [e for _ in range(models) for e in range(1, epochs + 1)],
+            "train_acc": accuracy[:, 0].tolist(),
+            "test_acc": accuracy[:, 1].tolist(),
+            "ggap": (accuracy[:, 0] - accuracy[:, 1]).tolist(),
+            "init_type": ["kaiming_uniform"] * k,
+            "lr": [1e-05] * k,
+            "note": [None, True, "é\n"] * (k // 3) + [None] * (k % 3),
+        },
+    )
+
+
+def save(population: Population, path: Path, **options: Any) -> Manifest:
+    return save_zoo(population, path, **{"splits": Split(seed=3), "provenance": {"dataset": "made up"}, **options})
+
+
+def same(a: Population, b: Population) -> bool:
+    return torch.equal(a.weights, b.weights) and dict(a.properties) == dict(b.properties) and a.architecture == b.architecture
+
+
+def names(path: Path) -> list[str]:
+    return sorted(os.listdir(path))
+
+
+@pytest.mark.parametrize(("models", "epochs", "shard_rows"), [(1, 1, None), (3, 1, 1), (7, 3, 5), (5, 3, 15), (21, 3, 63), (7, 3, 64)])
+def test_round_trip(tmp_path: Path, models: int, epochs: int, shard_rows: int | None) -> None:
+    population = make(models, epochs)
+    manifest = save(population, tmp_path / "a" / "zoo", shard_rows=shard_rows)
+    loaded = load_zoo(tmp_path / "a" / "zoo")
+    assert torch.equal(loaded.weights, population.weights)
+    assert {name: loaded.properties[name] for name in population.properties} == dict(population.properties)
+    assert loaded.architecture == population.architecture
+    assert manifest == read_manifest(tmp_path / "a" / "zoo")
+    k = models * epochs
+    assert [s.rows for s in manifest.shards] == [min(k, shard_rows or k)] * (k // (shard_rows or k)) + (
+        [k % shard_rows] if shard_rows and k % shard_rows else []
+    )
+    assert names(tmp_path / "a" / "zoo") == ["manifest.json", *(f"shard-{i:05d}.safetensors" for i in range(len(manifest.shards)))]
+    first = safetensors.torch.load_file(tmp_path / "a" / "zoo" / manifest.shards[0].file)
+    assert list(first) == ["weights"]
+    assert first["weights"].dtype == torch.float32
+
+
+def test_strided_weights_and_poisoned_memory(tmp_path: Path, poisoned_empty: None) -> None:
+    weights = torch.randn(ARCH.num_weights, 12).t()[::2]
+    save(Population(ARCH, weights, {"epoch": range(6)}), tmp_path, shard_rows=4)
+    assert torch.equal(load_zoo(tmp_path).weights, weights)
+    assert torch.equal(
+        load_zoo(tmp_path, "train").weights.sort(0)[0], weights[[s == "train" for s in load_zoo(tmp_path).properties["split"]]].sort(0)[0]
+    )
+    assert load_zoo(tmp_path).properties["model"] == tuple(range(6)), "rows without a model are one each"
+
+
+def test_splits_are_by_model_and_loading_filters_in_manifest_order(tmp_path: Path) -> None:
+    population = make(20, 3)
+    save(population, tmp_path, shard_rows=7)
+    whole = load_zoo(tmp_path)
+    of = dict(zip(whole.properties["model"], whole.properties["split"]))
+    for split, models in (("train", 14), ("val", 3), ("test", 3)):
+        part = load_zoo(tmp_path, split)
+        expected = whole[[s == split for s in whole.properties["split"]]]
+        assert same(part, expected)
+        assert {of[m] for m in part.properties["model"]} == {split}
+        assert len(set(part.properties["model"])) == models
+    assert read_manifest(tmp_path).split == {"by": "model", "seed": 3, "fractions": [0.7, 0.15, 0.15]}
+
+
+@settings(max_examples=100)
+@given(
+    st.lists(st.integers(0, 40), min_size=1, max_size=60),
+    st.integers(0, 2**40),
+    st.sampled_from([(0.7, 0.15, 0.15), (0.8, 0.05, 0.15), (1, 0, 0), (0.5, 0, 0.5)]),
+)
+def test_a_split_cuts_models_and_nothing_else(models: list[int], seed: int, fractions: tuple[float, float, float]) -> None:
+    splits = Split(fractions, seed).assign(models)
+    of: dict[int, set[str]] = {}
+    for model, split in zip(models, splits, strict=True):
+        of.setdefault(model, set()).add(split)
+    assert all(len(s) == 1 for s in of.values())
+    assert splits == Split(fractions, seed).assign(models)
+    assert dict(zip(models, splits)) == dict(zip(reversed(models), reversed(Split(fractions, seed).assign(models))))
+    assert "train" in splits
+    present = {"train", *(name for name, share in zip(("val", "test"), fractions[1:], strict=True) if share > 0)}
+    assert set(splits) == present if len(of) >= 3 else set(splits) <= present
+
+
+@pytest.mark.parametrize("fractions", [(0.5, 0.5), (0.7, 0.2, 0.2), (-0.5, 0.75, 0.75), (0, 0.5, 0.5), "abc", (float("nan"), 0.5, 0.5)])
+def test_shares_that_make_no_split(fractions: Any) -> None:
+    with pytest.raises(WslfastError, match="split"):
+        Split(fractions)
+
+
+def test_two_savings_are_the_same_bytes(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        save(make(), tmp_path / folder, shard_rows=5)
+    assert names(tmp_path / "a") == names(tmp_path / "b")
+    for name in names(tmp_path / "a"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_overwriting_asks_first_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    old, new = make(seed=0), make(5, seed=1)
+    save(old, tmp_path, shard_rows=3)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(WslfastError, match="overwrite=True"):
+        save(new, tmp_path)
+    for population in (new, new, old):
+        manifest = save(population, tmp_path, shard_rows=4, overwrite=True)
+        assert torch.equal(load_zoo(tmp_path).weights, population.weights)
+        assert names(tmp_path) == sorted(["manifest.json", "notes.txt", *(s.file for s in manifest.shards)])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param({"splits": ["train"] * 20}, "expected a Split or 21", id="too few splits"),
+        pytest.param({"splits": ["train", "test"] * 10 + ["train"]}, "model 0 is in both", id="model in two splits"),
+        pytest.param({"splits": ["train"] * 20 + ["all"]}, "split", id="unknown split"),
+        pytest.param({"splits": "train"}, "expected a Split", id="a string"),
+        pytest.param({"provenance": {"x": float("nan")}}, "provenance", id="NaN provenance"),
+        pytest.param({"provenance": {"x": torch.zeros(2)}}, "provenance", id="tensor provenance"),
+        pytest.param({"provenance": {"x": "\ud800"}}, "provenance", id="surrogate"),
+        pytest.param({"shard_rows": -1}, "shard_rows", id="negative shard_rows"),
+        pytest.param({"shard_rows": 2.5}, "shard_rows", id="fractional shard_rows"),
+    ],
+)
+def test_what_cannot_be_stored_is_refused_before_anything_is_written(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(WslfastError, match=message):
+        save(make(), tmp_path / "zoo", **change)
+    assert not (tmp_path / "zoo").exists()
+
+
+def test_property_values(tmp_path: Path) -> None:
+    weights = torch.zeros(3, ARCH.num_weights)
+    save(
+        Population(ARCH, weights, {"x": torch.tensor([1.5, float("nan"), float("inf")]), "n": list(torch.arange(3).numpy())}),
+        tmp_path / "a",
+    )
+    loaded = load_zoo(tmp_path / "a").properties
+    assert loaded["x"] == (1.5, None, None)
+    assert loaded["n"] == (0, 1, 2)
+    for bad in ([[1], 2, 3], [object(), 2, 3], [torch.zeros(2)] * 3):
+        with pytest.raises(WslfastError, match=r"properties\['x'\]"):
+            save(Population(ARCH, weights, {"x": bad}), tmp_path / "b")
+    with pytest.raises(WslfastError, match=r"properties\['model'\]"):
+        save(Population(ARCH, weights, {"model": ["a", "b", "c"]}), tmp_path / "b")
+    with pytest.raises(WslfastError, match="finite weights"):
+        save(Population(ARCH, weights + float("nan")), tmp_path / "b")
+    with pytest.raises(WslfastError, match="at least one model"):
+        save(Population(ARCH, weights[:0]), tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+# -- architectures that the manifest cannot rebuild ----------------------------------------------------------------------
+
+
+def test_an_opaque_architecture_is_passed_by_its_user(tmp_path: Path) -> None:
+    def hidden(*layers: nn.Module) -> Architecture:
+        return Architecture("hidden", (1, 5, 5), None, nn.Sequential(*layers).eval(), "hidden by a test")
+
+    opaque = hidden(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(18, 3))
+    other = hidden(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Sequential(nn.Flatten(), nn.Linear(18, 3)))
+    assert not opaque.planned
+    population = make(2, 1, architecture=opaque)
+    save(population, tmp_path)
+    with pytest.raises(WslfastError, match="pass architecture="):
+        load_zoo(tmp_path)
+    assert torch.equal(load_zoo(tmp_path, architecture=opaque).weights, population.weights)
+    with pytest.raises(WslfastError, match="parameters differ"):
+        load_zoo(tmp_path, architecture=other)
+    with pytest.raises(WslfastError, match=f"the zoo has {opaque.num_weights} weights"):
+        load_zoo(tmp_path, architecture=ARCH)
+
+
+def test_a_published_network_with_batch_norm_rebuilds_itself(tmp_path: Path) -> None:
+    population = make(2, 1, architecture=Architecture.resnet18(width=2))
+    save(population, tmp_path)
+    loaded = load_zoo(tmp_path)
+    assert torch.equal(loaded.weights, population.weights)
+    assert [s.name for s in loaded.architecture.parameters] == [s.name for s in population.architecture.parameters]
+
+
+# -- damage --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def zoo(tmp_path: Path) -> Path:
+    save(make(), tmp_path / "zoo", shard_rows=8)
+    return tmp_path / "zoo"
+
+
+def flip(path: Path, bit: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(data)
+
+
+def test_every_bit_of_a_manifest_is_guarded(zoo: Path) -> None:
+    data = (zoo / "manifest.json").read_bytes()
+    rng = random.Random(0)
+    for byte in range(len(data)):
+        for bit in rng.sample(range(8), 2):
+            damaged = bytearray(data)
+            damaged[byte] ^= 1 << bit
+            with pytest.raises(WslfastError, match=r"manifest\.json"):
+                Manifest.parse(bytes(damaged), "manifest.json")
+
+
+def test_flipped_bits_of_shards_are_found_and_named(zoo: Path) -> None:
+    rng = random.Random(1)
+    for name in names(zoo)[1:]:
+        bits = 8 * (zoo / name).stat().st_size
+        for bit in [*range(0, 8 * 80, 37), *(rng.randrange(bits) for _ in range(20)), bits - 1]:
+            flip(zoo / name, bit)
+            with pytest.raises(WslfastError, match=name):
+                load_zoo(zoo)
+            with pytest.raises(WslfastError, match=name):
+                load_zoo(zoo, "val")
+            flip(zoo / name, bit)
+    assert len(load_zoo(zoo)) == 21
+
+
+def test_without_verification_the_rest_is_still_checked(zoo: Path) -> None:
+    shard = zoo / "shard-00001.safetensors"
+    flip(shard, 8 * shard.stat().st_size - 8)
+    assert len(load_zoo(zoo, verify=False)) == 21
+    flip(shard, 8 * 20)
+    with pytest.raises(WslfastError, match="shard-00001"):
+        load_zoo(zoo, verify=False)
+
+
+def swap(zoo: Path) -> None:
+    a, b, c = (zoo / f"{n}.safetensors" for n in ("shard-00000", "shard-00001", "spare"))
+    a.rename(c), b.rename(a), c.rename(b)
+
+
+def replace(zoo: Path, make_it: Callable[[Path], object]) -> None:
+    (zoo / "shard-00001.safetensors").unlink()
+    make_it(zoo / "shard-00001.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("harm", "named"),
+    [
+        pytest.param(lambda z: (z / "shard-00001.safetensors").unlink(), "shard-00001.*no such file", id="missing"),
+        pytest.param(lambda z: os.truncate(z / "shard-00001.safetensors", 300), "shard-00001.*expected .* bytes, got 300", id="truncated"),
+        pytest.param(lambda z: os.truncate(z / "shard-00001.safetensors", 0), "shard-00001.*bytes, got 0", id="empty"),
+        pytest.param(lambda z: os.truncate(z / "shard-00001.safetensors", 1 << 40), "shard-00001.*expected", id="a terabyte"),
+        pytest.param(swap, "shard-00000.*damaged or not the manifest's", id="swapped"),
+        pytest.param(lambda z: (z / "shard-00007.safetensors").write_bytes(b"x"), "shard-00007.*extra shard", id="extra"),
+        pytest.param(lambda z: replace(z, lambda p: p.symlink_to("/etc/hostname")), "shard-00001.*link", id="link out"),
+        pytest.param(lambda z: replace(z, lambda p: p.symlink_to("absent")), "shard-00001.*no such file", id="dangling link"),
+        pytest.param(lambda z: replace(z, lambda p: p.symlink_to(p.name)), "shard-00001", id="circular link"),
+        pytest.param(lambda z: replace(z, Path.mkdir), "shard-00001.*regular file", id="a folder"),
+        pytest.param(lambda z: replace(z, os.mkfifo), "shard-00001.*regular file", id="a pipe"),
+        pytest.param(lambda z: (z / "manifest.json").unlink(), r"manifest\.json.*no such file", id="no manifest"),
+        pytest.param(lambda z: os.truncate(z / "manifest.json", 0), r"manifest\.json.*JSON", id="empty manifest"),
+        pytest.param(lambda z: os.truncate(z / "manifest.json", 500), r"manifest\.json.*JSON", id="truncated manifest"),
+        pytest.param(lambda z: (z / "manifest.json").write_text("[" * 10**5), r"manifest\.json", id="deep manifest"),
+        pytest.param(lambda z: (z / "manifest.json").write_text('{"schema": ' + "9" * 5000 + "}"), r"manifest\.json", id="long number"),
+        pytest.param(lambda z: (z / "manifest.json").write_bytes(b"\xff\xfe{}"), r"manifest\.json", id="not UTF-8"),
+        pytest.param(
+            lambda z: (z / "manifest.json").write_text((z / "manifest.json").read_text().replace('"rows": 21', '"rows": 21, "rows": 21')),
+            "appears twice",
+            id="a key twice",
+        ),
+        pytest.param(lambda z: (z / "manifest.json").write_text("[]"), r"manifest\.json.*object", id="a list"),
+    ],
+)
+def test_damage_is_a_typed_error_that_names_the_file(zoo: Path, harm: Callable[[Path], object], named: str) -> None:
+    harm(zoo)
+    with pytest.raises(WslfastError, match=named):
+        load_zoo(zoo)
+
+
+def test_no_zoo_there(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "absent", tmp_path, tmp_path / "file", "a\0b"):
+        with pytest.raises(WslfastError, match="manifest"):
+            load_zoo(path)
+
+
+# -- manifests from strangers --------------------------------------------------------------------------------------------
+
+
+def rewrite(zoo: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    record = json.loads((zoo / "manifest.json").read_text())
+    change(record)
+    (zoo / "manifest.json").write_text(json.dumps(record))
+
+
+def test_unknown_fields_are_ignored_and_newer_schemas_refused(zoo: Path) -> None:
+    before = load_zoo(zoo)
+    rewrite(zoo, lambda r: r.update(future={"x": [1]}))
+    rewrite(zoo, lambda r: r["shards"][0].update(future=1))
+    assert same(load_zoo(zoo), before)
+    rewrite(zoo, lambda r: r.update(schema=3))
+    with pytest.raises(WslfastError, match="schema 3 is newer"):
+        load_zoo(zoo)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../zoo/shard-00000.safetensors", "/etc/passwd", "..", ".", "", "a/b.safetensors", "a\\b.safetensors", "a\0.safetensors",
+     "shard-00000.pt",
+     "shard-00001.safetensors", "SHARD-00001.safetensors", ".safetensors", "~.safetensors", "a..safetensors", "C:.safetensors",
+     "x" * 300 + ".safetensors",
+     "shard.safetensors\n", None, 3, ["shard-00000.safetensors"]],
+)  # fmt: skip
+def test_hostile_file_names(zoo: Path, name: Any) -> None:
+    rewrite(zoo, lambda r: r["shards"][0].update(file=name))
+    with pytest.raises(WslfastError, match=r"shards\[[01]\]"):
+        load_zoo(zoo)
+
+
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.integers(10**30, 10**40) | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=300)
+@given(st.randoms(use_true_random=False), JUNK, st.integers(1, 6))
+def test_any_other_manifest_is_a_typed_error(rng: random.Random, junk: Any, depth: int) -> None:
+    record = json.loads(_example().to_json())
+    node, key = record, rng.choice(list(record))
+    for _ in range(depth):
+        below = node[key]
+        if not isinstance(below, (dict, list)) or not below:
+            break
+        node, key = below, rng.choice(list(below) if isinstance(below, dict) else range(len(below)))
+    if rng.random() < 0.2:
+        del node[key]
+    else:
+        node[key] = junk
+    try:
+        parsed = Manifest.parse(json.dumps(record).encode(), "manifest.json")
+    except WslfastError:
+        return
+    assert parsed == _example()
+
+
+@settings(max_examples=300)
+@given(st.randoms(use_true_random=False), JUNK)
+def test_any_other_architecture_is_a_typed_error(rng: random.Random, junk: Any) -> None:
+    """Past the checksum, as a stranger who writes one would be."""
+    record = json.loads(json.dumps(ARCH.to_dict()))
+    node = rng.choice([record, record["graph"], rng.choice(record["graph"]["nodes"])])
+    node[rng.choice(list(node))] = junk
+    if rng.random() < 0.2:
+        record = junk if isinstance(junk, dict) else {"layers": junk, "input_shape": [5]}
+    example = _example()
+    try:
+        Manifest(record, example.num_weights, example.rows, example.properties, example.split, {}, example.shards).rebuild("manifest.json")
+    except WslfastError:
+        return
+
+
+@settings(max_examples=200)
+@given(st.binary(max_size=200) | JUNK.map(lambda v: json.dumps(v).encode()))
+def test_any_bytes_are_a_typed_error(data: bytes) -> None:
+    with pytest.raises(WslfastError):
+        Manifest.parse(data, "manifest.json")
+
+
+def _example() -> Manifest:
+    properties = {"model": (0, 0, 1), "epoch": (1, 2, 1), "lr": (1e-05, 0.5, None), "split": ("train", "train", "test")}
+    split = {"by": "model", "seed": 0, "fractions": None}
+    return Manifest(ARCH.to_dict(), ARCH.num_weights, 3, properties, split, {}, (Shard("shard-00000.safetensors", 3, 9000, "0" * 64),))
+
+
+class _Canary:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_a_shard_with_the_right_digest_and_the_wrong_content(zoo: Path, tmp_path: Path) -> None:
+    canary, width = tmp_path / "canary", ARCH.num_weights
+    good = torch.zeros(8, width)
+    contents = {
+        "a pickle": pickle.dumps([_Canary(canary)] * 300) + bytes(9000),
+        "another name": safetensors.torch.save({"weight": good}),
+        "two tensors": safetensors.torch.save({"weights": good, "more": good + 1}),
+        "float16": safetensors.torch.save({"weights": torch.zeros(16, width).half()}),
+        "transposed": safetensors.torch.save({"weights": good.t().contiguous()}),
+        "a row too many": safetensors.torch.save({"weights": torch.zeros(9, width)}),
+        "a row too few": safetensors.torch.save({"weights": torch.zeros(7, width), "pad": torch.zeros(100)}),
+        "a huge header": (2**62).to_bytes(8, "little") + bytes(9000),
+    }
+    manifest = read_manifest(zoo)
+    for blob in contents.values():
+        (zoo / "shard-00000.safetensors").write_bytes(blob)
+        shard = Shard("shard-00000.safetensors", 8, len(blob), hashlib.sha256(blob).hexdigest())
+        changed = Manifest(**{**vars(manifest), "shards": (shard, *manifest.shards[1:])})
+        (zoo / "manifest.json").write_bytes(changed.to_json())
+        with pytest.raises(WslfastError, match="shard-00000"):
+            load_zoo(zoo)
+    assert not canary.exists()
+
+
+def test_a_manifest_that_promises_more_than_its_shards_hold_allocates_nothing(zoo: Path) -> None:
+    manifest = read_manifest(zoo)
+    huge = Manifest(**{**vars(manifest), "num_weights": 1 << 50})
+    (zoo / "manifest.json").write_bytes(huge.to_json())
+    with pytest.raises(WslfastError, match=r"shard-00000.*cannot hold"):
+        load_zoo(zoo)
+
+
+# -- interrupted and concurrent writing ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+@pytest.mark.parametrize("call", ["replace", "fsync"])
+def test_a_disk_that_refuses_leaves_the_old_zoo_and_no_stray_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh: bool, call: str
+) -> None:
+    zoo, old, new = tmp_path / "zoo", make(seed=0), make(5, seed=1)
+    if not fresh:
+        save(old, zoo, shard_rows=8)
+    before = {name: (zoo / name).read_bytes() for name in (names(zoo) if zoo.exists() else [])}
+    real, left = getattr(os, call), 0
+
+    def refuse(*arguments: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*arguments)
+
+    for at in range(3):
+        left = at
+        monkeypatch.setattr(os, call, refuse)
+        with pytest.raises(WslfastError, match=r"zoo: cannot write .* bytes.*No space left"):
+            save(new, zoo, shard_rows=8, overwrite=True)
+        monkeypatch.setattr(os, call, real)
+        assert {name: (zoo / name).read_bytes() for name in names(zoo)} == before
+    save(new, zoo, shard_rows=8, overwrite=True)
+    assert torch.equal(load_zoo(zoo).weights, new.weights)
+
+
+def test_a_writer_that_died_is_no_obstacle(zoo: Path) -> None:
+    before = load_zoo(zoo)
+    (zoo / "shard-00000.0123456789ab.safetensors").write_bytes(b"half")
+    (zoo / ".manifest.json.77.tmp").write_bytes(b"half")
+    assert same(load_zoo(zoo), before)
+    manifest = save(make(3, seed=5), zoo, overwrite=True)
+    assert names(zoo) == ["manifest.json", manifest.shards[0].file]
+
+
+def test_a_reader_sees_the_old_zoo_or_the_new_one(tmp_path: Path) -> None:
+    zoos = [make(6, seed=0), make(9, seed=1)]
+    save(zoos[0], tmp_path, shard_rows=5)
+    stop, errors = threading.Event(), []
+
+    def write() -> None:
+        try:
+            for i in range(30):
+                save(zoos[(i + 1) % 2], tmp_path, shard_rows=5, overwrite=True)
+        except BaseException as error:
+            errors.append(error)
+        stop.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    seen = set()
+    while not stop.is_set():
+        loaded = load_zoo(tmp_path)
+        which = len(loaded) == 27
+        assert torch.equal(loaded.weights, zoos[which].weights)
+        seen.add(which)
+    writer.join()
+    assert not errors
+    assert seen == {False, True}
+
+
+def test_summary(zoo: Path) -> None:
+    summary = summarize(zoo)
+    population = load_zoo(zoo)
+    assert (summary["rows"], summary["models"], summary["epochs"], summary["shards"]) == (21, 7, [1, 2, 3], 3)
+    assert summary["splits"]["train"] == {"rows": 15, "models": 5}
+    accuracy = sorted(population.properties["test_acc"])
+    assert summary["quantiles"]["test_acc"] == [accuracy[i] for i in (0, 5, 10, 15, 20)]
+    assert summary["bytes"] == sum((zoo / n).stat().st_size for n in names(zoo) if n.startswith("shard"))
+    assert summary["architecture"] == "mlp"
+    assert summary["provenance"] == {"dataset": "made up"}
+    json.dumps(summary)
