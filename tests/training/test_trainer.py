@@ -314,6 +314,21 @@ def images_of(trainer: Trainer) -> Tensor:
     return trainer.pool.images
 
 
+def test_a_behavioral_loss_in_bf16_is_that_of_fp32_to_its_rounding(tmp_path: Path, population: Population, images: Tensor) -> None:
+    """Same start, same draws: the loss's value within bf16's rounding, its gradient in float32 and in the same direction."""
+    steps = {}
+    for precision in ("high", "bf16"):
+        trainer = Trainer(replace(config(tmp_path / precision), behavior_precision=precision, beta=0.0, gamma=0.0), population, images)
+        parts = trainer.step()
+        slopes = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+        assert slopes.dtype == torch.float32
+        steps[precision] = float(parts["behavioral"]), slopes
+    (exact, gradient), (rounded, other) = steps["high"], steps["bf16"]
+    assert rounded != exact
+    assert rounded == pytest.approx(exact, rel=0.02)
+    assert float(torch.nn.functional.cosine_similarity(gradient, other, 0)) > 0.99
+
+
 def test_no_step_runs_an_original(tmp_path: Path, population: Population, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = Trainer(config(tmp_path), population, images)
 

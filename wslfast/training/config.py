@@ -64,8 +64,9 @@ class TrainConfig:
     """Largest gradient norm; none switches clipping off."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Autocast of the autoencoder; the behavioral loss runs outside it. bf16 is faster on GPUs and on CPUs with avx512_bf16 or AMX."""
-    behavior_precision: Literal["highest", "high", "medium"] = "high"
-    """float32 matmul precision of the behavioral loss on a GPU (high: TF32)."""
+    behavior_precision: Literal["highest", "high", "medium", "bf16"] = "high"
+    """Of the behavioral loss: torch's float32 matmul precision on a GPU (high: TF32; a CPU computes in float32 whatever it says), or bf16,
+    autocast on either; losses and gradients are float32."""
 
     gamma: float = 0.05
     """Weight of the contrastive loss."""

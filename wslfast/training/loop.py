@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -14,7 +13,6 @@ from torch import Tensor
 
 from .. import engine
 from ..engine import verdicts
-from ..engine.precision import matmul_precision_of
 from ..errors import WslfastError, require
 from ..files import check_folder, remove_leftovers, write_text
 from ..population import Population
@@ -27,7 +25,7 @@ from .distributed import World, joined
 from .progress import Interrupted, finishing_steps, shown
 from .query_sets import query_images, set_names
 from .records import OnRecord, Record, Recorder, RunLog
-from .trainer import Trainer
+from .trainer import Trainer, behavior_precision
 
 logger = logging.getLogger("wslfast")
 
@@ -143,7 +141,7 @@ def _kernels(
     if not config.uses_behavior:
         return {}
     k = min(config.batch_size, len(models)) * (2 if config.gamma > 0 else 1)
-    loss = "tf32x3" if config.behavior_precision == "highest" else "tf32"
+    loss = {"highest": "tf32x3", "bf16": "bf16"}.get(config.behavior_precision, "tf32")
     return ensure(models.architecture, device, [("loss", loss), ("forward", None)], k, config.queries)
 
 
@@ -157,8 +155,8 @@ def _announce(trainer: Trainer, resumed: bool) -> None:
     if trainer.device.type == "cpu" and config.precision == "fp32" and config.layers > 0 and _has_bf16():
         logger.info("this CPU computes in bf16: with precision bf16 a step takes 2/3 to 3/4 of the time (docs/notes/cpu.md)")
     backend = trainer.config.backend
-    with matmul_precision_of(config.behavior_precision) if trainer.device.type == "cuda" else contextlib.nullcontext():
-        path = engine.choose(trainer.architecture, trainer.device.type, torch.float32, backend)
+    with behavior_precision(config, trainer.device):
+        path = engine.choose(trainer.architecture, trainer.device.type, torch.float32, backend, config.behavior_precision == "bf16")
     logger.info("backend %s: path %s, %s", backend, path.name, path.reason)
     if trainer.world.size > 1:
         logger.info("%d processes, %d models each a step", trainer.world.size, trainer.batch // trainer.world.size)

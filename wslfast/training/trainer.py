@@ -200,7 +200,7 @@ class Trainer:
                 targets = self._outputs(torch.cat(views), queries)
             else:  # every view of a model is the same function: one row of targets serves them all
                 targets = torch.cat([self._targets(rows[mine], originals, queries)] * len(views))
-            with _matmul_precision(config.behavior_precision, self.device):
+            with behavior_precision(config, self.device):
                 values = batched_behavioral_loss(
                     weights,
                     None,
@@ -318,6 +318,8 @@ class _Objective(nn.Module):
         return self._losses(rows, queries)
 
 
-def _matmul_precision(precision: str, device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """torch's float32 matmul precision for a block (a setting of GPUs; on a CPU it is left alone)."""
-    return matmul_precision_of(precision) if device.type == "cuda" else contextlib.nullcontext()
+def behavior_precision(config: TrainConfig, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The setting in which the behavioral loss is computed."""
+    if config.behavior_precision == "bf16":
+        return torch.autocast(device.type, torch.bfloat16)
+    return matmul_precision_of(config.behavior_precision) if device.type == "cuda" else contextlib.nullcontext()
