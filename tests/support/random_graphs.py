@@ -144,10 +144,15 @@ class Draft:
         kind, c = self.one(("batch", "batch", "group", "layer")), shape[0]
         if kind == "batch":
             weight, bias = (self.parameter(c) for _ in range(2)) if self.yes() else (None, None)
-            self.node(
-                "batch_norm", shape, input=x, weight=weight, bias=bias, running_mean=self.parameter(c), running_var=self.parameter(c, kind="v"), training=False, momentum=0.1, eps=0.1,
-                cudnn_enabled=None,
-            )  # fmt: skip
+            given = {
+                "input": x,
+                "weight": weight,
+                "bias": bias,
+                "running_mean": self.parameter(c),
+                "running_var": self.parameter(c, kind="v"),
+            }
+            self.nodes.append(Node("batch_norm", (*given.items(), ("training", False), ("momentum", 0.1), ("eps", 0.1))))
+            self.values.append((f"@{len(self.nodes) - 1}", shape))
         elif kind == "group":
             self.node(
                 "group_norm",

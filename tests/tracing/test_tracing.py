@@ -336,7 +336,7 @@ def test_a_weight_that_a_step_of_training_left() -> None:
     module(torch.randn(4, 6)).sum().backward()
     arch = Architecture.from_module(module, (6,))
     assert arch.graph is not None
-    row = wslfast.Population.from_modules([module], input_shape=(6,)).weights
+    row = wslfast.Population.from_state_dicts(arch, [module.state_dict()]).weights
     x = torch.randn(5, 6)
     close(engine.forward(row, x, arch)[0], module.eval()(x).detach().double(), 1e-5, "outputs")
 
