@@ -37,6 +37,7 @@ _IN_PLACE = {
     name: lambda call, a, models, run=run: run(a["self"])
     for name, run in (("relu", torch.relu_), ("tanh", torch.tanh_), ("sigmoid", torch.sigmoid_))
 }
+_SUMS = ("add.Tensor", "sub.Tensor")  # as layers do, they make a new tensor that their backward does not look at
 _NORMS = ("batch_norm", "instance_norm", "group_norm", "prelu")
 _PARAMETERS = ("weight", "bias", "running_mean", "running_var")  # which have their models in front, also where they are computed
 _FOLDABLE = {"conv1d", "conv2d", "conv3d", "conv1d.padding", "conv2d.padding", "conv3d.padding", "linear"}
@@ -118,7 +119,8 @@ class _Compiler:
         made = self.graph.nodes[int(below[1:])]
         if int(below[1:]) in self.within:
             return False
-        return TABLE[made.operation].form in ("convolution", "transposed", "linear") or int(below[1:]) in self.folded
+        fresh = TABLE[made.operation].form in ("convolution", "transposed", "linear") or made.operation in _SUMS
+        return fresh or int(below[1:]) in self.folded
 
     def _emit(self, name: str, node: Node, operation: Operation, wanted: Layout, layout: Layout, form: Callable[..., Any]) -> Step:
         """A step for the node, its stacked tensors in the layout ``wanted``."""
