@@ -14,7 +14,7 @@ from torch import Tensor
 
 from wslfast.architecture import Architecture
 from wslfast.kernels import stacked
-from wslfast.kernels.graph import Graph
+from wslfast.kernels.graph import Constant, Graph, Node, slots_of
 from wslfast.kernels.reference import run_graph
 
 K = 3
@@ -64,6 +64,28 @@ def held(graph: Graph) -> Architecture:
 def test_random_graph(graph: Graph, n: int, own: bool, seed: int) -> None:
     held(graph)
     agrees(graph, n, own, seed)
+
+
+FOUND = {  # by the slow tests below
+    "a norm of a constant behind a layer": [
+        ("linear", {"input": "@x", "weight": "@w:w", "bias": "@c:b"}),
+        ("batch_norm", {"input": "@0", "weight": None, "bias": "@w:b", "running_mean": "@c:b", "running_var": "@w:v", "training": False, "momentum": 0.1, "eps": 0.1}),
+    ],
+    "a bias that is computed, and a norm": [
+        ("mul.Tensor", {"self": "@c:b", "other": 2}),
+        ("linear", {"input": "@x", "weight": "@w:w", "bias": "@0"}),
+        ("batch_norm", {"input": "@1", "weight": None, "bias": None, "running_mean": "@w:b", "running_var": "@w:v", "training": False, "momentum": 0.1, "eps": 0.1}),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOUND)
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
+def test_graph_that_was_found(name: str, own: bool) -> None:
+    nodes = tuple(Node(operation, tuple(given.items())) for operation, given in FOUND[name])
+    slots = slots_of({"w": (4, 3), "b": (4,), "v": (4,)})
+    constant = Constant.of("b", torch.tensor([1.0, -0.5, 0.25, 2.0]))
+    agrees(Graph((3,), nodes, f"@{len(nodes) - 1}", slots, (constant,)), 5, own, 0)
 
 
 @pytest.mark.slow
