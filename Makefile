@@ -4,12 +4,10 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-NUMERIC := tests/test_behavior.py tests/test_engine.py tests/test_silent_values.py tests/test_operators.py tests/test_cpu_engine.py \
-  tests/test_cpu_jobs.py tests/test_kernels_network.py tests/test_kernels_interpreter.py tests/test_kernels_precision.py \
-  tests/test_kernels_index.py tests/test_codec.py tests/test_adaptive.py tests/test_tokens.py tests/test_permutation.py \
-  tests/faults/test_determinism.py
+NUMERIC := tests/test_behavior.py tests/test_silent_values.py tests/test_operators.py tests/test_tokens.py tests/test_permutation.py \
+  tests/engine tests/kernels tests/codes/test_linear.py tests/codes/test_adaptive.py tests/faults/test_determinism.py
 
-.PHONY: help demo test lint types quick slow faults avx2 ci gpu bench clean
+.PHONY: help demo test lint types quick slow faults avx2 ci gpu kernels bench clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -65,8 +63,11 @@ avx2: $(VENV)/.dev ## the numeric tests as on an AVX2 machine (at most 6 minutes
 ci: test avx2 slow ## all that can be tested without a GPU (at most 45 minutes)
 
 # Plain python3 from the tree: no virtual environment, no installation, no network.
-gpu: ## on a machine with CUDA: GPU tests, then the timings side by side; rows go to $OUT or benchmarks/data
+gpu: ## on a machine with CUDA: kernels compiled, diagnosed, tested, timed, proved, in 9:30; rows go to $OUT or benchmarks/data
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu_gate.py
+
+kernels: $(VENV)/.dev ## without a GPU: every kernel compiled for every kind of GPU, every network raced, recorded (hours on two cores; goes on)
+	$(BIN)/python -m benchmarks.kernels.record --races
 
 bench: $(VENV)/.dev ## the benchmark suite on this machine
 	$(BIN)/python -m benchmarks $(BENCH_FLAGS)

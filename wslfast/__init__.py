@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from .errors import WslfastError
     from .measure import evaluate, generate
     from .population import Population
+    from .proof import doctor
     from .queries import QueryPool, TargetCache
     from .tokens import TokenLayout
     from .training import TrainConfig, train
@@ -63,6 +64,7 @@ _HOME = {
     "batched_behavioral_loss": "behavior",
     "batched_forward": "behavior",
     "build_zoo": "zoo",
+    "doctor": "proof",
     "evaluate": "measure",
     "generate": "measure",
     "load_zoo": "zoo",
@@ -82,6 +84,7 @@ __all__ = [
     "batched_behavioral_loss",
     "batched_forward",
     "build_zoo",
+    "doctor",
     "evaluate",
     "generate",
     "load_zoo",

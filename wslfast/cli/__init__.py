@@ -1,4 +1,5 @@
-"""The shell: ``wslfast zoo build | import | export | show, train, evaluate, report, generate, queries, ablate, gradients, demo, info``."""
+"""The shell: ``wslfast zoo build | import | export | show``, ``train``, ``evaluate``, ``report``, ``generate``, ``queries``, ``ablate``,
+``gradients``, ``demo``, ``doctor``, ``info``."""
 
 from __future__ import annotations
 
@@ -16,10 +17,12 @@ import tyro
 from rich.console import Console
 
 from .. import __version__
+from ..engine.precision import matmul_precision
 from ..errors import WslfastError
 from ..training import TrainConfig
 from .analysis import Ablate, Gradients, Queries
 from .console import console, show
+from .doctor import Doctor
 from .evaluation import Demo, Evaluate, Generate, Report
 from .training import Train
 from .zoo import Zoo
@@ -43,7 +46,7 @@ class Info:
                 "platform": platform.platform(),
                 "threads": torch.get_num_threads(),
                 "cuda": cuda or "none",
-                "float32 matmul precision": torch.get_float32_matmul_precision(),
+                "float32 matmul precision": matmul_precision(),
                 "optional packages": {name: importlib.util.find_spec(name) is not None for name in optional},
             },
             self.json,
@@ -77,6 +80,7 @@ def _commands(argv: Sequence[str]) -> Any:
         Annotated[Ablate, tyro.conf.subcommand("ablate")],
         Annotated[Gradients, tyro.conf.subcommand("gradients")],
         Annotated[Demo, tyro.conf.subcommand("demo")],
+        Annotated[Doctor, tyro.conf.subcommand("doctor")],
         Annotated[Info, tyro.conf.subcommand("info")],
     ]
 

@@ -18,6 +18,7 @@ from ..errors import require
 from ..files import write_json
 from ..population import Population
 from ..profiling import region
+from ..proof import proved
 from ..tokens import layout
 from ..training import load_run
 from ..zoo import Dataset, dataset_of, load_zoo
@@ -115,7 +116,8 @@ def evaluate(
     images, labels = dataset.split("test")
     codes: dict[str, Code] = {"run": loaded.autoencoder}
     results = {}
-    with region("evaluate"), torch.no_grad(), engine.using(backend):
+    work = population.architecture, torch.device(device), ["forward"], len(population), len(images)
+    with engine.using(backend), proved(*work), region("evaluate"), torch.no_grad():
         if baselines:
             train, numbers = load_zoo(folder, "train", skip_bad=skip_bad).to(device), loaded.autoencoder.latent_numbers
             codes |= linear_baselines(train, dataset, numbers, loaded.config.token_size)

@@ -14,6 +14,7 @@ from .. import engine
 from ..errors import check_seed, require
 from ..population import Population
 from ..profiling import region
+from ..proof import proved
 from ..training import load_run
 from ..zoo import Dataset, dataset_of, load_zoo, save_zoo
 from ..zoo.build import fine_tune
@@ -184,7 +185,8 @@ def generate(
     folder = str(zoo if zoo is not None else loaded.config.zoo)
     train = load_zoo(folder, "train", skip_bad=skip_bad).to(device)
     data = dataset_of(folder, train.architecture)
-    with region("generate"), torch.no_grad(), engine.using(backend):
+    forms = ["forward", "indexed"] if finetune else ["forward"]
+    with engine.using(backend), proved(train.architecture, torch.device(device), forms, samples, 256), region("generate"), torch.no_grad():
         source = Source.of(loaded.autoencoder, train, data, best_rows(val_accuracy(train, data), anchors))
         generator = torch.Generator().manual_seed(seed)
         weights, of = source.sample(

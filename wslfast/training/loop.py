@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Union
+from typing import Any, Union
 
 import torch
 from torch import Tensor
 
 from .. import engine
+from ..engine import verdicts
+from ..engine.precision import matmul_precision_of
 from ..errors import WslfastError, require
 from ..files import remove_leftovers, write_text
 from ..population import Population
+from ..proof import ensure
 from ..queries import load_queries, save_queries
 from ..zoo import MappedZoo
 from .checkpoint import Run, checkpoint_path, load_checkpoint, load_run, save_checkpoint
@@ -72,9 +76,12 @@ def train(
             population = MappedZoo(config.zoo, "train", skip_bad=config.skip_bad)
         if images is None:
             images = _queries(config, population, saved is not None, world)
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # the caller's random state is not touched
+        kernels = _kernels(config, population, device, saved)
+        state = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])  # the caller's random state is not touched
+        with verdicts.holding(kernels), state:
             torch.manual_seed(config.seed)
             trainer = Trainer(config, population, images, None if saved is None else saved["autoencoder"], world, device)
+            trainer.kernels = kernels
             if saved is not None:
                 try:
                     trainer.restore(saved)
@@ -110,6 +117,20 @@ def _queries(config: TrainConfig, source: Union[Population, MappedZoo], resumed:
     return images
 
 
+def _kernels(
+    config: TrainConfig, models: Union[Population, MappedZoo], device: torch.device, saved: dict[str, Any] | None
+) -> dict[tuple[str, str, str], verdicts.Decision]:
+    """Whether the run's losses and targets are computed by the kernels: what its checkpoint says, so that a run keeps its path, else what
+    this machine has proved, or proves now."""
+    if saved is not None and saved.get("kernels"):
+        return {(str(g), str(p), str(f)): verdicts.decision_from(record) for g, p, f, record in saved["kernels"]}
+    if not config.uses_behavior:
+        return {}
+    k = min(config.batch_size, len(models)) * (2 if config.gamma > 0 else 1)
+    loss = "tf32x3" if config.behavior_precision == "highest" else "tf32"
+    return ensure(models.architecture, device, [("loss", loss), ("forward", None)], k, config.queries)
+
+
 def _announce(trainer: Trainer, resumed: bool) -> None:
     """What a reader of the log wants to know before the first step."""
     if not trainer.world.writes:
@@ -120,7 +141,8 @@ def _announce(trainer: Trainer, resumed: bool) -> None:
     if trainer.device.type == "cpu" and config.precision == "fp32" and config.layers > 0 and _has_bf16():
         logger.info("this CPU computes in bf16: with precision bf16 steps take two thirds to three quarters of the time (docs/cpu.md)")
     backend = trainer.config.backend
-    path = engine.choose(trainer.architecture, trainer.device.type, torch.float32, backend)
+    with matmul_precision_of(config.behavior_precision) if trainer.device.type == "cuda" else contextlib.nullcontext():
+        path = engine.choose(trainer.architecture, trainer.device.type, torch.float32, backend)
     logger.info("backend %s: path %s, %s", backend, path.name, path.reason)
     if trainer.world.size > 1:
         logger.info("%d processes, %d models each a step", trainer.world.size, trainer.batch // trainer.world.size)

@@ -22,6 +22,7 @@ from ..architecture import Architecture
 from ..errors import WslfastError, check_device, logger, require, say_once
 from ..population import Population
 from ..profiling import region
+from ..proof import proved
 from .datasets import Dataset, image_shape, load_dataset
 from .grid import Cell, Grid
 from .identical import draw
@@ -105,7 +106,8 @@ def build_zoo(
     with engine.using(backend), _bar(progress, kept[-1] * math.ceil(len(data.train_labels) / batch_size)) as advance:
         with region("initialise"):
             weights = architecture.initial_weights([c.init_type for c in cells], [c.seed for c in cells]).to(where)
-        population, dropped = _split(plan, *_sound(_train(weights, architecture, data, cells, kept, batch_size, advance)))
+        with proved(architecture, where, ("indexed", "forward"), len(cells), batch_size):
+            population, dropped = _split(plan, *_sound(_train(weights, architecture, data, cells, kept, batch_size, advance)))
     if out is not None:
         from .. import __version__
 

@@ -1,0 +1,550 @@
+"""The published losses: golden values of the published code, its formulas restated with autograd, and each departure's flag."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from wslfast import engine
+from wslfast.architecture import Architecture
+from wslfast.engine import paths
+from wslfast.errors import WslfastError
+from wslfast.kernels import reference
+from wslfast.permutation import random_views
+from wslfast.population import unstack
+from wslfast.sane import (
+    AEModule,
+    DistillationLoss,
+    GammaContrastReconLoss,
+    MaskedReconLoss,
+    NT_Xent,
+    NT_Xent_pos,
+    ReconDistillationLoss,
+    package_sane,
+)
+from wslfast.sane.queries import Queries
+from wslfast.sane.views import same_functions, shared_functions
+from wslfast.tokens import TokenLayout
+
+NETS = {
+    "CNN": (Architecture.cnn(), 1, 0), "CNN-dropout": (Architecture.cnn(3, "gelu", 0.3), 3, 0.3),
+    "CNN3": (Architecture.cnn3(3, "tanh"), 3, 0), "LeNet5": (Architecture.lenet5(1), 1, 0),
+}  # fmt: skip
+
+
+def _case(name: str, k: int = 3) -> tuple[dict[str, torch.Tensor], dict[str, Any], torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A checkpoint, params, originals ``[k, T, D]``, mask and positions as a script has them."""
+    arch, channels, dropout = NETS[name]
+    weights = arch.initial_weights(["kaiming_uniform"] * k, list(range(k)))
+    nlin = {"CNN-dropout": "gelu", "CNN3": "tanh"}.get(name, "relu")
+    params = {"model::type": name.partition("-")[0], "model::channels_in": channels, "model::nlin": nlin, "model::dropout": dropout}
+    x, mask, positions = TokenLayout(arch).tokenize(weights)
+    return {n: v[0] for n, v in unstack(weights, arch).items()}, params, x, mask.expand_as(x), positions.int().expand(k, -1, -1)
+
+
+def _published(loss: str, output: torch.Tensor, target: torch.Tensor, reduction: str = "mean", t: float = 2.0) -> torch.Tensor:
+    """The published value of one model from its outputs and the original's, ``[n, K]`` each."""
+    n = len(output)
+    mean = reduction == "mean"
+    if loss == "l2":
+        squares = (torch.nan_to_num(output.softmax(-1)) - torch.nan_to_num(target.softmax(-1))) ** 2
+        return squares.mean() if mean else squares.sum()
+    if loss == "cross_entropy":
+        return -(target * torch.nan_to_num(output, nan=0.0).log_softmax(-1)).sum() / (n if mean else 1)
+    q, log_p = (target / t).softmax(-1), (output / t).log_softmax(-1)
+    return (q * (q.log() - log_p)).sum() / n * t**2
+
+
+def _by_hand(arch: Architecture, y: torch.Tensor, x: torch.Tensor, queries: torch.Tensor, loss: str, reduction: str) -> torch.Tensor:
+    place = TokenLayout(arch, y.shape[2])
+    values = []
+    for row, original in zip(place.detokenize(y), place.detokenize(x)):
+        outputs = [reference.forward_one(w, queries, arch.layers) for w in (row, original)]
+        values.append(_published(loss, outputs[0], outputs[1].detach(), reduction))
+    stacked = torch.stack(values)
+    kept = stacked[stacked.isfinite()]
+    return kept.mean() if reduction == "mean" else kept.sum()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("loss", ["l2", "cross_entropy", "distillation"])
+@pytest.mark.parametrize("net", NETS)
+def test_values_and_gradients_are_the_published_ones(net: str, loss: str, reduction: str) -> None:
+    checkpoint, params, x, mask, p = _case(net)
+    x = (4 if loss == "l2" else 1) * x  # logits that differ: squares of tiny differences of probabilities are rounding
+    mine = DistillationLoss(checkpoint, params, n_queries=5, loss=loss, reduction=reduction)
+    assert mine.scale is None
+    for step in range(2):  # the first call sets the scale, the second is divided by it
+        y = (x * (1.3 + step) + 0.01).requires_grad_()
+        expected_y = y.detach().clone().requires_grad_()
+        torch.manual_seed(step)
+        out = mine(y, x, mask, p)
+        torch.manual_seed(step)
+        raw = _by_hand(mine.architecture, expected_y, x, mine.generate_queries(), loss, reduction)
+        if step == 0:
+            scale = raw.item()
+            assert mine.scale == pytest.approx(scale, rel=1e-4)
+        assert set(out) == {"loss_recon", "loss_structure", "loss_behaviour"}
+        assert out["loss_behaviour"] is out["loss_recon"]
+        assert out["loss_recon"].item() == pytest.approx(raw.item() / scale, rel=5e-4)
+    out["loss_recon"].backward()
+    (raw / scale).backward()
+    assert y.grad is not None
+    assert expected_y.grad is not None
+    assert (y.grad - expected_y.grad).norm() <= 1e-4 * expected_y.grad.norm()  # both in float32, as the published code runs
+    assert list(mine.parameters()) == []  # the template network is no child
+
+
+@pytest.mark.parametrize("nan_gradients", [True, False])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_raw_cross_entropy_is_the_same_on_every_path(reduction: str, nan_gradients: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine gets the criterion as a function: the CPU's, and torch's with a graph; a model that is not finite included."""
+    checkpoint, params, x, mask, p = _case("CNN3")
+    results = []
+    for path in (paths.Cpu, paths.Loop, paths.Stacked):
+        monkeypatch.setattr(engine, "choose", lambda architecture, *_, path=path, **__: path(architecture, "test"))
+        made = DistillationLoss(checkpoint, params, n_queries=5, loss="cross_entropy", reduction=reduction, nan_gradients=nan_gradients)
+        made.scale = 1.0
+        y = 1.3 * x + 0.01
+        y[0] = float("inf")
+        y.requires_grad_()
+        torch.manual_seed(0)
+        value = made(y, x, mask, p)["loss_recon"]
+        value.backward()
+        assert y.grad is not None
+        results.append((value.detach(), y.grad))
+    (one, gradient), *others = results
+    assert one.isfinite()
+    for two, expected in others:
+        torch.testing.assert_close(one, two)
+        assert torch.equal(gradient.isnan(), expected.isnan())
+        assert bool(gradient.isnan().any()) == nan_gradients
+        torch.testing.assert_close(gradient[1:], expected[1:], rtol=1e-4, atol=1e-6 * float(expected[1:].abs().max()), equal_nan=True)
+
+
+# -- goldens of the published code -------------------------------------------------------------------------------------
+
+
+def _sine(arch: Architecture) -> torch.Tensor:
+    return (0.3 * torch.arange(arch.num_weights, dtype=torch.float64).sin()).float().unsqueeze(0)
+
+
+def test_golden_g3() -> None:
+    arch = Architecture.cnn3()
+    t, mask, p = TokenLayout(arch).tokenize(_sine(arch))
+    queries = (0.01 * torch.arange(8 * 3 * 32 * 32, dtype=torch.float64)).sin().float().view(8, 3, 32, 32)
+    checkpoint = {n: v[0] for n, v in unstack(_sine(arch), arch).items()}
+    params = {"model::type": "CNN3", "model::channels_in": 3, "model::nlin": "relu", "model::dropout": 0}
+    for loss, golden in (("l2", 1.109059e-5), ("cross_entropy", -3.412114), ("distillation", 5.544150e-4)):
+        made = DistillationLoss(checkpoint, params, n_queries=8, loss=loss)
+        assert made.values(1.05 * t, t, queries, p.unsqueeze(0)).item() == pytest.approx(golden, rel=2e-4)
+    structure = MaskedReconLoss("mean")
+    assert structure(1.1 * t + 0.01, t, mask.unsqueeze(0), p)["loss_recon"].item() == 1
+    assert structure.scale == pytest.approx(2.220978e-4, rel=1e-5)
+    k = torch.arange(120.0).view(4, 30)
+    for kind, golden in ((NT_Xent, 3.405521), (NT_Xent_pos, 5.560753)):
+        contrast = kind(4, 0.1)
+        assert contrast(1 + k.sin(), 1 + k.cos()).item() == 1
+        assert contrast.scale == pytest.approx(golden, rel=1e-5)
+
+
+def test_golden_cycle_term() -> None:
+    z = torch.arange(2 * 93 * 8.0).sin().view(2, 93, 8)
+    y = torch.randn(2, 3, 4)
+    values = []
+    for weight in (0.0, 1.0):
+        loss = GammaContrastReconLoss(0.0, "mean", 1, 0.1, beta=1.0, lambda_=weight)
+        values.append(loss(torch.ones(2, 3), torch.ones(2, 3), y, y + 1, torch.ones_like(y), None, z, 0.9 * z)["loss/loss"].item())
+    assert values[1] - values[0] == pytest.approx(0.681781, abs=1e-5)
+
+
+# -- composition -------------------------------------------------------------------------------------------------------
+
+_KEYS = {"loss/loss", "loss/loss_contrast", "loss/loss_recon", "loss/loss_structure", "loss/loss_behaviour", "debug/z_norm", "debug/z_var"}
+
+
+@pytest.mark.parametrize(
+    ("gamma", "beta", "kind", "rsq"),
+    [(0.05, 0.1, ReconDistillationLoss, True), (0.0, 0.0, DistillationLoss, False), (0.3, 1.0, MaskedReconLoss, True), (1.0, 1.0, MaskedReconLoss, False)],
+    ids=["all", "behaviour", "contrast-structure", "contrast"],
+)  # fmt: skip
+def test_composition_and_keys(gamma: float, beta: float, kind: type, rsq: bool) -> None:
+    checkpoint, params, x, mask, p = _case("CNN", 4)
+    loss = GammaContrastReconLoss(
+        gamma, "mean", 2, 0.1, beta=beta, n_queries_distillation=3, reference_checkpoint=checkpoint, reference_params=params
+    )
+    assert type(loss.loss_recon) is kind
+    z_i, z_j = torch.randn(2, 30), torch.randn(2, 30)
+    for step in range(2):
+        out = loss(z_i + step, z_j, x * (1.5 + step), x, mask, p, None, None)
+        assert set(out) == (_KEYS | {"loss/rsq"} if rsq else _KEYS)
+        parts = {name: out[f"loss/loss_{name}"] for name in ("contrast", "structure", "behaviour", "recon")}
+        expected = gamma * parts["contrast"] + (1 - gamma) * (beta * parts["structure"] + (1 - beta) * parts["behaviour"])
+        assert out["loss/loss"].item() == pytest.approx(expected.item(), rel=1e-6)
+        if step == 0:
+            assert out["loss/loss"].item() == pytest.approx(1, rel=1e-6)
+    assert out["debug/z_norm"].item() == pytest.approx((z_i + 1).norm(dim=1).mean().item(), rel=1e-6)
+    assert out["debug/z_var"].item() == pytest.approx((z_i + 1).var(0).mean().item(), rel=1e-6)
+
+
+def test_penalties_and_a_scale_that_is_restored() -> None:
+    y, z = torch.randn(4, 3, 2), torch.randn(2, 5)
+    plain, more = (GammaContrastReconLoss(0.0, "sum", 2, 0.1, "none", v, n, beta=1.0) for v, n in ((0, 0), (2.0, 3.0)))
+    for loss in (plain, more):
+        loss.loss_recon.scale = 8.0
+    a, b = (loss(z, z, y, y + 1, torch.ones_like(y)) for loss in (plain, more))
+    assert a["loss/loss"].item() == pytest.approx(((y - (y + 1)) ** 2).sum().item() / 8, rel=1e-5)
+    assert (b["loss/loss"] - a["loss/loss"]).item() == pytest.approx((2 * a["debug/z_var"] + 3 * a["debug/z_norm"]).item(), rel=1e-5)
+
+
+def test_mean_loss_makes_rsq_relative_to_it() -> None:
+    loss = GammaContrastReconLoss(0.0, "mean", 2, 0.1, beta=1.0)
+    data = torch.randn(6, 3, 2)
+    loss.set_mean_loss(data)
+    out = loss(torch.ones(2, 3), torch.ones(2, 3), data.mean(0).expand_as(data), data, torch.ones_like(data))
+    assert out["loss/rsq"].item() == pytest.approx(0, abs=1e-6)
+
+
+def test_explained_variance_against_a_loop() -> None:
+    y, x = torch.randn(7, 3, 2), torch.randn(7, 3, 2)
+    x[:, 0, 0] = y[:, 0, 0] = 2.0  # neither varies: 1
+    x[:, 0, 1] = 3.0  # the error varies, the target does not: 0
+    scores = []
+    for a, b in zip(y.flatten(1).double().T, x.flatten(1).double().T):
+        scores.append(1 - (b - a).var(unbiased=False) / b.var(unbiased=False) if b.std() > 0 else torch.tensor(float((b - a).std() == 0)))
+    assert MaskedReconLoss("mean")(y, x, torch.ones_like(x))["rsq"].item() == pytest.approx(float(torch.stack(scores).mean()), abs=1e-5)
+
+
+# -- queries -----------------------------------------------------------------------------------------------------------
+
+
+def test_data_queries_are_the_images_a_fresh_loader_would_give(tmp_path: Path) -> None:
+    checkpoint, params, *_ = _case("CNN")
+    images = torch.randn(23, 1, 28, 28)
+    data = torch.utils.data.TensorDataset(images, torch.arange(23))
+    torch.save({"trainset": data, "valset": data, "testset": data, "dataset_seed": 2020}, tmp_path / "dataset.pt")
+    for dump in (tmp_path / "dataset.pt", str(tmp_path / "dataset.pt"), data, images, [(image, 0) for image in images]):
+        for kind, n in (("data", 6), ("union", 3)):
+            loss = DistillationLoss(checkpoint, params, kind, dump, 6)
+            loader = torch.utils.data.DataLoader(data, batch_size=n, shuffle=True)
+            for step in range(2):
+                torch.manual_seed(step)
+                mine = loss.generate_queries()
+                torch.manual_seed(step)
+                noise = [torch.rand(n, 1, 28, 28)] if kind == "union" else []
+                assert torch.equal(mine, torch.cat([*noise, next(iter(loader))[0]]))
+    assert DistillationLoss(checkpoint, params, "union", images, 5).n_queries == 3  # of each half
+    torch.save({"trainset": torch.utils.data.Subset(data, [3, 5, 7])}, tmp_path / "split.pt")
+    drawn = DistillationLoss(checkpoint, params, "data", tmp_path / "split.pt", 64).generate_queries()
+    assert {float(image.sum()) for image in drawn} == {float(images[i].sum()) for i in (3, 5, 7)}
+
+
+def test_settings_may_be_numpys() -> None:
+    checkpoint, params, x, mask, p = _case("CNN")
+    plain, grid = (
+        GammaContrastReconLoss(
+            g, "mean", len(x) // 2, 0.1, beta=b, n_queries_distillation=n, reference_checkpoint=checkpoint, reference_params=params
+        )
+        for g, b, n in ((0.25, 0.5, 3), (np.float32(0.25), np.float32(0.5), np.int64(3)))
+    )
+    z = torch.randn(4, 5)
+    values = []
+    for loss in (plain, grid):
+        torch.manual_seed(0)
+        values.append(loss(z, z + 1, 1.1 * x, x, mask, p)["loss/loss"])
+    assert values[0] == values[1]
+
+
+class Unknown(torch.utils.data.TensorDataset):
+    """A data set whose class is the script's own."""
+
+
+def test_the_published_dump_of_several_data_sets_is_read(tmp_path: Path) -> None:
+    """A ConcatDataset of Subsets whose indices are numpy arrays or ranges, as the multi-zoo script stores it."""
+    sets = torch.utils.data
+    pictures = [torch.rand(6, 1, 28, 28) for _ in range(2)]
+    parts = [sets.TensorDataset(p, torch.zeros(6)) for p in pictures]
+    file = tmp_path / "dump.pt"
+    torch.save({"trainset": sets.ConcatDataset([sets.Subset(parts[0], np.array([4, 0])), sets.Subset(parts[1], range(1, 4))])}, file)
+    found = Queries("data", 3, (1, 28, 28), file).images
+    assert found is not None
+    assert torch.equal(found, torch.cat([pictures[0][[4, 0]], pictures[1][1:4]]))
+
+
+def test_bad_arguments_say_what_was_expected(tmp_path: Path) -> None:
+    checkpoint, params, x, mask, p = _case("CNN")
+    other, _, *_ = _case("LeNet5")
+    (tmp_path / "noise.pt").write_bytes(b"no file of torch's")
+    torch.save({"trainset": torch.utils.data.ConcatDataset([Unknown(torch.zeros(2))])}, tmp_path / "objects.pt")
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"loss": "kl"}, "loss: expected one of"),
+        ({"reduction": "none"}, "reduction: expected one of"),
+        ({"queryset": "stl10"}, "queryset: expected one of"),
+        ({"queryset": "data"}, "dump: expected"),
+        ({"queryset": "data", "dump": tmp_path / "none.pt"}, "dump: expected a file"),
+        ({"queryset": "data", "dump": tmp_path / "noise.pt"}, "dump: cannot be read from .*expected tensors, a TensorDataset"),
+        ({"queryset": "data", "dump": tmp_path / "objects.pt"}, "dump: cannot be read from .*expected tensors, a TensorDataset"),
+        ({"queryset": "data", "dump": iter([])}, "data set that can be indexed"),
+        ({"queryset": "data", "dump": torch.randn(4, 3, 32, 32)}, r"dump: expected floating images \[Q, 1, 28, 28\]"),
+        ({"n_queries": 0}, "n_queries: expected"),
+        ({"semantics": "right"}, "'published' or 'corrected'"),
+        ({"unmasked": True}, "expected a flag of"),
+        ({"reference_params": params | {"model::type": "ResCNN"}}, "model::type: expected one of"),
+        ({"reference_params": None}, "reference_params: expected"),
+        ({"reference_checkpoint": other}, "reference_checkpoint: 'module_list"),
+        ({"reference_params": {"model::type": "CNN", "model::nlin": "relu"}}, "model::channels_in"),
+    ]
+    for change, message in cases:
+        with pytest.raises(WslfastError, match=message):
+            DistillationLoss(**{"reference_checkpoint": checkpoint, "reference_params": params} | change)
+    loss = DistillationLoss(checkpoint, params, n_queries=2)
+    with pytest.raises(WslfastError, match="pos: expected the layers of all 48 tokens"):
+        loss(x[:, :7], x[:, :7], mask[:, :7], p[:, :7])
+    with pytest.raises(WslfastError, match="mask: expected the shape"):
+        MaskedReconLoss("mean")(x, x, mask[:, :7])
+
+
+def test_tokens_in_another_order_follow_their_positions() -> None:
+    checkpoint, params, x, _, p = _case("CNN3")
+    queries = torch.randn(3, 3, 32, 32)
+    plain = DistillationLoss(checkpoint, params).values(x * 1.2, x, queries, p)
+    blocks = torch.cat([torch.arange(16, 93), torch.arange(16)])  # the layers' order changes, that within a layer does not
+    moved = DistillationLoss(checkpoint, params).values((x * 1.2)[:, blocks], x[:, blocks], queries, p[:, blocks])
+    assert torch.equal(plain, moved)
+
+
+# -- views -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arch", [Architecture.cnn(3), Architecture.cnn3(), Architecture.lenet5(), Architecture.mlp()], ids=lambda a: a.name
+)
+def test_views_of_one_model_are_found_and_no_others(arch: Architecture) -> None:
+    weights = arch.initial_weights(["kaiming_uniform"] * 4, [0, 1, 2, 3])
+    views = random_views(weights, arch)
+    assert same_functions(torch.cat([weights, views]), arch).all()
+    views[2] = random_views(weights[3:], arch)[0]  # another model's
+    views[3, 7] += 1e-6  # and nearly the same
+    first, of = shared_functions(torch.cat([weights, views]), arch)
+    assert first is not None
+    assert of is not None
+    assert first.tolist() == [0, 1, 2, 3, 6, 7]
+    assert of.tolist() == [0, 1, 2, 3, 0, 1, 4, 5]
+    assert shared_functions(weights[:3], arch) == (None, None)
+    assert shared_functions(torch.full((2, arch.num_weights), float("nan")), arch) == (None, None)
+
+
+def test_sharing_targets_changes_no_value() -> None:
+    checkpoint, params, *_ = _case("CNN3")
+    arch = Architecture.cnn3(3, "tanh")
+    weights = arch.initial_weights(["kaiming_uniform"] * 3, [5, 6, 7])
+    x, *_ = TokenLayout(arch).tokenize(torch.cat([weights, random_views(weights, arch)]))
+    queries = torch.randn(4, 3, 32, 32)
+    together = DistillationLoss(checkpoint, params).values(x * 1.2, x, queries)
+    alone = [DistillationLoss(checkpoint, params).values(row[None] * 1.2, row[None], queries) for row in x]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-8)
+
+
+# -- the departures, one flag each -------------------------------------------------------------------------------------
+
+
+def test_defect_3_unmasked_target() -> None:
+    y, x = torch.ones(2, 3, 4), torch.zeros(2, 3, 4)
+    mask = torch.zeros(2, 3, 4, dtype=torch.bool)
+    mask[:, :, :2] = True
+    x[:, :, 2:] = 5.0  # corrupted padding
+    made = {flag: MaskedReconLoss("mean", unmasked_target=flag) for flag in (True, False)}
+    for loss in made.values():
+        loss(y, x, mask)
+    assert made[True].scale == pytest.approx((12 * 1 + 12 * 25) / 24)
+    assert made[False].scale == pytest.approx(1)
+    y = torch.full((2, 3, 4), float("nan")).masked_fill(mask, 2.0).requires_grad_()  # nor does its padding's gradient
+    loss = MaskedReconLoss("mean", semantics="corrected")
+    loss(y, x, mask)["loss_recon"].backward()
+    assert y.grad is not None
+    assert torch.equal(y.grad, torch.where(mask, 2 * 2 / 12, 0.0))
+
+
+def test_defect_4_first_value_scale() -> None:
+    y, x, mask = torch.ones(2, 3, 4), torch.zeros(2, 3, 4), torch.ones(2, 3, 4)
+    published, corrected = (MaskedReconLoss("mean", first_value_scale=flag) for flag in (True, False))
+    assert [published(s * y, x, mask)["loss_recon"].item() for s in (2, 4)] == [1, 4]
+    assert [corrected(s * y, x, mask)["loss_recon"].item() for s in (2, 4)] == [4, 16]
+    assert (published.scale, corrected.scale) == (4, 1)
+    # the published division by a negative first value turns minimisation into maximisation
+    checkpoint, params, x, mask, p = _case("CNN3")
+    loss = DistillationLoss(checkpoint, params, loss="cross_entropy", n_queries=4)
+    assert loss(-3 * x, x, mask, p)["loss_recon"].item() == pytest.approx(1)
+
+
+def test_defect_5_raw_logit_cross_entropy() -> None:
+    checkpoint, params, x, _, p = _case("CNN3", 2)
+    arch = NETS["CNN3"][0]
+    queries = torch.randn(4, 3, 32, 32)
+    place = TokenLayout(arch)
+    outputs, targets = (reference.forward(place.detokenize(tokens), queries, arch.layers) for tokens in (x * 1.5, x))
+    soft = torch.stack([F.cross_entropy(o, t.softmax(-1)) for o, t in zip(outputs, targets)])
+    raw = torch.stack([F.cross_entropy(o, t) for o, t in zip(outputs, targets)])
+    for flag, expected in ((True, raw), (False, soft)):
+        loss = DistillationLoss(checkpoint, params, loss="cross_entropy", raw_logit_cross_entropy=flag)
+        torch.testing.assert_close(loss.values(x * 1.5, x, queries, p), expected, rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(raw, soft, rtol=0.05)
+
+
+@pytest.mark.parametrize("loss", ["l2", "cross_entropy", "distillation"])
+def test_defect_6_nan_gradients(loss: str) -> None:
+    checkpoint, params, x, _, p = _case("CNN", 3)
+    queries = torch.randn(4, 1, 28, 28)
+
+    def run(flag: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        y = (1.5 * x).clone()
+        y[1] *= 1e30  # overflows
+        y.requires_grad_()
+        made = DistillationLoss(checkpoint, params, loss=loss, n_queries=4, nan_gradients=flag, raw_logit_cross_entropy=False)
+        values = made.values(y, x, queries, p)
+        values[values.isfinite()].mean().backward()
+        assert y.grad is not None
+        return values.detach(), y.grad
+
+    (values, gradient), (kept, safe) = run(True), run(False)
+    assert not gradient[1].isfinite().all() or not values[1].isfinite()
+    assert kept[1].isnan()
+    assert safe.isfinite().all()
+    assert safe[1].abs().sum() == 0
+    assert safe[0].abs().sum() > 0
+    torch.testing.assert_close(kept[[0, 2]], values[[0, 2]], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("loss", ["l2", "distillation"])
+def test_an_original_that_is_not_finite_leaves_its_reconstruction_a_gradient(loss: str) -> None:
+    checkpoint, params, x, _, p = _case("CNN", 3)
+    arch, queries = NETS["CNN"][0], torch.randn(4, 1, 28, 28)
+    lost = x.clone()
+    lost[1, 0, 0] = float("nan")
+    y, other = ((1.5 * x).clone().requires_grad_() for _ in range(2))
+    values = DistillationLoss(checkpoint, params, loss=loss, nan_gradients=True).values(y, lost, queries, p)
+    values.sum().backward()
+    outputs = reference.forward(TokenLayout(arch).detokenize(other[1:2]).double(), queries.double(), arch.layers)[0]
+    if loss == "l2":  # probabilities of the original count as zero
+        expected = outputs.softmax(-1).square().mean()
+    else:  # and here as 1e-9
+        expected = 4 * (1e-9 * (math.log(1e-9) - (outputs / 2).log_softmax(-1))).sum() / 4
+    expected.backward()
+    assert y.grad is not None
+    assert other.grad is not None
+    assert values[1].item() == pytest.approx(expected.item(), rel=1e-4)
+    assert y.grad.isfinite().all()
+    torch.testing.assert_close(y.grad[1], other.grad[1], rtol=1e-3, atol=1e-3 * other.grad[1].abs().max().item())
+    alone = (1.5 * x).clone().requires_grad_()
+    DistillationLoss(checkpoint, params, loss=loss).values(alone, x, queries, p).sum().backward()
+    assert alone.grad is not None
+    torch.testing.assert_close(y.grad[[0, 2]], alone.grad[[0, 2]])
+
+
+def test_flags_combine() -> None:
+    checkpoint, params, x, _, p = _case("CNN", 3)
+    y = (1.5 * x).clone()
+    y[1] = float("nan")
+    y.requires_grad_()
+    loss = DistillationLoss(checkpoint, params, loss="cross_entropy", n_queries=4, nan_gradients=False)
+    values = loss.values(y, x, torch.randn(4, 1, 28, 28), p)
+    values[values.isfinite()].mean().backward()
+    assert y.grad is not None
+    assert values[[0, 2]].isfinite().all()
+    assert values[1].isnan()
+    assert y.grad.isfinite().all()
+    assert y.grad[1].abs().sum() == 0
+
+
+def test_published_l2_of_a_model_that_is_not_finite_counts() -> None:
+    checkpoint, params, x, _, p = _case("CNN3", 2)
+    queries = torch.randn(4, 3, 32, 32)
+    y = x.clone()
+    y[0] = float("nan")
+    value = DistillationLoss(checkpoint, params).values(y, x, queries, p)
+    arch = NETS["CNN3"][0]
+    probability = reference.forward(TokenLayout(arch).detokenize(x[:1]), queries, arch.layers).softmax(-1)
+    assert value[0].item() == pytest.approx(probability.square().mean().item(), rel=1e-4)  # NaN probabilities count as zero
+
+
+def test_softmax_mse_flag_is_the_papers_formula_when_off() -> None:
+    checkpoint, params, x, _, p = _case("CNN3", 2)
+    arch, queries = NETS["CNN3"][0], torch.randn(4, 3, 32, 32)
+    outputs, targets = (reference.forward(TokenLayout(arch).detokenize(t), queries, arch.layers) for t in (x * 1.5, x))
+    value = DistillationLoss(checkpoint, params, softmax_mse=False).values(x * 1.5, x, queries, p)
+    torch.testing.assert_close(value, (outputs - targets).square().sum((1, 2)) / 8, rtol=1e-4, atol=1e-8)
+
+
+def test_half_precision_rounds_queries_and_weights() -> None:
+    checkpoint, params, x, mask, p = _case("CNN3", 2)
+    loss = DistillationLoss(checkpoint, params, n_queries=4)
+    y = (1.5 * x).half().requires_grad_()
+    out = loss(y, x.half(), mask, p)["loss_recon"]
+    out.backward()
+    assert loss.scale is not None
+    assert y.grad is not None
+    assert y.grad.dtype == torch.float16
+    torch.manual_seed(3)
+    queries = torch.rand(4, 3, 32, 32)
+    rounded = loss.values(y, x, queries.half(), p)
+    exact = DistillationLoss(checkpoint, params).values(y.detach().float(), x.half().float(), queries.half().float(), p)
+    torch.testing.assert_close(rounded, exact, rtol=1e-3, atol=1e-7)
+
+
+def test_the_losses_of_sane_itself() -> None:
+    y, x, mask = torch.randn(4, 3, 2), torch.randn(4, 3, 2), torch.ones(4, 3, 2, dtype=torch.bool)
+    structure = package_sane.MaskedReconLoss("mean")
+    assert set(structure(y, x, mask)) == {"loss_recon", "rsq"}
+    assert structure(y, x, mask)["loss_recon"].item() == pytest.approx(F.mse_loss(y, x).item())
+    a, b = torch.randn(2, 5), torch.randn(2, 5)
+    scaled = NT_Xent(2, 0.1)
+    scaled(a, b)
+    assert package_sane.NT_Xent(2, 0.1)(a, b).item() == pytest.approx(scaled.scale)
+    total = package_sane.GammaContrastReconLoss(0.25, "mean", 2, 0.1)(a, b, y, x, mask)
+    assert total["loss/loss"].item() == pytest.approx(0.25 * (scaled.scale or 0) + 0.75 * F.mse_loss(y, x).item(), rel=1e-5)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_the_module_of_the_package_sane_needs_its_config_alone() -> None:
+    config = {
+        "ae:i_dim": 9,
+        "ae:d_model": 8,
+        "ae:nhead": 2,
+        "ae:num_layers": 1,
+        "ae:lat_dim": 4,
+        "ae:max_positions": [6, 3, 4],
+        "training::windowsize": 6,
+        "trainset::batchsize": 2,
+        "training::gamma": 0.3,
+        "training::gradient_clipping": "none",
+    }
+    with pytest.raises(WslfastError, match=r"reference_params: .*package_sane\.AEModule"):
+        AEModule(config)
+    module = package_sane.AEModule(config)
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(2, 6, 9, generator=generator) for _ in range(2))
+    mask, p = torch.ones(2, 6, 9), torch.zeros(2, 6, 3, dtype=torch.int)
+    (_, y_i, z_i), (_, y_j, z_j) = module(x, p), module(y, p)
+    joined = torch.cat((y_i, y_j)), torch.cat((x, y)), torch.cat((mask, mask))
+    wanted = package_sane.GammaContrastReconLoss(0.3, "mean", 2, 0.1)(z_i, z_j, *joined)
+    found = module.test_step(x, mask, p, y, mask, p)
+    assert set(found) == set(wanted)
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value.detach(), msg=name)
+    before = [v.clone() for v in module.parameters()]
+    module.train_step(x, mask, p, y, mask, p)
+    assert any(not torch.equal(a, b) for a, b in zip(before, module.parameters()))
