@@ -300,7 +300,8 @@ class Architecture:
         """Fresh weights ``[k, P]`` of k models, each from its own initialisation and seed (reference: the zoo code's ``init_type``).
 
         ``uniform`` is U[0, 1] and ``normal`` N(0, 1), as published; ``default`` is torch's own layer initialisation with its biases.
-        Norms start as the identity. A model's row depends on its own initialisation and seed alone.
+        Norms start as the identity. A model's row depends on its own initialisation and seed alone. Raises WslfastError for an unknown
+        name, another number of seeds, or a module that cannot be traced.
         """
         require(self.graph is not None, f"initial_weights: architecture {self.name!r} cannot be traced; initialise its module instead")
         assert self.graph is not None

@@ -101,7 +101,10 @@ class TokenLayout:
         return self._on[device]
 
     def tokenize(self, weights: Tensor) -> Tokens:
-        """``[k, P] -> tokens [k, T, D], mask [T, D], positions [T, 3]``, padding zero; differentiable."""
+        """``[k, P] -> tokens [k, T, D], mask [T, D], positions [T, 3]``, padding zero; differentiable.
+
+        Raises WslfastError for weights of another shape or type.
+        """
         p = self.architecture.num_weights
         require(
             isinstance(weights, Tensor) and weights.ndim == 2 and weights.shape[1] == p and weights.is_floating_point(),
@@ -115,6 +118,7 @@ class TokenLayout:
         """``[k, T, D] -> [k, P]``, padding discarded; differentiable.
 
         Weights that have no token (``ignore_bn``) come from ``reference`` (``[P]`` or ``[k, P]``), which is then required.
+        Raises WslfastError for tokens of another shape or type.
         """
         require(
             isinstance(tokens, Tensor)
