@@ -66,7 +66,7 @@ class Evaluate:
             if self.json:
                 print(Path(out).read_text())
             else:
-                figures_table(results)
+                figures_table(_rows(results))
                 console.print(f"written to {out}", soft_wrap=True)
             return
         require(self.out is not None and not self.out.endswith(".json"), "out: expected a folder (--out) for the page of several runs")
@@ -110,6 +110,17 @@ class Report:
         folder = self.folder or self.out
         require(bool(folder), "folder: expected the folder of an evaluation (wslfast report FOLDER)")
         _told(report(folder, page=self.page), self.json, folder)
+
+
+def _rows(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Figures by variant, and below each those by architecture where there are several."""
+    rows = {}
+    for variant, figures in results.items():
+        rows[variant] = figures
+        rows |= {
+            f"  {label}" if variant == "run" else f"  {label}, {variant}": own for label, own in figures.get("architectures", {}).items()
+        }
+    return rows
 
 
 def _told(page: Path, as_json: bool, folder: str | None = None) -> None:
