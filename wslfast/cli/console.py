@@ -60,7 +60,7 @@ def _text(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return f"{value:.3f}" if abs(value) >= 0.001 or value == 0 else f"{value:g}"
+        return f"{value:.3f}" if abs(value) >= 0.001 or abs(value) < 1e-12 else f"{value:g}"
     if isinstance(value, dict):
         return ", ".join(f"{k} {_text(v)}" for k, v in value.items())
     if isinstance(value, (list, tuple)):
