@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Union
 import tyro
 
 from ..architecture import Architecture
-from ..zoo import build_zoo, export_zoo, image_shape, import_zoo, network, summarize
+from ..zoo import build_zoo, export_zoo, image_shape, import_zoo, network, read_manifest, summarize
 from .console import console, show
 
 
@@ -68,6 +68,10 @@ class ZooBuild:
             overwrite=self.overwrite,
             root=self.data,
         )
+        saw = read_manifest(self.out).provenance.get("dataset", {})
+        if saw.get("standardise"):
+            figures = "; ".join(f"{n} {', '.join(f'{v:.4g}' for v in saw[k])}" for n, k in (("mean", "mean"), ("deviation", "std")))
+            console.print(f"images: standardised ({figures})", soft_wrap=True)
         accuracy = population.column("test_acc")
         console.print(f"{self.out}: {len(population)} rows, test accuracy {accuracy.mean():.3f} +- {accuracy.std():.3f}")
 

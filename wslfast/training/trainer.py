@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Mapping
 from typing import Any, Union
 
 import torch
@@ -97,16 +98,8 @@ class Trainer:
             self.model = self._new_autoencoder(sample).to(self.device)
         else:
             self.model = Autoencoder.from_config(self.layout, sizes).to(self.device)
-        matrices = [p for p in self.model.parameters() if p.ndim >= 2]
-        vectors = [p for p in self.model.parameters() if p.ndim < 2]
-        groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        # one pass over each parameter where torch loops over operators: a quarter of the time (a GPU has its own default)
-        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=True if self.device.type == "cpu" else None)
-        self.schedule = (
-            torch.optim.lr_scheduler.OneCycleLR(self.optimizer, max_lr=config.lr, total_steps=config.steps, pct_start=0.3)
-            if config.schedule == "onecycle"
-            else None
-        )
+        self.optimizer = optimizer_of(self.model, config, self.device)
+        self.schedule = cycle(config, self.optimizer)
         whole = len(sample) == len(models) and self.cache is not None
         known = self.cache if whole or not config.uses_behavior else TargetCache(sample, self.pool)
         self.normalizers = losses.Normalizers.from_data(
@@ -280,12 +273,7 @@ class Trainer:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state`. Raises WslfastError if the checkpoint's config would take another path."""
-        saved = TrainConfig.from_dict(state["config"])
-        paced = self.config.schedule == "onecycle" or self.config.scheduled  # what happens at a step depends on how many there are
-        fixed = _FREE - ({"steps"} if paced else set())
-        changed = [n for n, v in self.config.to_dict().items() if n not in fixed and getattr(saved, n) != v]
-        pairs = [f"{n} = {getattr(self.config, n)!r} (was {getattr(saved, n)!r})" for n in changed]
-        require(not changed, f"cannot resume with another config: {', '.join(pairs)}")
+        check_resumed(self.config, state)
         same = self.architecture.graph is None or Architecture.from_dict(state["architecture"]).same_network(self.architecture)
         require(same, "cannot resume: the zoo has another architecture than the checkpoint")
         require(
@@ -299,11 +287,41 @@ class Trainer:
             self.schedule.load_state_dict(state["schedule"])
         self.normalizers = losses.Normalizers.from_dict(state["normalizers"])
         torch.set_rng_state(state["rng"]["torch"].cpu())
+        self.restore_draws(state["rng"], state["sampler"])
+
+    def restore_draws(self, rng: Mapping[str, Tensor], sampler: Mapping[str, Any]) -> None:
+        """The states of the generators, and the place in the epoch."""
         for name, generator in (("order", self.order), ("views", self.views), ("draws", self.draws)):
-            generator.set_state(state["rng"][name].cpu())
-        if self.device.type == "cuda" and "cuda" in state["rng"]:
-            torch.cuda.set_rng_state(state["rng"]["cuda"].cpu(), self.device)
-        self.permutation, self.position = state["sampler"]["permutation"].cpu(), int(state["sampler"]["position"])
+            generator.set_state(rng[name].cpu())
+        if self.device.type == "cuda" and "cuda" in rng:
+            torch.cuda.set_rng_state(rng["cuda"].cpu(), self.device)
+        self.permutation, self.position = sampler["permutation"].cpu(), int(sampler["position"])
+
+
+def optimizer_of(model: nn.Module, config: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW, whose decay is for parameters with two or more dimensions."""
+    parameters = list(model.parameters())
+    matrices, vectors = [p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    # one pass over each parameter where torch loops over operators: a quarter of the time (a GPU has its own default)
+    return torch.optim.AdamW(groups, lr=config.lr, fused=True if device.type == "cpu" else None)
+
+
+def cycle(config: TrainConfig, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.OneCycleLR | None:
+    """The learning rate's schedule over the whole run, None for a constant one."""
+    if config.schedule != "onecycle":
+        return None
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=config.lr, total_steps=config.steps, pct_start=0.3)
+
+
+def check_resumed(config: TrainConfig, state: Mapping[str, Any]) -> None:
+    """Raise WslfastError if a checkpoint's config would take another path than this one."""
+    saved = TrainConfig.from_dict(state["config"])
+    paced = config.schedule == "onecycle" or config.scheduled  # what happens at a step depends on how many there are
+    fixed = _FREE - ({"steps"} if paced else set())
+    changed = [n for n, v in config.to_dict().items() if n not in fixed and getattr(saved, n) != v]
+    pairs = [f"{n} = {getattr(config, n)!r} (was {getattr(saved, n)!r})" for n in changed]
+    require(not changed, f"cannot resume with another config: {', '.join(pairs)}")
 
 
 class _Objective(nn.Module):
