@@ -23,7 +23,7 @@ from .architecture import Architecture
 from .engine import Call, choose
 from .engine.paths import Path
 from .engine.precision import at_precision
-from .engine.triton_path import Triton, Unbuildable, unbuildable
+from .engine.triton_path import Triton, Unbuildable, reaches_queries, unbuildable
 from .engine.verdicts import RIGHT, UNKNOWN, WRONG, Speed, Verdict
 from .kernels.criteria import CRITERIA
 from .kernels.layers import Conv2d, Linear
@@ -156,7 +156,24 @@ class Trial:
 
         wide = weights.double().requires_grad_()
         (expected,) = torch.autograd.grad(exact.forward(wide, queries.double(), True), wide, slope)
-        return errors | self._gradient("sum", self._twice("gradient", backward)[0], expected)
+        errors |= self._gradient("sum", self._twice("gradient", backward)[0], expected)
+        return errors | (self._queries(path, weights, queries, slope) if reaches_queries(self.architecture) else {})
+
+    def _queries(self, path: Path, weights: Tensor, queries: Tensor, slope: Tensor) -> dict[str, float]:
+        """The gradient to the queries, each model's own, so that the broken one is seen and touches nobody else's."""
+        own = queries.expand(K, *queries.shape)
+
+        def backward() -> tuple[Tensor]:
+            rows, x = self._here(weights, own)
+            x.requires_grad_()
+            made = path.forward(rows, x, True)
+            (gradient,) = torch.autograd.grad(made, x, slope.to(made))
+            return (gradient,)
+
+        wide = own.double().requires_grad_()
+        made = truth_of(self.architecture).forward(weights.double(), wide, True)
+        (expected,) = torch.autograd.grad(made, wide, slope)
+        return {"queries": self._error("queries", self._twice("queries", backward)[0], expected) / self.bars[3]}
 
     def _loss(
         self, path: Path, weights: Tensor, queries: Tensor, targets: Tensor, criterion: str, index: Tensor | None

@@ -14,6 +14,7 @@ activations. It raises when differentiated twice.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -143,11 +144,14 @@ def _backward(
     shared: bool,
     g: Tensor,
     stages: int,
+    lowest: int = 0,
 ) -> None:
-    """Weight-gradient partials of the first ``stages`` stages, down from ``g``, the gradient of the last one's output.
+    """Weight-gradient partials of stages ``lowest`` to ``stages`` - 1, down from ``g``, the gradient of the last one's output.
     Overwrites the activations: a stage's weight gradient reads its input before the input gradient is written over it."""
     for i in range(stages - 1, -1, -1):
         stage = schedule.stages[i]
+        if i < lowest:
+            break
         stage_dw(
             images if i == 0 else held.outputs[i - 1],
             index if i == 0 else None,
@@ -283,11 +287,14 @@ def loss_and_gradient(
     index: Tensor | None = None,
     memory: int | None = None,
     mode: str | None = None,
+    on_queries: Callable[[int, int, Tensor, Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Per-model losses ``[k]`` and gradients ``[k, P]`` with respect to each model's own weights, both fp32.
 
     ``targets`` ``[k, n, K]``, or integer labels ``[k, n]`` for cross_entropy. Criteria: see ``criteria.criterion_values``; ``gradient``
     takes dL/d outputs for targets and gives zeros for losses. ``index``, ``memory`` and ``mode``: see :func:`forward`.
+    ``on_queries`` (layer by layer) is for query_gradient.py: it is called with a chunk's first model, its models, the gradient of the
+    first stage's stored output and each model's gain, and that stage's own weights then get no gradient.
     """
     schedule, k = _schedule(layers, queries), weights.shape[0]
     memory = memory or MEMORY
@@ -331,7 +338,7 @@ def loss_and_gradient(
         partials = torch.empty(chunk, tables.row, device=device)
         gain = torch.empty(chunk, device=device)
         scale = gradient_scale(criterion, n, schedule.classes, temperature)
-        fused = fits(schedule, n)
+        fused = fits(schedule, n) and (on_queries is None or len(schedule.stages) > 2)
         stages = len(schedule.stages) - 2 * fused
         for start in range(0, k, chunk):
             rows = weights[start : start + chunk]
@@ -399,7 +406,10 @@ def loss_and_gradient(
                 shared=source.shared,
                 g=held.outputs[-3] if fused else held.gradient,
                 stages=stages,
+                lowest=int(on_queries is not None),
             )
+            if on_queries is not None:
+                on_queries(start, count, held.outputs[0], gain)
             fold(partials[:count], gain, gradient[start:], schedule, tables, scale)
         return losses, gradient
 
@@ -437,9 +447,8 @@ def warmup(
 def differentiable_forward(
     weights: Tensor, queries: Tensor, layers: Layers, precision: str = "tf32", *, memory: int | None = None
 ) -> Tensor:
-    """:func:`forward` with a graph to the weights. Raises ValueError where queries require a gradient, which the kernels do not give."""
-    if queries.requires_grad:
-        raise ValueError("the kernels give no gradient for queries; use the torch engine")
+    """:func:`forward` with a graph to the weights and, where they require a gradient, to the queries (query_gradient.py, which says
+    where it cannot)."""
     return _Forward.apply(weights, queries, layers, precision, memory)
 
 
@@ -454,8 +463,12 @@ class _Forward(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weights, queries = ctx.saved_tensors
         layers, precision, memory, choice = ctx.options
+        slope = grad.detach().float()
         with tuned(choice):  # this is autograd's thread
-            _, gradient = loss_and_gradient(
-                weights.detach(), queries, grad.detach().float(), layers, "gradient", 1.0, precision, memory=memory
-            )
+            if ctx.needs_input_grad[1]:
+                from .query_gradient import gradients  # it is built on this module
+
+                gradient, to_queries = gradients(weights.detach(), queries.detach(), slope, layers, precision, memory=memory)
+                return once(gradient.to(weights.dtype)), once(to_queries.to(queries.dtype)), None, None, None
+            _, gradient = loss_and_gradient(weights.detach(), queries, slope, layers, "gradient", 1.0, precision, memory=memory)
         return once(gradient.to(weights.dtype)), None, None, None, None

@@ -106,9 +106,7 @@ def _between(scratch, ends, net: tl.constexpr, i: tl.constexpr, END: tl.constexp
 
 
 @triton.jit
-def _forward(
-    x, index, rows, w, bias, bias_step, y, codes, scratch, count, net: tl.constexpr, INDEXED: tl.constexpr, GRAD: tl.constexpr
-):
+def _forward(x, index, rows, w, bias, bias_step, y, codes, scratch, count, net: tl.constexpr, INDEXED: tl.constexpr, GRAD: tl.constexpr):
     """A block of ``count`` queries through all stages."""
     DEPTH: tl.constexpr = net.DEPTH
     out = _between(scratch, y, net, 1, DEPTH)

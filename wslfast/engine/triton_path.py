@@ -6,6 +6,7 @@ import logging
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from types import ModuleType
 from typing import ClassVar, TypeVar
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from ..architecture import Architecture
 from ..errors import WslfastError, say_once
 from ..kernels.criteria import Named
+from ..kernels.layers import Unplannable
 from ..kernels.triton import budget
 from ..kernels.triton.folding import Chain, chain
 from ..kernels.triton.schedule import CHOICES, schedule, tuned
@@ -149,6 +151,20 @@ def _words(text: str) -> str:
     """An error in one line: compilers begin with where and end with why."""
     lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no message"]
     return f"{lines[0]:.200}" if len(lines) == 1 else f"{lines[0]:.120} ... {lines[-1]:.200}"
+
+
+@lru_cache(maxsize=256)
+def reaches_queries(architecture: Architecture) -> bool:
+    """Whether the kernels' graph of outputs goes on to the queries. Imports Triton; False where it is not installed."""
+    if architecture.graph is None:
+        return False
+    try:
+        from ..kernels.triton.query_gradient import layers_on_queries
+
+        layers_on_queries(chain(architecture.graph).layers, architecture.input_shape)
+    except (ImportError, Unplannable):
+        return False
+    return True
 
 
 def form_of(criterion: Named, index: Tensor | None) -> str:
