@@ -168,7 +168,20 @@ def test_a_part_that_breaks_stops_nothing(tmp_path: Path, monkeypatch: pytest.Mo
 def test_every_step_of_every_network_is_diagnosed() -> None:
     pytest.importorskip("triton")
     names = [job.name for job in gpu_gate.diagnose_jobs(False)]
-    for step in ("pack", "stack", "forward 0", "forward 4", "dw 0", "dw 4", "dx 1", "dx 4", "head", "fold", "network forward", "network loss"):
+    for step in (
+        "pack",
+        "stack",
+        "forward 0",
+        "forward 4",
+        "dw 0",
+        "dw 4",
+        "dx 1",
+        "dx 4",
+        "head",
+        "fold",
+        "network forward",
+        "network loss",
+    ):
         assert f"cnn3 tf32 {step}" in names
     assert len(names) == len(set(names))
     compiled = [job.name for job in gpu_gate.compile_jobs(False)]
