@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -143,7 +144,8 @@ class Trial:
     def _forward(self, path: Path, weights: Tensor, queries: Tensor) -> dict[str, float]:
         exact = truth_of(self.architecture)
         truth = exact.forward(weights.double(), queries.double(), False)
-        outputs = self._twice("outputs", lambda: (path.forward(*self._here(weights, queries), False),))[0]
+        here, asked = self._here(weights, queries)
+        outputs = self._twice("outputs", lambda: (path.forward(here, asked, False),))[0]
         errors = {"outputs": self._error("outputs", outputs, truth) / self.bars[0]}
         slope = torch.ones(1, 1, 1, dtype=truth.dtype).expand(truth.shape)  # stride 0, as out of a sum
 
@@ -285,7 +287,11 @@ def run(job: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> None:
     for form in job["forms"]:
         say({"form": form, "begins": True})
         trial = Trial(architecture, form, job["precision"], device)
-        say(_said(form, _verdict(trial, job, lambda v, form=form: say(_said(form, v)))))
+        say(_said(form, _verdict(trial, job, partial(_say_verdict, say, form))))
+
+
+def _say_verdict(say: Callable[[dict[str, Any]], None], form: str, verdict: Verdict) -> None:
+    say(_said(form, verdict))
 
 
 def _verdict(trial: Trial, job: dict[str, Any], interim: Callable[[Verdict], None]) -> Verdict:
