@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from wslfast import Architecture, Population, TrainConfig, WslfastError, build_zoo, errors, evaluate, generate, load_zoo, train
+from wslfast.measure.evaluation import compare_models
 from wslfast.measure.recorded import check_recorded
 from wslfast.study.ablation_file import Ablation
 from wslfast.study.ablations import run_ablation
@@ -101,7 +102,8 @@ def _generate(root: Path, zoo: str) -> Any:
 
 def _bench(root: Path, zoo: str) -> Any:
     bench = LoadedZoo(root / zoo, Protocol.quick())
-    return bench.compare(bench.test.weights), bench.compare(bench.test.weights)
+    images, labels = bench.data.split("test")
+    return [compare_models(bench.test, bench.test.weights, images, labels, bench.targets) for _ in range(2)]
 
 
 @pytest.mark.parametrize("measure", [_evaluate, _generate, _bench], ids=["evaluate", "generate", "bench"])

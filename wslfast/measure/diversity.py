@@ -11,7 +11,7 @@ from .. import engine
 from ..architecture import Architecture
 from ..errors import describe, require
 from ..kernels.layers import layer_slots
-from ..permutation import hidden_channels, permute
+from ..permutation import channel_norms, hidden_channels, permute
 
 _BLOCK = 128  # images whose [k, k] distances are in memory at a time
 
@@ -25,11 +25,14 @@ def sorted_channels(weights: Tensor, architecture: Architecture) -> Tensor:
     """The same functions with every hidden layer's channels in the order of the norms of their incoming weights: ``[k, P] -> [k, P]``.
 
     A row norm does not change when a layer's inputs are permuted, so all permuted views of a model come out alike, and distances between
-    rows are blind to permutations (an upper bound of the distance between the best views). An opaque architecture stays as it is.
+    rows are blind to permutations (an upper bound of the distance between the best views). Channels of a network that is no plain chain
+    are in the order of the norms of all that belongs to them. A module that could not be traced stays as it is.
     """
     sizes = hidden_channels(architecture)
     if not sizes:
         return weights
+    if not architecture.planned:
+        return permute(weights, architecture, tuple(n.argsort(1) for n in channel_norms(weights, architecture)))
     slots = [layer.weight for layer in layer_slots(architecture.layers) if layer.weight is not None]
     norms = [
         weights[:, s.offset : s.stop].double().reshape(len(weights), s.shape[0], -1).norm(dim=2)[:, :c]

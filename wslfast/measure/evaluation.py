@@ -139,10 +139,12 @@ def linear_baselines(
 ) -> dict[str, LinearCodec]:
     """The closed-form codes of a zoo with ``latent`` numbers a model: what any trained autoencoder has to beat; ``only`` some of them.
 
-    See :func:`closed_form` for what they are. ``adaptive`` is left out where it does not fit the architecture.
+    See :func:`closed_form` for what they are. ``linear-metric`` and ``adaptive`` are left out where they do not fit the architecture.
     """
     images = spaced(dataset.train_images, 512)
-    names = (name for name in only if name != "adaptive" or AdaptiveCodec.supports(train.architecture))
+    unfit = {"linear-metric"} if not train.architecture.planned else set()
+    unfit |= set() if AdaptiveCodec.supports(train.architecture) else {"adaptive"}
+    names = (name for name in only if name not in unfit)
     return {name: closed_form(name, train, min(latent, train.architecture.num_weights), images, token_size, seed) for name in names}
 
 

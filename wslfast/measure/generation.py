@@ -216,6 +216,7 @@ def _properties(source: Source, weights: Tensor, samples: int, of: Tensor | None
         **{
             name: tuple(None if j is None else train.properties[column][j] for j in anchors for _ in range(epochs))
             for name, column in (("anchor", "model"), ("anchor_epoch", "epoch"))
+            if column in train.properties  # a zoo of somebody's modules may know no epochs
         },
         "val_acc": tuple(source.accuracy(weights, "val").tolist()),
         "test_acc": tuple(accuracy(test, source.data.split("test")[1]).tolist()),

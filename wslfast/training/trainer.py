@@ -25,7 +25,7 @@ from ..codes.linear import LinearCodec
 from ..engine import verdicts
 from ..engine.precision import matmul_precision_of
 from ..errors import require
-from ..permutation import permute, random_permutations
+from ..permutation import kept_channels, permute, random_permutations
 from ..population import Population
 from ..profiling import region
 from ..queries import QueryPool, TargetCache
@@ -77,6 +77,9 @@ class Trainer:
         self.layout = TokenLayout(self.architecture, config.token_size)
         self.step_index = 0
         self.kernels: dict[tuple[str, str, str], verdicts.Decision] = {}  # what the run holds to, see engine/verdicts.py
+        if config.views and world.writes:
+            for name, why in kept_channels(self.architecture).items():
+                logger.info("views: outputs of %s keep their order: %s", name, why)
 
         root = torch.Generator().manual_seed(config.seed)
         seeds = torch.randint(2**62, (3,), generator=root).tolist()
@@ -201,7 +204,7 @@ class Trainer:
             if config.views and config.permutations == "random":
                 targets = self._outputs(torch.cat(views), queries)
             else:  # every view of a model is the same function: one row of targets serves them all
-                targets = self._targets(rows[mine], originals, queries).repeat(len(views), 1, 1)
+                targets = torch.cat([self._targets(rows[mine], originals, queries)] * len(views))
             with _matmul_precision(config.behavior_precision, self.device):
                 values = batched_behavioral_loss(
                     weights,
