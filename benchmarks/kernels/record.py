@@ -39,9 +39,9 @@ def read(path: Path = FILE) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 def stale(path: Path = FILE) -> str | None:
     """None if the rows hold for the sources that are here, else why not."""
     header, _ = read(path)
-    if header.get("sources") == sources.digest():
+    if header.get("sources") == sources.digest(compiled=True):
         return None
-    return f"{path.name} holds for sources {header.get('sources')}, here are {sources.digest()}: run `make kernels`"
+    return f"{path.name} holds for sources {header.get('sources')}, here are {sources.digest(compiled=True)}: run `make kernels`"
 
 
 def write(rows: list[dict[str, Any]], path: Path = FILE) -> None:
@@ -49,7 +49,7 @@ def write(rows: list[dict[str, Any]], path: Path = FILE) -> None:
     import triton
 
     order = sorted(rows, key=lambda r: tuple(str(r.get(name, "")) for name in ("kind", *KEY, "role", "kernel")))
-    header = {"sources": sources.digest(), "triton": triton.__version__}
+    header = {"sources": sources.digest(compiled=True), "triton": triton.__version__}
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(line) + "\n" for line in [header, *order]))
     temporary.replace(path)

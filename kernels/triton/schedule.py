@@ -19,7 +19,7 @@ from .devices import WARPGROUP
 from .stages import Hashed, Placement, Schedule, Stage, blocks, hash_once, power_of_two
 
 MONOTONE = ("identity", "relu", "leakyrelu", "tanh", "sigmoid", "elu", "celu")  # their slope can be read off their output
-ACTIVATIONS = (*MONOTONE, "silu", "gelu")  # those of activations.py
+ACTIVATIONS = (*MONOTONE, "silu", "gelu", "softplus")  # those of activations.py
 PRECISIONS = ("fp16", "bf16", "tf32", "tf32x3", "ieee")
 MAX_CHANNELS, MAX_FEATURES, MAX_KERNEL = 64, 16384, 7
 GRADIENT_ACCUMULATORS = 96 * 128  # fp32 numbers a dW program holds: 96 registers in each of 128 threads
@@ -91,6 +91,8 @@ def _collect(layers: Layers, input_shape: tuple[int, ...]) -> list[_Block]:
                 raise _refuse(layer, f"{layer.function!r}; the kernels know {', '.join(ACTIVATIONS)}")
             if layer.function in ("elu", "celu") and layer.parameter <= 0:
                 raise _refuse(layer, f"alpha {layer.parameter}; the kernels know alpha > 0")
+            if layer.function == "softplus" and layer.parameter <= 0:
+                raise _refuse(layer, f"beta {layer.parameter}; the kernels know beta > 0")
             collected[-1] = replace(last, activation=layer, act_first=last.pool is None)
             continue
         if not isinstance(layer, Pool2d):
