@@ -6,9 +6,6 @@ here also an image pool ``[rows, C, H, W]`` with ``index`` ``[k, n]``; outputs `
 ``loss_and_gradient`` computes both in one call, layer by layer for all models of a chunk at once, so that no activation
 outlives it. Chunks cut models only, and a model's sums keep their order: neither chunks nor neighbours change a bit. With
 ``mode="network"`` each program takes its model through the whole network instead (network.py): three launches, little memory.
-
-``differentiable_forward`` gives outputs with a graph to the weights: its backward runs the forward pass again rather than keeping
-activations. It raises when differentiated twice.
 """
 
 from __future__ import annotations
@@ -22,7 +19,6 @@ import torch
 from torch import Tensor
 
 from ..layers import Layers
-from ..once import once
 from .budget import MEMORY, choose_mode, models_per_chunk
 from .convolution import launch_configuration, stage_forward
 from .criterion import CRITERIA, criterion_forward_backward, gradient_scale
@@ -30,7 +26,7 @@ from .gradients import stage_dw, stage_dx
 from .head import fits, head_loss_and_gradient
 from .network import network_forward, network_loss
 from .packing import fold, pack, stack, stack_pool, storage
-from .schedule import PRECISIONS, tuned, tuning
+from .schedule import PRECISIONS
 from .schedule import schedule as schedule_of
 from .stages import Schedule
 from .tables import FoldTables, fold_tables
@@ -442,33 +438,3 @@ def warmup(
         loss_and_gradient(weights, images, targets, layers, criterion, 2.0, precision, index=rows, **more)
         loss_and_gradient(weights, images, outputs, layers, "gradient", 1.0, precision, index=rows, **more)
         forward(weights, images, layers, precision, index=rows, **more)
-
-
-def differentiable_forward(
-    weights: Tensor, queries: Tensor, layers: Layers, precision: str = "tf32", *, memory: int | None = None
-) -> Tensor:
-    """:func:`forward` with a graph to the weights and, where they require a gradient, to the queries (query_gradient.py, which says
-    where it cannot)."""
-    return _Forward.apply(weights, queries, layers, precision, memory)
-
-
-class _Forward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weights: Tensor, queries: Tensor, layers: Layers, precision: str, memory: int | None) -> Tensor:
-        ctx.save_for_backward(weights, queries)
-        ctx.options = layers, precision, memory, tuning()
-        return forward(weights, queries, layers, precision, memory=memory)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weights, queries = ctx.saved_tensors
-        layers, precision, memory, choice = ctx.options
-        slope = grad.detach().float()
-        with tuned(choice):  # this is autograd's thread
-            if ctx.needs_input_grad[1]:
-                from .query_gradient import gradients  # it is built on this module
-
-                gradient, to_queries = gradients(weights.detach(), queries.detach(), slope, layers, precision, memory=memory)
-                return once(gradient.to(weights.dtype)), once(to_queries.to(queries.dtype)), None, None, None
-            _, gradient = loss_and_gradient(weights.detach(), queries, slope, layers, "gradient", 1.0, precision, memory=memory)
-        return once(gradient.to(weights.dtype)), None, None, None, None

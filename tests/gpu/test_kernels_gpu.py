@@ -27,6 +27,7 @@ if not torch.cuda.is_available() and not INTERPRET:
 from wslfast.kernels.triton import budget
 from wslfast.kernels.triton import launch as kernels
 from wslfast.kernels.triton.criterion import CRITERIA
+from wslfast.kernels.triton.differentiable import differentiable_forward
 from wslfast.kernels.triton.schedule import schedule
 
 NETWORKS = {"cnn3": cnn3(), "cnn3_tanh": cnn3("tanh"), "cnn28": cnn28(), "lenet5": lenet5(), "small": SMALL, **CASES, **HEADS}
@@ -203,7 +204,7 @@ def test_autograd() -> None:
     weights.requires_grad_()
 
     def outputs() -> Tensor:
-        return kernels.differentiable_forward(weights, queries, case.layers, "tf32x3")
+        return differentiable_forward(weights, queries, case.layers, "tf32x3")
 
     (found,) = torch.autograd.grad((outputs() - targets).square().sum() * 0.5, weights)
     wide = weights.detach().double().requires_grad_()

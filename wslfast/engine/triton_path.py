@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import subprocess
 from collections.abc import Callable, Iterator
@@ -50,7 +51,8 @@ class Triton:
     def _run(self, weights: Tensor, queries: Tensor) -> Tensor:
         """Outputs in float32, with a graph where autograd records one."""
         rows = weights if self._chain.rows is None else self._chain.rows(weights)
-        return kernels().differentiable_forward(rows, queries, self._chain.layers, kernel_precision(), memory=memory_budget("cuda"))
+        run = kernels("differentiable").differentiable_forward
+        return run(rows, queries, self._chain.layers, kernel_precision(), memory=memory_budget("cuda"))  # type: ignore[no-any-return]
 
     @property
     def _chain(self) -> Chain:
@@ -174,8 +176,6 @@ def form_of(criterion: Named, index: Tensor | None) -> str:
     return "loss" if index is None else "indexed"
 
 
-def kernels() -> ModuleType:
+def kernels(module: str = "launch") -> ModuleType:
     """The kernels' functions; importing them imports Triton."""
-    from ..kernels.triton import launch
-
-    return launch
+    return importlib.import_module(f"..kernels.triton.{module}", __package__)

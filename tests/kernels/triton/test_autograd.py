@@ -17,12 +17,13 @@ if not triton.knobs.runtime.interpret:
     pytest.skip("needs TRITON_INTERPRET=1 when triton is first imported", allow_module_level=True)
 
 from wslfast.kernels.triton import launch as kernels
+from wslfast.kernels.triton.differentiable import differentiable_forward
 
 FLATTENED = (Flatten("f"), Linear("l", 12, 5), Activation("a"), Linear("m", 5, 3))
 
 
 def _forward(weights: Tensor, queries: Tensor, case: Net = SMALL) -> Tensor:
-    return kernels.differentiable_forward(weights, queries, case.layers, "ieee")
+    return differentiable_forward(weights, queries, case.layers, "ieee")
 
 
 def test_forward_differentiates() -> None:

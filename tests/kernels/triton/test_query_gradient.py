@@ -15,8 +15,8 @@ from wslfast import Architecture, engine
 from wslfast.engine.triton_path import Triton, reaches_queries
 from wslfast.kernels import reference
 from wslfast.kernels.layers import Linear, Unplannable
-from wslfast.kernels.triton import launch
 from wslfast.kernels.triton.budget import model_bytes
+from wslfast.kernels.triton.differentiable import differentiable_forward
 from wslfast.kernels.triton.query_gradient import gradients, layers_on_queries
 from wslfast.kernels.triton.schedule import schedule
 
@@ -65,12 +65,12 @@ def test_chunks_of_models_add_up(poisoned_empty: None) -> None:
 def test_through_the_graph_of_the_outputs() -> None:
     weights, queries, slope = make(SMALL, 3, 4)
     w, x = weights.clone().requires_grad_(), queries.clone().requires_grad_()
-    outputs = launch.differentiable_forward(w, x, SMALL.layers, "ieee")
+    outputs = differentiable_forward(w, x, SMALL.layers, "ieee")
     found = torch.autograd.grad((outputs * slope).sum(), (w, x))
     for a, b in zip(found, _truth(weights, queries, slope, SMALL), strict=True):
         assert error(a, b) < 5e-6
     x = queries.clone().requires_grad_()
-    (alone,) = torch.autograd.grad((launch.differentiable_forward(weights, x, SMALL.layers, "ieee") * slope).sum(), x)
+    (alone,) = torch.autograd.grad((differentiable_forward(weights, x, SMALL.layers, "ieee") * slope).sum(), x)
     assert torch.equal(alone, found[1])
 
 
