@@ -91,12 +91,6 @@ def test_without_a_gradient_there_is_no_graph() -> None:
         assert not _forward(weights.requires_grad_(), queries, MLP).requires_grad
 
 
-def test_no_gradient_for_queries_is_an_error() -> None:
-    weights, queries, _ = make(SMALL, 2, 3)
-    with pytest.raises(ValueError, match="queries"):
-        _forward(weights.requires_grad_(), queries.requires_grad_())
-
-
 @pytest.mark.parametrize("shape", [(2, 3, 2), (12,)])
 @pytest.mark.parametrize("own", [False, True])
 def test_a_network_that_flattens_takes_images_and_vectors(shape: tuple[int, ...], own: bool, poisoned_empty: None) -> None:
