@@ -151,7 +151,7 @@ def uninformed_behavior(outputs: Tensor, criterion: str = "mse", temperature: fl
     """A criterion's mean value over originals with outputs ``[M, Q, K]`` when each is answered with the mean output of all at each
     query: for ``"mse"`` half the variance over models, summed over classes. Models whose outputs are not finite are left out."""
     require(criterion in CRITERIA, f"criterion: expected one of {CRITERIA}, got {criterion!r}")
-    finite = outputs.isfinite().all(-1).all(-1)
+    finite = outputs.isfinite().flatten(1).all(1)
     kept = int(finite.sum())
     require(kept > 0, "normalizers: behavioral: no original has finite outputs")
     blocks = [rows.split(64) for rows in (outputs, finite)]  # float64 copies of a few models at a time

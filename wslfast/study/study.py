@@ -16,6 +16,7 @@ import torch
 
 from .. import __version__
 from ..errors import check_device, require
+from ..files import check_folder
 from ..measure.results import Unit, kept_unit, read_unit, read_units, unit_path, write_tables, write_unit
 from ..page import report
 from ..profiling import processor, region
@@ -65,7 +66,7 @@ def study(
     say = on_stage or logger.info
     check_device(device)
     folder = Path(out)
-    require(not folder.is_file(), f"out: expected a folder, got the file {out}")
+    check_folder(folder, "results")
     require(len(runs) > 0, "runs: expected at least one")
     folders = dict.fromkeys(Path(path).resolve() for path in runs)
     loaded = [(_variant(path), load_run(path, device=device)) for path in folders]

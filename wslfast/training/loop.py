@@ -16,7 +16,7 @@ from .. import engine
 from ..engine import verdicts
 from ..engine.precision import matmul_precision_of
 from ..errors import WslfastError, require
-from ..files import remove_leftovers, write_text
+from ..files import check_folder, remove_leftovers, write_text
 from ..population import Population
 from ..proof import ensure
 from ..queries import load_queries, save_queries
@@ -24,8 +24,9 @@ from ..zoo import MappedZoo
 from .checkpoint import Run, checkpoint_path, load_checkpoint, load_run, save_checkpoint
 from .config import TrainConfig
 from .distributed import World, joined
+from .progress import Interrupted, finishing_steps, shown
 from .query_sets import query_images, set_names
-from .records import OnRecord, Recorder, RunLog
+from .records import OnRecord, Record, Recorder, RunLog
 from .trainer import Trainer
 
 logger = logging.getLogger("wslfast")
@@ -40,6 +41,7 @@ def train(
     population: Union[Population, MappedZoo, None] = None,
     images: Tensor | None = None,
     stop: Callable[[int], bool] | None = None,
+    progress: bool = False,
 ) -> Run:
     """Train an autoencoder on a zoo; returns the trained run.
 
@@ -58,6 +60,10 @@ def train(
         images: ``[N, *input_shape]`` query images, instead of those of ``config.query_set``.
         stop: asked after every step, with its number, whether to stop there: the run is then as if killed after a checkpoint. Under
             torchrun it has to answer alike in all processes.
+        progress: show a bar (where there is no terminal, a line now and then).
+
+    Ctrl-C lets the step at hand finish, writes a checkpoint and raises :class:`~wslfast.training.progress.Interrupted`, a
+    KeyboardInterrupt; a second one stops at once.
 
     Raises:
         WslfastError: bad config, unreadable zoo, a folder that already holds a run (without ``resume``), a loss that is not
@@ -66,6 +72,16 @@ def train(
     require(bool(config.out), "out: expected a folder for the run")
     require(bool(config.zoo) or population is not None, "zoo: expected the folder of a zoo")
     out = Path(config.out)
+    check_folder(out, "run")
+    if progress:
+        with shown(None, config.steps) as bar:
+
+            def both(record: Record) -> None:
+                bar(record)
+                if on_record is not None:
+                    on_record(record)
+
+            return train(config, resume=resume, profiled=profiled, on_record=both, population=population, images=images, stop=stop)
     with joined(config.device) as (world, device), engine.using(config.backend):
         saved = load_checkpoint(out) if resume and checkpoint_path(out).exists() else None
         require(resume or not checkpoint_path(out).exists(), f"{out} already holds a run; resume it, or choose another folder")
@@ -92,9 +108,9 @@ def train(
                 remove_leftovers(checkpoint_path(out), out / "config.toml", out / "log.jsonl")
                 write_text(out / "config.toml", config.to_toml())
             recorder = Recorder(out / "profile", str(device)) if profiled and world.writes else None
-            with RunLog(out / "log.jsonl" if world.writes else None, trainer.step_index, on_record) as log:
+            with RunLog(out / "log.jsonl" if world.writes else None, trainer.step_index, on_record) as log, finishing_steps() as pressed:
                 try:
-                    _run(trainer, out, log, recorder, stop)
+                    _run(trainer, out, log, recorder, stop, pressed)
                 finally:
                     trainer.release()
                     if recorder is not None:
@@ -158,8 +174,10 @@ def _has_bf16() -> bool:
     return any(ask() for ask in known if ask is not None)
 
 
-def _run(trainer: Trainer, out: Path, log: RunLog, recorder: Recorder | None, stop: Callable[[int], bool] | None) -> None:
-    """The loop."""
+def _run(
+    trainer: Trainer, out: Path, log: RunLog, recorder: Recorder | None, stop: Callable[[int], bool] | None, pressed: Callable[[], bool]
+) -> None:
+    """The loop; ``pressed`` says whether somebody pressed Ctrl-C."""
     config, since = trainer.config, time.perf_counter()
     trainer.model.train()
     last = trainer.step_index >= config.steps
@@ -180,6 +198,12 @@ def _run(trainer: Trainer, out: Path, log: RunLog, recorder: Recorder | None, st
             save_checkpoint(out, trainer.state())
         if recorder is not None:
             recorder.after_step()
+        if pressed() and step < config.steps:
+            if trainer.world.writes:
+                save_checkpoint(out, trainer.state())
+            raise Interrupted(
+                f"interrupted at step {step} of {config.steps}, which is saved in {out}; the run goes on with --resume (resume=True)"
+            )
 
 
 def _values(parts: dict[str, Tensor], world: World) -> dict[str, float]:
