@@ -171,7 +171,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "load: nowhere": lambda: load_zoo("nowhere"),
     "load: unknown split": lambda: load_zoo("nowhere", "dev"),
     "load: a name with a null": lambda: load_zoo("a\0b"),
-    # downstream
+    # evaluate, generate
     "evaluate: no run": lambda: evaluate("nowhere"),
     "evaluate: unknown split": lambda: evaluate("nowhere", split="dev"),
     "evaluate: unknown device": lambda: evaluate("nowhere", device="tpu"),
