@@ -143,7 +143,12 @@ class Trial:
     def _forward(self, path: Path, weights: Tensor, queries: Tensor) -> dict[str, float]:
         exact = truth_of(self.architecture)
         truth = exact.forward(weights.double(), queries.double(), False)
-        outputs = self._twice("outputs", lambda: (path.forward(*self._here(weights, queries), False),))[0]
+
+        def forward() -> tuple[Tensor]:
+            rows, x = self._here(weights, queries)
+            return (path.forward(rows, x, False),)
+
+        outputs = self._twice("outputs", forward)[0]
         errors = {"outputs": self._error("outputs", outputs, truth) / self.bars[0]}
         slope = torch.ones(1, 1, 1, dtype=truth.dtype).expand(truth.shape)  # stride 0, as out of a sum
 
@@ -268,7 +273,11 @@ def run(job: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> None:
     for form in job["forms"]:
         say({"form": form, "begins": True})
         trial = Trial(architecture, form, job["precision"], device)
-        say(_said(form, _verdict(trial, job, lambda v, form=form: say(_said(form, v)))))
+
+        def interim(verdict: Verdict, form: str = form) -> None:
+            say(_said(form, verdict))
+
+        say(_said(form, _verdict(trial, job, interim)))
 
 
 def _verdict(trial: Trial, job: dict[str, Any], interim: Callable[[Verdict], None]) -> Verdict:

@@ -40,7 +40,8 @@ def figures_table(results: dict[str, dict[str, Any]]) -> None:
     while shown:
         table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold")
         table.add_column("variant", no_wrap=True)
-        room, taken = console.width - left, []
+        room = console.width - left
+        taken: list[str] = []
         for figure in shown:
             room -= width[figure]
             if room < 0 and taken:
