@@ -9,7 +9,7 @@ dtype and on any device. ``form`` names how it runs *stacked*, for M models each
     join         several tensors along one axis
     image        models folded into the axis of queries, ``[M * n, C, H, W]``
     create       a tensor like the queries, the same for all models
-    identity     nothing, in evaluation mode
+    identity     nothing, in evaluation mode; in training mode, multiplied by a random mask of each model's own
     vmap         torch.vmap over the one operator
     else         a function of its own name
 
@@ -19,7 +19,7 @@ Adding an elementwise function is one line here, and its test. Adding a layer ty
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from .graph import DTYPES, INFINITE, Argument, Arguments, Graph, is_size
+from .graph import DTYPES, INFINITE, Argument, Arguments, Graph, Node, is_size
 
 _LARGEST = (1 << 31) - 1
 
@@ -73,8 +73,11 @@ class Operation:
         """What the operator gives for arguments by name; those left out have their defaults."""
         if self.form == "getitem":
             return arguments["self"][arguments["index"]]
-        if self.name in _DIFFERENTIABLE and not arguments.get("use_input_stats"):
-            return _by_running_statistics(arguments)
+        if self.name in _DIFFERENTIABLE:
+            if not (arguments.get("use_input_stats") or arguments.get("training")):
+                return _by_running_statistics(arguments)
+            if arguments.get("training"):  # by those of the batch; the running ones stay as they are
+                arguments = {**arguments, "running_mean": None, "running_var": None}
         positional, named, last = [], {}, 0
         for name, parameter in self._all_parameters.items():
             given = name in arguments
@@ -280,4 +283,43 @@ def check_graph(graph: Graph) -> Graph:
             TABLE[node.operation].check(node.arguments)
         except ValueError as error:
             raise ValueError(f"node {i} ({node.operation}): {error}") from None
+    if graph.training.graph is not None:
+        check_graph(graph.training.graph)
     return graph
+
+
+def training_graph(graph: Graph) -> Graph:
+    """The graph in training mode: the same one where both modes are. Batch norms whose running statistics are parameters go by those of
+    the batch, dropout drops.
+
+    Raises:
+        ValueError: it cannot be trained; the message says why.
+    """
+    if graph.training.refused:
+        raise ValueError(graph.training.refused)
+    made = graph.training.graph or replace(graph, nodes=tuple(map(_in_training, graph.nodes)))
+    for node in made.nodes:
+        form, given = TABLE[node.operation].form, dict(node.arguments)
+        if form == "recurrent" and given.get("train") and given.get("dropout") and given.get("num_layers", 1) > 1:
+            raise ValueError("it has dropout between the layers of a recurrent network, which is not drawn model by model")
+        if node.operation == "instance_norm" and given.get("running_mean") is not None:
+            raise ValueError("it has an instance norm with running statistics, which are not kept model by model")
+        if node.operation == "rrelu":
+            raise ValueError("it has a randomised leaky ReLU, which is random in another way than dropout")
+        if node.operation == "batch_norm" and given.get("training"):
+            kept = [given.get(name) for name in ("running_mean", "running_var")]
+            if kept != [None, None] and not all(isinstance(r, str) and r.startswith("@w:") for r in kept):
+                raise ValueError("it has a batch norm whose running statistics are no parameters")
+            if not given.get("momentum") and kept != [None, None]:
+                raise ValueError("it has a batch norm without a momentum, whose running averages are of all steps so far")
+    return graph if made.nodes == graph.nodes and made.output == graph.output else made
+
+
+def _in_training(node: Node) -> Node:
+    """A node of evaluation mode in training mode."""
+    given = dict(node.arguments)
+    if TABLE[node.operation].form == "identity":
+        return node if given["p"] == 0 else Node(node.operation, tuple({**given, "train": True}.items()))
+    if node.operation == "batch_norm":
+        return Node(node.operation, tuple({**given, "training": True}.items()))
+    return node

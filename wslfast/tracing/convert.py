@@ -34,10 +34,13 @@ class Converter:
         state: names of the state's tensors.
         names: of other tensors that the module holds, by identity, and whether they are entries of its state dict.
         n: number of queries of this pass.
+        training: whether the module was in training mode.
     """
 
-    def __init__(self, traced: fx.GraphModule, state: Sequence[str], names: Mapping[int, tuple[str, bool]], n: int) -> None:
-        self.traced, self.state, self.names, self.n = traced, state, names, n
+    def __init__(
+        self, traced: fx.GraphModule, state: Sequence[str], names: Mapping[int, tuple[str, bool]], n: int, training: bool = False
+    ) -> None:
+        self.traced, self.state, self.names, self.n, self.training = traced, state, names, n, training
         self.references: dict[fx.Node, Any] = {}
         self.nodes: list[Node] = []
         self.constants: dict[str, Tensor] = {}
@@ -92,8 +95,10 @@ class Converter:
         operation = TABLE[name]
         train = given.get("train", given.get("training"))
         if train is True and operation.form == "identity" and given.get("p") == 0:
-            return self._reference(given["input"])
-        if train is True:
+            if not self.training:
+                return self._reference(given["input"])
+            train, given = False, {**given, "train": False}
+        if train is True and not self.training:
             raise Untraceable(f"aten.{name} in training mode")
         arguments = self._canonical(operation, given, node)
         if name == "reshape" and (flat := self._flattened(given, node)) is not None:

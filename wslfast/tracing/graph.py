@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ..kernels.operations import check_graph
 from ..kernels.reference import run_graph
 from .convert import Converter, Untraceable, unified
 from .module import first_line, plainly, queries_for
+from .training import training_of
 
 __all__ = ["Untraceable", "trace"]
 
@@ -28,12 +30,19 @@ _STEP = "num_batches_tracked"
 def trace(module: nn.Module, input_shape: tuple[int, ...]) -> Graph:
     """The graph of a prepared module. Raises Untraceable with the reason: an operation that is not in the table, control flow that looks at
     numbers, a size that is no multiple of the number of queries."""
+    graph, state = _traced(module, input_shape)
+    _verify(graph, module, state)
+    return replace(graph, training=training_of(module, graph, state, lambda m: _traced(m, input_shape)[0]))
+
+
+def _traced(module: nn.Module, input_shape: tuple[int, ...]) -> tuple[Graph, dict[str, Tensor]]:
+    """The graph of a module in the mode in which it is, and its state."""
     state, aliases, kept = _state(module)
     followed = [_followed(module, state, queries_for(module, n, input_shape)) for n in _NUMBERS]
     names = {id(value): (name, True) for name, value in kept.items()}
     names |= {id(value): (name, False) for name, value in module.named_buffers() if id(value) not in names and name not in state}
     (nodes, output, constants), (other, output_other, constants_other) = (
-        Converter(traced, list(state), names, n).converted() for traced, n in zip(followed, _NUMBERS, strict=True)
+        Converter(traced, list(state), names, n, module.training).converted() for traced, n in zip(followed, _NUMBERS, strict=True)
     )
     if output != output_other or len(nodes) != len(other) or set(constants) != set(constants_other):
         raise Untraceable("another number of queries takes another way through its forward")
@@ -54,8 +63,7 @@ def trace(module: nn.Module, input_shape: tuple[int, ...]) -> Graph:
         check_graph(graph)
     except ValueError as error:
         raise Untraceable(str(error)) from None
-    _verify(graph, module, state)
-    return graph
+    return graph, state
 
 
 def _state(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Tensor]]:
@@ -86,7 +94,7 @@ def _followed(module: nn.Module, state: Mapping[str, Tensor], queries: Tensor) -
 
     try:
         with plainly():
-            return make_fx(run, pre_dispatch=True)([state[name].detach() for name in names], queries)
+            return make_fx(run, pre_dispatch=True)([state[name].detach().clone() for name in names], queries)
     except Exception as error:  # a forward that cannot be followed, whatever it raised
         looks = "get value out of a tracing tensor" in str(error) or "data-dependent" in str(error)
         why = "control flow that looks at numbers" if looks else first_line(error)
