@@ -7,7 +7,6 @@ flows; and a value that is needed in another layout is moved once.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -21,8 +20,9 @@ from ..reference import value_shapes
 from .calls import Call, Layout, Values
 from .forms import FORMS, channels_first, models_first
 from .program import Program, Step
+from .rules import TO_CHANNELS, TO_MODELS, rule_of
 from .segments import Segment, rows_of, segments
-from .through import shared_input, through
+from .through import Through, shared_input, through
 
 _PER_CHANNEL = frozenset({
     "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
@@ -155,7 +155,9 @@ class _Compiler:
         call = Call(operation, layouts, ranks, _rank(self.rank[name]), layout, self.aligned)
         alone = all(where is Layout.SHARED for where in _flat(layouts.values()))
         run = (lambda a, models: operation.invoke(a)) if alone else (lambda a, models: form(call, a, models))
-        step = Step(run, known, tensors, lists, sizes, self._new(name, layout))
+        several = not isinstance(self.rank[name], int)
+        rule = None if several or alone else partial(rule_of, call, known, owned=form in _IN_PLACE.values())
+        step = Step(run, known, tensors, lists, sizes, self._new(name, layout), several, rule)
         if (
             node.references()
             and self.of_weights.issuperset(r for r in node.references() if not r.startswith("@c:"))
@@ -181,11 +183,14 @@ class _Compiler:
             return self.place[reference]
         if (reference, layout) not in self.moved:
             move: Callable[[Values, int], Any]
+            rule = None
             if self.layout[reference] is Layout.SHARED:
                 move = _spread if layout is Layout.MODELS else _repeat
+            elif layout is Layout.MODELS:
+                move, rule = _to_models, (lambda wanted: TO_MODELS)
             else:
-                move = _to_models if layout is Layout.MODELS else partial(_to_channels, self.aligned)
-            self.steps.append(Step(move, {}, [("x", self.place[reference])], [], [], self.size))
+                move, rule = partial(_to_channels, self.aligned), (lambda wanted: TO_CHANNELS)
+            self.steps.append(Step(move, {}, [("x", self.place[reference])], [], [], self.size, rule=rule))
             self.moved[reference, layout] = self.size
             self.size += 1
         return self.moved[reference, layout]
@@ -248,21 +253,23 @@ class _Compiler:
         return pairs
 
     def _fold(self, i: int, norm: Node, layer: Node) -> None:
-        """One step for a layer and the batch norm behind it."""
-        operation = TABLE[layer.operation]
-        parameters = {f"folded_{key}": value for key, value in norm.arguments if isinstance(value, str) and value.startswith("@w:")}
-        wanted, layout = self._settle(layer, operation)
-        places = {key: self.place[r] for key, r in parameters.items()}
+        """A step that makes the weights of a layer with the batch norm behind it, and one for that layer."""
+        given = dict(layer.arguments)
+        read = {key: given[key] for key in ("weight", "bias") if given.get(key) is not None}
+        read |= {f"norm_{key}": r for key, r in norm.arguments if isinstance(r, str) and r.startswith("@w:")}
         eps = float(norm.argument("eps", 1e-5))
-
-        def run(call: Call, a: Values, models: int) -> Any:
-            weight, bias, mean, variance, scale, shift = (a.pop(key, None) for key in ("weight", "bias", *_FOLDED))
-            weight, bias = fold(weight, bias, mean, variance, scale, shift, eps)
-            stacked = {**call.layouts, "weight": Layout.MODELS, "bias": Layout.MODELS}
-            return FORMS[operation.form](replace(call, layouts=stacked), {**a, "weight": weight, "bias": bias}, models)
-
-        step = self._emit(f"@{i}", layer, operation, wanted, layout, run)
-        step.tensors += list(places.items())
+        both = self.size
+        self.size += 1
+        tensors = [(key, self.place[r]) for key, r in read.items()]
+        self.made.append(Step(lambda a, models: fold(a, eps), {}, tensors, [], [], both, several=True))
+        for at, key in enumerate(("weight", "bias")):
+            given[key] = reference = f"@w:{key} of {i}"  # no slot's name has a space
+            self.rank[reference] = self.rank[str(read["weight"])] if key == "weight" else 1
+            step = Step(lambda a, models, at=at: a["both"][at], {}, [("both", both)], [], [], self._new(reference, Layout.MODELS))  # type: ignore[misc]
+            self.made.append(step)
+        operation = TABLE[layer.operation]
+        folded = Node(layer.operation, tuple(given.items()))
+        self._emit(f"@{i}", folded, operation, *self._settle(folded, operation), FORMS[operation.form])
 
     # -- segments --------------------------------------------------------------------------------------------------------
 
@@ -282,21 +289,18 @@ class _Compiler:
             x = self._in(segment.input, Layout.CHANNELS)
         out = self._new(f"@{segment.nodes[-1]}", Layout.MODELS if segment.flat else Layout.CHANNELS)
         run = lambda a, models: through(a["x"], a["rows"], segment, shared)  # noqa: E731
-        self.steps.append(Step(run, {}, [("x", x), ("rows", rows)], [], [], out))
+        self.steps.append(Step(run, {}, [("x", x), ("rows", rows)], [], [], out, rule=partial(Through, segment, shared)))
 
 
-_FOLDED = ("folded_running_mean", "folded_running_var", "folded_weight", "folded_bias")
-
-
-def fold(
-    weight: Tensor, bias: Tensor | None, mean: Tensor, variance: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
+def fold(a: Values, eps: float) -> list[Tensor]:
     """Weights ``[M, out, ...]`` and biases ``[M, out]`` of a layer with the batch norm behind it: scale (w x + b - mean) + shift."""
+    weight, bias, mean, variance = a["weight"], a.get("bias"), a["norm_running_mean"], a["norm_running_var"]
+    scale, shift = a.get("norm_weight"), a.get("norm_bias")
     factor = torch.rsqrt(variance + eps)
     factor = factor if scale is None else factor * scale
     moved = -mean if bias is None else bias - mean
     moved = moved * factor if shift is None else torch.addcmul(shift, moved, factor)
-    return weight * factor.reshape(*factor.shape, *(1,) * (weight.ndim - 2)), moved
+    return [weight * factor.reshape(*factor.shape, *(1,) * (weight.ndim - 2)), moved]
 
 
 def _to_models(a: Values, models: int) -> Tensor:

@@ -26,6 +26,7 @@ from ..operations import TABLE
 from ..reference import value_shapes
 from .company import group_size
 from .compiler import compile_program
+from .passes import by_graph, by_tape
 
 _MODELS = 256  # of a group: more leave the caches, fewer spend their time on calls
 _PAIRS = 16_384  # of models and queries in a group and slab, for the same reasons
@@ -209,41 +210,28 @@ def _loss_and_gradient(call: _Call, targets: Tensor, criterion: Named, temperatu
         wanted = targets[start : start + real]
         if real < len(rows):
             wanted = torch.cat((wanted, wanted[-1:].expand(len(rows) - real, *wanted.shape[1:])))
-        value_sum: Tensor | None = None
-        leaves = [leaf.requires_grad_() for leaf in _copies_of(rows, graph)]
-        with torch.enable_grad(), autocast():
-            made_of_weights = call.program.weights(leaves)
-        # several slabs: what is made of weights alone is made once, and its gradient goes on to the weights once
-        several = len(call.starts()) > 1
-        cut = [value.detach().requires_grad_(value.requires_grad) for value in made_of_weights] if several else made_of_weights
-        wanted_of = [value for value in cut if value.requires_grad] if several else leaves
-        sums: list[Tensor] = []
-        for at in call.starts():
+
+        def share(at: int, made: Tensor) -> tuple[Tensor, Tensor]:
             target = wanted[:, at : at + call.slab]
             q = target.shape[1]
-            with torch.enable_grad(), autocast():
-                prepared = call.values(shared, start, at)
-                made = call.program.outputs(prepared, cut, len(rows), prepared[call.program.query].shape[int(call.own)])
-            outputs = made.detach()
-            with torch.no_grad():
-                value, slope = share_of_loss(
-                    (outputs if q == made.shape[1] else outputs[:, :q]).to(weights.dtype), target, n, criterion, temperature
-                )
-                if made.shape[1] > q:
-                    slope = torch.cat((slope, slope.new_zeros(len(rows), made.shape[1] - q, *slope.shape[2:])), 1)
-            # models are independent: the gradient of the sum is each model's own
-            slopes = torch.autograd.grad(made, wanted_of, slope.to(made.dtype), materialize_grads=True)
-            if value_sum is None:
-                value_sum, sums = value, list(slopes)
-            else:
-                value_sum += value
-                sums = [total + more for total, more in zip(sums, slopes, strict=True)]
-        assert value_sum is not None
-        if several:
-            made_of_weights = [value for value in made_of_weights if value.requires_grad]
-            sums = list(torch.autograd.grad(made_of_weights, leaves, sums, materialize_grads=True))
-        losses[start : start + real] = value_sum[:real]
-        flat = [s.reshape(len(rows), -1)[:real] for s in sums]
+            outputs = made if q == made.shape[1] else made[:, :q]
+            value, slope = share_of_loss(outputs.to(weights.dtype), target, n, criterion, temperature)
+            if made.shape[1] > q:
+                slope = torch.cat((slope, slope.new_zeros(len(rows), made.shape[1] - q, *slope.shape[2:])), 1)
+            return value, slope
+
+        def prepared(at: int) -> list[Any]:
+            with torch.no_grad(), autocast():
+                return call.values(shared, start, at)
+
+        slabs = ((at, prepared(at)) for at in call.starts())
+        leaves = _copies_of(rows, graph)
+        if call.plain and autocast is nullcontext:
+            value, slopes = by_tape(call.program, leaves, slabs, share)
+        else:
+            value, slopes = by_graph(call.program, leaves, slabs, share, autocast)
+        losses[start : start + real] = value[:real]
+        flat = [s.reshape(len(rows), -1)[:real] for s in slopes]
         torch.cat(flat, 1, out=gradient[start : start + real])
 
     _jobs(len(weights), call, group)

@@ -11,11 +11,24 @@ from torch import Tensor
 
 from ..graph import Graph, size_of
 from .calls import Values
+from .rules import Rule
 
 
-@dataclass
+@dataclass(eq=False)
 class Step:
-    """One call: arguments that are known, and where the others come from."""
+    """One call: arguments that are known, and where the others come from.
+
+    Attributes:
+        run: the call, ``(arguments, models) -> value``.
+        known: arguments that are no tensors.
+        tensors: (argument, place among the values).
+        lists: (argument, places) of arguments that are several tensors.
+        sizes: (argument, place in it, text) of arguments that depend on the number of queries.
+        out: place of the value.
+        several: whether that is several tensors.
+        rule: the rule of the call (``rules.py``) for the arguments whose gradients are wanted, if it has one.
+        frees: places that nobody reads after it.
+    """
 
     run: Callable[[Values, int], Any]
     known: Values
@@ -23,13 +36,16 @@ class Step:
     lists: list[tuple[str, list[int | None]]]
     sizes: list[tuple[str, int | None, str]]
     out: int
+    several: bool = False
+    rule: Callable[[frozenset[str]], Rule | None] | None = None
     frees: tuple[int, ...] = ()
 
     def reads(self) -> set[int]:
         """Places of what it looks at."""
         return {i for _, i in self.tensors} | {i for _, where in self.lists for i in where if i is not None}
 
-    def __call__(self, values: list[Any], models: int, n: int) -> None:
+    def arguments(self, values: Sequence[Any], n: int) -> Values:
+        """All arguments by name, for n queries."""
         a = dict(self.known)
         for name, i in self.tensors:
             a[name] = values[i]
@@ -41,7 +57,10 @@ class Step:
             else:
                 a[name] = list(a[name])
                 a[name][at] = size_of(text, n)
-        values[self.out] = self.run(a, models)
+        return a
+
+    def __call__(self, values: list[Any], models: int, n: int) -> None:
+        values[self.out] = self.run(self.arguments(values, n), models)
         for i in self.frees:
             values[i] = None
 

@@ -65,23 +65,45 @@ def _dtype() -> torch.dtype:
 class _Through(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: Tensor, segment: Segment, shared: bool) -> Tensor:
-        dtype = _dtype()
-        ctx.program, ctx.rows, ctx.kind = program_of(segment, shared, x.requires_grad), rows, x.dtype
-        with torch.autocast("cpu", enabled=False):
-            ctx.packed = [step.pack(rows, dtype) for step in ctx.program.steps]
-            y, ctx.seen = forward_through(
-                ctx.program.steps, ctx.packed, x.to(dtype) if shared else channels_last(x.to(dtype)), rows.shape[0]
-            )
+        ctx.run = Through(segment, shared, frozenset({"rows", "x"} if x.requires_grad else {"rows"}), lift=False)
+        y, ctx.saved = ctx.run.forward({"x": x, "rows": rows}, len(rows))
         return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        (g,) = gradients
-        steps = ctx.program.steps
+        found = ctx.run.backward(gradients[0], ctx.saved, 0)
+        return found.get("x"), found["rows"], None, None
+
+
+class Through:
+    """The rule of a segment (``rules.py``): arguments ``x`` and ``rows``."""
+
+    def __init__(self, segment: Segment, shared: bool, wanted: frozenset[str], lift: bool = True) -> None:
+        self.program = program_of(segment, shared, "x" in wanted)
+        self.shared = shared
+        self.lifted = segment.lifted if lift else (False, False)
+
+    def forward(self, a: dict[str, Any], models: int) -> tuple[Tensor, Any]:
+        """``[q, M * C, H, W]`` or ``[M, q, F]``, and what the backward needs."""
+        x, rows, dtype = a["x"], a["rows"], _dtype()
+        if not self.shared:
+            x = channels_last((x.unsqueeze(2) if self.lifted[0] else x).to(dtype))
+        with torch.autocast("cpu", enabled=False):
+            packed = [step.pack(rows, dtype) for step in self.program.steps]
+            y, seen = forward_through(self.program.steps, packed, x.to(dtype), models)
+        return y.squeeze(2) if self.lifted[1] else y, (packed, seen, a["x"].dtype, rows)
+
+    def backward(self, g: Tensor, saved: Any, models: int) -> dict[str, Tensor]:
+        """Gradients of ``rows``, and of ``x`` where it is wanted."""
+        packed, seen, dtype, rows = saved
+        steps = self.program.steps
+        g = g.unsqueeze(2) if self.lifted[1] else g
         laid = channels_last(g) if g.ndim == 4 else g.contiguous()
         if laid.data_ptr() == g.data_ptr() and isinstance(steps[-1], ActivationStep):
             laid = laid.clone()  # that step writes over it, and somebody else may be handed the same gradient
-        gradient = torch.empty_like(ctx.rows)
+        gradient = torch.empty_like(rows)
         with torch.autocast("cpu", enabled=False):
-            gx = backward_through(steps, ctx.packed, laid, ctx.seen, gradient, True)
-        return None if gx is None else gx.to(ctx.kind), gradient, None, None
+            gx = backward_through(steps, packed, laid, seen, gradient, True)
+        if gx is None:
+            return {"rows": gradient}
+        return {"rows": gradient, "x": (gx.squeeze(2) if self.lifted[0] else gx).to(dtype)}

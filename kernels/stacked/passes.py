@@ -1,0 +1,91 @@
+"""Forward and backward of one group of models over its slabs of queries: by the tape, or by torch's graph, which is its twin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .program import Program
+from .tape import Tape, tape_of
+
+# A slab: its first query, and the values that ``Program.prepare`` gives for it.
+Slabs = Iterable[tuple[int, Sequence[Any]]]
+# (first query, outputs [M, n, *out]) -> (shares of the losses [M], gradient of their sum with respect to the outputs).
+Share = Callable[[int, Tensor], tuple[Tensor, Tensor]]
+
+
+@lru_cache(maxsize=256)
+def _tape(program: Program) -> Tape:
+    return tape_of(program)
+
+
+def by_tape(program: Program, leaves: Sequence[Tensor], slabs: Slabs, share: Share) -> tuple[Tensor, list[Tensor]]:
+    """Losses ``[M]`` and gradients of each slot's ``[M, *shape]``, through rules written out and, where there is none, islands."""
+    tape, models = _tape(program), len(leaves[0])
+    with torch.no_grad():
+        carried, made = _cut(program, leaves, bool(program.made))
+        total: Tensor | None = None
+        sums: list[Tensor | None] = []
+        for start, prepared in slabs:
+            outputs, saved = tape.forward(prepared, carried, models, prepared[program.query].shape[int(program.own)])
+            value, slope = share(start, outputs)
+            parts = tape.backward(slope, saved, models)
+            total, sums = (value, parts) if total is None else (total + value, [_sum(a, b) for a, b in zip(sums, parts, strict=True)])
+    assert total is not None
+    return total, _to_leaves(program, leaves, made, sums)
+
+
+def by_graph(
+    program: Program, leaves: Sequence[Tensor], slabs: Slabs, share: Share, context: Callable[[], Any]
+) -> tuple[Tensor, list[Tensor]]:
+    """The same through torch's graph, in a ``context`` such as autocast."""
+    models = len(leaves[0])
+    with context():
+        carried, made = _cut(program, leaves, True)
+    wanted = [value.requires_grad_(source.requires_grad) for value, source in zip(carried, made, strict=True) if source.requires_grad]
+    total: Tensor | None = None
+    sums: list[Tensor | None] = []
+    for start, prepared in slabs:
+        with torch.enable_grad(), context():
+            outputs = program.outputs(prepared, carried, models, prepared[program.query].shape[int(program.own)])
+        with torch.no_grad():
+            value, slope = share(start, outputs.detach())
+        # models are independent: the gradient of the sum is each model's own
+        found = iter(torch.autograd.grad(outputs, wanted, slope.to(outputs.dtype), allow_unused=True))
+        parts = [next(found) if source.requires_grad else None for source in made]
+        total, sums = (value, parts) if total is None else (total + value, [_sum(a, b) for a, b in zip(sums, parts, strict=True)])
+    assert total is not None
+    return total, _to_leaves(program, leaves, made, sums)
+
+
+def _cut(program: Program, leaves: Sequence[Tensor], graph: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """What is made of the weights, cut off from them, and the same with the graph that leads to them.
+
+    It is made once, whatever the number of slabs, and its gradient goes on to the weights once.
+    """
+    with torch.set_grad_enabled(graph):
+        made = program.weights([leaf.requires_grad_(graph) for leaf in leaves])
+    return [value.detach() for value in made], made
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+def _to_leaves(program: Program, leaves: Sequence[Tensor], made: Sequence[Tensor], sums: Sequence[Tensor | None]) -> list[Tensor]:
+    """Gradients of the slots from those of what was made of them; zeros where there is none."""
+    if program.made:
+        pairs = [(value, g) for value, g in zip(made, sums, strict=True) if g is not None and value.requires_grad]
+        if not pairs:
+            return [torch.zeros_like(leaf) for leaf in leaves]
+        return list(torch.autograd.grad([v for v, _ in pairs], list(leaves), [g for _, g in pairs], materialize_grads=True))
+    found = dict(zip(program.carried, sums, strict=True))
+    gradients = [found.get(place) for place in program.places]
+    return [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, gradients, strict=True)]
+
+
+__all__ = ["by_graph", "by_tape"]

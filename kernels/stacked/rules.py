@@ -1,0 +1,369 @@
+"""Values and gradients of single calls, written out: what a backward pass through torch's graph computes, without building the graph.
+
+A rule is made once for a call of a program (``RULES``); a call that has none runs through torch's own graph, alone (``tape.py``). The
+twins are the forms (``forms.py``), which autograd sees through: a test holds every rule against its form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .calls import Call, Layout, Values
+from .forms import channels_first, models_first
+
+_aten = torch.ops.aten
+Gradients = dict[str, Tensor]
+
+
+class Rule(Protocol):
+    """One call and its reverse."""
+
+    def forward(self, a: Values, models: int) -> tuple[Tensor, Any]:
+        """The value, and what :meth:`backward` needs. ``a`` holds the arguments by name."""
+        ...
+
+    def backward(self, g: Tensor, saved: Any, models: int) -> Gradients:
+        """Gradients of the arguments that are wanted, by name, from that of the value."""
+        ...
+
+
+# The rule of a call, given its known arguments, the names of those whose gradients are wanted, and whether it may write over
+# what it reads; None where it has none.
+Maker = Callable[[Call, Values, frozenset[str], bool], Rule | None]
+
+
+class Linear:
+    """Batched products, as in ``forms.linear``."""
+
+    def __init__(self, call: Call, wanted: frozenset[str]) -> None:
+        self.shared, self.wanted = not call.stacked("input"), wanted
+        self.aligned = call.aligned
+
+    def forward(self, a: Values, models: int) -> tuple[Tensor, Any]:
+        x, weight, bias = a["input"], a["weight"], a.get("bias")
+        out, features = weight.shape[-2:]
+        rows = x.reshape(-1, features) if self.shared else x.reshape(models, -1, features)
+        lead = x.shape[:-1] if self.shared else x.shape[1:-1]
+        if self.aligned and out * features % 4:
+            missing = -features % 4
+            weight, rows = F.pad(weight, (0, missing)), F.pad(rows, (0, missing))
+        if self.shared:
+            rows = rows.expand(models, *rows.shape)
+        product = weight.transpose(1, 2)
+        made = torch.bmm(rows, product) if bias is None else torch.baddbmm(bias.unsqueeze(-2), rows, product)
+        return made if len(lead) == 1 else made.view(models, *lead, out), (rows, weight, features, x.shape)
+
+    def backward(self, g: Tensor, saved: Any, models: int) -> Gradients:
+        rows, weight, features, shape = saved
+        g = g.reshape(models, -1, g.shape[-1])
+        made: Gradients = {}
+        if "weight" in self.wanted:
+            slope = torch.bmm(g.transpose(1, 2), rows)
+            made["weight"] = slope if slope.shape[2] == features else slope[..., :features]
+        if "bias" in self.wanted:
+            made["bias"] = g.sum(1)
+        if "input" in self.wanted:
+            slope = torch.bmm(g, weight)
+            made["input"] = (slope if slope.shape[2] == features else slope[..., :features]).reshape(shape)
+        return made
+
+
+def _linear(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> Rule | None:
+    plain = call.stacked("weight") and ("bias" not in call.layouts or call.stacked("bias")) and call.ranks["weight"] == 2
+    return Linear(call, wanted) if plain else None
+
+
+# -- functions of one tensor -------------------------------------------------------------------------------------------
+
+
+class Function:
+    """A function of one tensor, whose derivative is one of its argument or of its value."""
+
+    def __init__(self, entry: Entry, known: Values, name: str, owned: bool) -> None:
+        self._entry, self._known, self._name = entry, known, name
+        self._run = entry.in_place if owned and entry.in_place is not None else entry.forward
+
+    def forward(self, a: Values, models: int) -> tuple[Tensor, Any]:
+        x = a[self._name]
+        y = self._run(x, self._known)
+        return y, y if self._entry.of_value else x
+
+    def backward(self, g: Tensor, saved: Any, models: int) -> Gradients:
+        return {self._name: self._entry.backward(g, saved, self._known)}
+
+
+class Entry(NamedTuple):
+    """A function.
+
+    Attributes:
+        forward: ``(x, known arguments) -> y``.
+        backward: ``(gradient of y, y or x, known arguments) -> gradient of x``.
+        of_value: whether that is y.
+        in_place: ``forward`` over the memory of x.
+    """
+
+    forward: Callable[[Tensor, Values], Tensor]
+    backward: Callable[[Tensor, Tensor, Values], Tensor]
+    of_value: bool = False
+    in_place: Callable[[Tensor, Values], Tensor] | None = None
+
+
+_SELU = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946  # alpha and scale
+FUNCTIONS: dict[str, Entry] = {
+    "relu": Entry(lambda x, a: x.relu(), lambda g, y, a: _aten.threshold_backward(g, y, 0), True, lambda x, a: x.relu_()),
+    "tanh": Entry(lambda x, a: x.tanh(), lambda g, y, a: _aten.tanh_backward(g, y), True, lambda x, a: x.tanh_()),
+    "sigmoid": Entry(lambda x, a: x.sigmoid(), lambda g, y, a: _aten.sigmoid_backward(g, y), True, lambda x, a: x.sigmoid_()),
+    "leaky_relu": Entry(
+        lambda x, a: _aten.leaky_relu(x, a["negative_slope"]),
+        lambda g, x, a: _aten.leaky_relu_backward(g, x, a["negative_slope"], False),
+    ),
+    "silu": Entry(lambda x, a: _aten.silu(x), lambda g, x, a: _aten.silu_backward(g, x)),
+    "gelu": Entry(
+        lambda x, a: _aten.gelu(x, approximate=a["approximate"]),
+        lambda g, x, a: _aten.gelu_backward(g, x, approximate=a["approximate"]),
+    ),
+    "elu": Entry(
+        lambda x, a: _aten.elu(x, a["alpha"], a["scale"], a["input_scale"]),
+        lambda g, x, a: _aten.elu_backward(g, a["alpha"], a["scale"], a["input_scale"], False, x),
+    ),
+    "celu": Entry(
+        lambda x, a: _aten.celu(x, a["alpha"]),
+        lambda g, x, a: _aten.elu_backward(g, a["alpha"], 1.0, 1 / a["alpha"], False, x),
+    ),
+    "selu": Entry(lambda x, a: _aten.selu(x), lambda g, x, a: _aten.elu_backward(g, *_SELU, 1.0, False, x)),
+    "softplus": Entry(
+        lambda x, a: _aten.softplus(x, a["beta"], a["threshold"]),
+        lambda g, x, a: _aten.softplus_backward(g, x, a["beta"], a["threshold"]),
+    ),
+    "hardswish": Entry(lambda x, a: _aten.hardswish(x), lambda g, x, a: _aten.hardswish_backward(g, x)),
+    "hardsigmoid": Entry(lambda x, a: _aten.hardsigmoid(x), lambda g, x, a: _aten.hardsigmoid_backward(g, x)),
+    "mish": Entry(lambda x, a: _aten.mish(x), lambda g, x, a: _aten.mish_backward(g, x)),
+    "relu6": Entry(lambda x, a: _aten.hardtanh(x, 0, 6), lambda g, x, a: _aten.hardtanh_backward(g, x, 0, 6)),
+    "hardtanh": Entry(
+        lambda x, a: _aten.hardtanh(x, a["min_val"], a["max_val"]),
+        lambda g, x, a: _aten.hardtanh_backward(g, x, a["min_val"], a["max_val"]),
+    ),
+    "sin": Entry(lambda x, a: x.sin(), lambda g, x, a: x.cos().mul_(g)),
+    "cos": Entry(lambda x, a: x.cos(), lambda g, x, a: x.sin().neg_().mul_(g)),
+    "exp": Entry(lambda x, a: x.exp(), lambda g, y, a: g * y, True),
+    "neg": Entry(lambda x, a: x.neg(), lambda g, x, a: g.neg()),
+    "abs": Entry(lambda x, a: x.abs(), lambda g, x, a: g * x.sgn()),
+    "sqrt": Entry(lambda x, a: x.sqrt(), lambda g, y, a: g / (2 * y), True),
+    "square": Entry(lambda x, a: x.square(), lambda g, x, a: (g * x).mul_(2)),
+    "softmax.int": Entry(
+        lambda x, a: x.softmax(a["dim"]), lambda g, y, a: _aten._softmax_backward_data(g, y, a["dim"], y.dtype), True
+    ),
+    "log_softmax.int": Entry(
+        lambda x, a: x.log_softmax(a["dim"]), lambda g, y, a: _aten._log_softmax_backward_data(g, y, a["dim"], y.dtype), True
+    ),
+}  # fmt: skip
+
+
+def _function(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> Rule | None:
+    entry = FUNCTIONS.get(call.operation.name)
+    if entry is None or list(call.layouts) != ["self"] or known.get("dtype") is not None:
+        return None
+    return Function(entry, known, "self", owned)
+
+
+# -- arithmetic of two tensors, or of one and a number --------------------------------------------------------------------
+
+
+class Arithmetic:
+    """``add``, ``sub``, ``mul`` and ``div`` by a number."""
+
+    def __init__(self, call: Call, known: Values, wanted: frozenset[str]) -> None:
+        self.kind = call.operation.name.partition(".")[0]
+        self.call, self.wanted = call, wanted
+        self.alpha = known.get("alpha", 1)
+
+    def _aligned(self, a: Values, name: str, models: int) -> Any:
+        value = a[name]
+        rank = self.call.ranks.get(name)
+        if self.call.layout is not Layout.MODELS or not self.call.stacked(name) or rank == self.call.rank:
+            return value
+        return value.reshape(models, *(1,) * (self.call.rank - rank), *value.shape[1:])
+
+    def forward(self, a: Values, models: int) -> tuple[Tensor, Any]:
+        x, y = self._aligned(a, "self", models), self._aligned(a, "other", models)
+        shapes = {name: a[name].shape for name in self.wanted}
+        if self.kind == "mul":
+            return x * y, (x if "other" in self.wanted else None, y if "self" in self.wanted else None, shapes)
+        if self.kind == "div":
+            return x / y, (None, y, shapes)
+        made = torch.add(x, y, alpha=self.alpha) if self.kind == "add" else torch.sub(x, y, alpha=self.alpha)
+        return made, (None, None, shapes)
+
+    def backward(self, g: Tensor, saved: Any, models: int) -> Gradients:
+        x, y, shapes = saved
+        made: Gradients = {}
+        for name in self.wanted:
+            if self.kind == "mul":
+                other = y if name == "self" else x
+                slope = g * other
+            elif self.kind == "div":
+                slope = g / y
+            else:
+                factor = 1 if name == "self" else self.alpha if self.kind == "add" else -self.alpha
+                slope = g if factor == 1 else g * factor
+            shape = shapes[name]
+            if slope.shape != shape:  # behind: ones between the models and the other axes
+                slope = slope.sum_to_size((shape[0], *(1,) * (slope.ndim - len(shape)), *shape[1:])).reshape(shape)
+            made[name] = slope
+        return made
+
+
+def _arithmetic(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> Rule | None:
+    kind, _, overload = call.operation.name.partition(".")
+    names = set(call.layouts)
+    if overload not in ("Tensor", "Scalar") or not names <= {"self", "other"} or known.get("rounding_mode") is not None:
+        return None
+    if kind == "div" and "other" in call.layouts and "other" in wanted:
+        return None
+    if any(not call.stacked(name) for name in wanted) and call.layout is Layout.MODELS:
+        return None
+    return Arithmetic(call, known, wanted)
+
+
+# -- norms ----------------------------------------------------------------------------------------------------------------
+
+
+class LayerNorm:
+    """Over the last axes, with each model's own scale and shift."""
+
+    def __init__(self, call: Call, known: Values, wanted: frozenset[str]) -> None:
+        self.axes, self.eps, self.wanted, self.rank = list(known["normalized_shape"]), float(known.get("eps", 1e-5)), wanted, call.rank
+
+    def forward(self, a: Values, models: int) -> tuple[Tensor, Any]:
+        x = a["input"].contiguous()
+        normed, mean, rstd = torch.native_layer_norm(x, self.axes, None, None, self.eps)
+        scale, shift = (self._behind(a.get(name), models) for name in ("weight", "bias"))
+        made = normed
+        if scale is not None:
+            made = normed * scale if shift is None else torch.addcmul(shift, normed, scale)
+        elif shift is not None:
+            made = normed + shift
+        return made, (x, mean, rstd, normed, scale)
+
+    def _behind(self, value: Tensor | None, models: int) -> Tensor | None:
+        return None if value is None else value.reshape(models, *(1,) * (self.rank - value.ndim + 1), *value.shape[1:])
+
+    def backward(self, g: Tensor, saved: Any, models: int) -> Gradients:
+        x, mean, rstd, normed, scale = saved
+        made: Gradients = {}
+        over = tuple(range(1, g.ndim - len(self.axes)))
+        if "weight" in self.wanted:
+            made["weight"] = (g * normed).sum(over)
+        if "bias" in self.wanted:
+            made["bias"] = g.sum(over)
+        if "input" in self.wanted:
+            g = (g if scale is None else g * scale).contiguous()
+            made["input"] = _aten.native_layer_norm_backward(g, x, self.axes, mean, rstd, None, None, [True, False, False])[0]
+        return made
+
+
+def _layer_norm(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> Rule | None:
+    names = set(call.layouts)
+    plain = call.layout is Layout.MODELS and all(call.stacked(name) for name in names) and names <= {"input", "weight", "bias"}
+    return LayerNorm(call, known, wanted) if plain and call.ranks.get("weight", 1) == len(known["normalized_shape"]) else None
+
+
+# -- views and means --------------------------------------------------------------------------------------------------------
+
+
+class View:
+    """Another shape of the same numbers: ``forward(x, models)``, and back to the shape that was."""
+
+    def __init__(self, forward: Callable[[Tensor, int], Tensor], name: str) -> None:
+        self._forward, self._name = forward, name
+
+    def forward(self, a: Values, models: int) -> tuple[Tensor, Any]:
+        x = a[self._name]
+        return self._forward(x, models), x.shape
+
+    def backward(self, g: Tensor, saved: Any, models: int) -> Gradients:
+        return {self._name: g.reshape(saved)}
+
+
+class Moved:
+    """A value in another layout: models in front, or among the channels."""
+
+    def __init__(self, forward: Callable[[Tensor, int], Tensor], backward: Callable[[Tensor, int], Tensor]) -> None:
+        self._forward, self._backward = forward, backward
+
+    def forward(self, a: Values, models: int) -> tuple[Tensor, Any]:
+        return self._forward(a["x"], models), None
+
+    def backward(self, g: Tensor, saved: Any, models: int) -> Gradients:
+        return {"x": self._backward(g, models)}
+
+
+TO_MODELS = Moved(models_first, lambda g, models: channels_first(g, True))
+TO_CHANNELS = Moved(lambda x, models: channels_first(x, True), models_first)
+
+
+class Mean:
+    """Over some axes, counted from the end."""
+
+    def __init__(self, axes: tuple[int, ...], keep: bool) -> None:
+        self.axes, self.keep = axes, keep
+
+    def forward(self, a: Values, models: int) -> tuple[Tensor, Any]:
+        x = a["self"]
+        return x.mean(self.axes, self.keep), x.shape
+
+    def backward(self, g: Tensor, saved: Any, models: int) -> Gradients:
+        count = 1
+        for axis in self.axes:
+            count *= saved[axis]
+        if not self.keep:
+            for axis in sorted(axis + len(saved) for axis in self.axes):
+                g = g.unsqueeze(axis)
+        return {"self": (g / count).expand(saved)}
+
+
+def _shape(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> Rule | None:
+    """``flatten`` and ``view``."""
+    name = "input" if "input" in call.layouts else "self"
+    if call.layout is not Layout.MODELS or not call.stacked(name) or len(call.layouts) != 1:
+        return None
+    if call.operation.name == "flatten.using_ints":
+        return View(lambda x, models: call.operation.invoke({**known, name: x}), name)
+    return None
+
+
+def _mean(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> Rule | None:
+    axes = known.get("dim")
+    return Mean(tuple(axes), bool(known.get("keepdim"))) if axes and known.get("dtype") is None else None
+
+
+def _identity(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> Rule | None:
+    return View(lambda x, models: x, "input") if "input" in call.layouts else None
+
+
+# By form, then by name.
+_FORMS: dict[str, Maker] = {"linear": _linear, "elementwise": _function, "layer_norm": _layer_norm, "identity": _identity, "shape": _shape}
+_NAMES: dict[str, Maker] = {
+    **{f"{kind}.{overload}": _arithmetic for kind in ("add", "sub", "mul", "div") for overload in ("Tensor", "Scalar")},
+    "softmax.int": _function,
+    "log_softmax.int": _function,
+    "mean.dim": _mean,
+}
+
+
+def rule_of(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> Rule | None:
+    """The rule of a call, None where it has none.
+
+    Args:
+        call: what is known of it.
+        known: its arguments that are no tensors.
+        wanted: names of those whose gradients are.
+        owned: whether it may write over what it reads.
+    """
+    maker = _NAMES.get(call.operation.name) or _FORMS.get(call.operation.form)
+    return None if maker is None else maker(call, known, wanted, owned)
