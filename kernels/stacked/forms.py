@@ -186,7 +186,10 @@ def attention(call: Call, a: Values, models: int) -> Tensor:
         if call.stacked("attn_mask"):
             mask = _behind(mask, scores.ndim - 1, call.ranks["attn_mask"], models)
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-    return torch.matmul(scores.softmax(-1), value)
+    shares = scores.softmax(-1)
+    if "dropped" in a:  # in training mode, as dropout's factors
+        shares = shares * a["dropped"]
+    return torch.matmul(shares, value)
 
 
 def embedding(call: Call, a: Values, models: int) -> Tensor:
