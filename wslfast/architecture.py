@@ -139,9 +139,14 @@ class Architecture:
         return tuple(p.name for p in self.parameters if p.name.endswith(("running_mean", "running_var")))
 
     @cached_property
+    def untrained(self) -> frozenset[str]:
+        """Entries that no optimiser trains: running statistics and other floating buffers."""
+        return frozenset((*self.statistics, *(self.graph.training.fixed if self.graph is not None else ())))
+
+    @cached_property
     def num_parameters(self) -> int:
         """Trainable parameters."""
-        return sum(p.size for p in self.parameters if p.name not in self.statistics)
+        return sum(p.size for p in self.parameters if p.name not in self.untrained)
 
     def _output_shape(self) -> tuple[int, ...]:
         if self.graph is not None:
@@ -299,7 +304,8 @@ class Architecture:
     def initial_weights(self, initialisations: Sequence[str], seeds: Sequence[int]) -> Tensor:
         """Fresh weights ``[k, P]`` of k models, each from its own initialisation and seed (reference: the zoo code's ``init_type``).
 
-        ``uniform`` is U[0, 1] and ``normal`` N(0, 1), as published; ``default`` is torch's own layer initialisation with its biases.
+        ``uniform`` is U[0, 1] and ``normal`` N(0, 1), as published; ``default`` is torch's own layer initialisation with its biases,
+        ``siren`` that of sine networks (Sitzmann et al. 2020; as ``default`` where there is no sine).
         Norms start as the identity. A model's row depends on its own initialisation and seed alone.
         """
         require(self.graph is not None, f"initial_weights: architecture {self.name!r} cannot be traced; initialise its module instead")

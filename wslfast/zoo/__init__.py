@@ -10,6 +10,7 @@ from .grid import Grid
 from .importers import Imported, import_zoo
 from .manifest import Manifest
 from .mapped import MappedZoo
+from .signals import Signals, image_signals
 from .source import dataset_of, network
 from .splits import Split
 from .store import load_zoo, read_manifest, save_zoo, summarize
@@ -20,11 +21,13 @@ __all__ = [
     "Imported",
     "Manifest",
     "MappedZoo",
+    "Signals",
     "Split",
     "build_zoo",
     "dataset_of",
     "export_zoo",
     "image_shape",
+    "image_signals",
     "import_zoo",
     "load_dataset",
     "load_zoo",

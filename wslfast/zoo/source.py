@@ -29,6 +29,8 @@ def dataset_of(zoo: str | Path, architecture: Architecture) -> Dataset:
         isinstance(record, Mapping) and isinstance(record.get("name"), str) and type(record.get("seed", 0)) is int,
         f"zoo {zoo}: its manifest does not say which data set it was trained on; pass images=",
     )
+    fitted = "signals" in record
+    require(not fitted, f"zoo {zoo}: its models are fitted to signals ({record['name']!r}), one each: there are no labelled images to read")
     source = record["name"] if record["name"] in NAMES else _file(Path(zoo), record)
     root = record.get("root")
     if root is not None and not Path(str(root)).is_dir():
@@ -54,7 +56,7 @@ def _file(zoo: Path, record: Mapping[str, Any]) -> Path:
     return Path(str(record.get("path", name)))
 
 
-def network(name: str, channels: int | None = None) -> Architecture:
+def network(name: str, channels: int | None = None, *, dropout: float = 0.0) -> Architecture:
     """A published network by name, with ``channels`` input channels (default: the published number)."""
     require(name in NETWORKS, f"architecture: expected one of {sorted(NETWORKS)}, got {name!r}")
-    return NETWORKS[name]() if channels is None else NETWORKS[name](channels)
+    return NETWORKS[name](dropout=dropout) if channels is None else NETWORKS[name](channels, dropout=dropout)
