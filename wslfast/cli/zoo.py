@@ -61,7 +61,7 @@ class ZooBuild:
     def run(self) -> None:
         data: str | Signals = self.dataset
         if self.architecture == "siren":
-            data = image_signals(load_dataset(self.dataset, None, root=self.data, standardise=False))
+            data = image_signals(load_dataset(self.dataset, image_shape(self.dataset), root=self.data, standardise=False))
         population = build_zoo(
             data,
             self.out,
@@ -81,7 +81,7 @@ class ZooBuild:
         )
         column, what = ("test_acc", "test accuracy") if "test_acc" in population.properties else ("train_loss", "mean squared error")
         found = population.column(column)
-        console.print(f"{self.out}: {len(population)} rows, {what} {found.mean():.3g} +- {found.std():.3g}")
+        console.print(f"{self.out}: {len(population)} rows, {what} {found.mean():.3g} +- {found.std():.3g}", soft_wrap=True)
 
     def _architecture(self) -> Architecture | None:
         if self.architecture in ("auto", "siren"):

@@ -140,8 +140,14 @@ def _parametrised(module: nn.Module) -> str:
     """Why a module cannot be trained on the weights that it computes; empty where it holds them itself."""
     for path, part in module.named_modules():
         hooks = {type(hook).__name__ for hook in part._forward_pre_hooks.values()}
-        if parametrize.is_parametrized(part) or hooks & {"WeightNorm", "SpectralNorm"} or any(map(_prunes, part._forward_pre_hooks.values())):
-            return f"its weights are computed from others (a parametrisation or pruning of {path!r}), which are what an optimiser would train"
+        if (
+            parametrize.is_parametrized(part)
+            or hooks & {"WeightNorm", "SpectralNorm"}
+            or any(map(_prunes, part._forward_pre_hooks.values()))
+        ):
+            return (
+                f"its weights are computed from others (a parametrisation or pruning of {path!r}), which are what an optimiser would train"
+            )
     return ""
 
 

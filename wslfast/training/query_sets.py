@@ -13,6 +13,7 @@ from ..errors import check_seed, require
 from ..population import Population
 from ..queries import SYNTHETIC, load_queries, synthetic_queries
 from ..zoo import MappedZoo, dataset_of
+from ..zoo.source import points_of
 
 DATA = {"data": "train", "val": "val", "test": "test"}
 OPTIMISED = 128  # images that an optimised set is distilled to
@@ -45,6 +46,9 @@ def query_images(query_set: str, zoo: str | Path, source: Union[Population, Mapp
 
     @cache
     def data() -> dict[str, Tensor]:
+        points = points_of(zoo)
+        if points is not None:  # of implicit neural representations, which have no images
+            return dict.fromkeys(DATA, points)
         found = dataset_of(zoo, architecture)
         return {name: found.split(split)[0] for name, split in DATA.items()}
 

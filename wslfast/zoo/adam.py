@@ -65,8 +65,8 @@ class StackedAdam:
             return {"steps": torch.tensor(self.steps), "mean": self.mean, "square": self.square}
         held = [self._fused.state[row] for row in self._rows]
         steps = int(held[0]["step"]) if held and held[0] else 0
-        zeros = torch.zeros_like(self.weights)
-        mean, square = (torch.stack([one[name] for one in held]) if steps else zeros for name in ("exp_avg", "exp_avg_sq"))
+        parts = ("exp_avg", "exp_avg_sq")
+        mean, square = (torch.stack([one[name] for one in held]) if steps else torch.zeros_like(self.weights) for name in parts)
         return {"steps": torch.tensor(steps), "mean": mean, "square": square}
 
     def load(self, state: Mapping[str, Tensor]) -> None:

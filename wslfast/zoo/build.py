@@ -133,7 +133,9 @@ def build_zoo(
     }
     unfinished = None if out is None else Unfinished(out, settings)
     if unfinished is not None and unfinished.exists() and not resume:
-        require(overwrite, f"out: {out}: an unfinished zoo is there; resume=True (--resume) goes on, overwrite=True (--overwrite) begins anew")
+        require(
+            overwrite, f"out: {out}: an unfinished zoo is there; resume=True (--resume) goes on, overwrite=True (--overwrite) begins anew"
+        )
         unfinished.remove()
     steps = kept[-1] * math.ceil(_points(data) / batch_size)
     with engine.using(backend), _bar(progress, steps) as advance:

@@ -173,7 +173,7 @@ class _Run:
         self.adam.load({name.removeprefix("adam."): value for name, value in state.items() if name.startswith("adam.")})
         for name, generators in (("orders", self.orders), ("dropout", self.dropout)):
             for generator, held in zip(generators, state.get(name, ()), strict=bool(generators)):
-                generator.set_state(held.contiguous())
+                generator.set_state(held.clone())
         return int(state["epoch"])
 
 

@@ -30,6 +30,7 @@ class Signals:
         train_targets: ``[N, *out]``, the same for all models, or ``[S, N, *out]``, signal by signal.
         val_inputs, val_targets, test_inputs, test_targets: likewise, for held-out points; None without.
         provenance: where it came from, for the manifest.
+        own: whether every model has its own targets.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Signals:
     test_inputs: Tensor | None = None
     test_targets: Tensor | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    own: bool = field(init=False, repr=False, default=False)
 
     def __post_init__(self) -> None:
         own = None
@@ -70,8 +72,6 @@ class Signals:
         """How many signals there are; None where all models are fitted to one."""
         return len(self.train_targets) if self.own else None
 
-    own: bool = field(init=False, repr=False, default=False)
-
     @property
     def output_shape(self) -> tuple[int, ...]:
         """Of the target of one point."""
@@ -91,8 +91,12 @@ def image_signals(images: Tensor | Dataset, name: str = "images") -> Signals:
     fits = isinstance(images, Tensor) and images.ndim == 4 and images.is_floating_point() and 0 not in images.shape
     require(fits, f"images: expected floating [S, C, H, W], got {describe(images)}")
     height, width = images.shape[2:]
-    rows, columns = (torch.linspace(-1, 1, size, dtype=torch.float32, device="cpu") for size in (height, width))
-    points = torch.cartesian_prod(rows, columns)
     colours = images.detach().to("cpu", torch.float32).flatten(2).transpose(1, 2).contiguous()
     record = {**provenance, "signals": "images", "points": [height, width]}
-    return Signals(name, points, colours, provenance=record)
+    return Signals(name, grid_points(height, width), colours, provenance=record)
+
+
+def grid_points(height: int, width: int) -> Tensor:
+    """(row, column) of every pixel, from -1 to 1 each: ``[height * width, 2]``."""
+    rows, columns = (torch.linspace(-1, 1, size, dtype=torch.float32, device="cpu") for size in (height, width))
+    return torch.cartesian_prod(rows, columns)

@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ..architecture import Architecture
 from ..errors import WslfastError, describe, require
 from .catalogue import NAMES
 from .datasets import Dataset, load_dataset
+from .signals import grid_points
 from .store import read_manifest
 
 NETWORKS = {"cnn": Architecture.cnn, "cnn2": Architecture.cnn2, "cnn3": Architecture.cnn3, "lenet5": Architecture.lenet5}
@@ -45,6 +48,17 @@ def dataset_of(zoo: str | Path, architecture: Architecture) -> Dataset:
     what = f"data set {source!r} is not what" if record["name"] in NAMES else f"{source} is not the file"
     require(known == found, f"zoo {zoo}: {what} it was trained on (its SHA-256 differs)")
     return data
+
+
+def points_of(zoo: str | Path) -> Tensor | None:
+    """Where the models of a zoo of implicit neural representations are asked, ``[H * W, 2]``; None for any other zoo."""
+    record: Any = read_manifest(zoo).provenance.get("dataset")
+    if not isinstance(record, Mapping) or record.get("signals") != "images":
+        return None
+    size = record.get("points")
+    whole = isinstance(size, (list, tuple)) and len(size) == 2 and all(type(s) is int and 0 < s <= 1 << 14 for s in size)
+    require(whole, f"zoo {zoo}: its manifest says points {describe(size)}; expected height and width")
+    return grid_points(*size)
 
 
 def _file(zoo: Path, record: Mapping[str, Any]) -> Path:
