@@ -4,10 +4,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-NUMERIC := tests/test_behavior.py tests/test_engine.py tests/test_silent_values.py tests/test_operators.py tests/test_cpu_engine.py \
-  tests/test_cpu_jobs.py tests/test_kernels_network.py tests/test_kernels_interpreter.py tests/test_kernels_precision.py \
-  tests/test_kernels_index.py tests/test_codec.py tests/test_adaptive.py tests/test_tokens.py tests/test_permutation.py \
-  tests/faults/test_determinism.py
+NUMERIC := tests/test_behavior.py tests/test_silent_values.py tests/test_operators.py tests/test_tokens.py tests/test_permutation.py \
+  tests/engine tests/kernels tests/codes/test_linear.py tests/codes/test_adaptive.py tests/faults/test_determinism.py
 
 .PHONY: help demo test lint types quick slow faults avx2 ci gpu bench clean
 

@@ -5,14 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 from .graph import QUERY, Graph, Node, slots_of
-from .layers import Activation, Affine, Conv2d, Dropout, Flatten, Layer, Layers, Linear, Pool2d, layer_slots, output_shape, shapes
+from .layers import (
+    ACTIVATIONS,
+    Activation,
+    Affine,
+    Conv2d,
+    Dropout,
+    Flatten,
+    Layer,
+    Layers,
+    Linear,
+    Pool2d,
+    layer_slots,
+    output_shape,
+    shapes,
+)
 
-_OPERATIONS = {
-    "relu": ("relu", None), "leakyrelu": ("leaky_relu", "negative_slope"), "tanh": ("tanh", None), "sigmoid": ("sigmoid", None),
-    "silu": ("silu", None), "gelu": ("gelu", None), "elu": ("elu", "alpha"), "celu": ("celu", "alpha"),
-}  # fmt: skip
-_FUNCTIONS = {operation: (function, argument) for function, (operation, argument) in _OPERATIONS.items()}
-_DEFAULTS = {"leakyrelu": 0.01, "elu": 1.0, "celu": 1.0}
+_FUNCTIONS = {entry.operation: (function, entry.argument) for function, entry in ACTIVATIONS.items() if entry.operation}
 
 
 def graph_of(layers: Layers, input_shape: tuple[int, ...]) -> Graph:
@@ -59,9 +68,9 @@ def _node_of(layer: Layer, x: str, size: tuple[int, ...]) -> Node | None:
         raise TypeError("an affine step is part of a batch norm, not a layer of a network")
     if layer.function == "identity":
         return None
-    operation, argument = _OPERATIONS[layer.function]
+    operation, argument, default = ACTIVATIONS[layer.function]
     given: tuple[tuple[str, Any], ...] = (("self", x),)
-    if argument is not None and layer.parameter != _DEFAULTS[layer.function]:
+    if argument is not None and layer.parameter != default:
         given = (*given, (argument, float(layer.parameter)))
     if layer.approximate != "none":
         given = (*given, ("approximate", layer.approximate))
@@ -103,6 +112,8 @@ def _layer_of(node: Node, i: int, x: str, graph: Graph, shape: tuple[int, ...]) 
     if node.operation in ("max_pool2d", "avg_pool2d") and len(shape) == 3:
         kernel, stride = given.pop("kernel_size"), given.pop("stride", ())
         return None if given else Pool2d(name, node.operation[:3], kernel, stride or kernel)
+    if node.operation == "adaptive_avg_pool2d" and given == {"output_size": (1, 1)} and len(shape) == 3:
+        return Pool2d(name, "avg", shape[1:], shape[1:])  # one window: the whole map
     if node.operation == "flatten.using_ints":
         return Flatten(name) if given == {"start_dim": -len(shape), "end_dim": -1} else None
     if node.operation in ("dropout", "feature_dropout"):  # both the identity in evaluation mode

@@ -4,6 +4,7 @@ Outputs ``f`` and targets ``y`` are ``[k, n, *out]``; the classes of a criterion
 the temperature, n queries and K classes, a model's value is
 
     mse             1/(2n) sum (f - y)^2               (arXiv 2503.17138, behavioral loss; its mean over models is the paper's formula)
+    huber           1/n sum h(f - y),  h(d) = d^2/2 for |d| <= 1, |d| - 1/2 beyond          (Huber 1964, with threshold 1)
     softmax_mse     1/(nK) sum (p(f) - p(y))^2         (the published code's l2)
     cross_entropy   -1/n sum p(y) log p(f)             (soft labels; integer targets [k, n] are labels: the loss that trains a zoo)
     distillation    T^2/n sum p(y/T) (log p(y/T) - log p(f/T))                                      (Hinton et al. 2015)
@@ -55,6 +56,16 @@ def _mse(f: Tensor, y: Tensor, n: int, _: float) -> Tensor:
 def _mse_gradient(f: Tensor, y: Tensor, n: int, _: float) -> tuple[Tensor, Tensor]:
     g = f - y
     return _per_model(g.square()) / (2 * n), g / n
+
+
+def _huber(f: Tensor, y: Tensor, n: int, _: float) -> Tensor:
+    distance = (f - y).abs()
+    inside = distance.clamp_max(1)
+    return _per_model(inside * (distance - inside / 2)) / n
+
+
+def _huber_gradient(f: Tensor, y: Tensor, n: int, temperature: float) -> tuple[Tensor, Tensor]:
+    return _huber(f, y, n, temperature), (f - y).clamp_(-1, 1) / n
 
 
 def _softmax_mse(f: Tensor, y: Tensor, n: int, _: float) -> Tensor:
@@ -110,6 +121,7 @@ def _numbers(f: Tensor) -> int:
 
 TABLE: dict[str, Criterion] = {
     "mse": Criterion(_mse, _mse_gradient, over_classes=False),
+    "huber": Criterion(_huber, _huber_gradient, over_classes=False),
     "softmax_mse": Criterion(_softmax_mse, _softmax_mse_gradient),
     "cross_entropy": Criterion(_cross_entropy, _cross_entropy_gradient, labels=True),
     "distillation": Criterion(_distillation, _distillation_gradient),

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, Union
+from typing import Any, ClassVar, NamedTuple, Union
 
 from .graph import Slot
 
@@ -20,7 +20,31 @@ Pair = tuple[int, int]
 
 _LARGEST = (1 << 31) - 1
 _LONGEST_NAME = 500
-ACTIVATIONS = ("relu", "leakyrelu", "tanh", "sigmoid", "silu", "gelu", "elu", "celu", "identity")
+
+
+class Elementwise(NamedTuple):
+    """What an activation is: its operation in operations.py (none for the identity), the argument that a record's ``parameter`` is, and
+    torch's default for it."""
+
+    operation: str
+    argument: str | None = None
+    default: float = 0.0
+
+
+# ONE table of the activations that a record may name. The wings for chains may have an entry of their own (``cpu/activations.py``,
+# ``triton/activations.py``): a network with an activation that a wing does not know runs elsewhere.
+ACTIVATIONS: dict[str, Elementwise] = {
+    "relu": Elementwise("relu"),
+    "leakyrelu": Elementwise("leaky_relu", "negative_slope", 0.01),
+    "tanh": Elementwise("tanh"),
+    "sigmoid": Elementwise("sigmoid"),
+    "silu": Elementwise("silu"),
+    "gelu": Elementwise("gelu"),
+    "elu": Elementwise("elu", "alpha", 1.0),
+    "celu": Elementwise("celu", "alpha", 1.0),
+    "softplus": Elementwise("softplus", "beta", 1.0),
+    "identity": Elementwise(""),
+}
 
 
 class Unplannable(ValueError):
@@ -79,10 +103,16 @@ class Pool2d:
     stride: Pair = (2, 2)
     padding: Pair = (0, 0)
 
+    def tiles(self, image: tuple[int, ...]) -> bool:
+        """Whether every pixel of an image ``[H, W]`` is in exactly one window."""
+        whole = all(size % kernel == 0 for size, kernel in zip(image, self.kernel_size, strict=True))
+        return whole and self.kernel_size == self.stride and self.padding == (0, 0)
+
 
 @dataclass(frozen=True)
 class Activation:
-    """Elementwise nonlinearity. ``parameter`` is leakyrelu's slope (0.01) or elu's and celu's alpha (1), 0 for the others."""
+    """Elementwise nonlinearity. ``parameter`` is leakyrelu's slope (0.01), elu's and celu's alpha (1) or softplus' beta (1), and 0 for the
+    others."""
 
     kind: ClassVar[str] = "activation"
     name: str
@@ -92,8 +122,8 @@ class Activation:
 
     def __post_init__(self) -> None:
         if self.parameter is None:
-            defaults = {"leakyrelu": 0.01, "elu": 1.0, "celu": 1.0}
-            object.__setattr__(self, "parameter", defaults.get(self.function, 0.0) if isinstance(self.function, str) else 0.0)
+            entry = ACTIVATIONS.get(self.function) if isinstance(self.function, str) else None
+            object.__setattr__(self, "parameter", entry.default if entry is not None else 0.0)
 
 
 @dataclass(frozen=True)

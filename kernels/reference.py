@@ -18,32 +18,19 @@ from torch import Tensor
 
 from .criteria import criterion_values
 from .graph import DTYPES, QUERY, Graph, Node, substitute
-from .layers import Activation, Conv2d, Dropout, Flatten, Layers, Linear, Pool2d, layer_slots
+from .layers import ACTIVATIONS, Activation, Conv2d, Dropout, Flatten, Layers, Linear, Pool2d, layer_slots
 from .operations import TABLE
 
 
 def activation(x: Tensor, layer: Activation) -> Tensor:
-    """The layer's elementwise function."""
-    match layer.function:
-        case "relu":
-            return F.relu(x)
-        case "leakyrelu":
-            return F.leaky_relu(x, layer.parameter)
-        case "tanh":
-            return torch.tanh(x)
-        case "sigmoid":
-            return torch.sigmoid(x)
-        case "silu":
-            return F.silu(x)
-        case "gelu":
-            return F.gelu(x, approximate=layer.approximate)
-        case "elu":
-            return F.elu(x, layer.parameter)
-        case "celu":
-            return F.celu(x, layer.parameter)
-        case "identity":
-            return x
-    raise ValueError(f"unknown activation {layer.function!r}")
+    """The layer's elementwise function of ``x``: the operation that the table of activations names."""
+    if layer.function not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {layer.function!r}")
+    operation, argument, _ = ACTIVATIONS[layer.function]
+    if not operation:
+        return x
+    given = {argument: layer.parameter} if argument is not None else {"approximate": layer.approximate} if layer.function == "gelu" else {}
+    return TABLE[operation].call({"self": x, **given})  # type: ignore[no-any-return]
 
 
 def forward_one(weights: Tensor, queries: Tensor, layers: Layers) -> Tensor:

@@ -16,7 +16,7 @@ echo "== its tests, as they are"
 echo "== its tests, on ours"
 (cd "$clone" && "$python" -m pytest tests -q -p no:cacheprovider -p wslfast.sane.pytest_patch)
 echo "== values beside its own"
-(cd "$here" && WSLFAST_SANE_SRC="$clone" "$python" -m pytest tests/test_sane2_published.py -q -p no:cacheprovider)
+(cd "$here" && WSLFAST_SANE_SRC="$clone" "$python" -m pytest tests/sane/v2/test_published.py -q -p no:cacheprovider)
 echo "== its run.py, with behavior, on a small zoo"
 "$python" -m wslfast zoo build --dataset digits --architecture cnn3 --models 12 --epochs 4 --keep 3 4 --out "$work/zoo"
 "$python" -c 'import sys; from wslfast.sane.v2 import export_zoo; export_zoo(sys.argv[1], sys.argv[2])' "$work/zoo" "$work/tree"

@@ -8,33 +8,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from small_networks import OPAQUE, SMALL, Residual
 from torch import Tensor, nn
 
 from wslfast.architecture import Architecture
 from wslfast.behavior import CRITERIA, batched_behavioral_loss, batched_forward
 from wslfast.errors import WslfastError
-from wslfast.kernels.layers import Activation, Conv2d, Flatten, Linear, Pool2d
+from wslfast.kernels.layers import Linear
 from wslfast.permutation import random_views
 from wslfast.population import Population, unstack
 from wslfast.testing import as_module, oracle_loss, oracle_outputs, relative_error
 from wslfast.tokens import TokenLayout
-
-SMALL = Architecture.from_layers(
-    [
-        Conv2d("a", 2, 5, (3, 3), padding=(1, 0)), Activation("b", "silu"), Pool2d("c", "avg"), Conv2d("d", 5, 3, (2, 2), bias=False),
-        Activation("e", "tanh"), Flatten("f"), Linear("g", 12, 4), Activation("h", "gelu"), Linear("i", 4, 3),
-    ],
-    (2, 7, 9), "small",
-)  # fmt: skip
-
-
-class Residual(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.bn, self.fc = nn.Conv2d(2, 2, 3, padding=1), nn.BatchNorm2d(2), nn.Linear(18, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc((self.bn(self.conv(x)).tanh() + x).flatten(1))
 
 
 class PlainNorm(nn.Module):
@@ -50,7 +34,6 @@ class PlainNorm(nn.Module):
         return (x - mean) / (var + 1e-5).sqrt() * weight + bias
 
 
-OPAQUE = Architecture.from_module(Residual(), (2, 3, 3), "residual")
 NETS = {
     "cnn": Architecture.cnn(),
     "cnn3": Architecture.cnn3(),
@@ -99,6 +82,8 @@ def functional_oracle(
         y, target = outputs(row, x), outputs(other, x)
         if criterion == "mse":
             return (y - target).pow(2).sum() / (2 * y.shape[0])
+        if criterion == "huber":
+            return F.huber_loss(y, target, reduction="sum") / y.shape[0]
         if criterion == "softmax_mse":
             return (F.softmax(y, -1) - F.softmax(target, -1)).pow(2).mean()
         if criterion == "cross_entropy":

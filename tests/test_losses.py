@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from wslfast import losses
 from wslfast.architecture import Architecture
 from wslfast.errors import WslfastError
+from wslfast.kernels.criteria import CRITERIA
 from wslfast.losses import Normalizers, compose, nt_xent, structural_loss
 from wslfast.population import Population
 from wslfast.queries import QueryPool, TargetCache
@@ -127,7 +128,7 @@ def originals() -> tuple[Population, TargetCache]:
     return population, TargetCache(population, QueryPool(torch.randn(12, 1, 28, 28)), backend="torch")
 
 
-@pytest.mark.parametrize("criterion", ["mse", "softmax_mse", "cross_entropy", "distillation"])
+@pytest.mark.parametrize("criterion", CRITERIA)
 def test_normalizers_are_the_values_of_knowing_nothing(originals: tuple[Population, TargetCache], criterion: str) -> None:
     population, cache = originals
     units = Normalizers.from_data(population, cache, batch_size=8, criterion=criterion, temperature=3.0)
@@ -137,13 +138,14 @@ def test_normalizers_are_the_values_of_knowing_nothing(originals: tuple[Populati
     assert units.contrastive == pytest.approx(math.log(15))
     total = 0.0
     for logits in cache.outputs.double():
-        p = {"mse": logits, "distillation": (logits / 3).softmax(-1)}.get(criterion, logits.softmax(-1))
+        p = {"mse": logits, "huber": logits, "distillation": (logits / 3).softmax(-1)}.get(criterion, logits.softmax(-1))
         constant = cache.outputs.double().mean(0)  # of all models, at each query
-        q = {"mse": constant, "distillation": (constant / 3).softmax(-1)}.get(criterion, constant.softmax(-1))
+        q = {"mse": constant, "huber": constant, "distillation": (constant / 3).softmax(-1)}.get(criterion, constant.softmax(-1))
         n = len(logits)
         total += float(
             {
                 "mse": ((p - q) ** 2).sum() / (2 * n),
+                "huber": torch.where((p - q).abs() < 1, (p - q) ** 2 / 2, (p - q).abs() - 0.5).sum() / n,
                 "softmax_mse": ((p - q) ** 2).mean(),
                 "cross_entropy": -(p * q.log()).sum() / n,
                 "distillation": 9 * (p * (p / q).log()).sum() / n,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_behavior import OPAQUE, SMALL
+from small_networks import OPAQUE, SMALL
 from torch import Tensor
 
 from wslfast import Architecture, Population, TokenLayout, WslfastError, batched_behavioral_loss, batched_forward, operators

@@ -113,6 +113,8 @@ def test_classes_on_any_axis(criterion: str) -> None:
         y, t = model(queries), other(queries).detach()
         if criterion == "mse":
             value = (y - t).square().sum() / (2 * n)
+        elif criterion == "huber":
+            value = F.huber_loss(y, t, reduction="sum") / n
         elif criterion == "softmax_mse":
             value = (y.softmax(1) - t.softmax(1)).square().mean()
         elif criterion == "cross_entropy":

@@ -258,16 +258,16 @@ def test_a_bad_model_leaves_no_trace_in_the_queries_gradient() -> None:
 def test_an_unknown_criterion_raises_everywhere() -> None:
     arch = Architecture.mlp()
     weights, queries, targets = torch.zeros(2, arch.num_weights), torch.zeros(3, 14), torch.zeros(2, 3, 10)
-    with pytest.raises(ValueError, match="unknown criterion 'huber'"):
-        cpu.loss_and_gradient(weights, queries, targets, arch.layers, "huber")
-    with pytest.raises(ValueError, match="unknown criterion 'huber'"):
-        criteria.criterion_values(targets, targets, "huber")
-    with pytest.raises(ValueError, match="unknown criterion 'huber'"):
-        criteria.share_of_loss(targets, targets, 3, "huber", 1.0)
-    with pytest.raises(ValueError, match="unknown criterion 'huber'"):
-        oracle_loss(weights, queries, targets, arch, "huber")
+    with pytest.raises(ValueError, match="unknown criterion 'hinge'"):
+        cpu.loss_and_gradient(weights, queries, targets, arch.layers, "hinge")
+    with pytest.raises(ValueError, match="unknown criterion 'hinge'"):
+        criteria.criterion_values(targets, targets, "hinge")
+    with pytest.raises(ValueError, match="unknown criterion 'hinge'"):
+        criteria.share_of_loss(targets, targets, 3, "hinge", 1.0)
+    with pytest.raises(ValueError, match="unknown criterion 'hinge'"):
+        oracle_loss(weights, queries, targets, arch, "hinge")
     with pytest.raises(WslfastError, match="criterion: expected one of"):
-        batched_behavioral_loss(weights, None, queries, arch, targets=targets, criterion="huber")
+        batched_behavioral_loss(weights, None, queries, arch, targets=targets, criterion="hinge")
 
 
 # -- what was refused, or failed in words of torch ---------------------------------------------------------------------

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import engine, operators
 from .architecture import Architecture
 from .errors import WslfastError, describe, require
-from .kernels.criteria import CRITERIA, criterion_values
+from .kernels.criteria import CRITERIA, TABLE, criterion_values
 from .nan_policy import NAN_POLICIES, REDUCTIONS, bad_models, check_models, reduce
 from .population import Population, stack
 from .tokens import num_tokens
@@ -76,6 +76,7 @@ def batched_behavioral_loss(
         criterion: per model, with f^ and f the outputs of reconstruction and original, ``[n, *out]``, ``[n, K]`` for a classifier (sums
             over i are over queries, those inside over everything else):
             ``"mse"`` 1/(2n) sum_i ||f^(x_i) - f(x_i)||^2, whose mean over models is the paper's L_B;
+            ``"huber"`` 1/n sum_i h(f^(x_i) - f(x_i)), h(d) = d^2/2 up to |d| = 1 and |d| - 1/2 beyond: no class can weigh too much;
             ``"softmax_mse"`` mean squared difference of probabilities (the published code's ``l2``);
             ``"cross_entropy"`` with the original's probabilities as soft labels;
             ``"distillation"`` T^2/n sum_i KL(softmax(f/T) || softmax(f^/T)).
@@ -85,7 +86,7 @@ def batched_behavioral_loss(
             gradient; ``"omit"`` leaves it out (zero gradient; NaN under reduction ``"none"``), every other model's value and gradient
             bit-equal to a call without it; ``"raise"`` raises and names it. Without a gradient, values alone are judged.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
-        class_axis: axis of one answer ``[*out]`` that the classes are on, for criteria over classes (all but ``"mse"``).
+        class_axis: axis of one answer ``[*out]`` that the classes are on, for criteria over classes (all but ``"mse"`` and ``"huber"``).
 
     Returns:
         A scalar, or ``[k]`` for reduction ``"none"``; float32, or float64 for float64 weights.
@@ -101,7 +102,7 @@ def batched_behavioral_loss(
     require(number and 0 < temperature < float("inf"), lambda: f"temperature: expected a positive number, got {temperature!r}")
     rows = _rows(reconstructed, architecture, "reconstructed")
     queries = _queries(queries, architecture, rows)
-    if criterion != "mse" and (class_axis != -1 or not architecture.output_shape):
+    if TABLE[criterion].over_classes and (class_axis != -1 or not architecture.output_shape):
         targets, original = _classes_last(targets, original, architecture, class_axis)
         architecture = architecture.with_classes_last(class_axis)
     looked_through = engine.looked_through(rows, queries, targets)

@@ -96,7 +96,7 @@ class _Layers:
 
     def act(self, function: str) -> _Layers:
         function = str(function).replace("_", "")
-        require(function in ACTIVATIONS, f"activation: expected one of {ACTIVATIONS}, got {function!r}")
+        require(function in ACTIVATIONS, f"activation: expected one of {tuple(ACTIVATIONS)}, got {function!r}")
         self.layers.append(Activation(self._name, function))
         return self
 

@@ -20,6 +20,7 @@ from .kernels.reference import run_graph
 from .population import unstack
 
 _ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid, "silu": nn.SiLU, "identity": nn.Identity}
+_WITH_PARAMETER = {"leakyrelu": nn.LeakyReLU, "elu": nn.ELU, "celu": nn.CELU, "softplus": nn.Softplus}
 
 
 def _module(layer: Layer) -> nn.Module:
@@ -36,12 +37,10 @@ def _module(layer: Layer) -> nn.Module:
     if isinstance(layer, Dropout):
         return nn.Dropout(layer.p)
     assert isinstance(layer, Activation)
-    if layer.function == "leakyrelu":
-        return nn.LeakyReLU(layer.parameter)
     if layer.function == "gelu":
         return nn.GELU(layer.approximate)
-    if layer.function in ("elu", "celu"):
-        return (nn.ELU if layer.function == "elu" else nn.CELU)(layer.parameter)
+    if layer.function in _WITH_PARAMETER:
+        return _WITH_PARAMETER[layer.function](layer.parameter)
     return _ACTIVATIONS[layer.function]()
 
 
@@ -143,6 +142,8 @@ def oracle_loss(
         outputs = module(queries.detach().double().cpu())
         if criterion == "mse":
             value = F.mse_loss(outputs, target, reduction="sum") / (2 * len(outputs))
+        elif criterion == "huber":
+            value = F.huber_loss(outputs, target, reduction="sum") / len(outputs)
         elif criterion == "softmax_mse":
             value = F.mse_loss(outputs.softmax(1), target.softmax(1))
         elif criterion == "cross_entropy":

@@ -8,6 +8,7 @@ offsets). torch's ``erf``-gelu does so on contiguous memory alone, so it is give
 
     sigmoid s = 1 / (1 + exp(-x))        silu' = s (1 + x (1 - s))
     elu, celu = max(x, 0) + a expm1(min(x, 0) / b)   with b = 1 and b = a; derivative 1, or a / b exp(x / b) for x <= 0
+    softplus = (max(u, 0) + log1p(exp(-|u|))) / b with u = b x; derivative 1 / (1 + exp(-u))
     gelu' = (1 + t) / 2 + x / 2 (1 - t^2) u',  t = tanh(u),  u = c (x + 0.044715 x^3),  c = sqrt(2 / pi)
 """
 
@@ -123,6 +124,15 @@ def _exponential_gradient(g: Tensor, x: Tensor, record: Activation) -> Tensor:
     return torch.where(x > 0, g, x.clamp_max(0).div_(b).exp_().mul_(a / b).mul_(g))
 
 
+def _softplus(x: Tensor, record: Activation, owned: bool) -> tuple[Tensor, Tensor]:
+    u = x * record.parameter
+    return u.abs().neg_().exp_().log1p_().add_(u.clamp_min_(0)).div_(record.parameter), x
+
+
+def _softplus_gradient(g: Tensor, x: Tensor, record: Activation) -> Tensor:
+    return _logistic(x * record.parameter).mul_(g)
+
+
 def _contiguous_view(x: Tensor) -> Tensor:
     """A contiguous view of a dense channels-last tensor; any other as it is."""
     return x.permute(0, 2, 3, 1) if x.ndim == 4 and not x.is_contiguous() else x
@@ -179,4 +189,5 @@ TABLE: dict[str, Function] = {
     "gelu_tanh": Function(_tanh_gelu, _tanh_gelu_gradient, _never),
     "elu": Function(_exponential, _exponential_gradient, _if_positive),
     "celu": Function(_exponential, _exponential_gradient, _if_positive),
+    "softplus": Function(_softplus, _softplus_gradient, _always),
 }

@@ -262,9 +262,29 @@ class PoolStep(Step):
             put(rows, self.bias, bias_gradient(g, rows.shape[0]), fresh)
         # The operators look at their "input" for its shape and layout alone, so the output may stand in for it.
         gx = torch.empty(shape, dtype=g.dtype, device=g.device, memory_format=CHANNELS_LAST)
+        if pool.mode == "avg" and pool.tiles(shape[2:]):
+            return _spread(g, gx, pool.kernel_size)
+        g = as_channels_last(g)
         if pool.mode == "avg":
             return _avg_pool_backward(g, gx, pool.kernel_size, pool.stride, pool.padding, False, True, None, grad_input=gx)
         return _max_pool_backward(g, gx, pool.kernel_size, pool.stride, pool.padding, (1, 1), False, indices, grad_input=gx)
+
+
+def _spread(g: Tensor, gx: Tensor, window: tuple[int, int]) -> Tensor:
+    """The gradient of an average over windows that tile the image: each pixel's share of its window's, in one pass over memory."""
+    (height, width), (q, channels, rows, columns) = window, g.shape
+    tiles = gx.permute(0, 2, 3, 1).view(q, rows, height, columns, width, channels)
+    tiles.copy_(g.permute(0, 2, 3, 1).div(height * width).reshape(q, rows, 1, columns, 1, channels))
+    return gx
+
+
+def as_channels_last(x: Tensor) -> Tensor:
+    """An image that is dense in channels-last memory with strides that say so, also where one pixel or one channel leaves them open:
+    torch's operators would read them as the other layout, and copy."""
+    channels, height, width = x.shape[1:]
+    if (height * width > 1 and channels > 1) or not x.is_contiguous(memory_format=CHANNELS_LAST):
+        return x
+    return x.as_strided(x.shape, (height * width * channels, 1, width * channels, channels))
 
 
 @dataclass(frozen=True)

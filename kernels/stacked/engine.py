@@ -31,6 +31,8 @@ from .passes import by_graph, by_tape
 _MODELS = 256  # of a group: more leave the caches, fewer spend their time on calls
 _PAIRS = 16_384  # of models and queries in a group and slab, for the same reasons
 _CONVOLVED = 8  # models of a group whose time goes into convolutions (cpu/engine.py has the reasons)
+_MOST_CONVOLVED = 64  # where activations are so few that calls, not numbers, take the time:
+_CACHED = 4 << 20  # their bytes, of such a group's forward pass
 _QUERIES = 128  # of a slab
 _BYTES = 16 << 20  # of what a group's forward pass leaves for its backward
 _ROWS = 64 << 20  # of a group's weights
@@ -63,7 +65,11 @@ def group_shape(graph: Graph, n: int) -> tuple[int, int]:
     """Models of a group and queries of a slab, for n queries; k plays no part, or a model's bits would depend on its company."""
     made, convolved, products = sizes(graph)
     queries = min(_QUERIES, -(-n // _FILL) * _FILL)
-    models = _CONVOLVED if convolved > products else min(_MODELS, 1 << (_PAIRS // queries).bit_length() - 1)
+    models = min(_MODELS, 1 << (_PAIRS // queries).bit_length() - 1)
+    if convolved > products:
+        models = _CONVOLVED
+        while models < _MOST_CONVOLVED and 8 * models * made * queries <= _CACHED:
+            models *= 2
     while models > 2 and 4 * models * graph.parameters > _ROWS:
         models //= 2
     while models > 2 and 4 * models * made * _FILL > _BYTES:

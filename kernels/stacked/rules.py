@@ -184,10 +184,10 @@ class Arithmetic:
 
     def _aligned(self, a: Values, name: str, models: int) -> Any:
         value = a[name]
-        rank = self.call.ranks.get(name)
-        if self.call.layout is not Layout.MODELS or not self.call.stacked(name) or rank == self.call.rank:
+        if self.call.layout is not Layout.MODELS or not self.call.stacked(name):
             return value
-        return value.reshape(models, *(1,) * (self.call.rank - rank), *value.shape[1:])
+        missing = self.call.rank - self.call.ranks[name]
+        return value.reshape(models, *(1,) * missing, *value.shape[1:]) if missing else value
 
     def forward(self, a: Values, models: int) -> tuple[Tensor, Any]:
         x, y = self._aligned(a, "self", models), self._aligned(a, "other", models)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..cpu.program import Program, compile_segment
 from ..cpu.rewrites import blocked, paired
-from ..cpu.steps import CHANNELS_LAST, ActivationStep, backward_through, forward_through, values_through
+from ..cpu.steps import CHANNELS_LAST, ActivationStep, as_channels_last, backward_through, forward_through, values_through
 from .segments import Segment
 
 
@@ -22,12 +22,8 @@ def program_of(segment: Segment, shared: bool, input_gradient: bool) -> Program:
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """``[q, C, H, W]`` channels-last, also where torch would not tell one channel's layouts apart."""
-    x = x.contiguous(memory_format=CHANNELS_LAST)
-    if x.shape[1] > 1:
-        return x
-    h, w = x.shape[2:]
-    return x.as_strided(x.shape, (h * w, 1, w, 1))
+    """``[q, C, H, W]`` channels-last."""
+    return as_channels_last(x.contiguous(memory_format=CHANNELS_LAST))
 
 
 def lifted(x: Tensor, segment: Segment) -> Tensor:

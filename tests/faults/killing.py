@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from matrix import digest
-from test_training import ARCH, config
+from training_runs import ARCH, config
 
 from wslfast import Population, train
 from wslfast.training import loop

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from matrix import reached
-from test_training import ARCH, config
 from torch import nn
+from training_runs import ARCH, config
 
 import wslfast
 from wslfast import (

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from matrix import reached
-from test_training import ARCH
+from training_runs import ARCH
 
 from wslfast import WslfastError, batched_behavioral_loss, batched_forward, engine, errors
 from wslfast.engine import choice, paths, triton_path
@@ -130,6 +130,7 @@ import json, sys
 if "without" in sys.argv:
     sys.modules["triton"] = None
 import torch
+sys.path.insert(0, "FOLDER")
 from test_backends import ARCH, QUERIES, WEIGHTS, _loss
 from wslfast import WslfastError, batched_forward
 said = ""
@@ -139,7 +140,7 @@ except WslfastError as error:
     said = str(error)
 value, gradient = _loss()
 print(json.dumps({"error": said, "values": value.tolist(), "gradient": gradient.sum(1).tolist(), "cuda": torch.cuda.is_available()}))
-"""
+""".replace("FOLDER", str(Path(__file__).parent))
 
 
 def _process(*arguments: str, **environment: str) -> dict[str, Any]:

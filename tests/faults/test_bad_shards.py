@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from matrix import many, reached
-from test_training import ARCH, config
+from training_runs import ARCH, config
 
 from wslfast import Population, WslfastError, errors, load_zoo, train
 from wslfast.cli import main

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from matrix import many, reached
-from test_training import ARCH, config
+from training_runs import ARCH, config
 
 from wslfast import Architecture, Population, WslfastError, load_zoo, train
 from wslfast.training import load_run

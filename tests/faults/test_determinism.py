@@ -7,14 +7,14 @@ import random
 import pytest
 import torch
 from matrix import FULL, digest, many, reached
-from test_training import ARCH, config
 from torch import Tensor
+from training_runs import ARCH, config
 
 from wslfast import Architecture, Population, batched_behavioral_loss, engine, train
+from wslfast.kernels.criteria import CRITERIA
 from wslfast.training.checkpoint import load_checkpoint
 
 CNN = Architecture.cnn()
-CRITERIA = ("mse", "softmax_mse", "cross_entropy", "distillation")
 
 
 def _call(weights: Tensor, queries: Tensor, targets: Tensor, arch: Architecture, criterion: str, backend: str) -> tuple[Tensor, Tensor]:

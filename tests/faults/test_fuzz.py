@@ -25,8 +25,8 @@ from typing import Any
 import pytest
 import torch
 from matrix import many, reached
-from test_training import ARCH, config
-from test_zoo_import import _sample
+from pickled import honest_file
+from training_runs import ARCH, config
 
 from wslfast import Population, TrainConfig, WslfastError, train
 from wslfast.safe.state import load_plain
@@ -188,9 +188,9 @@ def test_any_file_of_torch_save(memory: Path, form: str) -> None:
         b"\x8a\x08" + b"\xff" * 7 + b"\x7f",
         b"ctorch._utils\n_rebuild_tensor_v2\n",
     ]
-    sample = _sample(form == "archive")
+    sample = honest_file(form == "archive")
     if form == "program":
-        with zipfile.ZipFile(io.BytesIO(_sample(True))) as archive:
+        with zipfile.ZipFile(io.BytesIO(honest_file(True))) as archive:
             members = {name: archive.read(name) for name in archive.namelist()}
         pickled = next(name for name in members if name.endswith("data.pkl"))
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import guards
 import pytest
+
+from tests.faults import guards
 
 
 @pytest.mark.parametrize("guard", guards.GUARDS, ids=lambda g: g.what)

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 from matrix import reached, snapshot
-from test_training import ARCH
-from test_zoo_import import _archive, _Calls, _payloads
+from pickled import Calls, as_archive, hostile_programs
+from training_runs import ARCH
 
 from wslfast import Population, WslfastError, load_zoo
 from wslfast.sane.queries import _images
@@ -52,8 +52,8 @@ def _tar(program: bytes) -> bytes:
 
 
 FORMS: dict[str, Callable[[bytes], bytes]] = {
-    "bare": lambda p: p, "archive": _archive, "climbing archive": lambda p: _archive(p, prefix="../../escaped"), "stream": _stream, "tar": _tar,
-    "archive in an archive": lambda p: _archive(pickle.dumps({"inner": _archive(p)}, protocol=2)),
+    "bare": lambda p: p, "archive": as_archive, "climbing archive": lambda p: as_archive(p, prefix="../../escaped"), "stream": _stream, "tar": _tar,
+    "archive in an archive": lambda p: as_archive(pickle.dumps({"inner": as_archive(p)}, protocol=2)),
 }  # fmt: skip
 
 
@@ -65,9 +65,9 @@ def canary(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("form", FORMS)
 def test_no_payload_runs_at_any_door(tmp_path: Path, canary: Path, form: str) -> None:
     """Each payload in each form at each door: a run, a published state, a zoo to import (both kinds), query images, a data set."""
-    payloads = _payloads(canary)
+    payloads = hostile_programs(canary)
     payloads |= {
-        f"state-{p}": pickle.dumps({"model": _Calls(exec, f"open({str(canary)!r}, 'w')"), "schema": 1}, protocol=p) for p in range(6)
+        f"state-{p}": pickle.dumps({"model": Calls(exec, f"open({str(canary)!r}, 'w')"), "schema": 1}, protocol=p) for p in range(6)
     }
     home = tmp_path / "home"
     trial = home / "tree" / "trial" / "checkpoint_000001"
@@ -108,11 +108,11 @@ def test_no_payload_runs_at_any_door(tmp_path: Path, canary: Path, form: str) ->
 
 
 def test_arrays_of_objects_do_not_run(tmp_path: Path, canary: Path) -> None:
-    for name, payload in _payloads(canary).items():
+    for name, payload in hostile_programs(canary).items():
         if not name.startswith(("system", "eval")):
             continue
         array = np.empty(1, dtype=object)
-        array[0] = _Calls(os.system, f"touch {canary}")
+        array[0] = Calls(os.system, f"touch {canary}")
         np.savez(tmp_path / "d.npz", images=array, labels=np.zeros(1, dtype=np.int64), more=np.frombuffer(payload, dtype=np.uint8))
         with pytest.raises(WslfastError, match=r"d\.npz"):
             load_dataset(tmp_path / "d.npz", (1, 8, 8))

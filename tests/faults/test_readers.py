@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from matrix import digest, many, reached
-from test_training import ARCH, config
+from training_runs import ARCH, config
 
 from wslfast import Population, WslfastError, load_zoo, train
 from wslfast.training import load_run

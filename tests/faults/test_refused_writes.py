@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from matrix import reached, snapshot
-from test_training import ARCH, config
+from training_runs import ARCH, config
 
 from wslfast import Population, WslfastError, train
 from wslfast.measure.evaluation import write_json

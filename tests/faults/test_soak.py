@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from matrix import FULL, many, reached
-from test_training import ARCH, config
+from training_runs import ARCH, config
 
 from wslfast import Population
 from wslfast.training.trainer import Trainer

@@ -4,13 +4,13 @@
 set -e
 command -v compute-sanitizer > /dev/null || { echo "sanitize: no compute-sanitizer here, nothing was run"; exit 0; }
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1  # every tensor its own allocation, so that a read past its end is seen
-export PYTHONPATH=".:tests:${PYTHONPATH:-}"
+export PYTHONPATH=".:tests/support:${PYTHONPATH:-}"
 for tool in memcheck racecheck initcheck; do
     echo "== $tool"
     compute-sanitizer --tool "$tool" --error-exitcode 1 "${PYTHON:-python3}" - <<'PY'
 import torch
 from kernel_cases import CASES, cnn3, lenet5, make
-from wslfast.kernels import autograd as kernels
+from wslfast.kernels.triton import launch as kernels
 
 for case in (cnn3(), lenet5(), CASES["stride_2_and_pool"], CASES["act_then_average"], CASES["gelu_before_max"]):
     weights, queries, targets = (t.cuda() for t in make(case, 3, 5))

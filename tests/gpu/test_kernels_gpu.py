@@ -25,6 +25,7 @@ if not torch.cuda.is_available() and not INTERPRET:
 
 from wslfast.kernels.triton import budget
 from wslfast.kernels.triton import launch as kernels
+from wslfast.kernels.triton.criterion import CRITERIA
 from wslfast.kernels.triton.schedule import schedule
 
 NETWORKS = {"cnn3": cnn3(), "cnn3_tanh": cnn3("tanh"), "cnn28": cnn28(), "lenet5": lenet5(), "small": SMALL, **CASES, **HEADS}
@@ -81,7 +82,7 @@ def test_against_float64(name: str, precision: str) -> None:
     _check(NETWORKS[name], *size((3, 37), (2, 3)), precision)
 
 
-@pytest.mark.parametrize("criterion", criteria.CRITERIA)
+@pytest.mark.parametrize("criterion", CRITERIA)
 @pytest.mark.parametrize("fused", [True, False])
 def test_criteria(criterion: str, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not fused:

@@ -10,7 +10,7 @@ import torch
 from kernel_cases import CASES, HEADS, MLP, SMALL, Net, cnn3, cnn28, error, gradient_errors, lenet5, make, oracle, random_net
 from torch import Tensor
 
-from wslfast.kernels import criteria, reference
+from wslfast.kernels import reference
 from wslfast.kernels.layers import Conv2d, Linear
 
 pytestmark = pytest.mark.gpu
@@ -21,6 +21,7 @@ if not torch.cuda.is_available():
 from wslfast.kernels.triton import launch as kernels
 from wslfast.kernels.triton import network as whole
 from wslfast.kernels.triton import network_layout
+from wslfast.kernels.triton.criterion import CRITERIA
 from wslfast.kernels.triton.schedule import schedule
 
 SMALL_NETS = {
@@ -73,7 +74,7 @@ def test_large_networks_against_float64(name: str, precision: str) -> None:
     _check({"cnn3": cnn3(), "cnn28": cnn28(), "lenet5": lenet5()}[name], 3, 150, precision)
 
 
-@pytest.mark.parametrize("criterion", criteria.CRITERIA)
+@pytest.mark.parametrize("criterion", CRITERIA)
 def test_criteria(criterion: str) -> None:
     _check(MLP, 5, 300, "tf32x3", criterion)
 

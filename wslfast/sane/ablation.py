@@ -45,10 +45,14 @@ def train_published(cell: Cell, semantics: str = "published") -> Trained:
     float16 is autocast's, which a CPU has not. ``query_pool`` does not apply: queries are drawn from all images.
 
     Raises:
-        WslfastError: a linear start, views that are not equivalent, or a network that is not a chain of layers.
+        WslfastError: a criterion that the published code has not, a linear start, views that are not equivalent, or a network that
+            is not a chain of layers.
     """
     config, chosen = cell.config, resolve(semantics, {})
     architecture = cell.zoo.architecture
+    require(
+        config.criterion in _LOSSES, f"criterion: expected one of {tuple(_LOSSES)} for semantics {semantics!r}, got {config.criterion!r}"
+    )
     require(config.start == "random", f"start: expected random for semantics {semantics!r}, got {config.start!r}")
     equivalent = config.views and config.permutations == "equivalent"
     require(equivalent, f"views: expected equivalent ones for semantics {semantics!r}, got views={config.views}, {config.permutations}")

@@ -13,7 +13,7 @@ import pytest
 from benchmarks.kernels import pipes
 from wslfast.kernels.triton.schedule import schedule
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[3]
 
 LISTING = """
         /*0000*/                   LDG.E.128 R4, desc[UR4][R2.64] ;

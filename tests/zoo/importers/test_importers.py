@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import json
 import os
@@ -13,8 +12,6 @@ import sys
 import types
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pickled import Calls, as_archive, honest_file, hostile_programs
 from torch import Tensor, nn
 
 from wslfast import Architecture, Population, TokenLayout, WslfastError, load_zoo
@@ -482,47 +480,12 @@ def test_a_normalisation_that_forgets_is_refused(tmp_path: Path, published: type
 # -- nothing runs --------------------------------------------------------------------------------------------------------
 
 
-class _Calls:
-    """Pickles to a call of ``function(*arguments)``."""
-
-    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
-        self.function, self.arguments = function, arguments
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return self.function, self.arguments
-
-
-def _payloads(canary: Path) -> dict[str, bytes]:
-    shell = f"touch {canary}"
-    call = _Calls(os.system, shell)
-    programs = {f"system-{p}": pickle.dumps(call, protocol=p) for p in range(6)}
-    programs |= {f"in-a-dict-{p}": pickle.dumps({"w": [call, (call,)]}, protocol=p) for p in range(2, 6)}
-    programs |= {f"eval-{p}": pickle.dumps(_Calls(eval, f"open({str(canary)!r}, 'w')"), protocol=p) for p in range(2, 6)}
-    programs["global-inst"] = b"(S'" + shell.encode() + b"'\nios\nsystem\n."
-    programs["obj"] = b"(cos\nsystem\nS'" + shell.encode() + b"'\no."
-    programs["build"] = b"cos\nsystem\n}S'__setstate__'\ncos\nsystem\nsb."
-    programs["extension"] = b"\x80\x02\x82\x01."
-    programs["nested"] = pickle.dumps(_Calls(pickle.loads, pickle.dumps(call)), protocol=2)
-    programs["lazy"] = pickle.dumps(_Calls(list, _Calls(map, os.system, [shell])), protocol=4)
-    return programs
-
-
-def _archive(program: bytes, storages: dict[str, bytes] | None = None, prefix: str = "archive") -> bytes:
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w") as archive:
-        archive.writestr(f"{prefix}/data.pkl", program)
-        archive.writestr(f"{prefix}/version", "3")
-        for key, data in (storages or {}).items():
-            archive.writestr(f"{prefix}/data/{key}", data)
-    return out.getvalue()
-
-
 @pytest.mark.parametrize("container", ["archive", "bare", "traversal"])
 def test_no_code_of_a_file_runs(tmp_path: Path, tree: Path, container: str) -> None:
     canary = tmp_path / "canary"
     before = sorted(p.name for p in tmp_path.iterdir())
-    for name, program in _payloads(canary).items():
-        data = program if container == "bare" else _archive(program, prefix="archive" if container == "archive" else "../../escaped")
+    for name, program in hostile_programs(canary).items():
+        data = program if container == "bare" else as_archive(program, prefix="archive" if container == "archive" else "../../escaped")
         file = tree / "NN_tune_trainable_00000" / "checkpoint_000000" / "checkpoints"
         file.write_bytes(data)
         with contextlib.suppress(WslfastError), InertFile(file) as opened:
@@ -537,7 +500,7 @@ def test_no_code_of_a_file_runs(tmp_path: Path, tree: Path, container: str) -> N
 def test_torch_would_have_run_it(tmp_path: Path) -> None:
     """The canary works: the same bytes, read as pickles usually are, do touch it."""
     canary = tmp_path / "canary"
-    pickle.loads(_payloads(canary)["system-2"])
+    pickle.loads(hostile_programs(canary)["system-2"])
     assert canary.exists()
 
 
@@ -553,7 +516,7 @@ def _tensor_program(size: tuple[int, ...], stride: tuple[int, ...], numel: int, 
 
     storage = object.__new__(_Token)
     out = io.BytesIO()
-    Machine(out, protocol=2).dump({"w": _Calls(torch._utils._rebuild_tensor_v2, storage, offset, size, stride, False, OrderedDict())})
+    Machine(out, protocol=2).dump({"w": Calls(torch._utils._rebuild_tensor_v2, storage, offset, size, stride, False, OrderedDict())})
     return out.getvalue()
 
 
@@ -569,14 +532,14 @@ class _Token:
     ],
 )  # fmt: skip
 def test_views_that_lie_are_refused(tmp_path: Path, size: Any, stride: Any, numel: int, offset: int, held: int) -> None:
-    (tmp_path / "x.pt").write_bytes(_archive(_tensor_program(size, stride, numel, offset), {"0": bytes(held)}))
+    (tmp_path / "x.pt").write_bytes(as_archive(_tensor_program(size, stride, numel, offset), {"0": bytes(held)}))
     with InertFile(tmp_path / "x.pt") as opened, pytest.raises(WslfastError):
         opened.root["w"].tensor()
 
 
 def test_an_honest_view_is_read(tmp_path: Path) -> None:
     numbers = torch.arange(12.0)
-    (tmp_path / "x.pt").write_bytes(_archive(_tensor_program((2, 3), (1, 4), 12, 1), {"0": numbers.numpy().tobytes()}))
+    (tmp_path / "x.pt").write_bytes(as_archive(_tensor_program((2, 3), (1, 4), 12, 1), {"0": numbers.numpy().tobytes()}))
     with InertFile(tmp_path / "x.pt") as opened:
         assert torch.equal(opened.root["w"].tensor(), numbers.as_strided((2, 3), (1, 4), 1))
 
@@ -603,7 +566,7 @@ def test_every_dtype_and_any_stride(tmp_path: Path, dtype: torch.dtype, zipped: 
 
 
 def test_a_memo_index_costs_no_memory(tmp_path: Path) -> None:
-    (tmp_path / "x.pt").write_bytes(_archive(b"\x80\x02]r\xff\xff\xff\xff."))  # LONG_BINPUT at 2^32 - 1
+    (tmp_path / "x.pt").write_bytes(as_archive(b"\x80\x02]r\xff\xff\xff\xff."))  # LONG_BINPUT at 2^32 - 1
     with InertFile(tmp_path / "x.pt") as opened:
         assert opened.root == []
 
@@ -613,18 +576,6 @@ def test_a_compressed_bomb_is_refused(tmp_path: Path) -> None:
         archive.writestr("archive/data.pkl", b"\x80\x02" + b"]" * 10_000_000 + b".")
     with pytest.raises(WslfastError, match="larger than the file"):
         InertFile(tmp_path / "x.pt")
-
-
-@functools.cache  # the stream form holds addresses, so that no two savings are the same bytes
-@lru_cache(maxsize=2)  # the stream form names storages by their addresses: two samples differ in length, and a property test must not
-def _sample(zipped: bool) -> bytes:
-    out = io.BytesIO()
-    torch.save(
-        {"a": torch.arange(6.0).view(2, 3), "b": {"c": [1, (2, "x")], "d": torch.ones(2, dtype=torch.int64)}},
-        out,
-        _use_new_zipfile_serialization=zipped,
-    )
-    return out.getvalue()
 
 
 def _read_all(value: Any) -> Any:
@@ -641,7 +592,7 @@ def _read_all(value: Any) -> Any:
 @settings(max_examples=300)
 @given(st.data())
 def test_damaged_files_raise_nothing_else(tmp_path: Path, zipped: bool, data: st.DataObject) -> None:
-    content = bytearray(_sample(zipped))
+    content = bytearray(honest_file(zipped))
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     (tmp_path / "x.pt").write_bytes(content[: data.draw(st.integers(1, len(content)))] if data.draw(st.booleans()) else content)
@@ -652,7 +603,7 @@ def test_damaged_files_raise_nothing_else(tmp_path: Path, zipped: bool, data: st
 @settings(max_examples=300)
 @given(st.binary(max_size=200), st.sampled_from([b"", b"\x80\x02", b"\x80\x04\x95"]))
 def test_any_program_raises_nothing_else(tmp_path: Path, program: bytes, start: bytes) -> None:
-    (tmp_path / "x.pt").write_bytes(_archive(start + program))
+    (tmp_path / "x.pt").write_bytes(as_archive(start + program))
     with contextlib.suppress(WslfastError), InertFile(tmp_path / "x.pt") as opened:
         _read_all(opened.root)
 
@@ -748,7 +699,7 @@ def test_the_shell(tmp_path: Path, tree: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_a_stream_storage_larger_than_the_file(tmp_path: Path) -> None:
-    data = _sample(False)
+    data = honest_file(False)
     count = struct.pack("<q", 6)
     at = data.rindex(count)
     (tmp_path / "x.pt").write_bytes(data[:at] + struct.pack("<q", 1 << 40) + data[at + 8 :])
@@ -759,6 +710,6 @@ def test_a_stream_storage_larger_than_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("use", [b"}" + b"%bNs", b"(%bNd", b"\x8f(%b\x90", b"(%b\x91"], ids=["setitem", "dict", "additems", "frozenset"])
 def test_a_key_of_nested_tuples_is_refused_at_once(tmp_path: Path, use: bytes) -> None:
     deep = b")" + b"2\x86" * 100  # t = (t, t), a hundred times: hashing it would outlive the machine
-    (tmp_path / "x.pt").write_bytes(_archive(b"\x80\x04" + use % deep + b"."))
+    (tmp_path / "x.pt").write_bytes(as_archive(b"\x80\x04" + use % deep + b"."))
     with pytest.raises(WslfastError, match="key of nested tuples"):
         InertFile(tmp_path / "x.pt")

@@ -17,19 +17,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from training_runs import ARCH, config, records, same
 
-from wslfast import Architecture, Population, TrainConfig, WslfastError, engine, train
-from wslfast.kernels.layers import Activation, Conv2d, Flatten, Linear, Pool2d
+from wslfast import Population, TrainConfig, WslfastError, engine, train
+from wslfast.kernels.criteria import CRITERIA
 from wslfast.testing import oracle_loss, oracle_outputs
 from wslfast.training import load_run
 from wslfast.training.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
 from wslfast.training.trainer import Trainer
-
-ARCH = Architecture.from_layers(
-    (Conv2d("0", 1, 4, (3, 3)), Pool2d("1"), Activation("2"), Flatten("3"), Linear("4", 36, 6), Activation("5"), Linear("6", 6, 3)),
-    (1, 8, 8),
-    "tiny",
-)
 
 
 @pytest.fixture(scope="module")
@@ -42,44 +37,11 @@ def images() -> Tensor:
     return torch.randn(48, 1, 8, 8, generator=torch.Generator().manual_seed(5))
 
 
-def config(out: Path, **changes: Any) -> TrainConfig:
-    values: dict[str, Any] = {
-        "zoo": "unused",
-        "out": str(out),
-        "steps": 12,
-        "batch_size": 6,
-        "queries": 8,
-        "d_model": 16,
-        "heads": 2,
-        "layers": 1,
-        "latent": 8,
-        "checkpoint_every": 4,
-        "log_every": 3,
-        "seed": 3,
-    }
-    return TrainConfig(**(values | changes))
-
-
 SCHEDULED = {"start": "random", "behavior_from": 1 / 3, "behavior_ramp": 1 / 3, "schedule": "onecycle", "restart": True}
 
 
 class Killed(Exception):
     pass
-
-
-def records(out: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in r.items() if k != "models_per_s"} for r in lines]
-
-
-def same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 # -- resumption ----------------------------------------------------------------------------------------------------------
@@ -175,7 +137,7 @@ def test_sigkill_then_resume_equals_an_uninterrupted_run(tmp_path: Path) -> None
     code = f"""
 import sys, torch
 sys.path[:0] = {sys.path!r}
-from test_training import ARCH, config
+from training_runs import ARCH, config
 from pathlib import Path
 from wslfast import Population, train
 torch.set_num_threads(1)
@@ -321,7 +283,7 @@ def test_a_failed_save_keeps_the_old_checkpoint_and_leaves_no_stray_file(
 # -- the objective -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("criterion", ["mse", "softmax_mse", "cross_entropy", "distillation"])
+@pytest.mark.parametrize("criterion", CRITERIA)
 def test_the_objective_is_the_papers_composition(tmp_path: Path, population: Population, images: Tensor, criterion: str) -> None:
     """Against float64: masked MSE over real weights, the oracle's behavioural loss, NT-Xent by a loop; each over its normaliser."""
     trainer = Trainer(config(tmp_path, criterion=criterion, views=False), population, images)

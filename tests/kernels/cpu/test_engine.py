@@ -210,6 +210,8 @@ ACTIVATIONS = [
     ("elu", -0.6),
     ("celu", 0.8),
     ("celu", -0.9),
+    ("softplus", 1.0),
+    ("softplus", 2.5),
     ("identity", 0.0),
 ]
 

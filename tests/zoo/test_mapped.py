@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_training import ARCH, config, records, same
+from training_runs import ARCH, config, records, same
 
 from wslfast import Population, WslfastError, load_zoo, train
 from wslfast.training import models

@@ -26,7 +26,7 @@ from wslfast.training.query_sets import query_images
 from wslfast.zoo import dataset_of
 
 BASE = "steps = 3\nbatch_size = 4\nqueries = 8\nd_model = 16\nheads = 2\nlayers = 1\nlatent = 4\ncheckpoint_every = 2\ngamma = 0.0\n"
-EXAMPLES = sorted((Path(__file__).parents[1] / "examples" / "ablations").glob("*.toml"))
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "ablations").glob("*.toml"))
 
 
 @pytest.fixture(scope="module")

@@ -209,7 +209,7 @@ def test_a_mistake_is_named_and_nothing_is_left_behind(
 
 def test_python_m_wslfast_is_the_same(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "wslfast", "info", "--json"]
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     result = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["wslfast"]

@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 from benchmarks.kernels import inspect
 from wslfast import Architecture
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[3]
 SHARED_LIMIT = 99 * 1024  # what a block gets on the smaller GPUs of sm_80's family
 SPILLS = {"forward": 0, "dx": 0, "dw": 0, "layout": 0, "tail": 512, "network_forward": 512, "network_loss": 2048}
 LAYERS, WHOLE = ("forward", "dx", "dw", "tail"), ("network_forward", "network_loss")
@@ -24,7 +24,7 @@ LAYERS, WHOLE = ("forward", "dx", "dw", "tail"), ("network_forward", "network_lo
 
 def _run(*arguments: str) -> str:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), environment.get("PYTHONPATH", "")])
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support"), environment.get("PYTHONPATH", "")])
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_training import ARCH, config, records, same
+from training_runs import ARCH, config, records, same
 
 from wslfast import Population, WslfastError, losses, train
 from wslfast.training.checkpoint import load_checkpoint
@@ -23,7 +23,7 @@ WORKER = """
     sys.path[:0] = json.loads(sys.argv[1])
     import torch
     from pathlib import Path
-    from test_training import ARCH, config
+    from training_runs import ARCH, config
     from wslfast import Population, WslfastError, train
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)

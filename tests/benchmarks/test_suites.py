@@ -14,14 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 from benchmarks import cases, derived, gate, losses, providers, readme, recording, suites, tables, timing, workers, zoo_building
 from benchmarks.__main__ import main
 from benchmarks.losses import Cell
 from benchmarks.recording import GIVEN, RECOMPUTED, Row
 from wslfast.kernels import reference
+
+ROOT = Path(__file__).resolve().parents[2]
 
 HEADER = (
     "provider,architecture,k,n,direction,precision,metric,median,p20,p80,relative_error,device,driver,torch,triton,python,commit,date,note"

@@ -19,7 +19,7 @@ from wslfast.training import load_run
 from wslfast.training.checkpoint import load_checkpoint
 from wslfast.zoo import read_manifest
 
-FOLDER = Path(__file__).parent / "data" / "before_the_move"  # a tiny zoo, its images and a run on it
+FOLDER = Path(__file__).parents[1] / "data" / "before_the_move"  # a tiny zoo, its images and a run on it
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from wslfast.sane import patch, patched, patching, report, v2
 from wslfast.sane.__main__ import main
 from wslfast.sane.v2.surface import TABLE
 
-HERE = Path(__file__).resolve().parent.parent
+HERE = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[3]
 
 SCRIPT = """
 import collections, json, sys, time

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_training import config
+from training_runs import config
 
 from wslfast import Architecture, Autoencoder, Population, TokenLayout, batched_behavioral_loss, train
 from wslfast.codes import transformer as parts

@@ -1,0 +1,202 @@
+"""The tape: every rule, and what has none, against torch's own graph through the same program, in float64."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import wslfast
+from wslfast.kernels.stacked import engine, passes, rules
+from wslfast.kernels.stacked.compiler import compile_program
+from wslfast.kernels.stacked.tape import Island, Ruled, tape_of
+
+K, N, WIDTH = 3, 5, 6
+
+
+class Between(nn.Module):
+    """A function between two linear layers, which also gets a parameter."""
+
+    def __init__(self, run, shape=(WIDTH,)) -> None:
+        super().__init__()
+        self.first, self.run = nn.Linear(4, WIDTH), run
+        self.own = nn.Parameter(torch.randn(shape).abs() + 0.5)
+        with torch.no_grad():
+            out = run(torch.ones(2, WIDTH), self.own).flatten(1).shape[1]
+        self.last = nn.Linear(out, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.run(self.first(x), self.own).flatten(1))
+
+
+class Normed(nn.Module):
+    def __init__(self, *norm, **options) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(4, WIDTH), nn.LayerNorm(*norm, **options), nn.Linear(WIDTH, 3)
+        for p in self.norm.parameters():
+            nn.init.normal_(p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        return self.last(self.norm(h) + h)
+
+
+FUNCTIONS = {
+    "relu": lambda x, w: F.relu(x) * w,
+    "tanh": lambda x, w: torch.tanh(x) + w,
+    "sigmoid": lambda x, w: torch.sigmoid(x) - w,
+    "leaky_relu": lambda x, w: F.leaky_relu(x, 0.2) * w,
+    "silu": lambda x, w: F.silu(x) * w,
+    "gelu": lambda x, w: F.gelu(x) + F.gelu(x * w, approximate="tanh"),
+    "elu": lambda x, w: F.elu(x * w, 0.7),
+    "celu": lambda x, w: F.celu(x * w, 0.5),  # torch rounds 1 / alpha to float32
+    "selu": lambda x, w: F.selu(x * w),
+    "softplus": lambda x, w: F.softplus(x * w, 2.0, 3.0),
+    "hardswish": lambda x, w: F.hardswish(x * w * 4),
+    "hardsigmoid": lambda x, w: F.hardsigmoid(x * w * 4),
+    "mish": lambda x, w: F.mish(x * w),
+    "relu6": lambda x, w: F.relu6(x * w * 9),
+    "hardtanh": lambda x, w: F.hardtanh(x * w, -0.3, 0.8),
+    "sin": lambda x, w: torch.sin(30 * x) * w,
+    "cos": lambda x, w: torch.cos(x * w),
+    "exp": lambda x, w: torch.exp(x - w),
+    "neg": lambda x, w: -x * w,
+    "abs": lambda x, w: torch.abs(x) + w,
+    "sqrt": lambda x, w: torch.sqrt(x * x + w),
+    "square": lambda x, w: torch.square(x + w),
+    "softmax.int": lambda x, w: F.softmax(x * w, -1),
+    "log_softmax.int": lambda x, w: F.log_softmax(x * w, -1),
+}
+ARITHMETIC = {
+    "a number ahead": lambda x, w: 2 - x * 3,
+    "divided by a number": lambda x, w: x / 1.7 + w / 3,
+    "a scalar a model": (lambda x, w: x * w - w, ()),
+    "one number of an axis": (lambda x, w: x * w + w, (1,)),
+    "twice itself": lambda x, w: x + x * x + 0 * w,
+    "the same value twice": lambda x, w: torch.add(x, x, alpha=3) + 0 * w,
+    "weights alone": lambda x, w: x + (w * 2).exp().sum(-1),
+    "of a mean": lambda x, w: x.unflatten(1, (2, 3)).mean((-1, -2), keepdim=True).flatten(1) + x * w,
+    "over one axis": lambda x, w: (x * w).unflatten(1, (2, 3)).mean(-2),
+    "divided by weights": lambda x, w: x / w,
+    "several results": lambda x, w: torch.cat((x.chunk(2, 1)[0], w * x), 1).sort(1)[0],
+    "a part with no gradient": lambda x, w: x * w + torch.round(x).detach() + x.argmax(1, keepdim=True),
+    "queries beside weights": lambda x, w: torch.maximum(x, w) + torch.minimum(x * 2, w),
+}
+
+
+def _population(make) -> tuple[wslfast.Architecture, Tensor]:
+    models = [make().eval() for _ in range(K)]
+    architecture = wslfast.Architecture.from_module(models[0], (4,))
+    return architecture, wslfast.Population.from_state_dicts(architecture, [m.state_dict() for m in models]).weights.double()
+
+
+def _check(make) -> None:
+    torch.manual_seed(0)
+    architecture, weights = _population(make)
+    queries, targets = torch.randn(N, 4).double(), torch.randn(K, N, 3).double()
+    losses, gradient = engine.loss_and_gradient(weights, queries, targets, architecture.graph, "mse")
+    rows = weights.clone().requires_grad_()
+    wanted = (engine.plain(rows, queries, architecture.graph) - targets).square().sum((1, 2)) / (2 * N)
+    (slope,) = torch.autograd.grad(wanted.sum(), rows)
+    torch.testing.assert_close(losses, wanted.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradient, slope, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", list(FUNCTIONS))
+def test_function(name: str) -> None:
+    make = lambda: Between(FUNCTIONS[name])  # noqa: E731
+    _check(make)
+    architecture, _ = _population(make)
+    assert any(node.operation == name for node in architecture.graph.nodes)
+    tape = tape_of(compile_program(architecture.graph, False, True))
+    assert not [call for call in tape.calls if isinstance(call, Island)]
+
+
+def test_every_function_has_a_case() -> None:
+    assert set(FUNCTIONS) == set(rules.FUNCTIONS)
+
+
+@pytest.mark.parametrize("name", list(ARITHMETIC))
+def test_arithmetic(name: str) -> None:
+    run = ARITHMETIC[name]
+    run, shape = run if isinstance(run, tuple) else (run, (WIDTH,))
+    _check(lambda: Between(run, shape))
+
+
+@pytest.mark.parametrize("options", [{}, {"elementwise_affine": False}, {"bias": False}, {"eps": 0.3}], ids=str)
+def test_layer_norm(options: dict) -> None:
+    _check(lambda: Normed(WIDTH, **options))
+
+
+def test_tokens_of_a_sequence() -> None:
+    """Linear layers and norms on [n, tokens, features], and attention between them, which is an island."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.norm, self.last = nn.Linear(1, 8), nn.LayerNorm(8), nn.Linear(8, 3)
+            self.attend = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.embed(x.unsqueeze(-1))
+            h = h + self.attend(self.norm(h), h, h, need_weights=False)[0]
+            return self.last(h.mean(1))
+
+    _check(Block)
+    architecture, _ = _population(Block)
+    kinds = {type(call) for call in tape_of(compile_program(architecture.graph, False, True)).calls}
+    assert {Ruled, Island} <= kinds
+
+
+def test_images_among_the_channels() -> None:
+    """Convolutions with residuals: rules in the layout of channels, in float64 without segments."""
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.norm = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+            self.last = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.tanh(self.a(x.view(-1, 1, 2, 2)))
+            h = h + F.relu(self.norm(self.b(h))) * 0.5
+            return F.log_softmax(self.last(h.mean((2, 3))), 1)
+
+    _check(Residual)
+
+
+def test_several_slabs_add_up() -> None:
+    """More queries than a slab holds: values and gradients are sums over slabs, and what is made of weights alone is made once."""
+    torch.manual_seed(0)
+    architecture, weights = _population(lambda: nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)))
+    weights = weights.abs() + 0.1
+    n = 300
+    queries, targets = torch.randn(n, 4).double(), torch.randn(K, n, 3).double()
+    assert engine.group_shape(architecture.graph, n)[1] < n
+    losses, gradient = engine.loss_and_gradient(weights, queries, targets, architecture.graph, "mse")
+    rows = weights.clone().requires_grad_()
+    wanted = (engine.plain(rows, queries, architecture.graph) - targets).square().sum((1, 2)) / (2 * n)
+    torch.testing.assert_close(losses, wanted.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradient, torch.autograd.grad(wanted.sum(), rows)[0], rtol=1e-10, atol=1e-12)
+
+
+def test_tape_and_graph_agree() -> None:
+    """The two ways through a group give one loss and one gradient."""
+    torch.manual_seed(0)
+    architecture, weights = _population(lambda: Normed(WIDTH))
+    program = compile_program(architecture.graph, False, True)
+    queries, targets = torch.randn(16, 4).double(), torch.randn(K, 16, 3).double()
+
+    def share(at: int, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        return (outputs - targets).square().sum((1, 2)), 2 * (outputs - targets)
+
+    ways = []
+    for way in (passes.by_tape, lambda *a: passes.by_graph(*a, nullcontext)):
+        leaves = engine._copies_of(weights, architecture.graph)
+        ways.append(way(program, leaves, [(0, program.prepare(queries))], share))
+    torch.testing.assert_close(ways[0][0], ways[1][0])
+    for a, b in zip(ways[0][1], ways[1][1], strict=True):
+        torch.testing.assert_close(a, b)
