@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from wslfast.architecture import Architecture
 
 from .network_peers import STILL, Fused, flat
-from .networks import Residual
+from .networks import Residual, Sine
 from .providers import Unavailable
 
 
@@ -103,6 +103,6 @@ class Jax(Fused, name="jax-vmap"):
         made_by = {
             nn.ReLU: functions.relu, nn.Tanh: jnp.tanh, nn.Sigmoid: functions.sigmoid, nn.SiLU: functions.silu, nn.ReLU6: functions.relu6,
             nn.GELU: lambda v: functions.gelu(v, approximate=False), nn.LogSoftmax: lambda v: functions.log_softmax(v, -1),
-            nn.Softplus: lambda v: functions.softplus(100 * v) / 100,
+            Sine: lambda v: jnp.sin(30 * v), nn.Softplus: lambda v: functions.softplus(100 * v) / 100,
         }  # fmt: skip
         return x if isinstance(layer, STILL) else made_by[type(layer)](x)

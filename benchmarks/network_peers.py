@@ -18,7 +18,7 @@ from wslfast import engine
 from wslfast.architecture import Architecture
 from wslfast.population import Population, unstack
 
-from .networks import Apply, Residual
+from .networks import Apply, Residual, Sine
 from .providers import Unavailable
 
 PEERS: dict[str, type[Peer]] = {}
@@ -157,13 +157,13 @@ def flat(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
         yield path, module
 
 
-ELEMENTWISE = (nn.ReLU, nn.Tanh, nn.Sigmoid, nn.SiLU, nn.GELU, nn.ReLU6, nn.Softplus)
+ELEMENTWISE = (nn.ReLU, nn.Tanh, nn.Sigmoid, nn.SiLU, nn.GELU, nn.ReLU6, nn.Softplus, Sine)
 STILL = (nn.Dropout, nn.Identity)
 
 
 class Fused(Peer, name="fused"):
-    """Horizontally fused layers, as HFTA has them (Wang et al. 2021): convolutions with the models as groups, norms over all models' channels,
-    linear layers as batched products, one ordinary backward. For sequences of layers and residual blocks."""
+    """Horizontally fused layers, as HFTA has them (Wang et al. 2021): convolutions with the models as groups, norms over all models'
+    channels, linear layers as batched products, one ordinary backward. For sequences of layers and residual blocks."""
 
     def __init__(self, module: nn.Module, architecture: Architecture, k: int) -> None:
         super().__init__(module, architecture, k)

@@ -20,6 +20,7 @@ from .timing import take_turns
 __all__ = ["COMPILED", "SECTIONS", "jax_peer", "run_networks"]
 
 SHAPE = (16, 32)  # models, queries
+BOUND = 1e-3  # of the relative error: float32, and a ReLU of thousands that a rounding turns
 COMPILED = ("cnn3", "resnet8", "siren-32", "mlp-mnist", "mlp-tiny", "vision-transformer")  # a minute of compiling each
 SECTIONS = ("networks", "growth", "zoo", "compiled")
 GROWTH = ("siren-32", 64, tuple(2**i for i in range(4, 15)))
@@ -30,7 +31,7 @@ Draw = tuple[Tensor, Tensor, Tensor]  # weights [k, P], queries, targets
 def draws(name: str, k: int, n: int) -> Iterator[Draw]:
     """Fresh weights, queries and targets without end."""
     architecture, seed = architecture_of_network(name), 1
-    first = architecture.initial_weights(["default"] * min(k, 64), range(min(k, 64)))
+    first = architecture.initial_weights(["siren"] * min(k, 64), range(min(k, 64)))
     while True:
         generator = torch.Generator().manual_seed(seed)
         rows = first.repeat(-(-k // len(first)), 1)[:k]
@@ -51,7 +52,7 @@ def error_of(peer: Peer, draw: Draw) -> float:
     losses, gradients = truth(queries.double(), targets[found].double())
     peer.load(weights)
     mine, made = peer(queries, targets)
-    values = torch.as_tensor(mine if isinstance(mine, Tensor) else jax_peer.torch.from_numpy(mine.__array__().copy()))
+    values = torch.as_tensor(mine if isinstance(mine, Tensor) else torch.from_numpy(mine.__array__().copy()))
     pairs = ((values[found], losses), (peer.rows(made)[found], truth.rows(gradients)))
     return digits(max(relative_error(a, b) for a, b in pairs), 2)
 
@@ -69,8 +70,8 @@ def beside(name: str, k: int, n: int, peers: Sequence[str], rounds: int, budget_
         try:
             made = PEERS[peer](copy.deepcopy(module), architecture, k)
             errors[peer] = error_of(made, draw)
-            if not errors[peer] <= gate.BOUNDS["highest"]:
-                raise gate.Red(errors[peer], gate.BOUNDS["highest"])
+            if not errors[peer] <= BOUND:
+                raise gate.Red(errors[peer], BOUND)
             ready[peer] = made
         except Exception as error:
             found = error.error if isinstance(error, gate.Red) else ""
@@ -84,7 +85,7 @@ def beside(name: str, k: int, n: int, peers: Sequence[str], rounds: int, budget_
                 made._array(queries), made._array(targets)
         return queries, targets
 
-    times = take_turns({peer: made for peer, made in ready.items()}, fresh, rounds, budget_s)
+    times = take_turns(ready, fresh, rounds, budget_s)
     for peer, found in times.items():
         row = Row(peer, name, k, n, "loss+gradient", "highest", "wall_ms", relative_error=errors[peer], **environment())
         rows.append(with_values(row, found, GIVEN))

@@ -42,7 +42,7 @@ class Problem:
 
     def arguments(self, steps: int) -> tuple[Tensor, Tensor]:
         """Fresh weights, and each model's batches ``[k, steps, batch]``."""
-        weights = self.architecture.initial_weights(["default"] * self.k, range(self.k))
+        weights = self.architecture.initial_weights(["siren"] * self.k, range(self.k))
         count = len(self.inputs)
         return weights, torch.randint(count, (self.k, steps, count if self.signals else BATCH), generator=self.generator)
 
@@ -62,7 +62,7 @@ class Problem:
                     loss = F.cross_entropy(module(self.inputs[batch].to(weights)), self.targets[batch])
                 loss.backward()
                 optimizer.step()
-            states.append({name: value for name, value in module.state_dict().items()})
+            states.append(module.state_dict())
         return Population.from_state_dicts(self.architecture, states).weights
 
     def together(self, weights: Tensor, order: Tensor) -> Tensor:

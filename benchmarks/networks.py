@@ -53,6 +53,13 @@ class Apply(nn.Module):
         return self.function(x)
 
 
+class Sine(nn.Module):
+    """sin(30 x)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(30 * x)
+
+
 def mlp(sizes: Sequence[int], act: Callable[[], nn.Module] = nn.ReLU, norm: Callable[[int], nn.Module] | None = None) -> nn.Sequential:
     layers: list[nn.Module] = []
     for i, (a, b) in enumerate(pairwise(sizes)):
@@ -308,21 +315,14 @@ def temporal() -> nn.Module:
 # -- implicit neural representations -----------------------------------------------------------------------------------------
 
 
-def _siren(sizes: Sequence[int]) -> nn.Module:
-    layers: list[nn.Module] = []
-    for i, (a, b) in enumerate(pairwise(sizes)):
-        layers += [nn.Linear(a, b), *([Apply(lambda x: torch.sin(30 * x), True)] if i < len(sizes) - 2 else [])]
-    return nn.Sequential(*layers)
-
-
 @network("siren-32", 2)  # of the zoos of DWSNets (Navon et al. 2023)
 def siren() -> nn.Module:
-    return _siren((2, 32, 32, 1))
+    return mlp((2, 32, 32, 1), Sine)
 
 
 @network("siren-64-colour", 2)
 def siren_colour() -> nn.Module:
-    return _siren((2, 64, 64, 64, 3))
+    return mlp((2, 64, 64, 64, 3), Sine)
 
 
 class Fourier(nn.Module):

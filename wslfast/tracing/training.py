@@ -29,8 +29,8 @@ Follow = Callable[[nn.Module], Graph]
 
 
 def training_of(module: nn.Module, graph: Graph, state: Mapping[str, Tensor], follow: Follow) -> Training:
-    """What ``graph``, traced in evaluation mode, does not tell of the module's training mode. Never raises: what cannot be trained is refused
-    by name."""
+    """What ``graph``, traced in evaluation mode, does not tell of the module's training mode. Never raises: what cannot be trained is
+    refused by name."""
     norms = {
         f"{path}.{name}".lstrip(".")
         for path, part in module.named_modules(remove_duplicate=False)
@@ -50,7 +50,8 @@ def training_of(module: nn.Module, graph: Graph, state: Mapping[str, Tensor], fo
 
 
 def _own(module: nn.Module, graph: Graph, state: Mapping[str, Tensor], follow: Follow) -> Graph | None:
-    """The graph of training mode where it is another one than that of evaluation mode tells. Raises Untraceable saying why there is none."""
+    """The graph of training mode where it is another one than that of evaluation mode tells. Raises Untraceable with the reason if there is
+    none."""
     plain = all(isinstance(part, _DETERMINISTIC) for part in module.modules() if not list(part.children()))
     if type(module) is nn.Sequential and plain and all(type(part) is nn.Sequential for part in module.modules() if list(part.children())):
         return None  # torch's own layers, one after another, none of which looks at its mode

@@ -89,9 +89,10 @@ def build_zoo(
 
     Returns:
         A population in model order, epochs ascending within a model. Properties: model, epoch, train_acc, val_acc, test_acc,
-        ggap (train_acc - test_acc), train_loss (mean cross-entropy; all measured on whole splits after the epoch),
-        or for signals signal (which one), train_loss, val_loss and test_loss (mean squared error, of the splits there are), then init_type, lr, wd, seed, split. Checkpoints with weights that are not finite or above 10,000 in size are dropped, and those
-        with the bits of one in another split (at epoch 0, where models share a seed); the log says how many.
+        ggap (train_acc - test_acc), train_loss (mean cross-entropy; all measured on whole splits after the epoch), or for signals
+        signal (which one), train_loss, val_loss and test_loss (mean squared error, of the splits there are); then init_type, lr, wd,
+        seed, split. Checkpoints with weights that are not finite or above 10,000 in size are dropped, and those with the bits of one
+        in another split (at epoch 0, where models share a seed); the log says how many.
 
     Raises:
         WslfastError: for arguments that do not fit, an architecture that cannot be trained (random in another way than dropout, say), a

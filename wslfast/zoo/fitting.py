@@ -31,7 +31,7 @@ def batch_generator(seed: int) -> torch.Generator:
 
 
 def dropout_generator(seed: int) -> torch.Generator:
-    """The generator of a model's dropout: at each step one ``rand`` for every dropout in the order of its forward, kept where it is at least
+    """The generator of a model's dropout: at each step one ``rand`` for every dropout in the order of its forward, kept where it reaches
     p."""
     return torch.Generator().manual_seed(seed << 16 | _DROPOUT)
 

@@ -65,8 +65,8 @@ class Grid:
 
     @classmethod
     def signals(cls) -> Grid:
-        """For networks that are fitted to signals (:class:`wslfast.zoo.Signals`): one initialisation, that of sine networks where the network
-        has sines, two learning rates, no weight decay."""
+        """For networks that are fitted to signals (:class:`wslfast.zoo.Signals`): one initialisation, that of sine networks where there are
+        sines, two learning rates, no weight decay."""
         return cls(("siren",), (5e-4, 1e-3), (0.0,), tuple(range(100_000)))
 
     @classmethod

@@ -84,7 +84,8 @@ class Signals:
 
 
 def image_signals(images: Tensor | Dataset, name: str = "images") -> Signals:
-    """One signal an image ``[S, C, H, W]``: at (row, column), from -1 to 1 each, its C colours. Of a :class:`Dataset`, its training images."""
+    """One signal an image ``[S, C, H, W]``: at (row, column), from -1 to 1 each, its C colours. Of a :class:`Dataset`, the training
+    images."""
     provenance: Mapping[str, Any] = {}
     if isinstance(images, Dataset):
         images, name, provenance = images.train_images, images.name, images.provenance
