@@ -65,15 +65,8 @@ class Architecture:
         self, name: str, input_shape: tuple[int, ...], graph: Graph | None, module: nn.Module | None = None, reason: str = ""
     ) -> None:
         parameters = graph.slots if graph is not None else _slots(module)
-        given = {
-            "name": name,
-            "input_shape": tuple(input_shape),
-            "graph": graph,
-            "parameters": parameters,
-            "module": module,
-            "reason": reason,
-        }
-        self.__dict__.update(given)
+        given = {"name": name, "input_shape": tuple(input_shape), "graph": graph, "parameters": parameters}
+        self.__dict__.update(given, module=module, reason=reason)
         self._derive()
 
     def _derive(self) -> None:
@@ -135,7 +128,7 @@ class Architecture:
 
     @cached_property
     def statistics(self) -> tuple[str, ...]:
-        """Entries that no optimiser trains: running means and variances."""
+        """Running means and variances."""
         return tuple(p.name for p in self.parameters if p.name.endswith(("running_mean", "running_var")))
 
     @cached_property
@@ -295,8 +288,7 @@ class Architecture:
         return cls.from_layers(layers, input_shape, name)
 
     def with_classes_last(self, axis: int) -> Architecture:
-        """The same network with an axis of its answer moved to the end, for criteria over classes. Raises WslfastError for a module that
-        cannot be traced."""
+        """The same network with an axis of its answer moved to the end, for criteria over classes. A module must be traceable."""
         return _with_classes_last(self, axis)
 
     # -- weights -------------------------------------------------------------------------------------------------------

@@ -81,14 +81,14 @@ _DETERMINISTIC = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ReLU, nn.Tanh, 
 
 def _drawn(module: nn.Module, queries: Tensor) -> list[str]:
     """What draws random numbers other than dropout's, in one pass in training mode."""
-    python, numpys = random.getstate(), np.random.get_state()[1].copy()  # type: ignore[union-attr]
+    python, numpys = random.getstate(), repr(np.random.get_state(legacy=False))
     try:
         with plainly(), RandomCalls(module) as calls:
             copy.deepcopy(module)(queries.clone())
     except Exception as error:
         raise Untraceable(f"its forward fails in training mode: {first_line(error)}") from None
     found = [name for name in calls.found if name.partition(" ")[0] not in _DROPOUT]
-    if random.getstate() != python or not np.array_equal(np.random.get_state()[1], numpys):  # type: ignore[arg-type]
+    if random.getstate() != python or repr(np.random.get_state(legacy=False)) != numpys:
         found.append("Python's or numpy's generator")
     return list(dict.fromkeys(found))
 

@@ -86,13 +86,14 @@ class Signals:
 def image_signals(images: Tensor | Dataset, name: str = "images") -> Signals:
     """One signal an image ``[S, C, H, W]``: at (row, column), from -1 to 1 each, its C colours. Of a :class:`Dataset`, the training
     images."""
-    provenance: Mapping[str, Any] = {}
+    pixels, provenance = images, {}
     if isinstance(images, Dataset):
-        images, name, provenance = images.train_images, images.name, images.provenance
-    fits = isinstance(images, Tensor) and images.ndim == 4 and images.is_floating_point() and 0 not in images.shape
-    require(fits, f"images: expected floating [S, C, H, W], got {describe(images)}")
-    height, width = images.shape[2:]
-    colours = images.detach().to("cpu", torch.float32).flatten(2).transpose(1, 2).contiguous()
+        pixels, name, provenance = images.train_images, images.name, dict(images.provenance)
+    fits = isinstance(pixels, Tensor) and pixels.ndim == 4 and pixels.is_floating_point() and 0 not in pixels.shape
+    require(fits, f"images: expected floating [S, C, H, W], got {describe(pixels)}")
+    assert isinstance(pixels, Tensor)
+    height, width = pixels.shape[2:]
+    colours = pixels.detach().to("cpu", torch.float32).flatten(2).transpose(1, 2).contiguous()
     record = {**provenance, "signals": "images", "points": [height, width]}
     return Signals(name, grid_points(height, width), colours, provenance=record)
 

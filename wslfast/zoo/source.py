@@ -58,6 +58,7 @@ def points_of(zoo: str | Path) -> Tensor | None:
     size = record.get("points")
     whole = isinstance(size, (list, tuple)) and len(size) == 2 and all(type(s) is int and 0 < s <= 1 << 14 for s in size)
     require(whole, f"zoo {zoo}: its manifest says points {describe(size)}; expected height and width")
+    assert size is not None
     return grid_points(*size)
 
 
