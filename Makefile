@@ -7,26 +7,30 @@ PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
 NUMERIC := tests/test_behavior.py tests/test_silent_values.py tests/test_operators.py tests/test_tokens.py tests/test_permutation.py \
   tests/engine tests/kernels tests/codes/test_linear.py tests/codes/test_adaptive.py tests/faults/test_determinism.py
 
-.PHONY: help demo test lint types quick slow faults avx2 ci gpu bench clean
+.PHONY: help demo test lint types quick slow faults avx2 ci gpu kernels bench clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
 
 # torchvision without its dependencies: it would bring another torch; beside a CPU-only one its data set readers are all that works.
-# One stamp an extra, so that `make demo` does not wait for linters and test tools. The package is installed editable: a changed
-# source file needs no new stamp, changed metadata does.
+# One stamp an extra, so that `make demo` does not wait for linters and test tools. A stamp holds the sum of what is asked for
+# (requirements, extras, commands, pins): pip runs when that has changed, and at no other change of pyproject.toml. The package is
+# installed editable, so a changed source file needs no new stamp.
+ASKED := $(shell sed -n '/^requires-python/p;/^dependencies = /,/^\]/p;/^\[project.optional-dependencies\]/,/^$$/p;/^\[project.scripts\]/,/^$$/p' \
+  pyproject.toml | cat - constraints.txt | cksum | cut -d' ' -f1)
+
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit("wslfast needs Python 3.10 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 10) else None'
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) install --constraint constraints.txt --editable '.[eval,plot]'
-	@touch $@
+.PHONY: always
+$(VENV)/.demo: always | $(BIN)/python
+	@test "$$(cat $@ 2>/dev/null)" = "$(ASKED)" || { $(PIP) install --constraint constraints.txt --editable '.[eval,plot]' && echo $(ASKED) > $@; }
 
-$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) install --constraint constraints.txt --editable '.[eval,plot,photos,triton,dev]'
-	$(PIP) install --constraint constraints.txt --no-deps torchvision
-	@touch $@ $(VENV)/.demo
+$(VENV)/.dev: always | $(BIN)/python
+	@test "$$(cat $@ 2>/dev/null)" = "$(ASKED)" || { \
+	$(PIP) install --constraint constraints.txt --editable '.[eval,plot,photos,triton,dev]' && \
+	$(PIP) install --constraint constraints.txt --no-deps torchvision && echo $(ASKED) | tee $@ > $(VENV)/.demo; }
 
 demo: $(VENV)/.demo ## a zoo, two autoencoders and the report, in a few minutes on a laptop's CPU: runs/demo/report.html
 	$(BIN)/wslfast demo --out runs/demo $(DEMO_FLAGS)
@@ -63,8 +67,11 @@ avx2: $(VENV)/.dev ## the numeric tests as on an AVX2 machine (at most 6 minutes
 ci: test avx2 slow ## all that can be tested without a GPU (at most 45 minutes)
 
 # Plain python3 from the tree: no virtual environment, no installation, no network.
-gpu: ## on a machine with CUDA: GPU tests, then the timings side by side; rows go to $OUT or benchmarks/data
+gpu: ## on a machine with CUDA: kernels compiled, diagnosed, tested, timed, proved, in 9:30; rows go to $OUT or benchmarks/data
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu_gate.py
+
+kernels: $(VENV)/.dev ## without a GPU: every kernel compiled for every kind of GPU, every network raced, recorded (hours on two cores; goes on)
+	$(BIN)/python -m benchmarks.kernels.record --races
 
 bench: $(VENV)/.dev ## the benchmark suite on this machine
 	$(BIN)/python -m benchmarks $(BENCH_FLAGS)

@@ -14,7 +14,7 @@ from wslfast.population import Population
 from wslfast.testing import relative_error
 from wslfast.zoo.adam import StackedAdam
 from wslfast.zoo.fitting import dropout_generator
-from wslfast.zoo.signals import grid_points
+from wslfast.zoo.grids import grid_points
 
 from .networks import NETWORKS, architecture_of_network
 from .recording import Row, digits, environment, with_values
@@ -33,7 +33,7 @@ class Problem:
         generator = torch.Generator().manual_seed(0)
         self.signals = self.architecture.input_shape == (2,)
         if self.signals:
-            self.inputs = grid_points(28, 28)
+            self.inputs = grid_points("grid:28x28:ij")[0]
             self.targets = torch.rand(k, 784, *self.architecture.output_shape, generator=generator)
         else:
             self.inputs = torch.randn(IMAGES, *self.architecture.input_shape, generator=generator)

@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
+import torch
+
 from .losses import Cell, beside, on_gpu
 from .recording import ROOT, Row, as_record, parse
 
@@ -40,6 +42,7 @@ class _Worker:
             stderr=subprocess.DEVNULL,
         )
         self.lines: queue.Queue[str | None] = queue.Queue()
+        self.lost = False  # it can no longer use its device, and ends
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
@@ -63,7 +66,9 @@ class _Worker:
         if line is None:
             code = self.process.wait()
             return f"its process died ({signal.Signals(-code).name if code < 0 else f'exit status {code}'})"
-        return [parse(record) for record in json.loads(line)]
+        said = json.loads(line)
+        self.lost = said["lost"]
+        return [parse(record) for record in said["rows"]]
 
     def stop(self) -> None:
         """End the process and what it started (compilers)."""
@@ -114,9 +119,10 @@ def run(
             if not isinstance(rows, str):
                 rows = worker.ask(asdict(cell), min(cell_s, max(left, 5.0)))
             spent[cell.provider] += time.monotonic() - began
-            if isinstance(rows, str):
+            if isinstance(rows, str) or worker.lost:
                 worker.stop()
                 worker = None
+            if isinstance(rows, str):
                 rows = [cell.failed(rows, cuda)]
             emit(rows)
     finally:
@@ -131,11 +137,26 @@ def main(device: str) -> None:
     _reply([])
     for line in sys.stdin:
         cell = Cell(**json.loads(line))
-        _reply(on_gpu(cell, figure_s, best) if device == "cuda" else beside([cell], 3, figure_s, best))
+        rows = on_gpu(cell, figure_s, best) if device == "cuda" else beside([cell], 3, figure_s, best)
+        lost = _lost(device)
+        _reply(rows if lost is None else [cell.failed(f"the device was lost: {lost}", device == "cuda")], lost is not None)
+        if lost is not None:  # nothing that this process asks of it will work again; the parent starts another
+            return
 
 
-def _reply(rows: list[Row]) -> None:
-    print(_MARK + json.dumps([as_record(row) for row in rows]), flush=True)
+def _lost(device: str) -> str | None:
+    """Why the device no longer answers this process, None if it does: an error of a kernel shows at the next wait, whoever waits."""
+    if device != "cuda":
+        return None
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        return str(error).splitlines()[0][:120]
+    return None
+
+
+def _reply(rows: list[Row], lost: bool = False) -> None:
+    print(_MARK + json.dumps({"rows": [as_record(row) for row in rows], "lost": lost}), flush=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ An argument is a number, a text, a tuple, or a *reference*, a text that begins w
     @w:NAME   the parameter of that name, one a model
     @c:NAME   a constant, the same for all models
     @n, @n*4  the number of queries, or a multiple of it, where a size is meant
-    @inf      infinity, which JSON has not; and @-inf
+    @inf      infinity, which JSON has not; and @-inf, @nan
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ from torch import Tensor
 
 QUERY = "@x"
 SIZE = "@n"
-INFINITE = {"@inf": float("inf"), "@-inf": float("-inf")}
+INFINITE = {"@inf": float("inf"), "@-inf": float("-inf"), "@nan": float("nan")}
 DTYPES = {
     str(d).removeprefix("torch."): d for d in (torch.float32, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 }
 _MOST_NODES = 100_000
 _MOST_CONSTANTS = 1 << 24  # numbers of one constant
+_MOST_WEIGHTS = 1 << 40
+_LARGEST = 1 << 53  # of whole numbers: what a float holds
 
 Argument = Any  # a number, a text, None, or a tuple of these
 Arguments = tuple[tuple[str, Argument], ...]
@@ -256,6 +258,8 @@ class Graph:
         unknown = set(record) - {"input_shape", "parameters", "nodes", "output", "constants", "aliases", "training"}
         check(not unknown, f"unknown entries {sorted(map(str, unknown))[:5]}")
         slots = slots_of(dict(_parameters(record.get("parameters"))))
+        check(bool(slots), "it has no parameters")
+        check(slots[-1].stop <= _MOST_WEIGHTS, f"parameters: {slots[-1].stop:,.3g} numbers")
         nodes = record.get("nodes")
         check(isinstance(nodes, list) and len(nodes) <= _MOST_NODES, "nodes: expected a list")
         constants = tuple(_constant(c) for c in _list(record.get("constants", []), "constants"))
@@ -279,13 +283,13 @@ class Graph:
         check(len(names) == 1 + len(self.slots) + len(self.constants), "two parameters or constants share a name")
         for i, node in enumerate(self.nodes):
             for r in node.references():
-                before = r[1:].isdigit() and int(r[1:]) < i
-                check(before or r in names, f"node {i} ({node.operation:.40}): it reads {r!r:.60}, which is not there")
+                check(_is_node(r, i) or r in names, f"node {i} ({node.operation:.40}): it reads {r!r:.60}, which is not there")
         r = self.output
-        there = (r[1:].isdigit() and int(r[1:]) < len(self.nodes)) or r in names
-        check(r.startswith("@") and there, f"output: {r!r:.60} is not there")
+        check(_is_node(r, len(self.nodes)) or r in names, f"output: {r!r:.60} is not there")
         known = {s.name for s in self.slots}
         check(all(name in known for _, name in self.aliases), "aliases: a key of no parameter")
+        keys = [key for key, _ in self.aliases]
+        check(len(set(keys)) == len(keys) and not known & set(keys), "aliases: a key that is there twice")
 
 
 # -- reading JSON ------------------------------------------------------------------------------------------------------
@@ -297,6 +301,13 @@ def check(condition: bool, message: str) -> None:
         raise ValueError(f"graph: {message}")
 
 
+def _is_node(reference: str, count: int) -> bool:
+    """Whether it stands for one of the first ``count`` nodes, in the one spelling that there is."""
+    number = reference[1:]
+    plain = reference.startswith("@") and number.isascii() and number.isdigit() and len(number) < 10
+    return plain and str(int(number)) == number and int(number) < count
+
+
 def _jsonable(value: Argument) -> Any:
     return [_jsonable(item) for item in value] if isinstance(value, tuple) else value
 
@@ -306,9 +317,11 @@ def _argument(value: Any, depth: int = 0) -> Argument:
     if isinstance(value, list):
         return tuple(_argument(item, depth + 1) for item in value)
     check(value is None or type(value) in (bool, int, float, str), f"an argument of type {type(value).__name__}")
-    check(not isinstance(value, float) or not math.isnan(value), "an argument that is NaN")
-    if isinstance(value, str) and value.startswith(SIZE):
-        check(value == SIZE or (value[len(SIZE) + 1 :].isdecimal() and value[len(SIZE)] == "*"), f"a size {value!r:.40}")
+    check(not isinstance(value, float) or math.isfinite(value), "an argument that is no finite number")
+    check(type(value) is not int or abs(value) <= _LARGEST, "an argument out of all proportion")
+    if isinstance(value, str) and value.startswith(SIZE) and value not in INFINITE:
+        times = value[len(SIZE) + 1 :]
+        check(value == SIZE or (times.isdecimal() and len(times) < 10 and value[len(SIZE)] == "*"), f"a size {value!r:.40}")
     return value
 
 
@@ -343,7 +356,10 @@ def _constant(record: Any) -> Constant:
         "a constant has name, dtype, shape, data, kept",
     )
     shape = _sizes(record["shape"], "a constant's shape")
-    check(record["dtype"] in DTYPES and math.prod(shape) <= _MOST_CONSTANTS, f"a constant of {record['dtype']!r:.20} {list(shape)}")
+    check(
+        isinstance(record["dtype"], str) and record["dtype"] in DTYPES and math.prod(shape) <= _MOST_CONSTANTS,
+        f"a constant of {record['dtype']!r:.20} {list(shape)}",
+    )
     check(all(isinstance(record[key], str) for key in ("name", "data")) and isinstance(record["kept"], bool), "a constant's entries")
     try:
         held = len(base64.b64decode(record["data"], validate=True))

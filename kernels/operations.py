@@ -7,6 +7,7 @@ dtype and on any device. ``form`` names how it runs *stacked*, for M models each
     axes         the same call: its axes are counted from the end
     shape        a size for the models in front
     join         several tensors along one axis
+    scatter      a tensor with a part of it replaced
     image        models folded into the axis of queries, ``[M * n, C, H, W]``
     create       a tensor like the queries, the same for all models
     identity     nothing, in evaluation mode; in training mode, multiplied by a random mask of each model's own
@@ -53,6 +54,12 @@ class Operation:
         return getattr(getattr(torch.ops.aten, packet), overload or "default")  # type: ignore[no-any-return]
 
     @cached_property
+    def axes(self) -> int:
+        """Axes of the images that it reads, by its name; 0 for none."""
+        name = self.name.partition(".")[0]
+        return int(name[-2]) if name.endswith("d") and name[-2:-1].isdigit() else 0
+
+    @cached_property
     def parameters(self) -> dict[str, Parameter]:
         """Its arguments by name, in order; not those that say where and how a tensor lies, or which library computes."""
         return {name: parameter for name, parameter in self._all_parameters.items() if name not in _PLACES}
@@ -75,7 +82,7 @@ class Operation:
             return arguments["self"][arguments["index"]]
         if self.name in _DIFFERENTIABLE:
             if not (arguments.get("use_input_stats") or arguments.get("training")):
-                return _by_running_statistics(arguments)
+                return by_running_statistics(arguments)
             if arguments.get("training"):  # by those of the batch; the running ones stay as they are
                 arguments = {**arguments, "running_mean": None, "running_var": None}
         positional, named, last = [], {}, 0
@@ -107,7 +114,7 @@ class Operation:
             return lambda a: overload(*[a[name] for name in names], **{name: a[name] for name in named})
         return lambda a: overload(*[a[name] for name in names])
 
-    def check(self, arguments: Arguments) -> None:
+    def check(self, arguments: Arguments, training: bool = False) -> None:
         """Raises ValueError for an argument that the operator does not have, of another type, or out of all proportion."""
         given = dict(arguments)
         if len(given) != len(arguments):
@@ -118,15 +125,31 @@ class Operation:
             kind = self.parameters[name].kind
             if not _fits(kind, value):
                 raise ValueError(f"argument {name!r}: expected {kind}, got {value!r:.60}")
+            if value != _MUST_BE.get(name, value) and not (training and name in _OF_A_MODE):
+                raise ValueError(f"argument {name!r}: expected {_MUST_BE[name]}, got {value!r:.60}")
+            if name in PER_AXIS and isinstance(value, tuple) and len(value) not in (self.axes or len(value), 0 if name == "stride" else -1):
+                raise ValueError(f"argument {name!r}: expected one for each of {self.axes} axes, got {value!r:.60}")
+        if self.form in WITH_AXES:
+            for name in AXES & set(self.parameters):
+                axes = given.get(name, self.parameters[name].default)
+                if any(type(axis) is int and axis >= 0 for axis in (axes if isinstance(axes, tuple) else (axes,))):
+                    raise ValueError(f"argument {name!r}: expected axes counted from the end, got {axes!r:.60}")
         missing = [name for name, parameter in self.parameters.items() if not parameter.optional and name not in given]
         if missing:
             raise ValueError(f"arguments {missing} are missing")
 
 
+# Arguments that are axes, in forms that add an axis of models in front: counted from the end, they mean the same with it.
+AXES = frozenset({"dim", "dims", "dim0", "dim1", "start_dim", "end_dim", "source", "destination"})
+PER_AXIS = ("kernel_size", "stride", "padding", "dilation", "output_padding", "output_size")  # one number for each axis of an image
+WITH_AXES = ("axes", "join", "shape", "scatter")
+_MUST_BE = {"train": False, "training": False, "dropout_p": 0.0, "scale_grad_by_freq": False}  # evaluation mode, and torch's gradient
+_OF_A_MODE = ("train", "training", "dropout_p")
+
 _DIFFERENTIABLE = ("batch_norm", "instance_norm")  # in their running statistics, which torch's own are not: a decoder rebuilds those too
 
 
-def _by_running_statistics(a: Mapping[str, Any]) -> Tensor:
+def by_running_statistics(a: Mapping[str, Any]) -> Tensor:
     """scale (x - mean) / sqrt(variance + eps) + shift, one of each a channel."""
     x = a["input"]
     mean, variance, scale, shift = (
@@ -213,9 +236,9 @@ def _table() -> dict[str, Operation]:
     )
     add(
         "elementwise",
-        "logical_and logical_or logical_not logical_xor bitwise_and.Tensor bitwise_or.Tensor bitwise_not isfinite isnan nan_to_num",
+        "logical_and logical_or logical_not logical_xor bitwise_and.Tensor bitwise_or.Tensor bitwise_xor.Tensor bitwise_not isfinite isnan",
     )
-    add("elementwise", "floor_divide floor_divide.Scalar hypot logaddexp xlogy.Tensor copysign.Tensor heaviside rrelu")
+    add("elementwise", "fmod.Tensor hypot logaddexp xlogy.Tensor copysign.Tensor rrelu nan_to_num round.decimals detach")
     # along axes
     add("axes", "softmax.int log_softmax.int sum.dim_IntList mean.dim amax amin var.correction std.correction var.dim std.dim logsumexp")
     add(
@@ -223,22 +246,19 @@ def _table() -> dict[str, Operation]:
     )
     add("axes", "constant_pad_nd argmax argmin max.dim min.dim topk sort split.Tensor split_with_sizes chunk unbind.int prod.dim_int")
     add("axes", "norm.ScalarOpt_dim linalg_vector_norm movedim.int movedim.intlist diff repeat_interleave.self_int tril triu median.dim")
+    add("axes", "var_mean.correction std_mean.correction var_mean.dim std_mean.dim any.dims all.dims any.dim all.dim argsort")
     add("getitem", "getitem")
     # shapes
-    add("shape", "view reshape expand repeat permute flatten.using_ints tile")
+    add("shape", "reshape expand repeat permute flatten.using_ints")
     add("join", "cat stack")
+    add("scatter", "slice_scatter select_scatter")
     # images
     add("image", "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d")
     add("image", "adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d")
-    add(
-        "image",
-        "pixel_shuffle pixel_unshuffle channel_shuffle im2col col2im reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d",
-    )
-    add(
-        "image",
-        "reflection_pad3d replication_pad3d pad upsample_nearest1d.vec upsample_nearest2d.vec upsample_bilinear2d.vec",
-    )
-    add("image", "upsample_bicubic2d.vec upsample_linear1d.vec upsample_nearest3d.vec upsample_trilinear3d.vec")
+    add("image", "max_pool2d_with_indices max_unpool2d pixel_shuffle pixel_unshuffle channel_shuffle im2col col2im pad")
+    add("image", "upsample_nearest1d.vec upsample_nearest2d.vec upsample_nearest3d.vec upsample_linear1d.vec upsample_bilinear2d.vec")
+    add("image", "upsample_bicubic2d.vec upsample_trilinear3d.vec _upsample_nearest_exact1d.vec _upsample_nearest_exact2d.vec")
+    add("image", "_upsample_nearest_exact3d.vec _upsample_bilinear2d_aa.vec _upsample_bicubic2d_aa.vec")
     # layers with weights
     add("linear", "linear")
     add("convolution", "conv1d conv2d conv3d conv1d.padding conv2d.padding conv3d.padding")
@@ -251,12 +271,15 @@ def _table() -> dict[str, Operation]:
     add("prelu", "prelu")
     add("embedding", "embedding")
     add("recurrent", "lstm.input gru.input rnn_tanh.input rnn_relu.input")
+    add("cell", "lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell")
     # products
     add("matmul", "matmul mm bmm mv dot")
     add("addmm", "addmm baddbmm")
     add("attention", "scaled_dot_product_attention")
-    add("vmap", "einsum bilinear index.Tensor index_select gather cosine_similarity pairwise_distance cdist outer kron fold grid_sampler")
-    add("vmap", "_weight_norm linalg_matrix_norm mT numpy_T t searchsorted.Tensor one_hot scatter.src index_add")
+    add("vmap", "einsum index.Tensor index_select gather cosine_similarity pairwise_distance cdist outer kron grid_sampler prod median")
+    add("vmap", "affine_grid_generator linalg_matrix_norm linalg_matrix_norm.str_ord searchsorted.Tensor one_hot diagonal trace diag")
+    add("vmap", "index_put index_add index_copy index_fill.int_Scalar scatter.src scatter.value scatter_add")
+    add("vmap", "take_along_dim tensordot inner")
     # nothing
     add("identity", "dropout feature_dropout alpha_dropout feature_alpha_dropout")
     # made here: of the queries' dtype and device; what depends on nothing is a constant of the graph instead
@@ -274,17 +297,18 @@ def _there(name: str) -> bool:
 TABLE = _table()
 
 
-def check_graph(graph: Graph) -> Graph:
-    """The graph itself. Raises ValueError for an operation that is not in the table, or an argument that it does not have."""
+def check_graph(graph: Graph, training: bool = False) -> Graph:
+    """The graph itself. Raises ValueError for an operation that is not in the table, or an argument that it does not have, or has in
+    ``training`` mode only."""
     for i, node in enumerate(graph.nodes):
         if node.operation not in TABLE:
             raise ValueError(f"node {i}: unknown operation {node.operation!r:.60}")
         try:
-            TABLE[node.operation].check(node.arguments)
+            TABLE[node.operation].check(node.arguments, training)
         except ValueError as error:
             raise ValueError(f"node {i} ({node.operation}): {error}") from None
     if graph.training.graph is not None:
-        check_graph(graph.training.graph)
+        check_graph(graph.training.graph, training=True)
     return graph
 
 

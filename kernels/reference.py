@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .criteria import criterion_values
-from .graph import DTYPES, QUERY, Graph, Node, substitute
+from .graph import DTYPES, QUERY, Graph, Node, check, substitute
 from .layers import ACTIVATIONS, Activation, Conv2d, Dropout, Flatten, Layers, Linear, Pool2d, layer_slots
 from .operations import TABLE
 
@@ -68,44 +68,6 @@ def forward(weights: Tensor, queries: Tensor, layers: Layers) -> Tensor:
     """
     own = per_model_queries(queries, layers)
     return torch.stack([forward_one(w.clone(), queries[j].clone() if own else queries, layers) for j, w in enumerate(weights)])
-
-
-def forward_grouped(weights: Tensor, queries: Tensor, layers: Layers) -> Tensor:
-    """The same outputs with all models in one call a layer: models are the groups of a convolution, batches of a matmul.
-
-    The formulation that torch offers for a GPU, where a loop over models is bound by launches.
-    """
-    k = weights.shape[0]
-    own = per_model_queries(queries, layers)
-    x = queries.transpose(0, 1) if own else queries.unsqueeze(1).expand(-1, k, *queries.shape[1:])  # [n, k, ...]
-    n = x.shape[0]
-    for layer, slots in zip(layers, layer_slots(layers), strict=True):
-        if slots.weight is not None:
-            weight = weights[:, slots.weight.offset : slots.weight.stop]
-            bias = None if slots.bias is None else weights[:, slots.bias.offset : slots.bias.stop]
-        if isinstance(layer, Conv2d):
-            x = F.conv2d(
-                x.reshape(n, -1, *x.shape[-2:]),
-                weight.reshape(k * layer.out_channels, *layer.weight_shape[1:]),
-                None if bias is None else bias.reshape(-1),
-                layer.stride,
-                layer.padding,
-                layer.spacing,
-                k * layer.groups,
-            )
-            x = x.view(n, k, layer.out_channels, *x.shape[-2:])
-        elif isinstance(layer, Linear):
-            x = torch.einsum("nki,koi->nko", x, weight.view(k, *layer.weight_shape))
-            x = x if bias is None else x + bias
-        elif isinstance(layer, Pool2d):
-            pool = F.max_pool2d if layer.mode == "max" else F.avg_pool2d
-            x = pool(x.reshape(n, -1, *x.shape[-2:]), layer.kernel_size, layer.stride)
-            x = x.view(n, k, -1, *x.shape[-2:])
-        elif isinstance(layer, Activation):
-            x = activation(x, layer)
-        elif isinstance(layer, Flatten):
-            x = x.flatten(2)
-    return x.transpose(0, 1)
 
 
 def loss_and_gradient(
@@ -161,20 +123,67 @@ def call_node(node: Node, values: dict[str, Any], n: int) -> Any:
     return arguments["input"] if still else operation.call(arguments)
 
 
+_MOST_NUMBERS = 1 << 28  # of one value of one model and query: a gigabyte
+_MOST_PARTS = 1 << 12  # that one operation cuts a value into
+
+
 @lru_cache(maxsize=256)
 def value_shapes(graph: Graph, n: int = 2) -> dict[str, Any]:
     """Shape of every value for n queries, a list of shapes where an operation gives several tensors. Nothing is computed or allocated.
-    Raises ValueError naming a node that does not fit what it reads."""
-    shapes: dict[str, Any] = {}
-    weights = torch.empty(graph.parameters, device="meta", dtype=torch.float32)
-    queries = torch.empty(n, *graph.input_shape, device="meta", dtype=torch.float32)
-    try:
-        with torch.no_grad():
-            for reference, value in graph_values(weights, queries, graph):
-                shapes[reference] = [tuple(t.shape) for t in value] if isinstance(value, (tuple, list)) else tuple(value.shape)
-    except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
-        at = sum(reference[1:].isdigit() for reference in shapes)
-        what = graph.nodes[at].operation if at < len(graph.nodes) else "a parameter"
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"node {at} ({what}) does not fit: {first:.200}") from None
-    return shapes
+    Raises ValueError naming a node that does not fit what it reads, or makes more than any machine holds."""
+    return {
+        reference: [tuple(t.shape) for t in value] if isinstance(value, (tuple, list)) else tuple(value.shape)
+        for reference, value in _unallocated(graph, n).items()
+    }
+
+
+def check_values(graph: Graph) -> Graph:
+    """The graph itself. Raises ValueError as :func:`value_shapes` does, and for an answer that is not floating ``[n, *out]``."""
+    answers = [_unallocated(graph, n)[graph.output] for n in (2, 3)]
+    check(all(isinstance(a, Tensor) and a.is_floating_point() for a in answers), "output: expected one floating tensor")
+    sizes = [list(a.shape) for a in answers]
+    whole = sizes[0][:1] == [2] and sizes[1][:1] == [3] and sizes[0][1:] == sizes[1][1:]
+    check(whole, f"output: expected one answer a query, got {sizes[0]} for 2 and {sizes[1]} for 3")
+    return graph
+
+
+def _unallocated(graph: Graph, n: int) -> dict[str, Any]:
+    """Every value for n queries as a tensor without memory."""
+    values: dict[str, Any] = {QUERY: torch.empty(n, *graph.input_shape, device="meta", dtype=torch.float32)}
+    for slot in graph.slots:
+        values[f"@w:{slot.name}"] = torch.empty(slot.shape, device="meta", dtype=torch.float32)
+    for constant in graph.constants:
+        values[f"@c:{constant.name}"] = torch.empty(constant.shape, device="meta", dtype=DTYPES[constant.dtype])
+    for i, node in enumerate(graph.nodes):
+        try:
+            with torch.no_grad():
+                made = _without_memory(node, values, n)
+            parts = made if isinstance(made, (tuple, list)) else (made,)
+            most = max((t.numel() for t in parts), default=0)
+            check(most <= n * _MOST_NUMBERS, f"it makes {most:,} numbers")
+        except Exception as error:  # whatever an operator raises where arguments do not fit
+            first = (str(error).strip() or type(error).__name__).splitlines()[0].removeprefix("graph: ")
+            raise ValueError(f"node {i} ({node.operation}) does not fit: {first:.200}") from None
+        values[f"@{i}"] = made
+    return values
+
+
+def _without_memory(node: Node, values: dict[str, Any], n: int) -> Any:
+    """What one node gives, where that takes neither memory nor time."""
+    form, name = TABLE[node.operation].form, node.operation.partition(".")[0]
+    if form == "getitem":
+        check(isinstance(values[str(node.argument("self"))], (tuple, list)), "it reads a part of what is one tensor")
+    if name in ("split", "chunk", "unbind"):
+        length = values[str(node.argument("self"))].shape[node.argument("dim", 0)]
+        size, chunks = (substitute(node.argument(key, 1), values.__getitem__, n) for key in ("split_size", "chunks"))
+        parts = {"split": -(-length // max(1, size)), "chunk": chunks, "unbind": length}[name]
+        check(parts <= _MOST_PARTS, f"it makes {parts:,} parts")
+    if form != "recurrent":
+        return call_node(node, values, n)
+    # torch goes through a recurrence step by step even here; one step has all the shapes
+    first = str(node.argument("input"))
+    whole, axis = values[first], int(bool(node.argument("batch_first")))
+    check(whole.ndim == 3, "expected an input of three axes")
+    made = list(call_node(node, {**values, first: whole.narrow(axis, 0, 1)}, n))
+    made[0] = made[0].expand(*(length if d == axis else -1 for d, length in enumerate(whole.shape)))
+    return made

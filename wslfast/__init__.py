@@ -44,10 +44,11 @@ if TYPE_CHECKING:
     from .errors import WslfastError
     from .measure import evaluate, generate
     from .population import Population
+    from .proof import doctor
     from .queries import QueryPool, TargetCache
     from .tokens import TokenLayout
     from .training import TrainConfig, train
-    from .zoo import build_zoo, load_zoo
+    from .zoo import build_zoo, load_zoo, save_zoo
 
 _HOME = {
     "AdaptiveCodec": "codes.adaptive",
@@ -63,9 +64,11 @@ _HOME = {
     "batched_behavioral_loss": "behavior",
     "batched_forward": "behavior",
     "build_zoo": "zoo",
+    "doctor": "proof",
     "evaluate": "measure",
     "generate": "measure",
     "load_zoo": "zoo",
+    "save_zoo": "zoo",
     "train": "training",
 }
 __all__ = [
@@ -82,10 +85,12 @@ __all__ = [
     "batched_behavioral_loss",
     "batched_forward",
     "build_zoo",
+    "doctor",
     "evaluate",
     "generate",
     "load_zoo",
     "profiling",
+    "save_zoo",
     "train",
 ]
 

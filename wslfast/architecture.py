@@ -26,7 +26,7 @@ from .kernels.chains import chain_of, graph_of
 from .kernels.graph import Graph, Node, Slot, slots_of
 from .kernels.layers import RECORDS, Layer, Layers, check_layer, layer_from_dict
 from .kernels.operations import check_graph
-from .kernels.reference import value_shapes
+from .kernels.reference import check_values, value_shapes
 from .networks import INITIALISATIONS, initial_weights
 
 __all__ = ["INITIALISATIONS", "Architecture", "from_handle"]
@@ -298,7 +298,8 @@ class Architecture:
 
         ``uniform`` is U[0, 1] and ``normal`` N(0, 1), as published; ``default`` is torch's own layer initialisation with its biases,
         ``siren`` that of sine networks (Sitzmann et al. 2020; as ``default`` where there is no sine).
-        Norms start as the identity. A model's row depends on its own initialisation and seed alone.
+        Norms start as the identity. A model's row depends on its own initialisation and seed alone. Raises WslfastError for an unknown
+        name, another number of seeds, or a module that cannot be traced.
         """
         require(self.graph is not None, f"initial_weights: architecture {self.name!r} cannot be traced; initialise its module instead")
         assert self.graph is not None
@@ -329,7 +330,7 @@ class Architecture:
             if isinstance(record.get("graph"), Mapping):
                 graph = check_graph(Graph.from_dict(record["graph"]))
                 require(graph.input_shape == tuple(shape), f"architecture {name!r}: its graph has another input shape")
-                value_shapes(graph)  # every operation fits what it reads
+                check_values(graph)  # every operation fits what it reads
                 return cls(name, tuple(shape), graph)
             if isinstance(record.get("layers"), list):
                 return cls.from_layers([layer_from_dict(r) for r in record["layers"]], shape, name)

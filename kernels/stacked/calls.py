@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from typing import Any
 
 from ..operations import Operation
@@ -40,6 +42,17 @@ class Call:
     layout: Layout
     aligned: bool
 
+    @cached_property
+    def spatial(self) -> int:
+        """Axes of the images that it reads, by its name; 0 where that does not tell."""
+        return spatial(self.operation)
+
     def stacked(self, name: str) -> bool:
         """Whether a tensor argument has an axis of models in front."""
         return self.layouts.get(name) is Layout.MODELS
+
+
+def spatial(operation: Operation) -> int:
+    """Axes of the images that an operation reads, by its name; 0 where that does not tell."""
+    found = re.search(r"(\d)d", operation.name)
+    return int(found[1]) if found else 2 if operation.name in ("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "im2col") else 0

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ..graph import DTYPES, INFINITE, QUERY, Graph, Node, is_size, references
 from ..layers import Conv2d
-from ..operations import TABLE, Operation
+from ..operations import AXES, TABLE, Operation
 from ..reference import value_shapes
-from .calls import Call, Layout, Values
+from .calls import Call, Layout, Values, spatial
 from .forms import FORMS, channels_first, models_first
 from .program import Program, Step
 from .rules import TO_CHANNELS, TO_MODELS, rule_of
@@ -27,8 +27,7 @@ from .training_forms import normalised
 
 _PER_CHANNEL = frozenset({
     "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
-    "adaptive_avg_pool3d", "pixel_shuffle", "pixel_unshuffle", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d",
-    "replication_pad1d", "replication_pad2d", "replication_pad3d", "pad", "upsample_nearest1d.vec", "upsample_nearest2d.vec",
+    "adaptive_avg_pool3d", "pixel_shuffle", "pixel_unshuffle", "pad", "upsample_nearest1d.vec", "upsample_nearest2d.vec",
     "upsample_nearest3d.vec", "upsample_linear1d.vec", "upsample_bilinear2d.vec", "upsample_bicubic2d.vec", "upsample_trilinear3d.vec",
 })  # fmt: skip
 _ALONG_PIXELS = frozenset({
@@ -39,7 +38,9 @@ _IN_PLACE = {
     name: lambda call, a, models, run=run: run(a["self"])
     for name, run in (("relu", torch.relu_), ("tanh", torch.tanh_), ("sigmoid", torch.sigmoid_))
 }
+_SUMS = ("add.Tensor", "sub.Tensor")  # as layers do, they make a new tensor that their backward does not look at
 _NORMS = ("batch_norm", "instance_norm", "group_norm", "prelu")
+_PARAMETERS = ("weight", "bias", "running_mean", "running_var")  # which have their models in front, also where they are computed
 _FOLDABLE = {"conv1d", "conv2d", "conv3d", "conv1d.padding", "conv2d.padding", "conv3d.padding", "linear"}
 
 
@@ -52,7 +53,7 @@ def compile_program(graph: Graph, own: bool, aligned: bool, segmented: bool = Fa
 class _Compiler:
     def __init__(self, graph: Graph, own: bool, aligned: bool, segmented: bool) -> None:
         self.graph, self.own, self.aligned = graph, own, aligned
-        shapes = value_shapes(graph)
+        self.shapes = shapes = value_shapes(graph)
         self.rank: dict[str, Any] = {r: _ranks(shape) for r, shape in shapes.items()}
         self.layout: dict[str, Layout] = {QUERY: Layout.MODELS if own else Layout.SHARED}
         self.place: dict[str, int] = {QUERY: 0}
@@ -119,6 +120,9 @@ class _Compiler:
             step.rule = None
             return
         form = _IN_PLACE[node.operation] if self._owns_its_input(node) else FORMS[operation.form]
+        chosen = [node.argument(axis, operation.parameters[axis].default) for axis in AXES & set(operation.parameters)]
+        if operation.form == "axes" and any(axes in (None, ()) for axes in chosen):
+            form = FORMS["vmap"]  # without axes it would be of all numbers, those of other models included
         self._emit(name, node, operation, wanted, layout, form)
 
     def _dropout(self, i: int, node: Node) -> None:
@@ -146,12 +150,13 @@ class _Compiler:
         if node.operation not in _IN_PLACE or not self.aligned:
             return False
         below = str(node.argument("self"))
-        if not below[1:].isdigit() or len(self.users[below]) > 1 or self.layout[below] is Layout.SHARED:
+        if not below[1:].isdigit() or len(self.users[below]) > 1 or self.layout[below] is Layout.SHARED or below == self.graph.output:
             return False
         made = self.graph.nodes[int(below[1:])]
         if int(below[1:]) in self.within:
             return False
-        return TABLE[made.operation].form in ("convolution", "transposed", "linear") or int(below[1:]) in self.folded
+        fresh = TABLE[made.operation].form in ("convolution", "transposed", "linear") or made.operation in _SUMS
+        return fresh or int(below[1:]) in self.folded
 
     def _emit(self, name: str, node: Node, operation: Operation, wanted: Layout, layout: Layout, form: Callable[..., Any]) -> Step:
         """A step for the node, its stacked tensors in the layout ``wanted``."""
@@ -161,6 +166,7 @@ class _Compiler:
         sizes: list[tuple[str, int | None, str]] = []
         layouts: dict[str, Any] = {}
         ranks: dict[str, Any] = {}
+        parameters = _PARAMETERS if operation.form in (*_NORMS, "convolution", "transposed") else ()
         for key, value in node.arguments:
             if isinstance(value, str) and value.startswith("@"):
                 if is_size(value):
@@ -169,7 +175,7 @@ class _Compiler:
                 if value in INFINITE:
                     known[key] = INFINITE[value]
                     continue
-                at, where = self._wanted(value, wanted)
+                at, where = self._wanted(value, Layout.MODELS if key in parameters else wanted)
                 tensors.append((key, at))
                 layouts[key], ranks[key] = where, self.rank[value]
             elif isinstance(value, tuple) and any(references(value)):
@@ -189,7 +195,7 @@ class _Compiler:
         if known.get("dtype") is not None:
             known["dtype"] = DTYPES[known["dtype"]]
         call = Call(operation, layouts, ranks, _rank(self.rank[name]), layout, self.aligned)
-        alone = all(where is Layout.SHARED for where in _flat(layouts.values()))
+        alone = layout is Layout.SHARED
         run = (lambda a, models: operation.invoke(a)) if alone else (lambda a, models: form(call, a, models))
         several = not isinstance(self.rank[name], int)
         rule = None if several or alone else partial(rule_of, call, known, owned=form in _IN_PLACE.values())
@@ -207,9 +213,9 @@ class _Compiler:
         return step
 
     def _wanted(self, reference: str, wanted: Layout) -> tuple[int, Layout]:
-        """Place and layout of a value; a stacked one is moved to the layout ``wanted`` (a parameter has the models in front)."""
+        """Place and layout of a value; a stacked one is moved to the layout ``wanted``."""
         layout = self.layout[reference]
-        if layout in (Layout.SHARED, wanted) or reference.startswith("@w:"):
+        if layout in (Layout.SHARED, wanted):
             return self.place[reference], layout
         return self._in(reference, wanted), wanted
 
@@ -226,25 +232,28 @@ class _Compiler:
                 move, rule = _to_models, (lambda wanted: TO_MODELS)
             else:
                 move, rule = partial(_to_channels, self.aligned), (lambda wanted: TO_CHANNELS)
-            self.steps.append(Step(move, {}, [("x", self.place[reference])], [], [], self.size, rule=rule))
+            steps = self.made if reference in self.of_weights else self.steps  # what is made of weights alone may read it
+            steps.append(Step(move, {}, [("x", self.place[reference])], [], [], self.size, rule=rule))
             self.moved[reference, layout] = self.size
             self.size += 1
         return self.moved[reference, layout]
 
     def _settle(self, node: Node, operation: Operation) -> tuple[Layout, Layout]:
         """The layout in which a node wants its stacked tensors, and that of its output."""
-        read = [r for r in node.references() if not r.startswith("@w:")]
-        layouts = [self.layout[r] for r in read]
-        if all(where is Layout.SHARED for where in layouts) and not any(r.startswith("@w:") for r in node.references()):
-            return Layout.MODELS, Layout.SHARED
         if operation.form == "create":
+            return Layout.MODELS, Layout.SHARED
+        of = (("self", node.argument("self")),) if operation.name == "type_as" else node.arguments  # of the other it takes the dtype
+        every = list(references(tuple(value for _, value in of)))
+        read = [r for r in every if not r.startswith("@w:")]
+        layouts = [self.layout[r] for r in read]
+        if all(self.layout[r] is Layout.SHARED for r in every):
             return Layout.MODELS, Layout.SHARED
         if operation.form == "getitem":
             return layouts[0], layouts[0]
         if operation.form in ("convolution", "transposed"):
-            batched = self.rank[str(node.argument("input"))] == _dimensions(operation) + 2
-            own = str(node.argument("weight")).startswith("@w:") or self.layout[str(node.argument("weight"))] is Layout.MODELS
-            if not batched or not own:
+            batched = self.rank[str(node.argument("input"))] == spatial(operation) + 2
+            given = [r for key in ("weight", "bias") for r in references(node.argument(key))]
+            if not batched or all(self.layout[r] is Layout.SHARED for r in given):
                 return Layout.MODELS, Layout.MODELS
             return Layout.CHANNELS, Layout.CHANNELS
         if Layout.CHANNELS in layouts and self._stays(node, operation, read):
@@ -257,8 +266,8 @@ class _Compiler:
         stacked = [r for r in read if self.layout[r] is not Layout.SHARED]
         if operation.form == "identity" or operation.form in _NORMS:
             return True
-        if operation.name in _PER_CHANNEL:
-            return operation.name != "pad" or len(node.argument("pad")) // 2 <= ranks[0] - 2
+        if operation.name in _PER_CHANNEL:  # images without queries have other axes in the places of queries and channels
+            return ranks[0] == 2 + (len(node.argument("pad")) // 2 if operation.name == "pad" else spatial(operation))
         if operation.name in _ALONG_PIXELS:
             dims = node.argument("dim", node.argument("dims", node.argument("pad")))
             if operation.name == "constant_pad_nd":
@@ -266,6 +275,7 @@ class _Compiler:
             return isinstance(dims, (int, tuple)) and all(-d <= ranks[0] - 2 for d in (dims if isinstance(dims, tuple) else (dims,)))
         if operation.form == "elementwise":
             alike = all(self.layout[r] is Layout.CHANNELS and self.rank[r] == max(ranks) for r in stacked)
+            alike = alike and len({self.shapes[r][1] for r in stacked}) == 1  # one channel would meet other models' many
             scalars = all(self.rank[r] == 0 for r in read if r not in stacked)
             return alike and scalars and not any(r.startswith("@w:") for r in node.references())
         return False
@@ -284,7 +294,7 @@ class _Compiler:
             layer = self.graph.nodes[int(below[1:])]
             if layer.operation not in _FOLDABLE or not str(layer.argument("weight")).startswith("@w:"):
                 continue
-            if self.rank[below] == (2 if layer.operation == "linear" else _dimensions(TABLE[layer.operation]) + 2):
+            if self.rank[below] == (2 if layer.operation == "linear" else spatial(TABLE[layer.operation]) + 2):
                 pairs[i] = int(below[1:])
         return pairs
 
@@ -357,21 +367,12 @@ def _repeat(a: Values, models: int) -> Tensor:
     return x.repeat(1, models, *(1,) * (x.ndim - 2))
 
 
-def _dimensions(operation: Operation) -> int:
-    """Axes of the image that a convolution reads."""
-    return int(operation.name.partition(".")[0][-2])
-
-
 def _ranks(shape: Any) -> Any:
     return len(shape) if not isinstance(shape, list) else [len(s) for s in shape]
 
 
 def _rank(ranks: Any) -> int:
     return ranks if isinstance(ranks, int) else ranks[0]
-
-
-def _flat(layouts: Any) -> list[Layout]:
-    return [part for value in layouts for part in (value if isinstance(value, tuple) else (value,))]
 
 
 def _freeing(steps: list[Step], keep: set[int]) -> tuple[Step, ...]:

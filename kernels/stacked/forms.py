@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .calls import Call, Layout, Values
-from .recurrent import recurrent
+from .recurrent import cell, recurrent
 
 
 def models_first(x: Tensor, models: int) -> Tensor:
@@ -88,13 +88,24 @@ def join(call: Call, a: Values, models: int) -> Tensor:
     return call.operation.invoke(a)
 
 
+def scatter(call: Call, a: Values, models: int) -> Tensor:
+    """A tensor with a part of it replaced; what is shared is repeated."""
+    for name in ("self", "src"):
+        a[name] = _everyone(a[name], models, call.stacked(name))
+    return call.operation.invoke(a)  # type: ignore[no-any-return]
+
+
 def image(call: Call, a: Values, models: int) -> Any:
-    """Models folded into the axis of queries; in the layout of channels, nothing to do."""
+    """Models folded into the axis of queries, where there is one; in the layout of channels, nothing to do."""
     if call.layout is Layout.CHANNELS:
         return call.operation.invoke(a)
-    name = next(name for name, layout in call.layouts.items() if layout is Layout.MODELS)
-    n = a[name].shape[1]
-    a[name] = a[name].flatten(0, 1)
+    spatial = len(a["pad"]) // 2 if call.operation.name == "pad" else call.spatial or 1  # col2im reads [n, values, places]
+    if not all(call.stacked(name) and rank == spatial + 2 for name, rank in call.ranks.items()):
+        return mapped(call, a, models)
+    n = 0
+    for name in call.layouts:
+        n = a[name].shape[1]
+        a[name] = a[name].flatten(0, 1)
     made = call.operation.invoke(a)
     unfolded = [t.unflatten(0, (models, n)) for t in (made if isinstance(made, (tuple, list)) else (made,))]
     return unfolded if isinstance(made, (tuple, list)) else unfolded[0]
@@ -137,6 +148,8 @@ def linear(call: Call, a: Values, models: int) -> Tensor:
     x, weight, bias = a["input"], a["weight"], a.get("bias")
     if not call.stacked("weight") and not call.stacked("bias"):
         return F.linear(x, weight, bias)
+    if call.ranks["weight"] != 2:
+        return mapped(call, a, models)  # type: ignore[no-any-return]
     out, features = weight.shape[-2:]
     lead = x.shape[1:-1] if call.stacked("input") else x.shape[:-1]
     rows = x.reshape(models, -1, features) if call.stacked("input") else x.reshape(-1, features)
@@ -159,34 +172,36 @@ def matmul(call: Call, a: Values, models: int) -> Tensor:
     ranks = [call.ranks[name] for name in names]
     if min(ranks) < 2:
         return mapped(call, a, models)
-    rank = max(ranks)
-    first, second = (_behind(a[name], rank, r, models) if call.stacked(name) else a[name] for name, r in zip(names, ranks, strict=True))
-    return torch.matmul(first, second)
+    return torch.matmul(*(_ranked(call, a, name, max(ranks), models) for name in names))
+
+
+def _ranked(call: Call, a: Values, name: str, rank: int, models: int) -> Tensor:
+    """A tensor that broadcasts as a single model's of ``rank`` axes does."""
+    return _behind(a[name], rank, call.ranks[name], models) if call.stacked(name) else a[name]  # type: ignore[no-any-return]
 
 
 def addmm(call: Call, a: Values, models: int) -> Tensor:
     """beta * self + alpha * a @ b."""
-    names = [name for name in call.layouts if name != "self"]
-    first, second = (a[name] for name in names)
-    product = torch.matmul(first, second)
-    added = a["self"]
-    if call.stacked("self"):
-        added = _behind(added, product.ndim - 1, call.ranks["self"], models)
-    return a.get("beta", 1) * added + a.get("alpha", 1) * product
+    first, second = (a[name] for name in call.layouts if name != "self")
+    return a.get("beta", 1) * _ranked(call, a, "self", call.rank, models) + a.get("alpha", 1) * torch.matmul(first, second)
 
 
 def attention(call: Call, a: Values, models: int) -> Tensor:
     """softmax(q k^T * scale + mask) v, written out: for short sequences faster than torch's fused forms, and so is its backward."""
-    query, key, value, mask = a["query"], a["key"], a["value"], a.get("attn_mask")
-    scale = a.get("scale")
+    query, key, value = (_ranked(call, a, name, call.rank, models) for name in ("query", "key", "value"))
+    mask, scale = a.get("attn_mask"), a.get("scale")
+    if a.get("enable_gqa"):  # a key for several queries
+        key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
     scores = torch.matmul(query, key.transpose(-1, -2)) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
     if a.get("is_causal"):
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    if mask is not None:
+    if mask is None:
+        shares = scores.softmax(-1)
+    else:
         if call.stacked("attn_mask"):
-            mask = _behind(mask, scores.ndim - 1, call.ranks["attn_mask"], models)
+            mask = _behind(mask, call.rank, call.ranks["attn_mask"], models)
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-    shares = scores.softmax(-1)
+        shares = torch.ops.aten._safe_softmax(scores, -1)  # of what sees nothing, zeros
     if "dropped" in a:  # in training mode, as dropout's factors
         shares = shares * a["dropped"]
     return torch.matmul(shares, value)
@@ -227,8 +242,19 @@ def _channels_last(x: Tensor) -> Tensor:
     return x.as_strided(x.shape, (h * w, 1, w, 1))
 
 
+def _with_shared_kernels(call: Call, a: Values, models: int) -> Tensor:
+    """Convolutions with kernels that all models share are one of all their images; and those of an image alone, without queries."""
+    fixed = not call.stacked("weight") and not call.stacked("bias") and call.ranks["input"] == call.spatial + 2
+    if not fixed:
+        return mapped(call, a, models)  # type: ignore[no-any-return]
+    made: Tensor = call.operation.invoke({**a, "input": a["input"].flatten(0, 1)})
+    return made.unflatten(0, (models, -1))
+
+
 def convolution(call: Call, a: Values, models: int) -> Tensor:
     """One convolution of shared images with M * out outputs, or one with the models as its groups."""
+    if call.layout is not Layout.CHANNELS:
+        return _with_shared_kernels(call, a, models)
     x, groups = a["input"], a.get("groups", 1)
     shared = call.layouts["input"] is Layout.SHARED
     if shared and groups > 1:  # groups of shared channels and groups of models do not fit into one convolution
@@ -241,6 +267,8 @@ def convolution(call: Call, a: Values, models: int) -> Tensor:
 
 def transposed(call: Call, a: Values, models: int) -> Tensor:
     """Transposed convolutions; kernels are ``[in, out / groups, ...]``, so shared images are repeated for every model."""
+    if call.layout is not Layout.CHANNELS:
+        return _with_shared_kernels(call, a, models)
     x, groups = a["input"], a.get("groups", 1)
     if call.layouts["input"] is Layout.SHARED:
         x = x.repeat(1, models, *(1,) * (x.ndim - 2))
@@ -294,6 +322,8 @@ def group_norm(call: Call, a: Values, models: int) -> Tensor:
     x, groups, eps = a["input"], a["num_groups"], a.get("eps", 1e-5)
     if call.layout is Layout.CHANNELS:
         return _affine(call, a, F.group_norm(x, groups * models, eps=eps), models)
+    if not call.stacked("input"):
+        return _affine(call, a, F.group_norm(x, groups, eps=eps), models)
     n = x.shape[1]
     return _affine(call, a, F.group_norm(x.flatten(0, 1), groups, eps=eps).unflatten(0, (models, n)), models)
 
@@ -321,18 +351,18 @@ def _scaled(call: Call, a: Values, x: Tensor, models: int) -> Tensor:
 def prelu(call: Call, a: Values, models: int) -> Tensor:
     """One slope a model, or one a channel."""
     x, weight = a["self"], a["weight"]
-    if call.stacked("weight"):
-        weight = weight.reshape(models, *((1, -1, *(1,) * (call.rank - 2)) if call.rank > 1 else (-1,)))
+    if call.layout is Layout.CHANNELS:
+        weight = _everyone(weight, models, call.stacked("weight")).expand(models, x.shape[1] // models).reshape(-1, *(1,) * (call.rank - 2))
     elif call.rank > 1:
-        weight = weight.reshape(-1, *(1,) * (call.rank - 2))
+        weight = _channelwise(call, a, "weight", models, call.rank)
     return torch.where(x > 0, x, weight * x)
 
 
 Form = Callable[[Call, Values, int], Any]
 FORMS: dict[str, Form] = {
-    "elementwise": elementwise, "axes": axes, "shape": shape, "join": join, "image": image, "create": axes,
+    "elementwise": elementwise, "axes": axes, "shape": shape, "join": join, "scatter": scatter, "image": image, "create": axes,
     "identity": identity, "getitem": getitem, "vmap": mapped, "linear": linear, "matmul": matmul, "addmm": addmm,
     "attention": attention, "embedding": embedding, "convolution": convolution, "transposed": transposed, "batch_norm": batch_norm,
     "instance_norm": instance_norm, "group_norm": group_norm, "layer_norm": layer_norm, "rms_norm": rms_norm, "prelu": prelu,
-    "recurrent": recurrent,
+    "recurrent": recurrent, "cell": cell,
 }  # fmt: skip

@@ -30,6 +30,23 @@ def recurrent(call: Call, a: Values, models: int) -> list[Tensor]:
     return [output.transpose(1, 2) if a["batch_first"] else output, *ends]
 
 
+def cell(call: Call, a: Values, models: int) -> Any:
+    """One step of a cell: the next hidden state ``[M, n, width]``, of an LSTM with its cell state."""
+    x, states, where = _stacked(a["input"], call.layouts["input"], models), a["hx"], call.layouts["hx"]
+    if isinstance(states, Tensor):
+        states, where = [states], [where]
+    states = [_stacked(state, layout, models) for state, layout in zip(states, where, strict=True)]
+    entering, hidden = (_product(call, a, value, key, models) for value, key in ((x, "ih"), (states[0], "hh")))
+    made = _STEPS[call.operation.name.removesuffix("_cell")](entering, hidden, states)
+    return made if len(made) > 1 else made[0]
+
+
+def _product(call: Call, a: Values, x: Tensor, key: str, models: int) -> Tensor:
+    weight = _stacked(a[f"w_{key}"], call.layouts[f"w_{key}"], models).transpose(1, 2)
+    bias = a.get(f"b_{key}")
+    return torch.bmm(x, weight) if bias is None else torch.baddbmm(bias.unsqueeze(-2), x, weight)
+
+
 def _stacked(x: Tensor, layout: Layout, models: int) -> Tensor:
     return x if layout is Layout.MODELS else x.expand(models, *x.shape)
 

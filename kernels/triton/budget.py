@@ -4,6 +4,8 @@ number of models nor what happens to be free changes a model's bits.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from ..layers import Unplannable
 from .network_layout import network
 from .schedule import element_size, splits
@@ -13,6 +15,7 @@ MEMORY = 2**33  # bytes of activations in flight unless the caller says otherwis
 FEW_MODELS, FEW_PAIRS = 64, 2**14  # a chunk with fewer models and fewer (model, query) pairs leaves a GPU idle
 
 
+@lru_cache(maxsize=256)
 def query_bytes(schedule: Schedule, precision: str, gradient: bool) -> int:
     """Bytes of activations that one (model, query) pair holds while its chunk is in flight, layer by layer."""
     size = element_size(precision)
@@ -35,7 +38,13 @@ def model_bytes(schedule: Schedule, n: int, precision: str, gradient: bool) -> i
 
 def models_per_chunk(schedule: Schedule, k: int, n: int, precision: str, gradient: bool, memory: int) -> int:
     """Models that are run together, layer by layer, so that what they need stays below ``memory`` bytes."""
-    return max(1, min(k, memory // model_bytes(schedule, n, precision, gradient)))
+    return rounded_chunk(k, memory // model_bytes(schedule, n, precision, gradient))
+
+
+def rounded_chunk(k: int, fitting: int) -> int:
+    """Models of one chunk where ``fitting`` fit: all, or a multiple of 8, so that every chunk's numbers begin at a multiple of 16
+    bytes, as the first one's do."""
+    return max(1, k if k <= fitting else fitting // 8 * 8 or fitting)
 
 
 def choose_mode(schedule: Schedule, n: int, precision: str, gradient: bool, memory: int) -> tuple[str, str]:

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import rounded, slope_of_output
-from .schedule import launch_options
+from .launcher import launch
 from .stages import Stage, power_of_two
 from .tiles import wide
 
@@ -117,7 +117,10 @@ def store_gradient(g, slope, d, f, q, n, s: tl.constexpr, KP: tl.constexpr, PREC
     tl.store(g + q[:, None] * N + c[None, :], rounded(d, PREC), mask=stored)
 
 
-@triton.jit(do_not_specialize=["n", "temperature", "loss_scale"])
+@triton.jit(
+    do_not_specialize=["n", "temperature", "loss_scale", "k_stride", "q_stride", "c_stride"],
+    do_not_specialize_on_alignment=["targets", "losses"],
+)
 def criterion_kernel(
     outputs,
     targets,
@@ -206,7 +209,9 @@ def criterion_forward_backward(
 ) -> None:
     """Fill ``losses`` ``[k]``, ``gain`` ``[k]`` and ``g`` ``[k, n, N]`` from outputs ``[k, n, K]`` and targets ``[k, n, K]``
     (``[k, n]`` integers for ``labels``) of any strides."""
-    criterion_kernel[(k,)](
+    launch(
+        criterion_kernel,
+        k,
         outputs,
         targets,
         g if slope is None else slope,
@@ -222,5 +227,4 @@ def criterion_forward_backward(
         KP=max(stage.N, power_of_two(stage.NOUT)),
         BQ=query_block(stage),
         PREC=precision,
-        **launch_options(),
     )

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from .activations import activate, matmul, rounded, slope_of_input, slope_of_output
 from .criterion import criterion_terms, gain_for, loss_scale, read_targets, target_strides
-from .schedule import Configuration, launch_options
+from .launcher import launch
+from .schedule import Configuration
 from .stages import Schedule
-from .tiles import wide
+from .tiles import synchronise, wide
 
 MOST_QUERIES = 1024  # one program walks over all of a model's queries
 
@@ -65,7 +66,10 @@ def _forward(x, w1, w2, b1, b2, q, n, s1: tl.constexpr, s2: tl.constexpr, PREC: 
     return A, z1, h, z2, activate(z2, ACT2, PARAM2)
 
 
-@triton.jit(do_not_specialize=["n", "temperature", "loss_scale", "bias_stride"])
+@triton.jit(
+    do_not_specialize=["n", "temperature", "loss_scale", "bias_stride", "bias_step", "k_stride", "q_stride", "c_stride"],
+    do_not_specialize_on_alignment=["bias1", "bias2", "targets", "losses"],
+)
 def head_kernel(
     x,
     below_slope,
@@ -166,7 +170,7 @@ def head_kernel(
         elif below.SLOPE == "pooled":
             out = out * tl.load(below_slope + at, mask=inside, other=0.0).to(tl.float32)
         # Every thread has read its share of these rows before any is overwritten.
-        tl.debug_barrier()
+        synchronise()
         tl.store(x + at, rounded(out, PREC), mask=inside)
     part1 += j * part_stride
     part2 += j * part_stride
@@ -210,7 +214,9 @@ def head_loss_and_gradient(
     below, one, two = schedule.stages[-3:]
     first, second = schedule.placements[-2:]
     biases = [weights if p.bias is None else weights[:, p.bias.offset :] for p in (first, second)]
-    head_kernel[(k,)](
+    launch(
+        head_kernel,
+        k,
         x,
         x if below_slope is None else below_slope,
         packed[:, first.forward :],
@@ -236,5 +242,6 @@ def head_loss_and_gradient(
         below=below,
         c=config,
         CRITERION=criterion,
-        **launch_options(config.WARPS, config.REGISTERS),
+        warps=config.WARPS,
+        registers=config.REGISTERS,
     )

@@ -14,7 +14,7 @@ activations. It raises when differentiated twice.
 from __future__ import annotations
 
 import contextlib
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -23,17 +23,20 @@ from torch import Tensor
 from ..layers import Layers
 from ..once import once
 from .budget import MEMORY, choose_mode, models_per_chunk
-from .convolution import launch_configuration, stage_dw, stage_dx, stage_forward
+from .convolution import launch_configuration, stage_forward
 from .criterion import CRITERIA, criterion_forward_backward, gradient_scale
+from .gradients import stage_dw, stage_dx
 from .head import fits, head_loss_and_gradient
 from .network import network_forward, network_loss
 from .packing import fold, pack, stack, stack_pool, storage
-from .schedule import PRECISIONS
+from .schedule import PRECISIONS, tuned, tuning
 from .schedule import schedule as schedule_of
 from .stages import Schedule
 from .tables import FoldTables, fold_tables
 
 OFFSETS = 2**31  # in-model offsets are 32-bit
+# Layers that were seen, by identity: hashing some twenty records at every call takes longer than a launch.
+_schedules: dict[tuple[int, tuple[int, ...]], tuple[Layers, Schedule]] = {}
 
 
 def _device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -71,7 +74,7 @@ class _Queries:
         self.shared = queries.ndim == rank + 1 and index is None
         self.n = queries.shape[0] if self.shared else queries.shape[1] if index is None else index.shape[1]
         self.queries, self.rank, self.layout = queries, rank, (schedule, rank, precision)
-        self.index = None if index is None else index.contiguous()
+        self.index = None if index is None else index.long().contiguous()
         self.per_model = 0 if self.shared else self.n
         if self.n < 1:
             raise ValueError("expected at least one query")
@@ -84,11 +87,11 @@ class _Queries:
     def images(self) -> Tensor:
         return (stack if self.index is None else stack_pool)(self.queries, *self.layout)
 
-    def of(self, start: int) -> tuple[Tensor, Tensor | None]:
-        """(images, index) of the chunk that begins at model ``start``."""
+    def of(self, start: int, count: int) -> tuple[Tensor, Tensor | None]:
+        """(images, index) of the chunk of ``count`` models that begins at model ``start``."""
         if self.index is not None:
             return self.images, self.index[start:]
-        return (self.images if self.shared else self.images[start * self.n :]), None
+        return (self.images if self.shared else stack(self.queries[start : start + count], *self.layout)), None
 
 
 def _forward(
@@ -181,9 +184,15 @@ def _check(weights: Tensor, schedule: Schedule, n: int, precision: str) -> None:
         raise ValueError(f"unknown precision {precision!r}; known: {list(PRECISIONS)}")
     if weights.ndim != 2 or weights.shape[1] != schedule.parameters or not weights.is_floating_point():
         raise ValueError(f"expected weights [k, {schedule.parameters}], got {list(weights.shape)} {weights.dtype}")
-    widest = max(max(s.INPUTS, s.CODES, s.OUTPUTS, s.SLOPES, s.HB * s.WB * s.PS**2 * s.C) for s in schedule.stages)
+    widest = _widest(schedule)
     if n * widest >= OFFSETS:
         raise ValueError(f"{n} queries are {n * widest} numbers a model; the kernels address fewer than {OFFSETS}")
+
+
+@lru_cache(maxsize=256)
+def _widest(schedule: Schedule) -> int:
+    """Numbers a query of the largest block that is addressed with 32 bits."""
+    return max(max(s.INPUTS, s.CODES, s.OUTPUTS, s.SLOPES, s.HB * s.WB * s.PS**2 * s.C) for s in schedule.stages)
 
 
 def _axes(queries: Tensor) -> int:
@@ -194,7 +203,13 @@ def _axes(queries: Tensor) -> int:
 
 
 def _schedule(layers: Layers, queries: Tensor) -> Schedule:
-    return schedule_of(layers, tuple(queries.shape[-_axes(queries) :]))
+    shape = tuple(queries.shape[-_axes(queries) :])
+    known = _schedules.get((id(layers), shape))
+    if known is None or known[0] is not layers:
+        if len(_schedules) >= 256:
+            _schedules.clear()
+        known = _schedules[id(layers), shape] = layers, schedule_of(layers, shape)
+    return known[1]
 
 
 def _mode(asked: str | None, schedule: Schedule, n: int, precision: str, gradient: bool, memory: int) -> str:
@@ -215,7 +230,7 @@ def forward(
 ) -> Tensor:
     """Outputs ``[k, n, K]`` fp32, without autograd. ``memory`` bounds the bytes of activations in flight.
 
-    ``index`` ``[k, n]`` picks rows of a query pool and is trusted: checking it would wait for the device.
+    ``index`` ``[k, n]`` picks rows of a query pool. Checking it would wait for the device: a row that is not there is a query of NaN.
     ``mode``: ``layers``, ``network`` (raises Unplannable where it cannot), or None for ``choose_mode``.
     """
     schedule, k = _schedule(layers, queries), weights.shape[0]
@@ -232,10 +247,12 @@ def forward(
             return outputs
         chunk = models_per_chunk(schedule, k, n, precision, False, memory)
         held = _Activations(schedule, chunk, n, precision, False, weights.device)
+        direct = chunk == k or chunk % 8 == 0  # else a chunk's outputs may begin anywhere, for which there is another kernel
         for start in range(0, k, chunk):
             part = weights[start : start + chunk]
-            held.outputs[-1] = outputs[start:]
-            images, own = source.of(start)
+            if direct:
+                held.outputs[-1] = outputs[start:]
+            images, own = source.of(start, len(part))
             _forward(
                 schedule,
                 held,
@@ -249,6 +266,8 @@ def forward(
                 shared=source.shared,
                 gradient=False,
             )
+            if not direct:
+                outputs[start : start + chunk] = held.outputs[-1].view(chunk, n, schedule.classes)[: len(part)]
         return outputs
 
 
@@ -279,7 +298,7 @@ def loss_and_gradient(
         if not targets.is_floating_point():
             if criterion != "cross_entropy" or targets.shape != (k, n):
                 raise ValueError(f"labels are [{k}, {n}] and for cross_entropy, got {list(targets.shape)}, {criterion}")
-            criterion = "labels"
+            criterion, targets = "labels", targets.long()
         elif targets.shape != (k, n, schedule.classes):
             raise ValueError(f"expected targets {[k, n, schedule.classes]}, got {list(targets.shape)}")
         if criterion not in (*CRITERIA, "labels", "gradient"):
@@ -318,7 +337,7 @@ def loss_and_gradient(
             rows = weights[start : start + chunk]
             count = rows.shape[0]
             packed = pack(rows, schedule, precision)
-            images, own = source.of(start)
+            images, own = source.of(start, count)
             _forward(
                 schedule,
                 held,
@@ -396,17 +415,23 @@ def warmup(
     memory: int | None = None,
     mode: str | None = None,
 ) -> None:
-    """Compile the kernels and build the tables that calls with n shared queries use, for any k: after it, a call makes no
-    copy from the host and compiles nothing, so a CUDA graph can capture it."""
+    """Compile the kernels and build the tables that calls with n queries use, for any k: after it, a call with ``criterion``, forward or
+    through ``differentiable_forward``, with shared queries, each model's own or rows of a pool, in one chunk or many, makes no copy
+    from the host and compiles nothing, so a CUDA graph can capture it."""
     schedule = schedule_of(layers, input_shape)
     weights = torch.zeros(1, schedule.parameters, device=device)
     queries = torch.zeros(n, *input_shape, device=device)
+    outputs = torch.zeros(1, n, schedule.classes, device=device)
     kinds = {"labels": (torch.long, (1, n))}
-    kind, shape = kinds.get(criterion, (torch.float32, (1, n, schedule.classes)))
+    kind, shape = kinds.get(criterion, (torch.float32, outputs.shape))
     targets = torch.zeros(shape, dtype=kind, device=device)
     criterion = "cross_entropy" if criterion == "labels" else criterion
-    loss_and_gradient(weights, queries, targets, layers, criterion, 2.0, precision, memory=memory, mode=mode)
-    forward(weights, queries, layers, precision, memory=memory, mode=mode)
+    more: dict[str, Any] = {"memory": memory, "mode": mode}
+    index = torch.zeros(1, n, dtype=torch.long, device=device)
+    for images, rows in ((queries, None), (queries[None], None), (queries, index)):
+        loss_and_gradient(weights, images, targets, layers, criterion, 2.0, precision, index=rows, **more)
+        loss_and_gradient(weights, images, outputs, layers, "gradient", 1.0, precision, index=rows, **more)
+        forward(weights, images, layers, precision, index=rows, **more)
 
 
 def differentiable_forward(
@@ -422,12 +447,15 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weights: Tensor, queries: Tensor, layers: Layers, precision: str, memory: int | None) -> Tensor:
         ctx.save_for_backward(weights, queries)
-        ctx.options = layers, precision, memory
+        ctx.options = layers, precision, memory, tuning()
         return forward(weights, queries, layers, precision, memory=memory)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weights, queries = ctx.saved_tensors
-        layers, precision, memory = ctx.options
-        _, gradient = loss_and_gradient(weights.detach(), queries, grad.detach().float(), layers, "gradient", 1.0, precision, memory=memory)
+        layers, precision, memory, choice = ctx.options
+        with tuned(choice):  # this is autograd's thread
+            _, gradient = loss_and_gradient(
+                weights.detach(), queries, grad.detach().float(), layers, "gradient", 1.0, precision, memory=memory
+            )
         return once(gradient.to(weights.dtype)), None, None, None, None

@@ -28,14 +28,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .convolution import dw_rows, dx_rows, forward_rows
+from . import launcher
+from .budget import rounded_chunk
+from .convolution import forward_rows, rows_of
 from .criterion import criterion_terms, gain_for, gradient_scale, loss_scale, read_targets, store_gradient, target_strides
+from .devices import matrix_unit
+from .gradients import dw_rows, dx_rows
+from .launcher import launch
 from .network_layout import Network, model_bytes, network, split
 from .packing import gathered, pack, prepare, stack_pool, storage
-from .schedule import launch_options
 from .stages import Schedule, blocks
 from .tables import whole_tables
-from .tiles import wide
+from .tiles import synchronise, wide
 
 
 @triton.constexpr_function
@@ -48,6 +52,7 @@ def entry(net, name, i):
 def _forward_stage(
     x,
     index,
+    rows,
     w,
     bias,
     bias_step,
@@ -72,6 +77,7 @@ def _forward_stage(
         forward_rows(
             x,
             index,
+            rows,
             w + WEIGHTS,
             bias + BIAS * bias_step,
             bias_step,
@@ -86,7 +92,7 @@ def _forward_stage(
             INDEXED,
             GRAD,
         )
-    tl.debug_barrier()
+    synchronise()
 
 
 @triton.jit
@@ -100,19 +106,34 @@ def _between(scratch, ends, net: tl.constexpr, i: tl.constexpr, END: tl.constexp
 
 
 @triton.jit
-def _forward(x, index, w, bias, bias_step, y, codes, scratch, count, net: tl.constexpr, INDEXED: tl.constexpr, GRAD: tl.constexpr):
+def _forward(x, index, rows, w, bias, bias_step, y, codes, scratch, count, net: tl.constexpr, INDEXED: tl.constexpr, GRAD: tl.constexpr):
     """A block of ``count`` queries through all stages."""
     DEPTH: tl.constexpr = net.DEPTH
     out = _between(scratch, y, net, 1, DEPTH)
-    _forward_stage(x, index, w, bias, bias_step, out, codes, scratch, count, net, 0, INDEXED, GRAD)
+    _forward_stage(x, index, rows, w, bias, bias_step, out, codes, scratch, count, net, 0, INDEXED, GRAD)
     for i in tl.static_range(1, DEPTH):
         given = _between(scratch, x, net, i, 0)
         out = _between(scratch, y, net, i + 1, DEPTH)
-        _forward_stage(given, given, w, bias, bias_step, out, codes, scratch, count, net, i, False, GRAD)
+        _forward_stage(given, given, rows, w, bias, bias_step, out, codes, scratch, count, net, i, False, GRAD)
 
 
 @triton.jit
-def _backward_stage(x, index, g, w, codes, scratch, sums, factor, keep, count, net: tl.constexpr, i: tl.constexpr, INDEXED: tl.constexpr):
+def _backward_stage(
+    x,
+    index,
+    rows,
+    g,
+    w,
+    codes,
+    scratch,
+    sums,
+    factor,
+    keep,
+    count,
+    net: tl.constexpr,
+    i: tl.constexpr,
+    INDEXED: tl.constexpr,
+):
     """Weight gradients of stage i on top of ``sums``; then its input gradient over its input, except for the first stage."""
     s: tl.constexpr = entry(net, "stages", i)
     c: tl.constexpr = entry(net, "dw", i)
@@ -125,6 +146,7 @@ def _backward_stage(x, index, g, w, codes, scratch, sums, factor, keep, count, n
         dw_rows(
             x,
             index,
+            rows,
             g,
             codes + CODES,
             scratch + SLOPES,
@@ -139,7 +161,7 @@ def _backward_stage(x, index, g, w, codes, scratch, sums, factor, keep, count, n
             INDEXED,
             True,
         )
-    tl.debug_barrier()
+    synchronise()
     if i > 0:
         below: tl.constexpr = entry(net, "stages", i - 1)
         cx: tl.constexpr = entry(net, "dx", i)
@@ -149,10 +171,12 @@ def _backward_stage(x, index, g, w, codes, scratch, sums, factor, keep, count, n
         BLOCKS: tl.constexpr = s.HB * s.WB
         for cb in tl.range(0, CB, num_stages=1):
             dx_rows(g, codes + CODES, scratch + SLOPES, w + BACK, x, scratch + BELOW, 0, count * BLOCKS, cb, s, below, cx)
-        tl.debug_barrier()
+        synchronise()
 
 
-@triton.jit(do_not_specialize=["n", "units", "walks", "bias_stride"])
+@triton.jit(
+    do_not_specialize=["n", "rows", "units", "walks", "bias_stride", "bias_step"], do_not_specialize_on_alignment=["index", "bias", "y"]
+)
 def network_forward_kernel(
     x,
     index,
@@ -161,6 +185,7 @@ def network_forward_kernel(
     y,
     scratch,
     n,
+    rows,
     units,
     walks,
     w_stride,
@@ -187,6 +212,7 @@ def network_forward_kernel(
         _forward(
             images,
             index + (j * n + q0),
+            rows,
             w + j * w_stride,
             bias + j * bias_stride,
             bias_step,
@@ -217,11 +243,16 @@ def _criterion(outs, targets, scratch, q0, count, q_stride, c_stride, temperatur
     terms, d = criterion_terms(f, y, q, count, temperature, K, KP, CRITERION)
     gain = gain_for(tl.max(tl.max(tl.abs(d), axis=1), axis=0))
     store_gradient(scratch + GRADIENT, scratch + SLOPES, d * gain, f, q, count, s, KP, PREC)
-    tl.debug_barrier()
+    synchronise()
     return tl.sum(terms, axis=1), 1.0 / gain
 
 
-@triton.jit(do_not_specialize=["n", "units", "parts", "queries_per_part", "bias_stride", "k_stride", "temperature"])
+@triton.jit(
+    do_not_specialize=[
+        "n", "rows", "units", "parts", "queries_per_part", "bias_stride", "bias_step", "k_stride", "q_stride", "c_stride", "temperature",
+    ],
+    do_not_specialize_on_alignment=["index", "bias", "targets"],
+)  # fmt: skip
 def network_loss_kernel(
     x,
     index,
@@ -238,6 +269,7 @@ def network_loss_kernel(
     outs,
     sums,
     n,
+    rows,
     units,
     parts,
     queries_per_part,
@@ -282,15 +314,15 @@ def network_loss_kernel(
             count = tl.minimum(tl.minimum(queries_per_part - t, QB), n - q0).to(tl.int32)
             images = x + (q0 if SHARED else j * n + q0) * (0 if INDEXED else INPUTS)
             own = index + (j * n + q0)
-            _forward(images, own, wj, bias + j * bias_stride, bias_step, outs, codes, scratch, count, net, INDEXED, True)
+            _forward(images, own, rows, wj, bias + j * bias_stride, bias_step, outs, codes, scratch, count, net, INDEXED, True)
             more, factor = _criterion(outs, targets + j * k_stride, scratch, q0, count, q_stride, c_stride, temperature, net, CRITERION)
             loss += more
             for up in tl.static_range(DEPTH - 1):
                 g = _between(scratch, scratch + GRADIENT, net, DEPTH - up, DEPTH)
                 below = _between(scratch, scratch, net, DEPTH - 1 - up, 0)
-                _backward_stage(below, own, g, wj, codes, scratch, sums, factor, t > 0, count, net, DEPTH - 1 - up, False)
+                _backward_stage(below, own, rows, g, wj, codes, scratch, sums, factor, t > 0, count, net, DEPTH - 1 - up, False)
             g = _between(scratch, scratch + GRADIENT, net, 1, DEPTH)
-            _backward_stage(images, own, g, wj, codes, scratch, sums, factor, t > 0, count, net, 0, INDEXED)
+            _backward_stage(images, own, rows, g, wj, codes, scratch, sums, factor, t > 0, count, net, 0, INDEXED)
         for p0 in tl.range(0, PARAMETERS, B, num_stages=1):
             p = p0 + tl.arange(0, B)
             whole = gathered(sums, places, steps, counts, p, p < PARAMETERS, 1, PLACES)
@@ -298,7 +330,9 @@ def network_loss_kernel(
         tl.store(terms + unit, tl.sum(loss, axis=0))
 
 
-@triton.jit(do_not_specialize=["programs", "parts", "parameters", "scale", "loss_scale"])
+@triton.jit(
+    do_not_specialize=["programs", "parts", "parameters", "scale", "loss_scale"], do_not_specialize_on_alignment=["gradient", "losses"]
+)
 def reduce_kernel(partials, terms, gradient, losses, programs, parts, parameters, scale, loss_scale, B: tl.constexpr):
     """Program (model, block of parameters): a model's parts, added in order; its first program adds the loss' terms too."""
     pid = tl.program_id(0)
@@ -318,9 +352,8 @@ def reduce_kernel(partials, terms, gradient, losses, programs, parts, parameters
 
 def specialised(schedule: Schedule, precision: str, gradient: bool, device: torch.device, block: int | None = None) -> Network:
     """``network`` for a device; in the interpreter with a precision that it gets right. Raises Unplannable."""
-    hopper = device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
     emulated = "bf16_emulated" if precision == "bf16" and triton.knobs.runtime.interpret else None
-    return network(schedule, precision, gradient, hopper, block, emulated)
+    return network(schedule, precision, gradient, matrix_unit(launcher.capability_of(device)), block, emulated)
 
 
 def resident(device: torch.device) -> int:
@@ -336,7 +369,7 @@ class _Launch:
         gradient = net.SUMS > 0
         self.programs = max(1, min(len(weights) * units, resident(self.device)))
         room = memory - self.programs * net.program_bytes(precision)
-        self.chunk = max(1, min(len(weights), room // model_bytes(schedule, n, precision, gradient)))
+        self.chunk = rounded_chunk(len(weights), max(0, room) // model_bytes(schedule, n, precision, gradient))
         self.scratch = self.empty(net.SCRATCH, storage(precision))
 
     def empty(self, size: int, kind: torch.dtype) -> Tensor:
@@ -346,19 +379,19 @@ class _Launch:
     def chunks(
         self, weights: Tensor, queries: Tensor, index: Tensor | None, rank: int, shared: bool
     ) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
-        """(first model, its rows of weights, packed weights, images, index) of every chunk; the first one's launch also
-        stacks the queries, but for a pool."""
+        """(first model, its rows of weights, packed weights, images, index) of every chunk; the launch that packs also stacks the
+        queries, but for a pool."""
         images: Tensor | None = None
         for start in range(0, len(weights), self.chunk):
             rows = weights[start : start + self.chunk]
-            if images is None and index is None:
-                packed, images = prepare(rows, queries, self.schedule, rank, self.precision)
+            if index is None and not (shared and start):
+                own = queries if shared else queries[start : start + self.chunk]
+                packed, images = prepare(rows, own, self.schedule, rank, self.precision)
             else:
                 packed = pack(rows, self.schedule, self.precision)
             if images is None:  # a pool that many calls index
                 images = stack_pool(queries, self.schedule, rank, self.precision)
-            own = images if shared or index is not None else images[start * self.n :]
-            yield start, rows, packed, own, images if index is None else index[start:]
+            yield start, rows, packed, images, images if index is None else index[start:]
 
 
 def network_forward(
@@ -378,17 +411,20 @@ def network_forward(
     n = outputs.shape[1]
     net = specialised(schedule, precision, False, weights.device, block)
     walks = blocks(n, net.QB)
-    launch = _Launch(weights, net, walks, schedule, n, precision, memory)
-    for start, rows, packed, images, own in launch.chunks(weights, queries, index, rank, shared):
+    held = _Launch(weights, net, walks, schedule, n, precision, memory)
+    for start, rows, packed, images, own in held.chunks(weights, queries, index, rank, shared):
         units = len(rows) * walks
-        network_forward_kernel[(min(units, launch.programs),)](
+        launch(
+            network_forward_kernel,
+            min(units, held.programs),
             images,
             own,
             packed,
             rows,
             outputs[start:],
-            launch.scratch,
+            held.scratch,
             n,
+            rows_of(images, schedule.stages[0]),
             units,
             walks,
             packed.stride(0),
@@ -397,7 +433,6 @@ def network_forward(
             net=net,
             SHARED=shared,
             INDEXED=index is not None,
-            **launch_options(),
         )
 
 
@@ -423,16 +458,18 @@ def network_loss(
     integers for ``labels``) of any strides. Raises Unplannable if the network does not fit one program."""
     net = specialised(schedule, precision, True, weights.device, block)
     parts, each = split(n, net.QB)
-    launch = _Launch(weights, net, parts, schedule, n, precision, memory)
-    codes, outs, sums = launch.empty(net.CODES, torch.int8), launch.empty(net.OUTS, torch.float32), launch.empty(net.SUMS, torch.float32)
-    partials = torch.empty(launch.chunk * parts, schedule.parameters, device=weights.device)
-    terms = torch.empty(launch.chunk * parts, device=weights.device)
+    held = _Launch(weights, net, parts, schedule, n, precision, memory)
+    codes, outs, sums = held.empty(net.CODES, torch.int8), held.empty(net.OUTS, torch.float32), held.empty(net.SUMS, torch.float32)
+    partials = torch.empty(held.chunk * parts, schedule.parameters, device=weights.device)
+    terms = torch.empty(held.chunk * parts, device=weights.device)
     tables = whole_tables(schedule, weights.device)
     scales = gradient_scale(criterion, n, schedule.classes, temperature), loss_scale(criterion, n, schedule.classes, temperature)
     programs = blocks(schedule.parameters, 256)
-    for start, rows, packed, images, own in launch.chunks(weights, queries, index, rank, shared):
+    for start, rows, packed, images, own in held.chunks(weights, queries, index, rank, shared):
         count = len(rows)
-        network_loss_kernel[(min(count * parts, launch.programs),)](
+        launch(
+            network_loss_kernel,
+            min(count * parts, held.programs),
             images,
             own,
             packed,
@@ -444,10 +481,11 @@ def network_loss(
             partials,
             terms,
             codes,
-            launch.scratch,
+            held.scratch,
             outs,
             sums,
             n,
+            rows_of(images, schedule.stages[0]),
             count * parts,
             parts,
             each,
@@ -460,8 +498,17 @@ def network_loss(
             CRITERION=criterion,
             SHARED=shared,
             INDEXED=index is not None,
-            **launch_options(),
         )
-        reduce_kernel[(count * programs,)](
-            partials, terms, gradient[start:], losses[start:], programs, parts, schedule.parameters, *scales, B=256, **launch_options()
+        launch(
+            reduce_kernel,
+            count * programs,
+            partials,
+            terms,
+            gradient[start:],
+            losses[start:],
+            programs,
+            parts,
+            schedule.parameters,
+            *scales,
+            B=256,
         )

@@ -13,8 +13,9 @@ from functools import lru_cache
 from itertools import accumulate
 
 from ..layers import Unplannable
+from .devices import WARPGROUP
 from .schedule import Configuration, configuration, element_size
-from .stages import Schedule, Stage, blocks, power_of_two
+from .stages import Hashed, Schedule, Stage, blocks, hash_once, power_of_two
 from .tables import step
 
 SCRATCH = 2**18  # bytes of activations that a block of queries should stay below
@@ -26,7 +27,7 @@ PART = 128  # queries that one program walks over
 
 
 @dataclass(frozen=True)
-class Network:
+class Network(Hashed):
     """All that a whole-network kernel is specialised on. Offsets are in numbers, within a packed row (``weights``, ``back``), a
     row of weights (``biases``), or a program's scratch (``outputs``, ``slopes``, ``gradient``: operands; ``codes``: bytes;
     ``sums``: fp32)."""
@@ -49,6 +50,8 @@ class Network:
     SUMS: int
     PARAMETERS: int
     PLACES: int
+
+    __hash__ = hash_once
 
     @property
     def DEPTH(self) -> int:
@@ -108,7 +111,7 @@ def query_block(schedule: Schedule, precision: str, gradient: bool) -> int:
 
 @lru_cache(maxsize=256)
 def network(
-    schedule: Schedule, precision: str, gradient: bool, hopper: bool = True, block: int | None = None, interpreted: str | None = None
+    schedule: Schedule, precision: str, gradient: bool, unit: str = WARPGROUP, block: int | None = None, interpreted: str | None = None
 ) -> Network:
     """Lay out ``schedule`` for one program. ``block`` overrides the queries a block (a power of two), ``interpreted`` the products'
     precision. Raises Unplannable if the network is too deep, too wide or too large for it."""
@@ -127,7 +130,7 @@ def network(
     (gradient_at,), end = _offsets([qb * last.CODES * gradient], end)
     codes, codes_end = _offsets(qb * s.CODES * (gradient and s.POOL == "max") for s in stages)
     bases = tuple(accumulate((step(s) for s in stages[:-1]), initial=0)) if gradient else (0,) * len(stages)
-    roles = {role: tuple(configuration(role, s, precision, hopper) for s in stages) for role in ("forward", "dw", "dx")}
+    roles = {role: tuple(configuration(role, s, precision, unit) for s in stages) for role in ("forward", "dw", "dx")}
     if interpreted is not None:
         roles = {role: tuple(replace(c, PREC=interpreted) for c in configurations) for role, configurations in roles.items()}
     layout = Network(
@@ -167,8 +170,8 @@ def model_bytes(schedule: Schedule, n: int, precision: str, gradient: bool) -> i
     return schedule.packed * element_size(precision) + 4 * parts * (schedule.parameters + 1)
 
 
-def network_bytes(schedule: Schedule, k: int, n: int, precision: str, gradient: bool, programs: int, hopper: bool = True) -> int:
+def network_bytes(schedule: Schedule, k: int, n: int, precision: str, gradient: bool, programs: int, unit: str = WARPGROUP) -> int:
     """Bytes a call on k models holds beyond its arguments, its results and the queries as the kernels read them."""
-    return programs * network(schedule, precision, gradient, hopper).program_bytes(precision) + k * model_bytes(
+    return programs * network(schedule, precision, gradient, unit).program_bytes(precision) + k * model_bytes(
         schedule, n, precision, gradient
     )

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .activations import rounded
-from .schedule import launch_options
+from .launcher import launch
 from .stages import Schedule, blocks
 from .tables import FoldTables, pack_table
 from .tiles import wide
@@ -69,12 +69,14 @@ def _stack(
     tl.store(out + e, rounded(v, PREC), mask=mask)
 
 
-@triton.jit(do_not_specialize=["programs", "packed"])
+@triton.jit(do_not_specialize=["programs", "packed", "stride", "step"], do_not_specialize_on_alignment=["weights"])
 def pack_kernel(weights, table, out, programs, packed, stride, step, B: tl.constexpr, PREC: tl.constexpr):
     _pack(weights, table, out, programs, packed, stride, step, tl.program_id(0), B, PREC)
 
 
-@triton.jit(do_not_specialize=["count", "channels"])
+@triton.jit(
+    do_not_specialize=["count", "channels", "q_stride", "c_stride", "y_stride", "x_stride"], do_not_specialize_on_alignment=["queries"]
+)
 def stack_kernel(
     queries,
     out,
@@ -93,7 +95,12 @@ def stack_kernel(
     _stack(queries, out, count, channels, q_stride, c_stride, y_stride, x_stride, tl.program_id(0), H, W, C, B, PREC)
 
 
-@triton.jit(do_not_specialize=["first", "programs", "packed", "count", "channels"])
+@triton.jit(
+    do_not_specialize=[
+        "first", "programs", "packed", "stride", "step", "count", "channels", "q_stride", "c_stride", "y_stride", "x_stride",
+    ],
+    do_not_specialize_on_alignment=["weights", "queries"],
+)  # fmt: skip
 def prepare_kernel(
     weights,
     table,
@@ -138,7 +145,7 @@ def gathered(partials, places, steps, counts, p, mask, most, D: tl.constexpr):
     return acc
 
 
-@triton.jit(do_not_specialize=["programs", "parameters", "most", "scale"])
+@triton.jit(do_not_specialize=["programs", "parameters", "most", "scale"], do_not_specialize_on_alignment=["out"])
 def fold_kernel(
     partials,
     places,
@@ -185,7 +192,7 @@ def _stacking(queries: Tensor, schedule: Schedule, rank: int, precision: str) ->
 def pack(weights: Tensor, schedule: Schedule, precision: str) -> Tensor:
     """``[k, P]`` weights of any strides -> ``[k, packed]`` operands."""
     out, programs, tensors, sizes = _packing(weights, schedule, precision)
-    pack_kernel[(programs,)](*tensors, *sizes, B=1024, PREC=precision, **launch_options())
+    launch(pack_kernel, programs, *tensors, *sizes, B=1024, PREC=precision)
     return out
 
 
@@ -193,7 +200,7 @@ def stack(queries: Tensor, schedule: Schedule, rank: int, precision: str) -> Ten
     """Queries ``[..., C, H, W]`` (``rank`` 3) or ``[..., features]`` (1) -> ``[rows, H * W * C]`` as the first stage reads
     them. A network that begins with a linear layer reads an image as a vector in C-order."""
     out, arguments, shape = _stacking(queries, schedule, rank, precision)
-    stack_kernel[(blocks(out.numel(), 1024),)](*arguments, **shape, B=1024, PREC=precision, **launch_options())
+    launch(stack_kernel, blocks(out.numel(), 1024), *arguments, **shape, B=1024, PREC=precision)
     return out
 
 
@@ -201,9 +208,8 @@ def prepare(weights: Tensor, queries: Tensor, schedule: Schedule, rank: int, pre
     """``pack`` and ``stack`` in one launch."""
     packed, first, tensors, sizes = _packing(weights, schedule, precision)
     images, arguments, shape = _stacking(queries, schedule, rank, precision)
-    prepare_kernel[(first + blocks(images.numel(), 1024),)](
-        *tensors, first, *sizes, *arguments, **shape, B=1024, PREC=precision, **launch_options()
-    )
+    programs = first + blocks(images.numel(), 1024)
+    launch(prepare_kernel, programs, *tensors, first, *sizes, *arguments, **shape, B=1024, PREC=precision)
     return packed, images
 
 
@@ -231,7 +237,9 @@ def fold(partials: Tensor, gain: Tensor, out: Tensor, schedule: Schedule, tables
     """``[k, row]`` partials -> ``out`` ``[k, P]``, contiguous."""
     k = partials.shape[0]
     programs = blocks(schedule.parameters, 256)
-    fold_kernel[(k * programs,)](
+    launch(
+        fold_kernel,
+        k * programs,
         partials,
         tables.places,
         tables.steps,
@@ -245,5 +253,4 @@ def fold(partials: Tensor, gain: Tensor, out: Tensor, schedule: Schedule, tables
         scale,
         D=tables.places.shape[1],
         B=256,
-        **launch_options(),
     )

@@ -10,11 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ..layers import Activation, Conv2d, Dropout, Flatten, Layer, Layers, Linear, Pool2d, Slot, Unplannable, layer_slots, shapes
-from .stages import Placement, Schedule, Stage, blocks, power_of_two
+from .devices import WARPGROUP
+from .stages import Hashed, Placement, Schedule, Stage, blocks, hash_once, power_of_two
 
 MONOTONE = ("identity", "relu", "leakyrelu", "tanh", "sigmoid", "elu", "celu")  # their slope can be read off their output
 ACTIVATIONS = (*MONOTONE, "silu", "gelu")  # those of activations.py
@@ -269,7 +271,7 @@ def schedule(layers: Layers, input_shape: tuple[int, ...]) -> Schedule:
 
 
 @dataclass(frozen=True)
-class Configuration:
+class Configuration(Hashed):
     """How one kernel is launched: rows a tile, warps, pipeline stages, whether weights stay in shared memory, the precision, row
     tiles a program, and a limit to registers a thread (0: the compiler's own)."""
 
@@ -280,6 +282,8 @@ class Configuration:
     PREC: str
     TILES: int = 8
     REGISTERS: int = 0
+
+    __hash__ = hash_once
 
 
 def launch_options(warps: int = 4, registers: int = 0) -> dict[str, int | bool]:
@@ -292,10 +296,10 @@ def element_size(precision: str) -> int:
 
 
 @lru_cache(maxsize=1024)
-def _default(role: str, stage: Stage, precision: str, hopper: bool) -> Configuration:
+def _default(role: str, stage: Stage, precision: str, unit: str) -> Configuration:
     """Hopper's matrix instruction takes 64 rows a warpgroup. Before it, and for the three products of tf32x3, operands pass
     through registers and the rows are as few as keep them from spilling."""
-    size = element_size(precision)
+    size, hopper = element_size(precision), unit == WARPGROUP
     if precision == "tf32x3":
         rows = 32 if role == "dw" and hopper else 16
     elif hopper:
@@ -321,29 +325,44 @@ class Tuning:
     split_rows: int = SPLIT_ROWS
 
 
-_tuning: Tuning | None = None
+def _pipelined(role: str, stage: Stage, precision: str, default: Configuration) -> Configuration:
+    return replace(default, STAGES=2) if role in ("forward", "dx") else default
+
+
+def _long(role: str, stage: Stage, precision: str, default: Configuration) -> Configuration:
+    return replace(default, TILES=16) if role in ("forward", "dx") else default
+
+
+# What a machine may find fastest when it proves the kernels. They move loads and rows between programs and no term of a sum: whichever
+# is taken, the bits are the same.
+CHOICES = {"default": Tuning(), "pipelined": Tuning(_pipelined), "long": Tuning(_long)}
+_tuning: ContextVar[Tuning | None] = ContextVar("wslfast_tuning", default=None)
+
+
+def tuning() -> Tuning:
+    """What :func:`tuned` set for this call, to be set again where autograd's own thread goes on with it."""
+    return _tuning.get() or CHOICES["default"]
 
 
 @contextmanager
-def tuned(tuning: Tuning) -> Iterator[None]:
-    """The one hook of ``benchmarks/tune.py``: inside, every launch of this process takes its configuration from ``tuning``."""
-    global _tuning
-    before, _tuning = _tuning, tuning
+def tuned(choice: Tuning) -> Iterator[None]:
+    """Inside, every launch takes its configuration from ``choice``: one of CHOICES, or what ``benchmarks/tune.py`` tries."""
+    token = _tuning.set(choice)
     try:
         yield
     finally:
-        _tuning = before
+        _tuning.reset(token)
 
 
-def configuration(role: str, stage: Stage, precision: str, hopper: bool = True) -> Configuration:
+def configuration(role: str, stage: Stage, precision: str, unit: str = WARPGROUP) -> Configuration:
     """Launch parameters of ``role`` (forward | dx | dw): a pure function, so that no first call tunes."""
-    default = _default(role, stage, precision, hopper)
-    return default if _tuning is None else _tuning.choose(role, stage, precision, default)
+    default = _default(role, stage, precision, unit)
+    return tuning().choose(role, stage, precision, default)
 
 
 def splits(stage: Stage, n: int) -> int:
     """Parts of the rows that a weight gradient is summed over; never a function of k, so a model's sum keeps its order."""
-    return min(16, blocks(n * stage.POSITIONS, SPLIT_ROWS if _tuning is None else _tuning.split_rows))
+    return min(16, blocks(n * stage.POSITIONS, tuning().split_rows))
 
 
 def needed_multiply_adds(stage: Stage, placement: Placement, role: str) -> int:

@@ -10,7 +10,8 @@ columns, in registers. A linear layer is a 1 x 1 convolution over a 1 x 1 map wh
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from ..layers import Slot
 
@@ -25,8 +26,24 @@ def blocks(n: int, size: int) -> int:
     return -(-n // size)
 
 
+class Hashed:
+    """Base of records by which compiled kernels are found again: the hash of their many fields is computed once."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_hash"}  # texts hash otherwise in another process
+
+
+def hash_once(record: Hashed) -> int:
+    """The ``__hash__`` of a frozen dataclass, kept."""
+    known: int | None = record.__dict__.get("_hash")
+    if known is None:
+        known = hash(tuple(getattr(record, field.name) for field in fields(record)))  # type: ignore[arg-type]
+        object.__setattr__(record, "_hash", known)
+    return known
+
+
 @dataclass(frozen=True)
-class Stage:
+class Stage(Hashed):
     """One convolution or linear layer, its pooling and its activation: all that a kernel is specialised on.
 
     ``SLOPE`` says where the activation's derivative comes from in the backward pass: ``output`` (a function of the stored
@@ -68,6 +85,8 @@ class Stage:
     FLAT: int  # tiles that run on over all kernel rows, RUNLEN elements each; 0: every kernel row has tiles of its own
     # input gradients: PS accumulators [BM, PS * BC] a program
     BC: int
+
+    __hash__ = hash_once
 
     @property
     def PS(self) -> int:
@@ -209,7 +228,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Placement:
+class Placement(Hashed):
     """A stage's layer and where its numbers lie: in a row of weights, in a row of packed weights (forward and
     input-gradient form). Kept out of ``Stage`` so that equal stages share a compiled kernel."""
 
@@ -220,9 +239,11 @@ class Placement:
     backward: int
     features: tuple[int, int, int]  # linear: the [C, H, W] map it flattens
 
+    __hash__ = hash_once
+
 
 @dataclass(frozen=True)
-class Schedule:
+class Schedule(Hashed):
     """A network as the kernels run it: stages, placements, and the sizes of a row of weights and of packed weights."""
 
     stages: tuple[Stage, ...]
@@ -231,3 +252,5 @@ class Schedule:
     packed: int
     classes: int
     flat_input: bool  # queries enter as [n, features] in C-order
+
+    __hash__ = hash_once

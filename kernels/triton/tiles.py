@@ -80,21 +80,40 @@ def weights(w, ws, i, SIZE: tl.constexpr, HOIST: tl.constexpr):
 
 
 @triton.jit
-def query(index, q, mask, INDEXED: tl.constexpr):
-    """Row of the image pool behind query q; a pool may pass 2^31 numbers, a model's own block may not."""
+def synchronise():
+    """Every thread of the program has done what stands before: what one wrote, another may read. The one name for it here."""
+    tl.debug_barrier()
+
+
+@triton.jit
+def query(index, q, mask, rows, INDEXED: tl.constexpr):
+    """Row of the image pool behind query q, -1 where there is no such row; a pool may pass 2^31 numbers, a model's own block may not."""
     if INDEXED:
-        return wide(tl.load(index + q, mask=mask, other=0))
+        row = wide(tl.load(index + q, mask=mask, other=0))
+        return tl.where((row >= 0) & (row < rows), row, -1)
     else:
         return q
 
 
 @triton.jit
 def patches(
-    x, q, oy, ox, mask, row, first, s: tl.constexpr, PATCH: tl.constexpr, KD: tl.constexpr, EXACT: tl.constexpr, FLAT: tl.constexpr
+    x,
+    q,
+    oy,
+    ox,
+    mask,
+    row,
+    first,
+    s: tl.constexpr,
+    PATCH: tl.constexpr,
+    KD: tl.constexpr,
+    EXACT: tl.constexpr,
+    FLAT: tl.constexpr,
+    INDEXED: tl.constexpr,
 ):
     """A tile [BM, KD] of patch elements: from patch row ``row`` the run that begins at element ``first``; when FLAT, going on into
     the rows below it; or, when PATCH, all patch rows, RUN elements apart. What lies outside the run or the image is zero: it is
-    masked, not only multiplied by zero weights, because a buffer's neighbour may hold NaN."""
+    masked, not only multiplied by zero weights, because a buffer's neighbour may hold NaN. A query that is not in the pool is NaN."""
     H: tl.constexpr = s.H
     W: tl.constexpr = s.W
     C: tl.constexpr = s.C
@@ -129,7 +148,13 @@ def patches(
     if PX > 0:
         ix = (ox * PS - PX)[:, None] + (run // C)[None, :]
         m = m & (ix >= 0) & (ix < W)
-    return tl.load(p, mask=m, other=0.0)
+    if INDEXED:
+        known = (q >= 0)[:, None]
+        # Of the type that is stored: a bare NaN would make the tile fp32.
+        missing = tl.full([1], float("nan"), x.dtype.element_ty)
+        return tl.where(known, tl.load(p, mask=m & known, other=0.0), missing)
+    else:
+        return tl.load(p, mask=m, other=0.0)
 
 
 @triton.jit

@@ -37,9 +37,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     calls: list[str] = []
     choose = engine.choose
 
-    def watched(architecture: Any, device: str, dtype: torch.dtype, backend: str = "auto", autocast: bool = False) -> Any:
+    def watched(architecture: Any, device: str, dtype: torch.dtype, backend: str = "auto", *rest: Any) -> Any:
         calls.append(backend)
-        return choose(architecture, device, dtype, backend, autocast)
+        return choose(architecture, device, dtype, backend, *rest)
 
     monkeypatch.setattr(engine, "choose", watched)
     return calls

@@ -35,7 +35,7 @@ GUARDS = (
         "tests/faults/test_bit_flips.py::test_no_flipped_bit_of_a_checkpoint_is_silent",
     ),
     Guard(
-        "a shard's digest is compared", "wslfast/zoo/store.py", "    if verify:\n        digest = hashlib", "    if False:\n        digest = hashlib",
+        "a shard's digest is compared", "wslfast/zoo/shards.py", "    if verify:\n        digest = hashlib", "    if False:\n        digest = hashlib",
         "tests/faults/test_bit_flips.py::test_no_flipped_bit_of_a_zoo_is_silent[data]",
     ),
     Guard(
@@ -66,7 +66,7 @@ GUARDS = (
         "tests/faults/test_fuzz.py::test_what_would_not_end_when_written_out_is_refused",
     ),
     Guard(
-        "rows of skipped shards leave the table", "wslfast/zoo/store.py", "tuple(compress(column, kept))", "tuple(column[: kept.count(True)])",
+        "rows of skipped shards leave the table", "wslfast/zoo/shards.py", "tuple(compress(column, kept))", "tuple(column[: kept.count(True)])",
         "tests/faults/test_bad_shards.py::test_bad_shards_are_named_or_counted[missing]",
     ),
     Guard(

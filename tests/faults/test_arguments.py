@@ -14,6 +14,7 @@ from training_runs import ARCH, config
 
 import wslfast
 from wslfast import (
+    AdaptiveCodec,
     Architecture,
     Autoencoder,
     LinearCodec,
@@ -138,6 +139,9 @@ CASES: dict[str, Callable[[], Any]] = {
     "codec: a share of 0": lambda: LinearCodec(ROWS, latent=0.0),
     "codec: a share of NaN": lambda: LinearCodec(ROWS, latent=NAN),
     "codec: unknown metric": lambda: LinearCodec(ROWS, latent=0.5, metric="l2"),
+    "adaptive codec: weights": lambda: AdaptiveCodec(W, queries=X),
+    "adaptive codec: damping 0": lambda: AdaptiveCodec(ROWS, queries=X, damping=0.0),
+    "adaptive codec: images of another shape": lambda: AdaptiveCodec(ROWS, queries=X[..., :-1]),
     "autoencoder: heads that do not divide": lambda: Autoencoder(LAYOUT, d_model=16, heads=3),
     "autoencoder: negative layers": lambda: Autoencoder(LAYOUT, layers=-1),
     "autoencoder: dropout 2": lambda: Autoencoder(LAYOUT, dropout=2.0),
@@ -192,7 +196,6 @@ def no_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     for module in (cpu, reference):
         for name in ("forward", "loss_and_gradient"):
             forbid(module, name)
-    forbid(reference, "forward_grouped")
     for path in (paths.Loop, paths.Stacked, paths.Cpu, Triton, Module):
         monkeypatch.setattr(path, "forward", lambda *_: called.append("path"))
         monkeypatch.setattr(path, "loss_and_gradient", lambda *_: called.append("path"))

@@ -17,7 +17,7 @@ from matrix import reached
 from training_runs import ARCH
 
 from wslfast import WslfastError, batched_behavioral_loss, batched_forward, engine, errors
-from wslfast.engine import choice, paths, triton_path
+from wslfast.engine import paths, triton_path, verdicts
 
 WEIGHTS = ARCH.initial_weights(["kaiming_normal"] * 5, range(5))
 QUERIES = torch.randn(7, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -45,11 +45,11 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The choice that a GPU whose kernels are verified would get, for tensors on the CPU."""
     real = engine.choose
 
-    def choose(architecture: Any, device: str, dtype: torch.dtype, backend: str = "auto", autocast: bool = False) -> paths.Path:
-        return real(architecture, "cuda", dtype, backend, autocast)
+    def choose(architecture: Any, device: str, *rest: Any) -> paths.Path:
+        return real(architecture, "cuda", *rest)
 
     monkeypatch.setattr(engine, "choose", choose)
-    monkeypatch.setattr(choice, "TRITON_BY_DEFAULT", True)
+    monkeypatch.setenv("WSLFAST_KERNELS", "on")
     monkeypatch.setattr(triton_path, "unbuildable", {})
     monkeypatch.setattr(errors, "_said", set())
 
@@ -102,13 +102,50 @@ def test_asked_for_by_name_they_raise_at_once(as_on_a_gpu: None, monkeypatch: py
 
 @pytest.mark.parametrize(
     "error",
-    [AssertionError("wrong result"), RuntimeError("CUDA error: an illegal memory access"), torch.OutOfMemoryError("CUDA")],
+    [AssertionError("wrong result"), RuntimeError("expected 3 channels"), torch.OutOfMemoryError("CUDA")],
     ids=lambda e: type(e).__name__,
 )
 def test_other_errors_of_kernels_are_not_hidden(as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     _broken(monkeypatch, error)
     with pytest.raises(type(error)):
         batched_forward(WEIGHTS, QUERIES, ARCH)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("PassManager::run failed"),
+        IndexError("map::at"),
+        AssertionError("ptr layout"),
+        ValueError("line 3\n  ^\nwhy it is not so"),
+    ],
+    ids=lambda e: type(e).__name__,
+)
+def test_whatever_the_compiler_ends_in_is_a_failure_to_build(as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """Its own classes are the least of it: what counts is that one of Triton's frames raised it; and the reason is in the last line."""
+    compiler: dict[str, Any] = {"__name__": "triton.compiler.compiler", "error": error}
+    exec("def compile(): raise error", compiler)
+    monkeypatch.setattr(triton_path, "kernels", compiler["compile"])
+    with pytest.raises(WslfastError, match=f"cannot be built here: {type(error).__name__}: .*{str(error).splitlines()[-1]}"):
+        _loss("triton")
+    assert torch.equal(_loss()[1], _loss("torch")[1])
+
+
+@pytest.mark.parametrize("words", ["CUDA error: an illegal memory access was encountered", "Triton Error [CUDA]: misaligned address"])
+def test_a_device_error_turns_the_kernels_off(as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, words: str) -> None:
+    monkeypatch.setenv("WSLFAST_CACHE", str(tmp_path))
+    monkeypatch.setattr(verdicts, "_known", {})
+    _broken(monkeypatch, RuntimeError(words))
+    with pytest.raises(WslfastError, match=r"start it again.*WSLFAST_KERNELS=auto\|on\|off") as raised:
+        _loss()
+    assert words in str(raised.value)
+    monkeypatch.setenv("WSLFAST_KERNELS", "auto")
+    verdicts.forget()  # as the next process
+    decision = verdicts.decide(ARCH, "tf32x3", "loss")
+    assert not decision.on
+    assert words in decision.reason
+    assert verdicts.decide(ARCH, "tf32x3", "forward").proved is False  # another form: nobody has looked
+    assert torch.equal(_loss()[1], _loss("torch")[1])
 
 
 def test_no_triton_is_one_warning(as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from wslfast import Architecture, Population, TrainConfig, WslfastError, build_zoo, errors, evaluate, generate, load_zoo, train
+from wslfast.measure.evaluation import compare_models
 from wslfast.measure.recorded import check_recorded
 from wslfast.study.ablation_file import Ablation
 from wslfast.study.ablations import run_ablation
@@ -41,7 +42,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     raw = load_dataset(root / "images.npz", (1, 28, 28), standardise=False)
     build_zoo(raw, root / "raw", models=8, epochs=3, split=(0.5, 0.25, 0.25))
     export_zoo(root / "raw", root / "ray")
-    import_zoo(root / "ray", root / "zoo", dataset=root / "images.npz", split=(0.5, 0.25, 0.25))
+    import_zoo(root / "ray", root / "zoo", dataset=root / "images.npz", standardise=True, split=(0.5, 0.25, 0.25))
     sizes = {"queries": 8, "batch_size": 4, "d_model": 16, "heads": 2, "layers": 1}
     for name in ("raw", "zoo"):
         train(TrainConfig(zoo=str(root / name), out=str(root / f"run-{name}"), steps=1, **sizes))
@@ -101,7 +102,8 @@ def _generate(root: Path, zoo: str) -> Any:
 
 def _bench(root: Path, zoo: str) -> Any:
     bench = LoadedZoo(root / zoo, Protocol.quick())
-    return bench.compare(bench.test.weights), bench.compare(bench.test.weights)
+    images, labels = bench.data.split("test")
+    return [compare_models(bench.test, bench.test.weights, images, labels, bench.targets) for _ in range(2)]
 
 
 @pytest.mark.parametrize("measure", [_evaluate, _generate, _bench], ids=["evaluate", "generate", "bench"])

@@ -108,7 +108,7 @@ def test_raw_cross_entropy_is_the_same_on_every_path(reduction: str, nan_gradien
     """The engine gets the criterion as a function: the CPU's, and torch's with a graph; a model that is not finite included."""
     checkpoint, params, x, mask, p = _case("CNN3")
     results = []
-    for path in (paths.Cpu, paths.Grouped):
+    for path in (paths.Cpu, paths.Loop, paths.Stacked):
         monkeypatch.setattr(engine, "choose", lambda architecture, *_, path=path, **__: path(architecture, "test"))
         made = DistillationLoss(checkpoint, params, n_queries=5, loss="cross_entropy", reduction=reduction, nan_gradients=nan_gradients)
         made.scale = 1.0
@@ -120,12 +120,13 @@ def test_raw_cross_entropy_is_the_same_on_every_path(reduction: str, nan_gradien
         value.backward()
         assert y.grad is not None
         results.append((value.detach(), y.grad))
-    (one, gradient), (two, expected) = results
+    (one, gradient), *others = results
     assert one.isfinite()
-    torch.testing.assert_close(one, two)
-    assert torch.equal(gradient.isnan(), expected.isnan())
-    assert bool(gradient.isnan().any()) == nan_gradients
-    torch.testing.assert_close(gradient[1:], expected[1:], rtol=1e-4, atol=1e-6 * float(expected[1:].abs().max()), equal_nan=True)
+    for two, expected in others:
+        torch.testing.assert_close(one, two)
+        assert torch.equal(gradient.isnan(), expected.isnan())
+        assert bool(gradient.isnan().any()) == nan_gradients
+        torch.testing.assert_close(gradient[1:], expected[1:], rtol=1e-4, atol=1e-6 * float(expected[1:].abs().max()), equal_nan=True)
 
 
 # -- goldens of the published code -------------------------------------------------------------------------------------
@@ -172,7 +173,7 @@ _KEYS = {"loss/loss", "loss/loss_contrast", "loss/loss_recon", "loss/loss_struct
 @pytest.mark.parametrize(
     ("gamma", "beta", "kind", "rsq"),
     [(0.05, 0.1, ReconDistillationLoss, True), (0.0, 0.0, DistillationLoss, False), (0.3, 1.0, MaskedReconLoss, True), (1.0, 1.0, MaskedReconLoss, False)],
-    ids=["all", "behaviour", "contrast-structure", "contrast"],
+    ids=["all", "behavior", "contrast-structure", "contrast"],
 )  # fmt: skip
 def test_composition_and_keys(gamma: float, beta: float, kind: type, rsq: bool) -> None:
     checkpoint, params, x, mask, p = _case("CNN", 4)

@@ -285,7 +285,7 @@ def test_a_failed_save_keeps_the_old_checkpoint_and_leaves_no_stray_file(
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_the_objective_is_the_papers_composition(tmp_path: Path, population: Population, images: Tensor, criterion: str) -> None:
-    """Against float64: masked MSE over real weights, the oracle's behavioural loss, NT-Xent by a loop; each over its normaliser."""
+    """Against float64: masked MSE over real weights, the oracle's behavioral loss, NT-Xent by a loop; each over its normaliser."""
     trainer = Trainer(config(tmp_path, criterion=criterion, views=False), population, images)
     trainer.model.eval()
     rows, queries = torch.arange(6), torch.arange(8)

@@ -42,13 +42,15 @@ class Queries:
     """The file to write, ending in .npz."""
     kind: str = "optimised"
     """What to make."""
-    n: int = 128
-    """Images of a synthetic set (at most 128 optimised ones)."""
+    n: int | None = None
+    """How many images (default: 128 of a synthetic set, all of the others)."""
     seed: int = 0
     """Seed of what is drawn."""
 
     def run(self) -> None:
-        images = query_images(self.kind, self.zoo, MappedZoo(self.zoo, "train"), n=self.n, seed=self.seed)
+        images = query_images(
+            self.kind, self.zoo, MappedZoo(self.zoo, "train"), n=self.n or 128, seed=self.seed, exactly=self.n is not None
+        )
         queries.save_queries(self.out, images)
         console.print(f"{self.out}: {len(images)} query images {list(images.shape[1:])}", soft_wrap=True)
 
@@ -108,7 +110,7 @@ class Ablate:
 
 @dataclass(frozen=True)
 class Gradients(GradientSettings):
-    """Where structure and behaviour pull a run's reconstructions, the spectrum of what relates the two, and how far first order holds.
+    """Where structure and behavior pull a run's reconstructions, the spectrum of what relates the two, and how far first order holds.
 
     Writes gradients.csv and gradients.json (docs/analysis.md says what is in them).
 

@@ -191,6 +191,8 @@ class Generate:
             after = f" after {e} epochs" if e else ""
             for name in names:
                 values = made.column(name)[epoch == e]
+                if not bool(values.isfinite().any()):  # no classes, no accuracy
+                    continue
                 spread = f"from {values.min():.3f} to {values.max():.3f}"
                 console.print(f"{name}{after}: mean {values.mean():.3f}, median {values.median():.3f}, {spread}")
 

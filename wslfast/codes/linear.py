@@ -9,7 +9,7 @@ behavioral information without a gradient step. Either code is a baseline for, a
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Union
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..architecture import Architecture
 from ..errors import describe, require
+from ..permutation import hidden_channels, random_views
 from ..population import Population
 from ..queries import QueryPool
 from ..tokens import TokenLayout, layout
@@ -27,6 +28,7 @@ from .token_groups import TokenGroups
 METRICS = ("plain", "activation")
 WIDTHS = ("water-filling", "equal")
 _QUERIES = 512  # images that make the metric, of however many are given
+_VIEWS = 8  # of each model, where permutations are drawn
 _FLOOR = 1e-3  # a latent is never scaled up by more than this much against its group's strongest one
 
 
@@ -44,8 +46,8 @@ class LinearCodec:
             metric: the most effect on the networks' outputs); ``"equal"`` gives every token the same width (a shorter row at
             most its own).
         max_width: upper bound of any token's width.
-        views: fit on every permuted view of every training model, in closed form; False fits on the models as stored. No effect
-            on opaque architectures, whose permutations are not known.
+        views: fit on every permuted view of every training model, in closed form (of a network that is no plain chain of layers, on a
+            few views of each, drawn at random); False fits on the models as stored. No effect on modules that cannot be traced.
         models: training models whose activations make the metric, drawn from the better half.
         damping: added to C, as a share of its mean eigenvalue: directions that no query excites still count a little.
         seed: of that draw.
@@ -246,14 +248,14 @@ def budget_of(latent: Union[float, int], total: int) -> int:
 
 def row_moments(weights: Tensor, groups: TokenGroups, views: bool) -> tuple[list[Tensor], list[Tensor]]:
     """Mean row ``[n]`` and covariance ``[n, n]`` (float64) of every group, over channels, models and, with ``views``, over every
-    permutation of a layer's input channels."""
+    permutation of a layer's input channels; of a network that is no plain chain of layers, over views drawn at random."""
     architecture = groups.layout.architecture
     inputs = hidden_inputs(architecture) if views and architecture.planned else None
     # permutations mix the pieces of a cut row, so they need the moments of whole rows; else the pieces' own are enough
     rows_of = groups.rows if inputs else groups.split
     total: list[Tensor] = []
     square: list[Tensor] = []
-    for chunk in weights.split(256):
+    for chunk in _drawn_views(weights, architecture) if views and not architecture.planned else weights.split(256):
         for g, rows in enumerate(rows_of(groups.layout.tokenize(chunk).tokens)):
             rows = rows.flatten(0, 1).double()
             if g == len(total):
@@ -261,7 +263,8 @@ def row_moments(weights: Tensor, groups: TokenGroups, views: bool) -> tuple[list
                 square.append(rows.new_zeros(rows.shape[1], rows.shape[1]))
             total[g] += rows.sum(0)
             square[g] += rows.T @ rows
-    counts = [len(weights) * s.channels for s in groups.spans] if inputs else [len(weights) * m for m in groups.members]
+    k = len(weights) * (_VIEWS if views and not architecture.planned and hidden_channels(architecture) else 1)
+    counts = [k * s.channels for s in groups.spans] if inputs else [k * m for m in groups.members]
     means = [t / c for t, c in zip(total, counts, strict=True)]
     moments = [s / c for s, c in zip(square, counts, strict=True)]
     if inputs:
@@ -271,6 +274,14 @@ def row_moments(weights: Tensor, groups: TokenGroups, views: bool) -> tuple[list
         means = groups.cut([f[:-1, -1] for f in full])
         moments = groups.cut([f[:-1, :-1] for f in full])
     return means, [s - torch.outer(m, m) for s, m in zip(moments, means, strict=True)]
+
+
+def _drawn_views(weights: Tensor, architecture: Architecture) -> Iterator[Tensor]:
+    """Views of every model, some at a time; the models themselves where nothing may be permuted."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(_VIEWS if hidden_channels(architecture) else 1):
+        for chunk in weights.split(256):
+            yield random_views(chunk, architecture, generator)
 
 
 def water_filling(variances: list[Tensor], costs: tuple[int, ...], budget: int) -> tuple[int, ...]:

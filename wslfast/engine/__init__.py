@@ -18,18 +18,19 @@ from ..errors import require, say_once
 from ..kernels import stacked
 from ..kernels.criteria import Named
 from ..profiling import region
-from .choice import BACKENDS, choose
+from .choice import BACKENDS, Call, choose
 from .chunks import in_chunks
 from .memory import activation_elements, memory_budget, models_per_chunk
 from .module_path import Module
-from .paths import Path
+from .paths import Path, per_model
 from .preference import check_backend, preferred, using
 from .training import check_trainable, random_in_training, training_step
 from .transforms import looked_through
-from .triton_path import Unbuildable
+from .triton_path import Unbuildable, form_of
 
 __all__ = [
     "BACKENDS",
+    "Call",
     "activation_elements",
     "check_backend",
     "check_trainable",
@@ -63,9 +64,10 @@ def forward(weights: Tensor, queries: Tensor, architecture: Architecture, *, bac
     graph = torch.is_grad_enabled() and (weights.requires_grad or queries.requires_grad)
     if graph and queries.requires_grad:
         backend = "torch"  # the kernels have no gradient to the images
+    call = Call("forward", len(weights), queries.shape[int(per_model(queries, architecture))], weights.device.index)
     with region("forward"):
         while True:
-            path = choose(architecture, device, weights.dtype, backend, torch.is_autocast_enabled(device))
+            path = choose(architecture, device, weights.dtype, backend, torch.is_autocast_enabled(device), call)
             _say_module(architecture, path)
             try:
                 return path.forward(weights, queries, graph)
@@ -92,9 +94,10 @@ def loss_and_gradient(
     """
     device, backend = weights.device.type, preferred(backend)
     weights, targets = weights.detach(), targets.detach()
+    call = Call(form_of(criterion, index), len(weights), targets.shape[1], weights.device.index)
     with region("loss"):
         while True:
-            path = choose(architecture, device, weights.dtype, backend, torch.is_autocast_enabled(device))
+            path = choose(architecture, device, weights.dtype, backend, torch.is_autocast_enabled(device), call)
             _say_module(architecture, path)
             try:
                 return path.loss_and_gradient(weights, queries, targets, criterion, temperature, index)

@@ -1,9 +1,11 @@
-"""Which path serves a call: a pure function of architecture, device and dtype, and of what is installed."""
+"""Which path serves a call: a pure function of architecture, device, dtype, form and size, of what is installed and of this machine's
+verdicts."""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -12,29 +14,49 @@ from ..architecture import Architecture
 from ..errors import WslfastError, say_once
 from ..kernels.cpu import engine as cpu
 from ..kernels.layers import Conv2d, Unplannable
-from ..kernels.triton.schedule import schedule
-from . import triton_path
+from ..kernels.triton import devices
+from ..kernels.triton.folding import chain
+from . import triton_path, verdicts
 from .module_path import Module
 from .paths import Cpu, Loop, Path, Stacked
+from .precision import kernel_precision
 from .triton_path import Triton
 
 BACKENDS = ("auto", "triton", "torch")
-# The kernels are proved in the interpreter and by compiling them; until `make gpu` has been green on a device, only an explicit
-# backend="triton" runs them.
-TRITON_BY_DEFAULT = False
 
 
-def choose(architecture: Architecture, device: str, dtype: torch.dtype, backend: str = "auto", autocast: bool = False) -> Path:
-    """The path for a call. Raises WslfastError if ``backend="triton"`` cannot be had."""
+@dataclass(frozen=True)
+class Call:
+    """What of a call decides its path besides the network: the form (``verdicts.FORMS``), the size, the GPU's number."""
+
+    form: str = "loss"
+    k: int | None = None
+    n: int | None = None
+    gpu: int | None = None
+
+
+_ANY = Call()
+
+
+def choose(
+    architecture: Architecture, device: str, dtype: torch.dtype, backend: str = "auto", autocast: bool = False, call: Call = _ANY
+) -> Path:
+    """The path for a call. Raises WslfastError if ``backend="triton"`` cannot be had. With ``backend="auto"`` on a GPU, the kernels are
+    taken where this machine has proved them right and faster (verdicts.py)."""
     if backend == "triton" or (backend == "auto" and device == "cuda"):
-        reason = _why_not_triton(architecture, device, dtype)
-        if reason is None and backend == "auto" and not TRITON_BY_DEFAULT:
-            reason = "the kernels have not been verified on a GPU yet (backend='triton' runs them)"
+        reason = why_not_triton(architecture, device, dtype, call.gpu)
+        decision = None
+        if reason is None and backend == "auto":
+            decision = verdicts.decide(architecture, kernel_precision(), call.form, call.k, call.n, call.gpu)
+            reason = None if decision.on else decision.reason
         if reason is None:
-            return Triton(architecture, "kernels, all models in one launch")
+            if decision is None:
+                return Triton(architecture, "kernels, all models in one launch")
+            return Triton(architecture, decision.reason, decision.choice)
         if backend == "triton":
             raise WslfastError(f"backend='triton' cannot run this: {reason}")
-        level = logging.INFO if _why_no_kernels(architecture) is None else logging.WARNING
+        unseen = decision is not None and not decision.proved
+        level = logging.WARNING if unseen or _why_no_kernels(architecture) is not None else logging.INFO
         say_once(f"wslfast: no Triton kernels for architecture {architecture.name!r}: {reason}; using torch", level)
     if architecture.graph is None:
         return Module(architecture, f"run as a module, with each model's weights in place of its own, as {architecture.reason}")
@@ -53,21 +75,34 @@ def _cpu_plans(architecture: Architecture) -> bool:
     return cpu.supports(weights, query, architecture.layers)
 
 
-def _why_not_triton(architecture: Architecture, device: str, dtype: torch.dtype) -> str | None:
+def why_not_triton(architecture: Architecture, device: str, dtype: torch.dtype, gpu: int | None = None) -> str | None:
     """None if the kernels can run it, else the reason."""
     if device != "cuda":
         return f"tensors are on {device}, kernels need cuda"
     if dtype == torch.float64:
         return "kernels have no float64"
-    if not architecture.planned:
-        return f"architecture {architecture.name!r} is not a plain chain of layers"
+    if architecture.graph is None:
+        return f"architecture {architecture.name!r} is not a plain chain of layers, but a module that cannot be traced"
     if (reason := _why_no_kernels(architecture)) is not None:
         return reason
     try:
-        schedule(architecture.layers, architecture.input_shape)
+        chain(architecture.graph)
     except Unplannable as error:
         return str(error)
-    return None
+    return _refused(gpu)
+
+
+def _refused(gpu: int | None) -> str | None:
+    """None if the kernels are for this GPU, else the reason; a machine without one is asked for the paths that it would take."""
+    if not torch.cuda.is_available():
+        return None
+    return _refusal(torch.cuda.current_device() if gpu is None else gpu)
+
+
+@lru_cache(maxsize=64)
+def _refusal(gpu: int) -> str | None:
+    rocm = getattr(torch.version, "hip", None) is not None
+    return devices.refusal(torch.cuda.get_device_name(gpu), torch.cuda.get_device_capability(gpu), rocm)
 
 
 def _why_no_kernels(architecture: Architecture) -> str | None:

@@ -130,7 +130,8 @@ def _traits(architecture: Architecture) -> frozenset[str]:
     path = Module(architecture, "")
     try:
         with temporarily_clear_interpreter_stack(), torch.no_grad():
-            path._mapped(_leaves(row, architecture), x, "writes" in found)
+            for queries in (x, x.expand(2, *x.shape)):  # each model's own too: control flow may look at queries alone
+                path._mapped(_leaves(row, architecture), queries, "writes" in found)
         found.add("mapped")
     except Exception:  # whatever vmap cannot follow runs one model after another
         pass

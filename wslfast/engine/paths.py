@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Protocol
@@ -13,12 +14,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..architecture import Architecture
+from ..errors import WslfastError, describe
 from ..kernels import reference, stacked
 from ..kernels.cpu import engine as cpu
 from ..kernels.criteria import Named, share_of_loss
 from ..kernels.graph import Graph
 from ..profiling import region
-from .chunks import in_chunks
+from .chunks import in_chunks, is_shortage
 from .memory import memory_budget, models_per_chunk
 
 Run = Callable[[Tensor, Tensor], Tensor]
@@ -52,6 +54,18 @@ class Path(Protocol):
 def per_model(queries: Tensor, architecture: Architecture) -> bool:
     """Whether ``queries`` has a leading axis over models."""
     return queries.ndim == len(architecture.input_shape) + 2
+
+
+@contextmanager
+def _named(architecture: Architecture, queries: Tensor) -> Iterator[None]:
+    """What torch's operators raise, as the error of this network: an index that a table has not, a number that a type does not hold."""
+    try:
+        yield
+    except (RuntimeError, LookupError, ValueError) as error:
+        if is_shortage(error) or isinstance(error, WslfastError):
+            raise
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise WslfastError(f"architecture {architecture.name!r} cannot run on queries {describe(queries)}: {first:.300}") from error
 
 
 def in_pieces(run: Run, weights: Tensor, queries: Tensor, architecture: Architecture, graph: bool, size: int | None = None) -> Tensor:
@@ -168,7 +182,8 @@ class Stacked:
                 len(weights), queries.shape[int(per_model(queries, self.architecture))], *self.architecture.output_shape
             )
         size = None if graph else self._models(len(weights), queries.shape[int(per_model(queries, self.architecture))], weights.device.type)
-        return in_pieces(partial(self._run, graph), weights, queries, self.architecture, graph, size)
+        with _named(self.architecture, queries):
+            return in_pieces(partial(self._run, graph), weights, queries, self.architecture, graph, size)
 
     def _run(self, graph: bool, weights: Tensor, queries: Tensor) -> Tensor:
         return (stacked.differentiable if graph else stacked.forward)(weights, queries, self._graph)
@@ -188,7 +203,8 @@ class Stacked:
             rows = None if index is None else index[part]
             pieces.append(self._piece(weights[part], x, targets[part], criterion, temperature, rows))
 
-        in_chunks(k, self._models(k, targets.shape[1], weights.device.type), piece)
+        with _named(self.architecture, queries):
+            in_chunks(k, self._models(k, targets.shape[1], weights.device.type), piece)
         if len(pieces) == 1:
             return pieces[0]
         losses, gradients = zip(*pieces) if pieces else ((weights.new_empty(0),), (torch.empty_like(weights),))

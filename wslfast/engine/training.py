@@ -14,6 +14,7 @@ from ..kernels import stacked
 from ..kernels.criteria import Named
 from ..kernels.graph import Graph
 from ..kernels.operations import training_graph
+from ..kernels.reference import value_shapes
 from ..profiling import region
 from .memory import models_per_chunk
 from .preference import preferred
@@ -24,7 +25,7 @@ def check_trainable(architecture: Architecture) -> None:
     if architecture.graph is None:
         raise WslfastError(f"architecture {architecture.name!r} cannot be trained: it cannot be traced, as {architecture.reason}")
     try:
-        training_graph(architecture.graph)
+        value_shapes(training_graph(architecture.graph))
     except ValueError as error:
         raise WslfastError(f"architecture {architecture.name!r} cannot be trained: {error}") from None
 

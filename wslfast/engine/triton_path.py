@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import ClassVar, TypeVar
@@ -13,12 +13,15 @@ import torch
 from torch import Tensor
 
 from ..architecture import Architecture
-from ..errors import say_once
+from ..errors import WslfastError, say_once
 from ..kernels.criteria import Named
 from ..kernels.triton import budget
-from ..kernels.triton.schedule import schedule
+from ..kernels.triton.folding import Chain, chain
+from ..kernels.triton.schedule import CHOICES, schedule, tuned
+from . import verdicts
 from .memory import memory_budget
 from .paths import by_autograd, gathered, per_model
+from .precision import kernel_precision
 
 _T = TypeVar("_T")
 unbuildable: dict[Architecture, str] = {}  # whose kernels failed to build in this process, and why
@@ -30,21 +33,27 @@ class Unbuildable(Exception):
 
 @dataclass(frozen=True)
 class Triton:
-    """Plain chains on a GPU: all models in one launch a layer, or in one launch."""
+    """Chains on a GPU, norms and averages folded into them: all models in one launch a layer, or in one launch. ``choice`` is one of
+    ``schedule.CHOICES``."""
 
     architecture: Architecture
     reason: str
+    choice: str = "default"
     name: ClassVar[str] = "triton"
 
     def forward(self, weights: Tensor, queries: Tensor, graph: bool) -> Tensor:
-        outputs = self._built(lambda: self._run(weights, queries))
+        outputs = self._built(lambda: self._run(weights, queries), "forward", weights)
         return outputs.to(torch.get_autocast_dtype("cuda")) if torch.is_autocast_enabled("cuda") else outputs
 
     def _run(self, weights: Tensor, queries: Tensor) -> Tensor:
         """Outputs in float32, with a graph where autograd records one."""
-        return kernels().differentiable_forward(
-            weights, queries, self.architecture.layers, kernel_precision(), memory=memory_budget("cuda")
-        )
+        rows = weights if self._chain.rows is None else self._chain.rows(weights)
+        return kernels().differentiable_forward(rows, queries, self._chain.layers, kernel_precision(), memory=memory_budget("cuda"))
+
+    @property
+    def _chain(self) -> Chain:
+        assert self.architecture.graph is not None
+        return chain(self.architecture.graph)
 
     def loss_and_gradient(
         self, weights: Tensor, queries: Tensor, targets: Tensor, criterion: Named, temperature: float, index: Tensor | None
@@ -53,36 +62,100 @@ class Triton:
         self._say_mode(queries.shape[int(per_model(queries, self.architecture))] if index is None else index.shape[1], precision)
 
         def run() -> tuple[Tensor, Tensor]:
-            made, layers = kernels(), self.architecture.layers
+            made, found = kernels(), self._chain
             if isinstance(criterion, str) and criterion in made.CRITERIA:
-                return made.loss_and_gradient(
-                    weights, queries, targets, layers, criterion, temperature, precision, index=index, memory=memory
+                leaf, rows = weights, weights
+                if found.rows is not None:
+                    with torch.enable_grad():
+                        leaf = weights.detach().requires_grad_()
+                        rows = found.rows(leaf)
+                losses, gradient = made.loss_and_gradient(
+                    rows.detach(), queries, targets, found.layers, criterion, temperature, precision, index=index, memory=memory
                 )
+                if found.rows is not None:  # through the fold, to the network's own numbers
+                    (gradient,) = torch.autograd.grad(rows, leaf, gradient.to(rows.dtype))
+                return losses, gradient
             if index is not None:
                 return gathered(self, weights, queries, targets, index, self.architecture, criterion, temperature)
             return by_autograd(self._run, weights, queries, targets, self.architecture, criterion, temperature)
 
-        return self._built(run)
+        return self._built(run, form_of(criterion, index), weights)
 
     def _say_mode(self, n: int, precision: str) -> None:
         """Why the kernels leave their usual way, a launch a layer."""
-        planned = schedule(self.architecture.layers, self.architecture.input_shape)
+        planned = schedule(self._chain.layers, self.architecture.input_shape)
         mode, reason = budget.choose_mode(planned, n, precision, True, memory_budget("cuda"))
         if mode == "network":
             say_once(f"wslfast: {self.architecture.name!r} runs as a whole network in one launch: {reason}", logging.INFO)
 
-    def _built(self, run: Callable[[], _T]) -> _T:
-        """What ``run`` gives. Raises Unbuildable where its kernels cannot be built on this machine."""
+    def _built(self, run: Callable[[], _T], form: str, weights: Tensor) -> _T:
+        """What ``run`` gives. Raises Unbuildable where its kernels cannot be built on this machine, and WslfastError where the device
+        failed: from then on they are off for this network here."""
         try:
-            return run()
+            with tuned(CHOICES[self.choice]):
+                return run()
         except Exception as error:
-            triton = type(error).__module__.partition(".")[0] == "triton"  # its compiler, or a kernel that wants more than the GPU has
-            system = isinstance(error, (ImportError, OSError, subprocess.CalledProcessError))  # a broken install, a read-only cache, gcc
-            if not (triton or system or "C compiler" in str(error)):
+            failed = failure(error)
+            if failed is None:
                 raise
-            first = (str(error).strip() or "no message").splitlines()[0]
-            unbuildable[self.architecture] = f"they cannot be built here: {type(error).__name__}: {first:.200}"
+            kind, words = failed
+            if kind == "device":
+                verdicts.device_failed(self.architecture, kernel_precision(), form, words, weights.device.index)
+                raise WslfastError(
+                    f"a device error came up while the kernels ran {self.architecture.name!r}: {words}. This process can no longer use its "
+                    "GPU: start it again. The kernels are off for this network on this GPU until wslfast.doctor(architecture) finds them "
+                    "right again; WSLFAST_KERNELS=auto|on|off decides for all networks"
+                ) from error
+            unbuildable[self.architecture] = f"they cannot be built here: {words}"
         raise Unbuildable
+
+
+def failure(error: BaseException) -> tuple[str, str] | None:
+    """(``build`` | ``device``, words) of an error that came out of a call of the kernels; None for one that is not the kernels' own: wrong
+    arguments, or memory that ran out.
+
+    Triton's compiler ends in whatever exception its parts have: its own, RuntimeError of a pass, IndexError of a C++ map, an assertion.
+    So what counts is whether one of its frames raised it.
+    """
+    text = str(error)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "out of memory" in text:
+        return None
+    last = f"{type(error).__name__}: {_words(text)}"
+    launched = "Triton Error [CUDA]" in text or "CUDA error" in text or type(error).__name__ == "AcceleratorError"
+    if launched and any(mark in text.lower() for mark in _DEVICE):
+        return "device", last
+    raised_by = {module.partition(".")[0] for module in _modules(error)}
+    system = isinstance(error, (ImportError, OSError, subprocess.CalledProcessError))  # a broken install, a read-only cache, gcc
+    if "triton" in raised_by or type(error).__module__.partition(".")[0] == "triton" or system or "C compiler" in text:
+        return "build", last
+    return None
+
+
+_DEVICE = (  # what CUDA says of a kernel that ran and went wrong, after which a process's context is lost
+    "illegal memory access", "illegal instruction", "illegal address", "misaligned address", "unspecified launch failure",
+    "device-side assert", "launch timed out", "hardware stack error", "uncorrectable", "invalid program counter", "launch failed",
+)  # fmt: skip
+
+
+def _modules(error: BaseException) -> Iterator[str]:
+    """The modules whose frames an exception went through."""
+    frame = error.__traceback__
+    while frame is not None:
+        yield str(frame.tb_frame.f_globals.get("__name__", ""))
+        frame = frame.tb_next
+
+
+def _words(text: str) -> str:
+    """An error in one line: compilers begin with where and end with why."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no message"]
+    return f"{lines[0]:.200}" if len(lines) == 1 else f"{lines[0]:.120} ... {lines[-1]:.200}"
+
+
+def form_of(criterion: Named, index: Tensor | None) -> str:
+    """The form of a loss call, one of ``verdicts.FORMS``: a criterion of the caller's own runs through the graph of the outputs."""
+    if not isinstance(criterion, str):
+        return "forward"
+    return "loss" if index is None else "indexed"
 
 
 def kernels() -> ModuleType:
@@ -90,17 +163,3 @@ def kernels() -> ModuleType:
     from ..kernels.triton import launch
 
     return launch
-
-
-def kernel_precision() -> str:
-    """What the kernels compute in: autocast's dtype, else torch's float32 matmul precision."""
-    if torch.is_autocast_enabled("cuda"):
-        return "bf16" if torch.get_autocast_dtype("cuda") == torch.bfloat16 else "fp16"
-    if torch.get_float32_matmul_precision() != "highest":
-        return "tf32"
-    say_once(
-        "wslfast: float32 matmul precision is 'highest': the kernels take three TF32 products for each; "
-        'torch.set_float32_matmul_precision("high") takes one',
-        logging.INFO,
-    )
-    return "tf32x3"

@@ -18,10 +18,11 @@ from ..errors import require
 from ..files import write_json
 from ..population import Population
 from ..profiling import region
+from ..proof import proved
 from ..tokens import layout
 from ..training import load_run
 from ..zoo import Dataset, dataset_of, load_zoo
-from .diversity import outputs_of
+from .diversity import labels_of, outputs_of
 from .reconstruction import Reconstruction, compare
 from .recorded import check_recorded
 
@@ -58,15 +59,20 @@ def embeddings(code: Code, weights: Tensor, *, block: int = 256) -> Tensor:
 
 
 def compare_models(
-    population: Population, reconstructed: Tensor, images: Tensor, labels: Tensor, targets: Tensor | None = None
+    population: Population,
+    reconstructed: Tensor,
+    images: Tensor,
+    labels: Tensor | None,
+    targets: Tensor | None = None,
+    peak: float | None = None,
 ) -> Reconstruction:
     """:func:`compare` with the models of a population, checkpoints of one model a group; images may be on any device."""
     weights, groups = population.weights, population.properties.get("model")
-    images, labels = images.to(weights.device), labels.to(weights.device)
-    return compare(weights, reconstructed, images, labels, population.architecture, groups=groups, targets=targets)
+    images, labels = images.to(weights.device), None if labels is None else labels.to(weights.device)
+    return compare(weights, reconstructed, images, labels, population.architecture, groups=groups, targets=targets, peak=peak)
 
 
-def evaluate_code(code: Code, population: Population, images: Tensor, labels: Tensor) -> Reconstruction:
+def evaluate_code(code: Code, population: Population, images: Tensor, labels: Tensor | None) -> Reconstruction:
     """Reconstruct every model of a population with a code and compare it with its original on labelled images."""
     with region("evaluate"), torch.no_grad():
         return compare_models(population, reconstruct(code, population.weights), images, labels)
@@ -100,7 +106,8 @@ def evaluate(
     Returns:
         Figures by variant (``"run"`` and the baselines): means over models of accuracy of original and reconstruction,
         agreement with the own original and with others, the margin between them, identified, explained variance, masked L2, latent
-        numbers a model; medians and spreads beside them.
+        numbers a model; medians and spreads beside them. Where there are no classes (coordinates, observations without labels) the
+        accuracies are None, and ``psnr`` says how near the outputs are.
 
     Raises:
         WslfastError: unreadable run or zoo, an empty split.
@@ -112,17 +119,20 @@ def evaluate(
     population = load_zoo(folder, split, skip_bad=skip_bad).to(device)
     require(len(population) > 0, f"zoo {folder} has no {split} models")
     dataset = dataset_of(folder, population.architecture)
-    images, labels = dataset.split("test")
+    images, labels = dataset.split("test")[0], labels_of(dataset, "test", population.architecture)
     codes: dict[str, Code] = {"run": loaded.autoencoder}
     results = {}
-    with region("evaluate"), torch.no_grad(), engine.using(backend):
+    work = population.architecture, torch.device(device), ["forward"], len(population), len(images)
+    with engine.using(backend), proved(*work), region("evaluate"), torch.no_grad():
         if baselines:
             train, numbers = load_zoo(folder, "train", skip_bad=skip_bad).to(device), loaded.autoencoder.latent_numbers
             codes |= linear_baselines(train, dataset, numbers, loaded.config.token_size)
         # the originals run once for all codes
         targets = outputs_of(population.weights, images, population.architecture) if len(codes) > 1 else None
         for name, code in codes.items():
-            result = compare_models(population, reconstruct(code, population.weights), images, labels, targets)
+            result = compare_models(
+                population, reconstruct(code, population.weights), images, labels, targets, dataset.provenance.get("peak")
+            )
             if name == "run":  # the originals are the same for all
                 check_recorded(population, result.accuracy_original, dataset, folder)
             numbers = latent_numbers(code)
@@ -137,10 +147,12 @@ def linear_baselines(
 ) -> dict[str, LinearCodec]:
     """The closed-form codes of a zoo with ``latent`` numbers a model: what any trained autoencoder has to beat; ``only`` some of them.
 
-    See :func:`closed_form` for what they are. ``adaptive`` is left out where it does not fit the architecture.
+    See :func:`closed_form` for what they are. ``linear-metric`` and ``adaptive`` are left out where they do not fit the architecture.
     """
     images = spaced(dataset.train_images, 512)
-    names = (name for name in only if name != "adaptive" or AdaptiveCodec.supports(train.architecture))
+    unfit = {"linear-metric"} if not train.architecture.planned else set()
+    unfit |= set() if AdaptiveCodec.supports(train.architecture) else {"adaptive"}
+    names = (name for name in only if name not in unfit)
     return {name: closed_form(name, train, min(latent, train.architecture.num_weights), images, token_size, seed) for name in names}
 
 

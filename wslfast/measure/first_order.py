@@ -18,6 +18,7 @@ from ..kernels.criteria import criterion_values
 from ..training import load_run
 from ..training.query_sets import query_images
 from ..zoo import MappedZoo, dataset_of, load_zoo
+from .diversity import answers, labels_of
 from .evaluation import reconstruct
 from .gradients import directions, model_function, push, sensitive_directions, spectrum
 from .results import HEADER, KEY, Row, figures, update_csv
@@ -88,29 +89,30 @@ def sweep(
     magnitudes: Sequence[float],
     queries: Tensor,
     images: Tensor,
-    labels: Tensor,
+    labels: Tensor | None,
     architecture: Architecture,
 ) -> dict[str, list[float]]:
     """One model ``[P]`` moved by ``magnitude * direction [P]``: lists over magnitudes of what is measured and what is predicted.
 
     Returns:
         ``loss`` L_B on the queries, ``quadratic`` ``1/(2n) sum ||J d||^2``, ``ratio`` quadratic / loss, ``accuracy`` and ``agreement`` on
-        labelled images.
+        labelled images (NaN where there are no classes).
     """
     theta, n = weights.double(), len(queries)
     single, x = model_function(architecture), queries.double()
     outputs, pushed = push(lambda w: single(w, x), theta, direction.double())
     steps = torch.tensor(list(magnitudes), dtype=torch.float64)
     moved = theta + steps.unsqueeze(1) * direction.double()
-    loss = criterion_values(batched_forward(moved, x, architecture), outputs.expand(len(steps), -1, -1), "mse", 2.0)
+    loss = criterion_values(batched_forward(moved, x, architecture), outputs.expand(len(steps), *outputs.shape), "mse", 2.0)
     quadratic = steps.square() * pushed.square().sum() / (2 * n)
-    classes = batched_forward(torch.cat([weights.unsqueeze(0), moved.float()]), images, architecture).argmax(2)
+    classes = answers(batched_forward(torch.cat([weights.unsqueeze(0), moved.float()]), images, architecture)).argmax(2)
+    nothing = [float("nan")] * len(steps)
     return {
         "loss": loss.tolist(),
         "quadratic": quadratic.tolist(),
         "ratio": (quadratic / loss).tolist(),
-        "accuracy": (classes[1:] == labels).double().mean(1).tolist(),
-        "agreement": (classes[1:] == classes[0]).double().mean(1).tolist(),
+        "accuracy": nothing if labels is None else (classes[1:] == labels).double().mean(1).tolist(),
+        "agreement": nothing if architecture.num_classes == 1 else (classes[1:] == classes[0]).double().mean(1).tolist(),
     }
 
 
@@ -136,7 +138,7 @@ def analyse(
     population = load_zoo(folder, settings.split)
     require(len(population) > 0, f"zoo {folder} has no {settings.split} models")
     architecture, dataset = population.architecture, dataset_of(folder, population.architecture)
-    images, labels = dataset.split(settings.split)
+    images, labels = dataset.split(settings.split)[0], labels_of(dataset, settings.split, architecture)
     pool = query_images(settings.query_set, folder, MappedZoo(folder, "train"), n=max(settings.queries, 2), seed=settings.seed)
     require(settings.queries <= len(pool), f"queries: expected at most {len(pool)} (the query set), got {settings.queries}")
     generator = torch.Generator().manual_seed(settings.seed)
@@ -167,7 +169,7 @@ def _model(
     hat: Tensor,
     queries: Tensor,
     images: Tensor,
-    labels: Tensor,
+    labels: Tensor | None,
     architecture: Architecture,
     settings: GradientSettings,
     generator: torch.Generator,

@@ -26,7 +26,7 @@ from .checkpoints import (
 )
 from .losses import GammaContrastReconLoss, NT_Xent, NT_Xent_pos
 from .module import AEModule
-from .patching import Patch, patch, patched, report
+from .patching import Patch, patch, patched, replaced
 from .permutations import (
     MiniAlexNet_permutation_spec,
     PermutationSpec,
@@ -34,6 +34,7 @@ from .permutations import (
     get_permuted_param,
     mlp_permutation_spec,
     permutation_spec_from_axes_to_perm,
+    permutation_spec_of,
     permute_model_vector,
     precompute_permutations,
     resnet18_permutation_spec,
@@ -74,10 +75,11 @@ __all__ = [
     "patch",
     "patched",
     "permutation_spec_from_axes_to_perm",
+    "permutation_spec_of",
     "permute_model_vector",
     "precompute_permutations",
     "printProgressBar",
-    "report",
+    "replaced",
     "resnet18_permutation_spec",
     "resnet34_permutation_spec",
     "resnet50_permutation_spec",

@@ -7,7 +7,6 @@ docs/published.md put right, so the two differ in those alone.
 from __future__ import annotations
 
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from torch import Tensor
 from ..architecture import Architecture
 from ..errors import require
 from ..files import write_tensors
-from ..kernels.layers import Conv2d, Linear
 from ..population import unstack
 from ..study.ablations import Cell, System, Trained
 from ..tokens import TokenLayout
@@ -25,7 +23,7 @@ from ..training import TrainConfig
 from ..training.query_sets import query_images
 from .loss_scale import ScaledLoss
 from .module import AEModule
-from .permutations import PermutationSpec, permutation_spec_from_axes_to_perm, permute_model_vector, precompute_permutations
+from .permutations import PermutationSpec, permutation_spec_of, permute_model_vector, precompute_permutations
 from .semantics import resolve
 
 VIEWS = 20  # permutations drawn once, before training, as published
@@ -103,15 +101,8 @@ def _keys(config: TrainConfig, place: TokenLayout, images: Tensor) -> dict[str, 
 
 def _spec(architecture: Architecture) -> PermutationSpec:
     """The permutations of a chain of layers, each hidden layer's channels free."""
-    layers = [layer for layer in architecture.layers if isinstance(layer, (Conv2d, Linear))]
-    require(bool(layers), f"architecture {architecture.name!r}: expected a plain chain of layers")
-    free = [None, *(f"P_bg{i}" for i in range(len(layers) - 1)), None]
-    axes: dict[str, tuple[Any, ...]] = {}
-    for layer, (p_in, p_out) in zip(layers, pairwise(free), strict=True):
-        axes[f"{layer.name}.weight"] = (p_out, p_in, *(None,) * (len(layer.weight_shape) - 2))
-        if layer.bias:
-            axes[f"{layer.name}.bias"] = (p_out,)
-    return permutation_spec_from_axes_to_perm(axes)
+    require(architecture.planned, f"architecture {architecture.name!r}: expected a plain chain of layers")
+    return permutation_spec_of(architecture)
 
 
 class _Sitting:

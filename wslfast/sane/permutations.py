@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..architecture import Architecture
 from ..errors import WslfastError, require
+from ..permutation.groups import channel_groups
 from .checkpoints import tokenize_checkpoint, tokens_to_checkpoint
 from .semantics import Choice, resolve
 
@@ -145,6 +147,29 @@ def resnet101_permutation_spec(batchnorm: bool = True, match_last: bool = True) 
 def resnet152_permutation_spec(batchnorm: bool = True, match_last: bool = True) -> PermutationSpec:
     """torchvision's ResNet-152."""
     return _resnet((3, 8, 36, 3), 3, batchnorm, match_last)
+
+
+def permutation_spec_of(architecture: Architecture) -> PermutationSpec:
+    """The spec of any architecture, derived from its graph: ``P_bg0``, ``P_bg1``, ... are the groups of ``hidden_channels``.
+
+    A spec says one permutation an axis. Hidden channels for which that is not all there is to say keep their order: gates of recurrent
+    layers, heads of attention, axes whose parts move apart.
+    """
+    groups = channel_groups(architecture)
+    plain = set(range(len(groups.sizes)))
+    for axes in groups.axes.values():
+        for axis in axes:
+            for part in () if axis is None else axis.parts:
+                n, size = groups.sizes[part.groups[0]], len(part.places)
+                whole = len(part.groups) == 1 and axis is not None and size == axis.size and size % n == 0
+                if not whole or not torch.equal(part.channels[:, 0], torch.arange(n).repeat_interleave(size // n)):
+                    plain -= set(part.groups)
+    spec: Axes = {}
+    for slot in architecture.parameters:
+        found = groups.axes.get(slot.name, (None,) * len(slot.shape))
+        which = [None if axis is None or len(axis.parts) != 1 else axis.parts[0].groups[0] for axis in found]
+        spec[slot.name] = tuple(f"P_bg{g}" if g in plain else None for g in which)
+    return permutation_spec_from_axes_to_perm(spec)
 
 
 # -- applying ----------------------------------------------------------------------------------------------------------

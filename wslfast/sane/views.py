@@ -3,7 +3,7 @@
 Channels are ordered layer by layer, by a number that their own row alone decides (part of its product with a fixed vector, the
 inputs being in that order already). The two orders say which channel of one model would be which of the other; if the weights
 then agree to the bit, the two are permutations of each other, and so the same function. Where orders have ties, weights differ and
-both are run.
+both are run; and so they are of networks that are no plain chain of layers.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def same_functions(rows: Tensor, architecture: Architecture) -> Tensor:
     """``[k / 2]``: whether model j and model k / 2 + j are views of one another. One with a NaN is not even one of itself."""
     k, half = len(rows), len(rows) // 2
     sizes = hidden_channels(architecture)
-    if not sizes or 0 in sizes:
+    if not sizes or 0 in sizes or not architecture.planned:
         return (rows[:half] == rows[half:]).all(1)
     same = torch.ones(half, dtype=torch.bool, device=rows.device)
     order: Tensor | None = None  # of the layer's input channels, [k, channels]

@@ -46,7 +46,7 @@ class Protocol:
     finetune_images: int = 4000
     """Training images at most, for the fine-tuning."""
     probe_images: int = 512
-    """Images, their labels unused, on which networks answer for the probes of behaviour."""
+    """Images, their labels unused, on which networks answer for the probes of behavior."""
     map_models: int = 600
     """Models on the latent map."""
     shares: tuple[float, ...] = (0.24, 0.4, 0.55, 0.67)

@@ -1,53 +1,80 @@
-"""From one traced forward pass to nodes of a graph: canonical arguments, so that two traces of one network are equal."""
+"""From one traced forward pass to nodes: canonical arguments, so that two traces of one network are equal."""
 
 from __future__ import annotations
 
 import math
 import operator
+import os
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from ..kernels.graph import DTYPES, QUERY, Argument, Node, is_size
-from ..kernels.operations import TABLE, Operation
-from ..kernels.reference import call_node
+from ..kernels.graph import DTYPES, QUERY, Argument, Node
+from ..kernels.operations import AXES, PER_AXIS, TABLE, WITH_AXES, Operation
+from .spelling import spelled
 
-_SAME = frozenset(
-    {"detach", "alias", "clone", "contiguous", "lift_fresh_copy", "lift_fresh", "view_as_real_copy", "_to_copy", "to", "type_as"}
-)
-_AXES = ("dim", "dims", "dim0", "dim1", "start_dim", "end_dim", "source", "destination")
-_MADE = ("zeros", "ones", "full", "empty", "new_empty", "new_zeros", "new_ones", "new_full", "scalar_tensor", "arange", "eye", "linspace")
-_LARGEST_CONSTANT = 1 << 22
+_NOT_THEIRS = (os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "<frozen", "<eval")
+_SAME = frozenset({"alias", "clone", "contiguous", "lift_fresh_copy", "lift_fresh", "_to_copy", "to", "type_as", "positive"})
+_FILLED = {name: f"new_{name.removeprefix('new_')}" for name in ("zeros", "ones", "full", "new_zeros", "new_ones", "new_full")}
+_FILLED |= dict.fromkeys(("empty", "new_empty"), "new_zeros")  # which holds anything
+_MADE = frozenset({*_FILLED, "scalar_tensor", "arange", "eye", "linspace", "logspace", "tril_indices", "triu_indices"})
 
 
 class Untraceable(Exception):
     """Why a module has no graph."""
 
 
+def written_in(trace: str | None) -> str:
+    """The last line of a stack that is neither torch's nor ours, as ``(file.py:3: its text)``; nothing where there is none."""
+    found = ""
+    for place, text in re.findall(r'File "([^\n]*)\n\s*([^\n]*)', trace or ""):
+        path, line = re.fullmatch(r'(.*)", line (\d+).*', place).groups()  # type: ignore[union-attr]
+        if not path.startswith(_NOT_THEIRS):
+            found = f" ({os.path.basename(path)}:{line}: {text.strip():.100})"
+    return found
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass with one number of queries.
+
+    Attributes:
+        nodes: what was called, in order.
+        output: reference of the result.
+        constants: tensors that the module holds or makes, by name.
+        shapes: of what has one, by reference.
+    """
+
+    nodes: list[Node]
+    output: str
+    constants: dict[str, Tensor]
+    shapes: dict[str, tuple[int, ...]]
+
+
 class Converter:
-    """Turns one traced pass with ``n`` queries into nodes.
+    """Turns one traced pass into nodes.
 
     Args:
         traced: inputs are the state's tensors, then the queries.
         state: names of the state's tensors.
-        names: of other tensors that the module holds, by identity, and whether they are entries of its state dict.
-        n: number of queries of this pass.
+        names: of other tensors that the module holds, by identity.
         training: whether the module was in training mode.
     """
 
-    def __init__(
-        self, traced: fx.GraphModule, state: Sequence[str], names: Mapping[int, tuple[str, bool]], n: int, training: bool = False
-    ) -> None:
-        self.traced, self.state, self.names, self.n, self.training = traced, state, names, n, training
+    def __init__(self, traced: fx.GraphModule, state: Sequence[str], names: Mapping[int, str], training: bool = False) -> None:
+        self.traced, self.state, self.names, self.training = traced, state, names, training
         self.references: dict[fx.Node, Any] = {}
         self.nodes: list[Node] = []
         self.constants: dict[str, Tensor] = {}
-        self.known: dict[str, Any] = {}  # values of what depends on constants alone
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.detached = False  # inside torch.no_grad()
 
-    def converted(self) -> tuple[list[Node], str, dict[str, Tensor]]:
-        """Nodes that the output needs, the reference of the output, and constants by name."""
+    def converted(self) -> Pass:
+        """Everything that was called."""
         inputs = iter([*(f"@w:{name}" for name in self.state), QUERY])
         output: Any = None
         for node in self.traced.graph.nodes:
@@ -56,63 +83,99 @@ class Converter:
             elif node.op == "get_attr":
                 self.references[node] = self._constant(_attribute(self.traced, str(node.target)))
             elif node.op == "call_function":
-                self.references[node] = self._call(node)
+                try:
+                    self.references[node] = self._call(node)
+                except Untraceable as reason:
+                    raise Untraceable(f"{reason}{written_in(node.stack_trace)}") from None
             elif node.op == "output":
                 output = node.args[0]
+            shape = _shape(node)
+            if shape is not None and isinstance(self.references.get(node), str):
+                self.shapes.setdefault(self.references[node], shape)
         while isinstance(output, (list, tuple)) and len(output) == 1:
             output = output[0]
         if not isinstance(output, fx.Node):
             raise Untraceable("it returns something other than one tensor; name a part of it with output=")
-        return self._needed(self._reference(output))
+        return Pass(self.nodes, self._reference(output), self.constants, self.shapes)
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
     def _call(self, node: fx.Node) -> Any:
         if node.target is operator.getitem:
-            value, index = node.args
-            return self._append("getitem", [("self", self._reference(value)), ("index", index)], node)
+            value, index = node.args[0], int(str(node.args[1]))
+            whole = self._reference(value)
+            return whole[index] if isinstance(whole, list) else self._append("getitem", [("self", whole), ("index", index)])
+        if node.target is torch._C._set_grad_enabled:
+            self.detached = not node.args[0]
+            return None
         target = node.target
+        if "autocast" in getattr(target, "__name__", ""):
+            raise Untraceable("it turns autocast on or off itself; leave that to whoever calls wslfast")
         if not isinstance(target, torch._ops.OpOverload):
-            raise Untraceable(f"it calls {target}, which is no tensor operation")
-        packet, overload = target.overloadpacket.__name__, target._overloadname
-        given = self._given(target, node)
+            raise Untraceable(f"it calls {getattr(target, '__name__', target)}, which is no tensor operation")
+        result = self._operation(target, node)
+        return self._append("detach", [("self", result)]) if self.detached and isinstance(result, str) else result
+
+    def _operation(self, target: torch._ops.OpOverload, node: fx.Node) -> Any:
+        packet = target.overloadpacket.__name__
         if packet.endswith("_") and not packet.endswith("__"):  # in place; the check of the graph finds views that are written to
             packet = packet[:-1]
-        if packet in ("copy", "fill", "set"):
-            raise Untraceable(f"it writes into a part of a tensor (aten.{packet}_)")
+        several = packet == "_native_batch_norm_legit_no_training"
+        packet, overload, given = spelled(packet, target._overloadname, self._given(target, node), _shape(node), _shape)
         if packet in _SAME:
-            return self._cast(packet, given, node)
+            return self._cast(given, node)
         if packet in _MADE:
             return self._made(packet, given, node)
-        if packet in ("expand_as", "view_as", "reshape_as"):
-            packet, overload, given = packet[:-3], "default", {"self": given["self"], "size": None, "shape": None}
-        if packet in ("view", "_unsafe_view"):  # a value's strides are nobody's business
-            packet, given = "reshape", {"self": given["self"], "shape": None}
+        if packet == "bilinear":
+            return self._bilinear(given)
+        if packet == "index_put" and (chosen := self._mask_of(given)) is not None:
+            packet, overload, given = "where", "self", chosen
         name = packet if overload == "default" else f"{packet}.{overload}"
-        name = name if name in TABLE else next((n for n in (packet, f"{packet}.default") if n in TABLE), name)
         if name not in TABLE:
-            raise Untraceable(f"operation aten.{name} is not in the table")
+            draws = torch.Tag.nondeterministic_seeded in target.tags
+            raise Untraceable(f"it draws random numbers (aten.{name})" if draws else f"operation aten.{name} is not in the table")
         operation = TABLE[name]
-        train = given.get("train", given.get("training"))
-        if train is True and operation.form == "identity" and given.get("p") == 0:
+        if operation.form == "identity" and "self" in given:  # as it is called in place
+            given = {"input": given["self"], **{key: value for key, value in given.items() if key != "self"}}
+        train = given.get("train", given.get("training")) is True
+        if train and operation.form == "identity" and given.get("p") == 0:
             if not self.training:
                 return self._reference(given["input"])
             train, given = False, {**given, "train": False}
-        if train is True and not self.training:
+        if train and not self.training:
             raise Untraceable(f"aten.{name} in training mode")
+        if given.get("scale_grad_by_freq"):
+            raise Untraceable("an embedding whose gradient depends on how often a row is read")
         arguments = self._canonical(operation, given, node)
-        if name == "reshape" and (flat := self._flattened(given, node)) is not None:
-            return self._append("flatten.using_ints", flat, node)
         if name.startswith("conv") and name.endswith(".padding"):
             name, arguments = self._numbered(name, arguments, given)
-        return self._append(name, arguments, node)
+        wanted, came = _dtype(node), _dtype(given.get("self"))
+        if isinstance(given.get("dtype"), torch.dtype) and given["dtype"].is_floating_point:  # which a node does not say
+            arguments = [(key, self._converted(value, came, given["dtype"]) if key == "self" else value) for key, value in arguments]
+        made = self._append(name, arguments)
+        if name == "expand" and wanted != came and wanted is not None and came is not None:  # what is copied is converted
+            made = self._converted(made, came, wanted)
+        return [made] if several else made
 
-    def _flattened(self, given: Mapping[str, Any], node: fx.Node) -> list[tuple[str, Any]] | None:
-        """A view of ``[n, C, H, W]`` as ``[n, C * H * W]`` is a flatten, however it was written."""
-        before, after = _shape(given["self"]), _shape(node)
-        if before is None or after is None or len(after) != 2 or len(before) < 3 or before[0] != self.n or after[0] != self.n:
+    def _mask_of(self, given: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Arguments of the ``where`` that an assignment of one number to what a mask picks comes down to; None for any other."""
+        before, (*whole, mask), value = _shape(given["self"]), given["indices"], given["values"]
+        picked = _shape(mask)
+        if any(i is not None for i in whole) or _dtype(mask) is not torch.bool or before is None or picked is None:
             return None
-        return [("self", self._reference(given["self"])), ("start_dim", 1 - len(before)), ("end_dim", -1)]
+        if math.prod(_shape(value) or ()) != 1 or given.get("accumulate"):
+            return None
+        behind = len(before) - len(whole) - len(picked)  # axes that the mask does not have
+        condition = self._reference(mask)
+        if behind:
+            condition = self._append("reshape", [("self", condition), ("shape", (*picked, *(1,) * behind))])
+        return {"condition": condition, "self": value, "other": given["self"]}
+
+    def _bilinear(self, given: Mapping[str, Any]) -> str:
+        """x W y + b of nn.Bilinear, which torch has no batching rule for."""
+        first, weight, second, bias = (self._reference(given.get(key)) for key in ("input1", "weight", "input2", "bias"))
+        made = self._append("einsum", [("equation", "...i,oij,...j->...o"), ("tensors", (first, weight, second))])
+        return made if bias is None else self._append("add.Tensor", [("self", made), ("other", bias)])
 
     def _numbered(self, name: str, arguments: list[tuple[str, Any]], given: Mapping[str, Any]) -> tuple[str, list[tuple[str, Any]]]:
         """Convolutions padded by "valid" or "same" as those of numbers; "same" stays where it needs an uneven border."""
@@ -141,7 +204,7 @@ class Converter:
         arguments: list[tuple[str, Any]] = []
         for name, parameter in operation.parameters.items():
             if name not in given:
-                if name in _AXES and isinstance(parameter.default, int) and operation.form in ("axes", "join", "shape"):
+                if name in AXES and isinstance(parameter.default, int) and operation.form in WITH_AXES:
                     value: Any = parameter.default
                 else:
                     continue
@@ -149,19 +212,21 @@ class Converter:
                 value = given[name]
             if name in ("size", "shape") and operation.form == "shape" and shape is not None:
                 value = shape  # as it came out: no -1
-            if name in _AXES and operation.form in ("axes", "join", "shape"):
+            if name in AXES and operation.form in WITH_AXES:
                 value = self._from_the_end(operation, value, given, node)
             value = self._argument(value)
-            axes = _axes(operation)
-            if isinstance(value, tuple) and len(value) == 1 and axes > 1 and name in _PER_AXIS:
+            axes = operation.axes
+            if isinstance(value, tuple) and len(value) == 1 and axes > 1 and name in PER_AXIS:
                 value = value * axes
+            if name == "end" and operation.name == "slice.Tensor" and isinstance(value, int) and (before := _shape(given["self"])):
+                value = None if value >= before[given.get("dim", 0)] else value  # an open end is the largest integer
             if name == "dilation" and operation.form == "convolution":  # along an axis of one tap it means nothing
                 value = tuple(d if k > 1 else 1 for d, k in zip(value, (_shape(given["weight"]) or ())[2:], strict=True))
             if name == "dtype":
                 value = None if value is None or value.startswith("float") else value
             if name == "stride" and operation.form == "image" and value == self._argument(given.get("kernel_size")):
                 value = ()
-            kept = name in _AXES and operation.form in ("axes", "join", "shape")
+            kept = name in AXES and operation.form in WITH_AXES
             if not (parameter.optional and value == parameter.default and not kept):
                 arguments.append((name, value))
         return arguments
@@ -175,59 +240,53 @@ class Converter:
             return tuple(d - rank if isinstance(d, int) and d >= 0 else d for d in value)
         return value - rank if isinstance(value, int) and value >= 0 else value
 
-    def _cast(self, packet: str, given: Mapping[str, Any], node: fx.Node) -> Any:
-        """Conversions: between floating types they are nothing, as a population computes in one."""
+    def _cast(self, given: Mapping[str, Any], node: fx.Node) -> Any:
         value = given.get("self", given.get("input"))
-        made, came = _dtype(node), _dtype(value)
-        reference = self._reference(value)
+        return self._converted(self._reference(value), _dtype(value), _dtype(node))
+
+    def _converted(self, reference: str, came: torch.dtype | None, made: torch.dtype | None) -> str:
+        """Conversions: between floating types they are nothing, as a population computes in one."""
+        if made is not None and made.is_floating_point and made.itemsize < 4:
+            raise Untraceable(f"a conversion to {made}: a population computes in one type; leave the choice to autocast")
         if made is None or made == came or (made.is_floating_point and came is not None and came.is_floating_point):
             return reference
         if made.is_floating_point:
-            return self._append("type_as", [("self", reference), ("other", QUERY)], node)
+            return self._append("type_as", [("self", reference), ("other", QUERY)])
         name = str(made).removeprefix("torch.")
         if name not in DTYPES:
             raise Untraceable(f"a conversion to {name}")
-        return self._append("to.dtype", [("self", reference), ("dtype", name)], node)
+        return self._append("to.dtype", [("self", reference), ("dtype", name)])
 
-    def _made(self, packet: str, given: Mapping[str, Any], node: fx.Node) -> Any:
-        """A tensor made in the forward: a constant, or one whose size is the number of queries."""
-        value = _value(self.traced, node)
-        if value is not None and self.n not in value.shape and not any(s and s % self.n == 0 for s in value.shape):
+    def _made(self, packet: str, given: Mapping[str, Any], node: fx.Node) -> str:
+        """A tensor made in the forward: of a size that may depend on the number of queries, or a constant."""
+        name = _FILLED.get(packet)
+        if name is None:
+            value = _value(node)
+            if value is None:
+                raise Untraceable(f"aten.{packet} of a size that depends on the number of queries")
             return self._constant(value)
-        if packet in ("zeros", "ones", "full", "new_zeros", "new_ones", "new_full"):
-            name = packet if packet.startswith("new_") else f"new_{packet}"
-            arguments = [("self", QUERY), ("size", self._argument(_shape(node)))]
-            if name == "new_full":
-                arguments.append(("fill_value", self._argument(given["fill_value"])))
-            made = _dtype(node)
-            if made is not None and not made.is_floating_point:
-                arguments.append(("dtype", str(made).removeprefix("torch.")))
-            return self._append(name, arguments, node)
-        if value is not None and value.numel() <= _LARGEST_CONSTANT:
-            return self._constant(value)
-        raise Untraceable(f"aten.{packet} of a size that depends on the number of queries")
+        arguments = [("self", QUERY), ("size", self._argument(_shape(node)))]
+        if name == "new_full":
+            arguments.append(("fill_value", self._argument(given["fill_value"])))
+        made = _dtype(node)
+        if made is not None and not made.is_floating_point:
+            arguments.append(("dtype", str(made).removeprefix("torch.")))
+        return self._append(name, arguments)
 
-    def _append(self, name: str, arguments: list[tuple[str, Any]], node: fx.Node) -> str:
-        made = Node(name, tuple(arguments))
-        reads = list(made.references())
-        if reads and all(r in self.known for r in reads) and not any(_sized(value) for _, value in made.arguments):
-            value = call_node(made, self.known, self.n)  # of constants alone: a constant
-            if isinstance(value, Tensor):
-                return self._constant(value)
-        self.nodes.append(made)
+    def _append(self, name: str, arguments: list[tuple[str, Any]]) -> str:
+        self.nodes.append(Node(name, tuple(arguments)))
         return f"@{len(self.nodes) - 1}"
 
     # -- values --------------------------------------------------------------------------------------------------------
 
     def _constant(self, value: Tensor) -> str:
-        if value.numel() > _LARGEST_CONSTANT:
-            raise Untraceable(f"it holds a tensor of {value.numel():,} numbers that is no parameter")
+        if torch._C._functorch.is_functorch_wrapped_tensor(value):
+            raise Untraceable("it uses a transform of torch.func inside; write it for a batch of queries")
         dtype = str(value.dtype).removeprefix("torch.")
         if not (value.is_floating_point() or dtype in DTYPES):
             raise Untraceable(f"it holds a tensor of {dtype} that is no parameter")
-        name, _ = self.names.get(id(value), (f"constant.{len(self.constants)}", False))
+        name = self.names.get(id(value)) or f"constant.{len(self.constants)}"
         self.constants[name] = value.detach()
-        self.known[f"@c:{name}"] = value.detach()
         return f"@c:{name}"
 
     def _reference(self, value: Any) -> Any:
@@ -244,75 +303,11 @@ class Converter:
             return str(value).removeprefix("torch.")
         if isinstance(value, (torch.device, torch.layout, torch.memory_format)):
             return None
-        if isinstance(value, float) and math.isinf(value):
-            return "@inf" if value > 0 else "@-inf"
+        if isinstance(value, float) and not math.isfinite(value):
+            return "@nan" if math.isnan(value) else "@inf" if value > 0 else "@-inf"
         if value is None or type(value) in (bool, int, float, str):
             return value
         raise Untraceable(f"an argument of type {type(value).__name__}")
-
-    def _needed(self, output: str) -> tuple[list[Node], str, dict[str, Tensor]]:
-        """Only what the output depends on, numbered anew; constants named in the order in which they are read."""
-        wanted: set[str] = set()
-        stack = [output]
-        while stack:
-            reference = stack.pop()
-            if reference in wanted:
-                continue
-            wanted.add(reference)
-            if reference[1:].isdigit():
-                stack += list(self.nodes[int(reference[1:])].references())
-        new: dict[str, str] = {}
-        constants: dict[str, Tensor] = {}
-        nodes: list[Node] = []
-        for i, node in enumerate(self.nodes):
-            if f"@{i}" not in wanted:
-                continue
-            for r in node.references():
-                if r.startswith("@c:") and r not in new:
-                    named = not r.startswith("@c:constant.")
-                    new[r] = r if named else f"@c:constant.{sum(name.startswith('constant.') for name in constants)}"
-                    constants[new[r][3:]] = self.constants[r[3:]]
-            nodes.append(Node(node.operation, tuple((name, _renamed(value, new)) for name, value in node.arguments)))
-            new[f"@{i}"] = f"@{len(nodes) - 1}"
-        return nodes, new.get(output, output), constants
-
-
-_PER_AXIS = ("kernel_size", "stride", "padding", "dilation", "output_padding", "output_size")
-
-
-def _axes(operation: Operation) -> int:
-    """Axes of the images that an operation reads, by its name; 0 for none."""
-    name = operation.name.partition(".")[0]
-    return int(name[-2]) if name.endswith("d") and name[-2:-1].isdigit() else 0
-
-
-def unified(first: Node, second: Node, numbers: tuple[int, int]) -> Node:
-    """One node of two passes with other numbers of queries: what differs are multiples of that number."""
-    if first.operation != second.operation or [k for k, _ in first.arguments] != [k for k, _ in second.arguments]:
-        raise Untraceable("another number of queries takes another way through its forward")
-    pairs = zip(first.arguments, second.arguments, strict=True)
-    return Node(first.operation, tuple((name, _joined(a, b, numbers)) for (name, a), (_, b) in pairs))
-
-
-def _joined(a: Argument, b: Argument, numbers: tuple[int, int]) -> Argument:
-    if isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b):
-        return tuple(_joined(x, y, numbers) for x, y in zip(a, b, strict=True))
-    if type(a) is type(b) and a == b:
-        return a
-    if type(a) is int and type(b) is int and a % numbers[0] == 0 and a // numbers[0] * numbers[1] == b:
-        times = a // numbers[0]
-        return "@n" if times == 1 else f"@n*{times}"
-    raise Untraceable(f"an argument that depends on the number of queries in another way than as a multiple: {a!r:.40} and {b!r:.40}")
-
-
-def _renamed(value: Argument, names: Mapping[str, str]) -> Argument:
-    if isinstance(value, tuple):
-        return tuple(_renamed(item, names) for item in value)
-    return names.get(value, value) if isinstance(value, str) else value
-
-
-def _sized(value: Argument) -> bool:
-    return any(_sized(item) for item in value) if isinstance(value, tuple) else is_size(value)
 
 
 def _shape(node: Any) -> tuple[int, ...] | None:
@@ -333,7 +328,7 @@ def _attribute(module: Any, target: str) -> Tensor:
     return module
 
 
-def _value(traced: fx.GraphModule, node: fx.Node) -> Tensor | None:
+def _value(node: fx.Node) -> Tensor | None:
     """What a node that reads no other node gives."""
     if any(isinstance(a, fx.Node) for a in (*node.args, *node.kwargs.values())) or not isinstance(node.target, torch._ops.OpOverload):
         return None

@@ -27,6 +27,7 @@ SCHEMA = 1
 _TABLES = ("config", "architecture", "autoencoder", "model", "optimizer", "normalizers", "rng", "sampler")
 _SEAL, _DIGITS = b"sha256 ", 64
 _BLOCK = 1 << 20
+_LATER = ("kernels",)  # keys that older files lack
 _KEYS = ("schema", "step", "config", "architecture", "autoencoder", "model", "optimizer", "schedule", "normalizers", "rng", "sampler")
 
 
@@ -37,7 +38,7 @@ def checkpoint_path(out: str | Path) -> Path:
 
 def save_checkpoint(out: str | Path, state: dict[str, Any]) -> None:
     """Replace the run's checkpoint by ``state`` (tensors and plain values under the keys of this module)."""
-    assert set(state) == set(_KEYS) - {"schema"}, set(state) ^ set(_KEYS)
+    assert set(state) - set(_LATER) == set(_KEYS) - {"schema"}, set(state) ^ set(_KEYS)
     write_tensors(checkpoint_path(out), {"schema": SCHEMA, **state}, _seal)
 
 
@@ -54,6 +55,8 @@ def load_checkpoint(out: str | Path, device: torch.device | str = "cpu") -> dict
     missing = [key for key in _KEYS if key not in state]
     require(not missing, f"checkpoint {path} lacks {missing}")
     wrong = [key for key in _TABLES if not isinstance(state[key], dict)] + ["step"] * (type(state["step"]) is not int)
+    kept = state.get("kernels", [])
+    wrong += ["kernels"] * (not isinstance(kept, list) or not all(isinstance(k, list) and len(k) == 4 for k in kept))
     require(not wrong, f"checkpoint {path} holds something else under {wrong}")
     return state
 

@@ -66,7 +66,7 @@ class TrainConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     """Autocast of the autoencoder; the behavioral loss runs outside it. bf16 is faster on GPUs and on CPUs with avx512_bf16 or AMX."""
     behavior_precision: Literal["highest", "high", "medium"] = "high"
-    """float32 matmul precision of the behavioural loss on a GPU (high: TF32)."""
+    """float32 matmul precision of the behavioral loss on a GPU (high: TF32)."""
 
     gamma: float = 0.05
     """Weight of the contrastive loss."""
@@ -78,7 +78,7 @@ class TrainConfig:
     behavior_ramp: float = 0.0
     """Share of the steps, after those, over which behavior's weight rises evenly to 1 - beta."""
     criterion: CriterionName = "mse"
-    """Behavioural criterion."""
+    """Behavioral criterion."""
     distillation_temperature: float = 2.0
     """Temperature of criterion distillation."""
     contrast_temperature: float = 0.1
@@ -93,7 +93,7 @@ class TrainConfig:
     views: bool = True
     """Draw a permutation of every model at every step; without, models are seen as stored."""
     permutations: Literal["equivalent", "random"] = "equivalent"
-    """equivalent: views that preserve behaviour. random: a control that scrambles models, the next layer's inputs permuted by another
+    """equivalent: views that preserve behavior. random: a control that scrambles models, the next layer's inputs permuted by another
     permutation than the outputs they read; each scrambled model is then its own original."""
 
     start: Literal["linear", "random", "paths"] = "linear"
@@ -215,7 +215,10 @@ class TrainConfig:
 
     @classmethod
     def from_toml(cls, path: str | Path, **changes: Any) -> TrainConfig:
-        """From a TOML file of ``key = value`` lines (``clip = "none"`` for None; maybe ``preset``); ``changes`` win."""
+        """From a TOML file of ``key = value`` lines (``clip = "none"`` for None; maybe ``preset``); ``changes`` win.
+
+        Raises WslfastError for a file that cannot be read and for settings that do not fit, naming the file.
+        """
         try:
             text = Path(path).read_bytes().decode("utf-8")
             values = tomllib.loads(text)

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Union
+from typing import Any, Union
 
 import torch
 from torch import Tensor
 
 from .. import engine
+from ..engine import verdicts
+from ..engine.precision import matmul_precision_of
 from ..errors import WslfastError, require
-from ..files import remove_leftovers, write_text
+from ..files import check_folder, remove_leftovers, write_text
 from ..population import Population
+from ..proof import ensure
 from ..queries import load_queries, save_queries
 from ..zoo import MappedZoo
 from .checkpoint import Run, checkpoint_path, load_checkpoint, load_run, save_checkpoint
 from .config import TrainConfig
 from .distributed import World, joined
+from .progress import Interrupted, finishing_steps, shown
 from .query_sets import query_images, set_names
-from .records import OnRecord, Recorder, RunLog
+from .records import OnRecord, Record, Recorder, RunLog
 from .trainer import Trainer
 
 logger = logging.getLogger("wslfast")
@@ -36,6 +41,7 @@ def train(
     population: Union[Population, MappedZoo, None] = None,
     images: Tensor | None = None,
     stop: Callable[[int], bool] | None = None,
+    progress: bool = False,
 ) -> Run:
     """Train an autoencoder on a zoo; returns the trained run.
 
@@ -54,6 +60,10 @@ def train(
         images: ``[N, *input_shape]`` query images, instead of those of ``config.query_set``.
         stop: asked after every step, with its number, whether to stop there: the run is then as if killed after a checkpoint. Under
             torchrun it has to answer alike in all processes.
+        progress: show a bar (where there is no terminal, a line now and then).
+
+    Ctrl-C lets the step at hand finish, writes a checkpoint and raises :class:`~wslfast.training.progress.Interrupted`, a
+    KeyboardInterrupt; a second one stops at once.
 
     Raises:
         WslfastError: bad config, unreadable zoo, a folder that already holds a run (without ``resume``), a loss that is not
@@ -62,6 +72,16 @@ def train(
     require(bool(config.out), "out: expected a folder for the run")
     require(bool(config.zoo) or population is not None, "zoo: expected the folder of a zoo")
     out = Path(config.out)
+    check_folder(out, "run")
+    if progress:
+        with shown(None, config.steps) as bar:
+
+            def both(record: Record) -> None:
+                bar(record)
+                if on_record is not None:
+                    on_record(record)
+
+            return train(config, resume=resume, profiled=profiled, on_record=both, population=population, images=images, stop=stop)
     with joined(config.device) as (world, device), engine.using(config.backend):
         saved = load_checkpoint(out) if resume and checkpoint_path(out).exists() else None
         require(resume or not checkpoint_path(out).exists(), f"{out} already holds a run; resume it, or choose another folder")
@@ -72,9 +92,12 @@ def train(
             population = MappedZoo(config.zoo, "train", skip_bad=config.skip_bad)
         if images is None:
             images = _queries(config, population, saved is not None, world)
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # the caller's random state is not touched
+        kernels = _kernels(config, population, device, saved)
+        state = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])  # the caller's random state is not touched
+        with verdicts.holding(kernels), state:
             torch.manual_seed(config.seed)
             trainer = Trainer(config, population, images, None if saved is None else saved["autoencoder"], world, device)
+            trainer.kernels = kernels
             if saved is not None:
                 try:
                     trainer.restore(saved)
@@ -85,9 +108,9 @@ def train(
                 remove_leftovers(checkpoint_path(out), out / "config.toml", out / "log.jsonl")
                 write_text(out / "config.toml", config.to_toml())
             recorder = Recorder(out / "profile", str(device)) if profiled and world.writes else None
-            with RunLog(out / "log.jsonl" if world.writes else None, trainer.step_index, on_record) as log:
+            with RunLog(out / "log.jsonl" if world.writes else None, trainer.step_index, on_record) as log, finishing_steps() as pressed:
                 try:
-                    _run(trainer, out, log, recorder, stop)
+                    _run(trainer, out, log, recorder, stop, pressed)
                 finally:
                     trainer.release()
                     if recorder is not None:
@@ -110,6 +133,20 @@ def _queries(config: TrainConfig, source: Union[Population, MappedZoo], resumed:
     return images
 
 
+def _kernels(
+    config: TrainConfig, models: Union[Population, MappedZoo], device: torch.device, saved: dict[str, Any] | None
+) -> dict[tuple[str, str, str], verdicts.Decision]:
+    """Whether the run's losses and targets are computed by the kernels: what its checkpoint says, so that a run keeps its path, else what
+    this machine has proved, or proves now."""
+    if saved is not None and saved.get("kernels"):
+        return {(str(g), str(p), str(f)): verdicts.decision_from(record) for g, p, f, record in saved["kernels"]}
+    if not config.uses_behavior:
+        return {}
+    k = min(config.batch_size, len(models)) * (2 if config.gamma > 0 else 1)
+    loss = "tf32x3" if config.behavior_precision == "highest" else "tf32"
+    return ensure(models.architecture, device, [("loss", loss), ("forward", None)], k, config.queries)
+
+
 def _announce(trainer: Trainer, resumed: bool) -> None:
     """What a reader of the log wants to know before the first step."""
     if not trainer.world.writes:
@@ -118,9 +155,10 @@ def _announce(trainer: Trainer, resumed: bool) -> None:
         logger.info("resumed at step %d", trainer.step_index)
     config = trainer.config
     if trainer.device.type == "cpu" and config.precision == "fp32" and config.layers > 0 and _has_bf16():
-        logger.info("this CPU computes in bf16: with precision bf16 steps take two thirds to three quarters of the time (docs/cpu.md)")
+        logger.info("this CPU computes in bf16: with precision bf16 a step takes 2/3 to 3/4 of the time (docs/notes/cpu.md)")
     backend = trainer.config.backend
-    path = engine.choose(trainer.architecture, trainer.device.type, torch.float32, backend)
+    with matmul_precision_of(config.behavior_precision) if trainer.device.type == "cuda" else contextlib.nullcontext():
+        path = engine.choose(trainer.architecture, trainer.device.type, torch.float32, backend)
     logger.info("backend %s: path %s, %s", backend, path.name, path.reason)
     if trainer.world.size > 1:
         logger.info("%d processes, %d models each a step", trainer.world.size, trainer.batch // trainer.world.size)
@@ -136,8 +174,10 @@ def _has_bf16() -> bool:
     return any(ask() for ask in known if ask is not None)
 
 
-def _run(trainer: Trainer, out: Path, log: RunLog, recorder: Recorder | None, stop: Callable[[int], bool] | None) -> None:
-    """The loop."""
+def _run(
+    trainer: Trainer, out: Path, log: RunLog, recorder: Recorder | None, stop: Callable[[int], bool] | None, pressed: Callable[[], bool]
+) -> None:
+    """The loop; ``pressed`` says whether somebody pressed Ctrl-C."""
     config, since = trainer.config, time.perf_counter()
     trainer.model.train()
     last = trainer.step_index >= config.steps
@@ -158,6 +198,12 @@ def _run(trainer: Trainer, out: Path, log: RunLog, recorder: Recorder | None, st
             save_checkpoint(out, trainer.state())
         if recorder is not None:
             recorder.after_step()
+        if pressed() and step < config.steps:
+            if trainer.world.writes:
+                save_checkpoint(out, trainer.state())
+            raise Interrupted(
+                f"interrupted at step {step} of {config.steps}, which is saved in {out}; the run goes on with --resume (resume=True)"
+            )
 
 
 def _values(parts: dict[str, Tensor], world: World) -> dict[str, float]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
 from typing import Any, Union
 
 import torch
@@ -23,8 +22,10 @@ from ..architecture import Architecture
 from ..behavior import batched_behavioral_loss, batched_forward
 from ..codes.autoencoder import Autoencoder
 from ..codes.linear import LinearCodec
+from ..engine import verdicts
+from ..engine.precision import matmul_precision_of
 from ..errors import require
-from ..permutation import permute, random_permutations
+from ..permutation import kept_channels, permute, random_permutations
 from ..population import Population
 from ..profiling import region
 from ..queries import QueryPool, TargetCache
@@ -75,6 +76,10 @@ class Trainer:
         self.two_views = config.gamma > 0
         self.layout = TokenLayout(self.architecture, config.token_size)
         self.step_index = 0
+        self.kernels: dict[tuple[str, str, str], verdicts.Decision] = {}  # what the run holds to, see engine/verdicts.py
+        if config.views and world.writes:
+            for name, why in kept_channels(self.architecture).items():
+                logger.info("views: outputs of %s keep their order: %s", name, why)
 
         root = torch.Generator().manual_seed(config.seed)
         seeds = torch.randint(2**62, (3,), generator=root).tolist()
@@ -199,7 +204,7 @@ class Trainer:
             if config.views and config.permutations == "random":
                 targets = self._outputs(torch.cat(views), queries)
             else:  # every view of a model is the same function: one row of targets serves them all
-                targets = self._targets(rows[mine], originals, queries).repeat(len(views), 1, 1)
+                targets = torch.cat([self._targets(rows[mine], originals, queries)] * len(views))
             with _matmul_precision(config.behavior_precision, self.device):
                 values = batched_behavioral_loss(
                     weights,
@@ -277,6 +282,7 @@ class Trainer:
             "normalizers": self.normalizers.to_dict(),
             "rng": state,
             "sampler": {"permutation": self.permutation, "position": self.position},
+            "kernels": [[*key, verdicts.to_dict(decision)] for key, decision in self.kernels.items()],
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -320,15 +326,6 @@ class _Objective(nn.Module):
         return self._losses(rows, queries)
 
 
-@contextlib.contextmanager
-def _matmul_precision(precision: str, device: torch.device) -> Iterator[None]:
-    """torch's float32 matmul precision for the block (a setting of GPUs; on a CPU it is left alone)."""
-    if device.type != "cuda":
-        yield
-        return
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+def _matmul_precision(precision: str, device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """torch's float32 matmul precision for a block (a setting of GPUs; on a CPU it is left alone)."""
+    return matmul_precision_of(precision) if device.type == "cuda" else contextlib.nullcontext()

@@ -10,10 +10,11 @@ from .grid import Grid
 from .importers import Imported, import_zoo
 from .manifest import Manifest
 from .mapped import MappedZoo
+from .reading import load_parts, load_zoo, read_manifest, summarize
 from .signals import Signals, image_signals
 from .source import dataset_of, network
 from .splits import Split
-from .store import load_zoo, read_manifest, save_zoo, summarize
+from .store import save_zoo
 
 __all__ = [
     "Dataset",
@@ -30,6 +31,7 @@ __all__ = [
     "image_signals",
     "import_zoo",
     "load_dataset",
+    "load_parts",
     "load_zoo",
     "network",
     "read_manifest",

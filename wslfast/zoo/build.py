@@ -22,6 +22,7 @@ from ..architecture import Architecture
 from ..errors import WslfastError, check_device, logger, require, say_once
 from ..population import Population
 from ..profiling import region
+from ..proof import proved
 from .adam import StackedAdam
 from .datasets import Dataset, image_shape, load_dataset
 from .fitting import batch_generator, dropout_generator
@@ -122,8 +123,9 @@ def build_zoo(
         architecture, data = _matched(dataset, architecture, root)
     if isinstance(data, Signals) and data.count is not None:
         require(models <= data.count, f"models: expected at most {data.count}, one a signal of {data.name!r}, got {models}")
+    kind = {"signals": "own", "classes": 0} if isinstance(data, Signals) else {"classes": data.classes}
     settings = {
-        "dataset": {"name": data.name, "classes": data.classes if isinstance(data, Dataset) else None, **data.provenance},
+        "dataset": {"name": data.name, **kind, **data.provenance},
         "architecture": hashlib.sha256(architecture.handle.encode()).hexdigest(),
         "grid": chosen.to_dict(),
         "models": models,
@@ -142,7 +144,8 @@ def build_zoo(
     with engine.using(backend), _bar(progress, steps) as advance:
         with region("initialise"):
             weights = architecture.initial_weights([c.init_type for c in cells], [c.seed for c in cells]).to(where)
-        trained = _train(weights, architecture, data, cells, kept, batch_size, advance, unfinished)
+        with proved(architecture, where, ("indexed", "forward"), len(cells), batch_size):
+            trained = _train(weights, architecture, data, cells, kept, batch_size, advance, unfinished)
         population, dropped = _split(plan, *_sound(trained))
     if unfinished is not None:
         from .. import __version__

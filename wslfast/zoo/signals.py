@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ..errors import describe, require
-from .datasets import Dataset
+from .datasets import Dataset, load_dataset
+from .grids import grid_name, grid_points
 
 SPLITS = ("train", "val", "test")
 
@@ -86,19 +87,13 @@ class Signals:
 def image_signals(images: Tensor | Dataset, name: str = "images") -> Signals:
     """One signal an image ``[S, C, H, W]``: at (row, column), from -1 to 1 each, its C colours. Of a :class:`Dataset`, the training
     images."""
-    pixels, provenance = images, {}
+    pixels, source = images, {"name": name}
     if isinstance(images, Dataset):
-        pixels, name, provenance = images.train_images, images.name, dict(images.provenance)
+        pixels, source = images.train_images, {"name": images.name, **images.provenance}
     fits = isinstance(pixels, Tensor) and pixels.ndim == 4 and pixels.is_floating_point() and 0 not in pixels.shape
     require(fits, f"images: expected floating [S, C, H, W], got {describe(pixels)}")
     assert isinstance(pixels, Tensor)
-    height, width = pixels.shape[2:]
     colours = pixels.detach().to("cpu", torch.float32).flatten(2).transpose(1, 2).contiguous()
-    record = {**provenance, "signals": "images", "points": [height, width]}
-    return Signals(name, grid_points(height, width), colours, provenance=record)
-
-
-def grid_points(height: int, width: int) -> Tensor:
-    """(row, column) of every pixel, from -1 to 1 each: ``[height * width, 2]``."""
-    rows, columns = (torch.linspace(-1, 1, size, dtype=torch.float32, device="cpu") for size in (height, width))
-    return torch.cartesian_prod(rows, columns)
+    grid = grid_name(tuple(pixels.shape[2:]), "ij")
+    record = {**load_dataset(grid, (2,)).provenance, "name": grid, "signals": source}  # by which the points are found again
+    return Signals(str(source["name"]), grid_points(grid)[0], colours, provenance=record)

@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 
 from benchmarks.kernels import inspect
 from wslfast import Architecture
+from wslfast.kernels.triton.schedule import schedule
 
 ROOT = Path(__file__).parents[3]
 SHARED_LIMIT = 99 * 1024  # what a block gets on the smaller GPUs of sm_80's family
@@ -33,8 +34,8 @@ def _run(*arguments: str) -> str:
 def test_layer_lists_are_the_architectures() -> None:
     for name, (layers, shape) in inspect.ARCHITECTURES.items():
         architecture = getattr(Architecture, name)()
-        assert layers == architecture.layers
-        assert shape == architecture.input_shape
+        assert Architecture.from_layers(layers, shape, name) == architecture
+        assert schedule(layers, shape) == schedule(architecture.layers, shape)
 
 
 def test_refuses_to_run_interpreted() -> None:
@@ -50,7 +51,7 @@ def _check(row: dict[str, Any]) -> list[str]:
         wrong.append(f"{row['spill_bytes']} bytes of spills")
     if row["shared_bytes"] > SHARED_LIMIT:
         wrong.append(f"{row['shared_bytes']} bytes of shared memory")
-    if row["dots"] and row["mma"] not in ("HGMMA", "HMMA"):
+    if row["dots"] and row["mma"] not in inspect.MMA:
         wrong.append("matrix products without tensor cores")
     return wrong
 
@@ -110,25 +111,27 @@ def test_every_branch_compiles(precision: str) -> None:
 
 
 FORMS = """
+import torch
+from benchmarks.kernels.standin import standing_in
 from kernel_cases import SMALL
-from benchmarks.kernels import inspect
+from wslfast.kernels.triton import launch
 from wslfast.kernels.triton.schedule import schedule
-forms = {
-    "network_forward": [{"SHARED": False}, {"SHARED": False, "INDEXED": True}],
-    "network_loss": [
-        {"SHARED": False, "INDEXED": True, "CRITERION": "labels"}, {"SHARED": False, "CRITERION": "distillation"},
-        {"CRITERION": "gradient"}, {"CRITERION": "softmax_mse"}, {"CRITERION": "cross_entropy"},
-    ],
-}
-for role, form, kernel, types, constants, warps in inspect._whole(schedule(SMALL.layers, SMALL.shape), "fp16", True):
-    for other in forms.get(role, []):
-        own = {**types, "index": "*i64"} if "INDEXED" in other else types
-        own = {**own, "targets": "*i64"} if other.get("CRITERION") == "labels" else own
-        print(inspect.compile_kernel(kernel, own, {**constants, **other}, warps, "sm_90").metadata.shared)
+planned, layers = schedule(SMALL.layers, SMALL.shape), SMALL.layers
+w, own, pool = torch.zeros(2, planned.parameters), torch.zeros(2, 3, *SMALL.shape), torch.zeros(3, *SMALL.shape)
+index, y, labels = torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 3, 3), torch.zeros(2, 3, dtype=torch.long)
+def loss(q, y, criterion, **more):
+    launch.loss_and_gradient(w, q, y, layers, criterion, 2.0, "fp16", mode="network", **more)
+with standing_in("sm_90", planned, lambda l: print(l.name, l.compiled.metadata.shared) if l.new and l.role.startswith("network") else None):
+    launch.forward(w, own, layers, "fp16", mode="network")
+    launch.forward(w, pool, layers, "fp16", mode="network", index=index)
+    loss(pool, labels, "cross_entropy", index=index)
+    loss(own, y, "distillation")
+    for criterion in ("gradient", "softmax_mse", "cross_entropy"):
+        loss(pool, y, criterion)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_every_form_of_the_whole_network_compiles() -> None:
     assert len(_run("-c", FORMS).splitlines()) == 7

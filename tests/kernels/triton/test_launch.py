@@ -1,8 +1,8 @@
 """The launchers through Triton's own launch path, on a machine without a GPU: everything but the launch itself.
 
-A stand-in driver answers what the launch path asks of a GPU; kernels are compiled and their arguments bound, grids computed,
-and then nothing runs. Shows what no interpreter can: that launching works at all, how many launches a call makes, and that
-neither k nor n compiles a kernel again.
+A stand-in (``benchmarks/kernels/standin.py``) answers what the launch path asks of a GPU; kernels are compiled and their arguments bound,
+grids computed, and then nothing runs. Shows what no interpreter can: that launching works at all, how many launches a call makes, and
+that one network in one precision has one set of kernels, whatever a caller's tensors look like.
 """
 
 from __future__ import annotations
@@ -15,85 +15,115 @@ from pathlib import Path
 
 import pytest
 
+from wslfast.kernels.triton import devices
+from wslfast.kernels.triton.schedule import CHOICES, configuration, schedule
+
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[3]
 
 SCRIPT = """
-import collections, json, sys, time
-import torch, triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import JITFunction
-
-class Driver:
-    launcher_cls = None
-    def get_current_device(self): return 0
-    def get_current_stream(self, device): return 0
-    def get_current_target(self): return GPUTarget("cuda", 90, 32)
-    def get_active_torch_device(self): return torch.device("cpu")
-
-triton.runtime.driver.set_active(Driver())
-run, launched, grids = JITFunction.run, collections.Counter(), []
-
-def bind(self, *arguments, grid, warmup, **options):
-    launched[self.fn.__name__] += 1
-    grids.append(grid)
-    return run(self, *arguments, grid=grid, warmup=True, **options)
-
-JITFunction.run = bind
-from benchmarks.kernels import inspect
-from wslfast.kernels import layers as records
+import json, sys
+import torch
+from benchmarks.kernels.standin import standing_in
+from kernel_cases import SMALL, count
 from wslfast.kernels.triton import launch
-from wslfast.kernels.triton.network import network_forward_kernel, network_loss_kernel
-layers, shape = inspect.ARCHITECTURES["cnn3"]
+from wslfast.kernels.triton.budget import model_bytes
+from wslfast.kernels.triton.schedule import CHOICES, schedule, tuned
 
-def call(k, n):
-    launched.clear()
-    weights, targets = torch.randn(k, 10853), torch.randn(k, n, 10)
-    launch.loss_and_gradient(weights, torch.randn(n, *shape), targets, layers, "mse", 2.0, "fp16")
-    return dict(launched)
+layers, shape = SMALL.layers, SMALL.shape
+P, planned = count(layers), schedule(layers, shape)
+mode, each = sys.argv[1], model_bytes(planned, 64, "fp16", True)
+launched, compiled = [], []
+def record(l):
+    launched.append(l.name)
+    if l.new:
+        compiled.append(l.name)
 
-def variants():
-    kernels = (launch.stage_forward.__globals__[name] for name in ("forward_kernel", "dw_kernel", "dx_kernel"))
-    return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
+def loss(w, n, q=None, **more):
+    queries = torch.randn(n, *shape) if q is None else q
+    launched.clear(); compiled.clear()
+    launch.loss_and_gradient(w, queries, torch.randn(len(w), n, 3), layers, "mse", 2.0, "fp16", mode=mode, **more)
+    return len(launched), list(compiled)
 
-def whole(k, n):
-    launched.clear()
-    weights, targets = torch.randn(k, 30), torch.randn(k, n, 3)
-    launch.loss_and_gradient(weights, torch.randn(n, 5), targets, MLP, "mse", 2.0, "fp16", mode="network")
-    both = dict(launched)
-    launched.clear()
-    launch.forward(weights, torch.randn(n, 5), MLP, "fp16", mode="network")
-    return [both, dict(launched)]
+def outputs(w, n, graph=False, **more):
+    launched.clear(); compiled.clear()
+    if not graph:
+        launch.forward(w, torch.randn(n, *shape), layers, "fp16", mode=mode, **more)
+    else:
+        w = w.clone().requires_grad_()
+        launch.differentiable_forward(w, torch.randn(n, *shape), layers, "fp16").sum().backward()
+    return len(launched), list(compiled)
 
-MLP = (records.Linear("a", 5, 3), records.Activation("b"), records.Linear("c", 3, 3))
-network = whole(3, 7)
-whole(300, 70), whole(1, 1), whole(5, 256)
-whole_variants = sum(len(c[0]) for k in (network_forward_kernel, network_loss_kernel) for c in k.device_caches.values())
-first = call(3, 7)
-before = variants()
-call(16, 64), call(1, 1), call(5, 256)
-time_began = time.perf_counter()
-for _ in range(20):
-    call(5, 256)
-host = (time.perf_counter() - time_began) / 20
-print(json.dumps({"launched": first, "before": before, "after": variants(), "host": host, "network": network, "whole_variants": whole_variants,
-                  "grids": all(0 < g[0] < 2**31 for g in grids)}))
+found = {}
+with standing_in("sm_90", planned, record):
+    launch.warmup(layers, shape, 64, "mse", "fp16", "cpu", mode=mode)
+    found["warmup"] = len(compiled)
+    population = torch.randn(64, P)
+    found["first"] = loss(population, 64)
+    found["fewer models, more queries"] = loss(population[:16].clone(), 100)
+    found["population[1:]"] = loss(population[1:], 64)
+    found["population[2:]"] = loss(population[2:], 64)
+    found["columns of a wider tensor"] = loss(torch.randn(16, 2 * P + 1)[:, 1 : P + 1], 64)
+    found["an odd n"] = loss(population, 37)
+    found["one model"] = loss(population[:1], 64)
+    found["one query"] = loss(population, 1)
+    found["channels-last queries"] = loss(population, 64, torch.randn(64, *shape).contiguous(memory_format=torch.channels_last))
+    found["a slice of queries"] = loss(population, 32, torch.randn(65, *shape)[1::2])
+    found["each model's own"] = loss(population, 8, torch.randn(64, 8, *shape))
+    found["rows of a pool"] = loss(population, 6, torch.randn(50, *shape), index=torch.zeros(64, 6, dtype=torch.long))
+    found["rows of a pool, of some models"] = loss(population[3:], 6, torch.randn(50, *shape), index=torch.zeros(64, 6, dtype=torch.int32)[3:])
+    found["chunks"] = loss(population, 64, memory=9 * each)
+    found["small chunks"] = loss(population, 64, memory=3 * each)
+    found["outputs"] = outputs(population, 37)
+    found["outputs in chunks"] = outputs(population[1:], 37, memory=5 * each)
+    if mode == "layers":
+        found["outputs of an odd population"] = outputs(population[5:], 3)
+print(json.dumps(found))
 """
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_launches_without_a_gpu() -> None:
+@pytest.mark.parametrize("mode", ["layers", "network"])
+def test_one_network_one_precision_one_set_of_kernels(mode: str) -> None:
+    """Counted: neither sizes, alignments, strides, chunks nor forms of a call compile anything after ``warmup``."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, cwd=ROOT, env=environment)
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support"), environment.get("PYTHONPATH", "")])
+    done = subprocess.run([sys.executable, "-c", SCRIPT, mode], capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert sum(found["launched"].values()) <= 12, found["launched"]
-    assert found["after"] == found["before"] == 3 + 3 + 2, "k or n compiled a kernel again"
-    assert found["grids"]
-    both, forward = found["network"]
-    assert both == {"prepare_kernel": 1, "network_loss_kernel": 1, "reduce_kernel": 1}
-    assert forward == {"prepare_kernel": 1, "network_forward_kernel": 1}
-    assert found["whole_variants"] == 2, "k or n compiled a whole-network kernel again"
-    assert found["host"] < 0.05, "binding arguments takes longer than the work"
+    warm = found.pop("warmup")
+    assert 0 < warm <= (30 if mode == "layers" else 14), warm
+    again = {name: compiled for name, (_, compiled) in found.items() if compiled}
+    assert not again, again
+    launches = {name: launched for name, (launched, _) in found.items()}
+    if mode == "network":
+        assert launches["first"] == 3  # prepare, the network, reduce
+        assert launches["outputs"] == 2
+    else:
+        assert launches["first"] <= 12
+        assert launches["chunks"] > launches["first"]
+
+
+# -- which GPUs --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("capability", "unit"), [((8, 0), "warp"), ((8, 6), "warp"), ((8, 9), "warp"), ((9, 0), "warpgroup"),
+                                                  ((10, 0), "warpgroup"), ((11, 0), "warpgroup"), ((12, 0), "warp"), ((13, 0), "warp")])  # fmt: skip
+def test_the_matrix_unit_decides_the_tiles(capability: tuple[int, int], unit: str) -> None:
+    assert devices.matrix_unit(capability) == unit
+    assert devices.refusal("a GPU", capability, rocm=False) is None
+
+
+def test_what_the_kernels_are_not_for_says_why() -> None:
+    assert "compute capability 7.5: the kernels need 8.0 or newer" in str(devices.refusal("Tesla T4", (7, 5), rocm=False))
+    assert "AMD GPU" in str(devices.refusal("gfx942", (9, 4), rocm=True))
+
+
+def test_hopper_and_the_others_get_tiles_of_their_own() -> None:
+    from kernel_cases import cnn3
+
+    stage = schedule(cnn3().layers, (3, 32, 32)).stages[1]
+    hopper, others = (configuration("dx", stage, "tf32", unit) for unit in ("warpgroup", "warp"))
+    assert hopper.BM > others.BM
+    assert set(CHOICES) == {"default", "pipelined", "long"}

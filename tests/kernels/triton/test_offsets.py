@@ -26,7 +26,7 @@ if not triton.knobs.runtime.interpret or not sys.platform.startswith("linux"):
 import triton.language as tl  # noqa: F401 (triton must be there; the interpreter looks for tl beside a kernel)
 from triton.runtime import interpreter
 
-from wslfast.kernels.triton import convolution, criterion, head, network, packing, tables, tiles
+from wslfast.kernels.triton import convolution, criterion, gradients, head, network, packing, tables, tiles
 from wslfast.kernels.triton.schedule import configuration, schedule
 
 CPU = torch.device("cpu")
@@ -179,9 +179,9 @@ def _dw() -> None:
     config = configuration("dw", CONV, PRECISION)
 
     def launch(b: Buffers) -> None:
-        convolution.stage_dw(b["x"], None, b["y"], b["code"], None, b["part"], 2, N, CONV, config, shared=False)
+        gradients.stage_dw(b["x"], None, b["y"], b["code"], None, b["part"], 2, N, CONV, config, shared=False)
 
-    parts = {"part": torch.full((2, convolution.splits(CONV, N) * tables.step(CONV)), -7.0)}
+    parts = {"part": torch.full((2, gradients.splits(CONV, N) * tables.step(CONV)), -7.0)}
     _probe(launch, {"x": torch.randn(2, N * CONV.INPUTS), **_activations(CONV)}, parts, N * CONV.CODES)
 
 
@@ -189,7 +189,7 @@ def _dx() -> None:
     place, config = SCHEDULE.placements[1], configuration("dx", CONV, PRECISION)
 
     def launch(b: Buffers) -> None:
-        convolution.stage_dx(b["y"], b["code"], None, b["packed"][:, place.backward :], b["xg"], None, 2, N, CONV, BELOW, config)
+        gradients.stage_dx(b["y"], b["code"], None, b["packed"][:, place.backward :], b["xg"], None, 2, N, CONV, BELOW, config)
 
     inputs = {**_activations(CONV), "packed": tables.pack(make(SMALL, 2, N)[0], SCHEDULE, PRECISION)}
     _probe(launch, inputs, {"xg": torch.rand(2, N * CONV.INPUTS)}, N * CONV.CODES)
@@ -332,7 +332,7 @@ def _narrow(x):  # type: ignore[no-untyped-def]
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", PROBES)
 def test_the_probe_fails_without_the_cast(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (convolution, criterion, head, network, packing, tiles):
+    for module in (convolution, criterion, gradients, head, network, packing, tiles):
         if hasattr(module, "wide"):
             monkeypatch.setattr(module, "wide", _narrow)
     with pytest.raises((AssertionError, interpreter.InterpreterError)) as caught:

@@ -1,0 +1,62 @@
+"""The recorded resources and races: they hold for the sources that are here, and some of them are made again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.kernels import record
+from wslfast.kernels.triton import sources
+
+HEADER, ROWS = record.read()
+RESOURCES = [row for row in ROWS if row["kind"] == "resources"]
+# bytes of stack a thread may hold: none in the products of a layer, some where a whole network is unrolled
+SPILLS = {"forward": 0, "dx": 0, "dw": 0, "layout": 0, "tail": 512, "network_forward": 512, "network_loss": 2048}
+SHARED = 99 * 1024  # what a block gets on the smaller GPUs
+
+
+def test_the_record_is_of_these_sources() -> None:
+    assert record.stale() is None
+
+
+def test_no_recorded_kernel_is_over_its_bounds() -> None:
+    """tf32x3 and bf16 as well as tf32 and fp16."""
+    wrong = [
+        (row["architecture"], row["precision"], row["target"], row["kernel"], row["spill_bytes"], row["shared_bytes"])
+        for row in RESOURCES
+        if row["spill_bytes"] > SPILLS[row["role"]] or row["shared_bytes"] > SHARED or (row["dots"] and not row["mma"])
+    ]
+    assert not wrong
+    assert not [row for row in ROWS if row["kind"] == "races" and row["races"]]
+
+
+def test_a_change_of_the_sources_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "kernels.jsonl"
+    path.write_text(json.dumps({"sources": sources.digest(), "triton": "3.9.0"}) + "\n")
+    assert record.stale(path) is None
+    monkeypatch.setattr(sources, "digest", lambda: "other")
+    assert "run `make kernels`" in str(record.stale(path))
+    assert record.stale(tmp_path / "none.jsonl") is not None
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("role", ["forward", "dx", "dw", "tail"])
+def test_two_rows_a_role_are_made_again(role: str) -> None:
+    """Compiled again with the Triton that made them, they are equal."""
+    triton = pytest.importorskip("triton")
+    if HEADER.get("triton") != triton.__version__:
+        pytest.skip("recorded with another Triton")
+    chosen = [row for row in RESOURCES if row["role"] == role and row["architecture"] == "cnn3" and row["precision"] == "fp16"]
+    targets = sorted({row["target"] for row in chosen})[:1]
+    arguments = ("--target", targets[0], "--precision", "fp16", "--architecture", "cnn3", "--role", role, "--json")
+    again = {row["kernel"]: row for row in record._lines("benchmarks.kernels.inspect", *arguments)}
+    kept = [row for row in chosen if row["target"] == targets[0]]
+    assert len(kept) >= 1
+    for row in kept[:2]:
+        made = again[row["kernel"]]
+        assert {n: made[n] for n in ("registers", "spill_bytes", "shared_bytes", "dots", "mma")} == {
+            n: row[n] for n in ("registers", "spill_bytes", "shared_bytes", "dots", "mma")
+        }

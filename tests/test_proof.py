@@ -1,0 +1,445 @@
+"""Kernels prove themselves where they run: with stand-ins that are right, wrong, slow, crash, hang or cannot be reached, and with Triton's
+interpreter. No GPU is needed; what a GPU says is not claimed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import stub_trial
+import torch
+
+import wslfast
+from wslfast import Architecture, WslfastError, engine, errors, proof, trial
+from wslfast.engine import triton_path, verdicts
+from wslfast.engine.verdicts import FAILED, RIGHT, UNKNOWN, WRONG, Decision, Machine, Speed, Verdict
+from wslfast.kernels.layers import Activation, Conv2d, Flatten, Linear, Pool2d
+
+ARCH = Architecture.from_layers(
+    [Conv2d("a", 1, 3, (3, 3)), Pool2d("b"), Activation("c", "tanh"), Flatten("d"), Linear("e", 12, 3)], (1, 6, 6), "tiny"
+)
+FLAT = Architecture.from_layers([Linear("a", 5, 3), Activation("b"), Linear("c", 3, 3)], (5,), "flat")
+MACHINE = Machine("Test GPU", "9.0", "1", "2", "3", "sources")
+HERE = Path(__file__).parent
+GPU = torch.device("cuda", 0)
+
+
+def _command(mode: str) -> list[str]:
+    return [sys.executable, str(HERE / "support" / "stub_trial.py"), mode]
+
+
+@pytest.fixture
+def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """As on a machine with a GPU that the kernels are for; the verdicts' folder."""
+    monkeypatch.setenv("WSLFAST_CACHE", str(tmp_path))
+    monkeypatch.delenv("WSLFAST_KERNELS", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(verdicts, "machine", lru_cache(lambda index=None: MACHINE))
+    monkeypatch.setattr(verdicts, "_known", {})
+    monkeypatch.setattr(triton_path, "unbuildable", {})
+    monkeypatch.setattr(errors, "_said", set())
+    monkeypatch.setattr(proof, "COMMAND", _command("right"))
+    return tmp_path / "kernels"
+
+
+def _new_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verdicts, "_known", {})
+
+
+@pytest.fixture
+def tried(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Verdict]]:
+    """Verdicts of a trial in this process, for what does not end one."""
+
+    def run(mode: str, forms: tuple[str, ...] = verdicts.FORMS) -> dict[str, Verdict]:
+        stub_trial.install(mode, monkeypatch.setattr)
+        monkeypatch.setattr(triton_path, "unbuildable", {})
+        device = "cuda:99" if mode == "busy" else "cpu"
+        job = {"architecture": ARCH.to_dict(), "device": device, "precision": "tf32", "forms": list(forms), "sizes": [[4, 6]]}
+        found: dict[str, Verdict] = {}
+        said = json.loads(json.dumps(_run(job)))
+        for finding in said:
+            if "verdict" in finding:
+                found[finding["form"]] = verdicts.from_dict(finding["verdict"])
+        return found
+
+    return run
+
+
+def _run(job: dict[str, Any]) -> list[dict[str, Any]]:
+    said: list[dict[str, Any]] = []
+    trial.run(job, said.append)
+    return said
+
+
+def _prove(mode: str, forms: tuple[str, ...] = verdicts.FORMS, limit_s: float = 60.0, **more: Any) -> dict[str, Verdict]:
+    return proof.prove(ARCH, forms, "tf32", [(4, 6)], GPU, limit_s=limit_s, command=_command(mode), **more)
+
+
+# -- the trial ---------------------------------------------------------------------------------------------------------
+
+
+def test_right_and_faster(tried: Callable[..., dict[str, Verdict]]) -> None:
+    found = tried("right")
+    assert list(found) == list(verdicts.FORMS)
+    for form, verdict in found.items():
+        assert verdict.status == RIGHT, (form, verdict)
+        assert verdict.speeds == (Speed(4, 6, 10_000.0, 2_000.0, "pipelined"),)  # the best of three configurations
+        assert all(0 <= e < 1 for e in verdict.errors.values())
+    assert {"outputs", "sum a.weight", "sum e.bias"} <= set(found["forward"].errors)
+    criteria = {"mse", "softmax_mse", "cross_entropy", "distillation", "labels"}
+    assert {f"{name} loss" for name in criteria} <= set(found["loss"].errors)
+    assert {"mse loss", "labels loss", "labels a.weight"} <= set(found["indexed"].errors)
+
+
+@pytest.mark.parametrize(
+    ("mode", "status", "words"),
+    [
+        ("wrong", WRONG, "times the error that tf32 excuses"),
+        ("noisy", WRONG, "two runs differ"),
+        ("bad neighbour", WRONG, "not finite for models whose weights are"),
+        ("hides NaN", WRONG, "a model whose weights are NaN got numbers"),
+        ("unwritten", WRONG, "not finite"),
+        ("unbuildable", FAILED, "they cannot be built here: no such luck"),
+        ("raises", FAILED, "illegal memory access"),
+        ("memory", UNKNOWN, "out of memory"),
+        ("busy", UNKNOWN, "no second process gets onto the GPU: CUDA error: CUDA-capable device(s) is/are busy"),
+    ],
+)
+def test_what_is_wrong_is_found(tried: Callable[..., dict[str, Verdict]], mode: str, status: str, words: str) -> None:
+    (verdict,) = tried(mode, ("loss",)).values()
+    assert verdict.status == status, verdict
+    assert words in verdict.reason
+    assert "\n" not in verdict.reason
+    assert not verdicts.judge(verdict, 4, 6).on
+
+
+def test_slow_is_right_and_off(tried: Callable[..., dict[str, Verdict]]) -> None:
+    (verdict,) = tried("slow", ("loss",)).values()
+    assert verdict.status == RIGHT
+    decision = verdicts.judge(verdict, 4, 6)
+    assert (decision.on, decision.proved) == (False, True)
+    assert "right but not faster" in decision.reason
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mode", "words"),
+    [("crash@loss", "its process died (SIGSEGV)"), ("exit@loss", "its process died (exit status 70): LLVM ERROR: out of registers")],
+)
+def test_one_form_that_crashes_costs_itself_alone(gpu: Path, mode: str, words: str) -> None:
+    found = _prove(mode)
+    assert [found[form].status for form in verdicts.FORMS] == [RIGHT, FAILED, RIGHT]
+    assert found["loss"].reason == words
+
+
+def test_a_configuration_that_is_wrong_is_left_out(tried: Callable[..., dict[str, Verdict]]) -> None:
+    (verdict,) = tried("wrong@pipelined", ("loss",)).values()
+    assert verdict.status == RIGHT
+    assert verdict.speeds[0].choice == "default"
+    assert "pipelined: not right" in verdict.reason
+
+
+@pytest.mark.slow
+def test_a_hang_is_ended(gpu: Path) -> None:
+    found = _prove("hang@loss", ("loss", "forward"), limit_s=20.0)
+    assert (found["loss"].status, found["loss"].reason) == (FAILED, "not finished after 20 s")
+    assert found["forward"].status == UNKNOWN  # its time was used up
+    still = subprocess.run(["pgrep", "-f", "stub_trial.py hang@loss"], capture_output=True, text=True, check=False)
+    assert still.stdout == ""
+
+
+@pytest.mark.slow
+def test_the_kernels_themselves_in_the_interpreter(gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    found = proof.prove(FLAT, ("loss", "forward"), "tf32", [], GPU, limit_s=300.0, command=_command("interpreter"))
+    assert {form: v.status for form, v in found.items()} == {"loss": RIGHT, "forward": RIGHT}, found
+    assert max(found["loss"].errors.values()) < 1
+
+
+# -- what is kept ------------------------------------------------------------------------------------------------------
+
+GOOD = Verdict(RIGHT, "well", {"mse loss": 0.1}, (Speed(128, 256, 10.0, 2.0, "long"),))
+
+
+def test_files(gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = verdicts.key_of(ARCH, "tf32", "loss")
+    assert verdicts.read(key) is None
+    verdicts.keep(key, GOOD)
+    assert verdicts.read(key) == GOOD
+    _new_process(monkeypatch)
+    assert verdicts.read(key) == GOOD
+    (file,) = gpu.iterdir()
+    record = json.loads(file.read_text())
+    assert record["key"]["machine"]["gpu"] == "Test GPU"
+
+    for damage in ("", "{", "[]", json.dumps({**record, "schema": 99}), json.dumps({**record, "verdict": {"status": "fine"}}),
+                   json.dumps({**record, "key": {**record["key"], "form": "forward"}}),
+                   json.dumps({**record, "verdict": {**record["verdict"], "speeds": [{**record["verdict"]["speeds"][0], "choice": "mad"}]}})):  # fmt: skip
+        file.write_text(damage)
+        _new_process(monkeypatch)
+        assert verdicts.read(key) is None, damage
+
+
+@pytest.mark.parametrize("field", ["gpu", "capability", "driver", "torch", "triton", "sources"])
+def test_another_machine_or_other_sources_have_no_verdict(gpu: Path, monkeypatch: pytest.MonkeyPatch, field: str) -> None:
+    verdicts.keep(verdicts.key_of(ARCH, "tf32", "loss"), GOOD)
+    other = Machine(**{**vars(MACHINE), field: "another"})
+    monkeypatch.setattr(verdicts, "machine", lambda index=None: other)
+    _new_process(monkeypatch)
+    decision = verdicts.decide(ARCH, "tf32", "loss", 128, 256)
+    assert not decision.on
+    assert not decision.proved
+    assert "wslfast.doctor" in decision.reason
+
+
+def test_another_network_precision_or_form_has_none(gpu: Path) -> None:
+    verdicts.keep(verdicts.key_of(ARCH, "tf32", "loss"), GOOD)
+    assert verdicts.decide(ARCH, "tf32", "loss").on
+    assert verdicts.decide(Architecture.from_layers(ARCH.layers, ARCH.input_shape, "renamed"), "tf32", "loss").on
+    assert not verdicts.decide(FLAT, "tf32", "loss").on
+    assert not verdicts.decide(ARCH, "fp16", "loss").on
+    assert not verdicts.decide(ARCH, "tf32", "indexed").on
+
+
+def test_the_nearest_size_counts() -> None:
+    verdict = Verdict(RIGHT, "", {}, (Speed(4, 64, 1.0, 2.0, "default"), Speed(1024, 256, 10.0, 2.0, "long")))
+    assert not verdicts.judge(verdict, 8, 64).on
+    assert verdicts.judge(verdict, 500, 256) == Decision(True, verdicts.judge(verdict, 1024, 256).reason, "long")
+    fresh = Verdict(RIGHT, "", {}, (Speed(5, 60, 5.0, 1.0, "default"),))
+    assert {(s.k, s.n) for s in fresh.merged(verdict).speeds} == {(5, 60), (1024, 256)}
+    assert fresh.merged(Verdict(WRONG)).speeds == fresh.speeds
+
+
+def test_a_folder_that_cannot_be_written(gpu: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setenv("WSLFAST_CACHE", "/proc/nowhere")
+    key = verdicts.key_of(ARCH, "tf32", "loss")
+    with caplog.at_level(logging.WARNING, "wslfast"):
+        verdicts.keep(key, GOOD)
+        verdicts.keep(key, GOOD)
+    assert len(caplog.messages) == 1
+    assert "holds for this process alone" in caplog.messages[0]
+    assert verdicts.decide(ARCH, "tf32", "loss").on
+    _new_process(monkeypatch)
+    assert verdicts.read(key) is None
+
+
+def test_what_is_unknown_is_not_written(gpu: Path) -> None:
+    verdicts.keep(verdicts.key_of(ARCH, "tf32", "loss"), Verdict(UNKNOWN, "busy"))
+    assert not gpu.exists()
+    assert not verdicts.decide(ARCH, "tf32", "loss").on
+
+
+# -- what calls make of it ---------------------------------------------------------------------------------------------
+
+
+def _path(**more: Any) -> Any:
+    return engine.choose(ARCH, "cuda", torch.float32, call=engine.Call("loss", 128, 256), **more)
+
+
+def test_auto_follows_the_verdict(gpu: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    with caplog.at_level(logging.WARNING, "wslfast"):
+        assert _path().name == "stacked"
+        assert _path().name == "stacked"
+    assert len(caplog.messages) == 1, "a call without a verdict says once how to get one"
+    assert "`wslfast doctor`" in caplog.messages[0]
+    verdicts.keep(verdicts.key_of(ARCH, "tf32x3", "loss"), GOOD)
+    path = _path()
+    assert (path.name, path.choice) == ("triton", "long")
+    assert "2 ms against torch's 10" in path.reason
+    assert engine.choose(ARCH, "cuda", torch.float32, call=engine.Call("forward", 128, 256)).name == "stacked"
+    assert engine.choose(ARCH, "cuda", torch.float32, "torch").name == "stacked"
+    monkeypatch.setenv("WSLFAST_KERNELS", "off")
+    assert _path().name == "stacked"
+    monkeypatch.setenv("WSLFAST_KERNELS", "on")
+    assert engine.choose(FLAT, "cuda", torch.float32).name == "triton"
+    monkeypatch.setenv("WSLFAST_KERNELS", "yes")
+    with pytest.raises(WslfastError, match="WSLFAST_KERNELS: expected one of"):
+        _path()
+
+
+def test_a_verdict_is_frozen_for_the_process(gpu: Path) -> None:
+    key = verdicts.key_of(ARCH, "tf32x3", "loss")
+    assert not verdicts.decide(ARCH, "tf32x3", "loss").on
+    verdicts.keep(verdicts.key_of(ARCH, "tf32", "loss"), GOOD)
+    (made,) = gpu.iterdir()
+    record = json.loads(made.read_text())
+    record["key"]["precision"] = "tf32x3"
+    (gpu / key.file).write_text(json.dumps(record))  # another process has proved it
+    assert not verdicts.decide(ARCH, "tf32x3", "loss").on
+    verdicts.forget()
+    assert verdicts.decide(ARCH, "tf32x3", "loss").on
+
+
+def test_held_decisions_win(gpu: Path) -> None:
+    graph = verdicts.graph_digest(ARCH)
+    with verdicts.holding({(graph, "tf32", "loss"): Decision(True, "of the run", "long")}):
+        assert verdicts.decide(ARCH, "tf32", "loss", 3, 3) == Decision(True, "of the run", "long")
+        assert not verdicts.decide(ARCH, "fp16", "loss", 3, 3).on
+    assert not verdicts.decide(ARCH, "tf32", "loss", 3, 3).on
+
+
+# -- safe points -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fitting(gpu: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Every (form, precision) of every proof that is begun."""
+    began: list[list[str]] = []
+
+    def watched(architecture: Any, forms: Any, precision: str, sizes: Any, *_: Any, command: list[str], **__: Any) -> Any:
+        began.append(list(forms))
+        return in_this_process(command[-1], list(forms), precision, sizes)
+
+    def in_this_process(mode: str, forms: list[str], precision: str, sizes: Any) -> dict[str, Verdict]:
+        if mode == "crash":
+            return dict.fromkeys(forms, Verdict(FAILED, "its process died (SIGSEGV)"))
+        stub_trial.install(mode, monkeypatch.setattr)
+        job = {"architecture": ARCH.to_dict(), "device": "cuda:99" if mode == "busy" else "cpu", "precision": precision, "forms": forms}
+        said = _run({**job, "sizes": [list(size) for size in sizes]})
+        return {s["form"]: verdicts.from_dict(json.loads(json.dumps(s["verdict"]))) for s in said if "verdict" in s}
+
+    monkeypatch.setattr(proof, "prove", watched)
+    monkeypatch.setattr(proof, "why_not_triton", lambda *_: None)
+    return began
+
+
+def test_ensure_looks_once(fitting: list[list[str]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    wanted = [("loss", "tf32"), ("forward", "tf32")]
+    caplog.set_level(logging.INFO, "wslfast")
+    decisions = proof.ensure(ARCH, GPU, wanted, 4, 6)
+    assert {(p, f): d.on for (_, p, f), d in decisions.items()} == {("tf32", "loss"): True, ("tf32", "forward"): True}
+    assert {d.choice for d in decisions.values()} == {"pipelined"}
+    assert any(m.startswith("checking the kernels for 'tiny' on Test GPU") for m in caplog.messages)
+    assert any("kernels on for 'tiny', loss in tf32" in m for m in caplog.messages)
+    _new_process(monkeypatch)
+    assert proof.ensure(ARCH, GPU, wanted, 5, 7) == proof.ensure(ARCH, GPU, wanted, 4, 6)  # the same bucket
+    assert fitting == [["loss", "forward"]]
+    proof.ensure(ARCH, GPU, wanted[:1], 64, 6)
+    assert fitting[1:] == [["loss"]]
+    both = verdicts.read(verdicts.key_of(ARCH, "tf32", "loss"))
+    assert both is not None
+    assert sorted((s.k, s.n) for s in both.speeds) == [(4, 6), (64, 6)]
+
+
+def test_ensure_leaves_alone(fitting: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = [("loss", "tf32")]
+    assert proof.ensure(ARCH, torch.device("cpu"), wanted, 4, 6) == {}
+    with engine.using("torch"):
+        assert proof.ensure(ARCH, GPU, wanted, 4, 6) == {}
+    for setting in ("on", "off"):
+        monkeypatch.setenv("WSLFAST_KERNELS", setting)
+        assert proof.ensure(ARCH, GPU, wanted, 4, 6) == {}
+    monkeypatch.setenv("WSLFAST_KERNELS", "auto")
+    monkeypatch.setattr(proof, "why_not_triton", lambda *_: "it has compute capability 7.5")
+    assert proof.ensure(ARCH, GPU, wanted, 4, 6) == {}
+    assert fitting == []
+
+
+def test_a_failure_is_kept_and_what_is_unknown_is_asked_again(fitting: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    for mode, times in (("crash", 1), ("busy", 2)):
+        monkeypatch.setattr(proof, "COMMAND", _command(mode))
+        precision = "tf32" if mode == "crash" else "tf32x3"
+        fitting.clear()
+        for _ in range(2):
+            _new_process(monkeypatch)
+            (decision,) = proof.ensure(ARCH, GPU, [("loss", precision)], 4, 6).values()
+            assert not decision.on
+        assert len(fitting) == times, mode
+
+
+def test_doctor(fitting: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(proof, "check_device", lambda device: GPU)
+    monkeypatch.setattr(proof, "COMMAND", _command("crash"))
+    found = wslfast.doctor(ARCH, k=4, n=6, precision="tf32")
+    assert list(found) == list(verdicts.FORMS)
+    assert all("kernels off for 'tiny'" in line and "SIGSEGV" in line for line in found.values())
+    monkeypatch.setattr(proof, "COMMAND", _command("right"))
+    assert not verdicts.decide(ARCH, "tf32", "loss").on
+    found = wslfast.doctor(ARCH, k=4, n=6, precision="tf32")
+    assert "kernels on for 'tiny', loss in tf32: kernels, proved on this GPU: 2e+03 ms against torch's 1e+04 (k=4, n=6)" in found["loss"]
+    assert verdicts.decide(ARCH, "tf32", "loss").on, "the process's verdict is replaced at once"
+    for wrong in ({"precision": "fp8"}, {"k": 0}, {"n": "x"}):
+        with pytest.raises(WslfastError, match=next(iter(wrong))):
+            wslfast.doctor(ARCH, **wrong)
+
+
+def test_doctor_without_a_gpu() -> None:
+    assert wslfast.doctor() == {"kernels": "there is no CUDA device here: networks run on the CPU engine or on torch"}
+
+
+# -- many processes, and runs that go on -------------------------------------------------------------------------------
+
+
+def test_ranks_take_the_worst() -> None:
+    slow = Verdict(RIGHT, "", {}, (Speed(128, 256, 10.0, 9.5, "default"),))
+    assert verdicts.combined([GOOD, GOOD]) == GOOD
+    assert not verdicts.judge(verdicts.combined([GOOD, slow]), 128, 256).on
+    assert verdicts.combined([GOOD, slow]) == verdicts.combined([slow, GOOD]).__class__(RIGHT, "well", {"mse loss": 0.1}, slow.speeds)
+    assert verdicts.combined([GOOD, Verdict(WRONG, "bad"), None]).status == WRONG
+    assert verdicts.combined([GOOD, Verdict(UNKNOWN, "busy")]).reason == "busy"
+    assert verdicts.combined([GOOD, None]).status == UNKNOWN
+
+
+RANKS = """
+import json, os, sys
+import torch.distributed as dist
+from wslfast import proof
+from wslfast.engine.verdicts import RIGHT, WRONG, Speed, Verdict, judge
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+os.environ["LOCAL_RANK"] = "0" if rank < 2 else "1"  # two nodes, the second with two processes
+mine = [Verdict(RIGHT, "", {}, (Speed(4, 4, 2.0, 1.0 + rank * 0.95, "default"),)), Verdict(RIGHT, "", {}, (Speed(4, 4, 2.0, 1.0, "long"),))]
+agreed = proof._agreed(mine if rank < 2 else [None, None])
+print("said", [(v.status, judge(v, 4, 4).on) for v in agreed], flush=True)
+dist.destroy_process_group()
+"""
+
+
+def test_ranks_agree(tmp_path: Path) -> None:
+    """One process a node has looked; the second node's finds the first form too slow: nobody takes it, everybody takes the other."""
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = [line for line in done.stdout.splitlines() if "said" in line]
+    assert len(said) == 3
+    assert all("[('right', False), ('right', True)]" in line for line in said)
+
+
+def test_a_run_keeps_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from training_runs import ARCH as arch
+    from training_runs import config
+
+    from wslfast import Population
+    from wslfast.training import loop
+    from wslfast.training.checkpoint import load_checkpoint
+
+    population = Population(arch, arch.initial_weights(["kaiming_normal"] * 20, range(20)))
+    images = torch.randn(48, *population.architecture.input_shape)
+    graph = verdicts.graph_digest(population.architecture)
+    held: list[Any] = []
+    began = {(graph, "tf32", "loss"): Decision(True, "proved", "long")}
+    monkeypatch.setattr(loop, "ensure", lambda *_: held.append("asked") or began)
+    wslfast.train(config(tmp_path, steps=1), population=population, images=images)
+    assert held == ["asked"]
+    assert load_checkpoint(tmp_path)["kernels"] == [[graph, "tf32", "loss", verdicts.to_dict(began[graph, "tf32", "loss"])]]
+
+    seen = []
+    real = verdicts.holding
+    monkeypatch.setattr(loop.verdicts, "holding", lambda decisions: seen.append(decisions) or real(decisions))
+    wslfast.train(config(tmp_path, steps=2), population=population, images=images, resume=True)
+    assert held == ["asked"], "a resumed run does not ask again"
+    assert seen == [began]

@@ -1,0 +1,323 @@
+"""Whether the kernels are right and faster on this machine: what was found, kept in files, and what a call makes of it.
+
+No kernel is trusted because it passed elsewhere. ``proof.py`` makes verdicts, at safe points; here they are stored, read and combined.
+A verdict holds for one GPU, driver, torch, Triton, state of the kernels' sources, network, precision and form of call: anything else has
+another key, so that a stale one is never found. What a process has read stays as it read it until a new proof replaces it, and a
+training run holds what it began with.
+
+Environment: ``WSLFAST_KERNELS=auto`` follows verdicts, ``on`` takes the kernels without one, ``off`` leaves them. ``WSLFAST_CACHE`` names
+the folder (default: ``$XDG_CACHE_HOME/wslfast`` or ``~/.cache/wslfast``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..architecture import Architecture
+from ..errors import WslfastError, require, say_once
+from ..files import write_json
+from ..kernels.triton import sources
+from ..kernels.triton.schedule import CHOICES
+
+FORMS = ("forward", "loss", "indexed")  # outputs and their graph; loss and gradient; the same with rows of a pool
+RIGHT, WRONG, FAILED, UNKNOWN = "right", "wrong", "failed", "unknown"
+FASTER = 0.9  # of torch's time
+SETTINGS = ("auto", "on", "off")
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a verdict holds for besides the network: another value of any field is another machine."""
+
+    gpu: str
+    capability: str
+    driver: str
+    torch: str
+    triton: str
+    sources: str
+
+
+@dataclass(frozen=True)
+class Key:
+    """What one verdict is about."""
+
+    machine: Machine
+    graph: str
+    precision: str
+    form: str
+
+    @property
+    def file(self) -> str:
+        """Name of its file."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:32] + ".json"
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Median milliseconds of one call with k models and n queries: torch's, and the best configuration's of those that ran."""
+
+    k: int
+    n: int
+    torch_ms: float
+    kernels_ms: float
+    choice: str
+
+    @property
+    def faster(self) -> bool:
+        """Whether the kernels are worth taking."""
+        return self.kernels_ms < FASTER * self.torch_ms
+
+    def __str__(self) -> str:
+        return f"{self.kernels_ms:.3g} ms against torch's {self.torch_ms:.3g} (k={self.k}, n={self.n})"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """right | wrong | failed | unknown, why in one line, relative errors by name, and how fast at which sizes."""
+
+    status: str
+    reason: str = ""
+    errors: dict[str, float] = field(default_factory=dict)
+    speeds: tuple[Speed, ...] = ()
+
+    def at(self, k: int | None, n: int | None) -> Speed | None:
+        """The speed at the size that is nearest in proportion (any, where none is given: the largest)."""
+        if not self.speeds:
+            return None
+        if k is None or n is None:
+            return max(self.speeds, key=lambda s: s.k * s.n)
+        return min(self.speeds, key=lambda s: abs(math.log(s.k / max(k, 1))) + abs(math.log(s.n / max(n, 1))))
+
+    def merged(self, other: Verdict) -> Verdict:
+        """This one with the speeds of an earlier one at other sizes."""
+        mine = {bucket(s.k, s.n) for s in self.speeds}
+        kept = tuple(s for s in other.speeds if bucket(s.k, s.n) not in mine) if other.status == self.status == RIGHT else ()
+        return Verdict(self.status, self.reason, self.errors, self.speeds + kept)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a call does: the kernels or not, why, and with which configuration."""
+
+    on: bool
+    reason: str
+    choice: str = "default"
+    proved: bool = True  # False: nobody has looked yet
+
+
+def bucket(k: int, n: int) -> tuple[int, int]:
+    """Sizes that share a measurement: within a factor of two of a power of four."""
+    return round(math.log(max(k, 1), 4)), round(math.log(max(n, 1), 4))
+
+
+def slice_of(k: int, n: int) -> tuple[int, int]:
+    """The part of a call that is timed for it: enough for a GPU to be full, and a second of torch's time at most."""
+    n = max(1, min(n, 1024))
+    return max(1, min(k, 2**19 // n)), n
+
+
+def setting() -> str:
+    """WSLFAST_KERNELS. Raises WslfastError for another word."""
+    value = os.environ.get("WSLFAST_KERNELS", "auto")
+    require(value in SETTINGS, f"WSLFAST_KERNELS: expected one of {SETTINGS}, got {value!r}")
+    return value
+
+
+def _driver() -> str:
+    """The driver's version, as its own file or, where there is none, the CUDA version that it serves."""
+    with suppress(OSError):
+        found = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", Path("/proc/driver/nvidia/version").read_text())
+        if found is not None:
+            return found[0]
+    ask = getattr(torch._C, "_cuda_getDriverVersion", None)
+    return f"CUDA {ask()}" if ask is not None else "unknown"
+
+
+@lru_cache(maxsize=64)
+def machine(index: int | None = None) -> Machine:
+    """This machine with one of its GPUs (default: the current one)."""
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = "unknown"
+    here = torch.cuda.is_available()
+    name, capability = (torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)) if here else ("no GPU", (0, 0))
+    return Machine(name, f"{capability[0]}.{capability[1]}", _driver(), str(torch.__version__), triton, sources.digest())
+
+
+@lru_cache(maxsize=256)
+def graph_digest(architecture: Architecture) -> str:
+    """Of the operations alone: a network is the same whatever it is called."""
+    assert architecture.graph is not None
+    record = architecture.graph.to_dict()
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def key_of(architecture: Architecture, precision: str, form: str, index: int | None = None) -> Key:
+    """The key of a call's verdict."""
+    return Key(machine(index), graph_digest(architecture), precision, form)
+
+
+# -- the files ---------------------------------------------------------------------------------------------------------
+
+_known: dict[Key, Verdict | None] = {}  # what this process has read or made
+
+
+def folder() -> Path:
+    """Where verdicts are kept."""
+    own = os.environ.get("WSLFAST_CACHE")
+    if own:
+        return Path(own) / "kernels"
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "wslfast" / "kernels"
+
+
+def read(key: Key) -> Verdict | None:
+    """The verdict of a key: the process's own, else the file's, which then counts for the process. None: there is none."""
+    if key not in _known:
+        _known[key] = _stored(key)
+    return _known[key]
+
+
+def _stored(key: Key) -> Verdict | None:
+    """What the file says; None for one that is missing, damaged, of another form or about something else."""
+    try:
+        record = json.loads((folder() / key.file).read_text())
+        if record["schema"] != SCHEMA or record["key"] != asdict(key):
+            return None
+        return from_dict(record["verdict"])
+    except (OSError, RuntimeError, ValueError, LookupError, TypeError):
+        return None
+
+
+def from_dict(record: Mapping[str, Any]) -> Verdict:
+    """A verdict from its JSON form. Raises ValueError, KeyError or TypeError for anything else."""
+    if record["status"] not in (RIGHT, WRONG, FAILED, UNKNOWN):
+        raise ValueError(record["status"])
+    speeds = tuple(
+        Speed(int(s["k"]), int(s["n"]), float(s["torch_ms"]), float(s["kernels_ms"]), str(s["choice"])) for s in record["speeds"]
+    )
+    if any(s.choice not in CHOICES or not min(s.k, s.n, s.torch_ms, s.kernels_ms) > 0 for s in speeds):
+        raise ValueError("speeds")
+    return Verdict(record["status"], str(record["reason"]), {str(n): float(e) for n, e in record["errors"].items()}, speeds)
+
+
+def keep(key: Key, verdict: Verdict) -> None:
+    """Make a verdict that of this process, at once, and of those to come: its file is replaced as a whole. Where it cannot be written,
+    memory has to do, which is said once. What is unknown is not written: the next process may find out."""
+    _known[key] = verdict
+    if verdict.status == UNKNOWN:
+        return
+    try:
+        write_json(folder() / key.file, {"schema": SCHEMA, "key": asdict(key), "verdict": asdict(verdict)})
+    except (WslfastError, OSError, RuntimeError) as error:  # no home folder is a RuntimeError
+        say_once(f"wslfast: what was found about the kernels holds for this process alone: {error}")
+
+
+def forget() -> None:
+    """Forget what this process has read and made; the files stay."""
+    _known.clear()
+    machine.cache_clear()
+
+
+# -- what a call makes of them -----------------------------------------------------------------------------------------
+
+_held: ContextVar[Mapping[tuple[str, str, str], Decision] | None] = ContextVar("wslfast_kernels", default=None)
+
+
+def decide(
+    architecture: Architecture, precision: str, form: str, k: int | None = None, n: int | None = None, index: int | None = None
+) -> Decision:
+    """Whether a call of ``backend="auto"`` on a GPU takes the kernels."""
+    asked = setting()
+    if asked != "auto":
+        return Decision(asked == "on", f"WSLFAST_KERNELS={asked}")
+    held = _held.get()
+    if held is not None and (kept := held.get((graph_digest(architecture), precision, form))) is not None:
+        return kept
+    return judge(read(key_of(architecture, precision, form, index)), k, n)
+
+
+def judge(verdict: Verdict | None, k: int | None, n: int | None) -> Decision:
+    """What a verdict means for a size."""
+    if verdict is None:
+        how = "wslfast.doctor(architecture), or `wslfast doctor` in a shell, looks and takes two minutes at most"
+        return Decision(False, f"nobody has checked yet whether they are right and faster on this GPU; {how}", proved=False)
+    if verdict.status != RIGHT:
+        return Decision(False, f"found {verdict.status} on this GPU: {verdict.reason}", proved=verdict.status != UNKNOWN)
+    speed = verdict.at(k, n)
+    if speed is None:
+        return Decision(False, f"found right on this GPU, but not timed: {verdict.reason}", proved=False)
+    if not speed.faster:
+        return Decision(False, f"right but not faster on this GPU: {speed}")
+    return Decision(True, f"kernels, proved on this GPU: {speed}", speed.choice)
+
+
+@contextmanager
+def holding(decisions: Mapping[tuple[str, str, str], Decision]) -> Iterator[None]:
+    """Inside, these decisions count, whatever verdicts come to be known: a training run takes one path from its first step to its last.
+    Keys are (graph's digest, precision, form)."""
+    token = _held.set({**(_held.get() or {}), **decisions})
+    try:
+        yield
+    finally:
+        _held.reset(token)
+
+
+def device_failed(architecture: Architecture, precision: str, form: str, why: str, index: int | None = None) -> None:
+    """A device error came out of a call on the kernels: from now on they count as failed here."""
+    with suppress(Exception):  # the device may not even tell its name any more; the error that led here matters more
+        keep(key_of(architecture, precision, form, index), Verdict(FAILED, f"a call ended in a device error: {why}"))
+
+
+def combined(verdicts: Sequence[Verdict | None]) -> Verdict:
+    """What the processes of one job make of their verdicts together: right only if all are, as fast as the slowest, unknown if one is.
+    The same on every process, whatever its own GPU is."""
+    order = (WRONG, FAILED, UNKNOWN)
+    known = [v if v is not None else Verdict(UNKNOWN, "a process of this job has no verdict") for v in verdicts]
+    for status in order:
+        for verdict in known:
+            if verdict.status == status:
+                return Verdict(status, verdict.reason)
+    sizes = [(s.k, s.n) for s in known[0].speeds]
+    speeds = []
+    for k, n in sizes:
+        of_all = [v.at(k, n) for v in known]
+        if all(s is not None for s in of_all):
+            worst = max((s for s in of_all if s is not None), key=lambda s: s.kernels_ms / s.torch_ms)
+            speeds.append(Speed(k, n, worst.torch_ms, worst.kernels_ms, worst.choice))
+    return Verdict(RIGHT, known[0].reason, known[0].errors, tuple(speeds))
+
+
+def describe(architecture: Architecture, precision: str, form: str, verdict: Verdict | None, k: int | None, n: int | None) -> str:
+    """One line for a log."""
+    decision = judge(verdict, k, n)
+    return f"kernels {'on' if decision.on else 'off'} for {architecture.name!r}, {form} in {precision}: {decision.reason}"
+
+
+def to_dict(decision: Decision) -> dict[str, Any]:
+    """A decision as a checkpoint keeps it."""
+    return asdict(decision)
+
+
+def decision_from(record: Mapping[str, Any]) -> Decision:
+    """The inverse of :func:`to_dict`. Raises WslfastError for anything else."""
+    names = {f.name for f in fields(Decision)}
+    good = isinstance(record, Mapping) and set(record) == names and type(record["on"]) is bool and record["choice"] in CHOICES
+    require(good, "kernels: expected a decision with on, reason, choice and proved")
+    return Decision(record["on"], str(record["reason"]), str(record["choice"]), bool(record["proved"]))

@@ -1,0 +1,316 @@
+"""The process in which kernels are tried: right or wrong against float64, then how fast beside torch. Started by ``proof.py``.
+
+``python -m wslfast.trial`` reads one job, a JSON object, from its input and prints one line a finding. Whatever the kernels do to this
+process or to its hold on the GPU, who asked goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .architecture import Architecture
+from .engine import Call, choose
+from .engine.paths import Path
+from .engine.precision import at_precision
+from .engine.triton_path import Triton, Unbuildable, unbuildable
+from .engine.verdicts import RIGHT, UNKNOWN, WRONG, Speed, Verdict
+from .kernels.criteria import CRITERIA
+from .kernels.layers import Conv2d, Linear
+from .kernels.triton.schedule import CHOICES
+
+MARK = "wslfast-trial:"  # of the lines that are ours
+K, N = 3, 37  # odd, and no multiple of a tile
+BROKEN = 1  # of the K models: its weights are NaN, and nobody else's numbers may show it
+SEEDS = 3  # a maximum that is nearly tied may go another way and take a gradient with it: what is wrong is wrong for most seeds
+REPEATS = 5
+# relative L2 error of: forward, linear layers' gradients, convolutions', the first convolution's (near-ties of a pooling window)
+BARS = {
+    "tf32x3": (1e-5, 1e-5, 1e-5, 1e-5),
+    "tf32": (2e-3, 2e-3, 2e-2, 8e-2),
+    "fp16": (2e-3, 2e-3, 2e-2, 8e-2),
+    "bf16": (3e-2, 6e-2, 1e-1, 2e-1),
+}
+clock: Callable[[], float] = time.perf_counter
+
+
+def kernels(architecture: Architecture, choice: str) -> Path:
+    """The path that is on trial."""
+    return Triton(architecture, "on trial", choice)
+
+
+def torch_path(architecture: Architecture, device: torch.device, form: str) -> Path:
+    """The path that it has to beat."""
+    return choose(architecture, device.type, torch.float32, "torch", torch.is_autocast_enabled(device.type), Call(form))
+
+
+def models(architecture: Architecture, k: int, seed: int) -> Tensor:
+    """``[k, P]`` weights whose activations are of order one."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.zeros(k, architecture.num_weights)
+    for p in architecture.parameters:
+        spread = 1.3 * math.sqrt(p.shape[0] / p.size) if len(p.shape) > 1 else 0.2
+        drawn = torch.randn(k, p.size, generator=generator) * spread
+        weights[:, p.offset : p.stop] = drawn.abs() + 0.5 if p.name.endswith("running_var") else drawn
+    return weights
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Inside, memory that torch hands out uninitialised is NaN: a number that no kernel writes is found."""
+    names = ("empty", "empty_like", "empty_strided")
+    real = {name: getattr(torch, name) for name in names}
+
+    def fill(made: Tensor) -> Tensor:
+        if made.is_floating_point():
+            made.fill_(float("nan"))
+        elif made.dtype in (torch.int8, torch.int32, torch.int64):
+            made.fill_(torch.iinfo(made.dtype).min // 2)
+        return made
+
+    try:
+        for name in names:
+            setattr(torch, name, lambda *a, _make=real[name], **kw: fill(_make(*a, **kw)))
+        yield
+    finally:
+        for name in names:
+            setattr(torch, name, real[name])
+
+
+class Wrong(Exception):
+    """A result that no precision excuses."""
+
+
+def bar(architecture: Architecture, parameter: str, bars: tuple[float, ...]) -> float:
+    """The bound of one parameter's gradient. A norm's parameters are those of the convolution that it is folded into."""
+    weighted = [layer for layer in architecture.layers if isinstance(layer, (Conv2d, Linear))]
+    layer = next((layer for layer in weighted if layer.name == parameter.rpartition(".")[0]), None)
+    if layer is None:
+        return bars[3]
+    return bars[1] if isinstance(layer, Linear) else bars[3] if layer is weighted[0] else bars[2]
+
+
+def truth_of(architecture: Architecture) -> Path:
+    """The path in float64 that the kernels are compared with: torch, on the CPU."""
+    return choose(architecture, "cpu", torch.float64, "torch")
+
+
+class Trial:
+    """One network in one form and precision on one device."""
+
+    def __init__(self, architecture: Architecture, form: str, precision: str, device: torch.device) -> None:
+        self.architecture, self.form, self.precision, self.device = architecture, form, precision, device
+        self.bars = BARS[precision]
+
+    # -- right? ----------------------------------------------------------------------------------------------------
+
+    def errors(self, choice: str) -> dict[str, float]:
+        """Relative errors as shares of their bounds, by name: above one is wrong. Raises Wrong for what is no matter of precision."""
+        found = self._errors(choice, 0)
+        if max(found.values()) < 1:
+            return found
+        others = [self._errors(choice, seed) for seed in range(1, SEEDS)]
+        return {name: statistics.median([value, *(o[name] for o in others)]) for name, value in found.items()}
+
+    def _errors(self, choice: str, seed: int) -> dict[str, float]:
+        architecture, path = self.architecture, kernels(self.architecture, choice)
+        generator = torch.Generator().manual_seed(1000 + seed)
+        weights = models(architecture, K, seed)
+        weights[BROKEN] = float("nan")
+        queries = torch.randn(N, *architecture.input_shape, generator=generator)
+        targets = torch.randn(K, N, architecture.num_classes, generator=generator)
+        labels = torch.randint(architecture.num_classes, (K, N), generator=generator)
+        index = torch.randint(N, (K, N), generator=generator)
+        if self.form == "forward":
+            return self._forward(path, weights, queries)
+        errors: dict[str, float] = {}
+        jobs: list[tuple[str, Tensor]] = [(name, targets) for name in CRITERIA] + [("cross_entropy", labels)]
+        for name, y in jobs if self.form == "loss" else [jobs[0], jobs[-1]]:
+            own = index if self.form == "indexed" else None
+            errors |= self._loss(path, weights, queries, y, name, own)
+        return errors
+
+    def _forward(self, path: Path, weights: Tensor, queries: Tensor) -> dict[str, float]:
+        exact = truth_of(self.architecture)
+        truth = exact.forward(weights.double(), queries.double(), False)
+        outputs = self._twice("outputs", lambda: (path.forward(*self._here(weights, queries), False),))[0]
+        errors = {"outputs": self._error("outputs", outputs, truth) / self.bars[0]}
+        slope = torch.ones(1, 1, 1, dtype=truth.dtype).expand(truth.shape)  # stride 0, as out of a sum
+
+        def backward() -> tuple[Tensor]:
+            rows, x = self._here(weights, queries)
+            rows.requires_grad_()
+            made = path.forward(rows, x, True)
+            (gradient,) = torch.autograd.grad(made, rows, slope.to(made))
+            return (gradient,)
+
+        wide = weights.double().requires_grad_()
+        (expected,) = torch.autograd.grad(exact.forward(wide, queries.double(), True), wide, slope)
+        return errors | self._gradient("sum", self._twice("gradient", backward)[0], expected)
+
+    def _loss(
+        self, path: Path, weights: Tensor, queries: Tensor, targets: Tensor, criterion: str, index: Tensor | None
+    ) -> dict[str, float]:
+        exact = targets.double() if targets.is_floating_point() else targets
+        own = queries.double() if index is None else queries.double()[index]
+        truth, slopes = truth_of(self.architecture).loss_and_gradient(weights.double(), own, exact, criterion, 2.0, None)
+        rows, x, y = self._here(weights, queries, targets)
+        chosen = None if index is None else index.to(self.device)
+        name = criterion if targets.is_floating_point() else "labels"
+        losses, gradient = self._twice(name, lambda: path.loss_and_gradient(rows, x, y, criterion, 2.0, chosen))
+        errors = {f"{name} loss": self._error(name, losses, truth) / (2 * self.bars[0])}
+        return errors | self._gradient(name, gradient, slopes)
+
+    def _here(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t.to(self.device, copy=True) for t in tensors)
+
+    def _twice(self, what: str, run: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """What ``run`` gives, which has to be the same to the bit when it runs again."""
+        with at_precision(self.precision), poisoned():
+            first = [t.detach().float().cpu() for t in run()]
+            second = [t.detach().float().cpu() for t in run()]
+        if not all(torch.equal(a.nan_to_num(nan=7.0), b.nan_to_num(nan=7.0)) for a, b in zip(first, second, strict=True)):
+            raise Wrong(f"{what}: two runs differ")
+        return tuple(first)
+
+    def _error(self, what: str, found: Tensor, truth: Tensor) -> float:
+        """Relative error of the models that are well; the broken one has to show that it is not."""
+        if found.shape != truth.shape:
+            raise Wrong(f"{what}: expected {list(truth.shape)}, got {list(found.shape)}")
+        if not bool(found[BROKEN].isnan().any()):
+            raise Wrong(f"{what}: a model whose weights are NaN got numbers")
+        well = [j for j in range(K) if j != BROKEN]
+        if not bool(found[well].isfinite().all()):
+            raise Wrong(f"{what}: not finite for models whose weights are")
+        return float((found[well].double() - truth[well]).norm() / truth[well].norm().clamp(min=1e-30))
+
+    def _gradient(self, what: str, found: Tensor, truth: Tensor) -> dict[str, float]:
+        self._error(f"{what} gradient", found, truth)
+        well = [j for j in range(K) if j != BROKEN]
+        errors = {}
+        for p in self.architecture.parameters:
+            a, b = found[well, p.offset : p.stop].double(), truth[well, p.offset : p.stop]
+            errors[f"{what} {p.name}"] = float((a - b).norm() / b.norm().clamp(min=1e-30)) / bar(self.architecture, p.name, self.bars)
+        return errors
+
+    # -- faster? ---------------------------------------------------------------------------------------------------
+
+    def milliseconds(self, path: Path, k: int, n: int) -> float:
+        """Median time of a call of a path, warm, with k models and n queries."""
+        rows = models(self.architecture, min(k, 64), 0).to(self.device)
+        rows = rows.repeat(-(-k // len(rows)), 1)[:k]
+        x = torch.randn(n, *self.architecture.input_shape, device=self.device)
+        y = torch.randn(k, n, self.architecture.num_classes, device=self.device)
+        labels = torch.zeros(k, n, dtype=torch.int64, device=self.device)
+        index = torch.randint(n, (k, n), device=self.device)
+        calls: dict[str, Callable[[], Any]] = {
+            "forward": lambda: path.forward(rows, x, False),
+            "loss": lambda: path.loss_and_gradient(rows, x, y, "mse", 2.0, None),
+            "indexed": lambda: path.loss_and_gradient(rows, x, labels, "cross_entropy", 2.0, index),
+        }
+        call, times = calls[self.form], []
+        with at_precision(self.precision), torch.no_grad():
+            for _ in range(1 + REPEATS):
+                self._wait()
+                began = clock()
+                call()
+                self._wait()
+                times.append(1e3 * (clock() - began))
+        return statistics.median(times[1:])
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def speed(self, k: int, n: int) -> tuple[Speed, list[str]]:
+        """The best configuration's time beside torch's, and what configurations could not run. A configuration other than the default
+        has to be right, too, before its time counts."""
+        with at_precision(self.precision):
+            peer = torch_path(self.architecture, self.device, self.form)
+        reference_ms, best, left_out = self.milliseconds(peer, k, n), None, []
+        for choice in CHOICES:
+            try:
+                if choice != "default" and not max(self._errors(choice, 0).values()) < 1:
+                    raise Wrong("not right")
+                ms = self.milliseconds(kernels(self.architecture, choice), k, n)
+            except (Unbuildable, Wrong) as error:
+                if choice == "default":
+                    raise
+                left_out.append(f"{choice}: {error or 'cannot be built'}")
+                unbuildable.pop(self.architecture, None)
+                continue
+            if best is None or ms < best.kernels_ms:
+                best = Speed(k, n, reference_ms, ms, choice)
+        assert best is not None
+        return best, left_out
+
+
+def run(job: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> None:
+    """Verdicts of a job's forms, in order, each said as soon as it is known: right first, then how fast."""
+    device = torch.device(job["device"])
+    architecture = Architecture.from_dict(job["architecture"])
+    try:
+        torch.zeros(1, device=device) + 1
+    except RuntimeError as error:  # a GPU that takes one process alone, or has no memory left
+        for form in job["forms"]:
+            say(_said(form, Verdict(UNKNOWN, f"no second process gets onto the GPU: {str(error).splitlines()[0]:.160}")))
+        return
+    for form in job["forms"]:
+        say({"form": form, "begins": True})
+        trial = Trial(architecture, form, job["precision"], device)
+        say(_said(form, _verdict(trial, job, lambda v, form=form: say(_said(form, v)))))
+
+
+def _verdict(trial: Trial, job: dict[str, Any], interim: Callable[[Verdict], None]) -> Verdict:
+    try:
+        errors = trial.errors("default")
+    except Wrong as error:
+        return Verdict(WRONG, str(error))
+    except Unbuildable:
+        return Verdict("failed", unbuildable[trial.architecture])
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        return Verdict(UNKNOWN, f"out of memory: {str(error).splitlines()[0]:.160}")
+    except Exception as error:
+        return Verdict("failed", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message':.200}")
+    wrong = {name: value for name, value in errors.items() if not value < 1}
+    worst = max(errors, key=lambda name: errors[name])
+    if wrong:
+        return Verdict(WRONG, f"{worst}: {errors[worst]:.3g} times the error that {trial.precision} excuses", errors)
+    right = Verdict(RIGHT, f"worst error {errors[worst]:.2g} of its bound ({worst})", errors)
+    interim(right)
+    speeds = []
+    for k, n in job["sizes"]:
+        try:
+            speed, left_out = trial.speed(k, n)
+        except (torch.OutOfMemoryError, MemoryError):
+            continue
+        except Exception as error:  # right at a small size, and broken at a real one
+            return Verdict("failed", f"at k={k}, n={n}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else '':.200}")
+        speeds.append(speed)
+        right = Verdict(RIGHT, "; ".join([right.reason, *left_out]), errors, tuple(speeds))
+        interim(right)
+    return right
+
+
+def _said(form: str, verdict: Verdict) -> dict[str, Any]:
+    return {"form": form, "verdict": asdict(verdict)}
+
+
+def main() -> None:
+    """Read a job, print findings."""
+    job = json.loads(sys.stdin.readline())
+    run(job, lambda finding: print(MARK + json.dumps(finding), flush=True))
+
+
+if __name__ == "__main__":
+    main()
