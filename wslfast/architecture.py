@@ -330,7 +330,8 @@ class Architecture:
             if isinstance(record.get("graph"), Mapping):
                 graph = check_graph(Graph.from_dict(record["graph"]))
                 require(graph.input_shape == tuple(shape), f"architecture {name!r}: its graph has another input shape")
-                check_values(graph)  # every operation fits what it reads
+                for each in filter(None, (graph, graph.training.graph)):
+                    check_values(each)  # every operation fits what it reads
                 return cls(name, tuple(shape), graph)
             if isinstance(record.get("layers"), list):
                 return cls.from_layers([layer_from_dict(r) for r in record["layers"]], shape, name)
