@@ -94,7 +94,8 @@ def loss_and_gradient(
 
 
 def run_graph(weights: Tensor, queries: Tensor, graph: Graph) -> Tensor:
-    """Outputs ``[n, *out]`` of the one model whose row of weights is ``[P]``: node after node, each one plain call."""
+    """Outputs ``[n, *out]`` of the one model whose row of weights is ``[P]``: node after node, each one plain call. In a graph of training
+    mode, dropout draws from torch's own generator."""
     return dict(graph_values(weights, queries, graph))[graph.output]  # type: ignore[no-any-return]
 
 
@@ -118,7 +119,8 @@ def call_node(node: Node, values: dict[str, Any], n: int) -> Any:
     if isinstance(arguments.get("dtype"), str):
         arguments["dtype"] = DTYPES[arguments["dtype"]]
     operation = TABLE[node.operation]
-    return arguments["input"] if operation.form == "identity" else operation.call(arguments)
+    still = operation.form == "identity" and not arguments.get("train")
+    return arguments["input"] if still else operation.call(arguments)
 
 
 _MOST_NUMBERS = 1 << 28  # of one value of one model and query: a gigabyte

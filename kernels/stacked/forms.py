@@ -203,11 +203,15 @@ def attention(call: Call, a: Values, models: int) -> Tensor:
     if a.get("is_causal"):
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if mask is None:
-        return torch.matmul(scores.softmax(-1), value)
-    if call.stacked("attn_mask"):
-        mask = _behind(mask, call.rank, call.ranks["attn_mask"], models)
-    scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-    return torch.matmul(torch.ops.aten._safe_softmax(scores, -1), value)  # of what sees nothing, zeros
+        shares = scores.softmax(-1)
+    else:
+        if call.stacked("attn_mask"):
+            mask = _behind(mask, call.rank, call.ranks["attn_mask"], models)
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+        shares = torch.ops.aten._safe_softmax(scores, -1)  # of what sees nothing, zeros
+    if "dropped" in a:  # in training mode, as dropout's factors
+        shares = shares * a["dropped"]
+    return torch.matmul(shares, value)
 
 
 def embedding(call: Call, a: Values, models: int) -> Tensor:

@@ -62,10 +62,11 @@ class Converter:
         traced: inputs are the state's tensors, then the queries.
         state: names of the state's tensors.
         names: of other tensors that the module holds, by identity.
+        training: whether the module was in training mode.
     """
 
-    def __init__(self, traced: fx.GraphModule, state: Sequence[str], names: Mapping[int, str]) -> None:
-        self.traced, self.state, self.names = traced, state, names
+    def __init__(self, traced: fx.GraphModule, state: Sequence[str], names: Mapping[int, str], training: bool = False) -> None:
+        self.traced, self.state, self.names, self.training = traced, state, names, training
         self.references: dict[fx.Node, Any] = {}
         self.nodes: list[Node] = []
         self.constants: dict[str, Tensor] = {}
@@ -136,9 +137,12 @@ class Converter:
         operation = TABLE[name]
         if operation.form == "identity" and "self" in given:  # as it is called in place
             given = {"input": given["self"], **{key: value for key, value in given.items() if key != "self"}}
-        if given.get("train", given.get("training")) is True:
-            if operation.form == "identity" and given.get("p") == 0:
+        train = given.get("train", given.get("training")) is True
+        if train and operation.form == "identity" and given.get("p") == 0:
+            if not self.training:
                 return self._reference(given["input"])
+            train, given = False, {**given, "train": False}
+        if train and not self.training:
             raise Untraceable(f"aten.{name} in training mode")
         if given.get("scale_grad_by_freq"):
             raise Untraceable("an embedding whose gradient depends on how often a row is read")
