@@ -364,6 +364,13 @@ def test_a_forward_that_looks_at_its_mode_is_trained_as_it_is_in_training_mode()
     torch.testing.assert_close(gradient[0, :36].view(6, 6), module.inner.weight.grad)
 
 
+def test_a_batch_without_variance_is_named() -> None:
+    module = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    signals = Signals("odd", torch.randn(9, 6), torch.randn(9, 1))
+    with pytest.raises(WslfastError, match=r"has no variance.*other batches"):
+        build_zoo(signals, architecture=Architecture.from_module(module, (6,)), models=2, epochs=1, batch_size=4)
+
+
 def test_kernels_are_not_asked_for_what_they_have_not(data: Dataset) -> None:
     architecture = Architecture.from_module(multilayer(torchs), SHAPE)
     with pytest.raises(WslfastError, match="no dropout"):

@@ -73,7 +73,11 @@ def training_step(
         for start in range(0, k, size):
             part = slice(start, start + size)
             x, rows = queries[part] if own and index is None else queries, None if index is None else index[part]
-            parts.append(stacked.training_step(weights[part], x, targets[part], graph, criterion, index=rows, generators=generators[part]))
+            try:
+                made = stacked.training_step(weights[part], x, targets[part], graph, criterion, index=rows, generators=generators[part])
+            except ValueError as error:
+                raise WslfastError(f"architecture {architecture.name!r}: {error}") from None
+            parts.append(made)
     if len(parts) == 1:
         return parts[0]
     losses, gradients, statistics = zip(*parts, strict=True)
