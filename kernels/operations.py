@@ -277,7 +277,8 @@ def _table() -> dict[str, Operation]:
     add("addmm", "addmm baddbmm")
     add("attention", "scaled_dot_product_attention")
     add("vmap", "einsum index.Tensor index_select gather cosine_similarity pairwise_distance cdist outer kron grid_sampler prod median")
-    add("vmap", "affine_grid_generator linalg_matrix_norm linalg_matrix_norm.str_ord searchsorted.Tensor one_hot diagonal trace diag")
+    add("grid", "affine_grid_generator")
+    add("vmap", "linalg_matrix_norm linalg_matrix_norm.str_ord searchsorted.Tensor one_hot diagonal trace diag")
     add("vmap", "index_put index_add index_copy index_fill.int_Scalar scatter.src scatter.value scatter_add")
     add("vmap", "take_along_dim tensordot inner")
     # nothing

@@ -406,7 +406,7 @@ GRAPHS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "transposed": (nn.Sequential(nn.ConvTranspose2d(2, 3, 2), nn.Flatten()), (2, 3, 3)),
     "scalar-parameter": (Scaled(), (5,)),
 }
-CHAINS = {"bare-layer", "hook", "always-dropout"}  # which are plain after all
+CHAINS = {"bare-layer", "hook", "always-dropout", "softplus"}  # which are plain after all
 UNTRACEABLE: dict[str, tuple[nn.Module, tuple[int, ...]]] = {"branching": (Branching(), (5,))}
 
 

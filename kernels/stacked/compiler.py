@@ -288,12 +288,13 @@ class _Compiler:
         pairs = {}
         for i, node in enumerate(self.graph.nodes):
             below = str(node.argument("input"))
-            own = node.operation == "batch_norm" and not node.argument("training") and str(node.argument("running_var")).startswith("@w:")
-            own = own and i not in self.within
+            own = node.operation == "batch_norm" and not node.argument("training") and i not in self.within
+            own = own and all(str(node.argument(key)).startswith("@w:") for key in ("running_mean", "running_var"))
+            own = own and _parameters_or_nothing(node, "weight", "bias")
             if not own or not below[1:].isdigit() or self.users[below] != [i] or below == self.graph.output:
                 continue
             layer = self.graph.nodes[int(below[1:])]
-            if layer.operation not in _FOLDABLE or not str(layer.argument("weight")).startswith("@w:"):
+            if layer.operation not in _FOLDABLE or layer.argument("weight") is None or not _parameters_or_nothing(layer, "weight", "bias"):
                 continue
             if self.rank[below] == (2 if layer.operation == "linear" else spatial(TABLE[layer.operation]) + 2):
                 pairs[i] = int(below[1:])
@@ -337,6 +338,10 @@ class _Compiler:
         out = self._new(f"@{segment.nodes[-1]}", Layout.MODELS if segment.flat else Layout.CHANNELS)
         run = lambda a, models: through(a["x"], a["rows"], segment, shared)  # noqa: E731
         self.steps.append(Step(run, {}, [("x", x), ("rows", rows)], [], [], out, rule=partial(Through, segment, shared)))
+
+
+def _parameters_or_nothing(node: Node, *names: str) -> bool:
+    return all(value is None or str(value).startswith("@w:") for value in map(node.argument, names))
 
 
 def fold(a: Values, eps: float) -> list[Tensor]:

@@ -34,7 +34,8 @@ _CONVOLVED = 8  # models of a group whose time goes into convolutions (cpu/engin
 _MOST_CONVOLVED = 64  # where activations are so few that calls, not numbers, take the time:
 _CACHED = 4 << 20  # their bytes, of such a group's forward pass
 _QUERIES = 128  # of a slab
-_BYTES = 16 << 20  # of what a group's forward pass leaves for its backward
+_FEWEST = 32  # of a slab, where there are as many: with fewer, reading weights takes as long as using them
+_BYTES = 64 << 20  # of what a group's forward pass leaves for its backward
 _ROWS = 64 << 20  # of a group's weights
 _FILL = 16  # queries: every model's numbers then begin on 64 bytes
 _FEW = 1000  # numbers of a product: so few could agree by chance, and a group is always filled
@@ -70,12 +71,13 @@ def group_shape(graph: Graph, n: int) -> tuple[int, int]:
         models = _CONVOLVED
         while models < _MOST_CONVOLVED and 8 * models * made * queries <= _CACHED:
             models *= 2
-    while models > 2 and 4 * models * graph.parameters > _ROWS:
+    while models > 1 and 4 * models * graph.parameters > _ROWS:
         models //= 2
-    while models > 2 and 4 * models * made * _FILL > _BYTES:
+    few = min(queries, _FEWEST)
+    while models > 2 and 4 * models * made * few > _BYTES:
         models //= 2
-    while queries > _FILL and 4 * models * made * queries > _BYTES:
-        queries = max(_FILL, queries // 2 // _FILL * _FILL)
+    while queries > few and 4 * models * made * queries > _BYTES:
+        queries = max(few, queries // 2 // _FILL * _FILL)
     return models, queries
 
 

@@ -111,6 +111,13 @@ def image(call: Call, a: Values, models: int) -> Any:
     return unfolded if isinstance(made, (tuple, list)) else unfolded[0]
 
 
+def grid(call: Call, a: Values, models: int) -> Tensor:
+    """Sampling grids of affine maps, models folded into the axis of queries: vmap would go one after another."""
+    n = a["size"][0]
+    made: Tensor = call.operation.invoke({**a, "theta": a["theta"].flatten(0, 1), "size": [models * n, *a["size"][1:]]})
+    return made.unflatten(0, (models, n))
+
+
 def identity(call: Call, a: Values, models: int) -> Tensor:
     """Dropout in evaluation mode."""
     return a["input"]
@@ -364,5 +371,5 @@ FORMS: dict[str, Form] = {
     "identity": identity, "getitem": getitem, "vmap": mapped, "linear": linear, "matmul": matmul, "addmm": addmm,
     "attention": attention, "embedding": embedding, "convolution": convolution, "transposed": transposed, "batch_norm": batch_norm,
     "instance_norm": instance_norm, "group_norm": group_norm, "layer_norm": layer_norm, "rms_norm": rms_norm, "prelu": prelu,
-    "recurrent": recurrent, "cell": cell,
+    "recurrent": recurrent, "cell": cell, "grid": grid,
 }  # fmt: skip

@@ -9,7 +9,7 @@ import tyro
 
 from ..architecture import Architecture
 from ..errors import require
-from ..zoo import Signals, build_zoo, export_zoo, image_shape, image_signals, import_zoo, load_dataset, network, summarize
+from ..zoo import Signals, build_zoo, export_zoo, image_shape, image_signals, import_zoo, load_dataset, network, read_manifest, summarize
 from .console import console, show
 
 
@@ -79,6 +79,10 @@ class ZooBuild:
             resume=self.resume,
             root=self.data,
         )
+        saw = read_manifest(self.out).provenance.get("dataset", {})
+        if saw.get("standardise"):
+            figures = "; ".join(f"{n} {', '.join(f'{v:.4g}' for v in saw[k])}" for n, k in (("mean", "mean"), ("deviation", "std")))
+            console.print(f"images: standardised ({figures})", soft_wrap=True)
         column, what = ("test_acc", "test accuracy") if "test_acc" in population.properties else ("train_loss", "mean squared error")
         found = population.column(column)
         console.print(f"{self.out}: {len(population)} rows, {what} {found.mean():.3g} +- {found.std():.3g}", soft_wrap=True)

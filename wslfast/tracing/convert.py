@@ -218,8 +218,6 @@ class Converter:
             axes = operation.axes
             if isinstance(value, tuple) and len(value) == 1 and axes > 1 and name in PER_AXIS:
                 value = value * axes
-            if name == "end" and operation.name == "slice.Tensor" and isinstance(value, int) and (before := _shape(given["self"])):
-                value = None if value >= before[given.get("dim", 0)] else value  # an open end is the largest integer
             if name == "dilation" and operation.form == "convolution":  # along an axis of one tap it means nothing
                 value = tuple(d if k > 1 else 1 for d, k in zip(value, (_shape(given["weight"]) or ())[2:], strict=True))
             if name == "dtype":

@@ -225,8 +225,8 @@ def check_template(template: nn.Module, input_shape: tuple[int, ...], name: str)
             again, fewer = template(x.clone()), template(x[:2].clone())
         except Exception as error:
             raise WslfastError(f"architecture {name!r}: cannot run on {shape}: {first_line(error)}") from error
-    if not isinstance(out, Tensor):
-        return out
+    if not isinstance(out, Tensor) or out.ndim == 0:
+        return out  # type: ignore[no-any-return]
     same = isinstance(again, Tensor) and again.shape == out.shape
     wide = 1 + float(out.nan_to_num().abs().max()) if out.numel() else 1.0
     same = same and torch.allclose(again, out, rtol=1e-5, atol=1e-6 * wide, equal_nan=True)  # a BLAS may round by where numbers lie
@@ -235,7 +235,7 @@ def check_template(template: nn.Module, input_shape: tuple[int, ...], name: str)
     require(
         same, f"architecture {name!r} answers the same queries another way the second time: it keeps something between calls, or is random"
     )
-    alone = isinstance(fewer, Tensor) and fewer.shape[1:] == out.shape[1:] and len(fewer) == 2 and len(out) == 4
+    alone = isinstance(fewer, Tensor) and fewer.ndim > 0 and fewer.shape[1:] == out.shape[1:] and len(fewer) == 2 and len(out) == 4
     close = alone and torch.allclose(fewer, out[:2], rtol=1e-3, atol=1e-4 * (1 + float(out.abs().max())), equal_nan=True)
     require(
         not isinstance(fewer, Tensor) or len(out) != 4 or close,

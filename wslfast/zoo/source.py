@@ -39,7 +39,7 @@ class Images:
         """The record, when images that no file holds have been put into the zoo's folder."""
         if self.data is None:
             return self.record
-        arrays = {}
+        arrays: dict[str, Any] = {}
         for split in SPLITS:
             images, labels = self.data.split(split)
             arrays |= {f"{split}_images": images.cpu().numpy(), f"{split}_labels": labels.cpu().numpy()}

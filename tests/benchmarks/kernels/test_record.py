@@ -14,6 +14,7 @@ HEADER, ROWS = record.read()
 RESOURCES = [row for row in ROWS if row["kind"] == "resources"]
 # bytes of stack a thread may hold: none in the products of a layer, some where a whole network is unrolled
 SPILLS = {"forward": 0, "dx": 0, "dw": 0, "layout": 0, "tail": 512, "network_forward": 512, "network_loss": 2048}
+TF32X3 = {"dx": 128, "dw": 192}  # every operand is there twice: CNN3's dx 1 keeps 72 bytes on sm_90, dw 1 152 on sm_120
 SHARED = 99 * 1024  # what a block gets on the smaller GPUs
 
 
@@ -26,7 +27,9 @@ def test_no_recorded_kernel_is_over_its_bounds() -> None:
     wrong = [
         (row["architecture"], row["precision"], row["target"], row["kernel"], row["spill_bytes"], row["shared_bytes"])
         for row in RESOURCES
-        if row["spill_bytes"] > SPILLS[row["role"]] or row["shared_bytes"] > SHARED or (row["dots"] and not row["mma"])
+        if row["spill_bytes"] > (SPILLS | TF32X3 if row["precision"] == "tf32x3" else SPILLS)[row["role"]]
+        or row["shared_bytes"] > SHARED
+        or (row["dots"] and not row["mma"])
     ]
     assert not wrong
     assert not [row for row in ROWS if row["kind"] == "races" and row["races"]]
@@ -34,9 +37,9 @@ def test_no_recorded_kernel_is_over_its_bounds() -> None:
 
 def test_a_change_of_the_sources_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "kernels.jsonl"
-    path.write_text(json.dumps({"sources": sources.digest(), "triton": "3.9.0"}) + "\n")
+    path.write_text(json.dumps({"sources": sources.digest(compiled=True), "triton": "3.9.0"}) + "\n")
     assert record.stale(path) is None
-    monkeypatch.setattr(sources, "digest", lambda: "other")
+    monkeypatch.setattr(sources, "digest", lambda compiled: "other")
     assert "run `make kernels`" in str(record.stale(path))
     assert record.stale(tmp_path / "none.jsonl") is not None
 
