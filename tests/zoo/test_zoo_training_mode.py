@@ -157,6 +157,18 @@ def test_attention_drops_shares_of_each_models_own(data: Dataset) -> None:
         torch.testing.assert_close(gradient[j], expected, atol=1e-5, rtol=1e-4)
 
 
+def test_networks_that_differ_in_training_mode_alone_are_kept_apart(data: Dataset) -> None:
+    architectures = [Architecture.from_module(Attention(p), SHAPE) for p in (0.0, 0.3, 0.6)]
+    assert architectures[0] == architectures[1] == architectures[2]
+    weights = architectures[0].initial_weights(["default"], [0])
+    images, labels = data.train_images[:12], data.train_labels[None, :12]
+    losses = [
+        float(engine.training_step(weights, images, labels, a, "cross_entropy", generators=[torch.Generator().manual_seed(0)])[0])
+        for a in architectures
+    ]
+    assert len(set(losses)) == 3
+
+
 def test_alpha_dropout_keeps_mean_and_variance(data: Dataset) -> None:
     module = nn.Sequential(nn.Flatten(), nn.AlphaDropout(0.3), nn.Linear(162, 5))
     architecture = Architecture.from_module(module, SHAPE)
