@@ -303,8 +303,11 @@ def _default(role: str, stage: Stage, precision: str, unit: str) -> Configuratio
     through registers and the rows are as few as keep them from spilling; tf32x3, which holds every operand twice, spreads them over
     eight warps."""
     size, hopper = element_size(precision), unit == WARPGROUP
-    if precision == "tf32x3":
+    wide = precision == "tf32x3" and not stage.PATCH  # many products a tile; a patch is one
+    if wide:
         rows = 16
+    elif precision == "tf32x3":
+        rows = 64 if hopper else 32
     elif hopper:
         rows = 32 if role == "dw" else 64
     else:
@@ -313,7 +316,7 @@ def _default(role: str, stage: Stage, precision: str, unit: str) -> Configuratio
     # Held weights take shared memory and, in dX, where wide gradients are live as well, registers.
     held = role != "dw" and precision != "tf32x3" and (hopper or size == 2 or role == "dx")
     hoist = held and weights * size <= (49152 if role == "forward" or stage.JX < stage.P else 32768)
-    return Configuration(BM=rows, WARPS=8 if precision == "tf32x3" else 4, STAGES=1, HOIST=hoist, PREC=precision)
+    return Configuration(BM=rows, WARPS=8 if wide else 4, STAGES=1, HOIST=hoist, PREC=precision)
 
 
 SPLIT_ROWS = 4096  # of a weight gradient's sum
