@@ -13,20 +13,24 @@ help: ## what there is to make
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
 
 # torchvision without its dependencies: it would bring another torch; beside a CPU-only one its data set readers are all that works.
-# One stamp an extra, so that `make demo` does not wait for linters and test tools. The package is installed editable: a changed
-# source file needs no new stamp, changed metadata does.
+# One stamp an extra, so that `make demo` does not wait for linters and test tools. A stamp holds the sum of what is asked for
+# (requirements, extras, commands, pins): pip runs when that has changed, and at no other change of pyproject.toml. The package is
+# installed editable, so a changed source file needs no new stamp.
+ASKED := $(shell sed -n '/^requires-python/p;/^dependencies = /,/^\]/p;/^\[project.optional-dependencies\]/,/^$$/p;/^\[project.scripts\]/,/^$$/p' \
+  pyproject.toml | cat - constraints.txt | cksum | cut -d' ' -f1)
+
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit("wslfast needs Python 3.10 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 10) else None'
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) install --constraint constraints.txt --editable '.[eval,plot]'
-	@touch $@
+.PHONY: always
+$(VENV)/.demo: always | $(BIN)/python
+	@test "$$(cat $@ 2>/dev/null)" = "$(ASKED)" || { $(PIP) install --constraint constraints.txt --editable '.[eval,plot]' && echo $(ASKED) > $@; }
 
-$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) install --constraint constraints.txt --editable '.[eval,plot,photos,triton,dev]'
-	$(PIP) install --constraint constraints.txt --no-deps torchvision
-	@touch $@ $(VENV)/.demo
+$(VENV)/.dev: always | $(BIN)/python
+	@test "$$(cat $@ 2>/dev/null)" = "$(ASKED)" || { \
+	$(PIP) install --constraint constraints.txt --editable '.[eval,plot,photos,triton,dev]' && \
+	$(PIP) install --constraint constraints.txt --no-deps torchvision && echo $(ASKED) | tee $@ > $(VENV)/.demo; }
 
 demo: $(VENV)/.demo ## a zoo, two autoencoders and the report, in a few minutes on a laptop's CPU: runs/demo/report.html
 	$(BIN)/wslfast demo --out runs/demo $(DEMO_FLAGS)
@@ -68,6 +72,9 @@ gpu: ## on a machine with CUDA: kernels compiled, diagnosed, tested, timed, prov
 
 kernels: $(VENV)/.dev ## without a GPU: every kernel compiled for every kind of GPU, every network raced, recorded (hours on two cores; goes on)
 	$(BIN)/python -m benchmarks.kernels.record --races
+
+api: $(VENV)/.dev ## docs/api.md from the docstrings
+	$(BIN)/python docs/make_api.py
 
 bench: $(VENV)/.dev ## the benchmark suite on this machine
 	$(BIN)/python -m benchmarks $(BENCH_FLAGS)

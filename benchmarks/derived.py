@@ -171,9 +171,9 @@ def gpu_bars(rows: Rows) -> list[Bar]:
         found.append(Bar(f"CNN3 n=256 tf32, {name}: time per pair, k from 64 to 16,384", 20, 5, spread, "%", True, detail))
     phases = [r for r in rows.all if r.direction == "step" and r.variant.startswith("phase ") and r.value is not None]
     total = sum(r.value or 0.0 for r in phases)
-    behaviour = sum(r.value or 0.0 for r in phases if r.variant == "phase loss")
-    share = 100 * behaviour / total if total else None
-    found.append(Bar("CNN3 k=128: behavioural loss' share of a whole training step", 25, 10, share, "%", True))
+    behavior = sum(r.value or 0.0 for r in phases if r.variant == "phase loss")
+    share = 100 * behavior / total if total else None
+    found.append(Bar("CNN3 k=128: behavioral loss' share of a whole training step", 25, 10, share, "%", True))
     zoo = {r.provider: r.value for r in rows.all if r.direction == "zoo" and r.architecture == "cnn3" and r.metric == "wall_ms"}
     obtained = _ratio(zoo.get("one-after-another"), zoo.get("wslfast"))
     return [*found, Bar("1,200 CNN3, one epoch, against one network after another", 20, 50, obtained)]

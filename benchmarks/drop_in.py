@@ -85,8 +85,8 @@ def case(name: str, k: int) -> tuple[dict[str, Tensor], dict[str, Any], Tensor, 
 # -- rows --------------------------------------------------------------------------------------------------------------
 
 
-def behaviour_rows(package: str, k: int, n: int) -> Iterator[tuple[str, Callable[[], float], Callable[[], float]]]:
-    """The behaviour loss alone, forward and backward, on every network it knows."""
+def behavior_rows(package: str, k: int, n: int) -> Iterator[tuple[str, Callable[[], float], Callable[[], float]]]:
+    """The behavior loss alone, forward and backward, on every network it knows."""
     theirs = published_code.module(package, "models.def_loss")
     for name in ARCHITECTURES:
         checkpoint, params, x, mask, p = case(name, k)
@@ -207,8 +207,8 @@ def step(package: str, k: int, n: int, steps: int, clock: Callable[[], float]) -
                 made = module.AEModule(config, checkpoint, params)
             made.model.train()
             seconds, value = float("inf"), 0.0
-            spent = {"behaviour loss": 0.0, "whole objective": 0.0}
-            _timed(made.criterion.loss_recon.distillation_loss, spent, "behaviour loss", clock)
+            spent = {"behavior loss": 0.0, "whole objective": 0.0}
+            _timed(made.criterion.loss_recon.distillation_loss, spent, "behavior loss", clock)
             for i in range(steps):
                 spent |= dict.fromkeys(spent, 0.0)
                 torch.manual_seed(i)
@@ -218,8 +218,8 @@ def step(package: str, k: int, n: int, steps: int, clock: Callable[[], float]) -
                 # later ones differ more and more: Adam divides gradients that are rounding by their own size
                 value = loss if i < 2 else value
                 if took < seconds:
-                    seconds, forward = took, spent["behaviour loss"]
-            gradient = _behaviour_backward(made, batch, clock)
+                    seconds, forward = took, spent["behavior loss"]
+            gradient = _behavior_backward(made, batch, clock)
             share = (forward + gradient) / seconds
             shares.append(f"| {k} x 2, {n} queries, {route} | {1e3 * seconds:.4g} ms | {share:.0%} | {1 - share:.0%} |")
             results.append((value, seconds))
@@ -239,8 +239,8 @@ def _timed(part: Any, spent: dict[str, float], name: str, clock: Callable[[], fl
     part.forward = forward
 
 
-def _behaviour_backward(made: Any, batch: tuple[Tensor, ...], clock: Callable[[], float]) -> float:
-    """Time of the behaviour loss's own backward pass."""
+def _behavior_backward(made: Any, batch: tuple[Tensor, ...], clock: Callable[[], float]) -> float:
+    """Time of the behavior loss's own backward pass."""
     x, mask, p = (torch.cat([batch[i], batch[i + 3]]) for i in range(3))
     y = (1.05 * x).requires_grad_()
     value = made.criterion.loss_recon.distillation_loss(y, x, mask, p)["loss_recon"]
@@ -296,14 +296,14 @@ def main() -> None:
 
 def _paper(arguments: argparse.Namespace, clock: Callable[[], float]) -> None:
     """The rows that only the paper's package has: the behavioral loss, whole training steps, states."""
-    for item, theirs, ours in behaviour_rows("shrp", 16, 64):
+    for item, theirs, ours in behavior_rows("shrp", 16, 64):
         print(compare(item, theirs, ours, arguments.repeats, clock).line(), flush=True)
     shares = []
     for k, n, steps in ((8, 64, arguments.repeats), *(() if arguments.quick else ((64, 256, 2),))):
         row, lines = step("shrp", k, n, steps, clock)
         shares += lines
         print(row.line(), flush=True)
-    print("\n| step | time | behaviour loss | autoencoder and the rest |\n|---|---|---|---|", *shares, sep="\n")
+    print("\n| step | time | behavior loss | autoencoder and the rest |\n|---|---|---|---|", *shares, sep="\n")
     print(f"\n{state_row('shrp')}")
 
 

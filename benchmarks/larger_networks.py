@@ -1,4 +1,4 @@
-"""Memory and time of the behavioural loss on ResNet-18s of several widths, beside the model of docs/scaling.md.
+"""Memory and time of the behavioral loss on ResNet-18s of several widths, beside the model of docs/scaling.md.
 
     python -m benchmarks.larger_networks
 

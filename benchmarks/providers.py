@@ -1,4 +1,4 @@
-"""What computes the behavioural loss and its gradient: one registered function each, all from the same tensors.
+"""What computes the behavioral loss and its gradient: one registered function each, all from the same tensors.
 
 A provider takes ``(weights [k, P], original [k, P], queries [n, C, H, W], targets [k, n, K] or None, architecture)`` and returns
 ``(losses [k], gradient [k, P])`` of the ``softmax_mse`` criterion (the published code's ``l2``). Without targets it computes the
@@ -188,7 +188,39 @@ def vmap_compiled(weights: Tensor, original: Tensor, queries: Tensor, targets: T
 
 
 def _grouped_forward(weights: Tensor, queries: Tensor, architecture: Architecture) -> Tensor:
-    return reference.forward_grouped(weights, queries, architecture.layers)
+    """Outputs ``[k, n, K]`` with all models in one call a layer: models are the groups of a convolution, the batch of a matrix product."""
+    layers = architecture.layers
+    k = weights.shape[0]
+    own = reference.per_model_queries(queries, layers)
+    x = queries.transpose(0, 1) if own else queries.unsqueeze(1).expand(-1, k, *queries.shape[1:])  # [n, k, ...]
+    n = x.shape[0]
+    for layer, slots in zip(layers, layer_slots(layers), strict=True):
+        if slots.weight is not None:
+            weight = weights[:, slots.weight.offset : slots.weight.stop]
+            bias = None if slots.bias is None else weights[:, slots.bias.offset : slots.bias.stop]
+        if isinstance(layer, Conv2d):
+            x = F.conv2d(
+                x.reshape(n, -1, *x.shape[-2:]),
+                weight.reshape(k * layer.out_channels, *layer.weight_shape[1:]),
+                None if bias is None else bias.reshape(-1),
+                layer.stride,
+                layer.padding,
+                layer.spacing,
+                k * layer.groups,
+            )
+            x = x.view(n, k, layer.out_channels, *x.shape[-2:])
+        elif isinstance(layer, Linear):
+            x = torch.einsum("nki,koi->nko", x, weight.view(k, *layer.weight_shape))
+            x = x if bias is None else x + bias
+        elif isinstance(layer, Pool2d):
+            pool = F.max_pool2d if layer.mode == "max" else F.avg_pool2d
+            x = pool(x.reshape(n, -1, *x.shape[-2:]), layer.kernel_size, layer.stride)
+            x = x.view(n, k, -1, *x.shape[-2:])
+        elif isinstance(layer, Activation):
+            x = reference.activation(x, layer)
+        elif isinstance(layer, Flatten):
+            x = x.flatten(2)
+    return x.transpose(0, 1)
 
 
 @provider("grouped", _grouped_forward)

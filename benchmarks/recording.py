@@ -14,6 +14,8 @@ from typing import Any, Union
 
 import torch
 
+from wslfast.profiling import processor
+
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "benchmarks" / "data"
 DIRECTIONS = ("forward", "loss+gradient", "step", "zoo")
@@ -84,13 +86,9 @@ def _first_line(*command: str) -> str:
 
 
 def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    best = [flag for flag in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if any(flag in line.split() for line in lines)]
-    return f"{model} {' '.join(best[:1])}".strip()
+    """Its name, and the widest instructions that it has for these products."""
+    flags = set(Path("/proc/cpuinfo").read_text().split()) if Path("/proc/cpuinfo").exists() else set()
+    return " ".join([processor(), *[flag for flag in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if flag in flags][:1]])
 
 
 @lru_cache(maxsize=2)

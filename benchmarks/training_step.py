@@ -16,7 +16,7 @@ from .recording import Row, digits, environment, with_values
 from .timing import event_ms, synchronised_ms, take_turns
 
 WHOLE = "whole step"
-# two views of each model: 64 and 128 networks in the behavioural loss
+# two views of each model: 64 and 128 networks in the behavioral loss
 SMALL: dict[str, Any] = {"batch_size": 32, "queries": 256, "query_pool": 512, "start": "random"}
 PUBLISHED: dict[str, Any] = {"query_pool": 512, "steps": 100}
 

@@ -2,7 +2,7 @@
 
     PYTHONPATH=. python3 benchmarks/tune.py [--architecture cnn3 cnn lenet5] [--precision fp16 tf32] [--seconds 420]
 
-Every attempt goes through one hook, ``schedule.tuned``; docs/tuning.md lists the levers in order, with what each is expected to give.
+Every attempt goes through one hook, ``schedule.tuned``; docs/notes/tuning.md lists the levers in order, with what each is expected to give.
 A lever's result has to agree with the default's before its time counts. Rows go to ``${OUT:-benchmarks/data}/tune.csv`` as they are
 measured: what fails to compile or to launch is a row that says so. Needs torch and triton alone.
 """
@@ -59,7 +59,7 @@ def _set(**values: Any) -> Callable[[Configuration], Configuration]:
     return lambda c: replace(c, **values)
 
 
-# In the order of docs/tuning.md.
+# In the order of docs/notes/tuning.md.
 LEVERS = (
     Lever("stages 2", ("forward", "dx"), _set(STAGES=2)),
     Lever("stages 2 in dw", ("dw",), _set(STAGES=2)),

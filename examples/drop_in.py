@@ -16,7 +16,7 @@ from wslfast.sane import AEModule, apply_permutation, tokenize_checkpoint, token
 #
 #     with wslfast.sane.patched():
 #         tuner.fit()                 # or whatever the script does
-#         print(wslfast.sane.report())
+#         print(wslfast.sane.replaced())
 
 
 torch.manual_seed(0)

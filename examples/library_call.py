@@ -15,4 +15,4 @@ queries = torch.rand(128, 3, 32, 32)  # images shared by all models
 loss = wslfast.batched_behavioral_loss(reconstructed, originals, queries, arch)  # 1/(2kn) sum ||f_rec(x) - f_orig(x)||^2
 loss.backward()  # into the reconstructed weights, and through them into your decoder
 
-print(f"behavioural loss of 64 networks on 128 queries: {loss.item():.4f}, gradient {tuple(reconstructed.grad.shape)}")
+print(f"behavioral loss of 64 networks on 128 queries: {loss.item():.4f}, gradient {tuple(reconstructed.grad.shape)}")

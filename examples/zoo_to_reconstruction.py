@@ -1,4 +1,4 @@
-"""The whole path in Python: a zoo of real networks, an autoencoder trained with the behavioural loss, how its models behave.
+"""The whole path in Python: a zoo of real networks, an autoencoder trained with the behavioral loss, how its models behave.
 
 The same as `wslfast demo` in small: about a minute on two cores. Needs the extra `eval` (scikit-learn's digits).
 Run: python examples/zoo_to_reconstruction.py [folder]
@@ -16,7 +16,7 @@ folder = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp())
 population = wslfast.build_zoo("digits", folder / "zoo", models=48, epochs=5, seed=0)
 print(population)
 
-# 2. an autoencoder over their weights, from the closed-form linear code of the zoo, on structure and behaviour
+# 2. an autoencoder over their weights, from the closed-form linear code of the zoo, on structure and behavior
 config = wslfast.TrainConfig(zoo=str(folder / "zoo"), out=str(folder / "run"), steps=60, log_every=20, lr=2e-3)
 run = wslfast.train(config, on_record=lambda record: print(record["step"], round(record["loss"], 4)))
 

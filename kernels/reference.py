@@ -70,44 +70,6 @@ def forward(weights: Tensor, queries: Tensor, layers: Layers) -> Tensor:
     return torch.stack([forward_one(w.clone(), queries[j].clone() if own else queries, layers) for j, w in enumerate(weights)])
 
 
-def forward_grouped(weights: Tensor, queries: Tensor, layers: Layers) -> Tensor:
-    """The same outputs with all models in one call a layer: models are the groups of a convolution, batches of a matmul.
-
-    The formulation that torch offers for a GPU, where a loop over models is bound by launches.
-    """
-    k = weights.shape[0]
-    own = per_model_queries(queries, layers)
-    x = queries.transpose(0, 1) if own else queries.unsqueeze(1).expand(-1, k, *queries.shape[1:])  # [n, k, ...]
-    n = x.shape[0]
-    for layer, slots in zip(layers, layer_slots(layers), strict=True):
-        if slots.weight is not None:
-            weight = weights[:, slots.weight.offset : slots.weight.stop]
-            bias = None if slots.bias is None else weights[:, slots.bias.offset : slots.bias.stop]
-        if isinstance(layer, Conv2d):
-            x = F.conv2d(
-                x.reshape(n, -1, *x.shape[-2:]),
-                weight.reshape(k * layer.out_channels, *layer.weight_shape[1:]),
-                None if bias is None else bias.reshape(-1),
-                layer.stride,
-                layer.padding,
-                layer.spacing,
-                k * layer.groups,
-            )
-            x = x.view(n, k, layer.out_channels, *x.shape[-2:])
-        elif isinstance(layer, Linear):
-            x = torch.einsum("nki,koi->nko", x, weight.view(k, *layer.weight_shape))
-            x = x if bias is None else x + bias
-        elif isinstance(layer, Pool2d):
-            pool = F.max_pool2d if layer.mode == "max" else F.avg_pool2d
-            x = pool(x.reshape(n, -1, *x.shape[-2:]), layer.kernel_size, layer.stride)
-            x = x.view(n, k, -1, *x.shape[-2:])
-        elif isinstance(layer, Activation):
-            x = activation(x, layer)
-        elif isinstance(layer, Flatten):
-            x = x.flatten(2)
-    return x.transpose(0, 1)
-
-
 def loss_and_gradient(
     weights: Tensor, queries: Tensor, targets: Tensor, layers: Layers, criterion: str, temperature: float = 2.0
 ) -> tuple[Tensor, Tensor]:
@@ -132,7 +94,8 @@ def loss_and_gradient(
 
 
 def run_graph(weights: Tensor, queries: Tensor, graph: Graph) -> Tensor:
-    """Outputs ``[n, *out]`` of the one model whose row of weights is ``[P]``: node after node, each one plain call."""
+    """Outputs ``[n, *out]`` of the one model whose row of weights is ``[P]``: node after node, each one plain call. In a graph of training
+    mode, dropout draws from torch's own generator."""
     return dict(graph_values(weights, queries, graph))[graph.output]  # type: ignore[no-any-return]
 
 
@@ -156,7 +119,8 @@ def call_node(node: Node, values: dict[str, Any], n: int) -> Any:
     if isinstance(arguments.get("dtype"), str):
         arguments["dtype"] = DTYPES[arguments["dtype"]]
     operation = TABLE[node.operation]
-    return arguments["input"] if operation.form == "identity" else operation.call(arguments)
+    still = operation.form == "identity" and not arguments.get("train")
+    return arguments["input"] if still else operation.call(arguments)
 
 
 _MOST_NUMBERS = 1 << 28  # of one value of one model and query: a gigabyte

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from small_networks import OPAQUE, SMALL, Residual
+from tolerances import FP32, FP64, FP64_GRADIENT
 from torch import Tensor, nn
 
 from wslfast.architecture import Architecture
@@ -126,16 +127,16 @@ def test_against_both_oracles(net: str, criterion: str) -> None:
     targets = oracle_outputs(original, queries, arch)
     values, gradients = oracle_loss(rows, queries, targets, arch, criterion)
     other = functional_oracle(rows, original, queries, arch, criterion)
-    assert relative_error(other[0], values) < 1e-10
-    assert _by_name(other[1], gradients, arch) < 1e-8
+    assert relative_error(other[0], values) < FP64
+    assert _by_name(other[1], gradients, arch) < FP64_GRADIENT
     single, double = (
         _loss(rows, original, queries, arch, criterion=criterion, reduction="none"),
         _loss(rows.double(), original.double(), queries.double(), arch, criterion=criterion, reduction="none"),
     )
-    assert relative_error(double[0], values) < 1e-10
-    assert _by_name(double[1], gradients, arch) < 1e-8
+    assert relative_error(double[0], values) < FP64
+    assert _by_name(double[1], gradients, arch) < FP64_GRADIENT
     assert single[0].dtype == single[1].dtype == torch.float32
-    assert relative_error(single[0], values) < 1e-5
+    assert relative_error(single[0], values) < FP32
     assert _by_name(single[1], gradients, arch) < (3e-5 if criterion == "softmax_mse" else 1e-5)
 
 
@@ -144,8 +145,8 @@ def test_opaque_against_torch_func(criterion: str) -> None:
     rows, original, queries = _case(OPAQUE)
     values, gradients, _ = functional_oracle(rows, original, queries, OPAQUE, criterion)
     got = _loss(rows, original, queries, OPAQUE, criterion=criterion, reduction="none")
-    assert relative_error(got[0], values) < 1e-5
-    assert _by_name(got[1], gradients, OPAQUE) < 3e-5
+    assert relative_error(got[0], values) < FP32
+    assert _by_name(got[1], gradients, OPAQUE) < 3 * FP32
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -156,8 +157,8 @@ def test_reductions_and_temperature(reduction: str, temperature: float) -> None:
     got = _loss(rows, original, queries, SMALL, criterion="distillation", temperature=temperature, reduction=reduction)
     expected = {"mean": values.mean(), "sum": values.sum(), "none": values}[reduction]
     assert got[0].shape == expected.shape
-    assert relative_error(got[0], expected) < 1e-5
-    assert relative_error(got[1], gradients / (4 if reduction == "mean" else 1)) < 1e-5
+    assert relative_error(got[0], expected) < FP32
+    assert relative_error(got[1], gradients / (4 if reduction == "mean" else 1)) < FP32
 
 
 def test_mse_is_the_papers_formula() -> None:
@@ -310,7 +311,7 @@ def test_incoming_gradients_of_any_stride() -> None:
         ("strided", torch.autograd.grad(values(), leaf, wide[:, 0])[0], scale),
         ("one", torch.autograd.grad(values()[2], leaf)[0], torch.tensor([0.0, 0, 1, 0])),
     ):
-        assert relative_error(gradient, expected * factor[:, None]) < 1e-6, name
+        assert relative_error(gradient, expected * factor[:, None]) < FP32 / 10, name
 
 
 @pytest.mark.parametrize("nan_policy", ["propagate", "omit", "raise"])
@@ -356,11 +357,11 @@ def test_queries_that_require_a_gradient_get_it(arch: Architecture, criterion: s
         loss = batched_behavioral_loss(leaf, originals, x, arch, criterion=criterion, nan_policy=policy)
         loss.backward()
         assert float(loss) == pytest.approx(float(values.mean()), rel=1e-10)
-        assert relative_error(leaf.grad, gradients / 4) < 1e-8  # type: ignore[arg-type]
-        assert relative_error(x.grad, query_gradients.sum(0) / 4) < 1e-8  # type: ignore[arg-type]
+        assert relative_error(leaf.grad, gradients / 4) < FP64_GRADIENT  # type: ignore[arg-type]
+        assert relative_error(x.grad, query_gradients.sum(0) / 4) < FP64_GRADIENT  # type: ignore[arg-type]
     x = queries.clone().requires_grad_()
     batched_behavioral_loss(rows, originals, x, arch, criterion=criterion).backward()
-    assert relative_error(x.grad, query_gradients.sum(0) / 4) < 1e-8  # type: ignore[arg-type]
+    assert relative_error(x.grad, query_gradients.sum(0) / 4) < FP64_GRADIENT  # type: ignore[arg-type]
 
 
 def test_without_grad() -> None:
@@ -414,19 +415,19 @@ def test_strides(form: str) -> None:
     leaf = rows.clone().requires_grad_()
     value = batched_behavioral_loss(view(leaf), view(originals), view(queries), arch)
     value.backward()
-    assert relative_error(value, expected[0]) < 1e-6
-    assert relative_error(leaf.grad, expected[1]) < 1e-6  # type: ignore[arg-type]
+    assert relative_error(value, expected[0]) < FP32 / 10
+    assert relative_error(leaf.grad, expected[1]) < FP32 / 10  # type: ignore[arg-type]
     x = queries.clone().requires_grad_()
     batched_behavioral_loss(view(rows), view(originals), view(x), arch).backward()
-    assert relative_error(x.grad, functional_oracle(rows, originals, queries, arch, "mse")[2].mean(0)) < 1e-5  # type: ignore[arg-type]
+    assert relative_error(x.grad, functional_oracle(rows, originals, queries, arch, "mse")[2].mean(0)) < FP32  # type: ignore[arg-type]
 
 
 def test_channels_last_queries() -> None:
     rows, originals, queries = _case(Architecture.cnn3(), 3, 4)
     expected = _loss(rows, originals, queries, Architecture.cnn3())
     got = _loss(rows, originals, queries.contiguous(memory_format=torch.channels_last), Architecture.cnn3())
-    assert relative_error(got[0], expected[0]) < 1e-6
-    assert relative_error(got[1], expected[1]) < 1e-6
+    assert relative_error(got[0], expected[0]) < FP32 / 10
+    assert relative_error(got[1], expected[1]) < FP32 / 10
 
 
 def test_expanded() -> None:
@@ -434,7 +435,7 @@ def test_expanded() -> None:
     leaf = rows[:1].clone().requires_grad_()
     batched_behavioral_loss(leaf.expand(4, -1), originals, queries, SMALL, reduction="sum").backward()
     _, expected = _loss(rows[:1].repeat(4, 1), originals, queries, SMALL, reduction="sum")
-    assert relative_error(leaf.grad, expected.sum(0, keepdim=True)) < 1e-6  # type: ignore[arg-type]
+    assert relative_error(leaf.grad, expected.sum(0, keepdim=True)) < FP32 / 10  # type: ignore[arg-type]
     same = queries[:1].expand(5, -1, -1, -1)
     assert torch.equal(_loss(rows, originals, same, SMALL)[1], _loss(rows, originals, same.contiguous(), SMALL)[1])
     assert torch.equal(
@@ -475,8 +476,8 @@ def test_odd_sizes(net: str, k: int, n: int, poisoned_empty: None) -> None:
     values, gradients, _ = functional_oracle(rows, originals, queries, NETS[net], "mse")
     value, gradient = _loss(rows, originals, queries, NETS[net], reduction="none")
     assert value.shape == (k,)
-    assert relative_error(value, values) < 1e-5
-    assert _by_name(gradient, gradients, NETS[net]) < 1e-5
+    assert relative_error(value, values) < FP32
+    assert _by_name(gradient, gradients, NETS[net]) < FP32
 
 
 # -- models that are not finite ----------------------------------------------------------------------------------------
@@ -628,8 +629,8 @@ def test_omitted_models_leave_the_queries_gradient_alone() -> None:
     leaf, x = rows.requires_grad_(), queries.requires_grad_()
     batched_behavioral_loss(leaf, originals, x, SMALL, nan_policy="omit").backward()
     _, gradients, to_queries = functional_oracle(rows[good], originals[good], queries, SMALL, "mse")
-    assert relative_error(x.grad, to_queries.mean(0)) < 1e-10  # type: ignore[arg-type]
-    assert relative_error(leaf.grad[good], gradients / 3) < 1e-10  # type: ignore[index]
+    assert relative_error(x.grad, to_queries.mean(0)) < FP64  # type: ignore[arg-type]
+    assert relative_error(leaf.grad[good], gradients / 3) < FP64  # type: ignore[index]
     assert not leaf.grad[2].any()  # type: ignore[index]
 
 

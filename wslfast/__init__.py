@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from .queries import QueryPool, TargetCache
     from .tokens import TokenLayout
     from .training import TrainConfig, train
-    from .zoo import build_zoo, load_zoo
+    from .zoo import build_zoo, load_zoo, save_zoo
 
 _HOME = {
     "AdaptiveCodec": "codes.adaptive",
@@ -68,6 +68,7 @@ _HOME = {
     "evaluate": "measure",
     "generate": "measure",
     "load_zoo": "zoo",
+    "save_zoo": "zoo",
     "train": "training",
 }
 __all__ = [
@@ -89,6 +90,7 @@ __all__ = [
     "generate",
     "load_zoo",
     "profiling",
+    "save_zoo",
     "train",
 ]
 

@@ -1,4 +1,4 @@
-"""The library call: outputs of a population, and how far reconstructed models are from their originals in behaviour.
+"""The library call: outputs of a population, and how far reconstructed models are from their originals in behavior.
 
 This module validates, gathers targets and reduces. It knows nothing of devices: ``engine.py`` runs the models.
 """
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Union
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import engine, operators
 from .architecture import Architecture
@@ -61,7 +61,7 @@ def batched_behavioral_loss(
     backend: str = "auto",
     class_axis: int = -1,
 ) -> Tensor:
-    """Distance in behaviour between reconstructed models and their originals on shared queries (arXiv 2503.17138).
+    """Distance in behavior between reconstructed models and their originals on shared queries (arXiv 2503.17138).
 
     Args:
         reconstructed: ``[k, P]`` weights, ``[k, T, D]`` tokens (token size read off D), or ``{name: [k, *shape]}``; gradients
@@ -170,6 +170,8 @@ def _rows(value: Any, architecture: Architecture, argument: str) -> Tensor:
         wrong = f"{argument}: expected a population of architecture {architecture.name!r}, got one of another, {other.name!r}"
         require(same, wrong)
         value = value.weights
+    if isinstance(value, (list, tuple, nn.Module)):
+        raise WslfastError(f"{argument}: {_remedy(value)}")
     forms = f"[k, {p}] weights, [k, T, D] tokens or {{name: [k, *shape]}} of architecture {architecture.name!r}"
     try:
         if isinstance(value, Mapping):
@@ -185,6 +187,21 @@ def _rows(value: Any, architecture: Architecture, argument: str) -> Tensor:
     except WslfastError as error:
         raise WslfastError(f"{argument}: {error}") from None
     return value if value.dtype == torch.float64 else value.to(torch.float32)
+
+
+def _remedy(value: Any) -> str:
+    """What to do with models that come one by one."""
+    if isinstance(value, nn.Module) or (len(value) > 0 and all(isinstance(v, nn.Module) for v in value)):
+        which = "modules" if not isinstance(value, nn.Module) else "[module]"
+        came = f"a list of {len(value)} modules" if which == "modules" else f"a module ({type(value).__name__})"
+        return f"expected a population, got {came}; stack them with Population.from_modules({which}, input_shape=...)"
+    if len(value) > 0 and all(isinstance(v, Mapping) for v in value):
+        remedy = "stack them with Population.from_state_dicts(architecture, [...])"
+        return f"expected a population, got a list of {len(value)} state dicts; {remedy}"
+    if len(value) > 0 and all(isinstance(v, Tensor) for v in value):
+        return f"expected [k, P] weights, got a list of {len(value)} tensors; stack them with torch.stack(rows)"
+    came = f"got a {type(value).__name__} of {len(value)}"
+    return f"expected a population or [k, P] weights, {came}; Population.from_modules makes one of modules"
 
 
 def _queries(queries: Any, architecture: Architecture, rows: Tensor) -> Tensor:

@@ -55,6 +55,22 @@ def write_atomically(path: Path, write: Callable[[Path], None], need: int = 0) -
             temporary.unlink()
 
 
+_MARKS = {  # files that say what a folder is
+    "zoo": ("manifest.json",), "run": ("checkpoint/state.pt", "log.jsonl"), "results": ("units", "rows.csv"),
+    "project": (".git", "pyproject.toml"),
+}  # fmt: skip
+
+
+def check_folder(folder: Path, kind: str) -> None:
+    """Raise WslfastError for a folder that is something else than the ``zoo``, ``run`` or ``results`` that is to be written into it."""
+    if folder.is_file():
+        raise WslfastError(f"out: expected a folder, got the file {folder}")
+    others = [other for other, marks in _MARKS.items() if other != kind and any((folder / mark).exists() for mark in marks)]
+    if others and not any((folder / mark).exists() for mark in _MARKS[kind]):
+        article = {"zoo": "a zoo", "run": "a training run", "results": "results of an evaluation", "project": "somebody's project"}
+        raise WslfastError(f"out: {folder} holds {article[others[0]]} already; choose another folder")
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """:func:`write_atomically` for bytes."""
     write_atomically(path, lambda temporary: _put(temporary, content), len(content))

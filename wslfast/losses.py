@@ -1,6 +1,6 @@
-"""The training objective: contrastive, structural and behavioural terms, their units, and how they are added up.
+"""The training objective: contrastive, structural and behavioral terms, their units, and how they are added up.
 
-The behavioural term itself is :func:`wslfast.batched_behavioral_loss`; what it is divided by is here. The composition is that
+The behavioral term itself is :func:`wslfast.batched_behavioral_loss`; what it is divided by is here. The composition is that
 of arXiv 2503.17138, ``gamma L_C + (1 - gamma) (beta L_S + (1 - beta) L_B)``, whose weights only mean something once the terms
 share a unit. The published code divides each term by its own first value on an untrained network; here every divisor is
 computed from data, finite and positive, and can be logged, saved and set.
@@ -82,7 +82,7 @@ def nt_xent(a: Tensor, b: Tensor, temperature: float = 0.1) -> Tensor:
 
 
 def term_weights(gamma: float = 0.05, beta: float = 0.1) -> tuple[float, float, float]:
-    """Weights of the contrastive, structural and behavioural term: ``gamma, (1 - gamma) beta, (1 - gamma) (1 - beta)``."""
+    """Weights of the contrastive, structural and behavioral term: ``gamma, (1 - gamma) beta, (1 - gamma) (1 - beta)``."""
     for name, value in (("gamma", gamma), ("beta", beta)):
         require(isinstance(value, (int, float)) and 0 <= value <= 1, f"{name}: expected a number from 0 to 1, got {value!r}")
     return gamma, (1 - gamma) * beta, (1 - gamma) * (1 - beta)
@@ -123,9 +123,9 @@ class Normalizers:
         Args:
             population: the training models. ``structural`` is the variance of each weight over models, averaged over weights:
                 the structural loss of answering every model with the population's mean. Needs at least two models.
-            cache: the training models' outputs; None (no behavioural term) leaves ``behavioral`` at 1.
+            cache: the training models' outputs; None (no behavioral term) leaves ``behavioral`` at 1.
             batch_size: k, models in a batch (pairs of views), for ``contrastive``; 1 gives 1.
-            criterion, temperature: of the behavioural loss.
+            criterion, temperature: of the behavioral loss.
 
         Raises:
             WslfastError: where a unit would be zero or not finite, as for models that are all alike.
@@ -151,7 +151,7 @@ def uninformed_behavior(outputs: Tensor, criterion: str = "mse", temperature: fl
     """A criterion's mean value over originals with outputs ``[M, Q, K]`` when each is answered with the mean output of all at each
     query: for ``"mse"`` half the variance over models, summed over classes. Models whose outputs are not finite are left out."""
     require(criterion in CRITERIA, f"criterion: expected one of {CRITERIA}, got {criterion!r}")
-    finite = outputs.isfinite().all(-1).all(-1)
+    finite = outputs.isfinite().flatten(1).all(1)
     kept = int(finite.sum())
     require(kept > 0, "normalizers: behavioral: no original has finite outputs")
     blocks = [rows.split(64) for rows in (outputs, finite)]  # float64 copies of a few models at a time

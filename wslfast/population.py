@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Union
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .architecture import Architecture
 from .errors import WslfastError, describe, require
-from .tracing import effective_state
+from .tracing import effective_state, prepared, queries_for, rebuilt
 
 Column = tuple[Any, ...]
 Index = Union[int, slice, Sequence[int], Sequence[bool], Tensor]
@@ -45,6 +46,9 @@ class Population:
         for name, column in table.items():
             require(len(column) == len(weights), f"properties[{name!r}]: expected {len(weights)} values, got {len(column)}")
         object.__setattr__(self, "properties", MappingProxyType(table))
+
+    def __reduce__(self) -> tuple[Any, ...]:  # pickled, copied and saved as what it is made of
+        return Population, (self.architecture, self.weights, dict(self.properties))
 
     def __len__(self) -> int:
         return self.weights.shape[0]
@@ -108,6 +112,60 @@ class Population:
                 require(tied, f"state_dicts[{j}][{key!r}]: expected the values of {name!r}, to which the architecture ties it")
         return cls(architecture, weights, {name: tuple(column) for name, column in (properties or {}).items()})
 
+    @classmethod
+    def from_modules(
+        cls,
+        modules: Sequence[nn.Module],
+        input_shape: Sequence[int],
+        properties: Mapping[str, Sequence[Any]] | None = None,
+        *,
+        output: str | int | None = None,
+        name: str | None = None,
+    ) -> Population:
+        """A population of trained modules, all of one network; the modules are not changed.
+
+        The first one is traced (:meth:`wslfast.Architecture.from_module`); each of the others has to answer as its row does.
+
+        Args:
+            modules: k modules in any mode, on any device. What they compute in evaluation mode counts.
+            input_shape: of one query.
+            properties: name -> k values, e.g. ``test_acc``.
+            output: which part of the answer counts, for modules that return a tuple (a number) or a dict (a name).
+            name: of the architecture; default: the class's.
+
+        Raises:
+            WslfastError: naming the module that is another network than the first one, or is none.
+        """
+        require(isinstance(modules, Sequence) and not isinstance(modules, nn.Module) and len(modules) > 0, _not_modules(modules))
+        for j, module in enumerate(modules):
+            require(isinstance(module, nn.Module), f"modules[{j}]: expected a torch.nn.Module, got {describe(module)}")
+        architecture = Architecture.from_module(modules[0], input_shape, name, output=output)
+        plain = [prepared(module, f"modules[{j}]", output) for j, module in enumerate(modules)]
+        states = [module.state_dict() for module in plain]
+        try:
+            population = cls.from_state_dicts(architecture, states, properties)
+        except WslfastError as error:
+            raise WslfastError(f"{str(error).replace('state_dicts[', 'modules[')}; all modules have to be of one network") from None
+        queries = queries_for(plain[0], 3, architecture.input_shape)
+        with torch.no_grad():
+            for j, module in enumerate(plain):
+                theirs, ours = module(queries.clone()), population.module(j)(queries.clone())
+                fits = theirs.shape == ours.shape and torch.allclose(theirs.float(), ours, rtol=1e-3, atol=1e-4, equal_nan=True)
+                what = "another network than modules[0]: same parameters, other answers (an activation, a stride?)"
+                require(fits, f"modules[{j}]: {what}; all modules have to be of one network")
+        return population
+
+    def module(self, model: int) -> nn.Module:
+        """One model as a module in evaluation mode, with its weights: torch's own layers for a plain chain, one reference call an
+        operation for any other network. Its state dict loads into the network that the population was made from."""
+        if self.architecture.graph is not None:
+            module = rebuilt(self.architecture.graph)
+        else:
+            module = copy.deepcopy(self.architecture.module)  # type: ignore[assignment]
+        known = module.state_dict()
+        module.load_state_dict({key: value for key, value in self.state_dict(model).items() if key in known})
+        return module.to(self.weights.device).eval()
+
     def state_dict(self, model: int) -> dict[str, Tensor]:
         """One model's parameters by name, ready for ``module.load_state_dict`` (copies)."""
         row = self[model].weights[0]
@@ -122,6 +180,11 @@ class Population:
     def state_dicts(self) -> list[dict[str, Tensor]]:
         """Every model's parameters by name."""
         return [self.state_dict(j) for j in range(len(self))]
+
+
+def _not_modules(value: Any) -> str:
+    one = "; a single one goes into a list: [module]" if isinstance(value, nn.Module) else ""
+    return f"modules: expected a list of at least one torch.nn.Module, got {describe(value)}{one}"
 
 
 def unstack(weights: Tensor, architecture: Architecture) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import platform
 import threading
 import time
 from collections.abc import Iterator
@@ -123,3 +124,13 @@ def profile(folder: str | Path | None = None, device: torch.device | str = "cpu"
         (out / "phases.json").write_text(json.dumps(current.rows(), indent=1))
         if tracer is not None:
             tracer.export_chrome_trace(str(out / "trace.json"))
+
+
+def processor() -> str:
+    """The processor's name as the system gives it, for the record of a measurement."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -101,7 +101,10 @@ class TokenLayout:
         return self._on[device]
 
     def tokenize(self, weights: Tensor) -> Tokens:
-        """``[k, P] -> tokens [k, T, D], mask [T, D], positions [T, 3]``, padding zero; differentiable."""
+        """``[k, P] -> tokens [k, T, D], mask [T, D], positions [T, 3]``, padding zero; differentiable.
+
+        Raises WslfastError for weights of another shape or type.
+        """
         p = self.architecture.num_weights
         require(
             isinstance(weights, Tensor) and weights.ndim == 2 and weights.shape[1] == p and weights.is_floating_point(),
@@ -115,6 +118,7 @@ class TokenLayout:
         """``[k, T, D] -> [k, P]``, padding discarded; differentiable.
 
         Weights that have no token (``ignore_bn``) come from ``reference`` (``[P]`` or ``[k, P]``), which is then required.
+        Raises WslfastError for tokens of another shape or type.
         """
         require(
             isinstance(tokens, Tensor)
@@ -265,7 +269,8 @@ class _Uses:
             self._multiply(here, given["weight"], (1,), given.get("bias"), given.get("groups", 1))
         elif form == "recurrent":
             for reference in given["params"]:
-                self._multiply(here, reference, (0,), None)
+                if reference in self._slots and len(self._slots[reference][0].shape) == 2:  # the others are biases
+                    self._multiply(here, reference, (0,), None)
         elif form in ("matmul", "addmm"):
             keys = ("mat1", "mat2", "batch1", "batch2") if form == "addmm" else tuple(given)
             self._product(here, [given[key] for key in keys if key in given], given.get("self") if form == "addmm" else None)

@@ -14,6 +14,7 @@ from training_runs import ARCH, config
 
 import wslfast
 from wslfast import (
+    AdaptiveCodec,
     Architecture,
     Autoencoder,
     LinearCodec,
@@ -26,9 +27,11 @@ from wslfast import (
     batched_behavioral_loss,
     batched_forward,
     build_zoo,
+    doctor,
     evaluate,
     generate,
     load_zoo,
+    save_zoo,
     train,
 )
 from wslfast.engine import paths
@@ -138,6 +141,9 @@ CASES: dict[str, Callable[[], Any]] = {
     "codec: a share of 0": lambda: LinearCodec(ROWS, latent=0.0),
     "codec: a share of NaN": lambda: LinearCodec(ROWS, latent=NAN),
     "codec: unknown metric": lambda: LinearCodec(ROWS, latent=0.5, metric="l2"),
+    "adaptive codec: weights": lambda: AdaptiveCodec(W, queries=X),
+    "adaptive codec: damping 0": lambda: AdaptiveCodec(ROWS, queries=X, damping=0.0),
+    "adaptive codec: images of another shape": lambda: AdaptiveCodec(ROWS, queries=X[..., :-1]),
     "autoencoder: heads that do not divide": lambda: Autoencoder(LAYOUT, d_model=16, heads=3),
     "autoencoder: negative layers": lambda: Autoencoder(LAYOUT, layers=-1),
     "autoencoder: dropout 2": lambda: Autoencoder(LAYOUT, dropout=2.0),
@@ -167,7 +173,12 @@ CASES: dict[str, Callable[[], Any]] = {
     "load: nowhere": lambda: load_zoo("nowhere"),
     "load: unknown split": lambda: load_zoo("nowhere", "dev"),
     "load: a name with a null": lambda: load_zoo("a\0b"),
-    # downstream
+    "save: weights": lambda: save_zoo(W, "zoo", provenance={}),
+    "save: rows without a split": lambda: save_zoo(ROWS, "zoo", splits=["train"], provenance={}),
+    # doctor, evaluate, generate
+    "doctor: a name": lambda: doctor("cnn3"),
+    "doctor: no models": lambda: doctor(ARCH, k=0),
+    "doctor: unknown precision": lambda: doctor(ARCH, precision="fp8"),
     "evaluate: no run": lambda: evaluate("nowhere"),
     "evaluate: unknown split": lambda: evaluate("nowhere", split="dev"),
     "evaluate: unknown device": lambda: evaluate("nowhere", device="tpu"),
@@ -192,7 +203,6 @@ def no_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     for module in (cpu, reference):
         for name in ("forward", "loss_and_gradient"):
             forbid(module, name)
-    forbid(reference, "forward_grouped")
     for path in (paths.Loop, paths.Stacked, paths.Cpu, Triton, Module):
         monkeypatch.setattr(path, "forward", lambda *_: called.append("path"))
         monkeypatch.setattr(path, "loss_and_gradient", lambda *_: called.append("path"))

@@ -105,8 +105,8 @@ def test_unknown_fields_are_ignored_and_newer_schemas_refused(tmp_path: Path) ->
     record["future"], record["shards"][0]["codec"] = {"x": [1]}, "none"
     (zoo / "manifest.json").write_text(json.dumps(record))
     assert torch.equal(load_zoo(zoo).weights, _zoo(0).weights)
-    (zoo / "manifest.json").write_text(json.dumps({**record, "schema": 2}))
-    with pytest.raises(WslfastError, match="schema 2 is newer"):
+    (zoo / "manifest.json").write_text(json.dumps({**record, "schema": 3}))
+    with pytest.raises(WslfastError, match="schema 3 is newer"):
         read_manifest(zoo)
     population = Population(ARCH, ARCH.initial_weights(["kaiming_normal"] * 20, range(20)))
     train(config(tmp_path / "run", steps=1), population=population, images=torch.randn(48, 1, 8, 8))

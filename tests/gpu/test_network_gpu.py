@@ -8,10 +8,10 @@ from __future__ import annotations
 import pytest
 import torch
 from kernel_cases import CASES, HEADS, MLP, SMALL, Net, cnn3, cnn28, error, gradient_errors, lenet5, make, oracle, random_net
+from tolerances import BARS, FP32, allowed
 from torch import Tensor
 
 from wslfast.kernels import reference
-from wslfast.kernels.layers import Conv2d, Linear
 
 pytestmark = pytest.mark.gpu
 pytest.importorskip("triton")
@@ -29,24 +29,11 @@ SMALL_NETS = {
     **{name: CASES[name] for name in ("same_padding", "dx_through_stride_2_and_pool", "act_then_average", "gelu_before_max", "silu_last")},
     "head_on_window_average": HEADS["head_on_window_average"],
 }  # fmt: skip
-# outputs, linear layers, convolutions, first convolution
-BARS = {
-    "tf32x3": (1e-5, 1e-5, 1e-5, 1e-5),
-    "tf32": (2e-3, 2e-3, 2e-2, 8e-2),
-    "fp16": (2e-3, 2e-3, 2e-2, 8e-2),
-    "bf16": (3e-2, 6e-2, 1e-1, 2e-1),
-}
 
 
 def _on_gpu(case: Net, k: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
     weights, queries, targets = (t.cuda() for t in make(case, k, n))
     return weights, queries, targets
-
-
-def _bars(case: Net, bars: tuple[float, ...]) -> dict[str, float]:
-    weighted = [layer for layer in case.layers if isinstance(layer, (Conv2d, Linear))]
-    linear = {layer.name for layer in weighted if isinstance(layer, Linear)}
-    return {layer.name: bars[1] if layer.name in linear else bars[3] if layer is weighted[0] else bars[2] for layer in weighted}
 
 
 def _check(case: Net, k: int, n: int, precision: str, criterion: str = "mse") -> None:
@@ -57,13 +44,12 @@ def _check(case: Net, k: int, n: int, precision: str, criterion: str = "mse") ->
     losses, gradient = kernels.loss_and_gradient(weights, queries, targets, case.layers, criterion, 2.0, precision, mode="network")
     expected, slopes = oracle(weights, queries, targets, case.layers, criterion)
     assert error(losses, expected) < 2 * bars[0]
-    allowed = _bars(case, bars)
-    found = gradient_errors(gradient, slopes, case.layers)
-    wrong = {name: value for name, value in found.items() if not value < allowed[name.rpartition(".")[0]]}
+    of, found = allowed(case.layers, precision), gradient_errors(gradient, slopes, case.layers)
+    wrong = {name: value for name, value in found.items() if not value < of[name.rpartition(".")[0]]}
     assert not wrong, wrong
 
 
-@pytest.mark.parametrize("precision", BARS)
+@pytest.mark.parametrize("precision", ["tf32x3", "tf32", "fp16", "bf16"])
 @pytest.mark.parametrize("name", SMALL_NETS)
 def test_small_networks_against_float64(name: str, precision: str) -> None:
     _check(SMALL_NETS[name], 3, 150, precision)
@@ -126,7 +112,7 @@ def test_pool_and_labels() -> None:
     found = kernels.loss_and_gradient(weights, pool, labels, SMALL.layers, "cross_entropy", index=index, **more)
     own = kernels.loss_and_gradient(weights, pool[index], labels, SMALL.layers, "cross_entropy", **more)
     assert all(torch.equal(a, b) for a, b in zip(found, own, strict=True))
-    assert error(found[1], oracle(weights, pool[index], labels, SMALL.layers, "cross_entropy")[1]) < 1e-5
+    assert error(found[1], oracle(weights, pool[index], labels, SMALL.layers, "cross_entropy")[1]) < FP32
 
 
 def test_cuda_graph() -> None:

@@ -68,7 +68,7 @@ def test_outputs_classes_and_accuracy_of_a_population() -> None:
     assert bool((classes_of(weights, images, arch)[1] == -1).all())
 
 
-def test_novelty_in_behaviour_is_blind_to_permutations_and_in_weights_is_not() -> None:
+def test_novelty_in_behavior_is_blind_to_permutations_and_in_weights_is_not() -> None:
     arch = Architecture.mlp(6, (8,), 3)
     g = torch.Generator().manual_seed(0)
     weights, images = torch.randn(4, arch.num_weights, generator=g), torch.randn(70, 6, generator=g)

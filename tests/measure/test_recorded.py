@@ -42,7 +42,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     raw = load_dataset(root / "images.npz", (1, 28, 28), standardise=False)
     build_zoo(raw, root / "raw", models=8, epochs=3, split=(0.5, 0.25, 0.25))
     export_zoo(root / "raw", root / "ray")
-    import_zoo(root / "ray", root / "zoo", dataset=root / "images.npz", split=(0.5, 0.25, 0.25))
+    import_zoo(root / "ray", root / "zoo", dataset=root / "images.npz", standardise=True, split=(0.5, 0.25, 0.25))
     sizes = {"queries": 8, "batch_size": 4, "d_model": 16, "heads": 2, "layers": 1}
     for name in ("raw", "zoo"):
         train(TrainConfig(zoo=str(root / name), out=str(root / f"run-{name}"), steps=1, **sizes))

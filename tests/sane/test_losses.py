@@ -173,7 +173,7 @@ _KEYS = {"loss/loss", "loss/loss_contrast", "loss/loss_recon", "loss/loss_struct
 @pytest.mark.parametrize(
     ("gamma", "beta", "kind", "rsq"),
     [(0.05, 0.1, ReconDistillationLoss, True), (0.0, 0.0, DistillationLoss, False), (0.3, 1.0, MaskedReconLoss, True), (1.0, 1.0, MaskedReconLoss, False)],
-    ids=["all", "behaviour", "contrast-structure", "contrast"],
+    ids=["all", "behavior", "contrast-structure", "contrast"],
 )  # fmt: skip
 def test_composition_and_keys(gamma: float, beta: float, kind: type, rsq: bool) -> None:
     checkpoint, params, x, mask, p = _case("CNN", 4)

@@ -10,7 +10,7 @@ from sane_package import SANE, forget, write
 from torch import nn
 
 from wslfast.errors import WslfastError
-from wslfast.sane import multizoo, package_sane, patched, report
+from wslfast.sane import multizoo, package_sane, patched, replaced
 
 
 def _state(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -121,7 +121,7 @@ def test_the_patch_takes_them_in_its_package(tmp_path: Path, monkeypatch: pytest
         with patched():
             assert issubclass(loss.MaskedReconLoss, multizoo.MaskedReconLoss)
             assert issubclass(loss.GammaContrastReconLoss, multizoo.GammaContrastReconLoss)
-            names = {row["name"] for row in report()}
+            names = {row["name"] for row in replaced()}
             assert {"datasets.dataset_auxiliaries.tokenize_checkpoint", "datasets.dataset_auxiliaries.tokens_to_checkpoint"} <= names
             assert len(auxiliaries.tokenize_checkpoint(_state(), 4, device="cpu")) == 3
         assert auxiliaries.tokenize_checkpoint({}, 4) == "theirs"

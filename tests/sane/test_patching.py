@@ -22,7 +22,7 @@ import wslfast.sane
 from wslfast.architecture import Architecture
 from wslfast.errors import WslfastError
 from wslfast.population import Population, unstack
-from wslfast.sane import package_sane, patch, patched, patching, report
+from wslfast.sane import package_sane, patch, patched, patching, replaced
 
 NAMES = ("shrp", "SANE", "mzsane")
 PARAMS = {"model::type": "CNN", "model::channels_in": 1, "model::nlin": "relu", "model::dropout": 0}
@@ -38,7 +38,7 @@ def _clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.syspath_prepend(tmp_path)
     finders = list(sys.meta_path)
     yield
-    left = report()
+    left = replaced()
     forget(*NAMES)
     if patching._active is not None:
         patching._active.undo()  # one failure is not to take the tests after it down
@@ -83,7 +83,7 @@ def test_names_are_rebound_in_every_importing_module_and_restored_by_identity(tm
         assert script.Loss is not before["shrp.models.def_loss.GammaContrastReconLoss"]
         assert script.cut is p.dataset_auxiliaries.tokens_to_checkpoint is p.def_loss.tokens_to_checkpoint
         assert p.def_AE_module.AEModule.train_step is not step
-        rows = {row["name"]: row for row in report()}
+        rows = {row["name"]: row for row in replaced()}
         assert rows["models.def_loss.GammaContrastReconLoss"]["places"] == [
             "shrp.models.def_loss.GammaContrastReconLoss",
             "shrp.models.def_AE_module.GammaContrastReconLoss",
@@ -144,7 +144,7 @@ def test_modules_imported_during_the_patch_are_patched_and_restored(tmp_path: Pa
     (tmp_path / "a_users_script.py").write_text("from shrp.models.def_AE_module import AEModule, AE\nfrom shrp.models import def_loss\n")
     importlib.invalidate_caches()
     with patched():
-        assert report() == []
+        assert replaced() == []
         script = importlib.import_module("a_users_script")
         assert issubclass(script.AE, wslfast.sane.AE)
         assert script.AE is sys.modules["shrp.models.def_AE"].AE
@@ -294,7 +294,7 @@ def test_modules_made_in_memory_are_patched(monkeypatch: pytest.MonkeyPatch) -> 
     home.NT_Xent = NT_Xent  # type: ignore[attr-defined]
     with patched():
         assert home.NT_Xent is not NT_Xent
-        assert [row["name"] for row in report()] == ["models.def_loss.NT_Xent"]
+        assert [row["name"] for row in replaced()] == ["models.def_loss.NT_Xent"]
         assert home.NT_Xent(2, 0.1)(torch.randn(2, 3), torch.randn(2, 3)).shape == ()
     assert home.NT_Xent is NT_Xent
 
@@ -308,7 +308,7 @@ def test_a_reloaded_module_is_patched_again(tmp_path: Path) -> None:
         importlib.reload(p.def_AE_module)
         module = p.def_AE_module.AEModule(CONFIG, _checkpoint(), PARAMS)
         assert module.train_step(*_batch())["loss/loss"].item() == pytest.approx(1, abs=1e-5)
-        names = {row["name"] for row in report()}
+        names = {row["name"] for row in replaced()}
         assert len(names) == 15
     assert not issubclass(p.def_loss.NT_Xent, wslfast.sane.NT_Xent)
     assert p.def_AE_module.AEModule(CONFIG, {}, PARAMS).train_step(*_batch())["loss/loss"] == -1
@@ -348,7 +348,7 @@ def test_threads_that_patch_at_once_leave_nothing_behind(tmp_path: Path) -> None
         thread.join()
     assert failed == []
     assert p.def_loss.NT_Xent is original
-    assert report() == []
+    assert replaced() == []
 
 
 def test_subclasses_made_during_the_patch_are_of_ours(tmp_path: Path) -> None:
@@ -373,7 +373,7 @@ def test_sane_itself_has_no_scale_no_positions_and_its_own_keys(tmp_path: Path) 
         out = loss(z_i=torch.randn(2, 3), z_j=torch.randn(2, 3), y=y, t=y + 1, m=torch.ones_like(y, dtype=torch.bool))
         assert set(out) == {"loss/loss", "loss/loss_contrast", "loss/loss_recon", "loss/rsq", "debug/z_norm", "debug/z_var"}
         assert out["loss/loss_recon"].item() == pytest.approx(1)
-        assert {row["package"] for row in report()} == {"SANE"}
+        assert {row["package"] for row in replaced()} == {"SANE"}
     assert p.def_loss.MaskedReconLoss("mean")(y, y, y) == "theirs"
 
 
@@ -391,7 +391,7 @@ def test_an_unrelated_sane_is_not_touched(tmp_path: Path) -> None:
     before = _everything(other)
     try:
         with patched():
-            assert report() == []
+            assert replaced() == []
             assert _everything(other) == before
     finally:
         forget("sane")

@@ -35,7 +35,7 @@ def _quiet() -> Iterator[None]:
 
 @paper
 def test_every_item_has_the_published_value() -> None:
-    for item, theirs, ours in [*drop_in.part_rows("shrp"), *drop_in.behaviour_rows("shrp", 4, 5)]:
+    for item, theirs, ours in [*drop_in.part_rows("shrp"), *drop_in.behavior_rows("shrp", 4, 5)]:
         row = drop_in.compare(item, theirs, ours, 1, lambda: 0.0)
         # rsq averages ratios of nearly equal numbers, and the probe's best penalty decides a rounding
         tolerance = 1e-3 if "rsq" in item or "probe" in item else 1e-4
@@ -54,7 +54,7 @@ def test_training_steps_under_the_patch_have_the_published_losses() -> None:
     row, shares = drop_in.step("shrp", 3, 5, 3, iter(range(10_000)).__next__)
     assert row.difference <= 1e-4
     assert len(shares) == 2
-    assert sane.report() == []
+    assert sane.replaced() == []
 
 
 @paper
@@ -181,7 +181,7 @@ def test_sane_itself_trains_alike_under_the_patch() -> None:
 
     expected = run()
     with sane.patched():
-        assert {row["package"] for row in sane.report()} >= {"SANE"}
+        assert {row["package"] for row in sane.replaced()} >= {"SANE"}
         found = run()
     for a, b in zip(expected, found):
         assert set(a) == set(b)

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from wslfast.profiling import processor
+
 FULL = os.environ.get("WSLFAST_FAULTS") == "full"  # make faults
 _OUT = os.path.abspath(os.environ["WSLFAST_FAULTS_OUT"]) if "WSLFAST_FAULTS_OUT" in os.environ else None  # tests change the folder
 
@@ -35,7 +37,7 @@ def reached(row: str, what: str, count: int | str, wanted: int | str) -> None:
         "form": "full" if FULL else "short",
         "date": time.strftime("%Y-%m-%d"),
         "cores": os.cpu_count(),
-        "machine": _processor(),
+        "machine": processor(),
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
@@ -69,11 +71,3 @@ def _add(total: Any, value: Any) -> None:
 def snapshot(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, with its content."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())

@@ -1,4 +1,4 @@
-"""Networks of many tokens: windows, and one real training step on a narrow ResNet-18 with its behaviour compared."""
+"""Networks of many tokens: windows, and one real training step on a narrow ResNet-18 with its behavior compared."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _drawn(name: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def test_a_training_step_on_a_narrow_resnet(tmp_path: Path) -> None:
-    """Tokens of 288 numbers in windows of 32, the behavioural loss on the whole decoded network: it is what the loss says on
+    """Tokens of 288 numbers in windows of 32, the behavioral loss on the whole decoded network: it is what the loss says on
     the reconstruction, its gradient reaches every parameter, and a run stores and loads."""
     arch = Architecture.resnet18(width=4)
     states = []

@@ -61,9 +61,9 @@ def test_no_epoch_opens_a_shard_twice(folder: Path, monkeypatch: pytest.MonkeyPa
     opened: list[int] = []
     original = MappedZoo._map
 
-    def counting(self: MappedZoo, shard: object, number: int) -> torch.Tensor:
+    def counting(self: MappedZoo, number: int) -> torch.Tensor:
         opened.append(number)
-        return original(self, shard, number)  # type: ignore[arg-type]
+        return original(self, number)
 
     monkeypatch.setattr(MappedZoo, "_map", counting)
     for batch in zoo.shuffle(torch.Generator().manual_seed(1)).split(4):

@@ -195,11 +195,11 @@ def test_property_values(tmp_path: Path) -> None:
 
 
 def test_an_opaque_architecture_is_passed_by_its_user(tmp_path: Path) -> None:
-    module = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(18, 3))
-    opaque = Architecture.from_module(module, (1, 5, 5))
-    other = Architecture.from_module(
-        nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Sequential(nn.Flatten(), nn.Linear(18, 3))), (1, 5, 5)
-    )
+    def hidden(*layers: nn.Module) -> Architecture:
+        return Architecture("hidden", (1, 5, 5), None, nn.Sequential(*layers).eval(), "hidden by a test")
+
+    opaque = hidden(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(18, 3))
+    other = hidden(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Sequential(nn.Flatten(), nn.Linear(18, 3)))
     assert not opaque.planned
     population = make(2, 1, architecture=opaque)
     save(population, tmp_path)
@@ -334,8 +334,8 @@ def test_unknown_fields_are_ignored_and_newer_schemas_refused(zoo: Path) -> None
     rewrite(zoo, lambda r: r.update(future={"x": [1]}))
     rewrite(zoo, lambda r: r["shards"][0].update(future=1))
     assert same(load_zoo(zoo), before)
-    rewrite(zoo, lambda r: r.update(schema=2))
-    with pytest.raises(WslfastError, match="schema 2 is newer"):
+    rewrite(zoo, lambda r: r.update(schema=3))
+    with pytest.raises(WslfastError, match="schema 3 is newer"):
         load_zoo(zoo)
 
 
@@ -386,8 +386,8 @@ def test_any_other_manifest_is_a_typed_error(rng: random.Random, junk: Any, dept
 def test_any_other_architecture_is_a_typed_error(rng: random.Random, junk: Any) -> None:
     """Past the checksum, as a stranger who writes one would be."""
     record = json.loads(json.dumps(ARCH.to_dict()))
-    layer = rng.choice(record["layers"])
-    layer[rng.choice(list(layer))] = junk
+    node = rng.choice([record, record["graph"], rng.choice(record["graph"]["nodes"])])
+    node[rng.choice(list(node))] = junk
     if rng.random() < 0.2:
         record = junk if isinstance(junk, dict) else {"layers": junk, "input_shape": [5]}
     example = _example()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 import os
@@ -20,6 +21,7 @@ from .. import __version__
 from ..engine.precision import matmul_precision
 from ..errors import WslfastError
 from ..training import TrainConfig
+from ..training.progress import Interrupted
 from .analysis import Ablate, Gradients, Queries
 from .console import console, show
 from .doctor import Doctor
@@ -47,10 +49,21 @@ class Info:
                 "threads": torch.get_num_threads(),
                 "cuda": cuda or "none",
                 "float32 matmul precision": matmul_precision(),
-                "optional packages": {name: importlib.util.find_spec(name) is not None for name in optional},
+                "optional packages": {name: _package(name) for name in optional},
             },
             self.json,
         )
+
+
+def _package(name: str) -> bool | str:
+    """Whether a package is there; of one that is there and does not import (as torchvision beside another torch), why."""
+    if importlib.util.find_spec(name) is None:
+        return False
+    try:
+        importlib.import_module(name)
+    except Exception as error:  # whatever a broken package raises
+        return f"there, and does not import: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:160]
+    return True
 
 
 def _given(argv: Sequence[str], flag: str) -> str | None:
@@ -96,6 +109,15 @@ class _ConsoleHandler(logging.Handler):
         self.console.print(record.getMessage(), markup=False, soft_wrap=True)
 
 
+def _interrupted(command: Any, error: KeyboardInterrupt) -> str:
+    """What is left after Ctrl-C, as far as the command knows."""
+    if isinstance(error, Interrupted) and isinstance(command, Train):
+        return str(error)
+    if isinstance(command, (Ablate, Demo)) or (isinstance(command, Evaluate) and command.out is not None):
+        return "interrupted; the same command goes on with what is done"
+    return "interrupted; nothing was saved"
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of ``wslfast``. Exits with 2 and one line on wrong input, 130 when interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -103,8 +125,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     logger = logging.getLogger("wslfast")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
+    if arguments == ["--version"]:
+        print(f"wslfast {__version__}")
+        return
+    command: Any = None
     try:
-        command: Any = tyro.cli(
+        command = tyro.cli(
             _commands(arguments),
             args=arguments,
             prog="wslfast",
@@ -124,8 +150,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # the reader, say `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
-    except KeyboardInterrupt:
-        print("wslfast: interrupted (a training run goes on with --resume)", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"wslfast: {_interrupted(command, error)}", file=sys.stderr)
         raise SystemExit(130) from None
     finally:
         logger.removeHandler(handler)

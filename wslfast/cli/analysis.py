@@ -42,13 +42,16 @@ class Queries:
     """The file to write, ending in .npz."""
     kind: str = "optimised"
     """What to make."""
-    n: int = 128
-    """Images of a synthetic set (at most 128 optimised ones)."""
+    n: int | None = None
+    """How many images (default: 128 of a synthetic set, all of the others)."""
     seed: int = 0
     """Seed of what is drawn."""
+    architecture: str | None = None
+    """Of a zoo of several architectures, which one (wslfast zoo show lists them)."""
 
     def run(self) -> None:
-        images = query_images(self.kind, self.zoo, MappedZoo(self.zoo, "train"), n=self.n, seed=self.seed)
+        source = MappedZoo(self.zoo, "train", architecture=self.architecture)
+        images = query_images(self.kind, self.zoo, source, n=self.n or 128, seed=self.seed, exactly=self.n is not None)
         queries.save_queries(self.out, images)
         console.print(f"{self.out}: {len(images)} query images {list(images.shape[1:])}", soft_wrap=True)
 
@@ -108,7 +111,7 @@ class Ablate:
 
 @dataclass(frozen=True)
 class Gradients(GradientSettings):
-    """Where structure and behaviour pull a run's reconstructions, the spectrum of what relates the two, and how far first order holds.
+    """Where structure and behavior pull a run's reconstructions, the spectrum of what relates the two, and how far first order holds.
 
     Writes gradients.csv and gradients.json (docs/analysis.md says what is in them).
 
@@ -123,12 +126,14 @@ class Gradients(GradientSettings):
     """Folder of the zoo (default: the one the run was trained on)."""
     name: str | None = None
     """What to call the run in the rows (default: its folder's name)."""
+    architecture: str | None = None
+    """Of a zoo of several architectures, which one (wslfast zoo show lists them)."""
 
     def run(self) -> None:
         require(bool(self.run_folder), "run: expected the folder of a run (--run DIR)")
         settings = GradientSettings(**{f.name: getattr(self, f.name) for f in dataclasses.fields(GradientSettings)})
         out = Path(self.out) if self.out is not None else Path(self.run_folder) / "gradients"
-        rows = analyse(self.run_folder, out, settings, self.zoo, self.name)
+        rows = analyse(self.run_folder, out, settings, self.zoo, self.name, self.architecture)
         table = Table("at the reconstruction", "median", "mean", "spread", box=None, pad_edge=False, header_style="bold")
         for row in rows:
             if not row["direction"]:

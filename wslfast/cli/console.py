@@ -14,7 +14,7 @@ from ..measure.reconstruction import collapse
 console = Console(highlight=False)
 _FIGURES = {  # of evaluate and demo: figure -> column; with names of 18 letters the table fits a terminal of 80
     "agreement": "agree", "agreement_others": "others", "identified": "iden-\ntified", "accuracy_original": "acc\norig",
-    "accuracy_reconstructed": "acc\nrec", "accuracy_change": "change", "explained_variance": "EV", "l2_masked": "L2",
+    "accuracy_reconstructed": "acc\nrec", "accuracy_change": "change", "psnr": "PSNR", "explained_variance": "EV", "l2_masked": "L2",
     "latent_numbers": "latent",
 }  # fmt: skip
 
@@ -31,12 +31,26 @@ def show(values: dict[str, Any], as_json: bool) -> None:
 
 
 def figures_table(results: dict[str, dict[str, Any]]) -> None:
-    table = Table("variant", box=None, pad_edge=False, collapse_padding=True, header_style="bold")
-    for column in _FIGURES.values():
-        table.add_column(column, justify="right", no_wrap=True)
-    for name, figures in results.items():
-        table.add_row(name, *(_text(figures.get(f)) for f in _FIGURES))
-    console.print(table)
+    """Figures that anything has a value of, a row a variant; where they are more than fit the terminal, a table below another."""
+    shown = {
+        f: [_text(figures.get(f)) for figures in results.values()] for f in _FIGURES if any(r.get(f) is not None for r in results.values())
+    }
+    width = {f: max(map(len, (*_FIGURES[f].split("\n"), *cells))) + 1 for f, cells in shown.items()}
+    left = max(map(len, ("variant", *results)), default=7)
+    while shown:
+        table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold")
+        table.add_column("variant", no_wrap=True)
+        room = console.width - left
+        taken: list[str] = []
+        for figure in shown:
+            room -= width[figure]
+            if room < 0 and taken:
+                break
+            taken.append(figure)
+            table.add_column(_FIGURES[figure], justify="right", no_wrap=True)
+        for name, cells in zip(results, zip(*(shown.pop(f) for f in taken), strict=True), strict=True):
+            table.add_row(name, *cells)
+        console.print(table)
     for name, figures in results.items():
         if words := collapse(figures.get("agreement_margin")):
             console.print(f"{name}: {words}", soft_wrap=True, markup=False)
@@ -47,7 +61,7 @@ def _text(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return f"{value:.3f}" if abs(value) >= 0.001 or value == 0 else f"{value:g}"
+        return f"{value:.3f}" if abs(value) >= 0.001 or abs(value) < 1e-12 else f"{value:g}"
     if isinstance(value, dict):
         return ", ".join(f"{k} {_text(v)}" for k, v in value.items())
     if isinstance(value, (list, tuple)):

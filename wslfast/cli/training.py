@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
-
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from typing import Literal
 
 from ..training import TrainConfig, train
+from ..training.progress import shown
 from .console import console
 
 
@@ -34,16 +33,6 @@ class Train(TrainConfig):
 
     def run(self) -> None:
         settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(TrainConfig)}
-        text, rate = TextColumn("{task.description}"), TextColumn("{task.fields[rate]}")
-        columns = (text, BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
-        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-            task = progress.add_task("training", total=self.steps, rate="")
-
-            def on_record(record: dict[str, Any]) -> None:
-                parts = " ".join(f"{n} {record[n]:.4f}" for n in ("loss", "contrastive", "structural", "behavioral") if n in record)
-                progress.update(task, completed=record["step"], description=parts, rate=f"{record['models_per_s']:.0f} models/s")
-                if not console.is_terminal:
-                    console.print(f"step {record['step']} {parts} {record['models_per_s']:.0f} models/s", soft_wrap=True)
-
+        with shown(console, self.steps) as on_record:
             run = train(TrainConfig(**settings), resume=self.resume, profiled=self.profile, on_record=on_record)
         console.print(f"{run.out}: {run.step} steps; next: wslfast evaluate --run {run.out}", soft_wrap=True)

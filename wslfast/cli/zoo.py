@@ -8,7 +8,8 @@ from typing import Annotated, Literal, Union
 import tyro
 
 from ..architecture import Architecture
-from ..zoo import build_zoo, export_zoo, image_shape, import_zoo, network, summarize
+from ..errors import require
+from ..zoo import Signals, build_zoo, export_zoo, image_shape, image_signals, import_zoo, load_dataset, network, read_manifest, summarize
 from .console import console, show
 
 
@@ -29,18 +30,23 @@ class ZooBuild:
     data: str | None = None
     """Folder with a named data set's files, as torchvision lays them out (default: data; fashion is also looked for where Debian's
     dataset-fashion-mnist puts it; digits and photos need none)."""
-    architecture: Literal["auto", "cnn", "cnn2", "cnn3", "lenet5"] = "auto"
-    """The published networks; auto takes the one that fits the images."""
+    architecture: Literal["auto", "cnn", "cnn2", "cnn3", "lenet5", "resnet18", "siren"] = "auto"
+    """The published networks; auto takes the one that fits the images. siren makes a zoo of implicit neural representations: one network
+    an image, fitted to its pixels."""
+    dropout: float = 0.0
+    """Probability of dropout in a published CNN; every model draws its own."""
+    width: int = 16
+    """Channels of resnet18's first stage (64 in the paper)."""
     models: int = 64
     """Networks to train."""
     epochs: int = 5
     """Epochs of training."""
     keep: tuple[int, ...] = ()
     """Epochs whose weights are kept (default: three, spread over the last half)."""
-    grid: Literal["small", "published"] = "small"
-    """Hyper-parameters that models are drawn from; published is the paper's (50 epochs)."""
-    batch_size: int = 32
-    """Images a step, of each model."""
+    grid: Literal["auto", "small", "published", "signals"] = "auto"
+    """Hyper-parameters that models are drawn from; published is the paper's (50 epochs), signals is for siren."""
+    batch_size: int = 0
+    """Images a step, of each model (default: 32, and for siren every pixel)."""
     seed: int = 0
     """Seed of the draw from the grid, of the split and of every model."""
     device: str = "cpu"
@@ -49,27 +55,47 @@ class ZooBuild:
     """What runs the networks: Triton kernels, plain torch, or whatever is best and proved."""
     overwrite: bool = False
     """Replace a zoo that is already there."""
+    resume: bool = False
+    """Go on with a build that was interrupted, from the end of its last epoch; pass the same flags."""
 
     def run(self) -> None:
-        arch = None if self.architecture == "auto" else network(self.architecture, image_shape(self.dataset)[0])
+        data: str | Signals = self.dataset
+        if self.architecture == "siren":
+            data = image_signals(load_dataset(self.dataset, image_shape(self.dataset), root=self.data, standardise=False))
         population = build_zoo(
-            self.dataset,
+            data,
             self.out,
-            architecture=arch,
+            architecture=self._architecture(),
             models=self.models,
             epochs=self.epochs,
             keep=self.keep or None,
-            grid=self.grid,
-            batch_size=self.batch_size,
+            grid=None if self.grid == "auto" else self.grid,
+            batch_size=self.batch_size or None,
             seed=self.seed,
             device=self.device,
             backend=self.backend,
             progress=console.is_terminal,
             overwrite=self.overwrite,
+            resume=self.resume,
             root=self.data,
         )
-        accuracy = population.column("test_acc")
-        console.print(f"{self.out}: {len(population)} rows, test accuracy {accuracy.mean():.3f} +- {accuracy.std():.3f}")
+        saw = read_manifest(self.out).provenance.get("dataset", {})
+        if saw.get("standardise"):
+            figures = "; ".join(f"{n} {', '.join(f'{v:.4g}' for v in saw[k])}" for n, k in (("mean", "mean"), ("deviation", "std")))
+            console.print(f"images: standardised ({figures})", soft_wrap=True)
+        column, what = ("test_acc", "test accuracy") if "test_acc" in population.properties else ("train_loss", "mean squared error")
+        found = population.column(column)
+        console.print(f"{self.out}: {len(population)} rows, {what} {found.mean():.3g} +- {found.std():.3g}", soft_wrap=True)
+
+    def _architecture(self) -> Architecture | None:
+        if self.architecture in ("auto", "siren"):
+            require(self.dropout == 0, f"--dropout: name a network with --architecture, got {self.architecture}")
+            return None
+        channels = image_shape(self.dataset)[0]
+        if self.architecture == "resnet18":
+            require(self.dropout == 0, "--dropout: resnet18 has none")
+            return Architecture.resnet18(channels, width=self.width)
+        return network(self.architecture, channels, dropout=self.dropout)
 
 
 @dataclass(frozen=True)
@@ -93,22 +119,50 @@ class ZooShow:
 
 @dataclass(frozen=True)
 class ZooImport:
-    """Read a published zoo: ray-tune trees (NN_tune_trainable_*) or pickled dataset_{train,val,test}.pt files.
+    """Read trained networks, your own or a published zoo, and store them as a zoo.
 
-    Nothing in the files is run, whatever they contain. What is missing, broken, not finite, too large or there twice is left out; the
-    counts are printed, and OUT/skipped.json lists every case.
+    Your own: a folder with a file a network (.pt, .pth, .ckpt, .safetensors, .npz: state dicts, bare or under a key such as model or
+    state_dict), --network FILE.py:NAME for what they are, --dataset for what they were trained on, --table for what you know of each:
 
-    Example: wslfast zoo import ~/zoos/svhn_cnn3 runs/svhn --epochs 20 30 40 50
+    Example: wslfast zoo import models/ runs/zoo --network net.py:Net --dataset images.npz --table accuracies.csv
+
+    Published: ray-tune trees (NN_tune_trainable_*, tune_zoo_*), dataset_{train,val,test}.pt, the Small CNN Zoo's weights.npy, implicit
+    representations of DWSNets and NFN, the CNN Wild Park, and what wslfast zoo export wrote (docs/zoos.md):
+
+      wslfast zoo import ~/zoos/svhn_cnn3 runs/svhn --epochs 20 30 40 50 --dataset svhn --standardise
+
+    Nothing in the files is run, whatever they contain; FILE.py is the only code that runs. What is missing, broken, not finite, too large
+    or there twice is left out; the counts are printed, and OUT/skipped.json lists every case.
     """
 
     source: tyro.conf.Positional[str]
-    """Folder (or .pt file) to read."""
+    """Folder (or one file) to read."""
     out: tyro.conf.Positional[str]
     """Folder of the new zoo."""
+    network: tuple[str, ...] = ()
+    """FILE.py:NAME of your own networks' module: a class or a function that is called without arguments. Several make a zoo of several
+    architectures: the table's column network says which is whose, else the first that fits."""
+    table: str | None = None
+    """CSV file with a column file (names of the models' files) and what is known of each, such as test_acc, val_acc, lr. The columns model,
+    epoch and split are what they say."""
+    dataset: str | None = None
+    """What the models were trained on: a name (as for zoo build), an .npz file of images and labels, a dataset.pt, or grid:28x28, the
+    coordinates that implicit representations are asked. Training, evaluation and generation find their images by it."""
+    standardise: bool = False
+    """The models saw its images standardised: mean 0 and deviation 1 of each channel (named sets: with the published figures). Without, as
+    they are: bytes in [0, 1], other numbers unchanged."""
+    mean: tuple[float, ...] = ()
+    """The models saw (image - mean) / std: a number a channel, or one for all (with --std)."""
+    std: tuple[float, ...] = ()
+    """See --mean."""
+    input_shape: tuple[int, ...] = ()
+    """Shape of one query of --network, as 3 32 32 (default: that of the images)."""
+    output: str | None = None
+    """Which part of the network's answer counts, if it returns a tuple (a number) or a dict (a name)."""
     epochs: tuple[int, ...] = ()
     """Epochs to keep (default: every one that is there)."""
     architecture: Literal["auto", "cnn", "cnn2", "cnn3", "lenet5", "resnet18"] = "auto"
-    """What the models are; auto reads params.json, and the names and shapes of the weights."""
+    """What the models are, for published ones; auto reads params.json, and the names and shapes of the weights."""
     activation: str = "relu"
     """Activation of a named architecture."""
     channels: int = 3
@@ -116,11 +170,13 @@ class ZooImport:
     threshold: float = 10_000.0
     """Leave out checkpoints with a larger weight."""
     split: tuple[float, float, float] = (0.7, 0.15, 0.15)
-    """Shares of the models for train, val and test (pickled data sets keep theirs)."""
+    """Shares of the models for train, val and test (a split that the source states is kept)."""
     seed: int = 0
     """Seed of the split."""
-    dataset: str | None = None
-    """What the models were trained on (as for zoo build), so that training finds its query images. Images of a file are standardised."""
+    padding: Literal["valid", "same"] = "valid"
+    """Of the Small CNN Zoo's convolutions (docs/zoos.md argues the default)."""
+    omega: float = 30.0
+    """Frequency of implicit representations of DWSNets and NFN."""
     overwrite: bool = False
     """Replace a zoo that is already there."""
 
@@ -130,15 +186,29 @@ class ZooImport:
             self.out,
             epochs=self.epochs or None,
             architecture=self._architecture(),
+            network=self.network or None,
+            table=self.table,
+            input_shape=self.input_shape or None,
+            output=int(self.output) if self.output is not None and self.output.isdigit() else self.output,
             threshold=self.threshold,
             split=self.split,
             seed=self.seed,
             dataset=self.dataset,
+            standardise=self.standardise,
+            mean=self.mean or None,
+            std=self.std or None,
+            padding=self.padding,
+            omega=self.omega,
             overwrite=self.overwrite,
         )
-        console.print(f"{self.out}: {done.rows} rows of {done.models} models, architecture {done.architecture.name}", soft_wrap=True)
+        names = list(done.architectures)
+        what = f"architecture {names[0]}" if len(names) == 1 else f"{len(names)} architectures: {', '.join(names[:8])}"
+        console.print(f"{self.out}: {done.rows} rows of {done.models} models, {what}", soft_wrap=True, markup=False)
         for reason, count in done.skipped.items():
-            console.print(f"  skipped: {count} x {reason}", soft_wrap=True)
+            console.print(f"  skipped: {count} x {reason}", soft_wrap=True, markup=False)
+        if not done.has_dataset:
+            console.print("  no --dataset: evaluate and generate need what the models were trained on", soft_wrap=True, markup=False)
+        console.print(f"next: wslfast train --zoo {self.out} --out RUN", soft_wrap=True, markup=False)
 
     def _architecture(self) -> Architecture | None:
         if self.architecture == "auto":

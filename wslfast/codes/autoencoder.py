@@ -237,7 +237,10 @@ class Autoencoder(nn.Module):
 
     @classmethod
     def from_config(cls, layout: TokenLayout, config: Mapping[str, Any]) -> Autoencoder:
-        """An autoencoder of :meth:`config`'s sizes, to load a state dict into: a linear start needs no codec here."""
+        """An autoencoder of :meth:`config`'s sizes, to load a state dict into: a linear start needs no codec here.
+
+        Raises WslfastError for names that are no sizes.
+        """
         model = cls.__new__(cls)
         nn.Module.__init__(model)
         try:

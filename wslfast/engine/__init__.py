@@ -24,6 +24,7 @@ from .memory import activation_elements, memory_budget, models_per_chunk
 from .module_path import Module
 from .paths import Path, per_model
 from .preference import check_backend, preferred, using
+from .training import check_trainable, random_in_training, training_step
 from .transforms import looked_through
 from .triton_path import Unbuildable, form_of, reaches_queries
 
@@ -32,6 +33,7 @@ __all__ = [
     "Call",
     "activation_elements",
     "check_backend",
+    "check_trainable",
     "choose",
     "forward",
     "in_chunks",
@@ -39,6 +41,8 @@ __all__ = [
     "loss_and_gradient",
     "memory_budget",
     "models_per_chunk",
+    "random_in_training",
+    "training_step",
     "using",
 ]
 

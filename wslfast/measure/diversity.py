@@ -1,4 +1,4 @@
-"""How different models are from one another, in weights and in behaviour, and how new generated ones are."""
+"""How different models are from one another, in weights and in behavior, and how new generated ones are."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ..architecture import Architecture
 from ..errors import describe, require
 from ..kernels.layers import layer_slots
 from ..permutation import channel_norms, hidden_channels, permute
+from ..zoo import Dataset
 
 _BLOCK = 128  # images whose [k, k] distances are in memory at a time
 
@@ -41,21 +42,36 @@ def sorted_channels(weights: Tensor, architecture: Architecture) -> Tensor:
     return permute(weights, architecture, tuple(n.argsort(1) for n in norms))
 
 
+def answers(outputs: Tensor) -> Tensor:
+    """Outputs ``[k, n, *out]`` as ``[k, m, K]``: the last axis holds the numbers that are compared, an answer with more axes counts as
+    several, one without any as a single number."""
+    return outputs.unsqueeze(-1) if outputs.ndim == 2 else outputs.flatten(1, -2)
+
+
+def labels_of(data: Dataset, split: str, architecture: Architecture) -> Tensor | None:
+    """Labels of a split's images; None where there are no classes, or an answer is not one of classes."""
+    return data.split(split)[1] if data.classes > 0 and len(architecture.output_shape) == 1 else None
+
+
 def outputs_of(weights: Tensor, images: Tensor, architecture: Architecture) -> Tensor:
-    """Raw outputs ``[k, n, K]`` of every model on every image, a block of images at a time, on the weights' device."""
+    """Raw outputs ``[k, n, *out]`` of every model on every image, a block of images at a time, on the weights' device."""
     with torch.no_grad():
         return torch.cat([engine.forward(weights, part.to(weights.device), architecture) for part in images.split(1024)], 1)
 
 
 def classes_of(weights: Tensor, images: Tensor, architecture: Architecture) -> Tensor:
-    """The class that every model chooses on every image, ``[k, n]`` int16; -1 where an output is not finite."""
-    parts = [engine.forward(weights, part.to(weights.device), architecture) for part in images.split(256)]
+    """The class that every model chooses on every image, ``[k, n]`` int16 (for every part of an answer that has several); -1 where an
+    output is not finite."""
+    with torch.no_grad():
+        parts = [answers(engine.forward(weights, part.to(weights.device), architecture)) for part in images.split(256)]
     chosen = [torch.where(o.isfinite().all(-1), o.argmax(-1), -1).to(torch.int16) for o in parts]
     return torch.cat(chosen, 1)
 
 
-def accuracy(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Share of images classified right, ``[k]`` float64; a model with any output that is not finite has none."""
+def accuracy(outputs: Tensor, labels: Tensor | None) -> Tensor:
+    """Share of images classified right, ``[k]`` float64; a model with any output that is not finite has none. NaN without labels."""
+    if labels is None:
+        return torch.full((len(outputs),), float("nan"), dtype=torch.float64, device=outputs.device)
     right = (outputs.argmax(-1) == labels.to(outputs.device)).double().mean(1)
     return torch.where(outputs.isfinite().all(-1).all(-1), right, 0.0)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Union
 
@@ -20,9 +20,9 @@ from ..population import Population
 from ..profiling import region
 from ..proof import proved
 from ..tokens import layout
-from ..training import load_run
-from ..zoo import Dataset, dataset_of, load_zoo
-from .diversity import outputs_of
+from ..training import Run, load_run
+from ..zoo import Dataset, dataset_of, load_parts
+from .diversity import labels_of, outputs_of
 from .reconstruction import Reconstruction, compare
 from .recorded import check_recorded
 
@@ -59,15 +59,20 @@ def embeddings(code: Code, weights: Tensor, *, block: int = 256) -> Tensor:
 
 
 def compare_models(
-    population: Population, reconstructed: Tensor, images: Tensor, labels: Tensor, targets: Tensor | None = None
+    population: Population,
+    reconstructed: Tensor,
+    images: Tensor,
+    labels: Tensor | None,
+    targets: Tensor | None = None,
+    peak: float | None = None,
 ) -> Reconstruction:
     """:func:`compare` with the models of a population, checkpoints of one model a group; images may be on any device."""
     weights, groups = population.weights, population.properties.get("model")
-    images, labels = images.to(weights.device), labels.to(weights.device)
-    return compare(weights, reconstructed, images, labels, population.architecture, groups=groups, targets=targets)
+    images, labels = images.to(weights.device), None if labels is None else labels.to(weights.device)
+    return compare(weights, reconstructed, images, labels, population.architecture, groups=groups, targets=targets, peak=peak)
 
 
-def evaluate_code(code: Code, population: Population, images: Tensor, labels: Tensor) -> Reconstruction:
+def evaluate_code(code: Code, population: Population, images: Tensor, labels: Tensor | None) -> Reconstruction:
     """Reconstruct every model of a population with a code and compare it with its original on labelled images."""
     with region("evaluate"), torch.no_grad():
         return compare_models(population, reconstruct(code, population.weights), images, labels)
@@ -101,7 +106,9 @@ def evaluate(
     Returns:
         Figures by variant (``"run"`` and the baselines): means over models of accuracy of original and reconstruction,
         agreement with the own original and with others, the margin between them, identified, explained variance, masked L2, latent
-        numbers a model; medians and spreads beside them.
+        numbers a model; medians and spreads beside them. Where there are no classes (coordinates, observations without labels) the
+        accuracies are None, and ``psnr`` says how near the outputs are. Of a zoo of several architectures, the means over all models, and
+        under ``architectures`` the figures of each.
 
     Raises:
         WslfastError: unreadable run or zoo, an empty split.
@@ -110,27 +117,53 @@ def evaluate(
     engine.check_backend(backend)
     loaded = load_run(run, device=device)
     folder = str(zoo if zoo is not None else loaded.config.zoo)
-    population = load_zoo(folder, split, skip_bad=skip_bad).to(device)
-    require(len(population) > 0, f"zoo {folder} has no {split} models")
+    parts = load_parts(folder, split, skip_bad=skip_bad)
+    each = {}
+    for label, population in parts.items():
+        train = load_parts(folder, "train", skip_bad=skip_bad).get(label) if baselines else None
+        each[label] = _evaluated(loaded, folder, population.to(device), train, backend, device)
+    results = next(iter(each.values())) if len(each) == 1 else by_architecture(each)
+    if out is not None:
+        write_json(out, {"run": str(run), "zoo": folder, "split": split, "backend": backend, "variants": results})
+    return results
+
+
+def by_architecture(each: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Figures of a zoo of several architectures: of each variant the means over all models, and under ``architectures`` those of each."""
+    results: dict[str, dict[str, Any]] = {}
+    for variant in dict.fromkeys(name for figures in each.values() for name in figures):
+        own = {label: figures[variant] for label, figures in each.items() if variant in figures}
+        pooled: dict[str, Any] = {}
+        for name in dict.fromkeys(name for figures in own.values() for name in figures if name != "spread"):
+            known = [(f[name], f["n_models"]) for f in own.values() if isinstance(f.get(name), (int, float))]
+            counted = name in ("n_models", "non_finite", "non_finite_original")
+            total = sum(count for _, count in known)
+            pooled[name] = sum(v for v, _ in known) if counted else sum(v * c for v, c in known) / total if total else None
+        results[variant] = {**pooled, "architectures": own}
+    return results
+
+
+def _evaluated(loaded: Run, folder: str, population: Population, train: Population | None, backend: str, device: str) -> dict[str, Any]:
+    """:func:`evaluate` for models of one architecture; with baselines fitted to ``train``."""
+    autoencoder = loaded.of(population.architecture)
     dataset = dataset_of(folder, population.architecture)
-    images, labels = dataset.split("test")
-    codes: dict[str, Code] = {"run": loaded.autoencoder}
+    images, labels = dataset.split("test")[0], labels_of(dataset, "test", population.architecture)
+    codes: dict[str, Code] = {"run": autoencoder}
     results = {}
     work = population.architecture, torch.device(device), ["forward"], len(population), len(images)
     with engine.using(backend), proved(*work), region("evaluate"), torch.no_grad():
-        if baselines:
-            train, numbers = load_zoo(folder, "train", skip_bad=skip_bad).to(device), loaded.autoencoder.latent_numbers
-            codes |= linear_baselines(train, dataset, numbers, loaded.config.token_size)
+        if train is not None:
+            codes |= linear_baselines(train.to(device), dataset, autoencoder.latent_numbers, autoencoder.layout.token_size)
         # the originals run once for all codes
         targets = outputs_of(population.weights, images, population.architecture) if len(codes) > 1 else None
         for name, code in codes.items():
-            result = compare_models(population, reconstruct(code, population.weights), images, labels, targets)
+            result = compare_models(
+                population, reconstruct(code, population.weights), images, labels, targets, dataset.provenance.get("peak")
+            )
             if name == "run":  # the originals are the same for all
                 check_recorded(population, result.accuracy_original, dataset, folder)
             numbers = latent_numbers(code)
             results[name] = {**result.summary(), "latent_numbers": numbers, "latent_share": numbers / population.architecture.num_weights}
-    if out is not None:
-        write_json(out, {"run": str(run), "zoo": folder, "split": split, "backend": backend, "variants": results})
     return results
 
 

@@ -19,7 +19,7 @@ from ..training import load_run
 from ..zoo import Dataset, dataset_of, load_zoo, save_zoo
 from ..zoo.build import fine_tune
 from ..zoo.manifest import MANIFEST
-from .diversity import accuracy, behavioral_novelty, classes_of, nearest, outputs_of
+from .diversity import accuracy, answers, behavioral_novelty, classes_of, labels_of, nearest, outputs_of
 from .evaluation import Code, decode, encode
 from .recorded import check_recorded
 from .sampling import SAMPLERS, bootstrapped, draw, subsampled
@@ -28,15 +28,22 @@ SELECTIONS = ("none", "subsampled", "bootstrapped")
 
 
 def val_accuracy(population: Population, data: Dataset) -> Tensor:
-    """Validation accuracy ``[k]`` of every model, on the CPU: the zoo's own figure; measured where a zoo, an imported one say, has none."""
-    if "val_acc" in population.properties:
+    """Validation accuracy ``[k]`` of every model, on the CPU: the zoo's own figure; measured where a zoo, an imported one say, has none.
+    NaN where there are no classes."""
+    if any(value is not None for value in population.properties.get("val_acc", ())):
         return population.column("val_acc")
-    return (classes_of(population.weights, data.val_images, population.architecture).cpu() == data.val_labels.cpu()).double().mean(1)
+    labels = labels_of(data, "val", population.architecture)
+    if labels is None:
+        return torch.full((len(population),), float("nan"), dtype=torch.float64)
+    return (classes_of(population.weights, data.val_images, population.architecture).cpu() == labels.cpu()).double().mean(1)
 
 
 def best_rows(value: Tensor, share: float) -> Tensor:
-    """Rows ``[m]`` of the best ``share`` of models by their ``value [k]``, at least one, best first; rows without a value are last."""
+    """Rows ``[m]`` of the best ``share`` of models by their ``value [k]``, at least one, best first; rows without a value are last. All
+    rows, where none has a value."""
     require(0 < share <= 1, f"anchors: expected a share in (0, 1], got {share!r}")
+    if not bool(value.isfinite().any()):
+        return torch.arange(len(value))
     order = torch.nan_to_num(value, nan=-torch.inf).argsort(descending=True, stable=True)
     return order[: max(1, round(share * len(value)))]
 
@@ -83,15 +90,28 @@ class Source:
     @property
     def train_accuracy(self) -> Tensor:
         """Share of the test images that each training model gets right, ``[K]`` on the CPU."""
-        return (self.train_classes == self.data.test_labels.to(self.train_classes.device)).double().mean(1).cpu()
+        labels = labels_of(self.data, "test", self.train.architecture)
+        if labels is None:
+            return torch.full((len(self.train),), float("nan"), dtype=torch.float64)
+        return (self.train_classes == labels.to(self.train_classes.device)).double().mean(1).cpu()
 
     def outputs(self, weights: Tensor, split: str) -> Tensor:
-        """Raw outputs ``[k, n, K]`` on a split's images."""
+        """Raw outputs ``[k, n, *out]`` on a split's images."""
         return outputs_of(weights, self.data.split(split)[0], self.train.architecture)
 
     def accuracy(self, weights: Tensor, split: str) -> Tensor:
-        """``[k]`` on a split's images."""
-        return accuracy(self.outputs(weights, split), self.data.split(split)[1])
+        """``[k]`` on a split's images; NaN where there are no classes."""
+        return accuracy(self.outputs(weights, split), labels_of(self.data, split, self.train.architecture))
+
+    def novelty(self, outputs: Tensor) -> Tensor:
+        """How new the behavior of models with these outputs on test images is, ``[k]``: the share of classes in which each differs from the
+        training model most like it; where an answer is one number, the least distance to a training model's, as a share of the
+        deviation of the training models' answers."""
+        if outputs.shape[-1] > 1:
+            return behavioral_novelty(answers(outputs).argmax(-1), self.train_classes)
+        own, theirs = (answers(y).flatten(1).double() for y in (outputs, self.outputs(self.train.weights, "test")))
+        unit = theirs.std(0, correction=0).norm().clamp_min(1e-300)
+        return torch.cdist(own, theirs).amin(1) / unit
 
     def sample(
         self,
@@ -112,6 +132,8 @@ class Source:
             candidates: draws a round; default: 4 a sample.
         """
         require(select in SELECTIONS, f"select: expected one of {SELECTIONS}, got {select!r}")
+        rated = select == "none" or labels_of(self.data, "val", self.train.architecture) is not None
+        require(rated, f"select: {select!r} needs labelled images to choose by, and the zoo's have no classes; use 'none'")
         if select == "none":
             latents, of = draw(self.latents, samples, generator, sampler=sampler, bandwidth=bandwidth)
         else:
@@ -140,6 +162,7 @@ def generate(
     device: str = "cpu",
     backend: str = "auto",
     skip_bad: bool = False,
+    architecture: str | None = None,
 ) -> Population:
     """Sample new models from a trained run: latents around those of its zoo's best training models, decoded.
 
@@ -160,6 +183,7 @@ def generate(
         device: where to run.
         backend: what runs the networks: ``"auto"``, ``"triton"`` or ``"torch"``.
         skip_bad: leave out shards of the zoo that are missing or damaged, with a count, instead of raising.
+        architecture: of a zoo of several architectures, which one (its label).
 
     Returns:
         A population with, a model: ``epoch`` of fine-tuning (0: as decoded), ``anchor`` (the zoo's ``model`` it was drawn around) and
@@ -183,11 +207,11 @@ def generate(
         require(not taken, f"out: {out}: there is a zoo already; name another folder")
     loaded = load_run(run, device=device)
     folder = str(zoo if zoo is not None else loaded.config.zoo)
-    train = load_zoo(folder, "train", skip_bad=skip_bad).to(device)
+    train = load_zoo(folder, "train", architecture=architecture, skip_bad=skip_bad).to(device)
     data = dataset_of(folder, train.architecture)
     forms = ["forward", "indexed"] if finetune else ["forward"]
     with engine.using(backend), proved(train.architecture, torch.device(device), forms, samples, 256), region("generate"), torch.no_grad():
-        source = Source.of(loaded.autoencoder, train, data, best_rows(val_accuracy(train, data), anchors))
+        source = Source.of(loaded.of(train.architecture), train, data, best_rows(val_accuracy(train, data), anchors))
         generator = torch.Generator().manual_seed(seed)
         weights, of = source.sample(
             samples, generator, sampler=sampler, bandwidth=bandwidth, select=select, candidates=candidates, rounds=rounds
@@ -214,12 +238,14 @@ def _properties(source: Source, weights: Tensor, samples: int, of: Tensor | None
         "model": tuple(j for j in range(samples) for _ in range(epochs)),
         "epoch": tuple(e for _ in range(samples) for e in range(epochs)),
         **{
-            name: tuple(None if j is None else train.properties[column][j] for j in anchors for _ in range(epochs))
+            name: tuple(
+                None if j is None or column not in train.properties else train.properties[column][j] for j in anchors for _ in range(epochs)
+            )
             for name, column in (("anchor", "model"), ("anchor_epoch", "epoch"))
             if column in train.properties  # a zoo of somebody's modules may know no epochs
         },
         "val_acc": tuple(source.accuracy(weights, "val").tolist()),
-        "test_acc": tuple(accuracy(test, source.data.split("test")[1]).tolist()),
+        "test_acc": tuple(accuracy(test, labels_of(source.data, "test", source.train.architecture)).tolist()),
         "novelty": tuple(nearest(weights, train.weights).tolist()),
-        "novelty_behavior": tuple(behavioral_novelty(test.argmax(-1), source.train_classes).tolist()),
+        "novelty_behavior": tuple(source.novelty(test).tolist()),
     }

@@ -1,13 +1,14 @@
-"""Where structure and behaviour pull a reconstruction, and how far the first-order picture of it holds (docs/analysis.md).
+"""Where structure and behavior pull a reconstruction, and how far the first-order picture of it holds (docs/analysis.md).
 
 With d = reconstruction - original in weights ``[P]`` and J the Jacobian of all nK outputs, arXiv 2503.17138 writes the gradient of
-the structural loss as d and that of the behavioural loss as ``d^T F``, ``F = 1/n sum_i J_orig(x_i)^T J_rec(x_i)``, ``[P, P]``. F is
+the structural loss as d and that of the behavioral loss as ``d^T F``, ``F = 1/n sum_i J_orig(x_i)^T J_rec(x_i)``, ``[P, P]``. F is
 never built where P > nK: its singular values and the eigenvalues of its symmetric part are those of matrices of the size of the
 Gram side. For networks where even the Jacobians are too large, products with F come from ``jvp`` and ``vjp``.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,7 +25,7 @@ _QUERIES = 16  # images differentiated at a time
 
 
 def model_function(architecture: Architecture) -> Callable[[Tensor, Tensor], Tensor]:
-    """One model as a function ``(weights [P], queries [n, ...]) -> outputs [n, K]`` that ``torch.func`` can transform."""
+    """One model as a function ``(weights [P], queries [n, ...]) -> outputs [n, *out]`` that ``torch.func`` can transform."""
     graph = architecture.graph
     if graph is not None:
         return lambda weights, queries: reference.run_graph(weights, queries, graph)
@@ -39,11 +40,12 @@ def model_function(architecture: Architecture) -> Callable[[Tensor, Tensor], Ten
 
 
 def jacobian(weights: Tensor, queries: Tensor, architecture: Architecture) -> Tensor:
-    """Derivatives of all outputs of one model to its weights: ``weights [P]``, ``queries [n, ...] -> [n K, P]``, in the weights' dtype."""
+    """Derivatives of all outputs of one model to its weights: ``weights [P]``, ``queries [n, ...] -> [m, P]``, in the weights' dtype; m is
+    n times the numbers of one answer."""
     _check(weights, queries, architecture)
     single = model_function(architecture)
     each = torch.func.vmap(torch.func.jacrev(lambda w, x: single(w, x.unsqueeze(0)).squeeze(0)), in_dims=(None, 0))
-    return torch.cat([each(weights, part) for part in queries.to(weights).split(_QUERIES)]).flatten(0, 1)
+    return torch.cat([each(weights, part) for part in queries.to(weights).split(_QUERIES)]).flatten(0, -2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +55,7 @@ class Spectrum:
     Attributes:
         singular_values: of F, descending: all that can differ from zero if exact, the leading ones if sketched. ``[r]`` float64.
         eigenvalues: of its symmetric part (F + F^T) / 2, descending; negative ones are directions in which the first-order
-            behavioural gradient points uphill of the error. Empty if sketched.
+            behavioral gradient points uphill of the error. Empty if sketched.
         asymmetry: ||F - F^T|| / (2 ||F||), Frobenius: 0 is symmetric, 1 antisymmetric, 0.71 neither.
         trace: sum of F's diagonal.
         frobenius: ||F||.
@@ -104,7 +106,7 @@ def spectrum(
     require(method in ("auto", "exact", "sketch"), f"method: expected auto, exact or sketch, got {method!r}")
     _check(original, queries, architecture)
     _check(reconstructed, queries, architecture)
-    size = 2 * len(queries) * architecture.num_classes * architecture.num_weights
+    size = 2 * len(queries) * math.prod(architecture.output_shape) * architecture.num_weights
     if method == "exact" or (method == "auto" and size <= EXACT):
         a, b = (jacobian(w.double(), queries, architecture) for w in (original, reconstructed))
         return exact_spectrum(a, b, len(queries))

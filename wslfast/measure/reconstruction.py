@@ -52,6 +52,9 @@ class Reconstruction:
         behavior_mse: 1/(2n) sum_i ||f_rec(x_i) - f_orig(x_i)||^2 on raw outputs (arXiv 2503.17138, L_B of one model).
         output_l2: 1/n sum_i ||f_rec(x_i) - f_orig(x_i)||, on raw outputs.
         softmax_l2: the same on softmax outputs, 0 to sqrt(2) (the published comparison's first figure).
+        psnr: peak signal-to-noise ratio of the outputs in decibels, 10 log10(peak^2 / mean squared difference), infinite for equal ones;
+            None for networks whose answers are classes. Agreement is undefined where an answer is one number; *identified* is then
+            judged by the distance between outputs.
         images: n, images that everything was measured on.
         non_finite: models whose reconstruction is non-finite.
         non_finite_original: models left out because their original is.
@@ -73,6 +76,7 @@ class Reconstruction:
     images: int
     non_finite: int
     non_finite_original: int
+    psnr: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.agreement)
@@ -97,33 +101,35 @@ def compare(
     original: Tensor,
     reconstructed: Tensor,
     images: Tensor,
-    labels: Tensor,
+    labels: Tensor | None,
     architecture: Architecture,
     *,
     groups: Groups | None = None,
     targets: Tensor | None = None,
     block: int = 256,
     backend: str = "auto",
+    peak: float | None = None,
 ) -> Reconstruction:
-    """Measure reconstructions against their originals on labelled images.
+    """Measure reconstructions against their originals on labelled images, or on any queries.
 
     Args:
         original, reconstructed: weights ``[k, P]``, row by row the same models; may hold NaN (see :class:`Reconstruction`).
         images: ``[n, *architecture.input_shape]``, on the weights' device.
-        labels: ``[n]`` integers in 0 .. K-1.
+        labels: ``[n]`` integers in 0 .. K-1; None where answers are no classes, whose ``psnr`` is then measured.
         architecture: what every model is.
         groups: k model ids (integers or strings). Rows with equal ids are one model at several epochs: never "others" of
             each other. Default: every row its own model.
         targets: ``[k, n, K]`` outputs of the originals on these images, where they are known; saves running them.
         block: models run, and compared with one another, at a time. Memory grows with ``block * n``, time with ``k^2 n K``.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+        peak: range of the outputs, for ``psnr``; default: that of the originals' on these queries.
 
     Raises:
         WslfastError: naming the argument, what was expected and what came.
     """
     original, reconstructed = _check_weights(original, reconstructed, architecture)
-    labels = _check_labels(images, labels, architecture)
-    _check_targets(targets, (len(original), len(images), architecture.num_classes), original.device)
+    labels = None if labels is None else _check_labels(images, labels, architecture)
+    _check_targets(targets, (len(original), len(images), *architecture.output_shape), original.device)
     require(isinstance(block, int) and not isinstance(block, bool) and block > 0, f"block: expected a positive integer, got {block!r}")
     ids = _group_ids(groups, len(original)).to(original.device)
     # a surrounding autocast would blur the very differences that are measured
@@ -132,12 +138,16 @@ def compare(
             _behavior(original[b], reconstructed[b], images, None if targets is None else targets[b], architecture, backend)
             for b in _blocks(len(original), block)
         ]
-        classes_o, classes_r, finite_o, finite_r, gaps = (torch.cat(parts) for parts in zip(*runs))
+        classes_o, classes_r, finite_o, finite_r, gaps, extremes = (torch.cat(parts) for parts in zip(*runs))
         agreement, others, identified = _agreement(classes_o, classes_r, ids, finite_o, architecture.num_classes, block)
         l2, norm, energy = _distances(original, reconstructed, finite_o, block)
-        accuracy_o = (classes_o == labels).double().mean(1)
-        accuracy_r = (classes_r == labels).double().mean(1)
-    nan = torch.full_like(l2, float("nan"))
+        nan = torch.full_like(l2, float("nan"))
+        accuracy_o = accuracy_r = nan
+        if labels is not None:
+            accuracy_o, accuracy_r = ((classes == labels).double().mean(1) for classes in (classes_o, classes_r))
+        if architecture.num_classes == 1:  # one number has no class
+            agreement = others = nan
+            identified = _nearest_outputs(original, reconstructed, images, architecture, backend, ids, finite_o, block)
     l2, gaps = torch.where(finite_r, l2, nan), torch.where(finite_r.unsqueeze(1), gaps, nan.unsqueeze(1))
     values = {
         "accuracy_original": accuracy_o,
@@ -152,6 +162,8 @@ def compare(
         "explained_variance": 1 - l2.square() / energy if energy > 0 else nan,
         **dict(zip(_GAPS, gaps.unbind(1))),
     }
+    if labels is None:
+        values["psnr"] = _psnr(values["behavior_mse"], math.prod(architecture.output_shape), extremes[finite_o], peak)
     return Reconstruction(
         **{name: torch.where(finite_o, value, nan).cpu() for name, value in values.items()},
         images=len(images),
@@ -173,31 +185,68 @@ def _blocks(count: int, size: int) -> Iterator[slice]:
 
 def _behavior(
     original: Tensor, reconstructed: Tensor, images: Tensor, targets: Tensor | None, architecture: Architecture, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Classes chosen ``[b, n]`` by originals and reconstructions, which of each are finite ``[b]``, and ``_GAPS`` ``[b, 3]``.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Classes chosen ``[b, n]`` by originals and reconstructions, which of each are finite ``[b]``, ``_GAPS`` ``[b, 3]``, and the least
+    and greatest output of each original ``[b, 2]``.
 
     The classes of a non-finite model are -1 (original) and -2 (reconstruction): right nowhere, equal to nobody's.
     """
     finite_o, finite_r = original.isfinite().all(1), reconstructed.isfinite().all(1)
     gaps = torch.zeros(len(original), len(_GAPS), dtype=torch.float64, device=original.device)
     classes: tuple[list[Tensor], list[Tensor]] = ([], [])
+    ends: list[Tensor] = []
     for part in _blocks(len(images), _IMAGES):
         if targets is None:
             outputs_o = batched_forward(original, images[part], architecture, backend=backend)
         else:
             outputs_o = targets[:, part]
         outputs_r = batched_forward(reconstructed, images[part], architecture, backend=backend)
+        share = outputs_o.shape[1] / len(images)
+        outputs_o, outputs_r = outputs_o.flatten(2), outputs_r.flatten(2)  # all numbers of one answer
         finite_o &= outputs_o.isfinite().all(-1).all(-1)
         finite_r &= outputs_r.isfinite().all(-1).all(-1)
-        share = outputs_o.shape[1] / len(images)
         o, r = outputs_o.double(), outputs_r.double()
+        ends.append(torch.stack(o.flatten(1).aminmax(dim=1), 1))
         far = [(a - b).norm(dim=-1).mean(1) for a, b in ((r, o), (r.softmax(-1), o.softmax(-1)))]
         gaps += torch.stack([criterion_values(r, o, "mse"), *far], 1) * share
         for chosen, outputs in zip(classes, (outputs_o, outputs_r)):
+            outputs = outputs.unflatten(2, (-1, architecture.num_classes)).flatten(1, 2)  # an answer of several parts is several
             chosen.append(outputs.argmax(-1).to(torch.int16 if architecture.num_classes <= 32_767 else torch.int32))
     classes_o = torch.cat(classes[0], 1).masked_fill_(~finite_o.unsqueeze(1), -1)
     classes_r = torch.cat(classes[1], 1).masked_fill_(~finite_r.unsqueeze(1), -2)
-    return classes_o, classes_r, finite_o, finite_r, gaps
+    extremes = torch.stack([torch.stack(ends).amin(0)[:, 0], torch.stack(ends).amax(0)[:, 1]], 1)
+    return classes_o, classes_r, finite_o, finite_r, gaps, extremes
+
+
+def _psnr(behavior_mse: Tensor, numbers: int, extremes: Tensor, peak: float | None) -> Tensor:
+    """Of each model, from half its mean squared distance of answers of so many numbers."""
+    span = float(extremes[:, 1].max() - extremes[:, 0].min()) if peak is None and len(extremes) else float(peak or 0.0)
+    return 10 * torch.log10(span**2 / (2 * behavior_mse / numbers)) if span > 0 else torch.full_like(behavior_mse, float("nan"))
+
+
+def _nearest_outputs(
+    original: Tensor,
+    reconstructed: Tensor,
+    images: Tensor,
+    architecture: Architecture,
+    backend: str,
+    ids: Tensor,
+    finite_o: Tensor,
+    block: int,
+) -> Tensor:
+    """1 where a reconstruction's outputs are nearest to those of the own original or of its group, else 0, ``[k]``; NaN without others."""
+    far = torch.zeros(len(original), len(original), dtype=torch.float64, device=original.device)
+    for part in _blocks(len(images), _IMAGES):
+        o, r = (
+            torch.cat([batched_forward(rows[b], images[part], architecture, backend=backend) for b in _blocks(len(rows), block)]).double()
+            for rows in (original, reconstructed)
+        )
+        far += torch.cdist(r.flatten(1), o.flatten(1)).square()
+    far = far.masked_fill(~finite_o, float("inf"))
+    own = ids.unsqueeze(1) == ids
+    nearest = own.gather(1, far.nan_to_num(float("inf")).argmin(1, keepdim=True)).squeeze(1).double()
+    nearest = torch.where(far.isfinite().any(1) & reconstructed.isfinite().all(1), nearest, 0.0)
+    return torch.where((~own & finite_o).any(1), nearest, float("nan"))
 
 
 def _agreement(
@@ -287,7 +336,7 @@ def _check_labels(images: Any, labels: Any, architecture: Architecture) -> Tenso
     return labels.to(images.device)
 
 
-def _check_targets(targets: Any, shape: tuple[int, int, int], device: torch.device) -> None:
+def _check_targets(targets: Any, shape: tuple[int, ...], device: torch.device) -> None:
     if targets is not None:
         fits = isinstance(targets, Tensor) and targets.is_floating_point() and tuple(targets.shape) == shape
         require(fits, f"targets: expected floating {list(shape)} (models, images, classes), got {describe(targets)}")

@@ -79,7 +79,7 @@ def _ablation(
 
 
 def gradients(results: Results) -> str:
-    """How far the first-order picture of the behavioural loss holds, and what the directions have in common."""
+    """How far the first-order picture of the behavioral loss holds, and what the directions have in common."""
     rows = results.tables.get("gradients", [])
     swept = [r for r in rows if r.get("direction")]
     if not swept:
@@ -93,7 +93,7 @@ def gradients(results: Results) -> str:
             + figure(
                 _sweeps([r for r in own if r.get("direction")]),
                 "A model's weights moved by an error of a given size, relative to their norm, in several directions: medians over models. "
-                "Left, the quadratic form over the measured behavioural loss (1 where the first-order step holds); then accuracy, and "
+                "Left, the quadratic form over the measured behavioral loss (1 where the first-order step holds); then accuracy, and "
                 "agreement with the model that was moved.",
             )
         )
@@ -101,7 +101,7 @@ def gradients(results: Results) -> str:
         if alone:
             words = "; ".join(f"<b>{escape(str(r['metric']).replace('_', ' '))}</b> {_short(r)}" for r in alone)
             parts.append(note(f"Medians over models: {words}."))
-    lead = "How weights and behaviour are related around reconstructions (docs/analysis.md)."
+    lead = "How weights and behavior are related around reconstructions (docs/analysis.md)."
     return section("Gradients", *parts, lead=lead)
 
 

@@ -16,7 +16,7 @@ from .tables import grouped
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# trained with behaviour in blues and violets, without in oranges; closed forms green, zoo models grey
+# trained with behavior in blues and violets, without in oranges; closed forms green, zoo models grey
 _BEHAVIOR = ("#0072b2", "#7f3c8d", "#56b4e9", "#3d3d9e", "#cc79a7")
 _STRUCTURE = ("#d55e00", "#e69f00", "#8c6d31")
 _CODES = ("#009e73", "#5ab48f", "#2f6f4f", "#a5c93d")

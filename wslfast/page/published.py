@@ -1,6 +1,6 @@
 """What the paper reports (arXiv 2503.17138), on its zoos: SVHN, CIFAR-10 and EuroSAT, 720 test checkpoints each, one seed.
 
-``None`` is a figure that it does not give. Losses: C contrastive, S structural, B behavioural.
+``None`` is a figure that it does not give. Losses: C contrastive, S structural, B behavioral.
 """
 
 from __future__ import annotations

@@ -34,7 +34,10 @@ class QueryPool:
         return self.images.index_select(0, index)
 
     def draw(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Indices ``[n]`` of distinct images, on the pool's device, from an explicit generator."""
+        """Indices ``[n]`` of distinct images, on the pool's device, from an explicit generator.
+
+        Raises WslfastError for more than the pool has.
+        """
         require(isinstance(n, int) and 0 < n <= len(self), f"n: expected 1 to {len(self)} queries (the pool's size), got {n!r}")
         device = generator.device if generator is not None else "cpu"
         return torch.randperm(len(self), generator=generator, device=device)[:n].to(self.images.device)

@@ -26,7 +26,7 @@ from .checkpoints import (
 )
 from .losses import GammaContrastReconLoss, NT_Xent, NT_Xent_pos
 from .module import AEModule
-from .patching import Patch, patch, patched, report
+from .patching import Patch, patch, patched, replaced
 from .permutations import (
     MiniAlexNet_permutation_spec,
     PermutationSpec,
@@ -79,7 +79,7 @@ __all__ = [
     "permute_model_vector",
     "precompute_permutations",
     "printProgressBar",
-    "report",
+    "replaced",
     "resnet18_permutation_spec",
     "resnet34_permutation_spec",
     "resnet50_permutation_spec",

@@ -71,7 +71,7 @@ class GammaContrastReconLoss(nn.Module):
         batch_size, temperature: of the contrast.
         contrast: ``"simclr"`` or ``"positive"``.
         z_var_penalty, z_norm_penalty: weights of the variance over models and of the norm of ``z_i``.
-        beta: weight of structure within reconstruction; 1 leaves behaviour out, 0 structure.
+        beta: weight of structure within reconstruction; 1 leaves behavior out, 0 structure.
         loss_distillation ... reference_params: see :class:`~wslfast.sane.behavior.DistillationLoss`; needed for ``beta < 1``.
         lambda_: weight of the cycle term, the mean distance of ``z`` and ``z_hat`` over tokens.
         architecture, semantics, flags: see :class:`~wslfast.sane.behavior.DistillationLoss`.
@@ -132,12 +132,12 @@ class GammaContrastReconLoss(nn.Module):
         )
         self.loss_mean = None
 
-    def _reconstruction(self, beta: float, reduction: str, semantics: Semantics, **behaviour: Any) -> nn.Module:
+    def _reconstruction(self, beta: float, reduction: str, semantics: Semantics, **behavior: Any) -> nn.Module:
         if beta >= 1 - _NONE:
             return MaskedReconLoss(reduction, semantics=semantics)
         if beta <= _NONE:
-            return DistillationLoss(reduction=reduction, semantics=semantics, **behaviour)
-        return ReconDistillationLoss(beta=beta, reduction=reduction, semantics=semantics, **behaviour)
+            return DistillationLoss(reduction=reduction, semantics=semantics, **behavior)
+        return ReconDistillationLoss(beta=beta, reduction=reduction, semantics=semantics, **behavior)
 
     def set_mean_loss(self, weights: Tensor, mask: Tensor | None = None) -> None:
         """Measure ``rsq`` against the mean of ``weights [M, T, D]`` from now on (where there is a structural term)."""

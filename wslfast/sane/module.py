@@ -144,7 +144,7 @@ class AEModule(nn.Module):
         known = reference_checkpoint is not None or reference_params is not None or architecture is not None
         require(
             known or config.get("training::beta", 0.1) >= 1,
-            "reference_params: expected the zoo's params, for the behaviour loss; training::beta = 1 goes without, and scripts of the "
+            "reference_params: expected the zoo's params, for the behavior loss; training::beta = 1 goes without, and scripts of the "
             "package SANE take wslfast.sane.package_sane.AEModule",
         )
         return GammaContrastReconLoss(

@@ -183,7 +183,7 @@ def current() -> Patch | None:
     return _active
 
 
-def report() -> list[dict[str, Any]]:
+def replaced() -> list[dict[str, Any]]:
     """What is replaced at the moment: ``{"package", "name", "places"}`` each; empty where no patch is on."""
     return [] if _active is None else _active.replaced
 

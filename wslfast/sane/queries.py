@@ -1,4 +1,4 @@
-"""Query images of a behaviour loss: uniform noise, images of a data set, or half of each.
+"""Query images of a behavior loss: uniform noise, images of a data set, or half of each.
 
 The published code makes a shuffled DataLoader and takes its first batch, at every step. Here the images lie in one tensor and
 the same ones are gathered: the same draws from torch's generator lead to the same indices.

@@ -1,6 +1,6 @@
 """``state.pt``: the published training state, read and written both ways.
 
-The published optimiser also lists the template network of its behaviour loss, whose weights never get a gradient. Ours does not,
+The published optimiser also lists the template network of its behavior loss, whose weights never get a gradient. Ours does not,
 so those entries are left out when such a file is read, and put back (they have no state) for the published code to read.
 """
 
@@ -87,7 +87,7 @@ def with_template(state: State, sizes: list[int]) -> State:
 
 
 def _template_sizes(module: Any) -> list[int]:
-    """How many weights (decayed) and biases (not decayed) the template network of the behaviour loss would add."""
+    """How many weights (decayed) and biases (not decayed) the template network of the behavior loss would add."""
     losses = [part for part in module.criterion.modules() if isinstance(part, DistillationLoss)]
     axes = [len(slot.shape) for loss in losses for slot in loss.architecture.parameters]
     return [sum(a >= 2 for a in axes), sum(a < 2 for a in axes)]

@@ -38,7 +38,7 @@ PACKAGES = ("shrp", "SANE", "mzsane", second.PACKAGE)
 _STEP = "self, x_i, m_i, p_i, x_j, m_j, p_j"
 _RECON = "self, reduction"
 _GAMMA = "self, gamma, reduction, batch_size, temperature, contrast='simclr', z_var_penalty=0.0, z_norm_penalty=0.0"
-_BEHAVIOUR = "queryset='random', dump=None, n_queries=64, loss='l2'"
+_BEHAVIOR = "queryset='random', dump=None, n_queries=64, loss='l2'"
 _PAPER_GAMMA = (
     f"{_GAMMA}, beta=0.1, loss_distillation='l2', temperature_distillation=2.0, queryset_distillation='random', queryset_dump=None, "
     "n_queries_distillation=64, reference_checkpoint=None, reference_params=None, lambda_=0.0"
@@ -107,7 +107,7 @@ def _contrast(paper: bool, name: str) -> Form:
 
 
 def _forms(paper: bool) -> dict[str, tuple[Form, ...]]:
-    """Known forms by ``module.name``; ``paper`` is whether the package has the behaviour loss."""
+    """Known forms by ``module.name``; ``paper`` is whether the package has the behavior loss."""
     pair = "self, output, target, mask"
     tokens = "tokens, pos, reference_checkpoint, ignore_bn=False"
     forms: dict[str, tuple[Form, ...]] = {
@@ -119,7 +119,7 @@ def _forms(paper: bool) -> dict[str, tuple[Form, ...]]:
         "models.def_loss.DistillationLoss": (
             Form(
                 {
-                    "__init__": f"self, reference_checkpoint, reference_params, {_BEHAVIOUR}, reduction='mean', temperature=2.0",
+                    "__init__": f"self, reference_checkpoint, reference_params, {_BEHAVIOR}, reduction='mean', temperature=2.0",
                     "forward": "self, output, target, _, pos",
                 },
                 behavior.DistillationLoss,
@@ -129,7 +129,7 @@ def _forms(paper: bool) -> dict[str, tuple[Form, ...]]:
         "models.def_loss.ReconDistillationLoss": (
             Form(
                 {
-                    "__init__": f"self, reference_checkpoint, reference_params, beta=0.1, reduction='mean', {_BEHAVIOUR}, temperature=2.0",
+                    "__init__": f"self, reference_checkpoint, reference_params, beta=0.1, reduction='mean', {_BEHAVIOR}, temperature=2.0",
                     "forward": f"{pair}, pos",
                 },
                 behavior.ReconDistillationLoss,

@@ -16,9 +16,10 @@ import torch
 
 from .. import __version__
 from ..errors import check_device, require
+from ..files import check_folder
 from ..measure.results import Unit, kept_unit, read_unit, read_units, unit_path, write_tables, write_unit
 from ..page import report
-from ..profiling import region
+from ..profiling import processor, region
 from ..training import load_run
 from .loaded_zoo import LoadedZoo, Protocol
 from .trained import zero_layer_twins
@@ -65,7 +66,7 @@ def study(
     say = on_stage or logger.info
     check_device(device)
     folder = Path(out)
-    require(not folder.is_file(), f"out: expected a folder, got the file {out}")
+    check_folder(folder, "results")
     require(len(runs) > 0, "runs: expected at least one")
     folders = dict.fromkeys(Path(path).resolve() for path in runs)
     loaded = [(_variant(path), load_run(path, device=device)) for path in folders]
@@ -138,14 +139,5 @@ def _check_folder(folder: Path, zoo: LoadedZoo) -> None:
 def _machine(device: str) -> dict[str, Any]:
     count = torch.get_num_threads()
     threads = f"{count} thread{'s' if count > 1 else ''}"
-    where = f"{_processor()}, {threads}" if torch.device(device).type == "cpu" else torch.cuda.get_device_name(device)
+    where = f"{processor()}, {threads}" if torch.device(device).type == "cpu" else torch.cuda.get_device_name(device)
     return {"machine": where, "versions": f"wslfast {__version__}, torch {torch.__version__}, Python {platform.python_version()}"}
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

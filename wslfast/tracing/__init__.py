@@ -1,7 +1,18 @@
-"""From a module to a graph of operations, and what a module must be to be run as a population."""
+"""From a module to a graph of operations and back, and what a module must be to be run as a population."""
 
 from .graph import Untraceable, trace
 from .module import check_template, innermost, prepared, queries_for, with_frozen_norms
+from .rebuilt import rebuilt
 from .state import effective_state
 
-__all__ = ["Untraceable", "check_template", "effective_state", "innermost", "prepared", "queries_for", "trace", "with_frozen_norms"]
+__all__ = [
+    "Untraceable",
+    "check_template",
+    "effective_state",
+    "innermost",
+    "prepared",
+    "queries_for",
+    "rebuilt",
+    "trace",
+    "with_frozen_norms",
+]

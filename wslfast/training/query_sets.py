@@ -28,7 +28,9 @@ def set_names(query_set: str) -> tuple[str, ...]:
     return names
 
 
-def query_images(query_set: str, zoo: str | Path, source: Union[Population, MappedZoo], *, n: int = 2048, seed: int = 0) -> Tensor:
+def query_images(
+    query_set: str, zoo: str | Path, source: Union[Population, MappedZoo], *, n: int = 2048, seed: int = 0, exactly: bool = False
+) -> Tensor:
     """Images ``[N, *input_shape]`` of a query set.
 
     Args:
@@ -39,9 +41,14 @@ def query_images(query_set: str, zoo: str | Path, source: Union[Population, Mapp
         source: the training models, for the architecture and for ``optimised``.
         n: images of each synthetic set (of an optimised one at most 128).
         seed: of what is drawn.
+        exactly: n images in all, whatever they are made of.
+
+    Raises:
+        WslfastError: for a set that is not known, or, with ``exactly``, has fewer images.
     """
     architecture = source.architecture
     check_seed(seed)
+    require(type(n) is int and n > 0, f"n: expected a positive integer, got {n!r}")
 
     @cache
     def data() -> dict[str, Tensor]:
@@ -57,11 +64,16 @@ def query_images(query_set: str, zoo: str | Path, source: Union[Population, Mapp
             return synthetic_queries(name, n, architecture, seed=seed)
         rows = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))[:_DISAGREE].sort().values
         some = source[rows] if isinstance(source, Population) else source.load(rows)
-        return synthetic_queries(name, min(n, OPTIMISED), architecture, population=some, seed=seed)
+        return synthetic_queries(name, n if exactly else min(n, OPTIMISED), architecture, population=some, seed=seed)
 
     sets = [one(name) for name in set_names(query_set)]
-    if len(sets) == 1:
-        return sets[0]
     generator = torch.Generator().manual_seed(seed)
     size = min(map(len, sets))
+    if exactly:
+        each = -(-n // len(sets))
+        require(each <= size, f"n: {query_set!r} has {size * len(sets)} images in all, expected at most as many, got {n}")
+        parts = [images if len(images) == each else images[torch.randperm(len(images), generator=generator)[:each]] for images in sets]
+        return torch.cat(parts)[:n]
+    if len(sets) == 1:
+        return sets[0]
     return torch.cat([images[torch.randperm(len(images), generator=generator)[:size]] for images in sets])

@@ -10,9 +10,11 @@ from .grid import Grid
 from .importers import Imported, import_zoo
 from .manifest import Manifest
 from .mapped import MappedZoo
+from .reading import load_parts, load_zoo, read_manifest, summarize
+from .signals import Signals, image_signals
 from .source import dataset_of, network
 from .splits import Split
-from .store import load_zoo, read_manifest, save_zoo, summarize
+from .store import save_zoo
 
 __all__ = [
     "Dataset",
@@ -20,13 +22,16 @@ __all__ = [
     "Imported",
     "Manifest",
     "MappedZoo",
+    "Signals",
     "Split",
     "build_zoo",
     "dataset_of",
     "export_zoo",
     "image_shape",
+    "image_signals",
     "import_zoo",
     "load_dataset",
+    "load_parts",
     "load_zoo",
     "network",
     "read_manifest",

@@ -15,11 +15,14 @@ from ..errors import WslfastError, require
 from ..files import write_tensors, write_text
 from ..kernels.layers import Activation, Conv2d, Dropout
 from ..population import Population
-from .mapped import MappedZoo
+from .mapped import MappedZoo, mapped_parts
 
 FORMATS = ("ray", "state-dicts")
 _TYPES = {"cnn": "CNN", "cnn2": "CNN2", "cnn3": "CNN3", "lenet5": "LeNet5", "mlp": "MLP", "resnet18": "Resnet18"}
 _SETTINGS = {"init_type": "model::init_type", "lr": "optim::lr", "wd": "optim::wd", "dropout": "model::dropout", "seed": "seed"}
+RECORD = "wslfast::architecture"  # in params.json: the network, where it is none of the published ones
+PROPERTIES = "wslfast::properties"  # in a line of result.json: what is known of a checkpoint besides RESULTS
+RESULTS = ("train_acc", "val_acc", "test_acc", "train_loss", "val_loss", "test_loss")
 _BLOCK = 256
 
 
@@ -41,12 +44,12 @@ def export_zoo(zoo: str | Path, out: str | Path, *, format: str = "ray", split: 
     require(format in FORMATS, f"format: expected one of {FORMATS}, got {format!r}")
     folder = Path(out)
     require(not folder.exists() or (folder.is_dir() and not any(folder.iterdir())), f"out: {out}: expected a new or an empty folder")
-    models = MappedZoo(zoo, split, skip_bad=skip_bad)
+    parts = mapped_parts(zoo, split, skip_bad=skip_bad)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise WslfastError(f"out: {out}: cannot be made: {error.strerror or error}") from None
-    return _ray(models, folder) if format == "ray" else _state_dicts(models, folder)
+    return sum(_ray(models, folder) for models in parts.values()) if format == "ray" else _state_dicts(parts, folder)
 
 
 def _ray(models: MappedZoo, folder: Path) -> int:
@@ -74,25 +77,30 @@ def _ray(models: MappedZoo, folder: Path) -> int:
 def _results(table: Mapping[str, tuple[Any, ...]], rows: list[int], epochs: list[int], config: Mapping[str, Any]) -> str:
     """A line an iteration from 0 on, as the published loaders count lines; iterations that were not kept know only their number."""
     columns = {n: c for n, c in table.items() if n not in (*_SETTINGS, "split", "model", "epoch", "name", "ggap")}
-    known = {
-        epoch: {n: column[row] for n, column in columns.items() if column[row] is not None} for row, epoch in zip(rows, epochs, strict=True)
-    }
+    known: dict[int, dict[str, Any]] = {}
+    for row, epoch in zip(rows, epochs, strict=True):
+        known[epoch] = {n: column[row] for n, column in columns.items() if column[row] is not None}
+        further = {n: v for n, v in known[epoch].items() if n not in RESULTS}
+        known[epoch] |= {PROPERTIES: further} if further else {}  # so that an import knows them from what ray writes of its own
     lines = ({"training_iteration": e, **known.get(e, {}), "config": config} for e in range(epochs[-1] + 1))
     return "".join(json.dumps(line) + "\n" for line in lines)
 
 
-def _state_dicts(models: MappedZoo, folder: Path) -> int:
-    index = []
-    digits = max(5, int(math.log10(max(1, len(models)))) + 1)
-    for start in range(0, len(models), _BLOCK):
-        block = models.load(torch.arange(start, min(start + _BLOCK, len(models))))
-        for i in range(len(block)):
-            name = f"{start + i:0{digits}d}.pt"
-            _save(block, i, folder / name)
-            index.append({"file": name, **{column: values[i] for column, values in block.properties.items()}})
-    record = {"architecture": models.architecture.to_dict(), "checkpoints": index}
-    write_text(folder / "index.json", json.dumps(record, indent=1) + "\n")
-    return len(models)
+def _state_dicts(parts: Mapping[str, MappedZoo], folder: Path) -> int:
+    index: list[dict[str, Any]] = []
+    count = sum(map(len, parts.values()))
+    digits = max(5, int(math.log10(max(1, count))) + 1)
+    for models in parts.values():
+        for start in range(0, len(models), _BLOCK):
+            block = models.load(torch.arange(start, min(start + _BLOCK, len(models))))
+            for i in range(len(block)):
+                name = f"{len(index):0{digits}d}.pt"
+                _save(block, i, folder / name)
+                index.append({"file": name, **{column: values[i] for column, values in block.properties.items()}})
+    records = {label: models.architecture.to_dict() for label, models in parts.items()}
+    head = {"architecture": next(iter(records.values()))} if len(records) == 1 else {"architectures": records}
+    write_text(folder / "index.json", json.dumps({**head, "checkpoints": index}, indent=1) + "\n")
+    return count
 
 
 def _save(population: Population, row: int, file: Path) -> None:
@@ -102,6 +110,8 @@ def _save(population: Population, row: int, file: Path) -> None:
 def _config(architecture: Architecture) -> dict[str, Any]:
     """The published config keys of an architecture, as far as it has them."""
     config: dict[str, Any] = {"model::type": _TYPES.get(architecture.name, architecture.name)}
+    if architecture.name not in _TYPES:
+        config[RECORD] = architecture.to_dict()  # published loaders pass over it; an import takes the network from it
     activation = next((layer.function for layer in architecture.layers if isinstance(layer, Activation)), None)
     if activation is not None:
         config["model::nlin"] = activation

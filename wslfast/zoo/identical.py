@@ -66,12 +66,12 @@ def digest(row: Tensor) -> bytes:
     return hashlib.sha256(row.contiguous().numpy().data).digest()
 
 
-def digests(weights: Tensor) -> list[bytes]:
+def digests(weights: Tensor | Sequence[Tensor]) -> list[bytes]:
     """The :func:`digest` of each row of ``weights [k, P]``."""
-    return [digest(row) for row in weights.detach().cpu()]
+    return [digest(row.detach().cpu()) for row in weights]
 
 
-def draw(plan: Split, weights: Tensor, models: Sequence[int], epochs: Sequence[Any] | None) -> Drawn:
+def draw(plan: Split, weights: Tensor | Sequence[Tensor], models: Sequence[int], epochs: Sequence[Any] | None) -> Drawn:
     """The split of each row of ``weights [k, P]``; without ``epochs``, equal rows always make their models a family."""
     known, keys = Identical(), digests(weights)
     for key, model, epoch in zip(keys, models, epochs or [None] * len(keys), strict=True):

@@ -3,6 +3,9 @@
 A manifest comes from anybody. Every field is checked for type and range before it is used, numbers and keys must be in the
 form that :func:`Manifest.to_json` writes, and a checksum covers everything this version understands, so that a changed
 digit is an error and not another accuracy. Fields of later versions that keep the schema number are ignored.
+
+A zoo of one architecture has schema 1. One of several has schema 2: a table of architectures by label, a column ``architecture`` that
+holds each row's label, and shards whose rows lie one after another, as they differ in length.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -21,7 +24,8 @@ from ..errors import WslfastError, describe, require
 
 MANIFEST = "manifest.json"
 FORMAT = "wslfast-zoo"
-SCHEMA = 1
+SCHEMA = 2  # the latest that is read; zoos of one architecture are written with 1
+KIND = "architecture"  # the column of labels of a zoo of several architectures
 SPLITS = ("train", "val", "test")
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,126}\.safetensors")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -39,17 +43,26 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class Kind:
+    """An entry in the table of architectures: ``Architecture.to_dict()``'s record, not yet rebuilt, and P."""
+
+    architecture: Mapping[str, Any]
+    num_weights: int
+
+
+@dataclass(frozen=True, repr=False)
 class Manifest:
     """A validated manifest.
 
     Attributes:
-        architecture: ``Architecture.to_dict()``'s record, not yet rebuilt.
-        num_weights: P, numbers in one row.
+        architecture: ``Architecture.to_dict()``'s record, not yet rebuilt; empty for a zoo of several.
+        num_weights: P, numbers in one row; 0 for a zoo of several architectures.
         rows: rows in all shards together, in the order of ``shards``.
         properties: column name -> one value a row; ``model`` (int) and ``split`` are always there.
         split: how rows were split: ``{"by": "model", "seed": int or None, "fractions": [train, val, test] or None}``.
         provenance: whatever the writer recorded.
         shards: the files.
+        kinds: the table of architectures of a zoo of several, by label; empty for a zoo of one.
     """
 
     architecture: Mapping[str, Any]
@@ -59,14 +72,44 @@ class Manifest:
     split: Mapping[str, Any]
     provenance: Mapping[str, Any]
     shards: tuple[Shard, ...]
+    kinds: Mapping[str, Kind] = field(default_factory=dict)
+
+    def __reduce__(self) -> tuple[Any, ...]:  # pickled, copied and saved as what it is made of
+        plain = {name: dict(value) if isinstance(value, Mapping) else value for name, value in vars(self).items()}
+        return _rebuilt, (plain,)
+
+    def __repr__(self) -> str:
+        what = f"{len(self.kinds)} architectures" if self.kinds else f"{self.architecture.get('name')!s:.60}, P={self.num_weights:,}"
+        models = len(set(self.properties.get("model", ())))
+        return f"Manifest({what}, {self.rows:,} rows of {models:,} models, {len(self.shards)} shards, columns {list(self.properties)[:12]})"
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shape of each shard's one tensor: ``[rows, P]``, or the numbers of all its rows for a zoo of several architectures."""
+        if not self.kinds:
+            return tuple((shard.rows, self.num_weights) for shard in self.shards)
+        widths, shapes, at = self.widths, [], 0
+        for shard in self.shards:
+            shapes.append((sum(widths[at : at + shard.rows]),))
+            at += shard.rows
+        return tuple(shapes)
+
+    @property
+    def widths(self) -> list[int]:
+        """Numbers in each row."""
+        if not self.kinds:
+            return [self.num_weights] * self.rows
+        return [self.kinds[label].num_weights for label in self.properties[KIND]]
 
     def record(self) -> dict[str, Any]:
         """The JSON object, without its checksum."""
+        if self.kinds:
+            table = {label: {"num_weights": k.num_weights, "architecture": dict(k.architecture)} for label, k in self.kinds.items()}
+            head: dict[str, Any] = {"format": FORMAT, "schema": 2, "architectures": table}
+        else:
+            head = {"format": FORMAT, "schema": 1, "architecture": dict(self.architecture), "num_weights": self.num_weights}
         return {
-            "format": FORMAT,
-            "schema": SCHEMA,
-            "architecture": dict(self.architecture),
-            "num_weights": self.num_weights,
+            **head,
             "rows": self.rows,
             "split": dict(self.split),
             "shards": [vars(shard) for shard in self.shards],
@@ -97,14 +140,16 @@ class Manifest:
         schema = _integer(record, "schema", where)
         if schema > SCHEMA:
             raise WslfastError(f"{where}: schema {schema} is newer than this version's {SCHEMA}; upgrade wslfast to read this zoo")
+        kinds = _kinds(record, where) if schema > 1 else {}
         manifest = cls(
-            architecture=MappingProxyType(_object(record, "architecture", where)),
-            num_weights=_integer(record, "num_weights", where),
+            architecture=MappingProxyType({} if kinds else _object(record, "architecture", where)),
+            num_weights=0 if kinds else _integer(record, "num_weights", where),
             rows=_integer(record, "rows", where),
-            properties=_columns(record, where),
+            properties=_columns(record, where, kinds),
             split=MappingProxyType(_split(record, where)),
             provenance=MappingProxyType(_object(record, "provenance", where)),
             shards=_shards(record, where),
+            kinds=MappingProxyType(kinds),
         )
         held = sum(shard.rows for shard in manifest.shards)
         require(held == manifest.rows, f"{where}: shards: expected {manifest.rows} rows in all, got {held}")
@@ -112,17 +157,34 @@ class Manifest:
         require(claimed == manifest.checksum(), f"{where}: checksum: the manifest was changed after it was written, or is damaged")
         return manifest
 
-    def rebuild(self, where: str) -> Architecture:
-        """The architecture recorded here. Raises WslfastError if it cannot be rebuilt or its P is not ``num_weights``."""
+    def rebuild(self, where: str, label: str | None = None) -> Architecture:
+        """The architecture recorded here, of a zoo of several the one of that label. Raises WslfastError if it cannot be rebuilt or its P
+        is not ``num_weights``."""
+        recorded, expected = self.architecture, self.num_weights
+        if self.kinds:
+            require(label in self.kinds, f"{where}: expected one of the architectures {self.labels}, got {label!r}")
+            assert label is not None
+            recorded, expected = self.kinds[label].architecture, self.kinds[label].num_weights
         try:
-            architecture = Architecture.from_dict(self.architecture)
+            architecture = Architecture.from_dict(recorded)
             size = architecture.num_weights
         except WslfastError as error:
             raise WslfastError(f"{where}: {error}") from None
         except Exception as error:  # a record nobody wrote may fail anywhere below
             raise WslfastError(f"{where}: architecture: {type(error).__name__}: {error}") from error
-        require(size == self.num_weights, f"{where}: num_weights: the architecture has {size}, the manifest says {self.num_weights}")
+        require(size == expected, f"{where}: num_weights: the architecture has {size}, the manifest says {expected}")
         return architecture
+
+    @property
+    def labels(self) -> str:
+        """Labels of a zoo of several architectures, as an error names them."""
+        names = list(self.kinds)
+        return ", ".join(map(repr, names[:8])) + (f", ... ({len(names)} in all)" if len(names) > 8 else "")
+
+
+def _rebuilt(fields: dict[str, Any]) -> Manifest:
+    made: dict[str, Any] = {name: MappingProxyType(value) if isinstance(value, dict) else value for name, value in fields.items()}
+    return Manifest(**made)
 
 
 def plain(value: Any, what: str) -> Any:
@@ -207,7 +269,17 @@ def _integer(record: Mapping[str, Any], key: str, where: str, least: int = 1) ->
     return value
 
 
-def _columns(record: Mapping[str, Any], where: str) -> Mapping[str, tuple[Any, ...]]:
+def _kinds(record: Mapping[str, Any], where: str) -> dict[str, Kind]:
+    kinds = {}
+    for label, entry in _object(record, "architectures", where).items():
+        what = f"{where}: architectures[{_came(label)}]"
+        require(isinstance(entry, dict) and set(entry) == {"num_weights", "architecture"}, f"{what}: expected num_weights and architecture")
+        kinds[label] = Kind(MappingProxyType(_object(entry, "architecture", what)), _integer(entry, "num_weights", what))
+    require(len(kinds) > 0, f"{where}: architectures: expected at least one")
+    return kinds
+
+
+def _columns(record: Mapping[str, Any], where: str, kinds: Mapping[str, Kind]) -> Mapping[str, tuple[Any, ...]]:
     rows, columns = _integer(record, "rows", where), {}
     for name, column in _object(record, "properties", where).items():
         what = f"{where}: properties[{_came(name)}]"
@@ -216,11 +288,13 @@ def _columns(record: Mapping[str, Any], where: str) -> Mapping[str, tuple[Any, .
         wrong = next((v for v in column if not isinstance(v, _SCALARS)), None)
         require(wrong is None, f"{what}: expected numbers, strings or null, got {type(wrong).__name__}")
         columns[name] = tuple(column)
-    for name, valid in (("model", lambda v: type(v) is int), ("split", lambda v: v in SPLITS)):
+    checks: list[tuple[str, Any, Any]] = [("model", lambda v: type(v) is int, "integers"), ("split", lambda v: v in SPLITS, SPLITS)]
+    checks += [(KIND, lambda v: isinstance(v, str) and v in kinds, "labels of the table")] if kinds else []
+    for name, valid, expected in checks:
         require(name in columns, f"{where}: properties: column {name!r} is missing; there are {[n[:20] for n in list(columns)[:8]]}")
         for v in columns[name]:
             if not valid(v):
-                raise WslfastError(f"{where}: properties[{name!r}]: expected {'integers' if name == 'model' else SPLITS}, got {_came(v)}")
+                raise WslfastError(f"{where}: properties[{name!r}]: expected {expected}, got {_came(v)}")
     where_is: dict[int, str] = {}
     for model, split in zip(columns["model"], columns["split"], strict=True):
         other = where_is.setdefault(model, split)

@@ -7,10 +7,9 @@ window of them at a time, all rows of a window mixed. A zoo of no more than one 
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections import OrderedDict
 from collections.abc import Mapping
+from itertools import compress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -22,11 +21,12 @@ from torch import Tensor
 from ..architecture import Architecture
 from ..errors import WslfastError, describe, require
 from ..population import Population
-from .manifest import MANIFEST, SPLITS, Shard
-from .store import agree, check_shards, check_weights, read_manifest, regular_file, sound_part
+from .arrays import sha256_of
+from .manifest import KIND, MANIFEST, SPLITS
+from .reading import chosen_kind, chosen_rows, in_shards, read_manifest
+from .shards import check_shards, check_weights, regular_file, rows_of, sound_part
 
 WINDOW = 8  # shards: 512 MiB of those that save_zoo writes
-_HASH_BLOCK = 1 << 20
 
 
 class MappedZoo:
@@ -35,7 +35,8 @@ class MappedZoo:
     Args:
         path: a folder written by :func:`wslfast.zoo.save_zoo`.
         split: None for every row, or "train", "val", "test".
-        architecture: what the models are, for a zoo whose architecture cannot be rebuilt from its manifest.
+        architecture: of a zoo of several architectures, which one (its label); else what the models are, for a zoo whose architecture
+            cannot be rebuilt from its manifest.
         verify: check a shard's SHA-256 when it is first opened.
         skip_bad: leave out shards that are missing or damaged, as :func:`wslfast.load_zoo` does; reads all of them now.
 
@@ -54,7 +55,7 @@ class MappedZoo:
         path: str | Path,
         split: str | None = None,
         *,
-        architecture: Architecture | None = None,
+        architecture: Architecture | str | None = None,
         verify: bool = True,
         skip_bad: bool = False,
     ) -> None:
@@ -65,20 +66,13 @@ class MappedZoo:
             manifest = sound_part(self._folder, manifest, verify)
         else:
             check_shards(self._folder, manifest)  # a hole is found now and not in the middle of an epoch
-        if architecture is None:
-            architecture = manifest.rebuild(where)
-        else:
-            agree(architecture, manifest, where)
-        self.architecture = architecture
-        kept = torch.tensor([split is None or s == split for s in manifest.properties["split"]])
-        require(bool(kept.any()), f"{where}: no row is in split {split!r}; there are {sorted(set(manifest.properties['split']))}")
-        rows = kept.nonzero().flatten()
-        picked = rows.tolist()
-        self.properties = MappingProxyType({name: tuple(column[i] for i in picked) for name, column in manifest.properties.items()})
-        self._shards = manifest.shards
-        starts = torch.tensor([0, *(shard.rows for shard in manifest.shards)]).cumsum(0)
-        self._shard_of = torch.searchsorted(starts, rows, right=True) - 1
-        self._row_in = rows - starts[self._shard_of]
+        self.architecture, of_it = chosen_kind(manifest, architecture, where)
+        chosen = chosen_rows(manifest, of_it, split, where)
+        self.properties = MappingProxyType({n: tuple(compress(column, chosen)) for n, column in manifest.properties.items()})
+        self._shards, self._shapes = manifest.shards, manifest.shapes
+        numbers, places = in_shards(manifest, chosen)
+        self._shard_of = torch.repeat_interleave(torch.arange(len(numbers)), torch.tensor([len(own) for own in numbers]))
+        self._row_in = torch.cat(places)
         self._open: OrderedDict[int, Tensor] = OrderedDict()
         self._sound: set[int] = set(range(len(manifest.shards))) if skip_bad else set()
 
@@ -104,7 +98,7 @@ class MappedZoo:
         shards = self._shard_of[index]
         for number in shards.unique().tolist():
             here = (shards == number).nonzero().flatten()
-            out[here] = self._mapped(number)[self._row_in[index[here]]]
+            out[here] = rows_of(self._mapped(number), self._row_in[index[here]], self.architecture.num_weights)
         return out
 
     def shuffle(self, generator: torch.Generator) -> Tensor:
@@ -129,18 +123,19 @@ class MappedZoo:
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
-        weights = self._map(self._shards[number], number)
+        weights = self._map(number)
         while len(self._open) >= WINDOW:
             self._open.popitem(last=False)  # unmapped with its last reference
         self._open[number] = weights
         return weights
 
-    def _map(self, shard: Shard, number: int) -> Tensor:
+    def _map(self, number: int) -> Tensor:
+        shard = self._shards[number]
         where = self._folder / shard.file
         file = regular_file(self._folder, shard.file)
         try:
             if self._verify and number not in self._sound:
-                digest = _sha256(file)
+                digest = sha256_of(file)
                 require(
                     digest == shard.sha256,
                     f"{where}: the shard is damaged or not the manifest's: expected sha256 {shard.sha256[:12]}..., got {digest[:12]}...",
@@ -154,14 +149,16 @@ class MappedZoo:
             raise WslfastError(f"{where}: cannot be read: {error.strerror or error}") from error
         except Exception as error:  # whatever the parser makes of bytes that nobody wrote
             raise WslfastError(f"{where}: not a safetensors file: {error}") from error
-        return check_weights(tensors, shard, self.architecture.num_weights, str(where))
+        return check_weights(tensors, self._shapes[number], str(where))
 
 
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with open(file, "rb") as data:
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(data.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        while block := data.read(_HASH_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+def mapped_parts(path: str | Path, split: str | None = None, *, skip_bad: bool = False) -> dict[str, MappedZoo]:
+    """A stored zoo by architecture, as :func:`wslfast.zoo.load_parts`, its weights on disk."""
+    manifest = read_manifest(path)
+    if not manifest.kinds:
+        models = MappedZoo(path, split, skip_bad=skip_bad)
+        return {models.architecture.name: models}
+    rows = zip(manifest.properties[KIND], manifest.properties["split"], strict=True)
+    there = {label for label, own in rows if split in (None, own)}
+    require(bool(there), f"{path}: no row is in split {split!r}; there are {sorted(set(manifest.properties['split']))}")
+    return {label: MappedZoo(path, split, architecture=label, skip_bad=skip_bad) for label in manifest.kinds if label in there}

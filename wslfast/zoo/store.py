@@ -2,10 +2,7 @@
 
 Writing is atomic. Shards are written under temporary names, synced and renamed; the manifest comes last and replaces the old one
 in one step; shards of an overwritten zoo have other names and are removed afterwards. So whoever reads while a zoo is replaced,
-and whoever comes after a crash, finds the old zoo or the new one. One writer a folder at a time.
-
-Reading trusts nothing: the manifest is validated (``manifest.py``), file names cannot leave the folder, and each shard's size,
-SHA-256, header, shape and dtype are checked before a row is used. No pickle is ever opened.
+and whoever comes after a crash, finds the old zoo or the new one. One writer a folder at a time. Reading is in ``reading.py``.
 """
 
 from __future__ import annotations
@@ -14,115 +11,174 @@ import contextlib
 import hashlib
 import os
 import re
-import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
-from itertools import compress
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
 
-import safetensors
 import safetensors.torch
 import torch
+from torch import Tensor
 
-from ..architecture import Architecture
-from ..errors import WslfastError, logger, require, say_once
-from ..files import write_bytes
+from ..errors import WslfastError, describe, logger, require
+from ..files import check_folder, write_bytes
 from ..population import Population
 from ..profiling import region
-from .identical import digests, draw, elsewhere
-from .manifest import MANIFEST, SPLITS, Manifest, Shard, normalised, plain
+from .datasets import Dataset
+from .identical import digest, draw, elsewhere
+from .manifest import KIND, MANIFEST, SPLITS, Kind, Manifest, Shard, normalised, plain
+from .shards import OURS
+from .source import described
 from .splits import Split
 
+Part = Union[Tensor, Sequence[Tensor]]  # a shard's rows: [rows, P], or, where they differ in length, one after another
 SHARD_BYTES = 64 << 20
-_OURS = re.compile(r"shard-\d{5,}(?P<generation>(?:\.[0-9a-f]{12})?)\.safetensors")
 _TEMPORARY = re.compile(r"\.(shard-.*\.safetensors|manifest\.json)\.\d+\.tmp")
-_PATIENCE = 5  # readings of the manifest while somebody replaces the zoo
-
-
-# -- writing -----------------------------------------------------------------------------------------------------------
 
 
 def save_zoo(
-    population: Population,
+    population: Population | Mapping[str, Population],
     path: str | Path,
     *,
-    splits: Split | Sequence[str],
-    provenance: Mapping[str, Any],
+    dataset: str | Path | Dataset | None = None,
+    splits: Split | Sequence[str] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    standardise: bool = False,
     shard_rows: int | None = None,
     overwrite: bool = False,
 ) -> Manifest:
-    """Write ``population`` as a zoo in the folder ``path`` and return its manifest.
+    """Write a population as a zoo in the folder ``path``, as ``train``, ``evaluate`` and ``generate`` will read it; returns its manifest.
 
     Args:
-        population: any; a ``model`` property (int) says which rows are checkpoints of one model, else each row is a model.
+        population: any; a ``model`` property (int) says which rows are checkpoints of one model, else each row is a model. Several
+            architectures are one zoo: populations by label, whose models are told apart.
         path: the folder; made if absent. Files in it that are not a zoo's are left alone.
-        splits: a :class:`Split`, drawn by model and recorded with its seed, or one of train / val / test for each row. Drawn, models
-            that share a trained checkpoint to the bit are in one split.
+        dataset: what the models were trained on: a name or a file (see :func:`wslfast.zoo.load_dataset`), or a :class:`Dataset`, whose
+            images are then kept in the folder unless they come from a file. Without, training and evaluation have to be given images.
+        splits: a :class:`Split`, drawn by model and recorded with its seed, or one of train / val / test for each row; by default the
+            property ``split``, else ``Split()``. Drawn, models that share a trained checkpoint to the bit are in one split.
         provenance: JSON-able facts about how the zoo came to be.
+        standardise: whether the models saw the images of ``dataset`` standardised (see :func:`wslfast.zoo.load_dataset`); by default as
+            they are.
         shard_rows: rows a shard; by default what makes shards of 64 MiB.
         overwrite: replace a zoo that is already there.
 
     Raises:
-        WslfastError: for a zoo that is there, a model in two splits, values JSON cannot hold, weights that are not finite, or a
-            disk that refuses (what was there before is intact, and no stray file stays).
+        WslfastError: for a zoo that is there, a model in two splits, values JSON cannot hold, weights that are not finite, images that
+            do not fit the models, or a disk that refuses (what was there before is intact, and no stray file stays).
     """
     folder = Path(path)
-    require(len(population) > 0, "population: expected at least one model to save, got none")
+    populations = _by_label(population)
+    rows = sum(len(p) for p in populations.values())
+    require(rows > 0, "population: expected at least one model to save, got none")
     require(overwrite or not (folder / MANIFEST).exists(), f"{folder}: there is a zoo already; overwrite=True replaces it")
-    weights = population.weights.detach().to("cpu", torch.float32)
-    require(bool(weights.isfinite().all()), "population: expected finite weights; drop diverged models first")
-    rows_each = shard_rows or max(1, SHARD_BYTES // (4 * weights.shape[1]))
+    check_folder(folder, "zoo")
+    weights = {label: p.weights.detach().to("cpu", torch.float32) for label, p in populations.items()}
+    sound = all(bool(w.isfinite().all()) for w in weights.values())
+    require(sound, "population: expected finite weights; drop diverged models first")
+    facts: dict[str, Any] = dict(provenance) if provenance is not None else {"made_by": "wslfast.save_zoo"}
+    images = None
+    if dataset is not None:
+        images = described(dataset, [p.architecture for p in populations.values()], standardise)
+        facts["dataset"] = images.record
+    widest = max(w.shape[1] for w in weights.values())
+    rows_each = shard_rows or max(1, SHARD_BYTES // (4 * widest))
     require(type(rows_each) is int and rows_each > 0, f"shard_rows: expected a positive integer, got {shard_rows!r}")
-    columns, split = _table(population, splits)
-    counts = [len(part) for part in torch.empty(len(weights), 0).split(rows_each)]
+    columns, split = _table(populations, splits)
+    parts: Sequence[Part]
+    if len(weights) == 1:
+        parts = next(iter(weights.values())).split(rows_each)
+    else:
+        every = [row for w in weights.values() for row in w]
+        parts = [every[i : i + rows_each] for i in range(0, rows, rows_each)]
+    table = {label: Kind(normalised(p.architecture.to_dict(), "architecture"), p.weights.shape[1]) for label, p in populations.items()}
 
     def manifest(shards: Sequence[Shard]) -> Manifest:
-        return Manifest(
-            normalised(population.architecture.to_dict(), "architecture"),
-            population.architecture.num_weights,
-            len(weights),
-            columns,
-            split,
-            normalised(provenance, "provenance"),
-            tuple(shards),
-        )
+        return described_by(table, columns, split, normalised(facts, "provenance"), shards)
 
     # what would be refused when read is refused now, before anything is written
-    sketch = manifest([Shard(f"shard-{i:05d}.safetensors", rows, 1, "0" * 64) for i, rows in enumerate(counts)])
+    sketch = manifest([Shard(f"shard-{i:05d}.safetensors", len(part), 1, "0" * 64) for i, part in enumerate(parts)])
     Manifest.parse(sketch.to_json(), str(folder / MANIFEST))
     with region("save"):
-        return write_shards(folder, weights.split(rows_each), manifest)
+        if images is not None:
+            facts["dataset"] = images.keep(folder)
+        return write_shards(folder, parts, manifest)
 
 
-def _table(population: Population, splits: Split | Sequence[str]) -> tuple[dict[str, tuple[Any, ...]], dict[str, Any]]:
+def described_by(
+    table: Mapping[str, Kind],
+    columns: Mapping[str, tuple[Any, ...]],
+    split: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+    shards: Sequence[Shard],
+) -> Manifest:
+    """The manifest of a zoo with this table of architectures: of one (schema 1), or of several (schema 2)."""
+    rows = len(columns["model"])
+    if len(table) > 1:
+        return Manifest({}, 0, rows, columns, split, provenance, tuple(shards), dict(table))
+    (kind,) = table.values()
+    return Manifest(kind.architecture, kind.num_weights, rows, columns, split, provenance, tuple(shards))
+
+
+def _by_label(population: Any) -> dict[str, Population]:
+    """One population, or several by label."""
+    if isinstance(population, Population):
+        return {population.architecture.name: population}
+    named = isinstance(population, Mapping) and all(isinstance(k, str) and isinstance(p, Population) for k, p in population.items())
+    require(named and len(population) > 0, lambda: f"population: expected a Population, or several by label, got {describe(population)}")
+    return dict(population)
+
+
+def _table(
+    populations: Mapping[str, Population], splits: Split | Sequence[str] | None
+) -> tuple[dict[str, tuple[Any, ...]], dict[str, Any]]:
     """The property columns as JSON holds them, ``model`` first and ``split`` last, and the manifest's split record."""
-    columns = {
-        name: tuple(plain(v, f"properties[{name!r}]") for v in column) for name, column in population.properties.items() if name != "split"
-    }
-    columns = {"model": columns.pop("model", tuple(range(len(population)))), **columns}
+    columns = _columns(populations)
+    rows = [row for p in populations.values() for row in p.weights.detach().cpu()]
+    if splits is None:
+        given = [value for p in populations.values() for value in p.properties.get("split", (None,) * len(p))]
+        splits = Split() if any(value not in SPLITS for value in given) else given
     if isinstance(splits, Split):
         split: dict[str, Any] = {"by": "model", "seed": splits.seed, "fractions": list(splits.fractions)}
         wrong = [m for m in columns["model"] if type(m) is not int]
         require(not wrong, f"properties['model']: expected integers, got {wrong[:1]}")
-        drawn = draw(splits, population.weights, columns["model"], columns.get("epoch"))
+        drawn = draw(splits, rows, columns["model"], columns.get("epoch"))
         if drawn.copies:
             logger.warning("zoo: %d models share a checkpoint with another one, to the bit, and are in its split", drawn.copies)
         names, twice = drawn.names, sum(drawn.elsewhere)
     else:
         require(
-            not isinstance(splits, str) and len(splits) == len(population),
-            f"splits: expected a Split or {len(population)} names of {SPLITS}, got {splits!r:.60}",
+            not isinstance(splits, str) and len(splits) == len(rows),
+            f"splits: expected a Split or {len(rows)} names of {SPLITS}, got {splits!r:.60}",
         )
         split = {"by": "model", "seed": None, "fractions": None}
         names = tuple(splits)
-        twice = sum(elsewhere(digests(population.weights), names))
+        twice = sum(elsewhere([digest(row) for row in rows], names))
     if twice:
         logger.warning("zoo: %d checkpoints have weights that another split has, to the bit", twice)
     return {**columns, "split": names}, split
 
 
-def write_shards(folder: Path, parts: Iterable[torch.Tensor], describe: Callable[[Sequence[Shard]], Manifest]) -> Manifest:
+def _columns(populations: Mapping[str, Population]) -> dict[str, tuple[Any, ...]]:
+    """The properties of all rows, ``model`` first; of several populations with each row's label, and models numbered through."""
+    if len(populations) == 1:
+        (population,) = populations.values()
+        table = {n: tuple(plain(v, f"properties[{n!r}]") for v in c) for n, c in population.properties.items() if n != "split"}
+        return {"model": table.pop("model", tuple(range(len(population)))), **table}
+    names = dict.fromkeys(n for p in populations.values() for n in p.properties if n not in ("model", "split", KIND))
+    every: dict[str, list[Any]] = {"model": [], KIND: [], **{name: [] for name in names}}
+    first = 0
+    for label, p in populations.items():
+        own = p.properties.get("model", tuple(range(len(p))))
+        numbers = {model: first + i for i, model in enumerate(dict.fromkeys(own))}
+        first += len(numbers)
+        every["model"] += [numbers[model] for model in own]
+        every[KIND] += [label] * len(p)
+        for name in names:
+            every[name] += [plain(v, f"properties[{name!r}]") for v in p.properties.get(name, (None,) * len(p))]
+    return {name: tuple(column) for name, column in every.items()}
+
+
+def write_shards(folder: Path, parts: Iterable[Part], describe: Callable[[Sequence[Shard]], Manifest]) -> Manifest:
     """Shards first, one in memory at a time, synced; then the manifest in one step; then what of ours it does not list goes.
 
     ``parts`` can be gone through more than once; ``describe`` is called when all shards are written.
@@ -133,7 +189,7 @@ def write_shards(folder: Path, parts: Iterable[torch.Tensor], describe: Callable
         folder.mkdir(parents=True, exist_ok=True)
         generation = _generation(folder, parts)
         for i, part in enumerate(parts):
-            blob = safetensors.torch.save({"weights": part.contiguous()})
+            blob = safetensors.torch.save({"weights": _tensor(part)})
             shard = Shard(f"shard-{i:05d}{generation}.safetensors", len(part), len(blob), hashlib.sha256(blob).hexdigest())
             existed = (folder / shard.file).exists()
             write_bytes(folder / shard.file, blob)
@@ -144,7 +200,7 @@ def write_shards(folder: Path, parts: Iterable[torch.Tensor], describe: Callable
         write_bytes(folder / MANIFEST, manifest.to_json())
         made.clear()
     except (OSError, WslfastError) as error:
-        need = f" (about {4 * sum(part.numel() for part in parts):,} bytes)" if isinstance(parts, Sequence) else ""
+        need = f" (about {4 * sum(_tensor(part).numel() for part in parts):,} bytes)" if isinstance(parts, Sequence) else ""
         raise WslfastError(f"{folder}: cannot write the zoo{need}: {error}") from error
     finally:
         for stray in made:
@@ -152,233 +208,21 @@ def write_shards(folder: Path, parts: Iterable[torch.Tensor], describe: Callable
     listed = {shard.file for shard in shards}
     with contextlib.suppress(OSError):  # the zoo is complete: what cannot be removed now goes with the next writing
         for name in os.listdir(folder):
-            if name not in listed and (_OURS.fullmatch(name) or _TEMPORARY.fullmatch(name)):
+            if name not in listed and (OURS.fullmatch(name) or _TEMPORARY.fullmatch(name)):
                 (folder / name).unlink(missing_ok=True)
     return manifest
 
 
-def _generation(folder: Path, parts: Iterable[torch.Tensor]) -> str:
+def _tensor(part: Part) -> Tensor:
+    return part.contiguous() if isinstance(part, Tensor) else torch.cat([row.reshape(-1) for row in part])
+
+
+def _generation(folder: Path, parts: Iterable[Part]) -> str:
     """What shard names carry: nothing in a fresh folder, else a digest of the content, so that no other content is written over."""
-    if not any(_OURS.fullmatch(name) for name in os.listdir(folder)):
+    if not any(OURS.fullmatch(name) for name in os.listdir(folder)):
         return ""
-    digest = hashlib.sha256()
+    content = hashlib.sha256()
     for part in parts:
-        digest.update(len(part).to_bytes(8, "little"))
-        digest.update(part.contiguous().numpy().data)
-    return "." + digest.hexdigest()[:12]
-
-
-# -- reading -----------------------------------------------------------------------------------------------------------
-
-
-def read_manifest(path: str | Path) -> Manifest:
-    """The validated manifest of the zoo in folder ``path``. Raises WslfastError naming the file and the field that is wrong."""
-    file = Path(path) / MANIFEST
-    return Manifest.parse(_bytes(Path(path), MANIFEST), str(file))
-
-
-def load_zoo(
-    path: str | Path, split: str | None = None, *, architecture: Architecture | None = None, verify: bool = True, skip_bad: bool = False
-) -> Population:
-    """The population stored in folder ``path``: every row in manifest order, or one split's rows.
-
-    Args:
-        path: a folder written by :func:`save_zoo`.
-        split: None for every row, or "train", "val", "test".
-        architecture: what the models are, for a zoo whose architecture cannot be rebuilt from its manifest; where it can, both must agree.
-        verify: check every shard's SHA-256. The rest is always checked.
-        skip_bad: leave out shards that are missing or damaged, with one warning that counts them and their rows, instead of raising.
-
-    Raises:
-        WslfastError: naming the manifest's field or the shard that is missing, damaged or not what the manifest says.
-    """
-    require(split is None or split in SPLITS, f"split: expected None or one of {SPLITS}, got {split!r}")
-    folder = Path(path)
-    raw = _bytes(folder, MANIFEST)
-    for _ in range(_PATIENCE):
-        try:
-            return _load(folder, Manifest.parse(raw, str(folder / MANIFEST)), split, architecture, verify, skip_bad)
-        except (WslfastError, OSError) as error:
-            before, raw = raw, _bytes(folder, MANIFEST)
-            if raw == before and isinstance(error, WslfastError):
-                raise
-            if raw == before:
-                raise WslfastError(f"{folder}: cannot be read: {error}") from error
-    raise WslfastError(f"{folder}: the zoo was replaced {_PATIENCE} times while it was read")
-
-
-def _load(
-    folder: Path, manifest: Manifest, split: str | None, architecture: Architecture | None, verify: bool, skip_bad: bool
-) -> Population:
-    where = str(folder / MANIFEST)
-    width = manifest.num_weights
-    if skip_bad:
-        manifest = sound_part(folder, manifest, verify)
-    else:
-        check_shards(folder, manifest)  # before anything is allocated
-    if architecture is None:
-        architecture = manifest.rebuild(where)
-    else:
-        agree(architecture, manifest, where)
-    chosen = [split is None or s == split for s in manifest.properties["split"]]
-    require(any(chosen), f"{where}: no row is in split {split!r}; there are {sorted(set(manifest.properties['split']))}")
-    weights = torch.empty(sum(chosen), width)
-    row = at = 0
-    for shard in manifest.shards:
-        kept = torch.tensor(chosen[row : row + shard.rows])
-        part = _shard(folder, shard, width, verify)[kept]
-        weights[at : at + len(part)] = part
-        row, at = row + shard.rows, at + len(part)
-    columns = {
-        name: tuple(value for value, keep in zip(column, chosen, strict=True) if keep) for name, column in manifest.properties.items()
-    }
-    return Population(architecture, weights, columns)
-
-
-def check_shards(folder: Path, manifest: Manifest) -> None:
-    """Every shard that the manifest lists is a file of the folder and of the right size, and no other one is there."""
-    for extra in _extra_shards(folder, manifest):
-        raise WslfastError(f"{folder / extra}: extra shard: the manifest does not list it")
-    for shard in manifest.shards:
-        _check_size(folder, shard, manifest.num_weights)
-
-
-def sound_part(folder: Path, manifest: Manifest, verify: bool) -> Manifest:
-    """The manifest of the shards that can be read: without the others and their rows, which one warning counts.
-
-    Raises WslfastError if none can be read.
-    """
-    bad: dict[str, str] = {}
-    kept: list[bool] = []
-    for shard in manifest.shards:
-        try:
-            _check_size(folder, shard, manifest.num_weights)
-            _shard(folder, shard, manifest.num_weights, verify)
-        except WslfastError as error:
-            bad[shard.file] = str(error)
-        kept += [shard.file not in bad] * shard.rows
-    reasons = "; ".join([*bad.values()][:3]) + ("; ..." if len(bad) > 3 else "")
-    require(any(kept), f"{folder}: none of the zoo's {len(bad)} shards can be read: {reasons}")
-    extra = len(_extra_shards(folder, manifest))
-    if bad or extra:
-        lost = f"{len(bad)} of {len(manifest.shards)} shards with {kept.count(False)} of {manifest.rows} rows left out"
-        say_once(f"wslfast: {folder}: {lost}, {extra} extra shards ignored{': ' if bad else ''}{reasons}")
-    return replace(
-        manifest,
-        rows=kept.count(True),
-        properties={name: tuple(compress(column, kept)) for name, column in manifest.properties.items()},
-        shards=tuple(shard for shard in manifest.shards if shard.file not in bad),
-    )
-
-
-def _extra_shards(folder: Path, manifest: Manifest) -> list[str]:
-    """Shards in the folder that are of the zoo's own generation (others belong to a writer at work or one that died) and not listed."""
-    names = {shard.file for shard in manifest.shards}
-    generations = {m["generation"] for m in map(_OURS.fullmatch, names) if m}
-    found = ((name, _OURS.fullmatch(name)) for name in sorted(set(os.listdir(folder)) - names))
-    return [name for name, match in found if match is not None and match["generation"] in generations]
-
-
-def _check_size(folder: Path, shard: Shard, width: int) -> None:
-    size = regular_file(folder, shard.file).stat().st_size
-    require(size == shard.bytes, f"{folder / shard.file}: expected {shard.bytes:,} bytes, got {size:,}")
-    require(size >= 4 * shard.rows * width, f"{folder / shard.file}: {size:,} bytes cannot hold [{shard.rows}, {width}] float32")
-
-
-def _shard(folder: Path, shard: Shard, width: int, verify: bool) -> torch.Tensor:
-    where = folder / shard.file
-    data = _bytes(folder, shard.file, shard.bytes)
-    if verify:
-        digest = hashlib.sha256(data).hexdigest()
-        require(
-            digest == shard.sha256,
-            f"{where}: the shard is damaged or not the manifest's: expected sha256 {shard.sha256[:12]}..., got {digest[:12]}...",
-        )
-    try:
-        tensors = safetensors.torch.load(data)
-    except Exception as error:  # whatever the parser makes of bytes that nobody wrote
-        raise WslfastError(f"{where}: not a safetensors file: {error}") from error
-    return check_weights(tensors, shard, width, str(where))
-
-
-def check_weights(tensors: Mapping[str, torch.Tensor], shard: Shard, width: int, where: str) -> torch.Tensor:
-    """The one tensor that a shard holds, of the dtype and shape that the manifest promises."""
-    require(set(tensors) == {"weights"}, f"{where}: expected one tensor 'weights', got {sorted(tensors)[:5]}")
-    weights = tensors["weights"]
-    require(
-        weights.dtype == torch.float32 and weights.shape == (shard.rows, width),
-        f"{where}: expected float32 [{shard.rows}, {width}], got {str(weights.dtype).removeprefix('torch.')} {list(weights.shape)}",
-    )
-    return weights
-
-
-def agree(architecture: Architecture, manifest: Manifest, where: str) -> None:
-    """``architecture`` has the manifest's P and, where names are recorded, its names and shapes."""
-    require(isinstance(architecture, Architecture), f"architecture: expected an Architecture, got {type(architecture).__name__}")
-    require(
-        architecture.num_weights == manifest.num_weights,
-        f"{where}: architecture: the zoo has {manifest.num_weights} weights a model, architecture= has {architecture.num_weights}",
-    )
-    recorded, ours = manifest.architecture, normalised(architecture.to_dict(), "architecture")
-    for key in ("layers", "recipe", "parameters"):
-        if key in recorded and key in ours:
-            require(recorded[key] == ours[key], f"{where}: architecture: {key} differ from those of architecture={architecture.name!r}")
-
-
-def regular_file(folder: Path, name: str) -> Path:
-    """The regular file ``name`` of the folder itself. Raises WslfastError for anything else: a link out, a pipe, nothing."""
-    file = folder / name
-    try:
-        real, home = file.resolve(strict=True), folder.resolve(strict=True)
-        mode = real.stat().st_mode
-    except FileNotFoundError:
-        raise WslfastError(f"{file}: no such file; expected a zoo's {'manifest' if name == MANIFEST else 'shard'}") from None
-    except (OSError, RuntimeError, ValueError) as error:
-        raise WslfastError(f"{file}: cannot be read: {error}") from None
-    require(real.parent == home, f"{file}: expected a file of the zoo's own folder, got a link to elsewhere")
-    require(stat.S_ISREG(mode), f"{file}: expected a regular file")
-    return real
-
-
-def _bytes(folder: Path, name: str, size: int = -1) -> bytes:
-    """What the file holds; at most one byte more than ``size``, so that a file that grows is noticed and not swallowed."""
-    try:
-        with open(regular_file(folder, name), "rb") as file:
-            data = file.read(size + 1 if size >= 0 else -1)
-    except OSError as error:
-        raise WslfastError(f"{folder / name}: cannot be read: {error.strerror or error}") from error
-    require(size < 0 or len(data) == size, f"{folder / name}: expected {size:,} bytes, got {len(data):,}")
-    return data
-
-
-def summarize(path: str | Path) -> dict[str, Any]:
-    """What ``wslfast zoo show`` prints: rows, models, splits, epochs, accuracy quantiles, architecture, provenance, bytes.
-
-    Reads the manifest alone; ``quantiles`` holds minimum, quartiles and maximum of each accuracy column.
-    """
-    manifest = read_manifest(path)
-    table = manifest.properties
-    quantiles = {}
-    for name in ("train_acc", "val_acc", "test_acc", "ggap"):
-        values = [v for v in table.get(name, ()) if type(v) in (int, float)]
-        if values:
-            at = torch.tensor([0, 0.25, 0.5, 0.75, 1], dtype=torch.float64)
-            quantiles[name] = torch.tensor(values, dtype=torch.float64).quantile(at).tolist()
-    return {
-        "rows": manifest.rows,
-        "models": len(set(table["model"])),
-        "splits": {
-            name: {"rows": table["split"].count(name), "models": len({m for m, s in zip(table["model"], table["split"]) if s == name})}
-            for name in SPLITS
-        },
-        "split_seed": manifest.split["seed"],
-        "epochs": sorted({e for e in table.get("epoch", ()) if type(e) is int}),
-        "quantiles": quantiles,
-        "architecture": str(manifest.architecture.get("name")),
-        "input_shape": manifest.architecture.get("input_shape"),
-        "weights_per_model": manifest.num_weights,
-        "shards": len(manifest.shards),
-        "bytes": sum(shard.bytes for shard in manifest.shards),
-        "properties": list(table),
-        "provenance": dict(manifest.provenance),
-    }
+        content.update(len(part).to_bytes(8, "little"))
+        content.update(_tensor(part).numpy().data)
+    return "." + content.hexdigest()[:12]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from kernel_cases import MLP, SMALL, Net, error, make, oracle
+from tolerances import FP32
 from torch import Tensor
 
 from wslfast.kernels import reference
@@ -37,7 +38,7 @@ def test_forward_differentiates() -> None:
         loss(outputs).backward(retain_graph=True)
         once = weights.grad.clone()
         loss(expected).backward(retain_graph=True)
-        assert error(once, wide.grad) < 5e-6
+        assert error(once, wide.grad) < FP32 / 2
         loss(outputs).backward()
         assert torch.equal(weights.grad, 2 * once)
 
@@ -62,7 +63,7 @@ def test_any_strides_of_the_incoming_gradient(form: str) -> None:
         outputs = outputs.to(gradient.dtype)
     (found,) = torch.autograd.grad(outputs, weights, gradient)
     (expected,) = torch.autograd.grad(reference.forward(wide, queries.double(), MLP.layers), wide, gradient.double())
-    assert error(found, expected) < 5e-6
+    assert error(found, expected) < FP32 / 2
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.float64])
@@ -97,9 +98,9 @@ def test_a_network_that_flattens_takes_images_and_vectors(shape: tuple[int, ...]
     case = Net(FLATTENED, shape)
     weights, queries, targets = make(case, 2, 3)
     queries = torch.randn(2, 3, *shape) if own else queries
-    assert error(_forward(weights, queries, case), reference.forward(weights.double(), queries.double(), FLATTENED)) < 5e-6
+    assert error(_forward(weights, queries, case), reference.forward(weights.double(), queries.double(), FLATTENED)) < FP32 / 2
     expected = oracle(weights, queries, targets, FLATTENED, "mse")
-    assert error(kernels.loss_and_gradient(weights, queries, targets, FLATTENED, "mse", 2.0, "ieee")[1], expected[1]) < 5e-6
+    assert error(kernels.loss_and_gradient(weights, queries, targets, FLATTENED, "mse", 2.0, "ieee")[1], expected[1]) < FP32 / 2
     if not own:
         index = torch.tensor([[0, 2], [1, 1]])
         pooled = kernels.forward(weights, queries, FLATTENED, "ieee", index=index)

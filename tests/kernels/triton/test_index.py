@@ -7,6 +7,7 @@ import gc
 import pytest
 import torch
 from kernel_cases import MLP, SMALL, error, make, oracle
+from tolerances import FP32
 from torch import Tensor
 
 from wslfast import Architecture, engine
@@ -55,8 +56,8 @@ def test_the_engine_hands_over_pool_and_index(on_triton: None, monkeypatch: pyte
         monkeypatch.setenv("WSLFAST_MEMORY_MB", megabytes)
         found = engine.loss_and_gradient(weights, pool, labels, arch, "cross_entropy", index=index)
         expected = oracle(weights, pool[index], labels, SMALL.layers, "cross_entropy")
-        assert error(found[0], expected[0]) < 5e-6
-        assert error(found[1], expected[1]) < 5e-6
+        assert error(found[0], expected[0]) < FP32 / 2
+        assert error(found[1], expected[1]) < FP32 / 2
     assert largest < 1 << 20
 
 
@@ -75,8 +76,8 @@ def test_a_criterion_that_the_kernels_do_not_know(monkeypatch: pytest.MonkeyPatc
         wide = weights.double().requires_grad_()
         expected = smooth(reference.forward(wide, queries.double(), MLP.layers), targets.double())
         (slope,) = torch.autograd.grad(expected.sum(), wide)
-        assert error(values, expected.detach()) < 5e-6
-        assert error(gradient, slope) < 5e-6
+        assert error(values, expected.detach()) < FP32 / 2
+        assert error(gradient, slope) < FP32 / 2
 
 
 def test_a_pool_is_stacked_once_until_it_changes_or_dies(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +89,7 @@ def test_a_pool_is_stacked_once_until_it_changes_or_dies(monkeypatch: pytest.Mon
 
     def check(pool: Tensor, expect: int) -> None:
         losses, _ = kernels.loss_and_gradient(weights, pool, targets, MLP.layers, "mse", 2.0, "ieee", index=index)
-        assert error(losses, oracle(weights, pool[index], targets, MLP.layers, "mse")[0]) < 5e-6
+        assert error(losses, oracle(weights, pool[index], targets, MLP.layers, "mse")[0]) < FP32 / 2
         assert len(stacked) == expect
 
     check(pool, 1)

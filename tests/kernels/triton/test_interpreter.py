@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from kernel_cases import CASES, HEADS, MLP, SMALL, Net, cnn3, cnn28, error, gradient_errors, lenet5, make, oracle, random_net
+from tolerances import FP32
 
 from wslfast.kernels import reference
 
@@ -52,7 +53,7 @@ def test_forward(name: str, poisoned_empty: None) -> None:
     case = NETWORKS[name]
     weights, queries, _ = make(case, 2, 3)
     found = kernels.forward(weights, queries, case.layers, "ieee", mode="layers")
-    assert error(found, reference.forward(weights.double(), queries.double(), case.layers)) < 5e-6
+    assert error(found, reference.forward(weights.double(), queries.double(), case.layers)) < FP32 / 2
 
 
 @pytest.mark.slow
@@ -146,8 +147,8 @@ def test_criteria(criterion: str, poisoned_empty: None) -> None:
     for temperature in (1.0, 4.0) if criterion == "distillation" else (2.0,):
         found = kernels.loss_and_gradient(weights, queries, 3 * targets, MLP.layers, criterion, temperature, "ieee")
         expected = oracle(weights, queries, 3 * targets, MLP.layers, criterion, temperature=temperature)
-        assert error(found[0], expected[0]) < 5e-6
-        assert error(found[1], expected[1]) < 5e-6
+        assert error(found[0], expected[0]) < FP32 / 2
+        assert error(found[1], expected[1]) < FP32 / 2
 
 
 def test_labels(poisoned_empty: None) -> None:
@@ -156,8 +157,8 @@ def test_labels(poisoned_empty: None) -> None:
     for form in (labels, labels.to(torch.int32), labels[0].expand(3, 5), labels.T.contiguous().T):
         found = kernels.loss_and_gradient(weights, queries, form, MLP.layers, "cross_entropy", 2.0, "ieee")
         expected = oracle(weights, queries, form.long(), MLP.layers, "cross_entropy")
-        assert error(found[0], expected[0]) < 5e-6
-        assert error(found[1], expected[1]) < 5e-6
+        assert error(found[0], expected[0]) < FP32 / 2
+        assert error(found[1], expected[1]) < FP32 / 2
     labels[1, 2] = 3  # names no class
     losses, _ = kernels.loss_and_gradient(weights, queries, labels, MLP.layers, "cross_entropy", 2.0, "ieee")
     assert losses.isnan().tolist() == [False, True, False]
@@ -189,11 +190,11 @@ def test_queries_of_every_model_and_from_a_pool(poisoned_empty: None) -> None:
     by_pool = kernels.loss_and_gradient(weights, pool, targets, SMALL.layers, "mse", 2.0, "ieee", index=index)
     by_model = kernels.loss_and_gradient(weights, own, targets, SMALL.layers, "mse", 2.0, "ieee")
     for found in (by_pool, by_model):
-        assert error(found[0], expected[0]) < 5e-6
-        assert error(found[1], expected[1]) < 5e-6
+        assert error(found[0], expected[0]) < FP32 / 2
+        assert error(found[1], expected[1]) < FP32 / 2
     assert torch.equal(by_pool[1], by_model[1])
     outputs = kernels.forward(weights, pool, SMALL.layers, "ieee", index=index.to(torch.int32), mode="layers")
-    assert error(outputs, reference.forward(weights.double(), own.double(), SMALL.layers)) < 5e-6
+    assert error(outputs, reference.forward(weights.double(), own.double(), SMALL.layers)) < FP32 / 2
 
 
 def test_strided_expanded_and_sliced_arguments(poisoned_empty: None) -> None:
@@ -217,7 +218,7 @@ def test_other_dtypes_of_the_arguments(kind: torch.dtype) -> None:
     losses, gradient = kernels.loss_and_gradient(weights, queries, targets, MLP.layers, "mse", 2.0, "ieee")
     assert losses.dtype == gradient.dtype == torch.float32
     expected = oracle(weights, queries, targets, MLP.layers, "mse")
-    assert error(gradient, expected[1]) < 5e-6
+    assert error(gradient, expected[1]) < FP32 / 2
 
 
 def test_wrong_arguments_are_named() -> None:
@@ -281,7 +282,7 @@ def test_nan_in_one_window_position_survives_pooling(name: str) -> None:
     queries[1, 0, 2, 3] = float("nan")
     found = kernels.forward(weights, queries, case.layers, "ieee", mode="layers")
     assert found[0].isnan().any(1).tolist() == [False, True]
-    assert error(found[:, :1], reference.forward(weights.double(), queries[:1].double(), case.layers)) < 5e-6
+    assert error(found[:, :1], reference.forward(weights.double(), queries[:1].double(), case.layers)) < FP32 / 2
 
 
 def test_queries_that_pass_32_bit_offsets_are_refused() -> None:

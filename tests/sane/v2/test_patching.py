@@ -16,7 +16,7 @@ import torch
 from sane2_package import CNN3, FILES, forget, lay_out, load, sane2  # noqa: F401 - a fixture
 
 from wslfast.errors import WslfastError
-from wslfast.sane import patch, patched, patching, report, v2
+from wslfast.sane import patch, patched, patching, replaced, v2
 from wslfast.sane.__main__ import main
 from wslfast.sane.v2.surface import TABLE
 
@@ -47,9 +47,9 @@ def test_every_name_is_replaced_reported_and_put_back(sane2: SimpleNamespace) ->
     state = sane2.zoo_dataset_models.get_model(CNN3).state_dict()
     made = sane2.tokenizers.SparseTokenizer(tokensize=97, mode="full_model", reference_statedict=state)
     with patched() as handle:
-        assert sorted(row["name"] for row in report()) == sorted(TABLE)
-        assert {row["package"] for row in report()} == {"sane"}
-        rows = {row["name"]: row["places"] for row in report()}
+        assert sorted(row["name"] for row in replaced()) == sorted(TABLE)
+        assert {row["package"] for row in replaced()} == {"sane"}
+        rows = {row["name"]: row["places"] for row in replaced()}
         assert rows["utils.git_re_basin.weight_matching"] == [
             "sane.utils.git_re_basin.weight_matching",
             "sane.data.checkpoint.checkpoint_augmentation.weight_matching",
@@ -60,7 +60,7 @@ def test_every_name_is_replaced_reported_and_put_back(sane2: SimpleNamespace) ->
         tokens, mask, position = made.tokenize(statedict=state)  # objects made before, and names of arguments
         back = made.detokenize(tokens, mask=mask, position=position)
         assert all(torch.equal(back[name], state[name]) for name in state)
-    assert report() == []
+    assert replaced() == []
     after = _everything(sane2)
     assert list(after) == list(before)
     assert all(after[name] is value for name, value in before.items())
@@ -92,12 +92,12 @@ def test_modules_imported_during_the_patch_are_patched(tmp_path: Path, monkeypat
     lay_out(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     with patched() as handle:
-        assert report() == []
+        assert replaced() == []
         importlib.import_module("sane.loss")
-        assert {row["name"] for row in report()} == {name for name in TABLE if name.startswith("loss.")}
+        assert {row["name"] for row in replaced()} == {name for name in TABLE if name.startswith("loss.")}
         assert len(handle.added) == 2
         loaded = load()
-        assert {row["name"] for row in report()} == set(TABLE)
+        assert {row["name"] for row in replaced()} == set(TABLE)
     assert not hasattr(loaded.loss, "BehavioralLoss")
 
 
@@ -120,7 +120,7 @@ def test_another_package_of_the_name_is_left_alone(tmp_path: Path, monkeypatch: 
     importlib.import_module("sane.loss")
     importlib.import_module("sane.utils.git_re_basin")
     with patched() as handle:
-        assert report() == []
+        assert replaced() == []
         assert handle.added == []
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from wslfast import Architecture, Population, TokenLayout, WslfastError, load_zoo
 from wslfast.cli import main
 from wslfast.safe.inert import InertFile, StoredTensor, Stub
-from wslfast.zoo import export_zoo, import_zoo, read_manifest, save_zoo
+from wslfast.zoo import export_zoo, import_zoo, load_parts, read_manifest, save_zoo
 from wslfast.zoo.importers.recognise import recognise
 from wslfast.zoo.splits import Split
 
@@ -151,14 +151,18 @@ def test_holes_are_left_out_and_counted(tmp_path: Path, tree: Path, how: str, ro
     assert torch.equal(zoo.weights, whole.weights[index])
 
 
-def test_another_activation_is_another_architecture(tmp_path: Path, tree: Path) -> None:
+def test_another_activation_is_another_architecture_of_the_same_zoo(tmp_path: Path, tree: Path) -> None:
     for trial in ("NN_tune_trainable_00001", "NN_tune_trainable_00004"):
         _restate(tree / trial, **{"model::nlin": "tanh"})
-    done = import_zoo(tree, tmp_path / "relu")
-    assert (done.models, dict(done.skipped)) == (4, {"another architecture": 6})
-    assert "expected activation relu, got 'tanh'" in (tmp_path / "relu" / "skipped.json").read_text()
+    done = import_zoo(tree, tmp_path / "both")
+    assert (done.models, list(done.architectures), dict(done.skipped)) == (6, ["cnn relu", "cnn tanh"], {})
+    parts, whole = load_parts(tmp_path / "both"), population().weights.view(6, 3, -1)
+    assert torch.equal(parts["cnn tanh"].weights, whole[[1, 4]].flatten(0, 1))
+    assert torch.equal(parts["cnn relu"].weights, whole[[0, 2, 3, 5]].flatten(0, 1))
+    assert parts["cnn tanh"].architecture == Architecture.cnn(1, "tanh")
     done = import_zoo(tree, tmp_path / "tanh", architecture=Architecture.cnn(1, "tanh"))
     assert (done.models, dict(done.skipped)) == (2, {"another architecture": 12})
+    assert "expected activation tanh, got 'relu'" in (tmp_path / "tanh" / "skipped.json").read_text()
 
 
 def test_an_activation_that_is_not_stated_is_that_of_the_others(tmp_path: Path, tree: Path) -> None:
@@ -265,7 +269,7 @@ def test_trials_come_before_the_data_sets_made_of_them(tmp_path: Path, tree: Pat
 
 
 def test_shards_are_written_as_they_fill(tmp_path: Path, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wslfast.zoo.importers.SHARD_BYTES", 5 * 4 * 2464)
+    monkeypatch.setattr("wslfast.zoo.importers.rows.SHARD_BYTES", 5 * 4 * 2464)
     import_zoo(tree, tmp_path / "out")
     assert len(list((tmp_path / "out").glob("shard-*.safetensors"))) == 4
     assert torch.equal(load_zoo(tmp_path / "out").weights, population().weights)

@@ -14,8 +14,8 @@ from ...errors import WslfastError, describe, require
 from ...files import write_text
 from ...population import Population
 from ...zoo.export import export_zoo as export_tree
+from ...zoo.reading import read_manifest
 from ...zoo.source import dataset_of
-from ...zoo.store import read_manifest
 from . import images
 from .networks import shape_of
 

@@ -1,36 +1,33 @@
-"""The field's own zoos, as they are: ray-tune trees and pickled data sets become a zoo of this library, and nothing of them is run."""
+"""The field's own zoos, and a user's: trials, state dicts and matrices become a zoo of this library, and nothing of them is run."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ...architecture import Architecture
-from ...errors import WslfastError, logger, require
-from ...files import write_text
-from ...population import Population
+from ...errors import logger, require
+from ...files import check_folder, write_text
 from ...profiling import region
 from ..build import LARGEST_WEIGHT
-from ..datasets import load_dataset
-from ..identical import Identical, digest
-from ..manifest import MANIFEST, SPLITS, Manifest, Shard, normalised, plain
+from ..datasets import image_shape
+from ..manifest import MANIFEST, SPLITS, Manifest, Shard, normalised
+from ..source import described
 from ..splits import Split
-from ..store import SHARD_BYTES, write_shards
-from . import pickled, ray
-from .found import UNKNOWN, Found, Skips, State, unreadable
-from .recognise import contradiction, fits, recognise
+from ..store import described_by, write_shards
+from . import inr, own, pickled, ray, small_cnn
+from .files import ENDINGS, state_files
+from .found import UNKNOWN, Skips
+from .rows import IDENTICAL, Reader, Rows
 
 __all__ = ["Imported", "import_zoo"]
 
 SKIPPED = "skipped.json"
-_IDENTICAL = "identical weights"
 
 
 @dataclass(frozen=True)
@@ -39,14 +36,18 @@ class Imported:
 
     Attributes:
         rows, models: checkpoints in the new zoo, and the models they are of (copies of a trial are one).
-        architecture: of all of them.
+        architecture: of all of them; of several, the first one's.
         skipped: ``{reason: count}``; OUT/skipped.json lists every one as ``{"where", "reason", "detail"}``.
+        architectures: those of a zoo of several by label; of one alone by its name.
+        has_dataset: whether the zoo records what its models were trained on.
     """
 
     rows: int
     models: int
     architecture: Architecture
     skipped: Mapping[str, int]
+    architectures: Mapping[str, Architecture]
+    has_dataset: bool = False
 
 
 def import_zoo(
@@ -55,25 +56,48 @@ def import_zoo(
     *,
     epochs: Sequence[int] | None = None,
     architecture: Architecture | None = None,
+    network: str | Sequence[str] | None = None,
+    table: str | Path | None = None,
+    input_shape: Sequence[int] | None = None,
+    output: str | int | None = None,
     threshold: float = LARGEST_WEIGHT,
     split: Sequence[float] = (0.7, 0.15, 0.15),
     seed: int = 0,
     dataset: str | Path | None = None,
+    standardise: bool = False,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    padding: str = "valid",
+    omega: float = inr.OMEGA,
     overwrite: bool = False,
 ) -> Imported:
-    """Read a published zoo and store it as one of this library.
+    """Read trained networks, a published zoo or one's own, and store them as a zoo of this library.
 
     Args:
-        source: a folder of ray-tune trials (``NN_tune_trainable_*`` and the like, at any depth), a folder with
-            ``dataset_{train,val,test}.pt`` (trials come first where both are there), or one such file.
-        out: folder of the new zoo. Rows are in order of sorted folders, then epochs; shards are written as they fill.
+        source: a folder (or one file) of any of these. Networks of one's own, a file each (``.pt``, ``.pth``, ``.ckpt``, ``.safetensors``,
+            ``.npz``: a state dict, bare or under one of the usual keys, at any depth), with ``network``. A folder of ray-tune trials
+            (``NN_tune_trainable_*`` and the like, at any depth), also of the CNN Wild Park; ``dataset_{train,val,test}.pt``, or one such
+            file; the Small CNN Zoo's ``weights.npy``, ``layout.csv``, ``metrics.csv.gz``; implicit representations of DWSNets and NFN; what
+            :func:`export_zoo` wrote.
+        out: folder of the new zoo. Rows are in order of sorted names, then epochs; shards are written as they fill.
         epochs: those to keep; by default every one that is there.
-        architecture: what the models are; by default recognised from ``params.json`` and the weights' names and shapes.
+        architecture: what the models are; by default recognised. Models of several architectures make one zoo of several.
+        network: ``FILE.py:NAME``, a class or function called without arguments that gives the module, or several of them; the file is
+            the only code that runs.
+        table: CSV file with a column ``file`` and whatever is known of each: properties; ``model``, ``epoch`` and ``split`` are what
+            they say.
+        input_shape: of one query of ``network``; by default that of the data set's images.
+        output: which part of its answer counts, where it returns a tuple (a number) or a dict (a name).
         threshold: a checkpoint with a larger weight (or NaN) is left out, as the published pipeline does.
-        split: shares of the models for train, val and test; pickled data sets keep the split their names say.
+        split: shares of the models for train, val and test; a split that the source states is kept.
         seed: draws that split.
-        dataset: what the models were trained on (see :func:`wslfast.zoo.load_dataset`), recorded so that training and evaluation
-            find their images, which are standardised.
+        dataset: what the models were trained on (see :func:`wslfast.zoo.load_dataset`), recorded so that training, evaluation and
+            generation find it. Implicit representations need none: they are asked a grid of coordinates.
+        standardise: the models saw its images standardised, by the training images' own mean and deviation (a named set's published ones);
+            by default as they are: bytes in [0, 1], other numbers unchanged.
+        mean, std: the models saw ``(image - mean) / std``, one number a channel or one for all.
+        padding: of the Small CNN Zoo's convolutions, ``"valid"`` or ``"same"``.
+        omega: frequency of implicit representations of DWSNets and NFN.
         overwrite: replace a zoo that is already in ``out``.
 
     Raises:
@@ -84,68 +108,160 @@ def import_zoo(
     require(folder.exists(), f"source: {source}: no such file or folder")
     require(threshold > 0, f"threshold: expected a positive number, got {threshold!r}")
     require(overwrite or not (place / MANIFEST).exists(), f"out: {out}: there is a zoo already; overwrite=True (--overwrite) replaces it")
+    check_folder(place, "zoo")
     kept = None if epochs is None else frozenset(epochs)
     require(kept is None or all(type(e) is int and e >= 0 for e in kept), f"epochs: expected integers >= 0, got {epochs!r}")
+    require(architecture is None or network is None, "network: expected None beside architecture= (only one of the two is used)")
     plan = Split(tuple(split), seed)  # type: ignore[arg-type]
-    rows = _Rows(folder, kept, architecture, threshold)
+    named = [] if network is None else [network] if isinstance(network, str) else list(network)
+    networks = [(name.rpartition(":")[2], own.architecture_of(name, input_shape, dataset, output)) for name in named]
+    chosen = _Source.of(folder, networks, own.Table.read(table), architecture, kept, padding, omega, dataset)
+    rows = Rows(chosen.read, architecture, threshold, chosen.stated)
     first = next(iter(rows), None)
-    nothing = "; ".join(f"{reason}: {count}" for reason, count in rows.skips.counts().items()) or "no trials, no dataset_*.pt"
-    why = next((f"; {e['where']}: {e['detail']}" for e in rows.skips.entries if e["detail"]), "")
-    require(first is not None and rows.architecture is not None, f"source: {source}: no usable checkpoint ({nothing}){why}")
-    arch = rows.architecture
-    assert arch is not None
-    limit = threshold if math.isfinite(threshold) else None  # JSON has no infinity; the published default is one
-    provenance: dict[str, Any] = {"made_by": "wslfast zoo import", "source": str(source), "threshold": limit}
-    if dataset is not None:
-        data = load_dataset(dataset, arch.input_shape)
-        provenance["dataset"] = {"name": data.name, "classes": data.classes, **data.provenance}
+    require(first is not None and len(rows.kinds) > 0, lambda: _nothing(source, folder, rows, networks))
+    provenance: dict[str, Any] = {"made_by": "wslfast zoo import", "source": str(source), "kind": chosen.kind}
+    provenance["threshold"] = threshold if math.isfinite(threshold) else None  # JSON has no infinity; the published default is one
+    if networks:
+        provenance["network"] = named
+    trained_on = dataset
+    given: dict[str, Any] = {"standardise": standardise, "mean": mean, "std": std}
+    further: dict[str, Any] = {}
+    if dataset is None and chosen.kind == "implicit representations":
+        family = inr.KINDS[rows.architectures[0].parameters[0].name.partition(".")[0]]
+        trained_on, further = inr.grid_of(rows.architectures[0], family), {"peak": family.peak}
+    if dataset is not None and chosen.kind == "Small CNN Zoo" and not standardise and mean is None:
+        given |= {"mean": [0.5], "std": [0.5], "grey": True}  # its networks saw grey pixels from -1 to 1
+    checked: list[Architecture] = []
+
+    def images(architectures: Sequence[Architecture]) -> None:
+        """Record the data set in the shape of every architecture, as soon as one is known."""
+        if trained_on is not None and len(checked) < len(architectures):
+            record = described(trained_on, architectures[len(checked) :], **given, **further).record
+            provenance.setdefault("dataset", record)
+            provenance["dataset"]["classes"] = max(provenance["dataset"]["classes"], record["classes"])
+            checked.extend(architectures[len(checked) :])
+
+    images(rows.architectures)
 
     def describe(shards: Sequence[Shard]) -> Manifest:
-        given = None if None in rows.splits else rows.splits
-        names = _assigned(plan, rows) if given is None else _together(given, rows)
-        moved = sum(one != other for one, other in zip(given or (), names))
+        images(rows.architectures)
+        states = _assigned(plan, rows) if None in rows.splits else _together(rows.splits, rows)
+        moved = 0 if None in rows.splits else sum(one != other for one, other in zip(rows.splits, states))
         together = len(set(rows.numbers())) - len({rows.identical.family(model) for model in rows.models})
-        left_out = rows.skips.counts().get(_IDENTICAL, 0)
+        left_out = rows.skips.counts().get(IDENTICAL, 0)
         identical = {"left_out": left_out, "kept": rows.repeated, "together": together, "moved": moved}
-        record: dict[str, Any] = {"by": "model", "seed": seed if given is None else None}
-        record["fractions"] = list(plan.fractions) if given is None else None
-        columns = {"model": rows.numbers(), "epoch": tuple(rows.epochs), **rows.columns(), "split": names}
+        record: dict[str, Any] = {"by": "model", "seed": seed if None in rows.splits else None}
+        record["fractions"] = list(plan.fractions) if None in rows.splits else None
+        columns = {"model": rows.numbers(), "epoch": tuple(rows.epochs), **rows.columns(), "split": states}
         skipped = {**provenance, "skipped": rows.skips.counts(), "identical": identical}
-        return Manifest(
-            normalised(arch.to_dict(), "architecture"),
-            arch.num_weights,
-            len(rows.models),
-            columns,
-            record,
-            normalised(skipped, "provenance"),
-            tuple(shards),
-        )
+        return described_by(rows.table(), columns, record, normalised(skipped, "provenance"), shards)
 
     with region("import"):
         manifest = write_shards(place, rows, describe)
     write_text(place / SKIPPED, json.dumps(rows.skips.entries, indent=1, ensure_ascii=False) + "\n")
     _say(place / SKIPPED, rows, manifest.provenance["identical"])
-    return Imported(len(rows.models), len(set(rows.numbers())), arch, rows.skips.counts())
+    every = {label: manifest.rebuild(str(place), label) for label in manifest.kinds} or {rows.kinds[0].name: rows.kinds[0]}
+    return Imported(len(rows.models), len(set(rows.numbers())), rows.kinds[0], rows.skips.counts(), every, "dataset" in provenance)
 
 
-def _assigned(plan: Split, rows: _Rows) -> tuple[str, ...]:
+@dataclass(frozen=True)
+class _Source:
+    """What a source is, and how its checkpoints are read."""
+
+    kind: str
+    read: Reader
+    stated: Callable[[], Any] = lambda: None
+
+    @classmethod
+    def of(
+        cls,
+        folder: Path,
+        networks: list[tuple[str, Architecture]],
+        table: own.Table,
+        architecture: Architecture | None,
+        epochs: frozenset[int] | None,
+        padding: str,
+        omega: float,
+        dataset: str | Path | None,
+    ) -> _Source:
+        def own_networks(those: list[tuple[str, Architecture]], known: own.Table) -> Reader:
+            return lambda skips, seen: own.checkpoints(folder, those, known, epochs, skips, seen)
+
+        if networks:
+            return cls("state dicts", own_networks(networks, table))
+        if own.is_exported(folder):
+            made, index = own.exported(folder)
+            return cls("exported state dicts", own_networks(made, index))
+        if small_cnn.is_there(folder):
+            shape = None if dataset is None else input_side(dataset)
+            return cls("Small CNN Zoo", lambda skips, seen: small_cnn.checkpoints(folder, padding, shape, epochs, skips, seen))
+        files = pickled.files_of(folder)
+        trees = not folder.is_file() and ray.is_tree(folder)
+        if trees:
+
+            def trials(skips: Skips, seen: set[int]) -> Any:
+                for file in files.values():  # the published pipeline leaves what it made of the trials beside them
+                    skips.add(file.name, "a data set beside trials", "the trials are read; name the file itself to read it")
+                return ray.checkpoints(folder, epochs, skips, seen)
+
+            return cls("ray trials", trials, partial(ray.stated, folder, "model::nlin"))
+        if files and (not folder.is_file() or pickled.is_data_set(folder)):
+            return cls("pickled data sets", lambda skips, seen: pickled.checkpoints(files, architecture, epochs, skips, seen))
+        if inr.is_there(folder) and architecture is None:
+            return cls("implicit representations", lambda skips, seen: inr.checkpoints(folder, omega, epochs, skips, seen))
+        if state_files(folder, Skips()):
+            given = [] if architecture is None else [(architecture.name, architecture)]
+            return cls("state dicts", own_networks(given, table))
+        return cls("ray trials", lambda skips, seen: ray.checkpoints(folder, epochs, skips, seen))  # says what of a tree is missing
+
+
+def input_side(dataset: str | Path) -> int:
+    """Pixels along a side of a data set's images."""
+    return image_shape(dataset)[1]
+
+
+def _nothing(source: str | Path, folder: Path, rows: Rows, networks: Sequence[Any]) -> str:
+    """Why an import found nothing to store, and what to do."""
+    counts = rows.skips.counts()
+    reasons = "; ".join(f"{reason}: {count}" for reason, count in counts.items())
+    nothing = reasons or "no trials, no dataset_*.pt, no files of state dicts"
+    why = next((f"; {e['where']}: {e['detail']}" for e in rows.skips.entries if e["detail"]), "")
+    remedy = ""
+    if not networks and rows.skips.counts().get("unreadable checkpoint") and "no known network" in why:
+        remedy = "; networks of your own: --network FILE.py:NAME (network=)"
+    elif not networks and not reasons:
+        remedy = f"; files of state dicts end in {', '.join(ENDINGS)}"
+    return f"source: {source}: no usable checkpoint ({nothing}){why}{remedy}"
+
+
+def _assigned(plan: Split, rows: Rows) -> tuple[str, ...]:
     """The split of every row. All models of the source are dealt out, those left out too, so that another choice of epochs, or a checkpoint
-    that is broken, moves no other model; unless that left a split without models that could have some. Copies of a trial go together."""
+    that is broken, moves no other model; unless that left a split without models that could have some. Copies of a trial go together.
+    Where the source states the split of some models, the others are dealt out among the splits it does not state."""
     families = [rows.identical.family(model) for model in rows.models]
-    everybody = sorted({*map(rows.identical.family, rows.seen), *families})
-    of = dict(zip(everybody, plan.assign(everybody), strict=True))
+    stated: dict[int, str] = {}
+    for family, name in zip(families, rows.splits, strict=True):
+        if name is not None:
+            stated.setdefault(family, name)
+    if stated and len(stated) < len(set(families)):
+        shares = [0.0 if name in stated.values() else share for name, share in zip(SPLITS, plan.fractions, strict=True)]
+        shares = shares if shares[0] > 0 else list(plan.fractions)
+        plan = Split(tuple(share / sum(shares) for share in shares), plan.seed)  # type: ignore[arg-type]
+    everybody = sorted({*map(rows.identical.family, rows.seen), *families} - set(stated))
+    of = {**dict(zip(everybody, plan.assign(everybody), strict=True)), **stated} if everybody else stated
     names = tuple(of[family] for family in families)
-    alone = plan.assign(families)
-    return names if set(alone) <= set(names) else alone
+    free = [family for family in families if family not in stated]
+    alone = dict(zip(free, plan.assign(free), strict=True)) if free else {}
+    return names if set(alone.values()) <= set(names) else tuple(stated.get(f) or alone[f] for f in families)
 
 
-def _together(given: Sequence[str | None], rows: _Rows) -> tuple[str, ...]:
+def _together(given: Sequence[str | None], rows: Rows) -> tuple[str, ...]:
     """The splits that the source names; of copies of a model in several, the first one's."""
     first: dict[int, str] = {}
     return tuple(first.setdefault(rows.identical.family(model), str(split)) for model, split in zip(rows.models, given, strict=True))
 
 
-def _say(file: Path, rows: _Rows, identical: Mapping[str, int]) -> None:
+def _say(file: Path, rows: Rows, identical: Mapping[str, int]) -> None:
     """What a user has to know of an import, a line each."""
     counts = rows.skips.counts()
     if UNKNOWN in counts:
@@ -160,121 +276,6 @@ def _say(file: Path, rows: _Rows, identical: Mapping[str, int]) -> None:
         logger.warning("zoo import: %d checkpoints of models that are in two splits went to the first one", identical["moved"])
     if identical["kept"]:
         logger.info("zoo import: %d checkpoints have the weights of an earlier epoch of their own model; they are kept", identical["kept"])
-
-
-class _Rows:
-    """The source's checkpoints in shards, one in memory at a time; every pass over it reads the source again."""
-
-    def __init__(self, source: Path, epochs: Collection[int] | None, architecture: Architecture | None, threshold: float) -> None:
-        self._source, self._epochs, self._threshold = source, epochs, threshold
-        self.architecture = architecture
-        self._files = pickled.files_of(source)
-        self._tree = not source.is_file() and (not self._files or ray.is_tree(source))
-        self._guess: str | None = None  # where the architecture was recognised, if its activation is a guess
-        self._begin()
-
-    def _begin(self) -> None:
-        self.skips = Skips()
-        self._note_guess()
-        self.seen: set[int] = set()  # models that the source has, whether or not anything of them is kept
-        self.models: list[int] = []
-        self.epochs: list[int] = []
-        self.splits: list[str | None] = []
-        self._properties: list[Mapping[str, Any]] = []
-        self.identical = Identical()
-        self.repeated = 0  # rows that repeat an earlier epoch of their own model
-
-    def __iter__(self) -> Iterator[Tensor]:
-        self._begin()
-        waiting: list[Tensor] = []
-        for found in self._found():
-            row = self._row(found)
-            if row is None:
-                continue
-            first = self.identical.add(digest(row), found.model, found.epoch, found.where)
-            if first is not None and first.model == found.model and first.epoch != found.epoch:
-                self.repeated += 1
-            elif first is not None:
-                self.skips.add(found.where, _IDENTICAL, f"the same as {first.where}")
-                continue
-            if found.unknown:
-                self.skips.add(found.where, UNKNOWN, found.unknown)
-            self.models.append(found.model)
-            self.epochs.append(found.epoch)
-            self.splits.append(found.split)
-            self._properties.append(found.properties)
-            waiting.append(row)
-            if 4 * len(waiting) * len(row) >= SHARD_BYTES:
-                yield torch.stack(waiting)
-                waiting = []
-        if waiting:
-            yield torch.stack(waiting)
-
-    def numbers(self) -> tuple[int, ...]:
-        """The model of every row: one for the copies of a trial, unless two of them differ at one epoch."""
-        epochs: dict[int, list[int]] = {}
-        for model, epoch in zip(self.models, self.epochs, strict=True):
-            epochs.setdefault(self.identical.family(model), []).append(epoch)
-        one = {family for family, own in epochs.items() if len(set(own)) == len(own)}
-        return tuple(family if (family := self.identical.family(model)) in one else model for model in self.models)
-
-    def columns(self) -> dict[str, tuple[Any, ...]]:
-        """The properties by name, None where a checkpoint lacks one."""
-        names = dict.fromkeys(name for record in self._properties for name in record if name not in ("model", "epoch", "split"))
-        table = {name: tuple(plain(record.get(name), name) for record in self._properties) for name in names}
-        return {name: column for name, column in table.items() if any(value is not None for value in column)}
-
-    def _found(self) -> Iterator[Found]:
-        if not self._tree:
-            yield from pickled.checkpoints(self._files, self.architecture, self._epochs, self.skips, self.seen)
-            return
-        for file in self._files.values():  # the published pipeline leaves what it made of the trials beside them
-            self.skips.add(file.name, "a data set beside trials", "the trials are read; name the file itself to read it")
-        yield from ray.checkpoints(self._source, self._epochs, self.skips, self.seen)
-
-    def _settings(self, found: Found) -> Mapping[str, Any]:
-        """A trial's settings; if they do not state the activation, with that of the first trial that does."""
-        if "model::nlin" in found.config:
-            return found.config
-        others = ray.stated(self._source, "model::nlin") if self._tree else None
-        if others is None:
-            self._guess = found.where
-            self._note_guess()
-        return {**found.config, **({} if others is None else {"model::nlin": others})}
-
-    def _note_guess(self) -> None:
-        if self._guess is not None:
-            self.skips.add(self._guess, "activation not stated", "taken for the default; pass the architecture if it is another")
-
-    def _row(self, found: Found) -> Tensor | None:
-        """The checkpoint's weights ``[P]``, or None and a note why not."""
-        try:
-            state = found.read()
-            shapes = {name: tuple(value.shape) for name, value in state.items()}
-            if self.architecture is None:
-                self.architecture = recognise(self._settings(found), shapes)
-            other = None if fits(self.architecture, shapes) else f"expected {self.architecture.name!r}"
-            wrong = other or contradiction(self.architecture, found.config)
-            if wrong is not None:
-                self.skips.add(found.where, "another architecture", wrong)
-                return None
-            row = _weights(self.architecture, state)
-        except WslfastError as error:
-            self.skips.add(found.where, "unreadable checkpoint", unreadable(error))
-            return None
-        if not bool(row.isfinite().all()):
-            self.skips.add(found.where, "not finite")
-            return None
-        if float(row.abs().max()) > self._threshold:
-            self.skips.add(found.where, "weight above threshold", f"{float(row.abs().max()):g} > {self._threshold:g}")
-            return None
-        return row
-
-
-def _weights(architecture: Architecture, state: State) -> Tensor:
-    floating = {name: value for name, value in state.items() if value.is_floating_point() or name.endswith("num_batches_tracked")}
-    require(len(floating) == len(state), "weights that are not floating-point numbers")
-    return Population.from_state_dicts(architecture, [state]).weights[0]
 
 
 assert set(pickled.SPLITS) == set(SPLITS)

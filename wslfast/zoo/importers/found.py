@@ -9,18 +9,21 @@ from typing import Any
 
 from torch import Tensor
 
+from ...architecture import Architecture
 from ...errors import WslfastError, require
-from ...safe.inert import StoredTensor
+from ...safe.inert import StoredTensor, Stub
 
 State = Mapping[str, Tensor]
 UNKNOWN = "no matching results"
+_WRAPPERS = ("model_state_dict", "state_dict", "model", "params", "net", "network", "weights")  # keys that a state dict lies under
+_PARTS = ("_parameters", "_buffers", "_modules")  # of a module that was pickled whole
 
 
 @dataclass(frozen=True)
 class Found:
     """A checkpoint: where it is, which model's and of which epoch, what is known about it, and how to read its weights.
 
-    ``unknown`` says why nothing tells which results are its own.
+    ``unknown`` says why nothing tells which results are its own; ``architecture`` what it is of, where the source itself says so.
     """
 
     where: str
@@ -31,6 +34,7 @@ class Found:
     read: Callable[[], State]
     split: str | None = None
     unknown: str = ""
+    architecture: Architecture | None = None
 
 
 @dataclass
@@ -52,8 +56,54 @@ class Skips:
         return dict(Counter(entry["reason"] for entry in self.entries).most_common())
 
 
+def unwrapped(value: Any) -> tuple[Any, dict[str, Any]]:
+    """The state dict in what a training script saves, not read yet, and the plain values beside it (``epoch``, ``test_acc``, ...).
+
+    A state dict lies bare, or under one of the usual keys, or in a module that was pickled whole.
+    """
+    beside: dict[str, Any] = {}
+    for _ in range(4):
+        if isinstance(value, Stub) and _is_module(value):
+            return _of_module(value), beside
+        if not isinstance(value, dict):
+            break
+        beside |= {str(k): v for k, v in value.items() if isinstance(v, (int, float, str)) and not isinstance(v, bool)}
+        inner = next((value[k] for k in _WRAPPERS if isinstance(value.get(k), (dict, Stub)) and _holds_tensors(value[k])), None)
+        if inner is None:
+            tensors = {k: v for k, v in value.items() if isinstance(v, StoredTensor)}
+            return (tensors or value), beside
+        value = inner
+    return value, beside
+
+
+def _holds_tensors(value: Any) -> bool:
+    if isinstance(value, Stub):
+        return _is_module(value)
+    return any(isinstance(v, StoredTensor) or (isinstance(v, dict) and _holds_tensors(v)) for v in value.values())
+
+
+def _is_module(stub: Stub) -> bool:
+    return all(isinstance(stub.attribute(part), dict) for part in _PARTS)
+
+
+def _of_module(stub: Stub, prefix: str = "", depth: int = 0) -> dict[str, StoredTensor]:
+    """The state dict of a module that was pickled whole, out of its attributes."""
+    require(depth < 64, "a module that is nested too deeply")
+    temporary = stub.attribute("_non_persistent_buffers_set")
+    left_out = temporary if isinstance(temporary, set) else set()
+    state: dict[str, StoredTensor] = {}
+    for part in _PARTS[:2]:
+        own = stub.attribute(part)
+        state |= {f"{prefix}{k}": v for k, v in own.items() if isinstance(v, StoredTensor) and (part == "_parameters" or k not in left_out)}
+    for name, child in stub.attribute("_modules").items():
+        if isinstance(child, Stub) and _is_module(child):
+            state |= _of_module(child, f"{prefix}{name}.", depth + 1)
+    return state
+
+
 def state_of(value: Any) -> State:
-    """A state dict from what a file holds. Raises WslfastError if it is none."""
+    """A state dict, read, from what a file holds: bare or wrapped (:func:`unwrapped`). Raises WslfastError if it is none."""
+    value, _ = unwrapped(value)
     require(isinstance(value, dict) and len(value) > 0, "expected a state dict (names to tensors)")
     wrong = [k for k, v in value.items() if not isinstance(k, str) or not isinstance(v, StoredTensor)]
     require(not wrong, f"expected a state dict of tensors; {str(wrong[0])[:60] if wrong else ''!r} is something else")
@@ -69,6 +119,23 @@ def state_of(value: Any) -> State:
     for name in [n for n in state if n.startswith("_orig_mod.")]:  # torch.compile's
         state[name.removeprefix("_orig_mod.")] = state.pop(name)
     return state
+
+
+def plain_of(value: Any, depth: int = 0) -> Any:
+    """A configuration as dicts, lists and scalars, whatever class it was saved as (a dataclass, OmegaConf's containers)."""
+    require(depth < 32, "a configuration that is nested too deeply")
+    if isinstance(value, Stub):
+        for name in ("_content", "_val"):  # OmegaConf's containers and leaves
+            inner = value.attribute(name)
+            if inner is not None:
+                return plain_of(inner, depth + 1)
+        states = value.state if isinstance(value.state, tuple) else (value.state,)
+        return {k: plain_of(v, depth + 1) for state in states if isinstance(state, dict) for k, v in state.items() if isinstance(k, str)}
+    if isinstance(value, dict):
+        return {k: plain_of(v, depth + 1) for k, v in value.items() if isinstance(k, str)}
+    if isinstance(value, (list, tuple)):
+        return [plain_of(v, depth + 1) for v in value]
+    return value
 
 
 def unreadable(error: WslfastError) -> str:

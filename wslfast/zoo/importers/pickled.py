@@ -37,6 +37,20 @@ def files_of(source: Path) -> dict[str, Path]:
     return {split: file for split, file in found.items() if file.is_file()}
 
 
+def is_data_set(file: Path) -> bool:
+    """Whether a file holds a pickled data set of models, and not one state dict; True for one that cannot be read: its error comes then."""
+    if file.suffix not in (".pt", ".pth"):
+        return False
+    try:
+        with InertFile(file) as opened:
+            root = opened.root
+    except WslfastError:
+        return True
+    if isinstance(root, Stub):
+        return root.attribute("data") is not None
+    return isinstance(root, dict) and any(isinstance(root.get(f"{s}set"), Stub) for s in SPLITS)
+
+
 def checkpoints(
     files: Mapping[str, Path], architecture: Architecture | None, epochs: Collection[int] | None, skips: Skips, seen: set[int]
 ) -> Iterator[Found]:

@@ -1,8 +1,9 @@
 """Zoos as ray tune left them: one folder a model with ``params.json``, ``result.json`` (a JSON object a line) and checkpoints.
 
-A model's folder is any that has ``params.json``, ``result.json`` or a ``checkpoint_*`` folder (published ones are called
-``NN_tune_trainable_*``); weights are in ``checkpoint_000020/checkpoints`` or ``checkpoint_20/checkpoints``. Folders are visited in
-sorted order, so a zoo is the same on every machine. Links to folders are not followed.
+A model's folder is any that has ``params.json`` (or ``config.json``), ``result.json`` or a ``checkpoint_*`` folder (published ones are
+called ``NN_tune_trainable_*`` or ``tune_zoo_*``); weights are in ``checkpoint_000020/checkpoints``, ``checkpoint_20/checkpoints``, or
+``checkpoint.pt`` of the CNN Wild Park (Kofinas et al. 2024: ``{"model", "config", "last_result"}``). Folders are visited in sorted order,
+so a zoo is the same on every machine. Links to folders are not followed.
 """
 
 from __future__ import annotations
@@ -11,21 +12,28 @@ import json
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+from ...architecture import Architecture
 from ...errors import WslfastError
 from ...safe.inert import InertFile
-from .found import Found, Skips, State, state_of
+from ..export import PROPERTIES, RECORD, RESULTS
+from .found import Found, Skips, State, plain_of, state_of
+from .modules import park_cnn
 from .results import match
 
 _CHECKPOINT = re.compile(r"checkpoint_(\d{1,9})")
 _TRIAL = "NN_tune_trainable_"
 _LARGEST_JSON = 64 << 20
 _DEEPEST = 8
-_RESULTS = ("train_acc", "val_acc", "test_acc", "train_loss", "val_loss", "test_loss")
-_SETTINGS = {"model::init_type": "init_type", "optim::lr": "lr", "optim::wd": "wd", "model::dropout": "dropout", "seed": "seed"}
+_FILES = ("checkpoints", "checkpoint.pt")  # in a checkpoint's folder
+_CONFIGS = ("params.json", "config.json")
+_SETTINGS = {  # a property, and the settings that say it, the first that is there
+    "init_type": ("model::init_type", "init_type"), "lr": ("optim::lr", "lr", "learning_rate"),
+    "wd": ("optim::wd", "optim::weight_decay", "weight_decay", "wd"), "dropout": ("model::dropout", "dropout"), "seed": ("seed",),
+}  # fmt: skip
 
 
 def is_tree(source: Path) -> bool:
@@ -59,7 +67,40 @@ def checkpoints(source: Path, epochs: Collection[int] | None, skips: Skips, seen
             file, line, why = there[epoch]
             known = {"name": folder.name, **_properties(config, line or {})}
             unknown = why if line is None and lines is not None else ""
-            yield Found(at, model, epoch, known, config, partial(_read, file), unknown=unknown)
+            kind, beside = _park(file) if file.name == "checkpoint.pt" else (_recorded(config), {})
+            known |= {name: value for name, value in beside.items() if known.get(name) is None}
+            yield Found(at, model, epoch, known, config, partial(_read, file), unknown="" if beside else unknown, architecture=kind)
+
+
+def _recorded(config: Mapping[str, Any]) -> Architecture | None:
+    """The network that an export of ours wrote down among the settings; None where there is none, or none that can be rebuilt."""
+    record = config.get(RECORD)
+    if not isinstance(record, dict):
+        return None
+    try:
+        return _rebuilt(json.dumps(record))
+    except WslfastError:
+        return None
+
+
+@lru_cache(maxsize=64)
+def _rebuilt(record: str) -> Architecture:
+    return Architecture.from_dict(json.loads(record))
+
+
+def _park(file: Path) -> tuple[Architecture | None, dict[str, Any]]:
+    """What a checkpoint of the Wild Park says itself: its network, and its last results. Nothing where it cannot be read, which reading its
+    weights will say."""
+    try:
+        with InertFile(file) as opened:
+            root = opened.root if isinstance(opened.root, dict) else {}
+            config, last = plain_of(root.get("config")), plain_of(root.get("last_result"))
+            results = _properties({}, last) if isinstance(last, dict) else {}
+            config = config["model"] if isinstance(config, dict) and isinstance(config.get("model"), dict) else config
+            known = {name: value for name, value in results.items() if value is not None}
+            return (park_cnn(config) if config else None), known
+    except WslfastError:
+        return None, {}
 
 
 def stated(source: Path, key: str) -> Any:
@@ -78,7 +119,7 @@ def _weights(folder: Path, where: str, skips: Skips) -> dict[int, Path]:
             if name.startswith("checkpoint_") and (folder / name).is_dir():
                 skips.add(f"{where}/{name}", "not an epoch", "expected checkpoint_ and a number of up to nine digits")
             continue
-        file = folder / name / "checkpoints"
+        file = next((folder / name / kind for kind in _FILES if (folder / name / kind).is_file()), folder / name / _FILES[0])
         if file.is_file() and int(match[1]) in there:
             skips.add(f"{where}/{name}", "epoch twice", f"{there[int(match[1])].parent.name} is read")
         elif file.is_file():
@@ -93,7 +134,7 @@ def _trials(source: Path, skips: Skips) -> Iterator[Path]:
     while waiting:
         folder, depth = waiting.pop()
         names = _listing(folder, str(folder), skips)
-        if {"params.json", "result.json"} & set(names) or any(_CHECKPOINT.fullmatch(n) for n in names):
+        if {*_CONFIGS, "result.json"} & set(names) or any(_CHECKPOINT.fullmatch(n) for n in names):
             yield folder
             continue
         below = sorted((folder / n for n in names if (folder / n).is_dir()), reverse=True)
@@ -128,7 +169,7 @@ def _json(file: Path) -> Any:
             data = opened.read(_LARGEST_JSON + 1)
         if len(data) > _LARGEST_JSON:
             raise WslfastError(f"larger than {_LARGEST_JSON >> 20} MiB")
-        return data.decode("utf-8")
+        return data.decode("utf-8-sig")  # a byte-order mark is passed over
     except OSError as error:
         raise WslfastError(error.strerror or str(error)) from None
     except UnicodeDecodeError:
@@ -144,17 +185,17 @@ def _object(text: str) -> dict[str, Any] | None:
 
 
 def _config(folder: Path, where: str, skips: Skips) -> dict[str, Any]:
-    file = folder / "params.json"
-    if not file.exists():
+    file = next((folder / name for name in _CONFIGS if (folder / name).exists()), None)
+    if file is None:
         skips.add(f"{where}/params.json", "no params.json", "the model is read, its settings are unknown")
         return {}
     try:
         value = _object(_json(file))
     except WslfastError as error:
-        skips.add(f"{where}/params.json", "unreadable params.json", str(error))
+        skips.add(f"{where}/{file.name}", f"unreadable {file.name}", str(error))
         return {}
     if value is None:
-        skips.add(f"{where}/params.json", "unreadable params.json", "not a JSON object")
+        skips.add(f"{where}/{file.name}", f"unreadable {file.name}", "not a JSON object")
     return value or {}
 
 
@@ -182,11 +223,21 @@ def _lines(folder: Path, where: str, skips: Skips) -> list[Mapping[str, Any]] | 
 
 
 def _properties(config: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, Any]:
-    values = {name: _number(result.get(name)) for name in _RESULTS}
+    values = {name: _number(result.get(name, result.get(name.replace("_", "/", 1)))) for name in RESULTS}
     train, test = values["train_acc"], values["test_acc"]
     values["ggap"] = train - test if train is not None and test is not None else None
-    settings = {ours: config.get(name) for name, ours in _SETTINGS.items()}
-    return {**values, **{n: v if isinstance(v, str) else _number(v) for n, v in settings.items()}}
+    settings = {ours: next((config[name] for name in names if name in config), None) for ours, names in _SETTINGS.items()}
+    stated = result.get(PROPERTIES)
+    ours = {n: v for n, v in stated.items() if isinstance(v, (int, float, str))} if isinstance(stated, dict) else {}
+    return {**values, **{n: v if isinstance(v, str) else _number(v) for n, v in settings.items()}, **_further(config), **ours}
+
+
+def _further(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Every other setting of the optimiser (``optim::momentum``: momentum), and the activation."""
+    taken = {name for names in _SETTINGS.values() for name in names}
+    named = {name.partition("::")[2]: v for name, v in config.items() if name.startswith("optim::") and name not in taken}
+    named |= {"activation": config["model::nlin"]} if "model::nlin" in config else {}
+    return {n: v for n, v in named.items() if isinstance(v, str) or _number(v) is not None}
 
 
 def _number(value: Any) -> float | int | None:

@@ -8,6 +8,7 @@ from typing import Any
 from ...architecture import Architecture
 from ...errors import WslfastError, describe
 from ...kernels.layers import ACTIVATIONS, Activation
+from .modules import slim_resnet
 
 Shapes = Mapping[str, tuple[int, ...]]
 _CNNS: dict[str, Callable[..., Architecture]] = {
@@ -29,12 +30,12 @@ def recognise(config: Mapping[str, Any], shapes: Shapes) -> Architecture:
     kind = config.get("model::type")
     if kind == "MLP":
         candidates = [_mlp(config)]
-    elif kind == "Resnet18":
-        candidates = [_resnet(shapes)]
+    elif isinstance(kind, str) and kind.lower().startswith("resnet18"):
+        candidates = [_resnet(shapes), _slim(config, shapes)]
     elif isinstance(kind, str) and kind in _CNNS:
         candidates = _cnns({kind: _CNNS[kind]}, config, shapes)
     else:
-        candidates = [*_cnns(_CNNS, config, shapes), _resnet(shapes)]
+        candidates = [*_cnns(_CNNS, config, shapes), _resnet(shapes), _slim(config, shapes)]
     for candidate in candidates:
         if candidate is not None and fits(candidate, shapes):
             return candidate
@@ -65,10 +66,12 @@ def _cnns(makers: Mapping[str, Callable[..., Architecture]], config: Mapping[str
     activation, dropout = config.get("model::nlin", "relu"), config.get("model::dropout", 0.0)
     if first is None or not isinstance(activation, str) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
         return []
+    last = [shape for shape in shapes.values() if len(shape) == 2]
+    classes = last[-1][0] if last and last[-1][0] <= 10_000 else 10
     made: list[Architecture | None] = []
     for make in makers.values():
         for share in dict.fromkeys((float(dropout), 0.0, 0.1)):
-            made.append(_or_none(make, first[1], activation, share))
+            made.append(_or_none(make, first[1], activation, share, classes))
     return made
 
 
@@ -92,6 +95,18 @@ def _resnet(shapes: Shapes) -> Architecture | None:
     if stem is None or head is None or len(stem) != 4 or len(head) != 2 or stem[0] > 512 or head[0] > 10_000:
         return None
     return _or_none(Architecture.resnet18, stem[1], head[0], stem[0])
+
+
+def _slim(config: Mapping[str, Any], shapes: Shapes) -> Architecture | None:
+    """WeightCLIP's ResNet18Slim: its shortcuts are called so; the activation is its settings'."""
+    stem, head = shapes.get("conv1.weight"), shapes.get("fc.weight")
+    widths = [shapes.get(f"layer{stage}.0.conv1.weight", ()) for stage in range(1, 5)]
+    fits = stem is not None and head is not None and len(stem) == 4 and len(head) == 2 and all(len(w) == 4 for w in widths)
+    if not fits or not any(".shortcut." in name for name in shapes) or max(w[0] for w in widths) > 2048:
+        return None
+    assert stem is not None
+    assert head is not None
+    return _or_none(slim_resnet, stem[1], tuple(w[0] for w in widths), head[0], str(config.get("model::nlin", "relu")))
 
 
 def _or_none(make: Callable[..., Architecture], *arguments: Any) -> Architecture | None:

@@ -1,0 +1,417 @@
+"""A zoo of one's own, from files: state dicts of any form, a table, the module by name; and back out."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+import wslfast
+from wslfast import Population, WslfastError, load_zoo, save_zoo
+from wslfast.cli import main
+from wslfast.measure.reconstruction import compare
+from wslfast.zoo import dataset_of, export_zoo, import_zoo, load_dataset, load_parts, read_manifest
+from wslfast.zoo.importers.tables import read_table
+
+NET = '''
+import torch.nn.functional as F
+from torch import nn
+
+class Net(nn.Module):
+    """Batch norm and a residual."""
+
+    def __init__(self, classes=3):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(1, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.inner, self.fc = nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, classes)
+
+    def forward(self, x):
+        x = F.relu(self.bn(self.conv(x)))
+        return self.fc((x + self.inner(x)).mean((2, 3)))
+
+class Tanh(Net):
+    def forward(self, x):
+        x = self.bn(self.conv(x)).tanh()
+        return self.fc((x + self.inner(x)).mean((2, 3)))
+
+def wide():
+    return Net(5)
+
+class Needs(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+
+number = 3
+'''
+SHAPE = (1, 6, 6)
+
+
+def module(name: str = "Net") -> nn.Module:
+    """One of the modules of NET with weights of its own, running statistics that are not the initial ones, in training mode."""
+    names: dict[str, Any] = {"__name__": "net"}
+    exec(NET, names)
+    made = names[name]()
+    with torch.no_grad():
+        made(torch.randn(32, *SHAPE) * 2 + 1)
+    return made
+
+
+@pytest.fixture
+def nets(tmp_path: Path) -> list[nn.Module]:
+    torch.manual_seed(0)
+    (tmp_path / "net.py").write_text(NET)
+    return [module() for _ in range(6)]
+
+
+def images(folder: Path, labels: bool = True) -> Path:
+    """A file with its owner's split: 24, 8 and 16 images."""
+    rng, arrays = np.random.default_rng(0), {}
+    for split, n in (("train", 24), ("val", 8), ("test", 16)):
+        arrays[f"{split}_images"] = rng.integers(0, 256, (n, 6, 6), dtype=np.uint8)
+        if labels:
+            arrays[f"{split}_labels"] = np.arange(n) % 3
+    np.savez(folder / "images.npz", **arrays)  # type: ignore[arg-type]
+    return folder / "images.npz"
+
+
+def own_answers(modules: list[nn.Module], x: Tensor) -> Tensor:
+    """The oracle: each module by itself, in evaluation mode."""
+    with torch.no_grad():
+        return torch.stack([copy.deepcopy(m).eval()(x) for m in modules])
+
+
+# -- in ------------------------------------------------------------------------------------------------------------------
+
+
+def _write(state: dict[str, Tensor], file: Path, form: str) -> Path:
+    match form:
+        case "bare":
+            torch.save(state, file.with_suffix(".pth"))
+        case "safetensors":
+            safetensors.torch.save_file(state, file.with_suffix(".safetensors"))
+        case "npz":
+            np.savez(file.with_suffix(".npz"), **{k: v.numpy() for k, v in state.items()})  # type: ignore[arg-type]
+        case "parallel":
+            torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}, "epoch": 3}, file.with_suffix(".pt"))
+        case "compiled":
+            torch.save({"model": {f"_orig_mod.{k}": v for k, v in state.items()}, "optimizer": {"lr": 0.1}}, file.with_suffix(".pt"))
+        case "lightning":
+            torch.save({"state_dict": {f"net.{k}": v for k, v in state.items()}, "hyper_parameters": {}}, file.with_suffix(".ckpt"))
+        case _:
+            torch.save({form: state}, file.with_suffix(".pt"))
+    return file
+
+
+@pytest.mark.parametrize(
+    "form", ["bare", "safetensors", "npz", "parallel", "compiled", "lightning", "model", "state_dict", "model_state_dict", "params"]
+)
+def test_every_form_of_a_state_dict_is_read_to_the_bit(tmp_path: Path, nets: list[nn.Module], form: str) -> None:
+    (tmp_path / "models").mkdir()
+    for i, net in enumerate(nets):
+        _write(net.state_dict(), tmp_path / "models" / f"net_{i}", form)
+    done = import_zoo(tmp_path / "models", tmp_path / "zoo", network=f"{tmp_path}/net.py:Net", input_shape=SHAPE)
+    zoo, x = load_zoo(tmp_path / "zoo"), torch.randn(5, *SHAPE)
+    assert (done.rows, done.models, dict(done.skipped)) == (6, 6, {})
+    assert zoo.properties["name"] == tuple(f"net_{i}" for i in range(6))
+    for i, net in enumerate(nets):
+        mine, theirs = zoo.state_dict(i), net.state_dict()
+        assert set(mine) == set(theirs)
+        for key in theirs:
+            assert key.endswith("num_batches_tracked") or torch.equal(mine[key], theirs[key]), key
+    torch.testing.assert_close(wslfast.batched_forward(zoo.weights, x, zoo.architecture), own_answers(nets, x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_pickled_module_is_read_and_not_run(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Sequential(nn.Tanh(), nn.Linear(5, 2)))
+    (tmp_path / "m").mkdir()
+    torch.save(net, tmp_path / "m" / "whole.pt")
+    (tmp_path / "s.py").write_text(
+        "from torch import nn\ndef make():\n return nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Sequential(nn.Tanh(), nn.Linear(5, 2)))\n"
+    )
+    import_zoo(tmp_path / "m", tmp_path / "zoo", network=f"{tmp_path}/s.py:make", input_shape=(4,))
+    state = load_zoo(tmp_path / "zoo").state_dict(0)
+    assert all(torch.equal(state[k], v) for k, v in net.state_dict().items())
+
+
+def test_four_commands_and_the_owners_accuracies(tmp_path: Path, nets: list[nn.Module], capsys: pytest.CaptureFixture[str]) -> None:
+    """Import, train, evaluate, generate: from the files alone, nothing else; the accuracies are the owner's."""
+    file = images(tmp_path)
+    data = np.load(file)
+    x, y = torch.from_numpy(data["test_images"]).float().div(255).unsqueeze(1), torch.from_numpy(data["test_labels"])
+    right = (own_answers(nets, x).argmax(-1) == y).double().mean(1)
+    with (tmp_path / "t.csv").open("w", newline="", encoding="utf-8-sig") as table:
+        rows = csv.writer(table)
+        rows.writerow(["file", "test_acc", "lr", "note", "split", "width"])
+        (tmp_path / "models").mkdir()
+        for i, net in enumerate(nets):
+            torch.save({"model_state_dict": net.state_dict(), "epoch": 7}, tmp_path / "models" / f"n{i}.pt")
+            split = ("train", "train", "train", "val", "test", "test")[i]
+            rows.writerow([f"n{i}.pt", float(right[i]), "1e-3", "" if i else "first", split, 4])
+    zoo, run, out = (str(tmp_path / name) for name in ("zoo", "run", "generated"))
+    command = ["zoo", "import", str(tmp_path / "models"), zoo, "--network", f"{tmp_path}/net.py:Net"]
+    main([*command, "--table", str(tmp_path / "t.csv"), "--dataset", str(file)])
+    main(["train", "--zoo", zoo, "--out", run, "--steps", "2", "--queries", "8", "--layers", "1", "--d-model", "16"])
+    capsys.readouterr()
+    main(["evaluate", "--run", run, "--json"])
+    figures = json.loads(capsys.readouterr().out)["variants"]["run"]
+    main(["generate", "--run", run, "--samples", "2", "--out", out])
+    held = read_manifest(zoo)
+    assert held.properties["epoch"] == (7,) * 6
+    assert held.properties["lr"] == (1e-3,) * 6
+    assert held.properties["width"] == (4,) * 6
+    assert held.properties["note"] == ("first", *(None,) * 5)
+    assert held.properties["split"] == ("train", "train", "train", "val", "test", "test")
+    assert held.provenance["dataset"]["standardise"] is False
+    assert figures["accuracy_original"] == pytest.approx(float(right[4:].mean()), abs=1e-9)
+    made = load_zoo(out)
+    assert all(value is not None for value in made.properties["val_acc"])  # measured: the table has no val_acc
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"network": "net.py"}, "expected FILE.py:NAME"),
+        ({"network": "no.py:Net"}, "no such file"),
+        ({"network": "net.py:Nothing"}, r"has no 'Nothing'; its modules are \['Net', 'Tanh', 'Needs'\]"),
+        ({"network": "net.py:number"}, "expected a class or a function"),
+        ({"network": "net.py:Needs"}, "it is called without arguments"),
+        ({"network": "broken.py:Net"}, "broken.py does not run: SyntaxError"),
+        ({"input_shape": None}, "--dataset .* or --input-shape"),
+        ({"input_shape": (3, 6, 6)}, "does not take the images"),
+        ({"network": "net.py:wide"}, r"another architecture: 6.*fc.weight is \[3, 4\], expected \[5, 4\]"),
+        ({"table": "net.py"}, "net.py"),
+        ({"table": "bad.csv"}, "expected a column 'file'"),
+        ({"dataset": "images.npz", "input_shape": None, "mean": (0.5,)}, "mean, std: expected both or neither"),
+        ({"network": None}, "--network FILE.py:NAME"),
+    ],
+)
+def test_a_mistake_is_one_clear_error(
+    tmp_path: Path, nets: list[nn.Module], monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    images(tmp_path)
+    Path("models").mkdir()
+    Path("broken.py").write_text("class Net(:")
+    Path("bad.csv").write_text("name,acc\nn0.pt,1\n")
+    for i, net in enumerate(nets):
+        torch.save(net.state_dict(), Path("models") / f"n{i}.pt")
+    arguments: dict[str, Any] = {"network": "net.py:Net", "input_shape": SHAPE} | change
+    with pytest.raises(WslfastError, match=says):
+        import_zoo("models", "zoo", **arguments)
+    assert not Path("zoo").exists()
+
+
+def test_what_is_not_there_is_said(tmp_path: Path, nets: list[nn.Module]) -> None:
+    (tmp_path / "models" / "deep").mkdir(parents=True)
+    torch.save(nets[0].state_dict(), tmp_path / "models" / "a.pt")
+    torch.save(nets[1].state_dict(), tmp_path / "models" / "deep" / "b.pt")
+    torch.save({k: v for k, v in nets[2].state_dict().items() if k != "fc.bias"}, tmp_path / "models" / "c.pt")
+    (tmp_path / "models" / "d.pt").write_bytes(b"PK\x03\x04 not an archive")
+    (tmp_path / "models" / "notes.txt").write_text("not a network")
+    (tmp_path / "t.csv").write_text("file;acc\na;0,5\ndeep/b.pt;0.25\nz.pt;1\n")
+    done = import_zoo(tmp_path / "models", tmp_path / "zoo", network=f"{tmp_path}/net.py:Net", input_shape=SHAPE, table=tmp_path / "t.csv")
+    assert done.rows == 2
+    said = {(e["where"], e["reason"]) for e in json.loads((tmp_path / "zoo" / "skipped.json").read_text())}
+    expected = {
+        ("c.pt", "another architecture"),
+        ("c.pt", "not in the table"),
+        ("d.pt", "not in the table"),
+        ("d.pt", "unreadable checkpoint"),
+    }
+    assert said == expected | {("z.pt", "no file")}
+    zoo = load_zoo(tmp_path / "zoo")
+    assert dict(zip(zoo.properties["name"], zoo.properties["acc"], strict=True)) == {"a": "0,5", "b": 0.25}
+
+
+def test_checkpoints_of_one_model_stay_together(tmp_path: Path, nets: list[nn.Module]) -> None:
+    (tmp_path / "models").mkdir()
+    lines = ["file,model,epoch"]
+    for i, net in enumerate(nets):
+        torch.save(net.state_dict(), tmp_path / "models" / f"n{i}.pt")
+        lines.append(f"n{i}.pt,run{i // 2},{10 * (i % 2)}")
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    settings: dict[str, Any] = {"network": f"{tmp_path}/net.py:Net", "input_shape": SHAPE, "table": tmp_path / "t.csv"}
+    done = import_zoo(tmp_path / "models", tmp_path / "zoo", **settings)
+    zoo = load_zoo(tmp_path / "zoo")
+    assert (done.rows, done.models) == (6, 3)
+    assert zoo.properties["model"] == (0, 0, 1, 1, 2, 2)
+    assert zoo.properties["epoch"] == (0, 10) * 3
+    assert zoo.properties["model_name"] == ("run0", "run0", "run1", "run1", "run2", "run2")
+    assert all(a == b for a, b in zip(zoo.properties["split"][::2], zoo.properties["split"][1::2], strict=True))
+    assert import_zoo(tmp_path / "models", tmp_path / "last", epochs=[10], **settings).rows == 3
+
+
+# -- what the models saw -------------------------------------------------------------------------------------------------
+
+
+def test_images_as_the_models_saw_them(tmp_path: Path) -> None:
+    file = images(tmp_path)
+    raw = torch.from_numpy(np.load(file)["test_images"]).float().div(255).unsqueeze(1)
+    plain = load_dataset(file, SHAPE, standardise=False)
+    given = load_dataset(file, SHAPE, mean=[0.5], std=[0.25])
+    torch.testing.assert_close(plain.test_images, raw, rtol=0, atol=0)
+    torch.testing.assert_close(given.test_images, (raw - 0.5) / 0.25)
+    assert given.provenance["standardise"] is True
+    for mean, std in (([0.5, 0.5], [1.0, 1.0]), ([0.5], [0.0]), ([0.5], None), (["a"], [1.0])):
+        with pytest.raises(WslfastError, match="mean, std"):
+            load_dataset(file, SHAPE, mean=mean, std=std)  # type: ignore[arg-type]
+
+
+def test_a_zoo_remembers_mean_and_deviation(tmp_path: Path, nets: list[nn.Module]) -> None:
+    file = images(tmp_path)
+    (tmp_path / "models").mkdir()
+    torch.save(nets[0].state_dict(), tmp_path / "models" / "n.pt")
+    settings: dict[str, Any] = {"network": f"{tmp_path}/net.py:Net", "dataset": file}
+    import_zoo(tmp_path / "models", tmp_path / "zoo", mean=[0.4], std=[0.2], **settings)
+    import_zoo(tmp_path / "models", tmp_path / "own", standardise=True, **settings)
+    raw = torch.from_numpy(np.load(file)["train_images"]).float().div(255).unsqueeze(1)
+    arch = load_zoo(tmp_path / "zoo").architecture
+    torch.testing.assert_close(dataset_of(tmp_path / "zoo", arch).train_images, (raw - 0.4) / 0.2)
+    torch.testing.assert_close(dataset_of(tmp_path / "own", arch).train_images, (raw - raw.mean()) / raw.std(correction=0))
+
+
+def test_without_labels_there_are_no_classes(tmp_path: Path) -> None:
+    file = images(tmp_path, labels=False)
+    data = load_dataset(file, SHAPE, standardise=False, unlabelled=True)
+    assert (data.classes, len(data.test_images)) == (0, 16)
+    np.savez(tmp_path / "regression.npz", images=np.zeros((20, 3)), labels=np.random.default_rng(0).normal(size=(20, 2)))
+    assert load_dataset(tmp_path / "regression.npz", (3,), standardise=False, unlabelled=True).classes == 0
+    with pytest.raises(WslfastError, match="expected keys"):
+        load_dataset(file, SHAPE)
+    with pytest.raises(WslfastError, match="labels: expected integers"):
+        load_dataset(tmp_path / "regression.npz", (3,))
+
+
+def test_figures_without_classes() -> None:
+    """PSNR against its definition; the nearest outputs identify; accuracies are undefined."""
+    arch = wslfast.Architecture.siren(2, (8,), 1)
+    torch.manual_seed(0)
+    rows = arch.initial_weights(["default"] * 4, range(4))
+    near, x = rows + 0.003 * torch.randn_like(rows), torch.rand(20, 2)
+    o, r = (wslfast.batched_forward(w, x, arch).double() for w in (rows, near))
+    result = compare(rows, near, x, None, arch)
+    expected = 10 * torch.log10((o.max() - o.min()) ** 2 / (r - o).square().mean((1, 2)))
+    assert result.psnr is not None
+    torch.testing.assert_close(result.psnr, expected, rtol=1e-5, atol=1e-4)
+    far = (r[:, None] - o[None]).square().sum((2, 3))
+    assert result.identified.tolist() == (far.argmin(1) == torch.arange(4)).double().tolist()
+    assert result.summary()["accuracy_original"] is None
+    assert result.summary()["agreement"] is None
+    peak = compare(rows, near, x, None, arch, peak=2.0).psnr
+    assert peak is not None
+    torch.testing.assert_close(peak, 10 * torch.log10(4.0 / (r - o).square().mean((1, 2))), rtol=1e-5, atol=1e-4)
+
+
+# -- several architectures -----------------------------------------------------------------------------------------------
+
+
+def test_networks_of_two_kinds_are_one_zoo_and_come_back(tmp_path: Path, nets: list[nn.Module]) -> None:
+    torch.manual_seed(1)
+    wide = [module("wide") for _ in range(3)]
+    tanh = [module("Tanh") for _ in range(3)]
+    (tmp_path / "models").mkdir()
+    lines = ["file,network"]
+    for kind, those in (("Net", nets), ("Tanh", tanh), ("wide", wide)):
+        for i, net in enumerate(those):
+            torch.save(net.state_dict(), tmp_path / "models" / f"{kind}{i}.pt")
+            lines.append(f"{kind}{i},{kind}")
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    names = [f"{tmp_path}/net.py:{name}" for name in ("Net", "Tanh", "wide")]
+    done = import_zoo(tmp_path / "models", tmp_path / "zoo", network=names, input_shape=SHAPE, table=tmp_path / "t.csv")
+    assert (done.rows, len(done.architectures)) == (12, 3)
+    parts, x = load_parts(tmp_path / "zoo"), torch.randn(4, *SHAPE)
+    for (label, part), those in zip(parts.items(), (nets, tanh, wide), strict=True):
+        answers = wslfast.batched_forward(part.weights, x, part.architecture)
+        torch.testing.assert_close(answers, own_answers(those, x), rtol=1e-4, atol=1e-5, msg=label)
+    for form in ("state-dicts", "ray"):
+        export_zoo(tmp_path / "zoo", tmp_path / form, format=form)
+        import_zoo(tmp_path / form, tmp_path / f"back-{form}")
+        back = load_parts(tmp_path / f"back-{form}")
+        assert [len(p) for p in back.values()] == [len(p) for p in parts.values()]
+        for one, other in zip(parts.values(), back.values(), strict=True):
+            assert torch.equal(one.weights, other.weights)
+            assert one.architecture.same_network(other.architecture)
+
+
+# -- back out ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["state-dicts", "ray"])
+def test_exports_come_back_with_what_is_known(tmp_path: Path, nets: list[nn.Module], form: str) -> None:
+    known = {"test_acc": [0.5] * 6, "lr": [1e-3] * 6, "colour": ["red", "blue"] * 3, "split": ["train"] * 4 + ["val", "test"]}
+    population = Population.from_modules(nets, SHAPE, known)
+    save_zoo(population, tmp_path / "zoo", dataset=images(tmp_path))
+    export_zoo(tmp_path / "zoo", tmp_path / "out", format=form)
+    import_zoo(tmp_path / "out", tmp_path / "back")
+    back = load_zoo(tmp_path / "back")
+    assert torch.equal(back.weights, population.weights)
+    assert back.architecture.same_network(population.architecture)
+    for name in ("test_acc", "lr", "colour"):
+        assert back.properties[name] == tuple(known[name]), name
+
+
+# -- from Python ---------------------------------------------------------------------------------------------------------
+
+
+def test_modules_there_and_back(nets: list[nn.Module]) -> None:
+    before = [{k: v.clone() for k, v in net.state_dict().items()} for net in nets]
+    population, x = Population.from_modules(nets, input_shape=SHAPE), torch.randn(3, *SHAPE)
+    torch.testing.assert_close(
+        torch.stack([population.module(i)(x) for i in range(6)]).detach(), own_answers(nets, x), rtol=1e-4, atol=1e-5
+    )
+    assert all(net.training for net in nets)
+    assert all(torch.equal(net.state_dict()[k], v) for net, state in zip(nets, before, strict=True) for k, v in state.items())
+    with pytest.raises(WslfastError, match=r"modules\[6\].*another network"):
+        Population.from_modules([*nets, module("Tanh")], input_shape=SHAPE)
+    with pytest.raises(WslfastError, match=r"modules\[1\]: expected a torch.nn.Module"):
+        Population.from_modules([nets[0], 3], input_shape=SHAPE)  # type: ignore[list-item]
+
+
+def test_lists_given_to_a_call_are_errors_that_name_the_way(nets: list[nn.Module]) -> None:
+    population, x = Population.from_modules(nets, input_shape=SHAPE), torch.randn(3, *SHAPE)
+    rows: Any
+    for rows, way in (
+        (nets, "from_modules"),
+        ([n.state_dict() for n in nets], "from_state_dicts"),
+        (list(population.weights), "torch.stack"),
+    ):
+        with pytest.raises(WslfastError, match=way):
+            wslfast.batched_forward(rows, x, population.architecture)
+
+
+def test_what_a_zoo_is_made_of_pickles_copies_and_saves(tmp_path: Path, nets: list[nn.Module]) -> None:
+    population = Population.from_modules(nets, SHAPE, {"test_acc": [0.1] * 6})
+    data = load_dataset(images(tmp_path), SHAPE, standardise=False)
+    manifest = save_zoo(population, tmp_path / "zoo", dataset=data)
+    for copied in (pickle.loads(pickle.dumps(population)), copy.deepcopy(population)):
+        assert torch.equal(copied.weights, population.weights)
+        assert copied.properties == population.properties
+        assert copied.architecture == population.architecture
+    for again in (pickle.loads(pickle.dumps(data)), copy.copy(data)):
+        assert torch.equal(again.test_images, data.test_images)
+    assert pickle.loads(pickle.dumps(manifest)) == manifest
+    torch.save(population, tmp_path / "p.pt")
+    assert torch.equal(torch.load(tmp_path / "p.pt", weights_only=False).weights, population.weights)
+    assert max(map(len, map(repr, (manifest, population, data, population.architecture)))) < 400
+
+
+# -- tables --------------------------------------------------------------------------------------------------------------
+
+
+def test_numbers_of_a_table_are_numbers(tmp_path: Path) -> None:
+    (tmp_path / "t.tsv").write_bytes('\ufefffile\ta\tb\tc\td\r\nx.pt\t3\t-0.5e-3\tnan\t"two\twords"\r\n\r\ny.pt\t1_0\t\tTrue\r\n'.encode())
+    first = {"file": "x.pt", "a": 3, "b": -0.0005, "c": None, "d": "two\twords"}
+    assert read_table(tmp_path / "t.tsv") == [first, {"file": "y.pt", "a": "1_0", "b": None, "c": "True"}]
+    for text, says in ((b"", "empty"), (b"a,a\n1,2", "twice"), (b"a,b\n1,2,3", "expected 2 columns"), (b"a\xff\n", "cannot be read")):
+        (tmp_path / "bad.csv").write_bytes(text)
+        with pytest.raises(WslfastError, match=says):
+            read_table(tmp_path / "bad.csv")

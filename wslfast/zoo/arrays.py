@@ -1,0 +1,244 @@
+"""Labelled arrays in files, as their owner wrote them: ``.npz``, and the ``dataset.pt`` that model-zoo code leaves beside its models.
+
+Nothing is unpickled: ``.npz`` is read without pickle, a ``.pt`` file by the reader that runs nothing (``safe/inert.py``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Union
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import WslfastError, require, say_once
+from ..safe.inert import InertFile, StoredTensor, Stub
+from .manifest import SPLITS
+
+Raw = dict[str, tuple[Tensor, Tensor]]  # numbers [N, ...] float32 and labels [N] int64, by split, or "" where the file has one part
+Read = dict[str, tuple[Tensor, Union[Tensor, None]]]  # the same; None where labels are no classes
+ENDINGS = (".npz", ".pt", ".pth")
+_SETS = {"trainset": "train", "valset": "val", "testset": "test"}
+
+
+def read_arrays(path: Path, unlabelled: bool = False) -> tuple[Raw, dict[str, Any]]:
+    """What a file holds, and where it came from (``source``, ``path``, ``sha256``). Bytes become numbers in [0, 1]; all other numbers are
+    as they are. ``unlabelled`` ones without labels, or with ones that are no classes, have zeros, and ``labels: none`` says so. Raises
+    WslfastError naming file and key."""
+    require(path.is_file(), f"dataset: {path}: no such file")
+    raw = _npz(path, unlabelled) if path.suffix == ".npz" else _pt(path, unlabelled)
+    shapes = {tuple(images.shape[1:]) for images, _ in raw.values()}
+    require(len(shapes) == 1, f"{path}: expected images of one shape in every split, got {sorted(shapes)}")
+    facts = {"source": path.name, "path": str(path.resolve()), "sha256": sha256_of(path)}
+    if any(labels is None for _, labels in raw.values()):
+        require(unlabelled, f"{path}: labels: expected integers")
+        return {p: (x, torch.zeros(len(x), dtype=torch.int64)) for p, (x, _) in raw.items()}, {**facts, "labels": "none"}
+    return {p: (x, y) for p, (x, y) in raw.items() if y is not None}, facts
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# -- .npz --------------------------------------------------------------------------------------------------------------
+
+
+def _npz(path: Path, unlabelled: bool) -> Read:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            require(isinstance(file, np.lib.npyio.NpzFile), f"{path}: expected an .npz archive")
+            return {p: _pair(file, f"{p}_" if p else "", path) for p in _layout(list(file.files), path, unlabelled)}
+    except WslfastError:
+        raise
+    except Exception as error:  # zipfile, zlib and numpy each have their own for a damaged or pickled file
+        raise WslfastError(f"{path}: cannot be read as .npz without pickle: {type(error).__name__}: {error}") from None
+
+
+def _layout(keys: Sequence[str], path: Path, unlabelled: bool) -> tuple[str, ...]:
+    """Prefixes of the arrays to read: an owner's split goes before one pair. Raises WslfastError if neither layout is complete."""
+    for wanted in (("images", "labels"), ("images",)) if unlabelled else (("images", "labels"),):
+        have = tuple(p for p in SPLITS if {f"{p}_{what}" for what in wanted} <= set(keys))
+        if "train" in have and "test" in have:
+            return have
+        if set(wanted) <= set(keys):
+            return ("",)
+    raise WslfastError(
+        f"{path}: expected keys 'images' and 'labels', or 'train_images', 'train_labels', 'test_images' and 'test_labels'; "
+        f"got {sorted(keys)[:8]}"
+    )
+
+
+def _pair(file: Mapping[str, np.ndarray], prefix: str, path: Path) -> tuple[Tensor, Tensor | None]:
+    images, labels = file[f"{prefix}images"], file.get(f"{prefix}labels", None)
+    where = f"{path}: {prefix}images"
+    require(images.dtype == np.uint8 or images.dtype.kind == "f", f"{where}: expected uint8 or floating, got {images.dtype}")
+    require(
+        images.ndim >= 2 and 0 not in images.shape,
+        f"{where}: expected [N, H, W], [N, C, H, W], [N, H, W, C] or [N, ...], got {list(images.shape)}",
+    )
+    pixels = torch.from_numpy(np.ascontiguousarray(images, dtype=np.float32))
+    numbers = _checked(pixels / 255 if images.dtype == np.uint8 else pixels, where)
+    return numbers, None if labels is None else _labels(labels, len(images), f"{path}: {prefix}labels")
+
+
+def _checked(pixels: Tensor, where: str) -> Tensor:
+    require(bool(pixels.isfinite().all()), f"{where}: expected finite numbers")
+    return pixels
+
+
+def _labels(labels: np.ndarray, count: int, where: str) -> Tensor | None:
+    """Labels ``[N]``; None where they are no classes but what a regression is to give."""
+    if labels.dtype.kind == "f" and len(labels) == count and not (labels.ndim == 1 and bool((labels == labels.round()).all())):
+        say_once(f"wslfast: {where} are no whole numbers: there are no classes, and models are compared by their outputs", logging.INFO)
+        return None
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]  # a column, as some archives have it
+    require(labels.dtype.kind in "iu", f"{where}: expected integers, got {labels.dtype}")
+    require(labels.shape == (count,), f"{where}: expected [{count}] like the images, got {list(labels.shape)}")
+    low, high = int(labels.min()), int(labels.max())
+    require(low >= 0 and high < 1 << 20, f"{where}: expected labels from 0 upwards, got {low} to {high}")
+    return torch.from_numpy(labels.astype(np.int64))
+
+
+# -- dataset.pt --------------------------------------------------------------------------------------------------------
+
+
+def _pt(path: Path, unlabelled: bool) -> Read:
+    """A dict of ``trainset``, ``valset``, ``testset``: TensorDatasets, or objects with ``data`` and ``targets``; or of tensors under the
+    keys of an .npz file."""
+    with InertFile(path) as file:
+        root = file.root
+        require(isinstance(root, dict), f"{path}: expected a dict of data sets or tensors")
+        try:
+            sets = {split: root[key] for key, split in _SETS.items() if isinstance(root.get(key), Stub)}
+            if sets:
+                require("train" in sets and "test" in sets, f"expected trainset and testset, got {sorted(map(str, root))[:8]}")
+                found = {split: _members(stub, f"{split}set") for split, stub in sets.items()}
+                return {split: pair for split, pair in found.items() if pair is not None}
+            arrays = {str(k): v.tensor().numpy() for k, v in root.items() if isinstance(v, StoredTensor)}
+            return {p: _pair(arrays, f"{p}_" if p else "", path) for p in _layout(list(arrays), path, unlabelled)}
+        except WslfastError as error:
+            raise WslfastError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
+
+
+def _members(stub: Stub, name: str) -> tuple[Tensor, Tensor | None] | None:
+    """Images and labels of a data set object; None of an empty one."""
+    changed = [key for key in ("transform", "target_transform", "transforms") if stub.attribute(key) is not None]
+    require(not changed, f"{name}: it changes its images when they are read ({', '.join(changed)}), which nothing here can run")
+    tensors = stub.attribute("tensors")
+    if isinstance(tensors, (tuple, list)) and len(tensors) == 2:
+        images, labels = (_tensor(t, name) for t in tensors)
+    elif isinstance(stub.attribute("dataset"), Stub) and isinstance(stub.attribute("indices"), list):
+        whole = _members(stub.attribute("dataset"), name)
+        require(whole is not None, f"{name}: a part of an empty data set")
+        assert whole is not None
+        rows = torch.tensor(stub.attribute("indices"), dtype=torch.int64)
+        inside = len(rows) == 0 or (int(rows.min()) >= 0 and int(rows.max()) < len(whole[0]))
+        require(inside, f"{name}: indices outside of the data set they are of")
+        require(whole[1] is not None, f"{name}: expected labels")
+        assert whole[1] is not None
+        images, labels = whole[0][rows], whole[1][rows]
+    else:
+        data, targets = stub.attribute("data"), stub.attribute("targets")
+        require(data is not None and targets is not None, f"{name}: {stub!r} has neither tensors nor data and targets")
+        images, labels = _tensor(data, name), _tensor(targets, name)
+    if len(labels) == 0:
+        return None
+    where = f"{name}: images"
+    require(images.ndim >= 2 and (images.is_floating_point() or images.dtype == torch.uint8), f"{where}: expected numbers [N, ...]")
+    pixels = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+    return _checked(pixels, where), _labels(labels.numpy(), len(images), f"{name}: labels")
+
+
+def _tensor(value: Any, name: str) -> Tensor:
+    if isinstance(value, StoredTensor):
+        return value.tensor()
+    if isinstance(value, list) and value and all(isinstance(v, StoredTensor) for v in value):
+        return torch.stack([v.tensor() for v in value])
+    whole = isinstance(value, list) and all(type(v) is int for v in value)
+    require(whole, f"{name}: expected tensors, got {value!r:.60}")
+    return torch.tensor(value, dtype=torch.int64)
+
+
+# -- shapes ------------------------------------------------------------------------------------------------------------
+
+
+def shapes_of(numbers: Tensor) -> list[tuple[int, ...]]:
+    """Input shapes that a network of its owner's may have for numbers ``[N, ...]``, the likeliest first."""
+    sizes = tuple(numbers.shape[1:])
+    if len(sizes) == 2:
+        likely: list[tuple[int, ...]] = [(1, *sizes), sizes]
+    elif len(sizes) == 3:
+        first, last = sizes[0], sizes[2]
+        moved = (sizes[2], *sizes[:2])
+        likely = [moved, sizes] if first > 4 and last <= 4 else [sizes, moved] if last <= 4 else [sizes]
+    else:
+        likely = [sizes]
+    return list(dict.fromkeys([*likely, (math.prod(sizes),)]))
+
+
+def as_images(numbers: Tensor, channels: int | None, where: str) -> Tensor:
+    """``[N, C, H, W]`` of ``[N, H, W]`` or either order of channels: the axis that fits the architecture, else the one that is short
+    enough for channels. Raises WslfastError for anything else."""
+    if numbers.ndim == 3:
+        return numbers.unsqueeze(1)
+    require(numbers.ndim == 4, f"{where}: expected [N, H, W], [N, C, H, W] or [N, H, W, C], got {list(numbers.shape)}")
+    first, last = numbers.shape[1], numbers.shape[3]
+    for fits in (lambda size: size == channels, lambda size: size <= 4):
+        if fits(first):
+            return numbers
+        if fits(last):
+            return numbers.permute(0, 3, 1, 2).contiguous()
+    raise WslfastError(f"{where}: expected [N, C, H, W] or [N, H, W, C] with at most 4 channels, or {channels}, got {list(numbers.shape)}")
+
+
+def fitted(numbers: Tensor, shape: tuple[int, ...], where: str, grey: bool = False) -> Tensor:
+    """Numbers ``[N, ...]`` as an architecture wants them: as they are where they fit; images resized bilinearly, one channel repeated
+    where more are wanted (``grey``: three averaged where one is), flattened for a flat architecture (after resizing to a square where
+    sizes differ)."""
+    came = tuple(numbers.shape[1:])
+    if came == shape:
+        return numbers
+    if len(came) < 2 or len(shape) not in (1, 3):
+        require(math.prod(came) == math.prod(shape), f"{where}: expected {list(shape)} numbers each, got {list(came)}")
+        return numbers.reshape(len(numbers), *shape)
+    pixels = as_images(numbers, shape[0] if len(shape) == 3 else None, where)
+    n, channels, height, width = pixels.shape
+    if len(shape) == 1:
+        if shape[0] != channels * height * width:
+            side = math.isqrt(shape[0] // channels)
+            require(
+                side * side * channels == shape[0],
+                f"{where}: cannot make {shape[0]} features of images {[channels, height, width]}: neither their size nor a square",
+            )
+            pixels = _bilinear(pixels, side, side)
+        return pixels.reshape(n, -1)
+    if grey and shape[0] == 1 and channels == 3:
+        pixels, channels = pixels.mean(1, keepdim=True), 1
+    require(
+        channels in (1, shape[0]),
+        f"{where}: expected {shape[0]} channels (or 1, which is repeated), got {channels}; an architecture made with "
+        f"channels_in={channels} takes them",
+    )
+    return _bilinear(pixels, shape[1], shape[2]).expand(-1, shape[0], -1, -1)
+
+
+def _bilinear(pixels: Tensor, height: int, width: int) -> Tensor:
+    if tuple(pixels.shape[2:]) == (height, width):
+        return pixels
+    shrinks = height < pixels.shape[2] or width < pixels.shape[3]
+    return F.interpolate(pixels, (height, width), mode="bilinear", antialias=shrinks)

@@ -1,0 +1,115 @@
+"""Files of one network each, as training scripts leave them: ``torch.save``'s, safetensors and ``.npz``. Nothing of them is run."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from ...errors import WslfastError, require
+from ...safe.inert import InertFile
+from .found import Skips, State, state_of, unwrapped
+
+TORCH = (".pt", ".pth", ".bin", ".ckpt")
+ENDINGS = (*TORCH, ".safetensors", ".npz")
+_DEEPEST = 8
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A network's weights by name, and plain values that were saved beside them."""
+
+    state: State
+    beside: dict[str, Any] = field(default_factory=dict)
+
+
+def state_files(source: Path, skips: Skips) -> list[Path]:
+    """Every file at or below ``source`` that may hold a network, in sorted order, numbers in names by size. Links to folders are not
+    followed."""
+    if source.is_file():
+        return [source]
+    found: list[Path] = []
+    waiting = [(source, 0)]
+    while waiting:
+        folder, depth = waiting.pop()
+        try:
+            names = os.listdir(folder)
+        except OSError as error:
+            skips.add(str(folder), "unreadable folder", error.strerror or str(error))
+            continue
+        for name in names:
+            path = folder / name
+            if path.is_dir():
+                where = str(path.relative_to(source))
+                if path.is_symlink():
+                    skips.add(where, "a link to a folder", "links are not followed")
+                elif depth == _DEEPEST:
+                    skips.add(where, "too deep", f"more than {_DEEPEST} folders down")
+                else:
+                    waiting.append((path, depth + 1))
+            elif path.suffix.lower() in ENDINGS and not name.startswith("."):
+                found.append(path)
+    return sorted(found, key=lambda path: _natural(str(path.relative_to(source))))
+
+
+def _natural(text: str) -> list[tuple[int, int, str]]:
+    """``model_2`` before ``model_10``."""
+    parts = (part for part in re.split(r"(\d+)", text) if part)
+    return [(0, int(part), part) if part.isdigit() and part.isascii() else (1, 0, part) for part in parts]
+
+
+def load(path: Path) -> Loaded:
+    """A network's file. Raises WslfastError naming it for anything else."""
+    if path.suffix.lower() == ".safetensors":
+        return Loaded(_safetensors(path))
+    if path.suffix.lower() == ".npz":
+        return _arrays(path)
+    with InertFile(path) as file:
+        try:
+            state = dict(state_of(file.root))
+            _, beside = unwrapped(file.root)
+        except WslfastError as error:
+            raise WslfastError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
+    return _apart(state, beside)
+
+
+def _apart(state: dict[str, Tensor], beside: dict[str, Any]) -> Loaded:
+    """Whole numbers that lie among the weights, a label say, are not of them."""
+    for name in [n for n, t in state.items() if t.ndim == 0 and not t.is_floating_point() and "." not in n and n != "num_batches_tracked"]:
+        beside = {name: state.pop(name).item(), **beside}
+    require(len(state) > 0, "expected a state dict (names to tensors)")
+    return Loaded(state, beside)
+
+
+def _safetensors(path: Path) -> State:
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+        state = safetensors.torch.load(data)
+    except OSError as error:
+        raise WslfastError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except Exception as error:  # whatever the parser makes of bytes that nobody wrote
+        raise WslfastError(f"{path}: not a safetensors file: {error}") from None
+    require(len(state) > 0, f"{path}: expected a state dict, got an empty file")
+    return state
+
+
+def _arrays(path: Path) -> Loaded:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            require(isinstance(file, np.lib.npyio.NpzFile), f"{path}: expected an .npz archive")
+            arrays = {name: np.ascontiguousarray(file[name]) for name in file.files}
+    except WslfastError:
+        raise
+    except Exception as error:  # zipfile, zlib and numpy each have their own for a damaged or pickled file
+        raise WslfastError(f"{path}: cannot be read as .npz without pickle: {type(error).__name__}: {error}") from None
+    wrong = [name for name, value in arrays.items() if value.dtype.kind not in "fiub"]
+    require(not wrong, f"{path}: expected arrays of numbers; {wrong[:1]} is something else")
+    return _apart({name: torch.from_numpy(value) for name, value in arrays.items()}, {})

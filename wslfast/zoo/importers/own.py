@@ -1,0 +1,260 @@
+"""A user's own networks: a folder of state dicts, a table of what is known of each, and the module that they are of.
+
+``FILE.py:NAME`` names the module. That file is the only code that runs in an import, because its user named it; the files of the weights
+are read and never run (``safe/inert.py``).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ...architecture import Architecture
+from ...errors import WslfastError, describe, require
+from ...tracing import effective_state
+from ..datasets import input_shapes
+from ..manifest import KIND, SPLITS, plain
+from .files import Loaded, load, state_files
+from .found import Found, Skips, State, unreadable
+from .recognise import fits
+from .tables import read_table
+
+INDEX = "index.json"  # of zoo export --format state-dicts
+_RESERVED = ("model", "epoch", "split", "file")  # columns of a table that are no properties
+
+
+# -- the network -------------------------------------------------------------------------------------------------------
+
+
+def module_of(network: str) -> nn.Module:
+    """The module that ``FILE.py:NAME`` gives: NAME called without arguments, or NAME itself where it is a module already.
+
+    Raises WslfastError for a file that is not there or does not run, a name that it has not, and what gives no module.
+    """
+    file, colon, name = network.rpartition(":")
+    require(bool(colon) and file.endswith(".py") and name.isidentifier(), f"network: expected FILE.py:NAME, got {network!r}")
+    path = Path(file)
+    require(path.is_file(), f"network: {file}: no such file")
+    spec = importlib.util.spec_from_file_location(f"_wslfast_network_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    code = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = code  # dataclasses and the like look their module up
+    sys.path.insert(0, str(path.resolve().parent))  # for what it imports from beside it
+    try:
+        spec.loader.exec_module(code)
+    except (Exception, SystemExit) as error:
+        raise WslfastError(f"network: {file} does not run: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(str(path.resolve().parent))
+    made = getattr(code, name, None)
+    there = [
+        n for n, value in vars(code).items() if isinstance(value, type) and issubclass(value, nn.Module) and value.__module__ == spec.name
+    ]
+    require(made is not None, f"network: {file} has no {name!r}; its modules are {there[:8]}")
+    if not isinstance(made, nn.Module):
+        require(callable(made), f"network: {network}: expected a class or a function that gives the module, got {describe(made)}")
+        try:
+            made = made()  # type: ignore[misc]
+        except Exception as error:
+            need = f"{type(error).__name__}: {error} (it is called without arguments; a function that gives the module will do)"
+            raise WslfastError(f"network: {network}: {need}") from error
+    require(isinstance(made, nn.Module), f"network: {network}: expected a torch.nn.Module, got {describe(made)}")
+    return made
+
+
+def architecture_of(network: str, input_shape: Sequence[int] | None, dataset: str | Path | None, output: str | int | None) -> Architecture:
+    """The architecture of ``FILE.py:NAME``; the shape of a query comes from the images of ``dataset`` where it is not given.
+
+    Raises WslfastError where neither is given, or the module takes none of the shapes that the images may have.
+    """
+    module = module_of(network)
+    if input_shape is not None:
+        shapes: list[tuple[int, ...]] = [tuple(input_shape)]
+    else:
+        need = "input shape: expected --dataset (the shape of its images counts) or --input-shape, as --input-shape 3 32 32"
+        require(dataset is not None, need)
+        assert dataset is not None
+        shapes, _ = input_shapes(dataset)
+    failed = []
+    for shape in shapes:
+        try:
+            return Architecture.from_module(module, shape, output=output)
+        except Exception as error:  # a module has errors of its own for inputs that it does not take
+            words = str(error) if isinstance(error, WslfastError) else f"{type(error).__name__}: {error}"
+            failed.append(f"{list(shape)}: {words}")
+    raise WslfastError(f"network: {network} does not take the images: {'; '.join(failed)[:600]}")
+
+
+# -- the networks' files -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Table:
+    """What is known of each file, by what the table's column ``file`` calls it."""
+
+    rows: Mapping[str, Mapping[str, Any]]
+    where: str = ""
+
+    @classmethod
+    def read(cls, path: str | Path | None) -> Table:
+        """The table of a CSV file; an empty one of None."""
+        if path is None:
+            return cls({})
+        lines = read_table(path)
+        names = list(lines[0]) if lines else []
+        require("file" in names, f"table: {path}: expected a column 'file' with the names of the models' files, got {names[:12]}")
+        keys = [_key(str(line["file"])) for line in lines]
+        twice = sorted({key for key in keys if keys.count(key) > 1}) if len(set(keys)) < len(keys) else []
+        require(not twice, f"table: {path}: files that are there twice: {twice[:4]}")
+        return cls(dict(zip(keys, lines, strict=True)), str(path))
+
+    def of(self, file: Path, source: Path) -> tuple[str, Mapping[str, Any]] | None:
+        """The row of a file, by its path below the source, its name, or either without the ending; and how it is called there."""
+        whole = file.name if source.is_file() else file.relative_to(source).as_posix()
+        for key in (whole, file.name, str(file)):
+            for form in (key, key.removesuffix(file.suffix)):
+                if form in self.rows:
+                    return form, self.rows[form]
+        return None
+
+
+def _key(name: str) -> str:
+    return Path(name.strip()).as_posix()
+
+
+def checkpoints(
+    source: Path,
+    networks: Sequence[tuple[str, Architecture]],
+    table: Table,
+    epochs: Collection[int] | None,
+    skips: Skips,
+    seen: set[int],
+) -> Iterator[Found]:
+    """The networks of a folder, one a file, in order of names; a table's columns ``model``, ``epoch`` and ``split`` are what they say.
+
+    Args:
+        networks: what they may be of, by the names they were given; the table's column ``network`` chooses, else the first that fits.
+            None: each is recognised by its names and shapes.
+        table: what is known of each.
+    """
+    files = state_files(source, skips)
+    models: dict[Any, int] = {}
+    used: set[str] = set()
+    for file in files:
+        where = file.name if source.is_file() else str(file.relative_to(source))
+        row = table.of(file, source)
+        if row is not None:
+            used.add(row[0])
+        elif table.rows:
+            skips.add(where, "not in the table", f"{table.where} has no row for it; what is known of it is empty")
+        known = dict(row[1]) if row is not None else {}
+        try:
+            held = load(file)
+        except WslfastError as error:
+            seen.add(models.setdefault(file, len(models)))
+            skips.add(where, "unreadable checkpoint", unreadable(error))
+            continue
+        beside = {name: value for name, value in held.beside.items() if name not in known and name not in ("model", "split", "name")}
+        known = {**beside, **known}
+        stated = known.get("model")
+        model = models.setdefault(file if stated is None else stated, len(models))
+        seen.add(model)
+        epoch = known.get("epoch")
+        if isinstance(epoch, float) and epoch.is_integer():
+            epoch = int(epoch)
+        if epoch is not None and (type(epoch) is not int or epoch < 0):
+            skips.add(where, "epoch unknown", f"expected a whole number, got {epoch!r:.40}")
+            continue
+        if epochs is not None and (epoch or 0) not in epochs:
+            continue
+        split = known.get("split") if known.get("split") in SPLITS else None
+        properties = {"name": file.stem, **{k: plain(v, k) for k, v in known.items() if k not in _RESERVED}}
+        if len(networks) > 1 and properties.pop("network", None) == properties.get(KIND):
+            properties.pop(KIND, None)  # the zoo has that column of its own
+        if stated is not None and type(stated) is not int:
+            properties["model_name"] = stated
+        if not source.is_file() and file.parent != source:
+            properties.setdefault("folder", file.parent.relative_to(source).as_posix())
+        state, chosen = held.state, None
+        if networks:
+            try:
+                state, chosen = _chosen(held, networks, known.get("network"))
+            except WslfastError as error:
+                skips.add(where, "another architecture", str(error))
+                continue
+        yield Found(where, model, epoch or 0, properties, {}, _given(state), split, architecture=chosen)
+    for name in table.rows:
+        if name not in used:
+            skips.add(name, "no file", f"{table.where} names it, and it is not in {source}")
+
+
+def _given(state: State) -> Any:
+    return lambda: state
+
+
+def _chosen(held: Loaded, networks: Sequence[tuple[str, Architecture]], named: Any) -> tuple[State, Architecture]:
+    """The architecture that a checkpoint is of, and its entries under that one's names."""
+    candidates = [(name, arch) for name, arch in networks if named in (None, name)]
+    require(bool(candidates), f"its network is {named!r}, expected one of {[name for name, _ in networks]}")
+    for _, architecture in candidates:
+        state = effective_state(_without_prefix(held.state, architecture), architecture.known)
+        if fits(architecture, {name: tuple(value.shape) for name, value in state.items() if name not in architecture.constants}):
+            return state, architecture
+    raise WslfastError(_difference(held.state, candidates[0][1]))
+
+
+def _without_prefix(state: State, architecture: Architecture) -> State:
+    """The entries without what a wrapper (``model.``, ``net.``) put before all names, if that makes them the network's."""
+    current = dict(state)
+    for _ in range(8):
+        if any(name in architecture.known for name in effective_state(current, architecture.known)):
+            return current
+        heads = {name.partition(".")[0] for name in current}
+        if len(heads) != 1 or not all("." in name for name in current):
+            return state
+        current = {name.partition(".")[2]: value for name, value in current.items()}
+    return state
+
+
+def _difference(state: State, architecture: Architecture) -> str:
+    """What is not as the network has it, of one checkpoint."""
+    wanted = {slot.name: slot.shape for slot in architecture.parameters}
+    held = {name: tuple(value.shape) for name, value in effective_state(_without_prefix(state, architecture), architecture.known).items()}
+    lacks = [name for name in wanted if name not in held]
+    extra = [name for name in held if name not in architecture.known and not name.endswith("num_batches_tracked")]
+    other = [f"{name} is {list(held[name])}, expected {list(shape)}" for name, shape in wanted.items() if held.get(name, shape) != shape]
+    parts = [f"it lacks {lacks[:3]}"] if lacks else []
+    parts += [f"it has {extra[:3]} beside"] if extra else []
+    return "; ".join([*parts, *other[:3]]) or f"expected {architecture.name!r}"
+
+
+# -- what zoo export wrote ---------------------------------------------------------------------------------------------
+
+
+def is_exported(source: Path) -> bool:
+    """Whether the folder is one that ``zoo export --format state-dicts`` wrote."""
+    return source.is_dir() and (source / INDEX).is_file()
+
+
+def exported(source: Path) -> tuple[list[tuple[str, Architecture]], Table]:
+    """The architectures and the table of an exported folder. Raises WslfastError for an index that is not one of ours."""
+    file = source / INDEX
+    try:
+        record = json.loads(file.read_text("utf-8-sig"))
+        several = record.get("architectures") or {str(record["architecture"].get("name")): record["architecture"]}
+        rows = record["checkpoints"]
+        table = Table({_key(row["file"]): row for row in rows}, str(file))
+        made = [(label, Architecture.from_dict(kind)) for label, kind in several.items()]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise WslfastError(f"{file}: not an index that zoo export wrote: {error}") from None
+    if len(made) > 1:
+        table = Table({key: {**row, "network": row.get("architecture")} for key, row in table.rows.items()}, str(file))
+    return made, table
