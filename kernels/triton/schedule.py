@@ -300,8 +300,8 @@ def element_size(precision: str) -> int:
 @lru_cache(maxsize=1024)
 def _default(role: str, stage: Stage, precision: str, unit: str) -> Configuration:
     """Hopper's matrix instruction takes 64 rows a warpgroup. Before it, and for the three products of tf32x3, operands pass
-    through registers and the rows are as few as keep them from spilling; tf32x3, which holds every operand twice, still spills some
-    tens of bytes with the fewest. On eight warps it does not, and is half as slow again by the static model."""
+    through registers and the rows are as few as keep them from spilling; tf32x3, which holds every operand twice, still spills (16 to
+    320 bytes for CNN3). On eight warps it spills less, and takes half as long again by the static model."""
     size, hopper = element_size(precision), unit == WARPGROUP
     if precision == "tf32x3":
         rows = 16 if not stage.PATCH else 64 if hopper else 32  # a patch is one product, others are many
