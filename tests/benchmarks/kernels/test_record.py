@@ -15,7 +15,7 @@ HEADER, ROWS = record.read()
 RESOURCES = [row for row in ROWS if row["kind"] == "resources"]
 # bytes of stack a thread may hold: none in the products of a layer, some where a whole network is unrolled
 SPILLS = {"forward": 0, "dx": 0, "dw": 0, "layout": 0, "tail": 512, "network_forward": 512, "network_loss": 2048}
-TF32X3 = {"forward": 16, "dx": 128, "dw": 320}  # every operand is there twice
+TF32X3 = {"forward": 64, "dx": 128, "dw": 320}  # every operand is there twice
 SHARED = 99 * 1024  # what a block gets on the smaller GPUs
 
 
