@@ -161,6 +161,12 @@ def a_gradient_is_stopped(m: Written, x: Tensor) -> Tensor:
 
 
 @followed
+def both_signs_side_by_side(m: Written, x: Tensor) -> Tensor:
+    h = m.fc(torch.cat((x, -x)))
+    return m.out(h[: len(x)].relu() - h[len(x) :].relu())
+
+
+@followed
 def checked_by_shape(m: Written, x: Tensor) -> Tensor:
     assert x.shape[1] == 6
     if x.dim() == 3:
@@ -214,6 +220,11 @@ def a_number_is_read(m: Written, x: Tensor) -> Tensor:
 def an_assertion(m: Written, x: Tensor) -> Tensor:
     assert (x.abs() < 1e9).all()
     return m.out(m.fc(x))
+
+
+@unfollowed("a query's place would count")
+def a_table_by_place(m: Written, x: Tensor) -> Tensor:
+    return m.out(m.fc(x)) + 0.001 * torch.eye(8)[: len(x), :3]
 
 
 @unfollowed("another number of queries takes another way")

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..kernels.graph import Constant, Graph, slots_of
 from ..kernels.operations import check_graph
-from ..kernels.reference import run_graph, value_shapes
+from ..kernels.reference import check_values, run_graph
 from .convert import Converter, Untraceable, written_in
 from .module import FrozenNorms, first_line, plainly, queries_for
 from .simplify import joined
@@ -56,7 +56,7 @@ def _traced(module: nn.Module, input_shape: tuple[int, ...]) -> tuple[Graph, dic
             tuple(aliases.items()),
         )
         try:
-            value_shapes(check_graph(graph, module.training))
+            check_values(check_graph(graph, module.training))
         except ValueError as error:
             picks = "torch.nonzero" in str(error)
             why = "it picks numbers by a mask, and how many depends on them; torch.where keeps their places" if picks else str(error)
