@@ -156,6 +156,7 @@ class _Compiler:
         if int(below[1:]) in self.within:
             return False
         fresh = TABLE[made.operation].form in ("convolution", "transposed", "linear") or made.operation in _SUMS
+        fresh = fresh or bool(made.argument("training"))  # a batch norm by its batch, whose backward looks at what it read
         return fresh or int(below[1:]) in self.folded
 
     def _emit(self, name: str, node: Node, operation: Operation, wanted: Layout, layout: Layout, form: Callable[..., Any]) -> Step:

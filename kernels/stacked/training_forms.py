@@ -33,12 +33,13 @@ def normalised(node: Node, call: Call, a: Values, models: int) -> Tensor:
         x = x if call.stacked("input") else x.expand(models, *x.shape)
         x = x.transpose(0, 1).flatten(1, 2)
     scale, shift = (_everyones(a.get(name), models, call.stacked(name)) for name in ("weight", "bias"))
-    y, mean, inverse = torch.native_batch_norm(x, scale, shift, None, None, True, 0.0, a["eps"])
+    if x.numel() == x.shape[1]:
+        raise ValueError("one number a channel has no variance, which a batch norm in training mode divides by; take other batches")
+    mean, variance = x.new_zeros(2, x.shape[1]).unbind()
+    y = torch.native_batch_norm(x, scale, shift, mean, variance, True, 1.0, a["eps"])[0]  # momentum 1: nothing of the zeros stays
     if a.get("running_mean") is not None:
-        count = x.numel() // x.shape[1]
-        spread = torch.var(x.detach(), [d for d in range(x.ndim) if d != 1], correction=1) if count > 1 else inverse.detach()
         references = [str(node.argument(name)) for name in ("running_mean", "running_var")]
-        found = (mean.detach().view(models, -1), spread.view(models, -1))
+        found = (mean.view(models, -1), variance.view(models, -1))
         a["statistics"].append(Statistics(*found, references[0], references[1], float(node.argument("momentum", 0.1))))
     return y if channels else y.unflatten(1, (models, -1)).transpose(0, 1)
 

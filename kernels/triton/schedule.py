@@ -300,11 +300,11 @@ def element_size(precision: str) -> int:
 @lru_cache(maxsize=1024)
 def _default(role: str, stage: Stage, precision: str, unit: str) -> Configuration:
     """Hopper's matrix instruction takes 64 rows a warpgroup. Before it, and for the three products of tf32x3, operands pass
-    through registers and the rows are as few as keep them from spilling; tf32x3, which holds every operand twice, spreads them over
-    eight warps."""
+    through registers and the rows are as few as keep them from spilling; tf32x3, which holds every operand twice, still spills (16 to
+    320 bytes for CNN3). On eight warps it spills less, and takes half as long again by the static model."""
     size, hopper = element_size(precision), unit == WARPGROUP
     if precision == "tf32x3":
-        rows = 16
+        rows = 16 if not stage.PATCH else 64 if hopper else 32  # a patch is one product, others are many
     elif hopper:
         rows = 32 if role == "dw" else 64
     else:
@@ -313,7 +313,7 @@ def _default(role: str, stage: Stage, precision: str, unit: str) -> Configuratio
     # Held weights take shared memory and, in dX, where wide gradients are live as well, registers.
     held = role != "dw" and precision != "tf32x3" and (hopper or size == 2 or role == "dx")
     hoist = held and weights * size <= (49152 if role == "forward" or stage.JX < stage.P else 32768)
-    return Configuration(BM=rows, WARPS=8 if precision == "tf32x3" else 4, STAGES=1, HOIST=hoist, PREC=precision)
+    return Configuration(BM=rows, WARPS=4, STAGES=1, HOIST=hoist, PREC=precision)
 
 
 SPLIT_ROWS = 4096  # of a weight gradient's sum

@@ -157,6 +157,18 @@ def test_attention_drops_shares_of_each_models_own(data: Dataset) -> None:
         torch.testing.assert_close(gradient[j], expected, atol=1e-5, rtol=1e-4)
 
 
+def test_networks_that_differ_in_training_mode_alone_are_kept_apart(data: Dataset) -> None:
+    architectures = [Architecture.from_module(Attention(p), SHAPE) for p in (0.0, 0.3, 0.6)]
+    assert architectures[0] == architectures[1] == architectures[2]
+    weights = architectures[0].initial_weights(["default"], [0])
+    images, labels = data.train_images[:12], data.train_labels[None, :12]
+    losses = [
+        float(engine.training_step(weights, images, labels, a, "cross_entropy", generators=[torch.Generator().manual_seed(0)])[0])
+        for a in architectures
+    ]
+    assert len(set(losses)) == 3
+
+
 def test_alpha_dropout_keeps_mean_and_variance(data: Dataset) -> None:
     module = nn.Sequential(nn.Flatten(), nn.AlphaDropout(0.3), nn.Linear(162, 5))
     architecture = Architecture.from_module(module, SHAPE)
@@ -362,6 +374,13 @@ def test_a_forward_that_looks_at_its_mode_is_trained_as_it_is_in_training_mode()
     loss.backward()
     torch.testing.assert_close(losses[0], loss.detach())
     torch.testing.assert_close(gradient[0, :36].view(6, 6), module.inner.weight.grad)
+
+
+def test_a_batch_without_variance_is_named() -> None:
+    module = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    signals = Signals("odd", torch.randn(9, 6), torch.randn(9, 1))
+    with pytest.raises(WslfastError, match=r"has no variance.*other batches"):
+        build_zoo(signals, architecture=Architecture.from_module(module, (6,)), models=2, epochs=1, batch_size=4)
 
 
 def test_kernels_are_not_asked_for_what_they_have_not(data: Dataset) -> None:

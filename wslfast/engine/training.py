@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -12,7 +13,7 @@ from ..architecture import Architecture
 from ..errors import WslfastError, require
 from ..kernels import stacked
 from ..kernels.criteria import Named
-from ..kernels.graph import Graph
+from ..kernels.graph import Graph, Training
 from ..kernels.operations import training_graph
 from ..kernels.reference import value_shapes
 from ..profiling import region
@@ -35,12 +36,17 @@ def random_in_training(architecture: Architecture) -> bool:
     return _own_graph(architecture) is not None
 
 
-@lru_cache(maxsize=64)
 def _own_graph(architecture: Architecture) -> Graph | None:
     """The graph of training mode where it is another one than that of evaluation mode."""
     assert architecture.graph is not None
-    made = training_graph(architecture.graph)
-    return None if made is architecture.graph else made
+    return _made(architecture.graph, architecture.graph.training)
+
+
+@lru_cache(maxsize=64)
+def _made(graph: Graph, training: Training) -> Graph | None:
+    """``training`` is what makes no difference between two graphs that are equal in evaluation mode."""
+    made = training_graph(replace(graph, training=training))
+    return None if made.nodes == graph.nodes and made.output == graph.output else made
 
 
 def training_step(
@@ -73,7 +79,11 @@ def training_step(
         for start in range(0, k, size):
             part = slice(start, start + size)
             x, rows = queries[part] if own and index is None else queries, None if index is None else index[part]
-            parts.append(stacked.training_step(weights[part], x, targets[part], graph, criterion, index=rows, generators=generators[part]))
+            try:
+                made = stacked.training_step(weights[part], x, targets[part], graph, criterion, index=rows, generators=generators[part])
+            except ValueError as error:
+                raise WslfastError(f"architecture {architecture.name!r}: {error}") from None
+            parts.append(made)
     if len(parts) == 1:
         return parts[0]
     losses, gradients, statistics = zip(*parts, strict=True)

