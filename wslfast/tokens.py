@@ -190,7 +190,7 @@ class Layer(NamedTuple):
     @property
     def channels(self) -> int:
         """Number of rows."""
-        return self.groups * math.prod(self.slot.shape[axis] for axis in self.axes)
+        return self.groups * math.prod([self.slot.shape[axis] for axis in self.axes])
 
     @property
     def width(self) -> int:

@@ -32,7 +32,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """What settings are where nobody gives them: the fields' defaults, a CPU's; the published ones (:meth:`TrainConfig.paper`)."""
-_RETIRED = {"restart": False}  # settings that are no more, and what older runs hold without having used them
+RETIRED = {"restart": False}  # settings that are no more, and what older runs hold without having used them
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ class TrainConfig:
         """
         named = isinstance(values, Mapping) and all(isinstance(name, str) for name in values)
         require(named, f"config: expected settings by name, got {type(values).__name__}")
-        values = {name: value for name, value in values.items() if name not in _RETIRED or value != _RETIRED[name]}
+        values = {name: value for name, value in values.items() if name not in RETIRED or value != RETIRED[name]}
         preset = values.pop("preset", "small")
         require(preset in PRESETS, f"preset: expected one of {tuple(PRESETS)}, got {preset!r}")
         known = [f.name for f in dataclasses.fields(cls)]
