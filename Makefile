@@ -73,6 +73,9 @@ gpu: ## on a machine with CUDA: kernels compiled, diagnosed, tested, timed, prov
 kernels: $(VENV)/.dev ## without a GPU: every kernel compiled for every kind of GPU, every network raced, recorded (hours on two cores; goes on)
 	$(BIN)/python -m benchmarks.kernels.record --races
 
+api: $(VENV)/.dev ## docs/api.md from the docstrings
+	$(BIN)/python docs/make_api.py
+
 bench: $(VENV)/.dev ## the benchmark suite on this machine
 	$(BIN)/python -m benchmarks $(BENCH_FLAGS)
 

@@ -9,6 +9,9 @@ from pathlib import Path
 import torch
 
 from . import compare, readme
+from .network_suite import SECTIONS as NETWORK_SECTIONS
+from .network_suite import run_networks
+from .networks import NETWORKS
 from .recording import DATA, Row, merge, read_rows, show
 from .suites import GPU_SECTIONS, QUICK, SECTIONS, run_cpu, run_gpu
 
@@ -18,7 +21,7 @@ def _run(options: argparse.Namespace) -> int:
     if cuda and not torch.cuda.is_available():
         print("python -m benchmarks: no CUDA device here, --suite gpu has nothing to run on", file=sys.stderr)
         return 2
-    known = {"gpu": GPU_SECTIONS, "cpu": SECTIONS, "quick": QUICK}[options.suite]
+    known = {"gpu": GPU_SECTIONS, "cpu": SECTIONS, "quick": QUICK, "networks": (*NETWORK_SECTIONS, *NETWORKS)}[options.suite]
     unknown = sorted(set(options.only) - set(known))
     if unknown:
         print(
@@ -44,6 +47,8 @@ def _run(options: argparse.Namespace) -> int:
 
     if cuda:
         run_gpu(options.only, before, emit, say, options.out)
+    elif options.suite == "networks":
+        run_networks(options.only, emit, say)
     else:
         run_cpu(options.suite, options.only, before, emit, say)
     clock = "gpu_ms" if cuda else "wall_ms"
@@ -68,12 +73,20 @@ def main(arguments: list[str] | None = None) -> int:
         description="wslfast beside what one would use instead, on this machine",
         epilog="also: python -m benchmarks compare A.csv B.csv; python -m benchmarks readme",
     )
-    parser.add_argument("--suite", choices=("quick", "cpu", "gpu"), default="quick", help="quick: a minute; cpu: about ten; gpu: hours")
+    parser.add_argument(
+        "--suite",
+        choices=("quick", "cpu", "networks", "gpu"),
+        default="quick",
+        help="quick: a minute; cpu and networks: about ten; gpu: hours",
+    )
     parser.add_argument(
         "--out", type=Path, default=Path("runs/benchmarks"), help=f"folder of CSV and page (%(default)s; tracked rows: {DATA})"
     )
     parser.add_argument("--no-page", dest="page", action="store_false", help="rows alone, no HTML page")
-    sections = f"quick: {', '.join(QUICK)}; cpu: {', '.join(SECTIONS)}; gpu: {', '.join(GPU_SECTIONS)}"
+    sections = (
+        f"quick: {', '.join(QUICK)}; cpu: {', '.join(SECTIONS)}; gpu: {', '.join(GPU_SECTIONS)}; networks: "
+        f"{', '.join(NETWORK_SECTIONS)}, or a network's name"
+    )
     parser.add_argument("--only", nargs="+", default=[], metavar="SECTION", help=sections)
     return _run(parser.parse_args(given))
 

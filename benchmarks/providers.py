@@ -20,6 +20,7 @@ from torch import Tensor
 
 from wslfast import engine
 from wslfast.architecture import Architecture
+from wslfast.engine.precision import matmul_precision
 from wslfast.kernels import criteria, reference
 from wslfast.kernels.layers import Activation, Conv2d, Flatten, Linear, Pool2d, Unplannable, layer_slots
 
@@ -172,7 +173,7 @@ def _compiled(*_: object) -> tuple[Callable[..., Result], Callable[..., Tensor]]
 def _compiled_for(weights: Tensor, queries: Tensor, architecture: Architecture) -> tuple[Callable[..., Result], Callable[..., Tensor]]:
     device = weights.device.type
     half = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    return _compiled(architecture.name, weights.shape, queries.shape, device, half, torch.get_float32_matmul_precision())
+    return _compiled(architecture.name, weights.shape, queries.shape, device, half, matmul_precision())
 
 
 def _compiled_forward(weights: Tensor, queries: Tensor, architecture: Architecture) -> Tensor:
@@ -335,7 +336,7 @@ def _graph_of(kind: str, architecture: Architecture, queries: Tensor, *rows: Ten
     if not queries.is_cuda:
         raise Unavailable("CUDA graphs need a GPU")
     half = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-    key = (kind, architecture.name, queries.shape, len(rows[0]), half, torch.get_float32_matmul_precision())
+    key = (kind, architecture.name, queries.shape, len(rows[0]), half, matmul_precision())
     if key not in _captured:
         if len(_captured) > 1:
             _captured.clear()
@@ -384,7 +385,7 @@ def _kernels(weights: Tensor) -> tuple[Any, str]:
         raise Unavailable("Triton kernels need a GPU")
     if importlib.util.find_spec("triton") is None:
         raise Unavailable("triton is not installed")
-    precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    precision = "tf32x3" if matmul_precision() == "highest" else "tf32"
     if torch.is_autocast_enabled("cuda"):
         precision = "bf16" if torch.get_autocast_dtype("cuda") == torch.bfloat16 else "fp16"
     return importlib.import_module("wslfast.kernels.triton.launch"), precision

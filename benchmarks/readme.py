@@ -17,6 +17,7 @@ wslfast side by side with what one would use instead. From a checkout, on your o
 ```sh
 python -m benchmarks --suite quick           # a minute; rows, a table, and a page with figures in runs/benchmarks
 python -m benchmarks --suite cpu             # about ten minutes; --only SECTION takes one section again
+python -m benchmarks --suite networks        # 44 networks of the field, zoos of four of them; --only NETWORK takes one
 python -m benchmarks --suite gpu             # everything, hours; make gpu takes the core of it in ten minutes
 pytest benchmarks/ --benchmark-only          # the same providers under pytest-benchmark
 python -m benchmarks compare A.csv B.csv     # what became slower; exit status 1 if something did

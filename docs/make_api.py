@@ -54,7 +54,7 @@ def _entry(name: str, value: Any, short: bool = False) -> str:
         return f"- `{name}{_signature(value)}`: {_first(value)}"
     if isinstance(value, ModuleType):
         return f"### {name}\n\n{text}\n"
-    parts = [f"### {name}\n", f"```python\n{name}{_signature(value)}\n```\n", text, ""]
+    parts = [f"### {name}\n", f"```text\n{name}{_signature(value)}\n```\n", text, ""]
     if inspect.isclass(value):
         parts += [f"- `{label}`: {_first(member)}" for label, member in _members(value)] + [""]
     return "\n".join(parts)
@@ -63,9 +63,7 @@ def _entry(name: str, value: Any, short: bool = False) -> str:
 def _members(value: type) -> list[tuple[str, Any]]:
     found = []
     for name, member in vars(value).items():
-        inner = (
-            member.__func__ if isinstance(member, (classmethod, staticmethod)) else member.fget if isinstance(member, property) else member
-        )
+        inner = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
         if name.startswith("_") or not inspect.isfunction(inner) or not inner.__doc__:
             continue
         found.append((f".{name}" if isinstance(member, property) else f".{name}{_signature(inner)}", inner))

@@ -146,9 +146,25 @@ def substitute(value: Argument, of: Callable[[str], Any], n: int) -> Any:
     return value
 
 
+@dataclass(frozen=True)
+class Training:
+    """What a graph, which is of evaluation mode, does not tell of training mode.
+
+    Attributes:
+        fixed: entries of a row of weights that no optimiser trains, running statistics aside: floating buffers.
+        graph: of training mode, where that is another one than the graph itself with its norms and dropout in training mode.
+        refused: why it cannot be trained here, in words; empty where it can.
+    """
+
+    fixed: tuple[str, ...] = ()
+    graph: Graph | None = None
+    refused: str = ""
+
+
 @dataclass(frozen=True, eq=False)
 class Graph:
-    """A network as data. Two graphs are equal if they compute the same in the same way from parameters of the same names and shapes.
+    """A network as data. Two graphs are equal if they compute the same in the same way from parameters of the same names and shapes, in
+    evaluation mode.
 
     Attributes:
         input_shape: of one query.
@@ -157,6 +173,7 @@ class Graph:
         slots: parameters in the order of a row of weights.
         constants: tensors that all models share.
         aliases: further state-dict keys of tied parameters: (key, name of the slot).
+        training: what it does not tell of training mode; no part of what makes two graphs equal.
     """
 
     input_shape: tuple[int, ...]
@@ -165,10 +182,13 @@ class Graph:
     slots: tuple[Slot, ...]
     constants: tuple[Constant, ...] = ()
     aliases: tuple[tuple[str, str], ...] = ()
+    training: Training = field(default=Training(), repr=False)
     digest: str = field(init=False, repr=False, default="")
 
     def __post_init__(self) -> None:
-        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        record = self.to_dict()
+        record.pop("training", None)
+        text = json.dumps(record, sort_keys=True, separators=(",", ":"))
         object.__setattr__(self, "digest", hashlib.sha256(text.encode()).hexdigest())
         object.__setattr__(self, "_hash", hash(self.digest))
 
@@ -179,7 +199,7 @@ class Graph:
         return self is other or (isinstance(other, Graph) and self.digest == other.digest)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update({"training": Training(), **state})  # of an older version
         object.__setattr__(self, "_hash", hash(self.digest))  # of texts, another in every process
 
     @cached_property
@@ -221,6 +241,13 @@ class Graph:
             ]
         if self.aliases:
             record["aliases"] = [list(pair) for pair in self.aliases]
+        if self.training != Training():
+            own = self.training.graph
+            record["training"] = {
+                "fixed": list(self.training.fixed),
+                "graph": None if own is None else own.to_dict(),
+                "refused": self.training.refused,
+            }
         return record
 
     @classmethod
@@ -228,7 +255,7 @@ class Graph:
         """Rebuild from :meth:`to_dict`'s form. Raises ValueError for anything else; nothing is run and nothing large allocated. What its
         operations are is for ``operations.check_graph`` to say."""
         check(isinstance(record, Mapping), f"expected an object, got {type(record).__name__}")
-        unknown = set(record) - {"input_shape", "parameters", "nodes", "output", "constants", "aliases"}
+        unknown = set(record) - {"input_shape", "parameters", "nodes", "output", "constants", "aliases", "training"}
         check(not unknown, f"unknown entries {sorted(map(str, unknown))[:5]}")
         slots = slots_of(dict(_parameters(record.get("parameters"))))
         check(bool(slots), "it has no parameters")
@@ -239,7 +266,15 @@ class Graph:
         aliases = tuple(_alias(pair) for pair in _list(record.get("aliases", []), "aliases"))
         output = record.get("output")
         check(isinstance(output, str), "output: expected a reference")
-        graph = cls(_sizes(record.get("input_shape"), "input_shape"), tuple(_node(n) for n in nodes), output, slots, constants, aliases)
+        graph = cls(
+            _sizes(record.get("input_shape"), "input_shape"),
+            tuple(_node(n) for n in nodes),
+            output,
+            slots,
+            constants,
+            aliases,
+            _training(record["training"], slots) if "training" in record else Training(),
+        )
         graph._check_references()
         return graph
 
@@ -332,6 +367,18 @@ def _constant(record: Any) -> Constant:
         held = -1
     check(held == math.prod(shape) * DTYPES[record["dtype"]].itemsize, f"constant {record['name']!r:.60} does not hold its numbers")
     return Constant(record["name"], record["dtype"], shape, record["data"], record["kept"])
+
+
+def _training(record: Any, slots: tuple[Slot, ...]) -> Training:
+    check(isinstance(record, Mapping) and set(record) == {"fixed", "graph", "refused"}, "training has fixed, graph, refused")
+    fixed = tuple(_list(record["fixed"], "training: fixed"))
+    check(set(map(repr, fixed)) <= {repr(slot.name) for slot in slots}, "training: fixed: a name of no parameter")
+    check(isinstance(record["refused"], str), "training: refused: expected a text")
+    own = record["graph"]
+    check(own is None or (isinstance(own, Mapping) and "training" not in own), "training: graph: expected a graph")
+    graph = None if own is None else Graph.from_dict(own)
+    check(graph is None or graph.slots == slots, "training: graph: it has other parameters")
+    return Training(fixed, graph, record["refused"])
 
 
 def _alias(pair: Any) -> tuple[str, str]:

@@ -10,7 +10,7 @@ dtype and on any device. ``form`` names how it runs *stacked*, for M models each
     scatter      a tensor with a part of it replaced
     image        models folded into the axis of queries, ``[M * n, C, H, W]``
     create       a tensor like the queries, the same for all models
-    identity     nothing, in evaluation mode
+    identity     nothing, in evaluation mode; in training mode, multiplied by a random mask of each model's own
     vmap         torch.vmap over the one operator
     else         a function of its own name
 
@@ -20,7 +20,7 @@ Adding an elementwise function is one line here, and its test. Adding a layer ty
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from .graph import DTYPES, INFINITE, Argument, Arguments, Graph, is_size
+from .graph import DTYPES, INFINITE, Argument, Arguments, Graph, Node, is_size
 
 _LARGEST = (1 << 31) - 1
 
@@ -80,8 +80,11 @@ class Operation:
         """What the operator gives for arguments by name; those left out have their defaults."""
         if self.form == "getitem":
             return arguments["self"][arguments["index"]]
-        if self.name in _DIFFERENTIABLE and not arguments.get("use_input_stats"):
-            return by_running_statistics(arguments)
+        if self.name in _DIFFERENTIABLE:
+            if not (arguments.get("use_input_stats") or arguments.get("training")):
+                return by_running_statistics(arguments)
+            if arguments.get("training"):  # by those of the batch; the running ones stay as they are
+                arguments = {**arguments, "running_mean": None, "running_var": None}
         positional, named, last = [], {}, 0
         for name, parameter in self._all_parameters.items():
             given = name in arguments
@@ -111,7 +114,7 @@ class Operation:
             return lambda a: overload(*[a[name] for name in names], **{name: a[name] for name in named})
         return lambda a: overload(*[a[name] for name in names])
 
-    def check(self, arguments: Arguments) -> None:
+    def check(self, arguments: Arguments, training: bool = False) -> None:
         """Raises ValueError for an argument that the operator does not have, of another type, or out of all proportion."""
         given = dict(arguments)
         if len(given) != len(arguments):
@@ -122,7 +125,7 @@ class Operation:
             kind = self.parameters[name].kind
             if not _fits(kind, value):
                 raise ValueError(f"argument {name!r}: expected {kind}, got {value!r:.60}")
-            if value != _MUST_BE.get(name, value):
+            if value != _MUST_BE.get(name, value) and not (training and name in _OF_A_MODE):
                 raise ValueError(f"argument {name!r}: expected {_MUST_BE[name]}, got {value!r:.60}")
             if name in PER_AXIS and isinstance(value, tuple) and len(value) not in (self.axes or len(value), 0 if name == "stride" else -1):
                 raise ValueError(f"argument {name!r}: expected one for each of {self.axes} axes, got {value!r:.60}")
@@ -141,6 +144,7 @@ AXES = frozenset({"dim", "dims", "dim0", "dim1", "start_dim", "end_dim", "source
 PER_AXIS = ("kernel_size", "stride", "padding", "dilation", "output_padding", "output_size")  # one number for each axis of an image
 WITH_AXES = ("axes", "join", "shape", "scatter")
 _MUST_BE = {"train": False, "training": False, "dropout_p": 0.0, "scale_grad_by_freq": False}  # evaluation mode, and torch's gradient
+_OF_A_MODE = ("train", "training", "dropout_p")
 
 _DIFFERENTIABLE = ("batch_norm", "instance_norm")  # in their running statistics, which torch's own are not: a decoder rebuilds those too
 
@@ -273,7 +277,8 @@ def _table() -> dict[str, Operation]:
     add("addmm", "addmm baddbmm")
     add("attention", "scaled_dot_product_attention")
     add("vmap", "einsum index.Tensor index_select gather cosine_similarity pairwise_distance cdist outer kron grid_sampler prod median")
-    add("vmap", "affine_grid_generator linalg_matrix_norm linalg_matrix_norm.str_ord searchsorted.Tensor one_hot diagonal trace diag")
+    add("grid", "affine_grid_generator")
+    add("vmap", "linalg_matrix_norm linalg_matrix_norm.str_ord searchsorted.Tensor one_hot diagonal trace diag")
     add("vmap", "index_put index_add index_copy index_fill.int_Scalar scatter.src scatter.value scatter_add")
     add("vmap", "take_along_dim tensordot inner")
     # nothing
@@ -293,13 +298,53 @@ def _there(name: str) -> bool:
 TABLE = _table()
 
 
-def check_graph(graph: Graph) -> Graph:
-    """The graph itself. Raises ValueError for an operation that is not in the table, or an argument that it does not have."""
+def check_graph(graph: Graph, training: bool = False) -> Graph:
+    """The graph itself. Raises ValueError for an operation that is not in the table, or an argument that it does not have, or has in
+    ``training`` mode only."""
     for i, node in enumerate(graph.nodes):
         if node.operation not in TABLE:
             raise ValueError(f"node {i}: unknown operation {node.operation!r:.60}")
         try:
-            TABLE[node.operation].check(node.arguments)
+            TABLE[node.operation].check(node.arguments, training)
         except ValueError as error:
             raise ValueError(f"node {i} ({node.operation}): {error}") from None
+    if graph.training.graph is not None:
+        check_graph(graph.training.graph, training=True)
     return graph
+
+
+def training_graph(graph: Graph) -> Graph:
+    """The graph in training mode: the same one where both modes are. Batch norms whose running statistics are parameters go by those of
+    the batch, dropout drops.
+
+    Raises:
+        ValueError: it cannot be trained; the message says why.
+    """
+    if graph.training.refused:
+        raise ValueError(graph.training.refused)
+    made = graph.training.graph or replace(graph, nodes=tuple(map(_in_training, graph.nodes)))
+    for node in made.nodes:
+        form, given = TABLE[node.operation].form, dict(node.arguments)
+        if form == "recurrent" and given.get("train") and given.get("dropout") and given.get("num_layers", 1) > 1:
+            raise ValueError("it has dropout between the layers of a recurrent network, which is not drawn model by model")
+        if node.operation == "instance_norm" and given.get("running_mean") is not None:
+            raise ValueError("it has an instance norm with running statistics, which are not kept model by model")
+        if node.operation == "rrelu":
+            raise ValueError("it has a randomised leaky ReLU, which is random in another way than dropout")
+        if node.operation == "batch_norm" and given.get("training"):
+            kept = [given.get(name) for name in ("running_mean", "running_var")]
+            if kept != [None, None] and not all(isinstance(r, str) and r.startswith("@w:") for r in kept):
+                raise ValueError("it has a batch norm whose running statistics are no parameters")
+            if not given.get("momentum") and kept != [None, None]:
+                raise ValueError("it has a batch norm without a momentum, whose running averages are of all steps so far")
+    return graph if made.nodes == graph.nodes and made.output == graph.output else made
+
+
+def _in_training(node: Node) -> Node:
+    """A node of evaluation mode in training mode."""
+    given = dict(node.arguments)
+    if TABLE[node.operation].form == "identity":
+        return node if given["p"] == 0 else Node(node.operation, tuple({**given, "train": True}.items()))
+    if node.operation == "batch_norm":
+        return Node(node.operation, tuple({**given, "training": True}.items()))
+    return node

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .criteria import criterion_values
-from .graph import DTYPES, QUERY, Graph, Node, check, substitute
+from .graph import DTYPES, QUERY, Graph, Node, check, is_size, substitute
 from .layers import ACTIVATIONS, Activation, Conv2d, Dropout, Flatten, Layers, Linear, Pool2d, layer_slots
 from .operations import TABLE
 
@@ -94,7 +94,8 @@ def loss_and_gradient(
 
 
 def run_graph(weights: Tensor, queries: Tensor, graph: Graph) -> Tensor:
-    """Outputs ``[n, *out]`` of the one model whose row of weights is ``[P]``: node after node, each one plain call."""
+    """Outputs ``[n, *out]`` of the one model whose row of weights is ``[P]``: node after node, each one plain call. In a graph of training
+    mode, dropout draws from torch's own generator."""
     return dict(graph_values(weights, queries, graph))[graph.output]  # type: ignore[no-any-return]
 
 
@@ -118,10 +119,12 @@ def call_node(node: Node, values: dict[str, Any], n: int) -> Any:
     if isinstance(arguments.get("dtype"), str):
         arguments["dtype"] = DTYPES[arguments["dtype"]]
     operation = TABLE[node.operation]
-    return arguments["input"] if operation.form == "identity" else operation.call(arguments)
+    still = operation.form == "identity" and not arguments.get("train")
+    return arguments["input"] if still else operation.call(arguments)
 
 
 _MOST_NUMBERS = 1 << 28  # of one value of one model and query: a gigabyte
+_CUTS = ("slice.Tensor", "narrow", "select.int", "slice_scatter", "select_scatter")
 _MOST_PARTS = 1 << 12  # that one operation cuts a value into
 
 
@@ -136,8 +139,15 @@ def value_shapes(graph: Graph, n: int = 2) -> dict[str, Any]:
 
 
 def check_values(graph: Graph) -> Graph:
-    """The graph itself. Raises ValueError as :func:`value_shapes` does, and for an answer that is not floating ``[n, *out]``."""
-    answers = [_unallocated(graph, n)[graph.output] for n in (2, 3)]
+    """The graph itself. Raises ValueError as :func:`value_shapes` does, and for an answer that is not floating ``[n, *out]`` or in which
+    a query's place counts."""
+    two, three = (_unallocated(graph, n) for n in (2, 3))
+    for i, node in enumerate(graph.nodes):
+        if node.operation in _CUTS and any(is_size(value) for _, value in node.arguments):
+            source, axis = str(node.argument("self")), node.argument("dim", 0)
+            if two[source].shape[axis] == three[source].shape[axis]:
+                raise ValueError(f"node {i} ({node.operation}): it reads by the number of queries, so that a query's place would count")
+    answers = [values[graph.output] for values in (two, three)]
     check(all(isinstance(a, Tensor) and a.is_floating_point() for a in answers), "output: expected one floating tensor")
     sizes = [list(a.shape) for a in answers]
     whole = sizes[0][:1] == [2] and sizes[1][:1] == [3] and sizes[0][1:] == sizes[1][1:]

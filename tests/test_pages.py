@@ -65,3 +65,14 @@ def test_one_spelling() -> None:
         left = path.read_text().replace(f"loss_{other}", "")
         wrong += [name] * (other in left.lower())
     assert not wrong
+
+
+def test_the_readme_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its Python blocks, one after another; a comment behind a print is what is printed."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    runnable = [block for block in blocks if "patched()" not in block]
+    assert len(runnable) == 2
+    expected = [line.rpartition("# ")[2] for block in runnable for line in block.splitlines() if line.startswith("print(")]
+    for block in runnable:
+        exec(compile(block, "README.md", "exec"), {})
+    assert capsys.readouterr().out.splitlines() == expected

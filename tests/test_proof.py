@@ -414,9 +414,8 @@ def test_ranks_agree(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    said = [line for line in done.stdout.splitlines() if "said" in line]
-    assert len(said) == 3
-    assert all("[('right', False), ('right', True)]" in line for line in said)
+    assert done.stdout.count("said") == 3  # counted in the text: lines of three processes may run into one another
+    assert done.stdout.count("[('right', False), ('right', True)]") == 3
 
 
 def test_a_run_keeps_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,15 +65,8 @@ class Architecture:
         self, name: str, input_shape: tuple[int, ...], graph: Graph | None, module: nn.Module | None = None, reason: str = ""
     ) -> None:
         parameters = graph.slots if graph is not None else _slots(module)
-        given = {
-            "name": name,
-            "input_shape": tuple(input_shape),
-            "graph": graph,
-            "parameters": parameters,
-            "module": module,
-            "reason": reason,
-        }
-        self.__dict__.update(given)
+        given = {"name": name, "input_shape": tuple(input_shape), "graph": graph, "parameters": parameters}
+        self.__dict__.update(given, module=module, reason=reason)
         self._derive()
 
     def _derive(self) -> None:
@@ -135,13 +128,18 @@ class Architecture:
 
     @cached_property
     def statistics(self) -> tuple[str, ...]:
-        """Entries that no optimiser trains: running means and variances."""
+        """Running means and variances."""
         return tuple(p.name for p in self.parameters if p.name.endswith(("running_mean", "running_var")))
+
+    @cached_property
+    def untrained(self) -> frozenset[str]:
+        """Entries that no optimiser trains: running statistics and other floating buffers."""
+        return frozenset((*self.statistics, *(self.graph.training.fixed if self.graph is not None else ())))
 
     @cached_property
     def num_parameters(self) -> int:
         """Trainable parameters."""
-        return sum(p.size for p in self.parameters if p.name not in self.statistics)
+        return sum(p.size for p in self.parameters if p.name not in self.untrained)
 
     def _output_shape(self) -> tuple[int, ...]:
         if self.graph is not None:
@@ -290,8 +288,7 @@ class Architecture:
         return cls.from_layers(layers, input_shape, name)
 
     def with_classes_last(self, axis: int) -> Architecture:
-        """The same network with an axis of its answer moved to the end, for criteria over classes. Raises WslfastError for a module that
-        cannot be traced."""
+        """The same network with an axis of its answer moved to the end, for criteria over classes. A module must be traceable."""
         return _with_classes_last(self, axis)
 
     # -- weights -------------------------------------------------------------------------------------------------------
@@ -299,7 +296,8 @@ class Architecture:
     def initial_weights(self, initialisations: Sequence[str], seeds: Sequence[int]) -> Tensor:
         """Fresh weights ``[k, P]`` of k models, each from its own initialisation and seed (reference: the zoo code's ``init_type``).
 
-        ``uniform`` is U[0, 1] and ``normal`` N(0, 1), as published; ``default`` is torch's own layer initialisation with its biases.
+        ``uniform`` is U[0, 1] and ``normal`` N(0, 1), as published; ``default`` is torch's own layer initialisation with its biases,
+        ``siren`` that of sine networks (Sitzmann et al. 2020; as ``default`` where there is no sine).
         Norms start as the identity. A model's row depends on its own initialisation and seed alone. Raises WslfastError for an unknown
         name, another number of seeds, or a module that cannot be traced.
         """
@@ -332,7 +330,8 @@ class Architecture:
             if isinstance(record.get("graph"), Mapping):
                 graph = check_graph(Graph.from_dict(record["graph"]))
                 require(graph.input_shape == tuple(shape), f"architecture {name!r}: its graph has another input shape")
-                check_values(graph)  # every operation fits what it reads
+                for each in filter(None, (graph, graph.training.graph)):
+                    check_values(each)  # every operation fits what it reads
                 return cls(name, tuple(shape), graph)
             if isinstance(record.get("layers"), list):
                 return cls.from_layers([layer_from_dict(r) for r in record["layers"]], shape, name)

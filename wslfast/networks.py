@@ -16,7 +16,7 @@ from .kernels.layers import ACTIVATIONS, Activation, Conv2d, Dropout, Flatten, L
 from .kernels.operations import TABLE
 
 INITIALISATIONS = (
-    "uniform", "normal", "kaiming_uniform", "kaiming_normal", "xavier_uniform", "xavier_normal", "default",
+    "uniform", "normal", "kaiming_uniform", "kaiming_normal", "xavier_uniform", "xavier_normal", "default", "siren",
 )  # fmt: skip
 _BIAS = 0.01  # every bias of a published zoo starts here
 
@@ -201,16 +201,40 @@ def resnet18(channels_in: int, num_classes: int, width: int) -> Graph:
 def initial_weights(graph: Graph, initialisations: Sequence[str], seeds: Sequence[int]) -> Tensor:
     """``[k, P]``: see :meth:`wslfast.Architecture.initial_weights`."""
     require(len(initialisations) == len(seeds), f"initial_weights: {len(initialisations)} initialisations for {len(seeds)} seeds")
-    roles = _roles(graph)
+    roles, sines = _roles(graph), _sines(graph)
     weights = torch.empty(len(seeds), graph.parameters)
     for row, initialisation, seed in zip(weights, initialisations, seeds, strict=True):
         require(initialisation in INITIALISATIONS, f"initialisation: expected one of {INITIALISATIONS}, got {initialisation!r}")
         generator = torch.Generator().manual_seed(int(seed))
         for slot in graph.slots:
-            _initialise(
-                row[slot.offset : slot.stop].view(slot.shape), roles.get(slot.name, ("other", None)), initialisation, generator, graph
-            )
+            value = row[slot.offset : slot.stop].view(slot.shape)
+            if initialisation == "siren" and slot.name in sines:
+                nn.init.uniform_(value, -sines[slot.name], sines[slot.name], generator=generator)
+            else:
+                _initialise(value, roles.get(slot.name, ("other", None)), initialisation, generator)
     return weights
+
+
+def _sines(graph: Graph) -> dict[str, float]:
+    """Bounds of uniform weights before and behind a sine: 1 / inputs in the first layer, sqrt(6 / inputs) / omega in the others (Sitzmann
+    et al. 2020)."""
+    omega: dict[str, float] = {}  # of the sine that a value is, or is about to be
+    bounds: dict[str, float] = {}
+    for i, node in enumerate(graph.nodes):
+        x = str(node.argument("self"))
+        if node.operation == "mul.Tensor" and isinstance(node.argument("other"), float):
+            omega[f"@{i}"] = node.argument("other")
+        elif node.operation == "sin":
+            omega[f"@{i}"] = omega.get(x, 1.0)
+    behind = {f"@{i}" for i, node in enumerate(graph.nodes) if node.operation == "sin"}
+    if not behind:
+        return {}
+    for node in graph.nodes:
+        weight, x = str(node.argument("weight")), str(node.argument("input"))
+        if node.operation == "linear" and weight.startswith("@w:") and (x in behind or x == QUERY):
+            features = graph.by_name[weight[3:]].shape[1]
+            bounds[weight[3:]] = 1 / features if x == QUERY else math.sqrt(6 / features) / omega[x]
+    return bounds
 
 
 def _roles(graph: Graph) -> dict[str, tuple[str, Slot | None]]:
@@ -240,15 +264,15 @@ def _roles(graph: Graph) -> dict[str, tuple[str, Slot | None]]:
     return roles
 
 
-def _initialise(value: Tensor, role: tuple[str, Slot | None], initialisation: str, generator: torch.Generator, graph: Graph) -> None:
+def _initialise(value: Tensor, role: tuple[str, Slot | None], initialisation: str, generator: torch.Generator) -> None:
     kind, weight = role
     if kind == "weight" and value.ndim > 1:
-        if initialisation == "default":
+        if initialisation in ("default", "siren"):
             nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=generator)
         else:
             getattr(nn.init, f"{initialisation}_")(value, generator=generator)
     elif kind == "bias":
-        if initialisation == "default" and weight is not None:
+        if initialisation in ("default", "siren") and weight is not None:
             bound = 1 / math.sqrt(math.prod(weight.shape[1:]))
             nn.init.uniform_(value, -bound, bound, generator=generator)
         else:

@@ -208,9 +208,12 @@ def behavioral_loss(rows: Tensor, queries: Tensor, targets: Tensor, options: Opt
 def _evaluate(
     rows: Tensor, queries: Tensor, targets: Tensor, options: Options, gradient: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Values ``[k]``, bad models ``[k]`` (None where nobody asks for them) and gradient ``[k, P]`` of each value to its own weights, zero
-    for bad models under ``omit``; without ``gradient`` None, and values alone are judged. Computed together, so that no activation of k
-    models outlives the call. Called without gradient mode."""
+    """(values ``[k]``, bad ``[k]``, gradient ``[k, P]`` of each value to its own weights).
+
+    ``bad`` marks models that are not finite; it is None under ``"propagate"``. The gradient is zero for bad models under ``"omit"``, and
+    None without ``gradient``: then values alone are judged. All are computed together, so that no activation of k models outlives the
+    call. Called with gradient mode off.
+    """
     architecture, criterion, temperature, reduction, nan_policy, backend = options
     slopes: Tensor | None = None
     if gradient:

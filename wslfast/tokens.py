@@ -190,7 +190,7 @@ class Layer(NamedTuple):
     @property
     def channels(self) -> int:
         """Number of rows."""
-        return self.groups * math.prod(self.slot.shape[axis] for axis in self.axes)
+        return self.groups * math.prod([self.slot.shape[axis] for axis in self.axes])
 
     @property
     def width(self) -> int:
@@ -269,7 +269,8 @@ class _Uses:
             self._multiply(here, given["weight"], (1,), given.get("bias"), given.get("groups", 1))
         elif form == "recurrent":
             for reference in given["params"]:
-                self._multiply(here, reference, (0,), None)
+                if reference in self._slots and len(self._slots[reference][0].shape) == 2:  # the others are biases
+                    self._multiply(here, reference, (0,), None)
         elif form in ("matmul", "addmm"):
             keys = ("mat1", "mat2", "batch1", "batch2") if form == "addmm" else tuple(given)
             self._product(here, [given[key] for key in keys if key in given], given.get("self") if form == "addmm" else None)

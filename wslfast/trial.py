@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from .architecture import Architecture
 from .engine import Call, choose
 from .engine.paths import Path
 from .engine.precision import at_precision
-from .engine.triton_path import Triton, Unbuildable, unbuildable
+from .engine.triton_path import Triton, Unbuildable, reaches_queries, unbuildable
 from .engine.verdicts import RIGHT, UNKNOWN, WRONG, Speed, Verdict
 from .kernels.criteria import CRITERIA
 from .kernels.layers import Conv2d, Linear
@@ -143,7 +144,8 @@ class Trial:
     def _forward(self, path: Path, weights: Tensor, queries: Tensor) -> dict[str, float]:
         exact = truth_of(self.architecture)
         truth = exact.forward(weights.double(), queries.double(), False)
-        outputs = self._twice("outputs", lambda: (path.forward(*self._here(weights, queries), False),))[0]
+        here, asked = self._here(weights, queries)
+        outputs = self._twice("outputs", lambda: (path.forward(here, asked, False),))[0]
         errors = {"outputs": self._error("outputs", outputs, truth) / self.bars[0]}
         slope = torch.ones(1, 1, 1, dtype=truth.dtype).expand(truth.shape)  # stride 0, as out of a sum
 
@@ -156,7 +158,24 @@ class Trial:
 
         wide = weights.double().requires_grad_()
         (expected,) = torch.autograd.grad(exact.forward(wide, queries.double(), True), wide, slope)
-        return errors | self._gradient("sum", self._twice("gradient", backward)[0], expected)
+        errors |= self._gradient("sum", self._twice("gradient", backward)[0], expected)
+        return errors | (self._queries(path, weights, queries, slope) if reaches_queries(self.architecture) else {})
+
+    def _queries(self, path: Path, weights: Tensor, queries: Tensor, slope: Tensor) -> dict[str, float]:
+        """The gradient to the queries, each model's own, so that the broken one is seen and touches nobody else's."""
+        own = queries.expand(K, *queries.shape)
+
+        def backward() -> tuple[Tensor]:
+            rows, x = self._here(weights, own)
+            x.requires_grad_()
+            made = path.forward(rows, x, True)
+            (gradient,) = torch.autograd.grad(made, x, slope.to(made))
+            return (gradient,)
+
+        wide = own.double().requires_grad_()
+        made = truth_of(self.architecture).forward(weights.double(), wide, True)
+        (expected,) = torch.autograd.grad(made, wide, slope)
+        return {"queries": self._error("queries", self._twice("queries", backward)[0], expected) / self.bars[3]}
 
     def _loss(
         self, path: Path, weights: Tensor, queries: Tensor, targets: Tensor, criterion: str, index: Tensor | None
@@ -268,7 +287,11 @@ def run(job: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> None:
     for form in job["forms"]:
         say({"form": form, "begins": True})
         trial = Trial(architecture, form, job["precision"], device)
-        say(_said(form, _verdict(trial, job, lambda v, form=form: say(_said(form, v)))))
+        say(_said(form, _verdict(trial, job, partial(_say_verdict, say, form))))
+
+
+def _say_verdict(say: Callable[[dict[str, Any]], None], form: str, verdict: Verdict) -> None:
+    say(_said(form, verdict))
 
 
 def _verdict(trial: Trial, job: dict[str, Any], interim: Callable[[Verdict], None]) -> Verdict:

@@ -25,6 +25,7 @@ from wslfast.kernels.triton import sources
 ROOT = Path(__file__).resolve().parents[2]
 FILE = ROOT / "benchmarks" / "data" / "kernels.jsonl"
 KEY = ("architecture", "precision", "target")
+PARTS = {"layers": ("forward", "dx", "dw", "tail", "layout"), "network": ("network_forward", "network_loss")}  # by role
 
 
 def read(path: Path = FILE) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -38,9 +39,9 @@ def read(path: Path = FILE) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 def stale(path: Path = FILE) -> str | None:
     """None if the rows hold for the sources that are here, else why not."""
     header, _ = read(path)
-    if header.get("sources") == sources.digest():
+    if header.get("sources") == sources.digest(compiled=True):
         return None
-    return f"{path.name} holds for sources {header.get('sources')}, here are {sources.digest()}: run `make kernels`"
+    return f"{path.name} holds for sources {header.get('sources')}, here are {sources.digest(compiled=True)}: run `make kernels`"
 
 
 def write(rows: list[dict[str, Any]], path: Path = FILE) -> None:
@@ -48,7 +49,7 @@ def write(rows: list[dict[str, Any]], path: Path = FILE) -> None:
     import triton
 
     order = sorted(rows, key=lambda r: tuple(str(r.get(name, "")) for name in ("kind", *KEY, "role", "kernel")))
-    header = {"sources": sources.digest(), "triton": triton.__version__}
+    header = {"sources": sources.digest(compiled=True), "triton": triton.__version__}
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(line) + "\n" for line in [header, *order]))
     temporary.replace(path)
@@ -64,9 +65,9 @@ def _lines(module: str, *arguments: str, interpret: bool = False) -> list[dict[s
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
-def resources(architecture: str, precision: str, target: str) -> list[dict[str, Any]]:
-    """Rows of every kernel of a network in one precision for one target."""
-    given = ("--target", target, "--precision", precision, "--architecture", architecture, "--json")
+def resources(architecture: str, precision: str, target: str, part: str) -> list[dict[str, Any]]:
+    """Rows of a part's kernels of a network in one precision for one target."""
+    given = ("--target", target, "--precision", precision, "--architecture", architecture, "--role", *PARTS[part], "--json")
     return [{"kind": "resources", **row} for row in _lines("benchmarks.kernels.inspect", *given)]
 
 
@@ -84,13 +85,15 @@ def main() -> int:
     parser.add_argument("--target", nargs="+", choices=inspect.TARGETS, default=list(inspect.TARGETS))
     parser.add_argument("--architecture", nargs="+", choices=sorted(inspect.ARCHITECTURES), default=list(inspect.ARCHITECTURES))
     parser.add_argument("--precision", nargs="+", default=["fp16", "tf32", "tf32x3", "bf16"])
+    parser.add_argument("--part", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--races", action="store_true", help="race every network as well")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
     rows = read()[1] if stale() is None else []
-    there = {tuple(row[name] for name in KEY) for row in rows if row["kind"] == "resources"}
+    part_of = {role: part for part, roles in PARTS.items() for role in roles}
+    there = {(*(row[name] for name in KEY), part_of[row["role"]]) for row in rows if row["kind"] == "resources"}
     raced = {(row["architecture"], row["precision"]) for row in rows if row["kind"] == "races"}
-    cells = [c for c in itertools.product(options.architecture, options.precision, options.target) if c not in there]
+    cells = [c for c in itertools.product(options.architecture, options.precision, options.target, options.part) if c not in there]
     tracks = [(a, "fp16") for a in options.architecture if options.races and (a, "fp16") not in raced]
 
     def work() -> Iterator[Any]:

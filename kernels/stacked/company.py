@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 logger = logging.getLogger("wslfast")
-SIZES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
+SIZES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192)
 _agree: dict[tuple[Hashable, int, int], bool] = {}
 
 # Results of the first ``size`` of random models in an order; first axis models.

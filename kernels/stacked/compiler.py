@@ -23,6 +23,7 @@ from .program import Program, Step
 from .rules import TO_CHANNELS, TO_MODELS, rule_of
 from .segments import Segment, rows_of, segments
 from .through import Through, shared_input, through
+from .training_forms import normalised
 
 _PER_CHANNEL = frozenset({
     "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
@@ -74,6 +75,7 @@ class _Compiler:
         self.steps: list[Step] = []
         self.made: list[Step] = []
         self.shared: list[Step] = []
+        self.given: list[tuple[str, int, Layout]] = []
 
     def _new(self, reference: str, layout: Layout) -> int:
         self.place[reference], self.layout[reference] = self.size, layout
@@ -96,18 +98,52 @@ class _Compiler:
         steps = _freeing(self.steps, {output})
         ready = set(slots) | {step.out for step in self.made}
         carried = tuple(sorted({i for step in steps for i in step.reads()} & ready | ({output} & ready)))
-        return Program(self.graph, self.own, tuple(self.shared), tuple(self.made), steps, slots, carried, constants, 0, output, self.size)
+        parts = tuple(self.shared), tuple(self.made), steps
+        return Program(self.graph, self.own, *parts, slots, carried, constants, 0, output, self.size, tuple(self.given))
 
     # -- nodes ---------------------------------------------------------------------------------------------------------
 
     def _add(self, i: int, node: Node) -> None:
         operation, name = TABLE[node.operation], f"@{i}"
+        if operation.form == "identity" and node.argument("train"):
+            self._dropout(i, node)
+            return
         wanted, layout = self._settle(node, operation)
+        if operation.form == "batch_norm" and node.argument("training"):
+            step = self._emit(name, node, operation, wanted, layout, partial(normalised, node))
+            step.tensors.append(("statistics", self._given("@statistics", Layout.SHARED, 0)))
+            step.rule = None
+            return
+        if operation.form == "attention" and node.argument("dropout_p"):
+            step = self._emit(name, node, operation, wanted, layout, FORMS["attention"])
+            step.tensors.append(("dropped", self._given(f"@factor:{i}", Layout.MODELS, self.rank[name])))
+            step.rule = None
+            return
         form = _IN_PLACE[node.operation] if self._owns_its_input(node) else FORMS[operation.form]
         chosen = [node.argument(axis, operation.parameters[axis].default) for axis in AXES & set(operation.parameters)]
         if operation.form == "axes" and any(axes in (None, ()) for axes in chosen):
             form = FORMS["vmap"]  # without axes it would be of all numbers, those of other models included
         self._emit(name, node, operation, wanted, layout, form)
+
+    def _dropout(self, i: int, node: Node) -> None:
+        """A product with numbers that are given, and where the dropout keeps mean and variance a sum as well."""
+        x = str(node.argument("input"))
+        layout = Layout.MODELS if self.layout[x] is Layout.SHARED else self.layout[x]
+        calls = [("factor", "mul.Tensor"), *([("shift", "add.Tensor")] if "alpha" in node.operation else [])]
+        for part, operation in calls:
+            made = f"@{i}" if part == calls[-1][0] else f"@{i}:{part}"
+            self._given(f"@{part}:{i}", layout, self.rank[x])
+            self.rank[made] = self.rank[x]
+            call = Node(operation, (("self", x), ("other", f"@{part}:{i}")))
+            self._emit(made, call, TABLE[operation], layout, layout, FORMS["elementwise"])
+            x = made
+
+    def _given(self, reference: str, layout: Layout, rank: int) -> int:
+        """Place of a value that the caller puts among those that are prepared."""
+        if reference not in self.place:
+            self.given.append((reference, self._new(reference, layout), layout))
+            self.rank[reference] = rank
+        return self.place[reference]
 
     def _owns_its_input(self, node: Node) -> bool:
         """Whether an activation may be written over what it reads: nobody else does, nor does the backward of the layer that made it."""
@@ -120,6 +156,7 @@ class _Compiler:
         if int(below[1:]) in self.within:
             return False
         fresh = TABLE[made.operation].form in ("convolution", "transposed", "linear") or made.operation in _SUMS
+        fresh = fresh or bool(made.argument("training"))  # a batch norm by its batch, whose backward looks at what it read
         return fresh or int(below[1:]) in self.folded
 
     def _emit(self, name: str, node: Node, operation: Operation, wanted: Layout, layout: Layout, form: Callable[..., Any]) -> Step:
@@ -251,12 +288,13 @@ class _Compiler:
         pairs = {}
         for i, node in enumerate(self.graph.nodes):
             below = str(node.argument("input"))
-            own = node.operation == "batch_norm" and not node.argument("training") and str(node.argument("running_var")).startswith("@w:")
-            own = own and i not in self.within
+            own = node.operation == "batch_norm" and not node.argument("training") and i not in self.within
+            own = own and all(str(node.argument(key)).startswith("@w:") for key in ("running_mean", "running_var"))
+            own = own and _parameters_or_nothing(node, "weight", "bias")
             if not own or not below[1:].isdigit() or self.users[below] != [i] or below == self.graph.output:
                 continue
             layer = self.graph.nodes[int(below[1:])]
-            if layer.operation not in _FOLDABLE or not str(layer.argument("weight")).startswith("@w:"):
+            if layer.operation not in _FOLDABLE or layer.argument("weight") is None or not _parameters_or_nothing(layer, "weight", "bias"):
                 continue
             if self.rank[below] == (2 if layer.operation == "linear" else spatial(TABLE[layer.operation]) + 2):
                 pairs[i] = int(below[1:])
@@ -300,6 +338,10 @@ class _Compiler:
         out = self._new(f"@{segment.nodes[-1]}", Layout.MODELS if segment.flat else Layout.CHANNELS)
         run = lambda a, models: through(a["x"], a["rows"], segment, shared)  # noqa: E731
         self.steps.append(Step(run, {}, [("x", x), ("rows", rows)], [], [], out, rule=partial(Through, segment, shared)))
+
+
+def _parameters_or_nothing(node: Node, *names: str) -> bool:
+    return all(value is None or str(value).startswith("@w:") for value in map(node.argument, names))
 
 
 def fold(a: Values, eps: float) -> list[Tensor]:

@@ -32,7 +32,7 @@ _MODELS = 256  # of a group: more leave the caches, fewer spend their time on ca
 _PAIRS = 16_384  # of models and queries in a group and slab, for the same reasons
 _CONVOLVED = 8  # models of a group whose time goes into convolutions (cpu/engine.py has the reasons)
 _MOST_CONVOLVED = 64  # where activations are so few that calls, not numbers, take the time:
-_CACHED = 4 << 20  # their bytes, of such a group's forward pass
+_CACHED = 20 << 20  # their bytes, of such a group's forward pass
 _QUERIES = 128  # of a slab
 _FEWEST = 32  # of a slab, where there are as many: with fewer, reading weights takes as long as using them
 _BYTES = 64 << 20  # of what a group's forward pass leaves for its backward
@@ -81,8 +81,10 @@ def group_shape(graph: Graph, n: int) -> tuple[int, int]:
     return models, queries
 
 
-class _Call:
+class Call:
     """What holds for all groups of one call."""
+
+    fill = _FILL
 
     def __init__(
         self, weights: Tensor, queries: Tensor, graph: Graph, index: Tensor | None, size: int | None = None, once: bool = True
@@ -137,7 +139,7 @@ class _Call:
         if self.own and len(x) < self.models:
             x = torch.cat((x, x[-1:].expand(self.models - len(x), *x.shape[1:])))
         axis = int(self.own)
-        missing = -x.shape[axis] % _FILL if self.plain else 0
+        missing = -x.shape[axis] % self.fill if self.plain else 0
         if missing:
             more = x.narrow(axis, 0, 1)
             shape = list(x.shape)
@@ -167,7 +169,7 @@ def _copies_of(rows: Tensor, graph: Graph) -> list[Tensor]:
     return [part.view(len(rows), *slot.shape) for part, slot in zip(parts, graph.slots, strict=True)]
 
 
-def _jobs(count: int, call: _Call, run: Callable[[int], None]) -> None:
+def _jobs(count: int, call: Call, run: Callable[[int], None]) -> None:
     """Every group once: side by side where that pays, and on a CPU always with one thread inside."""
     groups = [partial(run, group) for group in range(0, count, call.models)]
     if call.weights.device.type != "cpu":
@@ -198,11 +200,11 @@ def loss_and_gradient(
     Queries ``[n, *input]`` shared by all models or ``[k, n, *input]``; with ``index [k, n]``, a pool ``[N, *input]`` from which each model
     takes its own. Targets ``[k, n, *out]``, or labels ``[k, n]`` for ``cross_entropy``.
     """
-    call = _Call(weights.detach(), queries.detach(), graph, index)
-    return _loss_and_gradient(call, targets, criterion, temperature)
+    call = Call(weights.detach(), queries.detach(), graph, index)
+    return loss_and_gradient_of(call, targets, criterion, temperature)
 
 
-def _loss_and_gradient(call: _Call, targets: Tensor, criterion: Named, temperature: float) -> tuple[Tensor, Tensor]:
+def loss_and_gradient_of(call: Call, targets: Tensor, criterion: Named, temperature: float) -> tuple[Tensor, Tensor]:
     weights, graph, n = call.weights, call.graph, call.n
     losses = weights.new_zeros(len(weights))
     gradient = torch.empty_like(weights, memory_format=torch.contiguous_format)
@@ -256,7 +258,7 @@ def _autocast(device: str) -> Callable[[], Any]:
 
 def forward(weights: Tensor, queries: Tensor, graph: Graph) -> Tensor:
     """Outputs ``[k, n, *out]``, not differentiable."""
-    call = _Call(weights.detach(), queries.detach(), graph, None)
+    call = Call(weights.detach(), queries.detach(), graph, None)
     autocast = _autocast(weights.device.type)
     with torch.no_grad(), autocast():
         shared = call.shared()
@@ -280,7 +282,7 @@ def forward(weights: Tensor, queries: Tensor, graph: Graph) -> Tensor:
 def differentiable(weights: Tensor, queries: Tensor, graph: Graph) -> Tensor:
     """Outputs ``[k, n, *out]`` through torch's own graph, differentiable in weights and queries as often as torch is, in the groups in
     which :func:`loss_and_gradient` runs them. For callers that cut models into chunks that fit memory."""
-    call = _Call(weights, queries, graph, None, once=False)
+    call = Call(weights, queries, graph, None, once=False)
     outputs: list[Tensor] = []
     autocast = _autocast(weights.device.type)
 
@@ -305,7 +307,7 @@ def plain(weights: Tensor, queries: Tensor, graph: Graph) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _random(graph: Graph, n: int, own: bool, full: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def random_models(graph: Graph, n: int, own: bool, full: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     kind: Any = {"generator": generator, "dtype": dtype, "device": "cpu"}
     weights = torch.cat(
@@ -318,10 +320,10 @@ def _random(graph: Graph, n: int, own: bool, full: int, dtype: torch.dtype) -> t
 
 def _trial(graph: Graph, n: int, own: bool, full: int, dtype: torch.dtype, order: Sequence[int]) -> Sequence[Tensor]:
     """Losses and gradients of random models, those of ``order``, run in one group."""
-    weights, queries, targets = _random(graph, n, own, full, dtype)
+    weights, queries, targets = random_models(graph, n, own, full, dtype)
     rows = list(order)
-    call = _Call(weights[rows], queries[rows] if own else queries, graph, None, size=len(rows))
-    return _loss_and_gradient(call, targets[rows], "mse", 1.0)
+    call = Call(weights[rows], queries[rows] if own else queries, graph, None, size=len(rows))
+    return loss_and_gradient_of(call, targets[rows], "mse", 1.0)
 
 
 __all__ = ["differentiable", "forward", "group_shape", "loss_and_gradient", "plain", "sizes"]

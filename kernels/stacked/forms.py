@@ -111,6 +111,13 @@ def image(call: Call, a: Values, models: int) -> Any:
     return unfolded if isinstance(made, (tuple, list)) else unfolded[0]
 
 
+def grid(call: Call, a: Values, models: int) -> Tensor:
+    """Sampling grids of affine maps, models folded into the axis of queries: vmap would go one after another."""
+    n = a["size"][0]
+    made: Tensor = call.operation.invoke({**a, "theta": a["theta"].flatten(0, 1), "size": [models * n, *a["size"][1:]]})
+    return made.unflatten(0, (models, n))
+
+
 def identity(call: Call, a: Values, models: int) -> Tensor:
     """Dropout in evaluation mode."""
     return a["input"]
@@ -196,11 +203,15 @@ def attention(call: Call, a: Values, models: int) -> Tensor:
     if a.get("is_causal"):
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if mask is None:
-        return torch.matmul(scores.softmax(-1), value)
-    if call.stacked("attn_mask"):
-        mask = _behind(mask, call.rank, call.ranks["attn_mask"], models)
-    scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-    return torch.matmul(torch.ops.aten._safe_softmax(scores, -1), value)  # of what sees nothing, zeros
+        shares = scores.softmax(-1)
+    else:
+        if call.stacked("attn_mask"):
+            mask = _behind(mask, call.rank, call.ranks["attn_mask"], models)
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+        shares = torch.ops.aten._safe_softmax(scores, -1)  # of what sees nothing, zeros
+    if "dropped" in a:  # in training mode, as dropout's factors
+        shares = shares * a["dropped"]
+    return torch.matmul(shares, value)
 
 
 def embedding(call: Call, a: Values, models: int) -> Tensor:
@@ -360,5 +371,5 @@ FORMS: dict[str, Form] = {
     "identity": identity, "getitem": getitem, "vmap": mapped, "linear": linear, "matmul": matmul, "addmm": addmm,
     "attention": attention, "embedding": embedding, "convolution": convolution, "transposed": transposed, "batch_norm": batch_norm,
     "instance_norm": instance_norm, "group_norm": group_norm, "layer_norm": layer_norm, "rms_norm": rms_norm, "prelu": prelu,
-    "recurrent": recurrent, "cell": cell,
+    "recurrent": recurrent, "cell": cell, "grid": grid,
 }  # fmt: skip

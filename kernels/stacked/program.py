@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..graph import Graph, size_of
-from .calls import Values
+from .calls import Layout, Values
 from .rules import Rule
 
 
@@ -81,6 +81,7 @@ class Program:
         query: place of the queries.
         output: place of the result, ``[M, n, *out]``.
         size: places in all.
+        given: what the caller puts among the prepared values in training mode: (reference, place, layout that it has there).
     """
 
     graph: Graph
@@ -94,6 +95,7 @@ class Program:
     query: int
     output: int
     size: int
+    given: tuple[tuple[str, int, Layout], ...] = ()
 
     def prepare(self, queries: Tensor) -> list[Any]:
         """Values that all models share, from queries ``[n, *input]`` (``[M, n, *input]`` where they are each model's own)."""

@@ -165,7 +165,7 @@ class _Run:
         """The parts so far and those of a node whose input has ``rank`` axes for one query; None for one that has none."""
         name, kind, parts = f"{i}", node.operation.partition(".")[0], self.parts
         if TABLE[node.operation].form == "identity":
-            return parts
+            return None if given.get("train") else parts
         if kind == "batch_norm":
             return self._norm(name, given)
         if (activation := activation_of(node, name)) is not None:

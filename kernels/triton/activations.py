@@ -1,7 +1,7 @@
 """Elementwise functions inside kernels: activations, their derivatives, and how a number is rounded when stored.
 
 Comparisons are written so that NaN stays NaN. The derivative comes in two forms: of a stored output, for monotone
-functions, and of the input, for silu and gelu, whose output does not determine it.
+functions, and of the input, for silu and gelu, whose output does not determine it, and for softplus, whose rounded one does not.
 """
 # mypy: allow-untyped-defs
 
@@ -48,6 +48,9 @@ def activate(z, ACT: tl.constexpr, PARAM: tl.constexpr):
         return tl.where(z < 0, PARAM * (tl.exp(z) - 1.0), z)
     elif ACT == "celu":
         return tl.where(z < 0, PARAM * (tl.exp(z / PARAM) - 1.0), z)
+    elif ACT == "softplus":
+        u = PARAM * z
+        return (tl.where(u < 0, 0.0, u) + tl.log(1.0 + tl.exp(-tl.abs(u)))) / PARAM
     else:
         tl.static_assert(ACT == "identity", "unknown activation")
         return z
@@ -89,6 +92,8 @@ def slope_of_input(z, ACT: tl.constexpr, PARAM: tl.constexpr):
         return tl.where(z > 0, 1.0, PARAM * tl.exp(z))
     elif ACT == "celu":
         return tl.where(z > 0, 1.0, tl.exp(z / PARAM))
+    elif ACT == "softplus":
+        return sigmoid(PARAM * z)
     else:
         return slope_of_output(activate(z, ACT, PARAM), ACT, PARAM)
 

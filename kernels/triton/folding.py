@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..chains import chain_of
 from ..graph import QUERY, Graph
-from ..layers import Dropout, Flatten, Layers, Linear, Pool2d, Unplannable, layer_slots, shapes
+from ..layers import Dropout, Flatten, Layer, Layers, Linear, Pool2d, Unplannable, layer_slots, shapes
 from ..reference import value_shapes
 from ..stacked.segments import Segment, rows_of, segments
 from .schedule import schedule
@@ -100,7 +100,7 @@ def _without_averages(layers: Layers, input_shape: tuple[int, ...]) -> tuple[Lay
             dropped.add(i)
     if not folds:
         return None
-    made = []
+    made: list[Layer] = []
     for i, layer in enumerate(layers):
         if i in folds:
             assert isinstance(layer, Linear)

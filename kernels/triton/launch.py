@@ -6,14 +6,12 @@ here also an image pool ``[rows, C, H, W]`` with ``index`` ``[k, n]``; outputs `
 ``loss_and_gradient`` computes both in one call, layer by layer for all models of a chunk at once, so that no activation
 outlives it. Chunks cut models only, and a model's sums keep their order: neither chunks nor neighbours change a bit. With
 ``mode="network"`` each program takes its model through the whole network instead (network.py): three launches, little memory.
-
-``differentiable_forward`` gives outputs with a graph to the weights: its backward runs the forward pass again rather than keeping
-activations. It raises when differentiated twice.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -21,7 +19,6 @@ import torch
 from torch import Tensor
 
 from ..layers import Layers
-from ..once import once
 from .budget import MEMORY, choose_mode, models_per_chunk
 from .convolution import launch_configuration, stage_forward
 from .criterion import CRITERIA, criterion_forward_backward, gradient_scale
@@ -29,7 +26,7 @@ from .gradients import stage_dw, stage_dx
 from .head import fits, head_loss_and_gradient
 from .network import network_forward, network_loss
 from .packing import fold, pack, stack, stack_pool, storage
-from .schedule import PRECISIONS, tuned, tuning
+from .schedule import PRECISIONS
 from .schedule import schedule as schedule_of
 from .stages import Schedule
 from .tables import FoldTables, fold_tables
@@ -143,11 +140,14 @@ def _backward(
     shared: bool,
     g: Tensor,
     stages: int,
+    lowest: int = 0,
 ) -> None:
-    """Weight-gradient partials of the first ``stages`` stages, down from ``g``, the gradient of the last one's output.
+    """Weight-gradient partials of stages ``lowest`` to ``stages`` - 1, down from ``g``, the gradient of the last one's output.
     Overwrites the activations: a stage's weight gradient reads its input before the input gradient is written over it."""
     for i in range(stages - 1, -1, -1):
         stage = schedule.stages[i]
+        if i < lowest:
+            break
         stage_dw(
             images if i == 0 else held.outputs[i - 1],
             index if i == 0 else None,
@@ -283,11 +283,14 @@ def loss_and_gradient(
     index: Tensor | None = None,
     memory: int | None = None,
     mode: str | None = None,
+    on_queries: Callable[[int, int, Tensor, Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Per-model losses ``[k]`` and gradients ``[k, P]`` with respect to each model's own weights, both fp32.
 
     ``targets`` ``[k, n, K]``, or integer labels ``[k, n]`` for cross_entropy. Criteria: see ``criteria.criterion_values``; ``gradient``
     takes dL/d outputs for targets and gives zeros for losses. ``index``, ``memory`` and ``mode``: see :func:`forward`.
+    ``on_queries`` (layer by layer) is for query_gradient.py: it is called with a chunk's first model, its models, the gradient of the
+    first stage's stored output and each model's gain, and that stage's own weights then get no gradient.
     """
     schedule, k = _schedule(layers, queries), weights.shape[0]
     memory = memory or MEMORY
@@ -331,7 +334,7 @@ def loss_and_gradient(
         partials = torch.empty(chunk, tables.row, device=device)
         gain = torch.empty(chunk, device=device)
         scale = gradient_scale(criterion, n, schedule.classes, temperature)
-        fused = fits(schedule, n)
+        fused = fits(schedule, n) and (on_queries is None or len(schedule.stages) > 2)
         stages = len(schedule.stages) - 2 * fused
         for start in range(0, k, chunk):
             rows = weights[start : start + chunk]
@@ -399,7 +402,10 @@ def loss_and_gradient(
                 shared=source.shared,
                 g=held.outputs[-3] if fused else held.gradient,
                 stages=stages,
+                lowest=int(on_queries is not None),
             )
+            if on_queries is not None:
+                on_queries(start, count, held.outputs[0], gain)
             fold(partials[:count], gain, gradient[start:], schedule, tables, scale)
         return losses, gradient
 
@@ -432,30 +438,3 @@ def warmup(
         loss_and_gradient(weights, images, targets, layers, criterion, 2.0, precision, index=rows, **more)
         loss_and_gradient(weights, images, outputs, layers, "gradient", 1.0, precision, index=rows, **more)
         forward(weights, images, layers, precision, index=rows, **more)
-
-
-def differentiable_forward(
-    weights: Tensor, queries: Tensor, layers: Layers, precision: str = "tf32", *, memory: int | None = None
-) -> Tensor:
-    """:func:`forward` with a graph to the weights. Raises ValueError where queries require a gradient, which the kernels do not give."""
-    if queries.requires_grad:
-        raise ValueError("the kernels give no gradient for queries; use the torch engine")
-    return _Forward.apply(weights, queries, layers, precision, memory)
-
-
-class _Forward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weights: Tensor, queries: Tensor, layers: Layers, precision: str, memory: int | None) -> Tensor:
-        ctx.save_for_backward(weights, queries)
-        ctx.options = layers, precision, memory, tuning()
-        return forward(weights, queries, layers, precision, memory=memory)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weights, queries = ctx.saved_tensors
-        layers, precision, memory, choice = ctx.options
-        with tuned(choice):  # this is autograd's thread
-            _, gradient = loss_and_gradient(
-                weights.detach(), queries, grad.detach().float(), layers, "gradient", 1.0, precision, memory=memory
-            )
-        return once(gradient.to(weights.dtype)), None, None, None, None

@@ -19,7 +19,7 @@ from .devices import WARPGROUP
 from .stages import Hashed, Placement, Schedule, Stage, blocks, hash_once, power_of_two
 
 MONOTONE = ("identity", "relu", "leakyrelu", "tanh", "sigmoid", "elu", "celu")  # their slope can be read off their output
-ACTIVATIONS = (*MONOTONE, "silu", "gelu")  # those of activations.py
+ACTIVATIONS = (*MONOTONE, "silu", "gelu", "softplus")  # those of activations.py
 PRECISIONS = ("fp16", "bf16", "tf32", "tf32x3", "ieee")
 MAX_CHANNELS, MAX_FEATURES, MAX_KERNEL = 64, 16384, 7
 GRADIENT_ACCUMULATORS = 96 * 128  # fp32 numbers a dW program holds: 96 registers in each of 128 threads
@@ -91,6 +91,8 @@ def _collect(layers: Layers, input_shape: tuple[int, ...]) -> list[_Block]:
                 raise _refuse(layer, f"{layer.function!r}; the kernels know {', '.join(ACTIVATIONS)}")
             if layer.function in ("elu", "celu") and layer.parameter <= 0:
                 raise _refuse(layer, f"alpha {layer.parameter}; the kernels know alpha > 0")
+            if layer.function == "softplus" and layer.parameter <= 0:
+                raise _refuse(layer, f"beta {layer.parameter}; the kernels know beta > 0")
             collected[-1] = replace(last, activation=layer, act_first=last.pool is None)
             continue
         if not isinstance(layer, Pool2d):
@@ -298,10 +300,11 @@ def element_size(precision: str) -> int:
 @lru_cache(maxsize=1024)
 def _default(role: str, stage: Stage, precision: str, unit: str) -> Configuration:
     """Hopper's matrix instruction takes 64 rows a warpgroup. Before it, and for the three products of tf32x3, operands pass
-    through registers and the rows are as few as keep them from spilling."""
+    through registers and the rows are as few as keep them from spilling; tf32x3, which holds every operand twice, still spills (16 to
+    320 bytes for CNN3). On eight warps it spills less, and takes half as long again by the static model."""
     size, hopper = element_size(precision), unit == WARPGROUP
     if precision == "tf32x3":
-        rows = 32 if role == "dw" and hopper else 16
+        rows = 16 if not stage.PATCH else 64 if hopper else 32  # a patch is one product, others are many
     elif hopper:
         rows = 32 if role == "dw" else 64
     else:

@@ -6,15 +6,15 @@ import hashlib
 from functools import lru_cache
 from pathlib import Path
 
-_BESIDE = ("layers.py", "criteria.py")  # what the kernels read of the folder above
+# What decides how kernels are launched on the host, and not what is compiled.
+HOST = ("__init__.py", "budget.py", "differentiable.py", "folding.py", "launch.py", "query_gradient.py", "sources.py")
 
 
-@lru_cache(maxsize=1)
-def digest() -> str:
-    """SHA-256, its first 16 digits, of the files that decide what the kernels compute and how they are launched."""
-    here = Path(__file__).resolve().parent
-    files = [*sorted(here.glob("*.py")), *(here.parent / name for name in _BESIDE)]
+@lru_cache(maxsize=2)
+def digest(compiled: bool = False) -> str:
+    """SHA-256, its first 16 digits, of this folder's sources; ``compiled``: of those alone that decide what is compiled."""
     total = hashlib.sha256()
-    for file in files:
-        total.update(file.name.encode() + b"\0" + file.read_bytes().replace(b"\r\n", b"\n") + b"\0")
+    for file in sorted(Path(__file__).resolve().parent.glob("*.py")):
+        if not (compiled and file.name in HOST):
+            total.update(file.name.encode() + b"\0" + file.read_bytes().replace(b"\r\n", b"\n") + b"\0")
     return total.hexdigest()[:16]

@@ -27,9 +27,11 @@ from wslfast import (
     batched_behavioral_loss,
     batched_forward,
     build_zoo,
+    doctor,
     evaluate,
     generate,
     load_zoo,
+    save_zoo,
     train,
 )
 from wslfast.engine import paths
@@ -171,7 +173,12 @@ CASES: dict[str, Callable[[], Any]] = {
     "load: nowhere": lambda: load_zoo("nowhere"),
     "load: unknown split": lambda: load_zoo("nowhere", "dev"),
     "load: a name with a null": lambda: load_zoo("a\0b"),
-    # downstream
+    "save: weights": lambda: save_zoo(W, "zoo", provenance={}),
+    "save: rows without a split": lambda: save_zoo(ROWS, "zoo", splits=["train"], provenance={}),
+    # doctor, evaluate, generate
+    "doctor: a name": lambda: doctor("cnn3"),
+    "doctor: no models": lambda: doctor(ARCH, k=0),
+    "doctor: unknown precision": lambda: doctor(ARCH, precision="fp8"),
     "evaluate: no run": lambda: evaluate("nowhere"),
     "evaluate: unknown split": lambda: evaluate("nowhere", split="dev"),
     "evaluate: unknown device": lambda: evaluate("nowhere", device="tpu"),

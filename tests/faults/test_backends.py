@@ -64,7 +64,7 @@ def _broken(monkeypatch: pytest.MonkeyPatch, failure: Exception) -> list[str]:
     """Kernels that fail in this way when they are first launched; returns the attempts."""
     attempts: list[str] = []
 
-    def load() -> Any:
+    def load(*_: str) -> Any:
         attempts.append("kernels")
         raise failure
 
@@ -124,7 +124,7 @@ def test_other_errors_of_kernels_are_not_hidden(as_on_a_gpu: None, monkeypatch: 
 def test_whatever_the_compiler_ends_in_is_a_failure_to_build(as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     """Its own classes are the least of it: what counts is that one of Triton's frames raised it; and the reason is in the last line."""
     compiler: dict[str, Any] = {"__name__": "triton.compiler.compiler", "error": error}
-    exec("def compile(): raise error", compiler)
+    exec("def compile(*_): raise error", compiler)
     monkeypatch.setattr(triton_path, "kernels", compiler["compile"])
     with pytest.raises(WslfastError, match=f"cannot be built here: {type(error).__name__}: .*{str(error).splitlines()[-1]}"):
         _loss("triton")

@@ -14,6 +14,7 @@ from tolerances import BARS, FP32, allowed
 from torch import Tensor
 
 from wslfast import Architecture, batched_behavioral_loss, batched_forward, build_zoo, engine
+from wslfast.engine.paths import Stacked
 from wslfast.engine.triton_path import Triton
 from wslfast.kernels import criteria, reference
 from wslfast.zoo import Dataset
@@ -26,6 +27,7 @@ if not torch.cuda.is_available() and not INTERPRET:
 from wslfast.kernels.triton import budget
 from wslfast.kernels.triton import launch as kernels
 from wslfast.kernels.triton.criterion import CRITERIA
+from wslfast.kernels.triton.differentiable import differentiable_forward
 from wslfast.kernels.triton.schedule import schedule
 
 NETWORKS = {"cnn3": cnn3(), "cnn3_tanh": cnn3("tanh"), "cnn28": cnn28(), "lenet5": lenet5(), "small": SMALL, **CASES, **HEADS}
@@ -188,7 +190,7 @@ def test_autograd() -> None:
     weights.requires_grad_()
 
     def outputs() -> Tensor:
-        return kernels.differentiable_forward(weights, queries, case.layers, "tf32x3")
+        return differentiable_forward(weights, queries, case.layers, "tf32x3")
 
     (found,) = torch.autograd.grad((outputs() - targets).square().sum() * 0.5, weights)
     wide = weights.detach().double().requires_grad_()
@@ -280,3 +282,38 @@ def test_a_zoo_trained_on_the_kernels(on_triton: None, monkeypatch: pytest.Monke
     found = build_zoo(data, device=DEVICE, **options)
     monkeypatch.undo()
     assert error(found.weights, build_zoo(data, **options).weights) < 1e-3
+
+
+@pytest.mark.parametrize("precision", BARS)
+def test_the_gradient_to_the_queries(precision: str) -> None:
+    from wslfast.kernels.triton.query_gradient import gradients
+
+    case = CNN3
+    weights, queries, slope = _on_gpu(case, *size((3, 37), (2, 3)))
+    for x in (queries, queries.expand(len(weights), *queries.shape).contiguous()):
+        _, found = gradients(weights, x, slope, case.layers, precision)
+        wide = x.double().requires_grad_()
+        (expected,) = torch.autograd.grad(reference.forward(weights.double(), wide, case.layers), wide, slope.double())
+        assert error(found, expected) < BARS[precision][3]
+
+
+def test_a_network_with_norms_and_a_global_average(on_triton: None) -> None:
+    from torch import nn
+
+    module = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16), nn.SiLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10),
+    )  # fmt: skip
+    arch = Architecture.from_module(module, size((3, 20, 20), (3, 9, 9)))
+    k, n = size((5, 33), (2, 3))
+    weights = torch.randn(k, arch.num_weights, device=DEVICE) * 0.4
+    for p in arch.parameters:
+        if p.name.endswith("running_var"):
+            weights[:, p.offset : p.stop] = weights[:, p.offset : p.stop].abs() + 0.5
+    queries, targets = torch.randn(n, *arch.input_shape, device=DEVICE), torch.randn(k, n, 10, device=DEVICE)
+    losses, gradient = engine.loss_and_gradient(weights, queries, targets, arch, "mse")
+    exact = Stacked(arch, "the oracle")
+    arguments = weights.cpu().double(), queries.cpu().double(), targets.cpu().double()
+    expected, slopes = exact.loss_and_gradient(*arguments, "mse", 2.0, None)
+    assert error(losses, expected) < 1e-4
+    assert error(gradient, slopes) < 1e-3

@@ -6,7 +6,7 @@ import warnings
 
 import layer_cases  # noqa: F401  (adds its cases)
 import pytest
-from graph_oracle import check_everything, check_record
+from graph_oracle import check, check_everything, check_record, queries_like, rows_near
 from operation_cases import CASES, Alone, Case
 
 from wslfast.architecture import Architecture
@@ -14,12 +14,9 @@ from wslfast.kernels.operations import TABLE
 from wslfast.kernels.stacked.forms import FORMS
 
 FRONTS = {"m": "models", "c": "channels", "s": "shared"}
-_first = {case.operation: i for i, case in reversed(list(enumerate(CASES)))}
-PARAMETERS = [
-    pytest.param(case, front, id=f"{case.operation}-{FRONTS[front]}-{i}", marks=[] if _first[case.operation] == i and j == 0 else [pytest.mark.slow])
-    for i, case in enumerate(CASES)
-    for j, front in enumerate(case.fronts)
-]  # fmt: skip
+_first = {case.operation: (i, case) for i, case in reversed(list(enumerate(CASES)))}
+FIRST = [pytest.param(case, case.fronts[0], id=f"{name}-{i}") for name, (i, case) in _first.items()]
+EVERY = [pytest.param(case, front, id=f"{case.operation}-{FRONTS[front]}-{i}") for i, case in enumerate(CASES) for front in case.fronts]
 
 
 def traced(case: Case, front: str) -> tuple[Alone, Architecture]:
@@ -29,14 +26,22 @@ def traced(case: Case, front: str) -> tuple[Alone, Architecture]:
     return module, arch
 
 
-@pytest.mark.parametrize(("case", "front"), PARAMETERS)
+@pytest.mark.parametrize(("case", "front"), FIRST)
+def test_operation_in_short(case: Case, front: str) -> None:
+    """In float32, on shared queries."""
+    module, arch = traced(case, front)
+    assert arch.graph is not None
+    assert case.operation not in TABLE or case.operation in {node.operation for node in arch.graph.nodes}
+    check(module, arch, rows_near(module, arch, 3), queries_like(module, arch, 5), (None, 1e-5))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "front"), EVERY)
 def test_operation(case: Case, front: str) -> None:
+    """In both types, on shared queries and each model's own, in every layout; and its record."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "There is a performance drop")  # vmap without a batching rule is a loop that calls itself fast
         module, arch = traced(case, front)
-        assert arch.graph is not None
-        if case.operation in TABLE:
-            assert case.operation in {node.operation for node in arch.graph.nodes}
         check_everything(module, arch)
     check_record(module, arch)
 

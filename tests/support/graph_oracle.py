@@ -115,7 +115,7 @@ def check(
     arch: Architecture,
     weights: Tensor,
     queries: Tensor,
-    tolerances: tuple[float, float],
+    tolerances: tuple[float | None, float | None],
     criteria: tuple[str, ...] = ("mse",),
 ) -> None:
     """Outputs, losses and gradients of the engine in float64 and in float32 against the loop's in float64.
@@ -137,6 +137,8 @@ def check(
     slopes = [torch.autograd.grad(v.sum(), w, retain_graph=True, allow_unused=True, materialize_grads=True)[0] for v in losses]
     outputs = outputs.detach()
     for dtype, tolerance in zip((torch.float64, torch.float32), tolerances, strict=True):
+        if tolerance is None:
+            continue
         rows, images, wanted = (t.to(dtype) for t in (weights, queries, targets))
         with torch.no_grad():
             close(engine.forward(rows, images, arch), outputs, tolerance, f"{dtype} outputs")

@@ -110,6 +110,7 @@ CASES: dict[str, Net] = {
     "negative_leak_before_max": net(
         (2, 9, 8), Block(3, pool="max", order="ap", act="leakyrelu", parameter=-0.2), Block(3, 2, act="leakyrelu", parameter=-0.3)
     ),
+    "softplus": net((2, 9, 8), Block(3, pool="max", order="ap", act="softplus", parameter=1.0), Block(3, 2, act="softplus", parameter=2.5)),
     "elu_celu": net((2, 9, 8), Block(3, pool="max", act="elu", parameter=1.3), Block(3, 2, act="celu", parameter=0.7)),
     "sigmoid_before_max": net((2, 9, 8), Block(15, pool="max", order="ap", act="sigmoid"), Block(3, 2, act="sigmoid")),
     "no_bias_no_act": net((2, 9, 8), Block(3, pool="max", act="", bias=False), Block(3, 2, act="", bias=False)),

@@ -239,6 +239,7 @@ add("index_add", lambda x: torch.zeros_like(x).index_add(1, torch.tensor([0, 2, 
 add("scatter.value", lambda x: x.scatter(1, indices(x, 4), 0.5), (4,), fronts="ms")
 add("scatter_add", lambda x: torch.zeros_like(x).scatter_add(1, indices(x, 4), x), (4,), fronts="ms")
 add("index_copy", lambda x: x.index_copy(1, torch.tensor([3, 0]), x[:, 1:3]), (4,), fronts="ms")
+add("index_fill.int_Scalar", lambda x: x.index_fill(1, torch.tensor([3, 0]), 0.7), (4,), fronts="ms")
 add("index_put", lambda x: torch.index_put(x.t(), (torch.tensor([3, 0]),), x.t()[1:3]).t(), (4,), fronts="ms")
 add("slice_scatter", lambda x: x.slice_scatter(x[..., :2].sin(), -1, 2, 4), IMAGE, fronts="mcs")
 add("slice_scatter", lambda x, w: x.slice_scatter(w.expand(len(x), -1), 1, 1, 3), (4,), (1, 2), fronts="ms")

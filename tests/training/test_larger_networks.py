@@ -12,6 +12,7 @@ from training_runs import config
 
 from wslfast import Architecture, Autoencoder, Population, TokenLayout, batched_behavioral_loss, train
 from wslfast.codes import transformer as parts
+from wslfast.permutation import random_views
 from wslfast.training import load_run
 from wslfast.training.trainer import Trainer
 
@@ -110,14 +111,18 @@ def test_a_training_step_on_a_narrow_resnet(tmp_path: Path) -> None:
     assert trainer.layout.num_tokens > 64
     assert trainer.model._windows.count > 2
     rows, queries = torch.tensor([1, 3]), torch.arange(4)
+    before = trainer.views.get_state()
     total, found = trainer.losses(rows, queries)
     total.backward()
     assert int(found["skipped_models"]) == 0  # a variance that decodes negative would make one
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in trainer.model.parameters())
     with torch.no_grad():
-        tokens = trainer.layout.tokenize(population.weights[rows]).tokens
-        rebuilt = trainer.layout.detokenize(trainer.model.decode(trainer.model.encode(tokens)))
-        expected = batched_behavioral_loss(rebuilt, population.weights[rows], trainer.pool.images[:4], arch)
+        trainer.views.set_state(before)
+        originals = population.weights[rows].repeat(2, 1)
+        views = torch.cat([random_views(population.weights[rows], arch, trainer.views) for _ in range(2)])  # the two that it saw
+        rebuilt = trainer.layout.detokenize(trainer.model.decode(trainer.model.encode(trainer.layout.tokenize(views).tokens)))
+        assert not torch.equal(views, originals)
+        expected = batched_behavioral_loss(rebuilt, originals, trainer.pool.images[:4], arch)
     assert float(found["behavioral"]) * trainer.normalizers.behavioral == pytest.approx(float(expected), rel=1e-3)
     train(settings, population=population, images=images)
     run = load_run(tmp_path / "run", architecture=arch)

@@ -46,11 +46,12 @@ class Queries:
     """How many images (default: 128 of a synthetic set, all of the others)."""
     seed: int = 0
     """Seed of what is drawn."""
+    architecture: str | None = None
+    """Of a zoo of several architectures, which one (wslfast zoo show lists them)."""
 
     def run(self) -> None:
-        images = query_images(
-            self.kind, self.zoo, MappedZoo(self.zoo, "train"), n=self.n or 128, seed=self.seed, exactly=self.n is not None
-        )
+        source = MappedZoo(self.zoo, "train", architecture=self.architecture)
+        images = query_images(self.kind, self.zoo, source, n=self.n or 128, seed=self.seed, exactly=self.n is not None)
         queries.save_queries(self.out, images)
         console.print(f"{self.out}: {len(images)} query images {list(images.shape[1:])}", soft_wrap=True)
 
@@ -125,12 +126,14 @@ class Gradients(GradientSettings):
     """Folder of the zoo (default: the one the run was trained on)."""
     name: str | None = None
     """What to call the run in the rows (default: its folder's name)."""
+    architecture: str | None = None
+    """Of a zoo of several architectures, which one (wslfast zoo show lists them)."""
 
     def run(self) -> None:
         require(bool(self.run_folder), "run: expected the folder of a run (--run DIR)")
         settings = GradientSettings(**{f.name: getattr(self, f.name) for f in dataclasses.fields(GradientSettings)})
         out = Path(self.out) if self.out is not None else Path(self.run_folder) / "gradients"
-        rows = analyse(self.run_folder, out, settings, self.zoo, self.name)
+        rows = analyse(self.run_folder, out, settings, self.zoo, self.name, self.architecture)
         table = Table("at the reconstruction", "median", "mean", "spread", box=None, pad_edge=False, header_style="bold")
         for row in rows:
             if not row["direction"]:

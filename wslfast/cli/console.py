@@ -40,7 +40,8 @@ def figures_table(results: dict[str, dict[str, Any]]) -> None:
     while shown:
         table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold")
         table.add_column("variant", no_wrap=True)
-        room, taken = console.width - left, []
+        room = console.width - left
+        taken: list[str] = []
         for figure in shown:
             room -= width[figure]
             if room < 0 and taken:
@@ -60,7 +61,7 @@ def _text(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return f"{value:.3f}" if abs(value) >= 0.001 or value == 0 else f"{value:g}"
+        return f"{value:.3f}" if abs(value) >= 0.001 or abs(value) < 1e-12 else f"{value:g}"
     if isinstance(value, dict):
         return ", ".join(f"{k} {_text(v)}" for k, v in value.items())
     if isinstance(value, (list, tuple)):

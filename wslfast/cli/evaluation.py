@@ -20,6 +20,8 @@ from ..page import report
 from ..study.demo import DemoConfig, demo
 from ..study.study import study
 from ..training import load_run
+from ..zoo import read_manifest
+from ..zoo.manifest import MANIFEST
 from .console import console, figures_table
 
 
@@ -73,13 +75,15 @@ class Evaluate:
             if self.json:
                 print(Path(out).read_text())
             else:
-                figures_table(results)
+                figures_table(_rows(results))
                 console.print(f"written to {out}", soft_wrap=True)
             return
         require(self.out is not None and not self.out.endswith(".json"), "out: expected a folder (--out) for the page of several runs")
         require(not self.skip_bad, "skip_bad: the page is of a whole zoo; --skip-bad is for the table of one run")
         require(self.split == "test", "split: the page is of test models; --split is for the table of one run")
         zoo = self.zoo or load_run(run, device=self.device).config.zoo
+        several = "the page is of models of one architecture; the table (without --out, or with --out FILE.json) has the figures of each"
+        require(not (Path(zoo) / MANIFEST).is_file() or not read_manifest(zoo).kinds, f"zoo {zoo}: {several}")
         with engine.using(self.backend):
             page = study(
                 zoo,
@@ -121,6 +125,17 @@ class Report:
         folder = self.folder or self.out
         require(bool(folder), "folder: expected the folder of an evaluation (wslfast report FOLDER)")
         _told(report(folder, page=self.page, log_to=self.log_to), self.json, folder)
+
+
+def _rows(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Figures by variant, and below each those by architecture where there are several."""
+    rows = {}
+    for variant, figures in results.items():
+        rows[variant] = figures
+        rows |= {
+            f"  {label}" if variant == "run" else f"  {label}, {variant}": own for label, own in figures.get("architectures", {}).items()
+        }
+    return rows
 
 
 def _told(page: Path, as_json: bool, folder: str | None = None) -> None:
@@ -177,6 +192,8 @@ class Generate:
     """What runs the networks: Triton kernels, plain torch, or whatever is best and proved."""
     skip_bad: bool = False
     """Leave out shards of the zoo that are missing or damaged, with a count, instead of stopping."""
+    architecture: str | None = None
+    """Of a zoo of several architectures, which one (wslfast zoo show lists them)."""
 
     def run(self) -> None:
         made = generate(
@@ -195,6 +212,7 @@ class Generate:
             device=self.device,
             backend=self.backend,
             skip_bad=self.skip_bad,
+            architecture=self.architecture,
         )
         epoch = made.column("epoch")
         for e in range(self.finetune + 1):

@@ -8,7 +8,8 @@ from typing import Annotated, Literal, Union
 import tyro
 
 from ..architecture import Architecture
-from ..zoo import build_zoo, export_zoo, image_shape, import_zoo, network, summarize
+from ..errors import require
+from ..zoo import Signals, build_zoo, export_zoo, image_shape, image_signals, import_zoo, load_dataset, network, read_manifest, summarize
 from .console import console, show
 
 
@@ -29,18 +30,23 @@ class ZooBuild:
     data: str | None = None
     """Folder with a named data set's files, as torchvision lays them out (default: data; fashion is also looked for where Debian's
     dataset-fashion-mnist puts it; digits and photos need none)."""
-    architecture: Literal["auto", "cnn", "cnn2", "cnn3", "lenet5"] = "auto"
-    """The published networks; auto takes the one that fits the images."""
+    architecture: Literal["auto", "cnn", "cnn2", "cnn3", "lenet5", "resnet18", "siren"] = "auto"
+    """The published networks; auto takes the one that fits the images. siren makes a zoo of implicit neural representations: one network
+    an image, fitted to its pixels."""
+    dropout: float = 0.0
+    """Probability of dropout in a published CNN; every model draws its own."""
+    width: int = 16
+    """Channels of resnet18's first stage (64 in the paper)."""
     models: int = 64
     """Networks to train."""
     epochs: int = 5
     """Epochs of training."""
     keep: tuple[int, ...] = ()
     """Epochs whose weights are kept (default: three, spread over the last half)."""
-    grid: Literal["small", "published"] = "small"
-    """Hyper-parameters that models are drawn from; published is the paper's (50 epochs)."""
-    batch_size: int = 32
-    """Images a step, of each model."""
+    grid: Literal["auto", "small", "published", "signals"] = "auto"
+    """Hyper-parameters that models are drawn from; published is the paper's (50 epochs), signals is for siren."""
+    batch_size: int = 0
+    """Images a step, of each model (default: 32, and for siren every pixel)."""
     seed: int = 0
     """Seed of the draw from the grid, of the split and of every model."""
     device: str = "cpu"
@@ -49,27 +55,47 @@ class ZooBuild:
     """What runs the networks: Triton kernels, plain torch, or whatever is best and proved."""
     overwrite: bool = False
     """Replace a zoo that is already there."""
+    resume: bool = False
+    """Go on with a build that was interrupted, from the end of its last epoch; pass the same flags."""
 
     def run(self) -> None:
-        arch = None if self.architecture == "auto" else network(self.architecture, image_shape(self.dataset)[0])
+        data: str | Signals = self.dataset
+        if self.architecture == "siren":
+            data = image_signals(load_dataset(self.dataset, image_shape(self.dataset), root=self.data, standardise=False))
         population = build_zoo(
-            self.dataset,
+            data,
             self.out,
-            architecture=arch,
+            architecture=self._architecture(),
             models=self.models,
             epochs=self.epochs,
             keep=self.keep or None,
-            grid=self.grid,
-            batch_size=self.batch_size,
+            grid=None if self.grid == "auto" else self.grid,
+            batch_size=self.batch_size or None,
             seed=self.seed,
             device=self.device,
             backend=self.backend,
             progress=console.is_terminal,
             overwrite=self.overwrite,
+            resume=self.resume,
             root=self.data,
         )
-        accuracy = population.column("test_acc")
-        console.print(f"{self.out}: {len(population)} rows, test accuracy {accuracy.mean():.3f} +- {accuracy.std():.3f}")
+        saw = read_manifest(self.out).provenance.get("dataset", {})
+        if saw.get("standardise"):
+            figures = "; ".join(f"{n} {', '.join(f'{v:.4g}' for v in saw[k])}" for n, k in (("mean", "mean"), ("deviation", "std")))
+            console.print(f"images: standardised ({figures})", soft_wrap=True)
+        column, what = ("test_acc", "test accuracy") if "test_acc" in population.properties else ("train_loss", "mean squared error")
+        found = population.column(column)
+        console.print(f"{self.out}: {len(population)} rows, {what} {found.mean():.3g} +- {found.std():.3g}", soft_wrap=True)
+
+    def _architecture(self) -> Architecture | None:
+        if self.architecture in ("auto", "siren"):
+            require(self.dropout == 0, f"--dropout: name a network with --architecture, got {self.architecture}")
+            return None
+        channels = image_shape(self.dataset)[0]
+        if self.architecture == "resnet18":
+            require(self.dropout == 0, "--dropout: resnet18 has none")
+            return Architecture.resnet18(channels, width=self.width)
+        return network(self.architecture, channels, dropout=self.dropout)
 
 
 @dataclass(frozen=True)

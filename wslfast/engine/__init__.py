@@ -24,14 +24,16 @@ from .memory import activation_elements, memory_budget, models_per_chunk
 from .module_path import Module
 from .paths import Path, per_model
 from .preference import check_backend, preferred, using
+from .training import check_trainable, random_in_training, training_step
 from .transforms import looked_through
-from .triton_path import Unbuildable, form_of
+from .triton_path import Unbuildable, form_of, reaches_queries
 
 __all__ = [
     "BACKENDS",
     "Call",
     "activation_elements",
     "check_backend",
+    "check_trainable",
     "choose",
     "forward",
     "in_chunks",
@@ -39,6 +41,8 @@ __all__ = [
     "loss_and_gradient",
     "memory_budget",
     "models_per_chunk",
+    "random_in_training",
+    "training_step",
     "using",
 ]
 
@@ -58,8 +62,8 @@ def forward(weights: Tensor, queries: Tensor, architecture: Architecture, *, bac
         return stacked.plain(weights, queries, architecture.graph)
     device = weights.device.type
     graph = torch.is_grad_enabled() and (weights.requires_grad or queries.requires_grad)
-    if graph and queries.requires_grad:
-        backend = "torch"  # the kernels have no gradient to the images
+    if graph and queries.requires_grad and (device != "cuda" or not reaches_queries(architecture)):
+        backend = "torch"
     call = Call("forward", len(weights), queries.shape[int(per_model(queries, architecture))], weights.device.index)
     with region("forward"):
         while True:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from types import ModuleType
 from typing import ClassVar, TypeVar
 
@@ -15,6 +17,7 @@ from torch import Tensor
 from ..architecture import Architecture
 from ..errors import WslfastError, say_once
 from ..kernels.criteria import Named
+from ..kernels.layers import Unplannable
 from ..kernels.triton import budget
 from ..kernels.triton.folding import Chain, chain
 from ..kernels.triton.schedule import CHOICES, schedule, tuned
@@ -48,7 +51,8 @@ class Triton:
     def _run(self, weights: Tensor, queries: Tensor) -> Tensor:
         """Outputs in float32, with a graph where autograd records one."""
         rows = weights if self._chain.rows is None else self._chain.rows(weights)
-        return kernels().differentiable_forward(rows, queries, self._chain.layers, kernel_precision(), memory=memory_budget("cuda"))
+        run = kernels("differentiable").differentiable_forward
+        return run(rows, queries, self._chain.layers, kernel_precision(), memory=memory_budget("cuda"))  # type: ignore[no-any-return]
 
     @property
     def _chain(self) -> Chain:
@@ -151,6 +155,20 @@ def _words(text: str) -> str:
     return f"{lines[0]:.200}" if len(lines) == 1 else f"{lines[0]:.120} ... {lines[-1]:.200}"
 
 
+@lru_cache(maxsize=256)
+def reaches_queries(architecture: Architecture) -> bool:
+    """Whether the kernels' graph of outputs goes on to the queries. Imports Triton; False where it is not installed."""
+    if architecture.graph is None:
+        return False
+    try:
+        from ..kernels.triton.query_gradient import layers_on_queries
+
+        layers_on_queries(chain(architecture.graph).layers, architecture.input_shape)
+    except (ImportError, Unplannable):
+        return False
+    return True
+
+
 def form_of(criterion: Named, index: Tensor | None) -> str:
     """The form of a loss call, one of ``verdicts.FORMS``: a criterion of the caller's own runs through the graph of the outputs."""
     if not isinstance(criterion, str):
@@ -158,8 +176,6 @@ def form_of(criterion: Named, index: Tensor | None) -> str:
     return "loss" if index is None else "indexed"
 
 
-def kernels() -> ModuleType:
+def kernels(module: str = "launch") -> ModuleType:
     """The kernels' functions; importing them imports Triton."""
-    from ..kernels.triton import launch
-
-    return launch
+    return importlib.import_module(f"..kernels.triton.{module}", __package__)

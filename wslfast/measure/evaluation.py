@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Union
 
@@ -24,7 +24,7 @@ from ..showing import html_table
 from ..tokens import layout
 from ..training import Run, load_run
 from ..training.hooks import LogTo, hook_of
-from ..zoo import Dataset, dataset_of, load_zoo
+from ..zoo import Dataset, dataset_of, load_parts
 from .diversity import labels_of, outputs_of
 from .reconstruction import Reconstruction, compare
 from .recorded import check_recorded
@@ -132,7 +132,8 @@ def evaluate(
         Figures by variant (``"run"`` and the baselines): means over models of accuracy of original and reconstruction,
         agreement with the own original and with others, the margin between them, identified, explained variance, masked L2, latent
         numbers a model; medians and spreads beside them. Where there are no classes (coordinates, observations without labels) the
-        accuracies are None, and ``psnr`` says how near the outputs are.
+        accuracies are None, and ``psnr`` says how near the outputs are. Of a zoo of several architectures, the means over all models, and
+        under ``architectures`` the figures of each.
 
     Raises:
         WslfastError: unreadable run or zoo, an empty split.
@@ -145,34 +146,65 @@ def evaluate(
         folder = str(zoo if zoo is not None else loaded.config.zoo)
         with apart():
             own = _figures(loaded, folder, split, world.dealt(["run", *(BASELINES if baselines else ())]), device, backend, skip_bad)
-        found = {name: figures for part in world.collected(own) for name, figures in part.items()}
-        results = Figures({name: found[name] for name in ("run", *BASELINES) if name in found})
+        collected = world.collected(own)
+        each: dict[str, dict[str, Any]] = {}
+        for label in own:
+            found = {name: figures for part in collected for name, figures in part[label].items()}
+            each[label] = {name: found[name] for name in ("run", *BASELINES) if name in found}
+        results = Figures(next(iter(each.values())) if len(each) == 1 else by_architecture(each))
     if not world.writes:
         return results
     if out is not None:
         write_json(out, {"run": str(run), "zoo": folder, "split": split, "backend": backend, "variants": results})
     if hook is not None:
-        names = list(dict.fromkeys(name for figures in results.values() for name in figures if name != "spread"))
+        names = list(dict.fromkeys(name for figures in results.values() for name in figures if name not in ("spread", "architectures")))
         hook.table(f"evaluation of {split} models", ["variant", *names], [[v, *map(f.get, names)] for v, f in results.items()])
     return results
 
 
 def _figures(
     run: Run, folder: str, split: str, names: Sequence[str], device: str, backend: str, skip_bad: bool
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """By architecture, the figures of the run (``"run"``) and of closed-form codes at its latent size, of those in ``names``."""
+    parts = load_parts(folder, split, skip_bad=skip_bad)
+    closed = [name for name in names if name != "run"]
+    training = load_parts(folder, "train", skip_bad=skip_bad) if closed else {}
+    return {
+        label: _evaluated(run, folder, population.to(device), training.get(label), names, backend, device)
+        for label, population in parts.items()
+    }
+
+
+def by_architecture(each: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Figures of a zoo of several architectures: of each variant the means over all models, and under ``architectures`` those of each."""
+    results: dict[str, dict[str, Any]] = {}
+    for variant in dict.fromkeys(name for figures in each.values() for name in figures):
+        own = {label: figures[variant] for label, figures in each.items() if variant in figures}
+        pooled: dict[str, Any] = {}
+        for name in dict.fromkeys(name for figures in own.values() for name in figures if name != "spread"):
+            known = [(f[name], f["n_models"]) for f in own.values() if isinstance(f.get(name), (int, float))]
+            counted = name in ("n_models", "non_finite", "non_finite_original")
+            total = sum(count for _, count in known)
+            pooled[name] = sum(v for v, _ in known) if counted else sum(v * c for v, c in known) / total if total else None
+        results[variant] = {**pooled, "architectures": own}
+    return results
+
+
+def _evaluated(
+    loaded: Run, folder: str, population: Population, train: Population | None, names: Sequence[str], backend: str, device: str
 ) -> dict[str, dict[str, Any]]:
-    """The figures of the run (``"run"``) and of closed-form codes at its latent size, of those in ``names``."""
-    population = load_zoo(folder, split, skip_bad=skip_bad).to(device)
-    require(len(population) > 0, f"zoo {folder} has no {split} models")
+    """:func:`_figures` for models of one architecture; with baselines fitted to ``train``."""
+    autoencoder = loaded.of(population.architecture)
     dataset = dataset_of(folder, population.architecture)
     images, labels = dataset.split("test")[0], labels_of(dataset, "test", population.architecture)
-    codes: dict[str, Code] = {"run": run.autoencoder} if "run" in names else {}
+    codes: dict[str, Code] = {"run": autoencoder} if "run" in names else {}
     results = {}
     work = population.architecture, torch.device(device), ["forward"], len(population), len(images)
     with engine.using(backend), proved(*work), region("evaluate"), torch.no_grad():
         closed = [name for name in names if name != "run"]
-        if closed:
-            train, numbers = load_zoo(folder, "train", skip_bad=skip_bad).to(device), run.autoencoder.latent_numbers
-            codes |= linear_baselines(train, dataset, numbers, run.config.token_size, only=closed)
+        if train is not None and closed:
+            size = autoencoder.layout.token_size
+            codes |= linear_baselines(train.to(device), dataset, autoencoder.latent_numbers, size, only=closed)
         # the originals run once for all codes
         targets = outputs_of(population.weights, images, population.architecture) if len(codes) > 1 else None
         for name, code in codes.items():

@@ -122,12 +122,13 @@ def analyse(
     settings: GradientSettings = GradientSettings(),
     zoo: str | Path | None = None,
     name: str | None = None,
+    architecture: str | None = None,
 ) -> list[Row]:
     """Gradients, spectrum and sweeps at the reconstructions of a run's held-out models.
 
     Writes ``out/gradients.csv`` (:data:`COLUMNS`: median, mean and standard deviation over models; rows of other runs stay) and
     ``out/gradients.json`` (every model's figures and spectra, for plots). Returns the rows. ``name`` is their variant, by default the
-    run's folder.
+    run's folder; ``architecture`` chooses one (its label) of a zoo of several.
 
     Raises:
         WslfastError: unreadable run or zoo, an empty split.
@@ -135,26 +136,27 @@ def analyse(
     check_seed(settings.seed)
     loaded = load_run(run)
     folder = str(zoo if zoo is not None else loaded.config.zoo)
-    population = load_zoo(folder, settings.split)
+    population = load_zoo(folder, settings.split, architecture=architecture)
     require(len(population) > 0, f"zoo {folder} has no {settings.split} models")
-    architecture, dataset = population.architecture, dataset_of(folder, population.architecture)
-    images, labels = dataset.split(settings.split)[0], labels_of(dataset, settings.split, architecture)
-    pool = query_images(settings.query_set, folder, MappedZoo(folder, "train"), n=max(settings.queries, 2), seed=settings.seed)
+    arch, dataset = population.architecture, dataset_of(folder, population.architecture)
+    images, labels = dataset.split(settings.split)[0], labels_of(dataset, settings.split, arch)
+    source = MappedZoo(folder, "train", architecture=architecture)
+    pool = query_images(settings.query_set, folder, source, n=max(settings.queries, 2), seed=settings.seed)
     require(settings.queries <= len(pool), f"queries: expected at most {len(pool)} (the query set), got {settings.queries}")
     generator = torch.Generator().manual_seed(settings.seed)
     queries = pool[torch.randperm(len(pool), generator=generator)[: settings.queries]]
     chosen = torch.linspace(0, len(population) - 1, min(settings.models, len(population))).round().long()
     weights = population.weights[chosen]
-    rebuilt = reconstruct(loaded.autoencoder, weights)
+    rebuilt = reconstruct(loaded.of(arch), weights)
     models: list[dict[str, Any]] = []
     for row, theta, hat in zip(chosen.tolist(), weights, rebuilt, strict=True):
-        models.append(_model(theta, hat, queries, images, labels, architecture, settings, generator) | {"row": row})
+        models.append(_model(theta, hat, queries, images, labels, arch, settings, generator) | {"row": row})
     rows = _rows(models, {"zoo": dataset.name, "variant": name or Path(run).name, "seed": loaded.config.seed}, settings.magnitudes)
     update_csv(Path(out) / "gradients.csv", COLUMNS, rows, KEY)
     facts = {
         "run": str(run),
         "zoo": folder,
-        "architecture": architecture.name,
+        "architecture": arch.name,
         "magnitudes": list(settings.magnitudes),
         "queries": settings.queries,
         "query_set": settings.query_set,

@@ -162,6 +162,7 @@ def generate(
     device: str = "cpu",
     backend: str = "auto",
     skip_bad: bool = False,
+    architecture: str | None = None,
 ) -> Population:
     """Sample new models from a trained run: latents around those of its zoo's best training models, decoded.
 
@@ -182,6 +183,7 @@ def generate(
         device: where to run.
         backend: what runs the networks: ``"auto"``, ``"triton"`` or ``"torch"``.
         skip_bad: leave out shards of the zoo that are missing or damaged, with a count, instead of raising.
+        architecture: of a zoo of several architectures, which one (its label).
 
     Returns:
         A population with, a model: ``epoch`` of fine-tuning (0: as decoded), ``anchor`` (the zoo's ``model`` it was drawn around) and
@@ -205,11 +207,11 @@ def generate(
         require(not taken, f"out: {out}: there is a zoo already; name another folder")
     loaded = load_run(run, device=device)
     folder = str(zoo if zoo is not None else loaded.config.zoo)
-    train = load_zoo(folder, "train", skip_bad=skip_bad).to(device)
+    train = load_zoo(folder, "train", architecture=architecture, skip_bad=skip_bad).to(device)
     data = dataset_of(folder, train.architecture)
     forms = ["forward", "indexed"] if finetune else ["forward"]
     with engine.using(backend), proved(train.architecture, torch.device(device), forms, samples, 256), region("generate"), torch.no_grad():
-        source = Source.of(loaded.autoencoder, train, data, best_rows(val_accuracy(train, data), anchors))
+        source = Source.of(loaded.of(train.architecture), train, data, best_rows(val_accuracy(train, data), anchors))
         generator = torch.Generator().manual_seed(seed)
         weights, of = source.sample(
             samples, generator, sampler=sampler, bandwidth=bandwidth, select=select, candidates=candidates, rounds=rounds
@@ -236,7 +238,9 @@ def _properties(source: Source, weights: Tensor, samples: int, of: Tensor | None
         "model": tuple(j for j in range(samples) for _ in range(epochs)),
         "epoch": tuple(e for _ in range(samples) for e in range(epochs)),
         **{
-            name: tuple(None if j is None else train.properties[column][j] for j in anchors for _ in range(epochs))
+            name: tuple(
+                None if j is None or column not in train.properties else train.properties[column][j] for j in anchors for _ in range(epochs)
+            )
             for name, column in (("anchor", "model"), ("anchor_epoch", "epoch"))
             if column in train.properties  # a zoo of somebody's modules may know no epochs
         },

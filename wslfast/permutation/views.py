@@ -109,7 +109,7 @@ def channel_norms(weights: Tensor, architecture: Architecture) -> tuple[Tensor, 
     for slot in architecture.parameters:
         square = weights[:, slot.offset : slot.stop].double().square().view(-1, *slot.shape)
         for at, axis in enumerate(groups.axes.get(slot.name, ())):
-            along = square.transpose(1, at + 1).flatten(2).sum(2) if slot.shape else square
+            along = square.movedim(at + 1, 1).reshape(len(weights), slot.shape[at], -1).sum(2)
             for part in () if axis is None else axis.parts:
                 for i, group in enumerate(part.groups):
                     totals[group].index_add_(1, part.channels[:, i], along[:, part.places])

@@ -53,10 +53,10 @@ class _Loader(importlib.abc.Loader):
 
 
 def at_home(kind: type) -> Iterator[tuple[str, Any, Any]]:
-    """``(attribute, old, new)`` for every method of a class: the same code, in a world where names keep today's meaning.
+    """``(attribute, old, new)`` for every method of a class: the same code with a copy of its module's globals as they are now.
 
-    Published classes name themselves (``super(AE, self)``, ``DistillationLoss.forward_elementwise``). Once the name means
-    another class that fails, and with it every object and subclass made before.
+    Published classes name themselves (``super(AE, self)``, ``DistillationLoss.forward_elementwise``). Once the module's name stands for
+    our class, that code would fail, and so would every object and subclass made before. The copy keeps the old class under its name.
     """
     worlds: dict[int, dict[str, Any]] = {}
 

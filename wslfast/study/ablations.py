@@ -27,6 +27,7 @@ from ..measure.results import HEADER, Row, Unit, figures, file_digest, kept_unit
 from ..population import Population
 from ..training import TrainConfig, load_run, train
 from ..training.checkpoint import checkpoint_path, load_checkpoint
+from ..training.config import RETIRED
 from ..training.query_sets import set_names
 from ..zoo import build_zoo
 from ..zoo.manifest import MANIFEST
@@ -210,7 +211,8 @@ def rows_file(ablation: Ablation) -> str:
 
 def _key(zoo: str, system: str, config: TrainConfig, ablation: Ablation) -> str:
     """A hash of all that a cell's figures depend on; query files by content, not by name."""
-    settings = {name: value for name, value in config.to_dict().items() if name not in _NO_RESULT}
+    # settings that are no more count as they did, or every cell that there is would be computed again
+    settings = RETIRED | {name: value for name, value in config.to_dict().items() if name not in _NO_RESULT}
     files = {}
     for name in set_names(config.query_set):
         if name.endswith(".npz"):

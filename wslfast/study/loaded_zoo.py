@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import require
-from ..measure.diversity import accuracy, classes_of, outputs_of, sorted_channels
+from ..measure.diversity import accuracy, classes_of, labels_of, outputs_of, sorted_channels
 from ..measure.generation import best_rows, val_accuracy
 from ..measure.recorded import check_recorded
 from ..measure.results import file_digest, fingerprint
@@ -102,6 +102,8 @@ class LoadedZoo:
         self.val = evenly(load_zoo(zoo, "val"), protocol.models).to(device) if "val" in splits else None
         self.architecture = self.train.architecture
         data = dataset_of(zoo, self.architecture)
+        classes = labels_of(data, "test", self.architecture) is not None
+        require(classes, f"zoo {zoo}: its answers are no classes, which this needs; wslfast evaluate without --out compares outputs (PSNR)")
         self._test_images = len(data.test_labels)  # before they are cut
         rows = torch.arange(self._test_images)[: protocol.images]
         self.data: Dataset = replace(data, test_images=data.test_images[rows].to(device), test_labels=data.test_labels[rows].to(device))

@@ -62,10 +62,11 @@ class Converter:
         traced: inputs are the state's tensors, then the queries.
         state: names of the state's tensors.
         names: of other tensors that the module holds, by identity.
+        training: whether the module was in training mode.
     """
 
-    def __init__(self, traced: fx.GraphModule, state: Sequence[str], names: Mapping[int, str]) -> None:
-        self.traced, self.state, self.names = traced, state, names
+    def __init__(self, traced: fx.GraphModule, state: Sequence[str], names: Mapping[int, str], training: bool = False) -> None:
+        self.traced, self.state, self.names, self.training = traced, state, names, training
         self.references: dict[fx.Node, Any] = {}
         self.nodes: list[Node] = []
         self.constants: dict[str, Tensor] = {}
@@ -136,9 +137,12 @@ class Converter:
         operation = TABLE[name]
         if operation.form == "identity" and "self" in given:  # as it is called in place
             given = {"input": given["self"], **{key: value for key, value in given.items() if key != "self"}}
-        if given.get("train", given.get("training")) is True:
-            if operation.form == "identity" and given.get("p") == 0:
+        train = given.get("train", given.get("training")) is True
+        if train and operation.form == "identity" and given.get("p") == 0:
+            if not self.training:
                 return self._reference(given["input"])
+            train, given = False, {**given, "train": False}
+        if train and not self.training:
             raise Untraceable(f"aten.{name} in training mode")
         if given.get("scale_grad_by_freq"):
             raise Untraceable("an embedding whose gradient depends on how often a row is read")
@@ -214,8 +218,6 @@ class Converter:
             axes = operation.axes
             if isinstance(value, tuple) and len(value) == 1 and axes > 1 and name in PER_AXIS:
                 value = value * axes
-            if name == "end" and operation.name == "slice.Tensor" and isinstance(value, int) and (before := _shape(given["self"])):
-                value = None if value >= before[given.get("dim", 0)] else value  # an open end is the largest integer
             if name == "dilation" and operation.form == "convolution":  # along an axis of one tap it means nothing
                 value = tuple(d if k > 1 else 1 for d, k in zip(value, (_shape(given["weight"]) or ())[2:], strict=True))
             if name == "dtype":

@@ -10,6 +10,7 @@ import copy
 import traceback
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,10 +19,11 @@ from torch.overrides import TorchFunctionMode
 
 from ..kernels.graph import Constant, Graph, slots_of
 from ..kernels.operations import check_graph
-from ..kernels.reference import run_graph, value_shapes
+from ..kernels.reference import check_values, run_graph
 from .convert import Converter, Untraceable, written_in
 from .module import FrozenNorms, first_line, plainly, queries_for
 from .simplify import joined
+from .training import training_of
 
 __all__ = ["Untraceable", "trace"]
 
@@ -32,12 +34,18 @@ _STEP = "num_batches_tracked"
 def trace(module: nn.Module, input_shape: tuple[int, ...]) -> Graph:
     """The graph of a prepared module. Raises Untraceable with the reason: an operation that is not in the table, control flow that looks at
     numbers, a size that is no multiple of the number of queries."""
+    graph, state = _traced(module, input_shape)
+    return replace(graph, training=training_of(module, graph, state, lambda m: _traced(m, input_shape)[0]))
+
+
+def _traced(module: nn.Module, input_shape: tuple[int, ...]) -> tuple[Graph, dict[str, Tensor]]:
+    """The graph of a module in the mode in which it is, and its state."""
     state, aliases, kept = _state(module)
     names = {id(value): name for name, value in kept.items()}
     names |= {id(value): name for name, value in module.named_buffers() if id(value) not in names and name not in state}
 
     def made(followed: list[fx.GraphModule]) -> Graph:
-        first, second = (Converter(traced, list(state), names).converted() for traced in followed)
+        first, second = (Converter(traced, list(state), names, module.training).converted() for traced in followed)
         nodes, output, constants = joined(first, second, _NUMBERS)
         graph = Graph(
             tuple(input_shape),
@@ -48,22 +56,23 @@ def trace(module: nn.Module, input_shape: tuple[int, ...]) -> Graph:
             tuple(aliases.items()),
         )
         try:
-            value_shapes(check_graph(graph))
+            check_values(check_graph(graph, module.training))
         except ValueError as error:
             picks = "torch.nonzero" in str(error)
             why = "it picks numbers by a mask, and how many depends on them; torch.where keeps their places" if picks else str(error)
             raise Untraceable(why) from None
-        _verify(graph, module, state)
+        if not module.training:  # where it may be random, and is compared another way
+            _verify(graph, module, state)
         return graph
 
     queries = [queries_for(module, n, input_shape) for n in _NUMBERS]
     followed = [_followed(module, state, x) for x in queries]
     try:
-        return made(followed)
+        return made(followed), state
     except Untraceable:
         if not any(_writes(traced) for traced in followed):
             raise
-    return made([_followed(module, state, x, written=True) for x in queries])  # a view that is written to, perhaps
+    return made([_followed(module, state, x, written=True) for x in queries]), state  # a view that is written to, perhaps
 
 
 def _writes(traced: fx.GraphModule) -> bool:
@@ -107,7 +116,7 @@ def _followed(module: nn.Module, state: Mapping[str, Tensor], queries: Tensor, w
     try:
         with plainly(), torch.enable_grad():  # so that torch.no_grad() inside shows; nothing here requires a gradient
             follow: Any = dispatch_functionalize(run, FunctionalTensorMode(pre_dispatch=True, export=True)) if written else run
-            return make_fx(follow, pre_dispatch=True, record_stack_traces=True)([state[name].detach() for name in names], queries)
+            return make_fx(follow, pre_dispatch=True, record_stack_traces=True)([state[name].detach().clone() for name in names], queries)
     except Exception as error:  # a forward that cannot be followed, whatever it raised
         looks = "get value out of a tracing tensor" in str(error) or "data-dependent" in str(error)
         where = written_in("".join(traceback.format_tb(error.__traceback__)))

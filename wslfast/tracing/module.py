@@ -150,7 +150,28 @@ def prepared(module: nn.Module, name: str, output: str | int | None = None) -> n
         raise
     except Exception as error:
         raise WslfastError(f"architecture {name!r}: the module cannot be copied: {first_line(error)}") from error
-    return plain if output is None else _Output(plain, output).eval()
+    made = plain if output is None else _Output(plain, output).eval()
+    made.parametrised = _parametrised(module)  # type: ignore[assignment]
+    return made
+
+
+def _parametrised(module: nn.Module) -> str:
+    """Why a module cannot be trained on the weights that it computes; empty where it holds them itself."""
+    for path, part in module.named_modules():
+        hooks = {type(hook).__name__ for hook in part._forward_pre_hooks.values()}
+        if (
+            parametrize.is_parametrized(part)
+            or hooks & {"WeightNorm", "SpectralNorm"}
+            or any(map(_prunes, part._forward_pre_hooks.values()))
+        ):
+            return (
+                f"its weights are computed from others (a parametrisation or pruning of {path!r}), which are what an optimiser would train"
+            )
+    return ""
+
+
+def _prunes(hook: object) -> bool:
+    return isinstance(hook, prune.BasePruningMethod)
 
 
 def _computed(module: nn.Module) -> dict[int, Any]:
@@ -199,13 +220,13 @@ def check_template(template: nn.Module, input_shape: tuple[int, ...], name: str)
     x = queries_for(template, 4, input_shape)
     with plainly():
         try:
-            with _RandomCalls(template) as random:
+            with RandomCalls(template) as random:
                 out = template(x.clone())
             again, fewer = template(x.clone()), template(x[:2].clone())
         except Exception as error:
             raise WslfastError(f"architecture {name!r}: cannot run on {shape}: {first_line(error)}") from error
-    if not isinstance(out, Tensor):
-        return out
+    if not isinstance(out, Tensor) or out.ndim == 0:
+        return out  # type: ignore[no-any-return]
     same = isinstance(again, Tensor) and again.shape == out.shape
     wide = 1 + float(out.nan_to_num().abs().max()) if out.numel() else 1.0
     same = same and torch.allclose(again, out, rtol=1e-5, atol=1e-6 * wide, equal_nan=True)  # a BLAS may round by where numbers lie
@@ -214,7 +235,7 @@ def check_template(template: nn.Module, input_shape: tuple[int, ...], name: str)
     require(
         same, f"architecture {name!r} answers the same queries another way the second time: it keeps something between calls, or is random"
     )
-    alone = isinstance(fewer, Tensor) and fewer.shape[1:] == out.shape[1:] and len(fewer) == 2 and len(out) == 4
+    alone = isinstance(fewer, Tensor) and fewer.ndim > 0 and fewer.shape[1:] == out.shape[1:] and len(fewer) == 2 and len(out) == 4
     close = alone and torch.allclose(fewer, out[:2], rtol=1e-3, atol=1e-4 * (1 + float(out.abs().max())), equal_nan=True)
     require(
         not isinstance(fewer, Tensor) or len(out) != 4 or close,
@@ -223,7 +244,7 @@ def check_template(template: nn.Module, input_shape: tuple[int, ...], name: str)
     return out
 
 
-class _RandomCalls(TorchFunctionMode):
+class RandomCalls(TorchFunctionMode):
     """Notes which functions draw random numbers, and in which part of the module."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -233,7 +254,7 @@ class _RandomCalls(TorchFunctionMode):
         self._at: list[str] = []
         self._hooks: list[Any] = []
 
-    def __enter__(self) -> _RandomCalls:
+    def __enter__(self) -> RandomCalls:
         for path, part in self._parts:
             self._hooks.append(part.register_forward_pre_hook(lambda *_, path=path: self._at.append(path)))
             self._hooks.append(part.register_forward_hook(lambda *_: self._at.pop() and None))

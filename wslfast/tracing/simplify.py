@@ -72,7 +72,8 @@ def _folded(nodes: list[Node], output: str, constants: Mapping[str, Tensor]) -> 
         kind = node.operation.startswith("new_") or node.operation == "type_as"  # of the queries it takes the dtype alone
         reads = [value for name, value in node.arguments if not (kind and value == QUERY)]
         value = None
-        if all(r in known for r in references(tuple(reads))) and not _sized(tuple(reads)):
+        drawn = node.argument("train") or node.argument("dropout_p")
+        if all(r in known for r in references(tuple(reads))) and not _sized(tuple(reads)) and not drawn:
             with torch.no_grad():
                 value = call_node(node, {**known, QUERY: torch.empty(1, dtype=torch.float32, device="cpu")}, 1)
         if isinstance(value, Tensor) and value.numel() <= _LARGEST_CONSTANT:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -92,12 +93,14 @@ def _digest(file: BinaryIO, size: int) -> bytes:
 
 @dataclass(frozen=True)
 class Run:
-    """A trained autoencoder and what it was trained with."""
+    """A trained autoencoder and what it was trained with; of several architectures, the autoencoder as each of them sees it (``parts``, by
+    label; ``autoencoder`` is then the first one's)."""
 
     out: Path
     step: int
     config: TrainConfig
     autoencoder: Autoencoder
+    parts: Mapping[str, Autoencoder] = field(default_factory=dict)
 
     @property
     def finished(self) -> bool:
@@ -114,17 +117,38 @@ class Run:
         }  # fmt: skip
         return html_table(["run", ""], list(facts.items()))
 
+    def of(self, architecture: Architecture) -> Autoencoder:
+        """The autoencoder as models of an architecture see it. Raises WslfastError where it was not trained on any."""
+        if not self.parts:
+            return self.autoencoder
+        own = [part for part in self.parts.values() if part.layout.architecture.same_network(architecture)]
+        require(bool(own), f"run {self.out}: not trained on models of architecture {architecture.name!r}, but of {list(self.parts)}")
+        return own[0]
+
 
 def load_run(out: str | Path, *, architecture: Architecture | None = None, device: torch.device | str = "cpu") -> Run:
     """The autoencoder of a run's latest checkpoint, in evaluation mode (``architecture`` for zoos of opaque networks)."""
     state = load_checkpoint(out, device)
     try:
         config = TrainConfig.from_dict(state["config"])
+        recorded = state["architecture"].get("architectures")
+        if isinstance(recorded, dict) and recorded:
+            return _mixed(Path(out), state, config, recorded, device)
         arch = architecture if architecture is not None else Architecture.from_dict(state["architecture"])
         model = _rebuilt(arch, state)
     except Exception as error:  # whatever the library makes of a state that nobody trained
         raise WslfastError(f"checkpoint {checkpoint_path(out)} cannot be rebuilt: {error}") from error
     return Run(Path(out), state["step"], config, model.to(device).eval())
+
+
+def _mixed(out: Path, state: dict[str, Any], config: TrainConfig, recorded: dict[str, Any], device: torch.device | str) -> Run:
+    """A run over several architectures: its weights are under the number of each."""
+    parts = {}
+    for i, (name, record) in enumerate(recorded.items()):
+        model = {key.removeprefix(f"{i}."): value for key, value in state["model"].items() if key.startswith(f"{i}.")}
+        own = {"autoencoder": state["autoencoder"][name], "model": model}
+        parts[name] = _rebuilt(Architecture.from_dict(record), own).to(device).eval()
+    return Run(out, state["step"], config, next(iter(parts.values())), parts)
 
 
 def _rebuilt(architecture: Architecture, state: dict[str, Any]) -> Autoencoder:

@@ -32,6 +32,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """What settings are where nobody gives them: the fields' defaults, a CPU's; the published ones (:meth:`TrainConfig.paper`)."""
+RETIRED = {"restart": False}  # settings that are no more, and what older runs hold without having used them
 
 
 @dataclass(frozen=True)
@@ -59,14 +60,13 @@ class TrainConfig:
     """AdamW's decay on parameters with two or more dimensions."""
     schedule: Literal["constant", "onecycle"] = "constant"
     """Learning-rate schedule."""
-    restart: bool = False
-    """Begin a second one-cycle where behavior sets in (needs behavior_from and schedule onecycle)."""
     clip: float | None = 1.0
     """Largest gradient norm; none switches clipping off."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Autocast of the autoencoder; the behavioral loss runs outside it. bf16 is faster on GPUs and on CPUs with avx512_bf16 or AMX."""
-    behavior_precision: Literal["highest", "high", "medium"] = "high"
-    """float32 matmul precision of the behavioral loss on a GPU (high: TF32)."""
+    behavior_precision: Literal["highest", "high", "medium", "bf16"] = "high"
+    """Of the behavioral loss: torch's float32 matmul precision on a GPU (high: TF32; a CPU computes in float32 whatever it says), or bf16,
+    autocast on either; losses and gradients are float32."""
 
     gamma: float = 0.05
     """Weight of the contrastive loss."""
@@ -150,8 +150,6 @@ class TrainConfig:
         require(self.share > 0, "share: expected a number in (0, 1], got 0")
         begun = self.behavior_from + self.behavior_ramp
         require(begun < 1, f"behavior_from, behavior_ramp: expected shares of less than 1 in all, got {begun:g}")
-        can = self.behavior_from > 0 and self.schedule == "onecycle"
-        require(can or not self.restart, "restart: expected behavior_from above 0 and schedule onecycle")
         require(0 <= self.dropout < 1, f"dropout: expected a number in [0, 1), got {self.dropout}")
         for name in ("seed", "layers", "token_size", "window"):
             require(getattr(self, name) >= 0, f"{name}: expected a non-negative integer, got {getattr(self, name)}")
@@ -203,7 +201,7 @@ class TrainConfig:
         """
         named = isinstance(values, Mapping) and all(isinstance(name, str) for name in values)
         require(named, f"config: expected settings by name, got {type(values).__name__}")
-        values = dict(values)
+        values = {name: value for name, value in values.items() if name not in RETIRED or value != RETIRED[name]}
         preset = values.pop("preset", "small")
         require(preset in PRESETS, f"preset: expected one of {tuple(PRESETS)}, got {preset!r}")
         known = [f.name for f in dataclasses.fields(cls)]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from .. import engine
 from ..engine import verdicts
-from ..engine.precision import matmul_precision_of
 from ..engine.ranks import World, joined
 from ..errors import WslfastError, require
 from ..files import check_folder, remove_leftovers, write_text
@@ -22,13 +21,15 @@ from ..population import Population
 from ..proof import ensure
 from ..queries import load_queries, save_queries
 from ..zoo import MappedZoo
+from ..zoo.mapped import mapped_parts
 from .checkpoint import Run, checkpoint_path, load_checkpoint, load_run, save_checkpoint
 from .config import TrainConfig
 from .hooks import LogTo, hook_of
+from .mixed import MixedTrainer
 from .progress import Interrupted, finishing_steps, shown
 from .query_sets import query_images, set_names
 from .records import OnRecord, Record, Recorder, RunLog
-from .trainer import Trainer
+from .trainer import Trainer, behavior_precision
 
 logger = logging.getLogger("wslfast")
 
@@ -93,16 +94,25 @@ def train(
         if saved is not None and saved["step"] >= config.steps:
             logger.info("%s is finished (%d steps); nothing to do", out, saved["step"])
             return load_run(out, device=device, architecture=None if population is None else population.architecture)
-        if population is None:
-            population = MappedZoo(config.zoo, "train", skip_bad=config.skip_bad)
-        if images is None:
+        parts = mapped_parts(config.zoo, "train", skip_bad=config.skip_bad) if population is None else {}
+        if population is None and len(parts) == 1:
+            (population,) = parts.values()
+        mixed = population is None
+        sets = {n: images if images is not None else _queries(config, p, saved is not None, world, n) for n, p in parts.items() if mixed}
+        if population is not None and images is None:
             images = _queries(config, population, saved is not None, world)
-        kernels = _kernels(config, population, device, saved)
+        require(not mixed or world.size == 1, "a zoo of several architectures is trained on by one process")
+        kernels = _kernels(config, population, device, saved) if population is not None else {}
         state = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])  # the caller's random state is not touched
         with verdicts.holding(kernels), state:
             torch.manual_seed(config.seed)
-            trainer = Trainer(config, population, images, None if saved is None else saved["autoencoder"], world, device)
-            trainer.kernels = kernels
+            trainer: Union[Trainer, MixedTrainer]
+            if population is None:
+                trainer = MixedTrainer(config, parts, sets, saved, device)
+            else:
+                assert images is not None
+                trainer = Trainer(config, population, images, None if saved is None else saved["autoencoder"], world, device)
+                trainer.kernels = kernels
             if saved is not None:
                 try:
                     trainer.restore(saved)
@@ -123,16 +133,20 @@ def train(
                     trainer.release()
                     if recorder is not None:
                         recorder.close()
+        if isinstance(trainer, MixedTrainer):
+            every = {name: part.model.eval() for name, part in trainer.parts.items()}
+            return Run(out, trainer.step_index, config, next(iter(every.values())), every)
         if trainer.cache is not None and world.writes:
             logger.info("targets: the cache replaced %d forward passes of originals", trainer.cache.served)
         return Run(out, trainer.step_index, config, trainer.model.eval())
 
 
-def _queries(config: TrainConfig, source: Union[Population, MappedZoo], resumed: bool, world: World) -> Tensor:
-    """The run's query set. Images made from the zoo's models are kept beside the run: they are not made twice."""
+def _queries(config: TrainConfig, source: Union[Population, MappedZoo], resumed: bool, world: World, label: str = "") -> Tensor:
+    """The run's query set (of one architecture's, by its label). Images made from the zoo's models are kept beside the run: they are not
+    made twice."""
     made = "optimised" in set_names(config.query_set)
     require(not made or world.size == 1, "query_set: optimised sets are made by one process; make a file of one: wslfast queries")
-    kept = Path(config.out) / "queries.npz"
+    kept = Path(config.out) / (f"queries-{re.sub('[^A-Za-z0-9]+', '-', label)}.npz" if label else "queries.npz")
     if made and resumed and kept.exists():
         return load_queries(kept, source.architecture)
     images = query_images(config.query_set, config.zoo, source, n=config.query_pool, seed=config.seed)
@@ -151,22 +165,26 @@ def _kernels(
     if not config.uses_behavior:
         return {}
     k = min(config.batch_size, len(models)) * (2 if config.gamma > 0 else 1)
-    loss = "tf32x3" if config.behavior_precision == "highest" else "tf32"
+    loss = {"highest": "tf32x3", "bf16": "bf16"}.get(config.behavior_precision, "tf32")
     return ensure(models.architecture, device, [("loss", loss), ("forward", None)], k, config.queries)
 
 
-def _announce(trainer: Trainer, resumed: bool) -> None:
+def _announce(trainer: Union[Trainer, MixedTrainer], resumed: bool) -> None:
     """What a reader of the log wants to know before the first step."""
     if not trainer.world.writes:
         return
     if resumed:
         logger.info("resumed at step %d", trainer.step_index)
+    if isinstance(trainer, MixedTrainer):
+        counts = ", ".join(f"{name} {len(part.models)}" for name, part in trainer.parts.items())
+        logger.info("one autoencoder over %d architectures, a batch of one of them a step; models: %s", len(trainer.parts), counts)
+        return
     config = trainer.config
     if trainer.device.type == "cpu" and config.precision == "fp32" and config.layers > 0 and _has_bf16():
         logger.info("this CPU computes in bf16: with precision bf16 a step takes 2/3 to 3/4 of the time (docs/notes/cpu.md)")
     backend = trainer.config.backend
-    with matmul_precision_of(config.behavior_precision) if trainer.device.type == "cuda" else contextlib.nullcontext():
-        path = engine.choose(trainer.architecture, trainer.device.type, torch.float32, backend)
+    with behavior_precision(config, trainer.device):
+        path = engine.choose(trainer.architecture, trainer.device.type, torch.float32, backend, config.behavior_precision == "bf16")
     logger.info("backend %s: path %s, %s", backend, path.name, path.reason)
     if trainer.world.size > 1:
         logger.info("%d processes, %d models each a step", trainer.world.size, trainer.batch // trainer.world.size)
@@ -183,7 +201,12 @@ def _has_bf16() -> bool:
 
 
 def _run(
-    trainer: Trainer, out: Path, log: RunLog, recorder: Recorder | None, stop: Callable[[int], bool] | None, pressed: Callable[[], bool]
+    trainer: Union[Trainer, MixedTrainer],
+    out: Path,
+    log: RunLog,
+    recorder: Recorder | None,
+    stop: Callable[[int], bool] | None,
+    pressed: Callable[[], bool],
 ) -> None:
     """The loop; ``pressed`` says whether somebody pressed Ctrl-C."""
     config, since = trainer.config, time.perf_counter()

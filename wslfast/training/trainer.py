@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Mapping
 from typing import Any, Union
 
 import torch
@@ -97,12 +98,8 @@ class Trainer:
             self.model = self._new_autoencoder(sample).to(self.device)
         else:
             self.model = Autoencoder.from_config(self.layout, sizes).to(self.device)
-        matrices = [p for p in self.model.parameters() if p.ndim >= 2]
-        vectors = [p for p in self.model.parameters() if p.ndim < 2]
-        groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        # one pass over each parameter where torch loops over operators: a quarter of the time (a GPU has its own default)
-        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=True if self.device.type == "cpu" else None)
-        self.schedule = self._cycle()
+        self.optimizer = optimizer_of(self.model, config, self.device)
+        self.schedule = cycle(config, self.optimizer)
         whole = len(sample) == len(models) and self.cache is not None
         known = self.cache if whole or not config.uses_behavior else TargetCache(sample, self.pool)
         self.normalizers = losses.Normalizers.from_data(
@@ -152,15 +149,6 @@ class Trainer:
         logger.info("%s start: %d latent numbers for %d parameters", config.start, codec.latent_size, self.architecture.num_weights)
         return Autoencoder(self.layout, start=config.start, codec=codec, **sizes)
 
-    def _cycle(self) -> torch.optim.lr_scheduler.OneCycleLR | None:
-        """The learning rate's schedule: of the whole run, or, with a restart, of the part of it that this step begins or is in."""
-        config = self.config
-        if config.schedule != "onecycle":
-            return None
-        first = config.behavior_start if config.restart else config.steps
-        steps = first if self.step_index < first else config.steps - first
-        return torch.optim.lr_scheduler.OneCycleLR(self.optimizer, max_lr=config.lr, total_steps=steps, pct_start=0.3)
-
     def next_rows(self) -> Tensor:
         """Zoo rows of the next batch, of all processes: every model once an epoch, the incomplete last batch dropped."""
         if self.position + self.batch > len(self.permutation):
@@ -205,7 +193,7 @@ class Trainer:
                 targets = self._outputs(torch.cat(views), queries)
             else:  # every view of a model is the same function: one row of targets serves them all
                 targets = torch.cat([self._targets(rows[mine], originals, queries)] * len(views))
-            with _matmul_precision(config.behavior_precision, self.device):
+            with behavior_precision(config, self.device):
                 values = batched_behavioral_loss(
                     weights,
                     None,
@@ -255,9 +243,7 @@ class Trainer:
                 parts["gradient_norm"] = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
             self.optimizer.step()
         self.step_index += 1
-        if self.config.restart and self.step_index == self.config.behavior_start:
-            self.schedule = self._cycle()
-        elif self.schedule is not None:
+        if self.schedule is not None:
             self.schedule.step()
         return parts
 
@@ -287,12 +273,7 @@ class Trainer:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state`. Raises WslfastError if the checkpoint's config would take another path."""
-        saved = TrainConfig.from_dict(state["config"])
-        paced = self.config.schedule == "onecycle" or self.config.scheduled  # what happens at a step depends on how many there are
-        fixed = _FREE - ({"steps"} if paced else set())
-        changed = [n for n, v in self.config.to_dict().items() if n not in fixed and getattr(saved, n) != v]
-        pairs = [f"{n} = {getattr(self.config, n)!r} (was {getattr(saved, n)!r})" for n in changed]
-        require(not changed, f"cannot resume with another config: {', '.join(pairs)}")
+        check_resumed(self.config, state)
         same = self.architecture.graph is None or Architecture.from_dict(state["architecture"]).same_network(self.architecture)
         require(same, "cannot resume: the zoo has another architecture than the checkpoint")
         require(
@@ -301,17 +282,46 @@ class Trainer:
         )
         self.model.load_state_dict(state["model"])
         self.step_index = int(state["step"])
-        self.schedule = self._cycle()
         self.optimizer.load_state_dict(state["optimizer"])
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])
         self.normalizers = losses.Normalizers.from_dict(state["normalizers"])
         torch.set_rng_state(state["rng"]["torch"].cpu())
+        self.restore_draws(state["rng"], state["sampler"])
+
+    def restore_draws(self, rng: Mapping[str, Tensor], sampler: Mapping[str, Any]) -> None:
+        """The states of the generators, and the place in the epoch."""
         for name, generator in (("order", self.order), ("views", self.views), ("draws", self.draws)):
-            generator.set_state(state["rng"][name].cpu())
-        if self.device.type == "cuda" and "cuda" in state["rng"]:
-            torch.cuda.set_rng_state(state["rng"]["cuda"].cpu(), self.device)
-        self.permutation, self.position = state["sampler"]["permutation"].cpu(), int(state["sampler"]["position"])
+            generator.set_state(rng[name].cpu())
+        if self.device.type == "cuda" and "cuda" in rng:
+            torch.cuda.set_rng_state(rng["cuda"].cpu(), self.device)
+        self.permutation, self.position = sampler["permutation"].cpu(), int(sampler["position"])
+
+
+def optimizer_of(model: nn.Module, config: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW, whose decay is for parameters with two or more dimensions."""
+    parameters = list(model.parameters())
+    matrices, vectors = [p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    # one pass over each parameter where torch loops over operators: a quarter of the time (a GPU has its own default)
+    return torch.optim.AdamW(groups, lr=config.lr, fused=True if device.type == "cpu" else None)
+
+
+def cycle(config: TrainConfig, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.OneCycleLR | None:
+    """The learning rate's schedule over the whole run, None for a constant one."""
+    if config.schedule != "onecycle":
+        return None
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=config.lr, total_steps=config.steps, pct_start=0.3)
+
+
+def check_resumed(config: TrainConfig, state: Mapping[str, Any]) -> None:
+    """Raise WslfastError if a checkpoint's config would take another path than this one."""
+    saved = TrainConfig.from_dict(state["config"])
+    paced = config.schedule == "onecycle" or config.scheduled  # what happens at a step depends on how many there are
+    fixed = _FREE - ({"steps"} if paced else set())
+    changed = [n for n, v in config.to_dict().items() if n not in fixed and getattr(saved, n) != v]
+    pairs = [f"{n} = {getattr(config, n)!r} (was {getattr(saved, n)!r})" for n in changed]
+    require(not changed, f"cannot resume with another config: {', '.join(pairs)}")
 
 
 class _Objective(nn.Module):
@@ -326,6 +336,8 @@ class _Objective(nn.Module):
         return self._losses(rows, queries)
 
 
-def _matmul_precision(precision: str, device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """torch's float32 matmul precision for a block (a setting of GPUs; on a CPU it is left alone)."""
-    return matmul_precision_of(precision) if device.type == "cuda" else contextlib.nullcontext()
+def behavior_precision(config: TrainConfig, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The setting in which the behavioral loss is computed."""
+    if config.behavior_precision == "bf16":
+        return torch.autocast(device.type, torch.bfloat16)
+    return matmul_precision_of(config.behavior_precision) if device.type == "cuda" else contextlib.nullcontext()

@@ -11,6 +11,7 @@ from .importers import Imported, import_zoo
 from .manifest import Manifest
 from .mapped import MappedZoo
 from .reading import load_parts, load_zoo, read_manifest, summarize
+from .signals import Signals, image_signals
 from .source import dataset_of, network
 from .splits import Split
 from .store import save_zoo
@@ -21,11 +22,13 @@ __all__ = [
     "Imported",
     "Manifest",
     "MappedZoo",
+    "Signals",
     "Split",
     "build_zoo",
     "dataset_of",
     "export_zoo",
     "image_shape",
+    "image_signals",
     "import_zoo",
     "load_dataset",
     "load_parts",

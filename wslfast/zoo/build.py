@@ -7,13 +7,12 @@ hyper-parameters and its seed alone: not on k, nor on its neighbours, nor on one
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from .. import engine
 from ..architecture import Architecture
@@ -22,74 +21,91 @@ from ..errors import WslfastError, logger, require
 from ..population import Population
 from ..profiling import region
 from ..proof import proved
+from .adam import StackedAdam
 from .datasets import Dataset, image_shape, load_dataset
+from .fitting import batch_generator, dropout_generator
+from .fitting import train_models as _train
 from .grid import Cell, Grid
 from .identical import draw
 from .manifest import MANIFEST
 from .parts import data_digest, discard_parts, trained_in_parts
 from .progress import bar
+from .signals import Signals
 from .splits import Split
 from .store import save_zoo
+from .unfinished import Unfinished
+
+__all__ = ["LARGEST_WEIGHT", "StackedAdam", "batch_generator", "build_zoo", "default_keep", "dropout_generator", "fine_tune"]
 
 LARGEST_WEIGHT = 10_000.0  # a checkpoint with a larger one is dropped, as the published pipeline does
-_EVALUATION_BLOCK = 256
-_LONG_ROW = 16_384  # weights: with gradient and moments, 256 KiB a row
-_ORDER = 0x5EED  # apart from the stream that draws the initial weights
 
 
 def build_zoo(
-    dataset: str | Path | Dataset = "digits",
+    dataset: str | Path | Dataset | Signals = "digits",
     out: str | Path | None = None,
     *,
     architecture: Architecture | None = None,
     models: int = 64,
     epochs: int = 5,
     keep: Sequence[int] | None = None,
-    grid: str | Grid = "small",
-    batch_size: int = 32,
+    grid: str | Grid | None = None,
+    batch_size: int | None = None,
     seed: int = 0,
     split: Sequence[float] = (0.7, 0.15, 0.15),
     device: str | torch.device = "cpu",
     backend: str = "auto",
     progress: bool = False,
     overwrite: bool = False,
+    resume: bool = False,
     root: str | Path | None = None,
 ) -> Population:
     """Train ``models`` networks and return their checkpoints at the kept epochs; with ``out``, store them as a zoo there.
+
+    In training mode: dropout with masks of each model's own, batch norm by the statistics of each model's own batch, running averages
+    among its weights. As ``torch.optim.Adam`` trains one network after another, to float tolerance.
 
     Under torchrun each process trains its part of the models, and all return all of them; the first stores them. What a process has
     finished is kept in ``out`` until the zoo is whole: after one has died, the same call trains what is missing.
 
     Args:
         dataset: a name ("digits", "fashion", "photos", "svhn", ...) or an ``.npz`` file (see :func:`wslfast.zoo.load_dataset`), or a
-            :class:`Dataset`.
+            :class:`Dataset`: cross-entropy. Or :class:`wslfast.zoo.Signals`: mean squared error, one signal a model
+            (:func:`wslfast.zoo.image_signals` for implicit neural representations) or the same for all.
         out: folder of the zoo; None keeps it in memory only.
-        architecture: what every model is; by default ``Architecture.cnn`` for 28x28 images and ``cnn3`` for 32x32 ones.
+        architecture: what every model is, any network that can be traced; by default ``Architecture.cnn`` for 28x28 images and ``cnn3``
+            for 32x32 ones, and for signals ``siren``.
         models: how many; a sub-sample of the grid where it is larger.
         epochs: passes over the training images.
         keep: epochs whose weights become rows, 0 being the initial weights; by default three spread over the later half and
             more of the training (3, 5 and 8 of 8).
-        grid: "small", "published", or a :class:`Grid`.
-        batch_size: images a step; the last batch of an epoch is what is left.
+        grid: "small", "published", "signals", or a :class:`Grid`; by default "small", for signals "signals".
+        batch_size: images or points a step; the last batch of an epoch is what is left. By default 32, for signals all points.
         seed: draws the sub-sample of the grid and the split of the models. Images are always split by seed 0, so that every
             zoo of a dataset has the same held-out images.
         split: shares of the models for train, val and test.
         device: where to train.
         backend: what runs the networks: ``"auto"``, ``"triton"`` or ``"torch"``.
         progress: show a progress bar: in a terminal (with rich) and in a notebook.
-        overwrite: replace a zoo that is already in ``out``.
+        overwrite: replace a zoo that is already in ``out``, or an unfinished one.
+        resume: go on with what an interrupted build of the same settings left in ``out``, from the end of its last epoch; from the
+            beginning where there is nothing. (Several processes always go on with the parts that are done.)
         root: folder with a named data set's files (see :func:`wslfast.zoo.load_dataset`).
 
     Returns:
         A population in model order, epochs ascending within a model. Properties: model, epoch, train_acc, val_acc, test_acc,
-        ggap (train_acc - test_acc), train_loss (mean cross-entropy; all measured on whole splits after the epoch),
-        init_type, lr, wd, seed, split. Checkpoints with weights that are not finite or above 10,000 in size are dropped, and those
-        with the bits of one in another split (at epoch 0, where models share a seed); the log says how many.
+        ggap (train_acc - test_acc), train_loss (mean cross-entropy; all measured on whole splits after the epoch), or for signals
+        signal (which one), train_loss, val_loss and test_loss (mean squared error, of the splits there are); then init_type, lr, wd,
+        seed, split. Checkpoints with weights that are not finite or above 10,000 in size are dropped, and those with the bits of one
+        in another split (at epoch 0, where models share a seed); the log says how many.
 
     Raises:
-        WslfastError: for arguments that do not fit, a zoo that is there already, or if every checkpoint is dropped.
+        WslfastError: for arguments that do not fit, an architecture that cannot be trained (random in another way than dropout, say), a
+            zoo that is there already, or if every checkpoint is dropped.
     """
-    chosen = Grid.of(grid)
+    fitted = isinstance(dataset, Signals)
+    chosen = Grid.of(grid if grid is not None else "signals" if fitted else "small")
+    if batch_size is None:
+        batch_size = len(dataset.train_inputs) if isinstance(dataset, Signals) else 32
     require(type(epochs) is int and epochs > 0, f"epochs: expected a positive integer, got {epochs!r}")
     require(type(batch_size) is int and batch_size > 0, f"batch_size: expected a positive integer, got {batch_size!r}")
     require(type(seed) is int and 0 <= seed < 1 << 62, f"seed: expected an integer >= 0, got {seed!r}")
@@ -97,6 +113,7 @@ def build_zoo(
     kept = _kept(epochs, keep)
     cells = chosen.cells(models, seed)
     engine.check_backend(backend)
+    require(out is not None or not resume, "resume: expected out=, the folder of what is to be gone on with")
     if out is not None:
         there = (Path(out) / MANIFEST).exists()
         require(overwrite or not there, f"out: {out}: there is a zoo already; overwrite=True (--overwrite) replaces it")
@@ -106,19 +123,40 @@ def build_zoo(
             raise WslfastError(f"out: {out}: cannot be made: {error.strerror or error}") from None
     with region("dataset"):
         architecture, data = _matched(dataset, architecture, root)
-    steps = kept[-1] * math.ceil(len(data.train_labels) / batch_size)
+    if isinstance(data, Signals) and data.count is not None:
+        require(models <= data.count, f"models: expected at most {data.count}, one a signal of {data.name!r}, got {models}")
+    kind = {"signals": "own", "classes": 0} if isinstance(data, Signals) else {"classes": data.classes}
+    settings = {
+        "dataset": {"name": data.name, **kind, **data.provenance},
+        "architecture": hashlib.sha256(architecture.handle.encode()).hexdigest(),
+        "grid": chosen.to_dict(),
+        "models": models,
+        "epochs": epochs,
+        "kept_epochs": list(kept),
+        "batch_size": batch_size,
+        "seed": seed,
+    }
+    steps = kept[-1] * math.ceil(_points(data) / batch_size)
     with joined(device, patient=True) as (world, where), engine.using(backend), bar(progress and world.writes, steps) as advance:
+        alone = world.size == 1
+        require(models >= world.size, f"models: expected at least one for each of the {world.size} processes, got {models}")
+        own = isinstance(data, Signals) and data.count is not None
+        require(alone or not own, "dataset: signals of each model's own are fitted by one process; start without torchrun")
+        unfinished = Unfinished(out, settings) if out is not None and alone else None  # several processes keep whole parts
+        if unfinished is not None and unfinished.exists() and not resume:
+            again = "resume=True (--resume) goes on, overwrite=True (--overwrite) begins anew"
+            require(overwrite, f"out: {out}: an unfinished zoo is there; {again}")
+            unfinished.remove()
 
         def part(some: Sequence[Cell]) -> Population:
             with region("initialise"):
                 weights = architecture.initial_weights([c.init_type for c in some], [c.seed for c in some]).to(where)
-            return _train(weights, architecture, data, some, kept, batch_size, advance)
+            return _train(weights, architecture, data, some, kept, batch_size, advance, unfinished)
 
-        require(models >= world.size, f"models: expected at least one for each of the {world.size} processes, got {models}")
-        settings = {"kept": kept, "batch_size": batch_size, "backend": backend, "device": where.type, "torch": torch.__version__}
-        settings |= {"data": data_digest(data)} if world.size > 1 else {}
+        ran = {"backend": backend, "device": where.type, "torch": torch.__version__}
+        keyed = {**settings, **ran} | ({} if alone else {"data": data_digest(data)})
         with proved(architecture, where, ("indexed", "forward"), math.ceil(models / world.size), batch_size):  # by all, or by none
-            trained = trained_in_parts(world, architecture, cells, part, None if out is None else Path(out), settings)
+            trained = trained_in_parts(world, architecture, cells, part, None if out is None else Path(out), keyed)
         population, dropped = _split(plan, *_sound(trained))
         if out is not None and world.writes:
             from .. import __version__
@@ -126,21 +164,15 @@ def build_zoo(
             provenance = {
                 "made_by": "wslfast.build_zoo",
                 "wslfast": __version__,
-                "torch": torch.__version__,
-                "device": where.type,
-                "backend": backend,
-                "dataset": {"name": data.name, "classes": data.classes, **data.provenance},
-                "grid": chosen.to_dict(),
-                "models": models,
-                "epochs": epochs,
-                "kept_epochs": list(kept),
-                "batch_size": batch_size,
-                "seed": seed,
+                **ran,
+                **{key: value for key, value in settings.items() if key != "architecture"},
                 "optimizer": {"name": "adam", "betas": [0.9, 0.999], "eps": 1e-8},
                 "dropped_rows": dropped,
             }
             save_zoo(population, out, splits=plan, provenance=provenance, overwrite=overwrite)
             discard_parts(Path(out))
+            if unfinished is not None:
+                unfinished.remove()
         world.wait()
     return population
 
@@ -158,7 +190,7 @@ def fine_tune(
     """Train every model of a population further on a data set's training images, all at once (the defaults are the published ones).
 
     Args:
-        population: where training starts; its architecture is a plain chain of layers.
+        population: where training starts.
         seed: model j's batches are drawn from seed + j.
 
     Returns:
@@ -193,148 +225,45 @@ def _kept(epochs: int, keep: Sequence[int] | None) -> tuple[int, ...]:
     return tuple(sorted(values))
 
 
+def _points(data: Dataset | Signals) -> int:
+    """Points of an epoch."""
+    return len(data.train_inputs if isinstance(data, Signals) else data.train_labels)
+
+
 def _matched(
-    dataset: str | Path | Dataset, architecture: Architecture | None, root: str | Path | None = None
-) -> tuple[Architecture, Dataset]:
+    dataset: str | Path | Dataset | Signals, architecture: Architecture | None, root: str | Path | None = None
+) -> tuple[Architecture, Dataset | Signals]:
     """Architecture and dataset that fit each other. Raises WslfastError saying what does not."""
     if architecture is None:
-        shape = tuple(dataset.train_images.shape[1:]) if isinstance(dataset, Dataset) else image_shape(dataset)
-        makers = {(28, 28): Architecture.cnn, (32, 32): Architecture.cnn3}
-        require(tuple(shape[1:]) in makers, f"architecture: there is no default for images {list(shape)}; pass architecture=")
-        architecture = makers[tuple(shape[1:])](shape[0])  # type: ignore[index]
+        architecture = _default(dataset)
     require(isinstance(architecture, Architecture), f"architecture: expected an Architecture, got {type(architecture).__name__}")
-    require(architecture.planned, f"architecture: {architecture.name!r} is not a plain chain of layers; a zoo of it cannot be trained here")
-    data = dataset if isinstance(dataset, Dataset) else load_dataset(dataset, architecture.input_shape, root=root)
-    came, wanted = tuple(data.train_images.shape[1:]), architecture.input_shape
-    require(came == wanted, f"dataset {data.name!r}: expected images {list(wanted)} for {architecture.name!r}, got {list(came)}")
-    require(
-        data.classes <= architecture.num_classes,
-        f"dataset {data.name!r}: {data.classes} classes, and architecture {architecture.name!r} has {architecture.num_classes} outputs",
-    )
+    engine.check_trainable(architecture)
+    data = dataset if isinstance(dataset, (Dataset, Signals)) else load_dataset(dataset, architecture.input_shape, root=root)
+    what, inputs = ("points", data.train_inputs) if isinstance(data, Signals) else ("images", data.train_images)
+    came, wanted = tuple(inputs.shape[1:]), architecture.input_shape
+    require(came == wanted, f"dataset {data.name!r}: expected {what} {list(wanted)} for {architecture.name!r}, got {list(came)}")
+    if isinstance(data, Signals):
+        fits = data.output_shape == architecture.output_shape
+        made, targets = list(architecture.output_shape), list(data.output_shape)
+        require(fits, f"dataset {data.name!r}: expected targets {made} for {architecture.name!r}, got {targets}")
+    else:
+        flat = len(architecture.output_shape) == 1
+        require(flat, f"architecture {architecture.name!r}: expected one number a class, got outputs {list(architecture.output_shape)}")
+        classes = f"{data.classes} classes, and architecture {architecture.name!r} has {architecture.num_classes} outputs"
+        require(data.classes <= architecture.num_classes, f"dataset {data.name!r}: {classes}")
     return architecture, data
 
 
-# -- training ----------------------------------------------------------------------------------------------------------
-
-
-class StackedAdam:
-    """``torch.optim.Adam`` (L2 weight decay, no amsgrad) on k rows, each with its own learning rate and weight decay.
-
-    On a CPU, rows too long for the second-level cache are left to torch's fused Adam, one pass a row instead of fifteen over all
-    rows. Otherwise every operation is one call for all rows, in place, with two moments and one workspace ``[k, P]``; each
-    rounds once (no fused multiply-add, whose rounding could depend on where in the tensor an element lies), so a row's bits do
-    not depend on how many there are.
-    """
-
-    def __init__(
-        self,
-        weights: Tensor,
-        lr: Sequence[float],
-        weight_decay: Sequence[float],
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-    ) -> None:
-        self.weights, self.betas, self.eps, self.steps = weights, betas, eps, 0
-        self._fused: torch.optim.Adam | None = None
-        if weights.device.type == "cpu" and weights.shape[1] >= _LONG_ROW:
-            self._rows = [torch.nn.Parameter(row) for row in weights]  # they share the rows' memory
-            alike: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
-            for row, settings in zip(self._rows, zip(lr, weight_decay, strict=True), strict=True):
-                alike.setdefault(settings, []).append(row)
-            groups = [{"params": rows, "lr": rate, "weight_decay": decay} for (rate, decay), rows in alike.items()]
-            self._fused = torch.optim.Adam(groups, betas=betas, eps=eps, fused=True)
-            return
-        self.lr = torch.tensor(lr, dtype=torch.float64, device=weights.device)
-        self.weight_decay = torch.tensor(weight_decay, dtype=weights.dtype, device=weights.device).unsqueeze(1)
-        self.mean, self.square, self._work = torch.zeros_like(weights), torch.zeros_like(weights), torch.zeros_like(weights)
-
-    def step(self, gradient: Tensor) -> None:
-        """Update the rows in place; ``gradient [k, P]`` is overwritten."""
-        if self._fused is not None:
-            for row, g in zip(self._rows, gradient, strict=True):
-                row.grad = g
-            self._fused.step()
-            return
-        self.steps += 1
-        b1, b2 = self.betas
-        work = self._work
-        gradient += torch.mul(self.weights, self.weight_decay, out=work)
-        self.mean.mul_(b1).add_(torch.mul(gradient, 1 - b1, out=work))
-        self.square.mul_(b2).add_(gradient.mul_(gradient).mul_(1 - b2))
-        torch.sqrt(self.square, out=work).div_(math.sqrt(1 - b2**self.steps)).add_(self.eps)
-        step_size = (self.lr / (1 - b1**self.steps)).to(work).unsqueeze(1)
-        self.weights -= torch.div(self.mean, work, out=work).mul_(step_size)
-
-
-def batch_generator(seed: int) -> torch.Generator:
-    """The generator of a model's batch orders: one ``randperm`` of the training images an epoch."""
-    return torch.Generator().manual_seed(seed << 16 | _ORDER)
-
-
-def _train(
-    weights: Tensor,
-    architecture: Architecture,
-    data: Dataset,
-    cells: Sequence[Cell],
-    kept: Sequence[int],
-    batch_size: int,
-    advance: Callable[[int, int, Tensor], None],
-) -> Population:
-    """Train ``weights [k, P]`` in place, on their device: every kept checkpoint, ``k * len(kept)`` rows, model-major, with what was
-    measured."""
-    k, n, device = len(cells), len(data.train_labels), weights.device
-    adam = StackedAdam(weights, [c.lr for c in cells], [c.weight_decay for c in cells])
-    generators = [batch_generator(c.seed) for c in cells]
-    resident = {}
-    for name in ("train", "val", "test"):
-        own_images, own_labels = data.split(name)
-        resident[name] = own_images.to(device), own_labels.to(device)
-    images, labels = resident["train"]
-    if images.ndim == 4:  # so that the gather of a batch copies whole images into the layout that convolutions want
-        images = images.contiguous(memory_format=torch.channels_last)
-    rows = torch.empty(k, len(kept), weights.shape[1])
-    measured: list[dict[str, list[float | None]]] = []
-    for epoch in range(kept[-1] + 1):
-        if epoch > 0:
-            order = torch.stack([torch.randperm(n, generator=g, dtype=torch.int32) for g in generators]).to(device)  # [k, n]
-            for start in range(0, n, batch_size):
-                chosen = order[:, start : start + batch_size]  # the last batch is what is left
-                own = labels.index_select(0, chosen.reshape(-1)).view(chosen.shape)
-                losses, gradient = engine.loss_and_gradient(weights, images, own, architecture, "cross_entropy", index=chosen)
-                with region("optimise"):
-                    adam.step(gradient)
-                advance(epoch, kept[-1], losses)
-        if epoch in kept:
-            with region("evaluate"):
-                measured.append(_measure(weights, resident, architecture))
-            rows[:, len(measured) - 1] = weights.cpu()
-    table: dict[str, list[Any]] = {"model": [j for j in range(k) for _ in kept], "epoch": [e for _ in range(k) for e in kept]}
-    for name in measured[0]:
-        table[name] = [at[name][j] for j in range(k) for at in measured]
-    for name, field in (("init_type", "init_type"), ("lr", "lr"), ("wd", "weight_decay"), ("seed", "seed")):
-        table[name] = [getattr(c, field) for c in cells for _ in kept]
-    return Population(architecture, rows.flatten(0, 1), {name: tuple(column) for name, column in table.items()})
-
-
-@torch.no_grad()
-def _measure(weights: Tensor, splits: Mapping[str, tuple[Tensor, Tensor]], architecture: Architecture) -> dict[str, list[float | None]]:
-    """Accuracies on whole splits, their gap, and the mean cross-entropy on train: k values each; None where not finite."""
-    accuracy: dict[str, list[float]] = {}
-    total = torch.zeros(len(weights), dtype=torch.float64, device=weights.device)
-    for name, (images, labels) in splits.items():
-        right = torch.zeros(len(weights), dtype=torch.int64, device=weights.device)
-        for queries, target in zip(images.split(_EVALUATION_BLOCK), labels.split(_EVALUATION_BLOCK), strict=True):
-            outputs = engine.forward(weights, queries, architecture)  # [k, b, K]
-            right += (outputs.argmax(-1) == target).sum(1)
-            if name == "train":
-                total -= outputs.log_softmax(-1).gather(-1, target.expand(len(weights), -1).unsqueeze(-1)).sum((1, 2), dtype=torch.float64)
-        accuracy[name] = (right.double() / len(labels)).tolist()
-    loss = (total / len(splits["train"][1])).tolist()
-    return {
-        **{f"{name}_acc": list(values) for name, values in accuracy.items()},
-        "ggap": [a - b for a, b in zip(accuracy["train"], accuracy["test"], strict=True)],
-        "train_loss": [v if math.isfinite(v) else None for v in loss],
-    }
+def _default(dataset: str | Path | Dataset | Signals) -> Architecture:
+    if isinstance(dataset, Signals):
+        shapes = list(dataset.train_inputs.shape[1:]), list(dataset.output_shape)
+        flat = all(len(shape) == 1 for shape in shapes)
+        require(flat, f"architecture: there is no default for inputs {shapes[0]} and targets {shapes[1]}; pass architecture=")
+        return Architecture.siren(shapes[0][0], out_features=shapes[1][0])
+    shape = tuple(dataset.train_images.shape[1:]) if isinstance(dataset, Dataset) else image_shape(dataset)
+    makers = {(28, 28): Architecture.cnn, (32, 32): Architecture.cnn3}
+    require(tuple(shape[1:]) in makers, f"architecture: there is no default for images {list(shape)}; pass architecture=")
+    return makers[tuple(shape[1:])](shape[0])  # type: ignore[index]
 
 
 def _sound(population: Population) -> tuple[Population, dict[str, int]]:

@@ -64,13 +64,20 @@ class Grid:
         return cls(("kaiming_uniform", "kaiming_normal", "xavier_normal"), (1e-3, 2e-3, 4e-3), (0.0, 1e-4, 1e-3), tuple(range(1000)))
 
     @classmethod
+    def signals(cls) -> Grid:
+        """For networks that are fitted to signals (:class:`wslfast.zoo.Signals`): one initialisation, that of sine networks where there are
+        sines, two learning rates, no weight decay."""
+        return cls(("siren",), (5e-4, 1e-3), (0.0,), tuple(range(100_000)))
+
+    @classmethod
     def of(cls, grid: str | Grid) -> Grid:
         """``grid`` itself, or the one of that name."""
         if isinstance(grid, Grid):
             return grid
-        if grid in ("small", "published"):
-            return cls.small() if grid == "small" else cls.published()
-        raise WslfastError(f"grid: expected 'small', 'published' or a Grid, got {grid!r}")
+        made = {"small": cls.small, "published": cls.published, "signals": cls.signals}
+        if grid in made:
+            return made[grid]()
+        raise WslfastError(f"grid: expected 'small', 'published', 'signals' or a Grid, got {grid!r}")
 
     def __len__(self) -> int:
         return len(self.init_types) * len(self.lrs) * len(self.weight_decays) * len(self.seeds)

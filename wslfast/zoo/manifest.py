@@ -183,7 +183,8 @@ class Manifest:
 
 
 def _rebuilt(fields: dict[str, Any]) -> Manifest:
-    return Manifest(**{name: MappingProxyType(value) if isinstance(value, dict) else value for name, value in fields.items()})
+    made: dict[str, Any] = {name: MappingProxyType(value) if isinstance(value, dict) else value for name, value in fields.items()}
+    return Manifest(**made)
 
 
 def plain(value: Any, what: str) -> Any:

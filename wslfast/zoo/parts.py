@@ -23,6 +23,7 @@ from ..population import Population
 from ..safe.state import load_plain
 from .datasets import Dataset
 from .grid import Cell
+from .signals import Signals
 
 FOLDER = ".parts"
 
@@ -73,11 +74,11 @@ def discard_parts(folder: Path) -> None:
     shutil.rmtree(folder / FOLDER, ignore_errors=True)
 
 
-def data_digest(data: Dataset) -> str:
-    """SHA-256 of a data set's images and labels."""
+def data_digest(data: Dataset | Signals) -> str:
+    """SHA-256 of a data set's images and labels, or of inputs and targets."""
     digest = hashlib.sha256()
     for split in ("train", "val", "test"):
-        for tensor in data.split(split):
+        for tensor in data.split(split) or ():
             digest.update(tensor.cpu().contiguous().numpy().data)
     return digest.hexdigest()
 

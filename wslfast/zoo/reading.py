@@ -112,7 +112,7 @@ def chosen_kind(manifest: Manifest, architecture: Architecture | str | None, whe
         agree(architecture, manifest, where)
         return architecture, [True] * manifest.rows
     need = f"{where}: it is a zoo of several architectures: {manifest.labels}"
-    require(architecture is not None, f"{need}; choose one (architecture=), or read all with wslfast.zoo.load_parts")
+    require(architecture is not None, f"{need}; choose one (architecture=, --architecture), or read all with wslfast.zoo.load_parts")
     if isinstance(architecture, Architecture):
         labels = [label for label in manifest.kinds if manifest.rebuild(where, label).same_network(architecture)]
         require(len(labels) > 0, f"{need}; none is architecture={architecture.name!r}")

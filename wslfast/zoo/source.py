@@ -39,7 +39,7 @@ class Images:
         """The record, when images that no file holds have been put into the zoo's folder."""
         if self.data is None:
             return self.record
-        arrays = {}
+        arrays: dict[str, Any] = {}
         for split in SPLITS:
             images, labels = self.data.split(split)
             arrays |= {f"{split}_images": images.cpu().numpy(), f"{split}_labels": labels.cpu().numpy()}
@@ -105,6 +105,8 @@ def dataset_of(zoo: str | Path, architecture: Architecture) -> Dataset:
         f"zoo {zoo}: its manifest does not say which data set it was trained on; store the zoo with its data set (zoo import --dataset, "
         "save_zoo(dataset=)); to train alone, query images without any will do (--query-set noise, images=)",
     )
+    fitted = record.get("signals") == "own"
+    require(not fitted, f"zoo {zoo}: its models are fitted to signals of their own ({record['name']!r}); there is no data set to read")
     named = record["name"] in NAMES or is_grid(record["name"])
     source = record["name"] if named else _file(Path(zoo), record)
     root = record.get("root")
@@ -135,7 +137,7 @@ def _file(zoo: Path, record: Mapping[str, Any]) -> Path:
     return Path(str(record.get("path", name)))
 
 
-def network(name: str, channels: int | None = None) -> Architecture:
+def network(name: str, channels: int | None = None, *, dropout: float = 0.0) -> Architecture:
     """A published network by name, with ``channels`` input channels (default: the published number)."""
     require(name in NETWORKS, f"architecture: expected one of {sorted(NETWORKS)}, got {name!r}")
-    return NETWORKS[name]() if channels is None else NETWORKS[name](channels)
+    return NETWORKS[name](dropout=dropout) if channels is None else NETWORKS[name](channels, dropout=dropout)

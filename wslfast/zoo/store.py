@@ -75,7 +75,7 @@ def save_zoo(
     weights = {label: p.weights.detach().to("cpu", torch.float32) for label, p in populations.items()}
     sound = all(bool(w.isfinite().all()) for w in weights.values())
     require(sound, "population: expected finite weights; drop diverged models first")
-    facts = dict(provenance) if provenance is not None else {"made_by": "wslfast.save_zoo"}
+    facts: dict[str, Any] = dict(provenance) if provenance is not None else {"made_by": "wslfast.save_zoo"}
     images = None
     if dataset is not None:
         images = described(dataset, [p.architecture for p in populations.values()], standardise)

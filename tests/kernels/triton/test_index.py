@@ -132,3 +132,24 @@ def test_a_zoo_trained_on_the_kernels(on_triton: None, monkeypatch: pytest.Monke
     assert found.properties["model"] == expected.properties["model"]
     moved = expected.weights - expected.weights.roll(1, 0)
     assert error(found.weights, expected.weights) < 1e-4 * float(moved.norm() / expected.weights.norm())
+
+
+@pytest.mark.parametrize("mode", ["layers", "network"])
+@pytest.mark.parametrize("row", [9, -1, 2**40], ids=["one past the end", "before the beginning", "far away"])
+def test_a_row_that_is_not_in_the_pool_is_nan_and_reads_nothing(row: int, mode: str) -> None:
+    """Without waiting for the device: the query is NaN, its model shows it, nobody else's numbers change, and no address is outside."""
+    from benchmarks.kernels.races import watching
+
+    weights, pool, _ = make(SMALL, 3, 9)
+    index = torch.randint(0, 9, (3, 4))
+    targets = torch.randn(3, 4, 3)
+    good = kernels.loss_and_gradient(weights, pool, targets, SMALL.layers, "mse", 2.0, "ieee", index=index, mode=mode)
+    index[1, 2] = row
+    with watching() as found:
+        losses, gradient = kernels.loss_and_gradient(weights, pool, targets, SMALL.layers, "mse", 2.0, "ieee", index=index, mode=mode)
+        outputs = kernels.forward(weights, pool, SMALL.layers, "ieee", index=index, mode=mode)
+    assert not [race for race in found.races if "outside" in race]
+    assert losses.isnan().tolist() == [False, True, False]
+    assert outputs.isnan().any(-1).nonzero().tolist() == [[1, 2]]
+    assert torch.equal(losses[[0, 2]], good[0][[0, 2]])
+    assert torch.equal(gradient[[0, 2]], good[1][[0, 2]])

@@ -57,7 +57,7 @@ def test_forward(name: str, poisoned_empty: None) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("act", ["relu", "leakyrelu", "tanh", "sigmoid", "silu", "gelu", "elu", "celu"])
+@pytest.mark.parametrize("act", ["relu", "leakyrelu", "tanh", "sigmoid", "silu", "gelu", "elu", "celu", "softplus"])
 @pytest.mark.parametrize("order", ["pa", "ap"])
 def test_every_activation_in_both_orders(act: str, order: str, poisoned_empty: None) -> None:
     from kernel_cases import Block, net

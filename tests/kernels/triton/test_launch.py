@@ -28,6 +28,7 @@ from benchmarks.kernels.standin import standing_in
 from kernel_cases import SMALL, count
 from wslfast.kernels.triton import launch
 from wslfast.kernels.triton.budget import model_bytes
+from wslfast.kernels.triton.differentiable import differentiable_forward
 from wslfast.kernels.triton.schedule import CHOICES, schedule, tuned
 
 layers, shape = SMALL.layers, SMALL.shape
@@ -51,7 +52,7 @@ def outputs(w, n, graph=False, **more):
         launch.forward(w, torch.randn(n, *shape), layers, "fp16", mode=mode, **more)
     else:
         w = w.clone().requires_grad_()
-        launch.differentiable_forward(w, torch.randn(n, *shape), layers, "fp16").sum().backward()
+        differentiable_forward(w, torch.randn(n, *shape), layers, "fp16").sum().backward()
     return len(launched), list(compiled)
 
 found = {}
@@ -76,6 +77,7 @@ with standing_in("sm_90", planned, record):
     found["small chunks"] = loss(population, 64, memory=3 * each)
     found["outputs"] = outputs(population, 37)
     found["outputs in chunks"] = outputs(population[1:], 37, memory=5 * each)
+    found["outputs with a graph"] = outputs(population, 7, graph=True) if mode == "layers" else [0, []]
     if mode == "layers":
         found["outputs of an odd population"] = outputs(population[5:], 3)
 print(json.dumps(found))

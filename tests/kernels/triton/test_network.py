@@ -25,6 +25,7 @@ if not triton.knobs.runtime.interpret:
 from wslfast.kernels.triton import budget, network_layout
 from wslfast.kernels.triton import launch as kernels
 from wslfast.kernels.triton import network as whole
+from wslfast.kernels.triton.differentiable import differentiable_forward
 
 SCALES = {"mlp": MLP, "small": SMALL, "cnn3": cnn3(), "cnn28": cnn28(), "lenet5": lenet5()}
 # What a scratch holds and who reads it differs: maxima, slopes a pooled position, slopes a window position, several output and
@@ -227,7 +228,7 @@ def test_autograd_and_warmup_in_little_memory(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(kernels, name, lambda *a, launcher=launcher, name=name, **kw: (ran.append(name), launcher(*a, **kw))[1])
     weights, queries, targets = make(MLP, 2, 3)
     weights.requires_grad_()
-    kernels.differentiable_forward(weights, queries, MLP.layers, "ieee", memory=1000).backward(targets)
+    differentiable_forward(weights, queries, MLP.layers, "ieee", memory=1000).backward(targets)
     wide = weights.detach().double().requires_grad_()
     reference.forward(wide, queries.double(), MLP.layers).backward(targets.double())
     assert weights.grad is not None

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from kernel_cases import CASES, MLP, Net, cnn3, cnn28, count, lenet5, make_weigh
 from wslfast.kernels.layers import ACTIVATIONS, Activation, Conv2d, Flatten, Linear, Pool2d, Unplannable
 from wslfast.kernels.triton import schedule as module
 from wslfast.kernels.triton import tables
-from wslfast.kernels.triton.schedule import executed_multiply_adds, needed_multiply_adds, schedule
+from wslfast.kernels.triton.schedule import CHOICES, configuration, executed_multiply_adds, needed_multiply_adds, schedule, splits, tuned
 
 NETWORKS = {"cnn3": cnn3(), "cnn28": cnn28(), "lenet5": lenet5(), "mlp": MLP, **CASES}
 CPU = torch.device("cpu")
@@ -210,3 +211,20 @@ def test_what_the_new_cases_are_for() -> None:
     for found in stages.values():
         for below, stage in pairwise(found):
             assert stage.KH * stage.KW == 1 or (stage.H, stage.W) == (below.HO, below.WO)
+
+
+def test_configurations_that_a_machine_may_choose_change_no_sum() -> None:
+    """They move rows and loads; what is summed over, and in what order, is the default's: so they change no bit."""
+    for choice in CHOICES.values():
+        with tuned(choice):
+            for stage in schedule(cnn3().layers, (3, 32, 32)).stages:
+                assert configuration("dw", stage, "tf32") == configuration_of_the_default("dw", stage, "tf32")
+                for role in ("forward", "dx"):
+                    mine, default = configuration(role, stage, "tf32"), configuration_of_the_default(role, stage, "tf32")
+                    assert (mine.BM, mine.WARPS, mine.PREC) == (default.BM, default.WARPS, default.PREC)
+                assert splits(stage, 100_000) == min(16, -(-100_000 * stage.POSITIONS // 4096))
+
+
+def configuration_of_the_default(role: str, stage: Any, precision: str) -> Any:
+    with tuned(CHOICES["default"]):
+        return configuration(role, stage, precision)

@@ -123,7 +123,8 @@ def import_zoo(
     provenance["threshold"] = threshold if math.isfinite(threshold) else None  # JSON has no infinity; the published default is one
     if networks:
         provenance["network"] = named
-    trained_on, given = dataset, {"standardise": standardise, "mean": mean, "std": std}
+    trained_on = dataset
+    given: dict[str, Any] = {"standardise": standardise, "mean": mean, "std": std}
     further: dict[str, Any] = {}
     if dataset is None and chosen.kind == "implicit representations":
         family = inr.KINDS[rows.architectures[0].parameters[0].name.partition(".")[0]]

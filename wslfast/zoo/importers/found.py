@@ -91,7 +91,7 @@ def _of_module(stub: Stub, prefix: str = "", depth: int = 0) -> dict[str, Stored
     require(depth < 64, "a module that is nested too deeply")
     temporary = stub.attribute("_non_persistent_buffers_set")
     left_out = temporary if isinstance(temporary, set) else set()
-    state = {}
+    state: dict[str, StoredTensor] = {}
     for part in _PARTS[:2]:
         own = stub.attribute(part)
         state |= {f"{prefix}{k}": v for k, v in own.items() if isinstance(v, StoredTensor) and (part == "_parameters" or k not in left_out)}

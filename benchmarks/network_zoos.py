@@ -1,0 +1,119 @@
+"""Training a zoo of networks with batch norm, dropout, or one image each: all models together, against one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wslfast import engine
+from wslfast.population import Population
+from wslfast.testing import relative_error
+from wslfast.zoo.adam import StackedAdam
+from wslfast.zoo.fitting import dropout_generator
+from wslfast.zoo.grids import grid_points
+
+from .networks import NETWORKS, architecture_of_network
+from .recording import Row, digits, environment, with_values
+from .timing import take_turns
+from .zoo_building import VARIANT
+
+BATCH, IMAGES, LR = 32, 2048, 1e-3
+ZOOS = ("cnn-batch-norm", "cnn-dropout-log-softmax", "mlp-batch-norm", "siren-32")
+
+
+class Problem:
+    """Inputs, and what each model is to answer: labels, or for a coordinate network the pixels of an image of its own."""
+
+    def __init__(self, name: str, k: int) -> None:
+        self.name, self.k, self.architecture = name, k, architecture_of_network(name)
+        generator = torch.Generator().manual_seed(0)
+        self.signals = self.architecture.input_shape == (2,)
+        if self.signals:
+            self.inputs = grid_points("grid:28x28:ij")[0]
+            self.targets = torch.rand(k, 784, *self.architecture.output_shape, generator=generator)
+        else:
+            self.inputs = torch.randn(IMAGES, *self.architecture.input_shape, generator=generator)
+            self.targets = torch.randint(self.architecture.num_classes, (IMAGES,), generator=generator)
+        self.generator = generator
+
+    def arguments(self, steps: int) -> tuple[Tensor, Tensor]:
+        """Fresh weights, and each model's batches ``[k, steps, batch]``."""
+        weights = self.architecture.initial_weights(["siren"] * self.k, range(self.k))
+        count = len(self.inputs)
+        return weights, torch.randint(count, (self.k, steps, count if self.signals else BATCH), generator=self.generator)
+
+    def one_after_another(self, weights: Tensor, order: Tensor) -> Tensor:
+        """Train every row as a module by ``torch.optim.Adam``; the rows."""
+        population, states = Population(self.architecture, weights), []
+        for j, batches in enumerate(order):
+            module: nn.Module = NETWORKS[self.name][0]()
+            module.load_state_dict(population.state_dict(j))
+            module.to(weights.dtype).train()
+            optimizer = torch.optim.Adam(module.parameters(), lr=LR)
+            for batch in batches:
+                optimizer.zero_grad()
+                if self.signals:
+                    loss = F.mse_loss(module(self.inputs.to(weights)), self.targets[j].to(weights))
+                else:
+                    loss = F.cross_entropy(module(self.inputs[batch].to(weights)), self.targets[batch])
+                loss.backward()
+                optimizer.step()
+            states.append(module.state_dict())
+        return Population.from_state_dicts(self.architecture, states).weights
+
+    def together(self, weights: Tensor, order: Tensor) -> Tensor:
+        """The same, all models at a time."""
+        weights, architecture = weights.clone(), self.architecture
+        k = len(weights)
+        adam = StackedAdam(weights, [LR] * k, [0.0] * k)
+        dropout = [dropout_generator(j) for j in range(k)]
+        inputs = self.inputs.contiguous(memory_format=torch.channels_last) if self.inputs.ndim == 4 else self.inputs
+        fixed = {slot.name: slice(slot.offset, slot.stop) for slot in architecture.parameters if slot.name in architecture.untrained}
+        for step in range(order.shape[1]):
+            if self.signals:
+                scale = 2.0 / self.targets.shape[2:].numel()
+                _, gradient, statistics = engine.training_step(weights, inputs, self.targets[:k], architecture, "mse")
+                gradient *= scale
+            else:
+                chosen = order[:, step]
+                _, gradient, statistics = engine.training_step(
+                    weights, inputs, self.targets[chosen], architecture, "cross_entropy", index=chosen, generators=dropout
+                )
+            adam.step(gradient)
+            for name, value in statistics.items():
+                weights[:, fixed[name]] = value
+        return weights
+
+
+def measure(name: str, k: int = 64, rounds: int = 5, baseline_models: int = 3, steps: int = 4) -> list[Row]:
+    """Milliseconds per model and step of both. The baseline trains fewer models: its cost is per model."""
+    problem = Problem(name, k)
+    calls: dict[str, Callable[[Tensor, Tensor], object]] = {
+        "one-after-another": lambda w, o: problem.one_after_another(w[:baseline_models], o[:baseline_models]),
+        "wslfast": lambda w, o: problem.together(w, o[:, :steps]),
+    }
+    per = {"one-after-another": baseline_models * 4 * steps, "wslfast": k * steps}
+    times = take_turns(calls, lambda: problem.arguments(4 * steps), rounds)
+    row = Row("", name, k, len(problem.inputs) if problem.signals else BATCH, "zoo", "highest", "wall_ms", **environment())
+    error = gradient_error(problem)
+    rows = []
+    for provider, values in times.items():
+        found = error if provider == "wslfast" else ""
+        each = [value / per[provider] for value in values]
+        rows.append(with_values(replace(row, provider=provider, relative_error=found), each, f"{VARIANT}; Adam, batch {row.n}"))
+    return rows
+
+
+def gradient_error(problem: Problem) -> float | str:
+    """Relative error of two models' weights after two steps, against one after another; nothing where dropout draws other numbers, or a
+    bias ahead of a norm moves by rounding alone."""
+    module = NETWORKS[problem.name][0]()
+    if any(isinstance(part, (nn.Dropout, nn.modules.batchnorm._BatchNorm)) for part in module.modules()):
+        return ""
+    weights, order = problem.arguments(2)
+    truth = problem.one_after_another(weights[:2], order[:2])
+    return digits(relative_error(problem.together(weights[:2], order[:2]), truth), 2)

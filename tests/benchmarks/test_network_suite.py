@@ -1,0 +1,89 @@
+"""The networks suite: every peer computes the same, who cannot says why, and rows and page hold it all."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import __main__ as command
+from benchmarks import network_suite, network_zoos
+from benchmarks.network_peers import OURS, PEERS
+from benchmarks.network_suite import beside, draws, error_of
+from benchmarks.networks import NETWORKS, architecture_of_network
+from benchmarks.page import html
+from benchmarks.providers import Unavailable
+from benchmarks.recording import read_rows
+
+PLAIN = [name for name in PEERS if name != "vmap-compiled"]
+
+
+@pytest.mark.parametrize("name", ["cnn3", "mobilenet", "siren-32", "mlp-batch-norm", "resnet8"])
+@pytest.mark.parametrize("peer", PLAIN)
+def test_every_peer_computes_what_float64_does(name: str, peer: str) -> None:
+    torch.manual_seed(0)
+    module, architecture = NETWORKS[name][0]().eval(), architecture_of_network(name)
+    images = len(architecture.input_shape) == 3
+    if (peer == "loop-channels-last" and not images) or (peer == "jax-vmap" and importlib.util.find_spec("jax") is None):
+        with pytest.raises(Unavailable, match=r"no images|not installed"):
+            PEERS[peer](module, architecture, 3)
+        return
+    assert error_of(PEERS[peer](module, architecture, 3), next(draws(name, 3, 5))) < network_suite.BOUND
+
+
+def test_a_wrong_peer_has_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong(PEERS[OURS], name="wrong"):  # type: ignore[misc]
+        def __call__(self, queries: torch.Tensor, targets: torch.Tensor) -> object:
+            losses, found = super().__call__(queries, targets)
+            return losses, {"rows": found["rows"] * 1.01}
+
+    rows = beside("mlp-tiny", 3, 4, ("wrong", "fused", OURS), 1, 1.0)
+    del PEERS["wrong"]
+    by_name = {row.provider: row for row in rows}
+    assert by_name["wrong"].value is None
+    assert "gate: relative error 0.0" in by_name["wrong"].details
+    assert by_name["fused"].value is not None
+    assert by_name[OURS].relative_error < 1e-5  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("name", ["siren-32", "mlp-mnist"])
+def test_zoos_train_to_what_one_after_another_does(name: str) -> None:
+    assert network_zoos.gradient_error(network_zoos.Problem(name, 3)) < 1e-2  # type: ignore[operator]
+
+
+def test_the_command_writes_rows_and_page(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network_suite, "SHAPE", (3, 4))
+    assert command.main(["--suite", "networks", "--only", "mlp-tiny", "mlp-residual", "--out", str(tmp_path)]) == 0
+    rows = read_rows(tmp_path / "networks.csv")
+    assert {row.provider for row in rows} == set(PLAIN)
+    missing = [row for row in rows if row.value is None]
+    assert all(row.details for row in missing)
+    assert "mlp-residual" in html(rows)
+    assert command.main(["--suite", "networks", "--only", "nothing", "--out", str(tmp_path)]) == 2
+
+
+def test_growth_reaches_as_many_models_as_it_says() -> None:
+    name, n, models = network_suite.GROWTH
+    assert models[-1] == 16_384
+    weights, queries, targets = next(draws(name, models[-1], n))
+    assert weights.shape == (16_384, architecture_of_network(name).num_weights)
+    assert (queries.shape, targets.shape) == ((n, 2), (16_384, n, 1))
+
+
+@pytest.mark.slow
+def test_every_network_is_traced_and_can_be_trained() -> None:
+    assert len(NETWORKS) >= 40
+    for name in NETWORKS:
+        graph = architecture_of_network(name).graph
+        assert graph is not None, name
+        assert not graph.training.refused, name
+
+
+@pytest.mark.slow
+def test_compiled_vmap_computes_the_same() -> None:
+    module = NETWORKS["mlp-tiny"][0]().eval()
+    peer = PEERS["vmap-compiled"](copy.deepcopy(module), architecture_of_network("mlp-tiny"), 3)
+    assert error_of(peer, next(draws("mlp-tiny", 3, 4))) < network_suite.BOUND

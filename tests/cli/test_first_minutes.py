@@ -1,0 +1,155 @@
+"""What a newcomer meets: Ctrl-C, progress, narrow terminals, folders that are something else's, counts that are kept."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from wslfast import Architecture, Population, TrainConfig, __version__, save_zoo, train
+from wslfast.cli import main
+from wslfast.queries import load_queries
+from wslfast.training.progress import Interrupted, shown
+
+ARCH = Architecture.mlp(16, (6,), 3, "relu")
+SMALL: dict[str, Any] = {"queries": 8, "batch_size": 4, "d_model": 16, "heads": 2, "layers": 1, "log_every": 1}
+FLAGS = [part for name, value in SMALL.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("first")
+    rng = np.random.default_rng(0)
+    np.savez(root / "images.npz", images=rng.random((60, 4, 4), dtype=np.float32), labels=np.arange(60) % 3)
+    population = Population(ARCH, ARCH.initial_weights(["default"] * 12, range(12)))
+    save_zoo(population, root / "zoo", dataset=root / "images.npz")
+    return root / "zoo"
+
+
+consoles = sys.modules["wslfast.cli.console"]  # the package has its console under that name
+
+
+def _press(at: int) -> Any:
+    """Ctrl-C while the step after ``at`` is under way."""
+
+    def on_record(record: dict[str, Any]) -> None:
+        if record["step"] == at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return on_record
+
+
+def test_ctrl_c_saves_and_the_run_goes_on_to_the_bit(zoo: Path, tmp_path: Path) -> None:
+    whole = train(TrainConfig(zoo=str(zoo), out=str(tmp_path / "whole"), steps=6, **SMALL))
+    config = TrainConfig(zoo=str(zoo), out=str(tmp_path / "cut"), steps=6, checkpoint_every=100, **SMALL)
+    with pytest.raises(Interrupted, match=r"interrupted at step 3 of 6, which is saved in .*cut; the run goes on with --resume"):
+        train(config, on_record=_press(3))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    resumed = train(config, resume=True)
+    for name, value in whole.autoencoder.state_dict().items():
+        assert torch.equal(resumed.autoencoder.state_dict()[name], value)
+
+
+def test_what_is_said_after_ctrl_c_is_true(
+    zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(*arguments: Any, **settings: Any) -> Any:
+        raise KeyboardInterrupt
+
+    def interrupted(*command: str) -> str:
+        with pytest.raises(SystemExit) as end:
+            main(list(command))
+        assert end.value.code == 130
+        return capsys.readouterr().err
+
+    run = tmp_path / "run"
+    train(TrainConfig(zoo=str(zoo), out=str(run), steps=1, **SMALL))
+    monkeypatch.setattr("wslfast.cli.evaluation.generate", stopped)
+    monkeypatch.setattr("wslfast.cli.evaluation.evaluate", stopped)
+    monkeypatch.setattr("wslfast.cli.evaluation.study", stopped)
+    monkeypatch.setattr("wslfast.cli.zoo.import_zoo", stopped)
+    monkeypatch.setattr("wslfast.cli.training.train", stopped)
+    for command in (
+        ("generate", "--run", str(run)), ("evaluate", "--run", str(run)), ("zoo", "import", "a", "b"),
+        ("train", "--zoo", str(zoo), "--out", "o"),
+    ):  # fmt: skip
+        assert "nothing was saved" in interrupted(*command)
+    assert "the same command goes on" in interrupted("evaluate", "--run", str(run), "--out", str(tmp_path / "page"))
+
+
+def test_training_shows_progress_when_asked(zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(TrainConfig(zoo=str(zoo), out=str(tmp_path / "run"), steps=3, **SMALL), progress=True)
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(" loss")[0] for line in said] == ["step 1 of 3", "step 3 of 3"]  # off a terminal: the first, the last, now and then
+
+
+def test_the_bar_fits_80_columns() -> None:
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=True, width=80, legacy_windows=False, color_system=None)
+    record = {"step": 12_345, "loss": 123.4567, "structural": 1.0, "behavioral": 2.0, "contrastive": 3.0, "models_per_s": 12_345.0}
+    with shown(console, 30_000) as on_record:
+        on_record(record)
+    (line,) = [line for line in text.getvalue().replace("\r", "\n").splitlines() if "12345/30000" in line][-1:]
+    for part in ("loss 123.4567", "12345 models/s", ":"):  # the last one is the time that is left
+        assert part in line
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_tables_keep_the_rows_name(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = io.StringIO()
+    monkeypatch.setattr(consoles, "console", Console(file=text, width=width, highlight=False))
+    figures = dict.fromkeys(consoles._FIGURES, 0.1234)
+    consoles.figures_table({"structure+behavior": figures, "linear-views": {**figures, "psnr": None}})
+    lines = text.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    named = [line for line in lines if "0.123" in line]
+    assert all(line.startswith(("structure+behavior", "linear-views")) for line in named)
+    assert sum(line.count("0.123") for line in named) == 2 * len(figures) - 1
+
+
+def test_no_folder_of_something_else_is_written_into(zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    train(TrainConfig(zoo=str(zoo), out=str(run), steps=1, **SMALL))
+    (tmp_path / "project" / ".git").mkdir(parents=True)
+    torch.save(Population(ARCH, ARCH.initial_weights(["default"], [0])).state_dict(0), tmp_path / "a.pt")
+    commands = [
+        (["train", "--zoo", str(zoo), "--out", str(zoo), *FLAGS], "holds a zoo already"),
+        (["zoo", "import", str(tmp_path / "a.pt"), str(run)], "holds a training run already"),
+        (["evaluate", "--run", str(run), "--out", str(zoo)], "holds a zoo already"),
+        (["generate", "--run", str(run), "--samples", "1", "--out", str(run)], "holds a training run already"),
+        (["train", "--zoo", str(zoo), "--out", str(tmp_path / "project"), *FLAGS], "somebody's project"),
+    ]
+    before = sorted(str(p) for p in tmp_path.rglob("*"))
+    for command, says in commands:
+        with pytest.raises(SystemExit):
+            main(command)
+        assert says in capsys.readouterr().err
+    assert sorted(str(p) for p in tmp_path.rglob("*")) == before
+
+
+def test_queries_gives_as_many_as_asked_or_an_error(zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "q.npz")
+    for kind, n in (("noise", 200), ("optimised", 140), ("data", 9), ("data+strokes", 31)):
+        main(["queries", "--zoo", str(zoo), "--kind", kind, "--n", str(n), "--out", out])
+        assert len(load_queries(out, ARCH)) == n, kind
+    with pytest.raises(SystemExit):
+        main(["queries", "--zoo", str(zoo), "--kind", "data", "--n", "500", "--out", out])
+    assert "has 42 images" in capsys.readouterr().err
+
+
+def test_version_and_a_broken_package(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    main(["--version"])
+    assert capsys.readouterr().out == f"wslfast {__version__}\n"
+    (tmp_path / "nvtx.py").write_text("raise RuntimeError('operator nvtx::x does not exist')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    main(["info"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "nvtx: there, and does not import: RuntimeError: operator nvtx::x does not exist" in said

@@ -1,0 +1,112 @@
+"""How a module differs in training mode, as far as the graph of its evaluation mode does not tell."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..kernels.graph import Graph, Training
+from ..kernels.operations import training_graph
+from ..kernels.reference import run_graph
+from .convert import Untraceable
+from .module import RandomCalls, first_line, plainly, queries_for
+
+# What draws through an operation that a stacked run can give each model's own numbers.
+_DROPOUT = frozenset({
+    "dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "feature_dropout", "feature_dropout_", "alpha_dropout", "alpha_dropout_",
+    "feature_alpha_dropout", "feature_alpha_dropout_", "scaled_dot_product_attention", "multi_head_attention_forward",
+})  # fmt: skip
+_STATISTICS = ("running_mean", "running_var")
+
+# The graph of a module in training mode, traced whole.
+Follow = Callable[[nn.Module], Graph]
+
+
+def training_of(module: nn.Module, graph: Graph, state: Mapping[str, Tensor], follow: Follow) -> Training:
+    """What ``graph``, traced in evaluation mode, does not tell of the module's training mode. Never raises: what cannot be trained is
+    refused by name."""
+    norms = {
+        f"{path}.{name}".lstrip(".")
+        for path, part in module.named_modules(remove_duplicate=False)
+        if isinstance(part, nn.modules.batchnorm._NormBase)
+        for name in _STATISTICS
+    }
+    buffers = {name for name, _ in module.named_buffers(remove_duplicate=False)}
+    fixed = tuple(name for name in state if name in buffers and name not in norms)
+    refused = str(getattr(module, "parametrised", ""))
+    own = None
+    if not refused:
+        try:
+            own = _own(copy.deepcopy(module).train(), graph, state, follow)
+        except Untraceable as reason:
+            refused = str(reason)
+    return Training(fixed, own, refused)
+
+
+def _own(module: nn.Module, graph: Graph, state: Mapping[str, Tensor], follow: Follow) -> Graph | None:
+    """The graph of training mode where it is another one than that of evaluation mode tells. Raises Untraceable with the reason if there is
+    none."""
+    plain = all(isinstance(part, _DETERMINISTIC) for part in module.modules() if not list(part.children()))
+    if type(module) is nn.Sequential and plain and all(type(part) is nn.Sequential for part in module.modules() if list(part.children())):
+        return None  # torch's own layers, one after another, none of which looks at its mode
+    drawn = _drawn(module, queries_for(module, 3, graph.input_shape))
+    averages = [path for path, part in module.named_modules() if isinstance(part, nn.modules.batchnorm._NormBase) and part.momentum is None]
+    if averages:
+        raise Untraceable(f"it has a norm without a momentum ({averages[0]!r}), whose running averages are of all steps so far")
+    if drawn:
+        raise Untraceable(f"it is random in training mode in another way than dropout ({', '.join(drawn)})")
+    own = follow(module)
+    try:
+        told: Graph | None = training_graph(graph)
+    except ValueError as error:
+        if own.nodes == graph.nodes:
+            return None  # said when it is asked for
+        raise Untraceable(str(error)) from None
+    assert told is not None
+    if (own.nodes, own.output, own.constants) == (told.nodes, told.output, graph.constants):
+        own = told
+    _verify(own, module, state)
+    return None if own is told else replace(own, training=Training())
+
+
+_DETERMINISTIC = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ReLU, nn.Tanh, nn.Sigmoid, nn.GELU, nn.SiLU, nn.LeakyReLU, nn.Flatten,
+    nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Identity, nn.LayerNorm, nn.GroupNorm)  # fmt: skip
+
+
+def _drawn(module: nn.Module, queries: Tensor) -> list[str]:
+    """What draws random numbers other than dropout's, in one pass in training mode."""
+    python, numpys = random.getstate(), repr(np.random.get_state(legacy=False))
+    try:
+        with plainly(), RandomCalls(module) as calls:
+            copy.deepcopy(module)(queries.clone())
+    except Exception as error:
+        raise Untraceable(f"its forward fails in training mode: {first_line(error)}") from None
+    found = [name for name in calls.found if name.partition(" ")[0] not in _DROPOUT]
+    if random.getstate() != python or repr(np.random.get_state(legacy=False)) != numpys:
+        found.append("Python's or numpy's generator")
+    return list(dict.fromkeys(found))
+
+
+def _verify(graph: Graph, module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Raises Untraceable unless graph and module give the same in training mode, drawing the same numbers for their dropout."""
+    exact = copy.deepcopy(module).double()
+    queries = queries_for(module, 4, graph.input_shape, torch.float64)
+    values = {name: value.detach().double().clone() for name, value in state.items()}
+    row = torch.cat([value.flatten() for value in values.values()])
+    try:
+        with plainly():
+            torch.manual_seed(0)
+            expected = torch.func.functional_call(exact, values, (queries.clone(),))
+            torch.manual_seed(0)
+            actual = run_graph(row, queries, graph)
+    except Exception as error:
+        raise Untraceable(f"its graph of training mode does not run: {first_line(error)}") from None
+    scale = 1 + float(expected.abs().max()) if expected.numel() else 1.0
+    if actual.shape != expected.shape or not torch.allclose(actual, expected.double(), rtol=1e-4, atol=1e-4 * scale, equal_nan=True):
+        raise Untraceable("its training mode does something that its graph does not")

@@ -1,0 +1,159 @@
+"""Training on a zoo of several architectures: one autoencoder over all of them.
+
+Every step takes a batch of one architecture, in turns by their numbers of models. Tokens of all architectures have one size, latents one
+width, and the transformers are one. What belongs to an architecture is its own: positions and mask, the linear maps of its layers (of a
+start that has them), the contrastive head, targets, and the normalisers of the losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import losses
+from ..architecture import Architecture
+from ..codes.autoencoder import Autoencoder
+from ..engine.ranks import ALONE
+from ..errors import require
+from ..profiling import region
+from ..tokens import TokenLayout
+from ..zoo import MappedZoo
+from .config import TrainConfig
+from .trainer import Trainer, check_resumed, cycle, optimizer_of
+
+_SHARED = ("tokenizer", "transformer_encoder", "encoder_comp", "detokenizer", "transformer_decoder", "decoder_comp", "pe")
+
+
+def share(parts: Sequence[Autoencoder]) -> None:
+    """Make the transformers, embeddings and token maps of all autoencoders those of the first."""
+    for name in _SHARED:
+        for part in parts[1:]:
+            setattr(part, name, getattr(parts[0], name))
+
+
+def widened(model: Autoencoder, latent: int, positions: Sequence[int]) -> Autoencoder:
+    """The same autoencoder with latents of that width, whose new numbers are masked or unused, and position tables of these sizes."""
+    made = Autoencoder.from_config(model.layout, {**model.config(), "latent": latent, "max_positions": list(positions)})
+    if model.linear is None or made.linear is None:
+        return made
+    width = model.latent_mask.shape[1]
+    with torch.no_grad():
+        made.latent_mask.zero_()[:, :width] = model.latent_mask
+        for name, value in model.linear.state_dict().items():
+            own = made.linear.state_dict()[name].zero_()
+            own[tuple(slice(size) for size in value.shape)] = value
+    return made
+
+
+class MixedTrainer:
+    """What :class:`~.trainer.Trainer` is for one architecture, for several; one process.
+
+    Args:
+        config: what to do.
+        models: training models by label of the table of architectures.
+        images: query images ``[N, *input_shape]`` by label.
+        saved: the checkpoint that :meth:`restore` will be given.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        models: Mapping[str, MappedZoo],
+        images: Mapping[str, Tensor],
+        saved: Mapping[str, Any] | None,
+        device: torch.device,
+    ) -> None:
+        self.config, self.device, self.world = config, device, ALONE
+        size = config.token_size or max(TokenLayout(part.architecture).token_size for part in models.values())
+        own = replace(config, token_size=size)
+        sizes = {} if saved is None else saved["autoencoder"]
+        self.parts = {n: Trainer(own, part, images[n], sizes.get(n), ALONE, device) for n, part in models.items()}
+        if saved is None:
+            built = [part.model for part in self.parts.values()]
+            latent = max(model.config()["latent"] for model in built)
+            positions = [max(model.config()["max_positions"][i] for model in built) for i in range(3)]
+            for part in self.parts.values():
+                part.model = widened(part.model, latent, positions).to(device)
+        share([part.model for part in self.parts.values()])
+        self.model = nn.ModuleList(part.model for part in self.parts.values())
+        self.batch = max(part.batch for part in self.parts.values())
+        self.optimizer = optimizer_of(self.model, config, device)
+        self.step_index = 0
+        self.taken = dict.fromkeys(self.parts, 0)
+        self.schedule = cycle(config, self.optimizer)
+
+    def _turn(self) -> str:
+        """The architecture that is furthest behind its share of the steps."""
+        count = sum(len(part.models) for part in self.parts.values())
+        behind = {n: (self.step_index + 1) * len(p.models) / count - self.taken[n] for n, p in self.parts.items()}
+        return max(behind, key=lambda name: behind[name])
+
+    def step(self) -> dict[str, Tensor]:
+        """One optimiser step on models of one architecture; returns the loss parts as device tensors."""
+        name = self._turn()
+        part = self.parts[name]
+        part.step_index = self.step_index
+        rows, queries = part.next_rows(), part.pool.draw(self.config.queries, part.draws)
+        total, parts = part.losses(rows, queries)
+        with region("backward"):
+            self.optimizer.zero_grad(set_to_none=True)
+            total.backward()
+        with region("optimise"):
+            if self.config.clip is not None:
+                parts["gradient_norm"] = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+            self.optimizer.step()
+        self.step_index += 1
+        self.taken[name] += 1
+        if self.schedule is not None:
+            self.schedule.step()
+        return parts
+
+    def release(self) -> None:
+        """As :meth:`Trainer.release`."""
+
+    def state(self) -> dict[str, Any]:
+        """Everything the rest of the run depends on; of each part under its label, its weights under its number."""
+        own = {name: part.state() for name, part in self.parts.items()}
+        first = next(iter(own.values()))
+        model = {f"{i}.{key}": value for i, part in enumerate(own.values()) for key, value in part["model"].items()}
+        return {
+            "step": self.step_index,
+            "config": self.config.to_dict(),
+            "architecture": {"architectures": {name: part["architecture"] for name, part in own.items()}},
+            "model": model,
+            "autoencoder": {name: part["autoencoder"] for name, part in own.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": None if self.schedule is None else self.schedule.state_dict(),
+            "normalizers": {name: part["normalizers"] for name, part in own.items()},
+            "rng": {"torch": first["rng"]["torch"], **{name: part["rng"] for name, part in own.items()}},
+            "sampler": {"taken": self.taken, **{name: part["sampler"] for name, part in own.items()}},
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from :meth:`state`. Raises WslfastError if the checkpoint's config, or zoo, is another one."""
+        check_resumed(self.config, state)
+        recorded = state["architecture"].get("architectures", {})
+        require(list(recorded) == list(self.parts), f"cannot resume: the zoo has architectures {list(self.parts)}, not {list(recorded)}")
+        for i, (name, part) in enumerate(self.parts.items()):
+            same = Architecture.from_dict(recorded[name]).same_network(part.architecture)
+            require(same, f"cannot resume: architecture {name!r} of the zoo is another one than the checkpoint's")
+            rows, seen = len(part.models), len(state["sampler"][name]["permutation"])
+            require(rows == seen, f"cannot resume: the zoo has {rows} training rows of {name!r}, the checkpoint saw {seen}")
+            part.model.load_state_dict(part_state(state["model"], i))
+            part.normalizers = losses.Normalizers.from_dict(state["normalizers"][name])
+            part.restore_draws(state["rng"][name], state["sampler"][name])
+        torch.set_rng_state(state["rng"]["torch"].cpu())
+        self.step_index, self.taken = int(state["step"]), dict(state["sampler"]["taken"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.schedule is not None:
+            self.schedule.load_state_dict(state["schedule"])
+
+
+def part_state(model: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
+    """The weights of the part of that number, out of :meth:`MixedTrainer.state`'s."""
+    head = f"{number}."
+    return {key.removeprefix(head): value for key, value in model.items() if key.startswith(head)}

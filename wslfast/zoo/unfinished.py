@@ -1,0 +1,79 @@
+"""A zoo that is being built: its state after each epoch, in one file of its folder, so that an interrupted build goes on from there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from ..errors import WslfastError, require
+from ..files import remove_leftovers, write_bytes
+
+FILE = "unfinished.safetensors"
+
+
+class Unfinished:
+    """The file.
+
+    Args:
+        folder: of the zoo.
+        settings: what the build was asked for; one with others does not go on from it.
+    """
+
+    def __init__(self, folder: str | Path, settings: Mapping[str, Any]) -> None:
+        self.path = Path(folder) / FILE
+        self.settings = json.loads(json.dumps(settings))
+
+    def exists(self) -> bool:
+        """Whether an interrupted build left one."""
+        return self.path.is_file()
+
+    def load(self) -> dict[str, Any] | None:
+        """The state after the last whole epoch; None where there is none.
+
+        Raises WslfastError if the file is damaged, or of a build with other settings.
+        """
+        if not self.exists():
+            return None
+        try:
+            with safetensors.safe_open(self.path, framework="pt") as opened:
+                words = opened.metadata() or {}
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
+            require(words.get("sha256") == _digest(tensors, words.get("plain", "")), "its SHA-256 is not the one it was written with")
+            plain = json.loads(words["plain"])
+        except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
+            raise WslfastError(f"{self.path} is damaged ({error}); overwrite=True (--overwrite) builds anew") from None
+        known = plain.pop("settings")
+        other = [key for key in self.settings.keys() | known.keys() if self.settings.get(key) != known.get(key)]
+        require(
+            not other,
+            f"{self.path}: it was begun with other settings ({', '.join(sorted(other))}); pass the same, or overwrite=True (--overwrite)",
+        )
+        return {**plain, **tensors}
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Replace what is there by the state after an epoch. Raises WslfastError where it cannot be written."""
+        tensors = {name: value.detach().cpu().contiguous() for name, value in state.items() if isinstance(value, Tensor)}
+        plain = json.dumps({"settings": self.settings, **{name: value for name, value in state.items() if name not in tensors}})
+        words = {"plain": plain, "sha256": _digest(tensors, plain)}
+        write_bytes(self.path, safetensors.torch.save(tensors, words))
+
+    def remove(self) -> None:
+        """Take it away: the zoo is there, or is begun anew."""
+        self.path.unlink(missing_ok=True)
+        remove_leftovers(self.path)
+
+
+def _digest(tensors: Mapping[str, Tensor], plain: str) -> str:
+    made = hashlib.sha256(plain.encode())
+    for name in sorted(tensors):
+        made.update(name.encode())
+        made.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    return made.hexdigest()
