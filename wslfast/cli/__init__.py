@@ -107,7 +107,12 @@ class _ConsoleHandler(logging.Handler):
         self.console = Console(stderr=True) if beside_json else console
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.console.print(record.getMessage(), markup=False, soft_wrap=True)
+        try:
+            self.console.print(record.getMessage(), markup=False, soft_wrap=True)
+        except BrokenPipeError:  # who reads has gone: the command ends
+            raise
+        except OSError:  # a full disk behind standard error: a line that cannot be shown is no reason to lose the work
+            pass
 
 
 def _interrupted(command: Any, error: KeyboardInterrupt) -> str:
