@@ -7,7 +7,7 @@ PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
 NUMERIC := tests/test_behavior.py tests/test_silent_values.py tests/test_operators.py tests/test_tokens.py tests/test_permutation.py \
   tests/engine tests/kernels tests/codes/test_linear.py tests/codes/test_adaptive.py tests/faults/test_determinism.py
 
-.PHONY: help demo test lint types quick slow faults avx2 ci gpu kernels bench clean
+.PHONY: help demo test lint types quick slow thorough faults avx2 ci gpu kernels bench clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -51,7 +51,10 @@ quick: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_FLAGS)
 
 slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -m "slow and not thorough and not gpu" $(PYTEST_FLAGS)
+
+thorough: $(VENV)/.dev ## slow tests that make ci has no time for: every operation and layout, kernels for every target, races
+	$(BIN)/python -m pytest -m "thorough and not gpu" $(PYTEST_FLAGS)
 
 faults: $(VENV)/.dev ## the fault matrix with its full figures, the guards, and docs/reliability.md's table (about half an hour)
 	@rm -rf build/faults

@@ -22,6 +22,21 @@ settings.register_profile(
 )  # fmt: skip
 settings.load_profile("wslfast")
 
+# Slow tests that continuous integration has no time for (make thorough runs them): every operation in every layout, kernels compiled for
+# every target, kernels watched for races, many random networks.
+THOROUGH = (
+    "benchmarks/kernels/test_inspect.py",
+    "benchmarks/kernels/test_races.py",
+    "benchmarks/kernels/test_record.py",
+    "kernels/test_operations.py",
+    "kernels/test_random_graphs.py",
+    "kernels/triton/test_query_gradient.py",
+    "permutation/test_graphs.py",
+    "permutation/test_random_graphs.py",
+    "tracing/test_networks.py",
+    "test_notebook.py",
+)
+
 _EMPTY = {name: getattr(torch, name) for name in ("empty", "empty_like", "empty_strided")}
 
 
@@ -64,7 +79,11 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("slow") is not None and item.path.as_posix().endswith(THOROUGH):
+            item.add_marker(pytest.mark.thorough)
     if torch.cuda.is_available() or os.environ.get("WSLFAST_GPU_TESTS") == "interpret":
         return
     skip = pytest.mark.skip(reason="no CUDA device")

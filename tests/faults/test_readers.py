@@ -57,7 +57,13 @@ def test_a_zoo_that_is_replaced_is_the_old_or_the_new(tmp_path: Path) -> None:
     save_zoo(_zoo(0), tmp_path / "zoo", splits=["train"] * 12, provenance={}, shard_rows=4)
 
     def read() -> int:
-        loaded = load_zoo(tmp_path / "zoo")
+        while True:
+            try:
+                loaded = load_zoo(tmp_path / "zoo")
+                break
+            except WslfastError as error:  # on a busy machine the writer may be ahead of every attempt, and then this is what is said
+                if "was replaced" not in str(error):
+                    raise
         which = int(loaded.properties["lr"][0])
         assert torch.equal(loaded.weights, _zoo(which).weights)
         assert loaded.properties["lr"] == _zoo(which).properties["lr"]
