@@ -165,3 +165,10 @@ def test_the_type_checker_sees_kernels_as_a_part_of_the_package(tmp_path: Path) 
     out = subprocess.run(command, env=os.environ | {"MYPYPATH": str(tmp_path)}, cwd=tmp_path, capture_output=True, text=True).stdout
     assert 'Incompatible types in assignment (expression has type "int", variable has type "str")' in out
     assert "wslfast.kernels.layers.Conv2d" in out
+
+
+def test_the_makefile_names_tests_that_exist() -> None:
+    root = Path(__file__).parents[1]
+    named = re.findall(r"\btests/[\w./]+", (root / "Makefile").read_text())
+    assert named
+    assert [path for path in named if not (root / path).exists()] == []
