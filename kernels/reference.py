@@ -8,7 +8,7 @@ outputs ``[k, n, K]``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -176,6 +176,29 @@ def _unallocated(graph: Graph, n: int) -> dict[str, Any]:
     return values
 
 
+_GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
+
+
+def _check_recurrence(node: Node, values: Mapping[str, Any], x: Tensor) -> None:
+    """Shapes of states and parameters: torch reads them without looking, and beyond their end."""
+    given = {name: substitute(value, values.__getitem__, 0) for name, value in node.arguments}
+    layers, directions, biases = int(given["num_layers"]), 1 + bool(given["bidirectional"]), bool(given["has_biases"])
+    kind = node.operation.partition(".")[0]
+    check(0 < layers <= len(given["params"]), "expected parameters of every layer")
+    states = given["hx"] if isinstance(given["hx"], (list, tuple)) else [given["hx"]]
+    check(len(states) == (2 if kind == "lstm" else 1), "expected another number of states")
+    check(all(isinstance(s, Tensor) and s.ndim == 3 for s in states), "expected states of three axes")
+    width, queries = states[0].shape[-1], x.shape[0 if given["batch_first"] else 1]
+    check(all(tuple(s.shape) == (layers * directions, queries, width) for s in states), "expected states [layers, queries, width]")
+    wanted: list[tuple[int, ...]] = []
+    for layer in range(layers):
+        rows = _GATES[kind] * width
+        wanted += [(rows, x.shape[2] if layer == 0 else width * directions), (rows, width), *([(rows,)] * 2 if biases else [])] * directions
+    parameters = given["params"]
+    found = [tuple(p.shape) for p in parameters if isinstance(p, Tensor)]
+    check(len(found) == len(parameters) and found == wanted, "expected parameters of other shapes")
+
+
 def _without_memory(node: Node, values: dict[str, Any], n: int) -> Any:
     """What one node gives, where that takes neither memory nor time."""
     form, name = TABLE[node.operation].form, node.operation.partition(".")[0]
@@ -192,6 +215,7 @@ def _without_memory(node: Node, values: dict[str, Any], n: int) -> Any:
     first = str(node.argument("input"))
     whole, axis = values[first], int(bool(node.argument("batch_first")))
     check(whole.ndim == 3, "expected an input of three axes")
+    _check_recurrence(node, values, whole)
     made = list(call_node(node, {**values, first: whole.narrow(axis, 0, 1)}, n))
     made[0] = made[0].expand(*(length if d == axis else -1 for d, length in enumerate(whole.shape)))
     return made
