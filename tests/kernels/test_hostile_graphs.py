@@ -232,14 +232,18 @@ def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 PLACES = _places(GOOD["graph"])[1:]
 
 
+def _has(part: Any, key: Any) -> bool:
+    """Whether a part of a record, which may have been mangled already, has a place of that name or number."""
+    return key in part if isinstance(part, dict) else isinstance(part, list) and isinstance(key, int) and key < len(part)
+
+
 def mangled(place: tuple[Any, ...], value: Any, another: tuple[Any, ...] | None) -> Any:
     record = copy.deepcopy(GOOD)
     for path in (place, another):
         part: Any = record["graph"]
         for key in (path or ())[:-1]:
-            inside = isinstance(part, (dict, list)) and (key in part if isinstance(part, dict) else key < len(part))
-            part = part[key] if inside else None
-        if path and (isinstance(part, dict) or (isinstance(part, list) and path[-1] < len(part))):
+            part = part[key] if _has(part, key) else None
+        if path and (isinstance(part, dict) or _has(part, path[-1])):
             part[path[-1]] = value
     return record
 
