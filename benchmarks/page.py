@@ -190,7 +190,8 @@ def html(rows: Sequence[Row]) -> str:
         sections += [_table(table) for table in rest]
     sections.append("<section><h2>Method</h2>" + "".join(f"<p class='note'>{escape(text)}</p>" for text in tables.METHOD) + "</section>")
     facts = {"rows": str(len(rows)), "commits": _all(r.commit for r in rows), "dates": _all(r.date for r in rows)}
-    return document("wslfast: benchmarks", "Loss and gradient of many small networks: times side by side", "\n".join(sections), facts)
+    headline = "Loss and gradient of many small networks: times side by side"
+    return document("wslfast: benchmarks", "Benchmarks", headline, "\n".join(sections), facts)
 
 
 def _all(values: Iterable[str]) -> str:

@@ -173,6 +173,7 @@ def _compiled(*_: object) -> tuple[Callable[..., Result], Callable[..., Tensor]]
 def _compiled_for(weights: Tensor, queries: Tensor, architecture: Architecture) -> tuple[Callable[..., Result], Callable[..., Tensor]]:
     device = weights.device.type
     half = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    assert architecture.layers  # worked out here: a compiler does not enter the lock of a cached property
     return _compiled(architecture.name, weights.shape, queries.shape, device, half, matmul_precision())
 
 

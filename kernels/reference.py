@@ -188,12 +188,15 @@ def _check_recurrence(node: Node, values: Mapping[str, Any], x: Tensor) -> None:
     states = given["hx"] if isinstance(given["hx"], (list, tuple)) else [given["hx"]]
     check(len(states) == (2 if kind == "lstm" else 1), "expected another number of states")
     check(all(isinstance(s, Tensor) and s.ndim == 3 for s in states), "expected states of three axes")
-    width, queries = states[0].shape[-1], x.shape[0 if given["batch_first"] else 1]
-    check(all(tuple(s.shape) == (layers * directions, queries, width) for s in states), "expected states [layers, queries, width]")
+    # the hidden state of an LSTM may be a projection of what is in its cells
+    seen, width, queries = states[0].shape[-1], states[-1].shape[-1], x.shape[0 if given["batch_first"] else 1]
+    fit = all(tuple(s.shape[:2]) == (layers * directions, queries) for s in states) and 0 < seen <= width
+    check(fit, "expected states [layers, queries, width]")
+    rows = _GATES[kind] * width
+    behind = [*([(rows,)] * 2 if biases else []), *([(seen, width)] if seen < width else [])]
     wanted: list[tuple[int, ...]] = []
     for layer in range(layers):
-        rows = _GATES[kind] * width
-        wanted += [(rows, x.shape[2] if layer == 0 else width * directions), (rows, width), *([(rows,)] * 2 if biases else [])] * directions
+        wanted += [(rows, x.shape[2] if layer == 0 else seen * directions), (rows, seen), *behind] * directions
     parameters = given["params"]
     found = [tuple(p.shape) for p in parameters if isinstance(p, Tensor)]
     check(len(found) == len(parameters) and found == wanted, "expected parameters of other shapes")

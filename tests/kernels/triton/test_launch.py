@@ -77,6 +77,7 @@ with standing_in("sm_90", planned, record):
     found["small chunks"] = loss(population, 64, memory=3 * each)
     found["outputs"] = outputs(population, 37)
     found["outputs in chunks"] = outputs(population[1:], 37, memory=5 * each)
+    launch.warmup(layers, shape, 64, "gradient", "fp16", "cpu")  # those name no mode, and take either
     found["outputs with a graph"] = outputs(population, 7, graph=True) if mode == "layers" else [0, []]
     if mode == "layers":
         found["outputs of an odd population"] = outputs(population[5:], 3)

@@ -215,7 +215,7 @@ def test_offsets_of_programs_pass_two_to_the_31(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(builder, "set_grid_dim", lambda x, y, z: None)
     builder.grid_dim = (first + 2, 1, 1)
     whole.network_forward_kernel[(2,)](
-        images, images, packed, weights, outputs, scratch, 2, first + 2, 1, 0, 0, 1, net=net, SHARED=True, INDEXED=False
+        images, images, packed, weights, outputs, scratch, 2, 2, first + 2, 1, 0, 0, 1, net=net, SHARED=True, INDEXED=False
     )
     assert torch.equal(outputs[first:], expected.expand(2, -1, -1))
 
