@@ -10,7 +10,6 @@ from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..graph import DTYPES, INFINITE, QUERY, Graph, Node, is_size, references
@@ -19,8 +18,9 @@ from ..operations import AXES, TABLE, Operation
 from ..reference import value_shapes
 from .calls import Call, Layout, Values, spatial
 from .forms import FORMS, channels_first, models_first
+from .norms import Norm
 from .program import Program, Step
-from .rules import TO_CHANNELS, TO_MODELS, rule_of
+from .rules import FUNCTIONS, TO_CHANNELS, TO_MODELS, rule_of
 from .segments import Segment, rows_of, segments
 from .through import Through, shared_input, through
 from .training_forms import normalised
@@ -35,8 +35,7 @@ _ALONG_PIXELS = frozenset({
     "std.correction", "flip", "constant_pad_nd", "squeeze.dims", "squeeze.dim",
 })  # fmt: skip
 _IN_PLACE = {
-    name: lambda call, a, models, run=run: run(a["self"])
-    for name, run in (("relu", torch.relu_), ("tanh", torch.tanh_), ("sigmoid", torch.sigmoid_))
+    name: lambda call, a, models, run=entry.in_place: run(a["self"], a) for name, entry in FUNCTIONS.items() if entry.in_place is not None
 }
 _SUMS = ("add.Tensor", "sub.Tensor")  # as layers do, they make a new tensor that their backward does not look at
 _NORMS = ("batch_norm", "instance_norm", "group_norm", "prelu")
@@ -309,9 +308,13 @@ class _Compiler:
         both = self.size
         self.size += 1
         tensors = [(key, self.place[r]) for key, r in read.items()]
-        self.made.append(Step(lambda a, models: fold(a, eps), {}, tensors, [], [], both, several=True))
+
+        def make(a: Values, models: int) -> list[Tensor]:
+            return list(Norm.of(lambda name: a.get(f"norm_{name}"), eps).fold(a["weight"], a.get("bias")))
+
+        self.made.append(Step(make, {}, tensors, [], [], both, several=True))
         for at, key in enumerate(("weight", "bias")):
-            given[key] = reference = f"@w:{key} of {i}"  # no slot's name has a space
+            given[key] = reference = f"@made:{key} of {i}"
             self.rank[reference] = self.rank[str(read["weight"])] if key == "weight" else 1
             step = Step(lambda a, models, at=at: a["both"][at], {}, [("both", both)], [], [], self._new(reference, Layout.MODELS))  # type: ignore[misc]
             self.made.append(step)
@@ -342,17 +345,6 @@ class _Compiler:
 
 def _parameters_or_nothing(node: Node, *names: str) -> bool:
     return all(value is None or str(value).startswith("@w:") for value in map(node.argument, names))
-
-
-def fold(a: Values, eps: float) -> list[Tensor]:
-    """Weights ``[M, out, ...]`` and biases ``[M, out]`` of a layer with the batch norm behind it: scale (w x + b - mean) + shift."""
-    weight, bias, mean, variance = a["weight"], a.get("bias"), a["norm_running_mean"], a["norm_running_var"]
-    scale, shift = a.get("norm_weight"), a.get("norm_bias")
-    factor = torch.rsqrt(variance + eps)
-    factor = factor if scale is None else factor * scale
-    moved = -mean if bias is None else bias - mean
-    moved = moved * factor if shift is None else torch.addcmul(shift, moved, factor)
-    return [weight * factor.reshape(*factor.shape, *(1,) * (weight.ndim - 2)), moved]
 
 
 def _to_models(a: Values, models: int) -> Tensor:

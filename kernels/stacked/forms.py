@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..cpu.steps import as_channels_last
 from .calls import Call, Layout, Values
 from .recurrent import cell, recurrent
 
@@ -37,7 +38,7 @@ def channels_first(x: Tensor, last: bool) -> Tensor:
     return x.transpose(0, 1).flatten(1, 2)
 
 
-def _behind(x: Tensor, rank: int, of: int, models: int) -> Tensor:
+def behind(x: Tensor, rank: int, of: int, models: int) -> Tensor:
     """A stacked tensor of ``of`` axes as one of ``rank``, so that it broadcasts as a single model's does."""
     return x if of == rank else x.reshape(models, *(1,) * (rank - of), *x.shape[1:])
 
@@ -54,7 +55,7 @@ def elementwise(call: Call, a: Values, models: int) -> Any:
     if call.layout is Layout.MODELS:
         for name, layout in call.layouts.items():
             if layout is Layout.MODELS:
-                a[name] = _behind(a[name], call.rank, call.ranks[name], models)
+                a[name] = behind(a[name], call.rank, call.ranks[name], models)
     return call.operation.invoke(a)
 
 
@@ -76,9 +77,9 @@ def shape(call: Call, a: Values, models: int) -> Tensor:
     if name in ("view", "reshape"):
         return x.reshape(models, *sizes)
     if name == "expand":
-        return _behind(x, len(sizes), rank, models).expand(models, *sizes)
+        return behind(x, len(sizes), rank, models).expand(models, *sizes)
     times = [1] * (rank - len(sizes)) + list(sizes)
-    return _behind(x, len(times), rank, models).repeat(1, *times)
+    return behind(x, len(times), rank, models).repeat(1, *times)
 
 
 def join(call: Call, a: Values, models: int) -> Tensor:
@@ -157,6 +158,12 @@ def linear(call: Call, a: Values, models: int) -> Tensor:
         return F.linear(x, weight, bias)
     if call.ranks["weight"] != 2:
         return mapped(call, a, models)  # type: ignore[no-any-return]
+    return products(call, x, weight, bias, models)[0]
+
+
+def products(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, models: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The output of a linear layer, and the operands ``[M, rows, in']`` and ``[M, out, in']`` of its product, filled up where they are
+    to lie aligned."""
     out, features = weight.shape[-2:]
     lead = x.shape[1:-1] if call.stacked("input") else x.shape[:-1]
     rows = x.reshape(models, -1, features) if call.stacked("input") else x.reshape(-1, features)
@@ -165,12 +172,10 @@ def linear(call: Call, a: Values, models: int) -> Tensor:
         weight, rows = F.pad(weight, (0, missing)), F.pad(rows, (0, missing))
     if rows.ndim == 2:
         rows = rows.expand(models, *rows.shape)
-    product = _everyone(weight, models, call.stacked("weight")).transpose(1, 2)
-    if bias is None:
-        made = torch.bmm(rows, product)
-    else:
-        made = torch.baddbmm(bias.unsqueeze(-2), rows, product)
-    return made if len(lead) == 1 else made.view(models, *lead, out)
+    weight = _everyone(weight, models, call.stacked("weight"))
+    product = weight.transpose(1, 2)
+    made = torch.bmm(rows, product) if bias is None else torch.baddbmm(bias.unsqueeze(-2), rows, product)
+    return made if len(lead) == 1 else made.view(models, *lead, out), rows, weight
 
 
 def matmul(call: Call, a: Values, models: int) -> Tensor:
@@ -179,23 +184,23 @@ def matmul(call: Call, a: Values, models: int) -> Tensor:
     ranks = [call.ranks[name] for name in names]
     if min(ranks) < 2:
         return mapped(call, a, models)
-    return torch.matmul(*(_ranked(call, a, name, max(ranks), models) for name in names))
+    return torch.matmul(*(ranked(call, a, name, max(ranks), models) for name in names))
 
 
-def _ranked(call: Call, a: Values, name: str, rank: int, models: int) -> Tensor:
+def ranked(call: Call, a: Values, name: str, rank: int, models: int) -> Tensor:
     """A tensor that broadcasts as a single model's of ``rank`` axes does."""
-    return _behind(a[name], rank, call.ranks[name], models) if call.stacked(name) else a[name]  # type: ignore[no-any-return]
+    return behind(a[name], rank, call.ranks[name], models) if call.stacked(name) else a[name]  # type: ignore[no-any-return]
 
 
 def addmm(call: Call, a: Values, models: int) -> Tensor:
     """beta * self + alpha * a @ b."""
     first, second = (a[name] for name in call.layouts if name != "self")
-    return a.get("beta", 1) * _ranked(call, a, "self", call.rank, models) + a.get("alpha", 1) * torch.matmul(first, second)
+    return a.get("beta", 1) * ranked(call, a, "self", call.rank, models) + a.get("alpha", 1) * torch.matmul(first, second)
 
 
 def attention(call: Call, a: Values, models: int) -> Tensor:
     """softmax(q k^T * scale + mask) v, written out: for short sequences faster than torch's fused forms, and so is its backward."""
-    query, key, value = (_ranked(call, a, name, call.rank, models) for name in ("query", "key", "value"))
+    query, key, value = (ranked(call, a, name, call.rank, models) for name in ("query", "key", "value"))
     mask, scale = a.get("attn_mask"), a.get("scale")
     if a.get("enable_gqa"):  # a key for several queries
         key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
@@ -206,7 +211,7 @@ def attention(call: Call, a: Values, models: int) -> Tensor:
         shares = scores.softmax(-1)
     else:
         if call.stacked("attn_mask"):
-            mask = _behind(mask, call.rank, call.ranks["attn_mask"], models)
+            mask = behind(mask, call.rank, call.ranks["attn_mask"], models)
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
         shares = torch.ops.aten._safe_softmax(scores, -1)  # of what sees nothing, zeros
     if "dropped" in a:  # in training mode, as dropout's factors
@@ -241,12 +246,9 @@ def _own_kernels(call: Call, a: Values, models: int) -> tuple[Tensor, Tensor | N
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    """Images channels-last, also those of one channel, which torch would read as the other layout."""
+    """Images channels-last; where no gradient flows to them, with strides that say so whatever their size."""
     x = x.contiguous(memory_format=torch.channels_last)
-    if x.shape[1] > 1 or x.requires_grad or not x.is_contiguous():
-        return x
-    h, w = x.shape[2:]
-    return x.as_strided(x.shape, (h * w, 1, w, 1))
+    return x if x.requires_grad else as_channels_last(x)
 
 
 def _with_shared_kernels(call: Call, a: Values, models: int) -> Tensor:
@@ -351,7 +353,7 @@ def _scaled(call: Call, a: Values, x: Tensor, models: int) -> Tensor:
     for name, apply in (("weight", torch.mul), ("bias", torch.add)):
         value = a.get(name)
         if value is not None:
-            x = apply(x, _behind(value, call.rank, call.ranks[name], models) if call.stacked(name) else value)
+            x = apply(x, behind(value, call.rank, call.ranks[name], models) if call.stacked(name) else value)
     return x
 
 

@@ -26,16 +26,15 @@ def _tape(program: Program) -> Tape:
 def by_tape(program: Program, leaves: Sequence[Tensor], slabs: Slabs, share: Share) -> tuple[Tensor, list[Tensor]]:
     """Losses ``[M]`` and gradients of each slot's ``[M, *shape]``, through rules written out and, where there is none, islands."""
     tape, models = _tape(program), len(leaves[0])
+
+    def slab(start: int, prepared: Sequence[Any]) -> tuple[Tensor, list[Tensor | None]]:
+        outputs, saved = tape.forward(prepared, carried, models, prepared[program.query].shape[int(program.own)])
+        value, slope = share(start, outputs)
+        return value, tape.backward(slope, saved, models)
+
     with torch.no_grad():
         carried, made = _cut(program, leaves, bool(program.made))
-        total: Tensor | None = None
-        sums: list[Tensor | None] = []
-        for start, prepared in slabs:
-            outputs, saved = tape.forward(prepared, carried, models, prepared[program.query].shape[int(program.own)])
-            value, slope = share(start, outputs)
-            parts = tape.backward(slope, saved, models)
-            total, sums = (value, parts) if total is None else (total + value, [_sum(a, b) for a, b in zip(sums, parts, strict=True)])
-    assert total is not None
+        total, sums = _over(slabs, slab)
     return total, _to_leaves(program, leaves, made, sums)
 
 
@@ -47,19 +46,28 @@ def by_graph(
     with context():
         carried, made = _cut(program, leaves, True)
     wanted = [value.requires_grad_(source.requires_grad) for value, source in zip(carried, made, strict=True) if source.requires_grad]
-    total: Tensor | None = None
-    sums: list[Tensor | None] = []
-    for start, prepared in slabs:
+
+    def slab(start: int, prepared: Sequence[Any]) -> tuple[Tensor, list[Tensor | None]]:
         with torch.enable_grad(), context():
             outputs = program.outputs(prepared, carried, models, prepared[program.query].shape[int(program.own)])
         with torch.no_grad():
             value, slope = share(start, outputs.detach())
         # models are independent: the gradient of the sum is each model's own
         found = iter(torch.autograd.grad(outputs, wanted, slope.to(outputs.dtype), allow_unused=True))
-        parts = [next(found) if source.requires_grad else None for source in made]
-        total, sums = (value, parts) if total is None else (total + value, [_sum(a, b) for a, b in zip(sums, parts, strict=True)])
-    assert total is not None
+        return value, [next(found) if source.requires_grad else None for source in made]
+
+    total, sums = _over(slabs, slab)
     return total, _to_leaves(program, leaves, made, sums)
+
+
+def _over(slabs: Slabs, run: Callable[[int, Sequence[Any]], tuple[Tensor, list[Tensor | None]]]) -> tuple[Tensor, list[Tensor | None]]:
+    """Sums of a value and of gradients over slabs, of which there is one at least."""
+    each = (run(start, prepared) for start, prepared in slabs)
+    total, sums = next(each)
+    for value, parts in each:
+        total = total + value
+        sums = [_sum(a, b) for a, b in zip(sums, parts, strict=True)]
+    return total, sums
 
 
 def _cut(program: Program, leaves: Sequence[Tensor], graph: bool) -> tuple[list[Tensor], list[Tensor]]:

@@ -10,11 +10,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .calls import Call, Layout, Values
-from .forms import channels_first, models_first
+from .forms import behind, channels_first, models_first, products, ranked
 
 _aten = torch.ops.aten
 Gradients = dict[str, Tensor]
@@ -41,22 +40,12 @@ class Linear:
     """Batched products, as in ``forms.linear``."""
 
     def __init__(self, call: Call, wanted: frozenset[str]) -> None:
-        self.shared, self.wanted = not call.stacked("input"), wanted
-        self.aligned = call.aligned
+        self.call, self.wanted = call, wanted
 
     def forward(self, a: Values, models: int) -> tuple[Tensor, Any]:
-        x, weight, bias = a["input"], a["weight"], a.get("bias")
-        out, features = weight.shape[-2:]
-        rows = x.reshape(-1, features) if self.shared else x.reshape(models, -1, features)
-        lead = x.shape[:-1] if self.shared else x.shape[1:-1]
-        if self.aligned and out * features % 4:
-            missing = -features % 4
-            weight, rows = F.pad(weight, (0, missing)), F.pad(rows, (0, missing))
-        if self.shared:
-            rows = rows.expand(models, *rows.shape)
-        product = weight.transpose(1, 2)
-        made = torch.bmm(rows, product) if bias is None else torch.baddbmm(bias.unsqueeze(-2), rows, product)
-        return made if len(lead) == 1 else made.view(models, *lead, out), (rows, weight, features, x.shape)
+        x, weight = a["input"], a["weight"]
+        made, rows, operand = products(self.call, x, weight, a.get("bias"), models)
+        return made, (rows, operand, weight.shape[-1], x.shape)
 
     def backward(self, g: Tensor, saved: Any, models: int) -> Gradients:
         rows, weight, features, shape = saved
@@ -182,15 +171,9 @@ class Arithmetic:
         self.call, self.wanted = call, wanted
         self.alpha = known.get("alpha", 1)
 
-    def _aligned(self, a: Values, name: str, models: int) -> Any:
-        value = a[name]
-        if self.call.layout is not Layout.MODELS or not self.call.stacked(name):
-            return value
-        missing = self.call.rank - self.call.ranks[name]
-        return value.reshape(models, *(1,) * missing, *value.shape[1:]) if missing else value
-
     def forward(self, a: Values, models: int) -> tuple[Tensor, Any]:
-        x, y = self._aligned(a, "self", models), self._aligned(a, "other", models)
+        call, behind_models = self.call, self.call.layout is Layout.MODELS
+        x, y = (ranked(call, a, name, call.rank, models) if behind_models else a[name] for name in ("self", "other"))
         shapes = {name: a[name].shape for name in self.wanted}
         if self.kind == "mul":
             return x * y, (x if "other" in self.wanted else None, y if "self" in self.wanted else None, shapes)
@@ -242,16 +225,14 @@ class LayerNorm:
     def forward(self, a: Values, models: int) -> tuple[Tensor, Any]:
         x = a["input"].contiguous()
         normed, mean, rstd = torch.native_layer_norm(x, self.axes, None, None, self.eps)
-        scale, shift = (self._behind(a.get(name), models) for name in ("weight", "bias"))
+        own = (a.get("weight"), a.get("bias"))
+        scale, shift = (None if value is None else behind(value, self.rank, value.ndim - 1, models) for value in own)
         made = normed
         if scale is not None:
             made = normed * scale if shift is None else torch.addcmul(shift, normed, scale)
         elif shift is not None:
             made = normed + shift
         return made, (x, mean, rstd, normed, scale)
-
-    def _behind(self, value: Tensor | None, models: int) -> Tensor | None:
-        return None if value is None else value.reshape(models, *(1,) * (self.rank - value.ndim + 1), *value.shape[1:])
 
     def backward(self, g: Tensor, saved: Any, models: int) -> Gradients:
         x, mean, rstd, normed, scale = saved

@@ -22,16 +22,16 @@ from ..cpu.activations import function_of
 from ..graph import Graph, Node
 from ..layers import Affine, Conv2d, Dropout, Flatten, Layer, Layers, Linear, Pool2d
 from ..operations import TABLE
+from .norms import PARAMETERS, Norm
 
 Shape = tuple[int, ...]
-_NORM = ("running_mean", "running_var", "weight", "bias")
 
 
 @dataclass(frozen=True)
-class Norm:
+class NormPart:
     """References of a batch norm's numbers, and its eps."""
 
-    parameters: tuple[str | None, ...]  # as in _NORM
+    parameters: tuple[str | None, ...]  # as in PARAMETERS
     eps: float
 
 
@@ -50,8 +50,8 @@ class Part:
     layer: Layer
     weight: str | None = None
     bias: str | None = None
-    after: Norm | None = None
-    before: Norm | None = None
+    after: NormPart | None = None
+    before: NormPart | None = None
 
     def references(self) -> list[str]:
         """Of its parameters."""
@@ -190,10 +190,10 @@ class _Run:
 
     def _norm(self, name: str, given: dict[str, Any]) -> list[Part] | None:
         """A batch norm in evaluation mode: folded into the layer before, or a part of its own."""
-        parameters = tuple(given.get(key) for key in _NORM)
+        parameters = tuple(given.get(key) for key in PARAMETERS)
         if given.get("training") or not all(p is None or _is_parameter(p) for p in parameters) or None in parameters[:2]:
             return None
-        norm = Norm(parameters, float(given.get("eps", 1e-5)))
+        norm = NormPart(parameters, float(given.get("eps", 1e-5)))
         last = self.parts[-1]
         if isinstance(last.layer, (Conv2d, Linear)) and last.after is None:
             return [*self.parts[:-1], replace(last, layer=replace(last.layer, bias=True), after=norm)]
@@ -306,28 +306,21 @@ def rows_of(segment: Segment, values: Mapping[str, Tensor]) -> Tensor:
         weight, bias = (None if r is None else values[r] for r in (part.weight, part.bias))
         if isinstance(part.layer, Affine):
             assert part.after is not None
-            weight, bias = _factor_and_shift(part.after, values)
+            weight, bias = _norm_of(part.after, values).factor_and_shift()
         elif weight is None:
             continue
         else:
             if part.after is not None:
-                factor, shift = _factor_and_shift(part.after, values)
-                weight = weight * factor.reshape(*factor.shape, *(1,) * (weight.ndim - 2))
-                bias = shift if bias is None else torch.addcmul(shift, bias, factor)
+                weight, bias = _norm_of(part.after, values).fold(weight, bias)
             if part.before is not None:
-                weight, bias = _ahead(weight, bias, *_factor_and_shift(part.before, values), part.layer)
+                weight, bias = _ahead(weight, bias, *_norm_of(part.before, values).factor_and_shift(), part.layer)
         pieces += [weight.flatten(1)] if bias is None else [weight.flatten(1), bias]
     return torch.cat(pieces, 1)
 
 
-def _factor_and_shift(norm: Norm, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """``[M, C]`` each: a norm in evaluation mode is factor * x + shift."""
-    mean, variance, scale, shift = (None if r is None else values[r] for r in norm.parameters)
-    assert mean is not None
-    assert variance is not None
-    factor = torch.rsqrt(variance + norm.eps)
-    factor = factor if scale is None else factor * scale
-    return factor, -mean * factor if shift is None else torch.addcmul(shift, mean, factor, value=-1)
+def _norm_of(norm: NormPart, values: Mapping[str, Tensor]) -> Norm:
+    references = dict(zip(PARAMETERS, norm.parameters, strict=True))
+    return Norm.of(lambda name: None if references[name] is None else values[str(references[name])], norm.eps)
 
 
 def _ahead(weight: Tensor, bias: Tensor | None, factor: Tensor, shift: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
