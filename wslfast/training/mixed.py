@@ -19,11 +19,10 @@ from ..architecture import Architecture
 from ..codes.autoencoder import Autoencoder
 from ..engine.ranks import ALONE
 from ..errors import require
-from ..profiling import region
 from ..tokens import TokenLayout
 from ..zoo import MappedZoo
 from .config import TrainConfig
-from .trainer import Trainer, check_resumed, cycle, optimizer_of
+from .trainer import Trainer, check_resumed, cycle, descend, optimizer_of
 
 _SHARED = ("tokenizer", "transformer_encoder", "encoder_comp", "detokenizer", "transformer_decoder", "decoder_comp", "pe")
 
@@ -99,17 +98,9 @@ class MixedTrainer:
         part.step_index = self.step_index
         rows, queries = part.next_rows(), part.pool.draw(self.config.queries, part.draws)
         total, parts = part.losses(rows, queries)
-        with region("backward"):
-            self.optimizer.zero_grad(set_to_none=True)
-            total.backward()
-        with region("optimise"):
-            if self.config.clip is not None:
-                parts["gradient_norm"] = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
-            self.optimizer.step()
+        descend(total, parts, self.model, self.optimizer, self.schedule, self.config.clip)
         self.step_index += 1
         self.taken[name] += 1
-        if self.schedule is not None:
-            self.schedule.step()
         return parts
 
     def release(self) -> None:
