@@ -142,40 +142,31 @@ class Trial:
         return errors
 
     def _forward(self, path: Path, weights: Tensor, queries: Tensor) -> dict[str, float]:
-        exact = truth_of(self.architecture)
-        truth = exact.forward(weights.double(), queries.double(), False)
+        truth = truth_of(self.architecture).forward(weights.double(), queries.double(), False)
         here, asked = self._here(weights, queries)
         outputs = self._twice("outputs", lambda: (path.forward(here, asked, False),))[0]
         errors = {"outputs": self._error("outputs", outputs, truth) / self.bars[0]}
         slope = torch.ones(1, 1, 1, dtype=truth.dtype).expand(truth.shape)  # stride 0, as out of a sum
+        gradient, expected = self._slopes("gradient", path, (weights, queries), 0, slope)
+        errors |= self._gradient("sum", gradient, expected)
+        if reaches_queries(self.architecture):
+            # each model's own, so that the broken one is seen and touches nobody else's
+            gradient, expected = self._slopes("queries", path, (weights, queries.expand(K, *queries.shape)), 1, slope)
+            errors["queries"] = self._error("queries", gradient, expected) / self.bars[3]
+        return errors
 
-        def backward() -> tuple[Tensor]:
-            rows, x = self._here(weights, queries)
-            rows.requires_grad_()
-            made = path.forward(rows, x, True)
-            (gradient,) = torch.autograd.grad(made, rows, slope.to(made))
-            return (gradient,)
+    def _slopes(self, what: str, path: Path, inputs: tuple[Tensor, Tensor], to: int, slope: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient of the outputs, summed with ``slope``, to the weights (``to`` is 0) or to the queries (1): the path's, and the
+        same in float64. Raises Wrong if two runs of the path differ."""
 
-        wide = weights.double().requires_grad_()
-        (expected,) = torch.autograd.grad(exact.forward(wide, queries.double(), True), wide, slope)
-        errors |= self._gradient("sum", self._twice("gradient", backward)[0], expected)
-        return errors | (self._queries(path, weights, queries, slope) if reaches_queries(self.architecture) else {})
+        def gradient(path: Path, rows: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+            leaf = (rows, x)[to].requires_grad_()
+            outputs = path.forward(rows, x, True)
+            return torch.autograd.grad(outputs, leaf, slope.to(outputs))
 
-    def _queries(self, path: Path, weights: Tensor, queries: Tensor, slope: Tensor) -> dict[str, float]:
-        """The gradient to the queries, each model's own, so that the broken one is seen and touches nobody else's."""
-        own = queries.expand(K, *queries.shape)
-
-        def backward() -> tuple[Tensor]:
-            rows, x = self._here(weights, own)
-            x.requires_grad_()
-            made = path.forward(rows, x, True)
-            (gradient,) = torch.autograd.grad(made, x, slope.to(made))
-            return (gradient,)
-
-        wide = own.double().requires_grad_()
-        made = truth_of(self.architecture).forward(weights.double(), wide, True)
-        (expected,) = torch.autograd.grad(made, wide, slope)
-        return {"queries": self._error("queries", self._twice("queries", backward)[0], expected) / self.bars[3]}
+        (kernels,) = self._twice(what, lambda: gradient(path, *self._here(*inputs)))
+        (expected,) = gradient(truth_of(self.architecture), *(t.double() for t in inputs))
+        return kernels, expected
 
     def _loss(
         self, path: Path, weights: Tensor, queries: Tensor, targets: Tensor, criterion: str, index: Tensor | None
