@@ -9,7 +9,6 @@ so a zoo is the same on every machine. Links to folders are not followed.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from functools import lru_cache, partial
@@ -20,14 +19,13 @@ from ...architecture import Architecture
 from ...errors import WslfastError
 from ...safe.inert import InertFile
 from ..export import PROPERTIES, RECORD, RESULTS
-from .found import Found, Skips, State, plain_of, state_of
+from .found import Found, Skips, State, folders, listing, plain_of, state_of
 from .modules import park_cnn
 from .results import match
 
 _CHECKPOINT = re.compile(r"checkpoint_(\d{1,9})")
 _TRIAL = "NN_tune_trainable_"
 _LARGEST_JSON = 64 << 20
-_DEEPEST = 8
 _FILES = ("checkpoints", "checkpoint.pt")  # in a checkpoint's folder
 _CONFIGS = ("params.json", "config.json")
 _SETTINGS = {  # a property, and the settings that say it, the first that is there
@@ -113,7 +111,7 @@ def _weights(folder: Path, where: str, skips: Skips) -> dict[int, Path]:
     """Files of weights in a trial's folder by epoch."""
     there: dict[int, Path] = {}
     # shorter names first: where both are there, the published loaders take checkpoint_20 before checkpoint_000020
-    for name in sorted(_listing(folder, where, skips), key=lambda n: (len(n), n)):
+    for name in sorted(listing(folder, where, skips), key=lambda n: (len(n), n)):
         match = _CHECKPOINT.fullmatch(name)
         if match is None:
             if name.startswith("checkpoint_") and (folder / name).is_dir():
@@ -129,33 +127,16 @@ def _weights(folder: Path, where: str, skips: Skips) -> dict[int, Path]:
     return there
 
 
+def _is_trial(names: Collection[str]) -> bool:
+    return bool({*_CONFIGS, "result.json"} & set(names)) or any(_CHECKPOINT.fullmatch(n) for n in names)
+
+
 def _trials(source: Path, skips: Skips) -> Iterator[Path]:
-    waiting = [(source, 0)]
-    while waiting:
-        folder, depth = waiting.pop()
-        names = _listing(folder, str(folder), skips)
-        if {*_CONFIGS, "result.json"} & set(names) or any(_CHECKPOINT.fullmatch(n) for n in names):
+    for folder, names, below in folders(source, skips, _is_trial):
+        if _is_trial(names):
             yield folder
-            continue
-        below = sorted((folder / n for n in names if (folder / n).is_dir()), reverse=True)
-        for path in below:
-            where = str(path.relative_to(source))
-            if path.is_symlink():
-                skips.add(where, "a link to a folder", "links are not followed")
-            elif depth == _DEEPEST:
-                skips.add(where, "too deep", f"more than {_DEEPEST} folders down")
-            else:
-                waiting.append((path, depth + 1))
-        if not below and folder.name.startswith(_TRIAL):
+        elif not below and folder.name.startswith(_TRIAL):
             skips.add(str(folder.relative_to(source)), "no checkpoints", "an empty trial")
-
-
-def _listing(folder: Path, where: str, skips: Skips) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except OSError as error:
-        skips.add(where, "unreadable folder", error.strerror or str(error))
-        return []
 
 
 def _read(file: Path) -> State:
