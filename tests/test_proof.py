@@ -18,8 +18,8 @@ import stub_trial
 import torch
 
 import wslfast
-from wslfast import Architecture, WslfastError, engine, errors, proof, trial
-from wslfast.engine import triton_path, verdicts
+from wslfast import Architecture, WslfastError, engine, errors, proof
+from wslfast.engine import trial, triton_path, verdicts
 from wslfast.engine.verdicts import FAILED, RIGHT, UNKNOWN, WRONG, Decision, Machine, Speed, Verdict
 from wslfast.kernels.layers import Activation, Conv2d, Flatten, Linear, Pool2d
 

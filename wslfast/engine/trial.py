@@ -1,7 +1,7 @@
-"""The process in which kernels are tried: right or wrong against float64, then how fast beside torch. Started by ``proof.py``.
+"""The process in which kernels are tried: right or wrong against float64, then how fast beside torch. Started by ``wslfast/proof.py``.
 
-``python -m wslfast.trial`` reads one job, a JSON object, from its input and prints one line a finding. Whatever the kernels do to this
-process or to its hold on the GPU, who asked goes on.
+``python -m wslfast.engine.trial`` reads one job, a JSON object, from its input and prints one line for each finding. Whatever the kernels
+do to this process or to its hold on the GPU, the process that asked goes on.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .architecture import Architecture
-from .engine import Call, choose
-from .engine.paths import Path
-from .engine.precision import at_precision
-from .engine.triton_path import Triton, Unbuildable, reaches_queries, unbuildable
-from .engine.verdicts import RIGHT, UNKNOWN, WRONG, Speed, Verdict
-from .kernels.criteria import CRITERIA
-from .kernels.layers import Conv2d, Linear
-from .kernels.triton.schedule import CHOICES
+from ..architecture import Architecture
+from ..kernels.criteria import CRITERIA
+from ..kernels.layers import Conv2d, Linear
+from ..kernels.triton.schedule import CHOICES
+from . import Call, choose
+from .paths import Path
+from .precision import at_precision
+from .triton_path import Triton, Unbuildable, reaches_queries, unbuildable
+from .verdicts import RIGHT, UNKNOWN, WRONG, Speed, Verdict
 
 MARK = "wslfast-trial:"  # of the lines that are ours
 K, N = 3, 37  # odd, and no multiple of a tile
