@@ -91,18 +91,6 @@ def fingerprint(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file. Raises WslfastError if it cannot be read."""
-    digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    except OSError as error:
-        raise WslfastError(f"{path}: cannot be read: {error.strerror or error}") from None
-    return digest.hexdigest()
-
-
 # -- units -------------------------------------------------------------------------------------------------------------
 
 

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from ..errors import require
+from ..files import sha256_of
 from ..measure.diversity import accuracy, classes_of, labels_of, outputs_of, sorted_channels
 from ..measure.generation import best_rows, val_accuracy
 from ..measure.recorded import check_recorded
-from ..measure.results import file_digest, fingerprint
+from ..measure.results import fingerprint
 from ..population import Population
 from ..zoo import Dataset, dataset_of, load_zoo, read_manifest
 from ..zoo.manifest import MANIFEST
@@ -94,7 +95,7 @@ class LoadedZoo:
     def __init__(self, zoo: str | Path, protocol: Protocol, *, device: str = "cpu", name: str | None = None) -> None:
         self.folder, self.protocol, self.device = Path(zoo), protocol, device
         manifest = read_manifest(zoo)
-        self.digest = file_digest(self.folder / MANIFEST)
+        self.digest = sha256_of(self.folder / MANIFEST)
         splits = set(manifest.properties["split"])
         require("train" in splits and "test" in splits, f"zoo {zoo}: expected train and test models, got splits {sorted(splits)}")
         self.train = evenly(load_zoo(zoo, "train"), protocol.train_models).to(device)

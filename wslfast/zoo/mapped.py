@@ -20,11 +20,11 @@ from torch import Tensor
 
 from ..architecture import Architecture
 from ..errors import WslfastError, describe, require
+from ..files import sha256_of
 from ..population import Population
-from .arrays import sha256_of
 from .manifest import MANIFEST, SPLITS
 from .reading import chosen_kind, chosen_rows, in_shards, parts_of, read_manifest
-from .shards import check_shards, check_weights, regular_file, rows_of, sound_part
+from .shards import check_digest, check_shards, check_weights, regular_file, rows_of, sound_part
 
 WINDOW = 8  # shards: 512 MiB of those that save_zoo writes
 
@@ -135,11 +135,7 @@ class MappedZoo:
         file = regular_file(self._folder, shard.file)
         try:
             if self._verify and number not in self._sound:
-                digest = sha256_of(file)
-                require(
-                    digest == shard.sha256,
-                    f"{where}: the shard is damaged or not the manifest's: expected sha256 {shard.sha256[:12]}..., got {digest[:12]}...",
-                )
+                check_digest(sha256_of(file), shard, where)
                 self._sound.add(number)
             with safetensors.safe_open(file, framework="pt") as opened:
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
