@@ -1,4 +1,4 @@
-"""Patches of layer inputs against torch's unfold and convolutions; their moments, symmetrised, are tested in test_codec.py."""
+"""Patches of layer inputs against torch's unfold and convolutions; their moments, symmetrised, are tested in test_linear.py."""
 
 from __future__ import annotations
 
