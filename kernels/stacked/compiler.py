@@ -138,14 +138,14 @@ class _Compiler:
             x = made
 
     def _given(self, reference: str, layout: Layout, rank: int) -> int:
-        """Place of a value that the caller puts among those that are prepared."""
+        """Place of a value that the caller adds to the prepared values."""
         if reference not in self.place:
             self.given.append((reference, self._new(reference, layout), layout))
             self.rank[reference] = rank
         return self.place[reference]
 
     def _owns_its_input(self, node: Node) -> bool:
-        """Whether an activation may be written over what it reads: nobody else does, nor does the backward of the layer that made it."""
+        """Whether an activation may overwrite its input: no other node reads it, nor does the backward of the layer that made it."""
         if node.operation not in _IN_PLACE or not self.aligned:
             return False
         below = str(node.argument("self"))
@@ -261,7 +261,7 @@ class _Compiler:
         return Layout.MODELS, Layout.MODELS
 
     def _stays(self, node: Node, operation: Operation, read: list[str]) -> bool:
-        """Whether a node whose input has the models among the channels may leave them there."""
+        """Whether a node can compute in the layout of channels, where its input already is."""
         ranks = [self.rank[r] for r in read]
         stacked = [r for r in read if self.layout[r] is not Layout.SHARED]
         if operation.form == "identity" or operation.form in _NORMS:

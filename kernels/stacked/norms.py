@@ -1,4 +1,4 @@
-"""Batch norms in evaluation mode as numbers: a factor and a shift a channel, or other weights of the layer before."""
+"""Batch norms in evaluation mode: as a factor and a shift per channel, or folded into the weights of the layer before."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Norm(NamedTuple):
 
     @classmethod
     def of(cls, read: Callable[[str], Any], eps: float) -> Norm:
-        """From what ``read`` gives for each of ``PARAMETERS``."""
+        """The norm whose tensors ``read`` returns, one for each of ``PARAMETERS``."""
         mean, variance, scale, shift = (read(name) for name in PARAMETERS)
         return cls(mean, variance, scale, shift, eps)
 

@@ -44,7 +44,7 @@ class Ruled:
 
 @dataclass(frozen=True)
 class Island:
-    """Neighboring calls without rules: cut off from the others, inside them torch's own graph."""
+    """Neighboring calls without rules, differentiated together by torch's own graph, which ends at their inputs and outputs."""
 
     steps: tuple[Step, ...]
     inputs: tuple[int, ...]  # places that weights reach
@@ -86,7 +86,7 @@ class Island:
 
 @dataclass(frozen=True)
 class Constant:
-    """A call that no weight reaches, or whose result is no number to differentiate."""
+    """A call without a gradient: its result does not depend on weights, or is not differentiable (integers, booleans)."""
 
     step: Step
 
@@ -118,7 +118,7 @@ class Tape:
         return values[self.program.output], saved
 
     def backward(self, g: Tensor, saved: list[Any], models: int) -> list[Tensor | None]:
-        """Gradients of the carried values, None where there is none, from that of the outputs. ``saved`` is used up."""
+        """Gradients of the carried values from that of the outputs, None where there is none. Empties ``saved``, to free memory."""
         gradients: list[Tensor | None] = [None] * self.program.size
         gradients[self.program.output] = g
         for call in reversed(self.calls):
@@ -151,7 +151,7 @@ def tape_of(program: Program) -> Tape:
 
 
 def _inside_of_lists(steps: Sequence[Step]) -> set[int]:
-    """Calls from one that gives several tensors to the last that reads them: they stay in one island."""
+    """Numbers of the calls from one that returns several tensors to the last that reads them: these stay in one island."""
     inside: set[int] = set()
     for i, step in enumerate(steps):
         if step.several:
@@ -161,7 +161,7 @@ def _inside_of_lists(steps: Sequence[Step]) -> set[int]:
 
 
 def _close(calls: list[Ruled | Island | Constant], island: list[Step], program: Program, reached: set[int]) -> None:
-    """The island so far becomes one call."""
+    """End the current island: its calls become one."""
     if not island:
         return
     steps = tuple(island)

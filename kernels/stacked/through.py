@@ -32,7 +32,7 @@ def lifted(x: Tensor, segment: Segment) -> Tensor:
 
 
 def shared_input(x: Tensor, segment: Segment) -> Tensor:
-    """Input that all models share, as the first convolution wants it: cropped to what the segment looks at."""
+    """Input that all models share, in the layout of the first convolution, cropped to the pixels that the segment reads."""
     _, height, width = program_of(segment, True, False).crop
     return channels_last(lifted(x, segment)[:, :, :height, :width])
 

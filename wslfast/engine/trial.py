@@ -46,12 +46,12 @@ clock: Callable[[], float] = time.perf_counter
 
 
 def kernels(architecture: Architecture, choice: str) -> Path:
-    """The path that is on trial."""
+    """The kernels' path, which is on trial."""
     return Triton(architecture, "on trial", choice)
 
 
 def torch_path(architecture: Architecture, device: torch.device, form: str) -> Path:
-    """The path that it has to beat."""
+    """Torch's path, which the kernels have to beat."""
     return choose(architecture, device.type, torch.float32, "torch", torch.is_autocast_enabled(device.type), Call(form))
 
 
@@ -68,7 +68,7 @@ def models(architecture: Architecture, k: int, seed: int) -> Tensor:
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Inside, memory that torch hands out uninitialised is NaN: a number that no kernel writes is found."""
+    """In this block ``torch.empty`` and its kin return NaN, so that a number that no kernel writes shows up in the result."""
     names = ("empty", "empty_like", "empty_strided")
     real = {name: getattr(torch, name) for name in names}
 
@@ -185,7 +185,7 @@ class Trial:
         return tuple(t.to(self.device, copy=True) for t in tensors)
 
     def _twice(self, what: str, run: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """What ``run`` gives, which has to be the same to the bit when it runs again."""
+        """What ``run`` returns. Raises Wrong unless a second run returns the same bits."""
         with at_precision(self.precision), poisoned():
             first = [t.detach().float().cpu() for t in run()]
             second = [t.detach().float().cpu() for t in run()]
@@ -194,7 +194,7 @@ class Trial:
         return tuple(first)
 
     def _error(self, what: str, found: Tensor, truth: Tensor) -> float:
-        """Relative error of the models that are well; the broken one has to show that it is not."""
+        """Relative error of the models whose weights are finite. Raises Wrong if the model with NaN weights has no NaN in its result."""
         if found.shape != truth.shape:
             raise Wrong(f"{what}: expected {list(truth.shape)}, got {list(found.shape)}")
         if not bool(found[BROKEN].isnan().any()):

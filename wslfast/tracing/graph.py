@@ -150,7 +150,7 @@ def _verify(graph: Graph, module: nn.Module, state: Mapping[str, Tensor]) -> Non
 
 
 def _difference(graph: Graph, module: nn.Module, state: Mapping[str, Tensor], queries: Tensor, tolerance: float) -> str | None:
-    """In what graph and module differ; None where they give the same."""
+    """How graph and module differ, in words; None if they give the same."""
     leaves = {name: value.clone().requires_grad_() for name, value in state.items()}
     x = queries.clone().requires_grad_()
     try:

@@ -64,7 +64,7 @@ def load(path: Path) -> Loaded:
 
 
 def _apart(state: dict[str, Tensor], beside: dict[str, Any]) -> Loaded:
-    """Whole numbers that lie among the weights, a label say, are not of them."""
+    """The weights, without single integers such as a label that lie among them; these count as saved beside the weights."""
     for name in [n for n, t in state.items() if t.ndim == 0 and not t.is_floating_point() and "." not in n and n != "num_batches_tracked"]:
         beside = {name: state.pop(name).item(), **beside}
     require(len(state) > 0, "expected a state dict (names to tensors)")

@@ -225,7 +225,7 @@ def _without_prefix(state: State, architecture: Architecture) -> State:
 
 
 def _difference(state: State, architecture: Architecture) -> str:
-    """What is not as the network has it, of one checkpoint."""
+    """How a checkpoint differs from the network, in words."""
     wanted = {slot.name: slot.shape for slot in architecture.parameters}
     held = {name: tuple(value.shape) for name, value in effective_state(_without_prefix(state, architecture), architecture.known).items()}
     lacks = [name for name in wanted if name not in held]
