@@ -20,8 +20,9 @@ from .calls import Call, Layout, Values, spatial
 from .forms import FORMS, channels_first, models_first
 from .norms import Norm
 from .program import Program, Step
+from .rows import Rows, rows_of
 from .rules import FUNCTIONS, TO_CHANNELS, TO_MODELS, rule_of
-from .segments import Segment, rows_of, segments
+from .segments import Segment, segments
 from .through import Through, shared_input, through
 from .training_forms import normalised
 
@@ -329,7 +330,8 @@ class _Compiler:
         references = segment.references()
         rows = self.size
         self.size += 1
-        self.made.append(Step(lambda a, models: rows_of(segment, a), {}, [(r, self.place[r]) for r in references], [], [], rows))
+        make = lambda a, models: rows_of(segment, a)  # noqa: E731
+        self.made.append(Step(make, {}, [(r, self.place[r]) for r in references], [], [], rows, rule=partial(Rows, segment)))
         first = segment.layers[0]
         shared = self.layout[segment.input] is Layout.SHARED and not (isinstance(first, Conv2d) and first.groups > 1)
         if shared:

@@ -52,8 +52,8 @@ def sizes(graph: Graph) -> tuple[int, int, int]:
         shape = shape[0] if isinstance(shape, list) else shape
         before = two[f"@{i}"]
         numbers = math.prod(shape) - math.prod(before[0] if isinstance(before, list) else before)
-        made += numbers
         form = TABLE[node.operation].form
+        made += 0 if form == "batch_norm" and not node.argument("training") else numbers  # folded into the layer beside it
         if form in ("convolution", "transposed", "linear"):
             weight = str(node.argument("weight"))
             work = numbers * math.prod(three[weight][1:]) if weight in three else 0
