@@ -27,7 +27,7 @@ def tapes_of(program: Program) -> tuple[Tape, Tape]:
 def by_tape(program: Program, leaves: Sequence[Tensor], slabs: Slabs, share: Share) -> tuple[Tensor, list[Tensor]]:
     """Losses ``[M]`` and gradients of each slot's ``[M, *shape]``, through rules written out and, where there is none, islands."""
     made, rest = tapes_of(program)
-    models = len(leaves[0])
+    models = leaves[0].shape[0]
 
     def slab(start: int, prepared: Sequence[Any]) -> tuple[Tensor, list[Tensor | None]]:
         (outputs,), saved = rest.forward(list(prepared), carried, models, prepared[program.query].shape[int(program.own)])
@@ -45,7 +45,7 @@ def by_graph(
     program: Program, leaves: Sequence[Tensor], slabs: Slabs, share: Share, context: Callable[[], Any]
 ) -> tuple[Tensor, list[Tensor]]:
     """The same through torch's graph, in a ``context`` such as autocast."""
-    models = len(leaves[0])
+    models = leaves[0].shape[0]
     with context():
         carried, made = _cut(program, leaves)
     wanted = [value.requires_grad_(source.requires_grad) for value, source in zip(carried, made, strict=True) if source.requires_grad]

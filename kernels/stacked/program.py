@@ -121,7 +121,7 @@ class Program:
         for place, leaf in zip(self.places, leaves, strict=True):
             known[place] = leaf
         for step in self.made:
-            step(known, len(leaves[0]), 0)
+            step(known, leaves[0].shape[0], 0)
         return [known[place] for place in self.carried]
 
     def outputs(self, shared: Sequence[Any], weights: Sequence[Any], models: int, n: int) -> Tensor:
