@@ -122,7 +122,7 @@ class Call:
 
     def rows(self, group: int) -> Tensor:
         """Weights ``[M, P]`` of a group, filled up with idle models: copies of its last."""
-        rows = self.weights[group : group + self.models]
+        rows = self.weights if self.models == self.weights.shape[0] else self.weights[group : group + self.models]
         missing = self.models - rows.shape[0]
         return rows if missing == 0 else torch.cat((rows, rows[-1:].expand(missing, rows.shape[1])))
 
@@ -205,29 +205,27 @@ def loss_and_gradient(
 
 
 def loss_and_gradient_of(call: Call, targets: Tensor, criterion: Named, temperature: float) -> tuple[Tensor, Tensor]:
-    weights, graph, n = call.weights, call.graph, call.n
-    losses = weights.new_zeros(weights.shape[0])
-    gradient = torch.empty_like(weights, memory_format=torch.contiguous_format)
+    weights, graph, n, k = call.weights, call.graph, call.n, call.weights.shape[0]
     if n == 0:  # the mean over no queries, as the reference has it
-        return losses.fill_(float("nan")), gradient.zero_()
+        return weights.new_full((k,), float("nan")), torch.zeros_like(weights, memory_format=torch.contiguous_format)
     autocast = _autocast(weights.device.type)
     with torch.no_grad(), autocast():
         shared = call.shared()
 
-    def group(start: int) -> None:
+    def group(start: int) -> tuple[Tensor, list[Tensor]]:
         rows = call.rows(start)
-        real = min(weights.shape[0] - start, call.models)
-        wanted = targets[start : start + real]
-        if real < rows.shape[0]:
-            wanted = torch.cat((wanted, wanted[-1:].expand(rows.shape[0] - real, *wanted.shape[1:])))
+        models, real = rows.shape[0], min(k - start, call.models)
+        wanted = targets if real == k else targets[start : start + real]
+        if real < models:
+            wanted = torch.cat((wanted, wanted[-1:].expand(models - real, *wanted.shape[1:])))
 
         def share(at: int, made: Tensor) -> tuple[Tensor, Tensor]:
-            target = wanted[:, at : at + call.slab]
+            target = wanted if call.slab >= n else wanted[:, at : at + call.slab]
             q = target.shape[1]
             outputs = made if q == made.shape[1] else made[:, :q]
             value, slope = share_of_loss(outputs.to(weights.dtype), target, n, criterion, temperature)
             if made.shape[1] > q:
-                slope = torch.cat((slope, slope.new_zeros(rows.shape[0], made.shape[1] - q, *slope.shape[2:])), 1)
+                slope = torch.cat((slope, slope.new_zeros(models, made.shape[1] - q, *slope.shape[2:])), 1)
             return value, slope
 
         def prepared(at: int) -> list[Any]:
@@ -240,11 +238,22 @@ def loss_and_gradient_of(call: Call, targets: Tensor, criterion: Named, temperat
             value, slopes = by_tape(call.program, leaves, slabs, share)
         else:
             value, slopes = by_graph(call.program, leaves, slabs, share, autocast)
-        losses[start : start + real] = value[:real]
-        flat = [s.reshape(rows.shape[0], -1)[:real] for s in slopes]
-        torch.cat(flat, 1, out=gradient[start : start + real])
+        flat = [s if s.ndim == 2 else s.reshape(models, -1) for s in slopes]
+        return (value, flat) if real == models else (value[:real], [s[:real] for s in flat])
 
-    _jobs(weights.shape[0], call, group)
+    if call.models >= k:  # one group: what it gives is the result
+        results: list[tuple[Tensor, list[Tensor]]] = []
+        _jobs(k, call, lambda start: results.append(group(start)))
+        ((losses, slopes),) = results
+        return losses, torch.cat(slopes, 1)
+    losses, gradient = weights.new_empty(k), torch.empty_like(weights, memory_format=torch.contiguous_format)
+
+    def keep(start: int) -> None:
+        value, flat = group(start)
+        losses[start : start + value.shape[0]] = value
+        torch.cat(flat, 1, out=gradient[start : start + value.shape[0]])
+
+    _jobs(k, call, keep)
     return losses, gradient
 
 

@@ -198,6 +198,9 @@ class Stacked:
         pieces: list[tuple[Tensor, Tensor]] = []
 
         def piece(part: slice) -> None:
+            if part == slice(0, k):  # small calls are many, and a view of a tensor is a microsecond
+                pieces.append(self._piece(weights, queries, targets, criterion, temperature, index))
+                return
             x = queries[part] if own and index is None else queries
             rows = None if index is None else index[part]
             pieces.append(self._piece(weights[part], x, targets[part], criterion, temperature, rows))
