@@ -20,6 +20,7 @@ from .calls import Call, Layout, Values, spatial
 from .forms import FORMS, channels_first, models_first
 from .norms import Norm
 from .program import Program, Step
+from .recurrent import recurrent
 from .rows import Rows, rows_of
 from .rules import FUNCTIONS, TO_CHANNELS, TO_MODELS, rule_of
 from .segments import Segment, segments
@@ -46,13 +47,14 @@ _FOLDABLE = {"conv1d", "conv2d", "conv3d", "conv1d.padding", "conv2d.padding", "
 
 @lru_cache(maxsize=256)
 def compile_program(graph: Graph, own: bool, aligned: bool, segmented: bool = False) -> Program:
-    """The program of a graph; ``aligned``: see :class:`Call`; ``segmented``: runs of layers go to the CPU wing's steps."""
+    """The program of a graph; ``aligned``: see :class:`Call`; ``segmented``: runs of layers go to the CPU wing's steps, and
+    what is differentiated is so once."""
     return _Compiler(graph, own, aligned, segmented).program()
 
 
 class _Compiler:
     def __init__(self, graph: Graph, own: bool, aligned: bool, segmented: bool) -> None:
-        self.graph, self.own, self.aligned = graph, own, aligned
+        self.graph, self.own, self.aligned, self.segmented = graph, own, aligned, segmented
         self.shapes = shapes = value_shapes(graph)
         self.rank: dict[str, Any] = {r: _ranks(shape) for r, shape in shapes.items()}
         self.layout: dict[str, Layout] = {QUERY: Layout.MODELS if own else Layout.SHARED}
@@ -123,6 +125,8 @@ class _Compiler:
         chosen = [node.argument(axis, operation.parameters[axis].default) for axis in AXES & set(operation.parameters)]
         if operation.form == "axes" and any(axes in (None, ()) for axes in chosen):
             form = FORMS["vmap"]  # without axes it would be of all numbers, those of other models included
+        if operation.form == "recurrent":
+            form = partial(recurrent, once=self.segmented)
         self._emit(name, node, operation, wanted, layout, form)
 
     def _dropout(self, i: int, node: Node) -> None:
