@@ -17,8 +17,8 @@ from ..layers import Conv2d
 from ..operations import AXES, TABLE, Operation
 from ..reference import value_shapes
 from .calls import Call, Layout, Values, spatial
+from .folds import FoldedBias, FoldedWeight
 from .forms import FORMS, channels_first, models_first
-from .norms import Norm
 from .program import Program, Step
 from .recurrent import recurrent
 from .rows import Rows, rows_of
@@ -305,24 +305,20 @@ class _Compiler:
         return pairs
 
     def _fold(self, i: int, norm: Node, layer: Node) -> None:
-        """A step that makes the weights of a layer with the batch norm behind it, and one for that layer."""
+        """Steps that make weights and biases of a layer with the batch norm behind it, and one for that layer."""
         given = dict(layer.arguments)
-        read = {key: given[key] for key in ("weight", "bias") if given.get(key) is not None}
-        read |= {f"norm_{key}": r for key, r in norm.arguments if isinstance(r, str) and r.startswith("@w:")}
+        numbers = {f"norm_{key}": r for key, r in norm.arguments if isinstance(r, str) and r.startswith("@w:")}
         eps = float(norm.argument("eps", 1e-5))
-        both = self.size
-        self.size += 1
-        tensors = [(key, self.place[r]) for key, r in read.items()]
-
-        def make(a: Values, models: int) -> list[Tensor]:
-            return list(Norm.of(lambda name: a.get(f"norm_{name}"), eps).fold(a["weight"], a.get("bias")))
-
-        self.made.append(Step(make, {}, tensors, [], [], both, several=True))
-        for at, key in enumerate(("weight", "bias")):
+        rank = self.rank[str(given["weight"])]
+        for key, rule, axes in (("weight", FoldedWeight(eps), rank), ("bias", FoldedBias(eps), 1)):
+            read = {name: r for name, r in numbers.items() if key == "bias" or name in ("norm_running_var", "norm_weight")}
+            read |= {key: given[key]} if given.get(key) is not None else {}
             given[key] = reference = f"@made:{key} of {i}"
-            self.rank[reference] = self.rank[str(read["weight"])] if key == "weight" else 1
-            step = Step(lambda a, models, at=at: a["both"][at], {}, [("both", both)], [], [], self._new(reference, Layout.MODELS))  # type: ignore[misc]
-            self.made.append(step)
+            self.rank[reference] = axes
+            tensors = [(name, self.place[r]) for name, r in read.items()]
+            run = lambda a, models, rule=rule: rule.forward(a, models)[0]  # noqa: E731
+            out = self._new(reference, Layout.MODELS)
+            self.made.append(Step(run, {}, tensors, [], [], out, rule=lambda wanted, rule=rule: rule))  # type: ignore[misc]
         operation = TABLE[layer.operation]
         folded = Node(layer.operation, tuple(given.items()))
         self._emit(f"@{i}", folded, operation, *self._settle(folded, operation), FORMS[operation.form])
