@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..cpu.products import product
 from ..cpu.steps import as_channels_last
 from .calls import Call, Layout, Values
 from .recurrent import cell, recurrent
@@ -173,9 +174,8 @@ def products(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, models:
     if rows.ndim == 2:
         rows = rows.expand(models, *rows.shape)
     weight = _everyone(weight, models, call.stacked("weight"))
-    product = weight.transpose(1, 2)
-    made = torch.bmm(rows, product) if bias is None else torch.baddbmm(bias.unsqueeze(-2), rows, product)
-    return made if len(lead) == 1 else made.view(models, *lead, out), rows, weight
+    made = product(rows, weight, bias)
+    return made if len(lead) == 1 else made.reshape(models, *lead, out), rows, weight
 
 
 def matmul(call: Call, a: Values, models: int) -> Tensor:

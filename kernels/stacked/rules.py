@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..cpu.products import weight_gradient
 from .calls import Call, Layout, Values
 from .forms import behind, channels_first, models_first, products, ranked
 
@@ -52,7 +53,7 @@ class Linear:
         g = g.reshape(models, -1, g.shape[-1])
         made: Gradients = {}
         if "weight" in self.wanted:
-            slope = torch.bmm(g.transpose(1, 2), rows)
+            slope = weight_gradient(g, rows)
             made["weight"] = slope if slope.shape[2] == features else slope[..., :features]
         if "bias" in self.wanted:
             made["bias"] = g.sum(1)

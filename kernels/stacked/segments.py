@@ -14,15 +14,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ..chains import activation_of
 from ..cpu.activations import function_of
 from ..graph import Graph, Node
 from ..layers import Affine, Conv2d, Dropout, Flatten, Layer, Layers, Linear, Pool2d
 from ..operations import TABLE
-from .norms import PARAMETERS, Norm
+from .norms import PARAMETERS
 
 Shape = tuple[int, ...]
 
@@ -297,43 +294,3 @@ def _folded_ahead(parts: Sequence[Part]) -> list[Part]:
 def _commutes(layer: Layer) -> bool:
     """Whether a factor and a shift per channel give the same result before this layer and after it."""
     return isinstance(layer, (Flatten, Dropout)) or (isinstance(layer, Pool2d) and layer.mode == "avg" and layer.padding == (0, 0))
-
-
-def rows_of(segment: Segment, values: Mapping[str, Tensor]) -> Tensor:
-    """Weights ``[M, P]`` of the segment's layers, in their order, from the graph's parameters ``[M, *shape]``."""
-    pieces: list[Tensor] = []
-    for part in segment.parts:
-        weight, bias = (None if r is None else values[r] for r in (part.weight, part.bias))
-        if isinstance(part.layer, Affine):
-            assert part.after is not None
-            weight, bias = _norm_of(part.after, values).factor_and_shift()
-        elif weight is None:
-            continue
-        else:
-            if part.after is not None:
-                weight, bias = _norm_of(part.after, values).fold(weight, bias)
-            if part.before is not None:
-                weight, bias = _ahead(weight, bias, *_norm_of(part.before, values).factor_and_shift(), part.layer)
-        pieces += [weight.flatten(1)] if bias is None else [weight.flatten(1), bias]
-    return torch.cat(pieces, 1)
-
-
-def _norm_of(norm: NormPart, values: Mapping[str, Tensor]) -> Norm:
-    references = dict(zip(PARAMETERS, norm.parameters, strict=True))
-    return Norm.of(lambda name: None if references[name] is None else values[str(references[name])], norm.eps)
-
-
-def _ahead(weight: Tensor, bias: Tensor | None, factor: Tensor, shift: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
-    """Weights and bias of a layer that reads factor * x + shift: w (f x + s) = (w f) x + w s."""
-    models = len(weight)
-    if isinstance(layer, Conv2d):
-        grouped = weight.view(models, layer.groups, -1, *weight.shape[2:])
-        along = models, layer.groups, 1, -1, 1, 1
-        moved = (grouped * shift.view(along)).sum((3, 4, 5)).flatten(1)
-        made = (grouped * factor.view(along)).view_as(weight)
-    else:
-        times = weight.shape[-1] // factor.shape[-1]  # pixels of a channel, side by side
-        factor, shift = (x.repeat_interleave(times, 1).unsqueeze(1) if times > 1 else x.unsqueeze(1) for x in (factor, shift))
-        moved = torch.bmm(weight, shift.transpose(1, 2)).squeeze(2)
-        made = weight * factor
-    return made, moved if bias is None else bias + moved

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import wslfast
 from wslfast.kernels.stacked import engine, passes, rules
 from wslfast.kernels.stacked.compiler import compile_program
-from wslfast.kernels.stacked.tape import Island, Ruled, tape_of
+from wslfast.kernels.stacked.passes import tapes_of
+from wslfast.kernels.stacked.tape import Island, Ruled
 
 K, N, WIDTH = 3, 5, 6
 
@@ -112,7 +113,7 @@ def test_function(name: str) -> None:
     _check(make)
     architecture, _ = _population(make)
     assert any(node.operation == name for node in architecture.graph.nodes)
-    tape = tape_of(compile_program(architecture.graph, False, True))
+    _, tape = tapes_of(compile_program(architecture.graph, False, True))
     assert not [call for call in tape.calls if isinstance(call, Island)]
 
 
@@ -148,7 +149,7 @@ def test_tokens_of_a_sequence() -> None:
 
     _check(Block)
     architecture, _ = _population(Block)
-    kinds = {type(call) for call in tape_of(compile_program(architecture.graph, False, True)).calls}
+    kinds = {type(call) for call in tapes_of(compile_program(architecture.graph, False, True))[1].calls}
     assert {Ruled, Island} <= kinds
 
 
