@@ -22,6 +22,7 @@ codes/test_linear.py                 wslfast/codes/token_groups
 engine/test_paths.py                 wslfast/engine/choice wslfast/engine/module_path
 engine/test_ranks.py                 wslfast/zoo/parts
 faults/test_backends.py              wslfast/engine/triton_path
+faults/test_determinism.py           kernels/stacked/company
 faults/test_fuzz.py                  wslfast/safe/state
 faults/test_hostile.py               wslfast/safe/inert
 faults/test_memory.py                wslfast/engine/chunks wslfast/engine/memory
@@ -32,7 +33,7 @@ kernels/stacked/test_segments.py     kernels/stacked/through
 kernels/stacked/test_tape.py         kernels/stacked/norms kernels/stacked/passes kernels/stacked/rules
 kernels/test_hostile_graphs.py       kernels/graph
 kernels/test_operations.py           kernels/reference kernels/stacked/calls kernels/stacked/forms
-kernels/test_random_graphs.py        kernels/stacked/company kernels/stacked/compiler kernels/stacked/engine kernels/stacked/program
+kernels/test_random_graphs.py        kernels/stacked/compiler kernels/stacked/engine kernels/stacked/program
 kernels/triton/test_differentiable.py kernels/once
 kernels/triton/test_interpreter.py   kernels/triton/activations kernels/triton/convolution kernels/triton/criterion kernels/triton/gradients
                                      kernels/triton/head kernels/triton/stages kernels/triton/tiles
@@ -76,9 +77,9 @@ zoo/test_build.py                    wslfast/zoo/adam wslfast/zoo/grid
 zoo/test_catalogue.py                wslfast/zoo/photos
 zoo/test_datasets.py                 wslfast/zoo/arrays
 zoo/test_fitting.py                  kernels/stacked/training kernels/stacked/training_forms wslfast/engine/training
-                                     wslfast/tracing/training wslfast/zoo/grids wslfast/zoo/signals wslfast/zoo/unfinished
+                                     wslfast/tracing/training wslfast/zoo/signals wslfast/zoo/unfinished
 zoo/test_mapped.py                   wslfast/training/models
-zoo/test_public_zoos.py              wslfast/zoo/importers/inr wslfast/zoo/importers/modules wslfast/zoo/importers/small_cnn
+zoo/test_public_zoos.py              wslfast/zoo/grids wslfast/zoo/importers/inr wslfast/zoo/importers/modules wslfast/zoo/importers/small_cnn
 zoo/test_store.py                    wslfast/zoo/manifest wslfast/zoo/reading wslfast/zoo/shards wslfast/zoo/splits
 """
 
