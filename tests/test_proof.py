@@ -129,6 +129,18 @@ def test_slow_is_right_and_off(tried: Callable[..., dict[str, Verdict]]) -> None
     assert "right but not faster" in decision.reason
 
 
+@pytest.mark.parametrize(("error", "status"), [(MemoryError(), UNKNOWN), (ValueError(), FAILED)], ids=["memory", "other"])
+def test_an_error_without_a_message_is_a_verdict(monkeypatch: pytest.MonkeyPatch, error: Exception, status: str) -> None:
+    def fail(self: trial.Trial, choice: str) -> dict[str, float]:
+        raise error
+
+    said: list[dict[str, Any]] = []
+    monkeypatch.setattr(trial.Trial, "errors", fail)
+    trial.run({"device": "cpu", "architecture": ARCH.to_dict(), "forms": ["loss"], "precision": "tf32", "sizes": []}, said.append)
+    assert said[-1]["verdict"]["status"] == status
+    assert type(error).__name__ in said[-1]["verdict"]["reason"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "words"),

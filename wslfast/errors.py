@@ -37,6 +37,11 @@ def describe(value: Any) -> str:
     return type(value).__name__ if not isinstance(value, (str, int, float, bool, type(None))) else repr(value)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, at most 300 characters; of an error without a message, its class's name."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
 def check_device(device: torch.device | str) -> torch.device:
     """The device, if it is the CPU or a CUDA device of this machine. Raises WslfastError otherwise."""
     try:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..architecture import Architecture
-from ..errors import WslfastError, describe
+from ..errors import WslfastError, describe, first_line
 from ..kernels import reference, stacked
 from ..kernels.cpu import engine as cpu
 from ..kernels.criteria import Named, share_of_loss
@@ -64,8 +64,7 @@ def _named(architecture: Architecture, queries: Tensor) -> Iterator[None]:
     except (RuntimeError, LookupError, ValueError) as error:
         if is_shortage(error) or isinstance(error, WslfastError):
             raise
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise WslfastError(f"architecture {architecture.name!r} cannot run on queries {describe(queries)}: {first:.300}") from error
+        raise WslfastError(f"architecture {architecture.name!r} cannot run on queries {describe(queries)}: {first_line(error)}") from error
 
 
 def in_pieces(run: Run, weights: Tensor, queries: Tensor, architecture: Architecture, graph: bool, size: int | None = None) -> Tensor:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..architecture import Architecture
+from ..errors import first_line
 from ..kernels.criteria import CRITERIA
 from ..kernels.layers import Conv2d, Linear
 from ..kernels.triton.schedule import CHOICES
@@ -273,7 +274,7 @@ def run(job: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> None:
         torch.zeros(1, device=device) + 1
     except RuntimeError as error:  # a GPU that takes one process alone, or has no memory left
         for form in job["forms"]:
-            say(_said(form, Verdict(UNKNOWN, f"no second process gets onto the GPU: {str(error).splitlines()[0]:.160}")))
+            say(_said(form, Verdict(UNKNOWN, f"no second process gets onto the GPU: {first_line(error):.160}")))
         return
     for form in job["forms"]:
         say({"form": form, "begins": True})
@@ -293,9 +294,9 @@ def _verdict(trial: Trial, job: dict[str, Any], interim: Callable[[Verdict], Non
     except Unbuildable:
         return Verdict("failed", unbuildable[trial.architecture])
     except (torch.OutOfMemoryError, MemoryError) as error:
-        return Verdict(UNKNOWN, f"out of memory: {str(error).splitlines()[0]:.160}")
+        return Verdict(UNKNOWN, f"out of memory: {first_line(error):.160}")
     except Exception as error:
-        return Verdict("failed", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message':.200}")
+        return Verdict("failed", f"{type(error).__name__}: {first_line(error):.200}")
     wrong = {name: value for name, value in errors.items() if not value < 1}
     worst = max(errors, key=lambda name: errors[name])
     if wrong:
@@ -309,7 +310,7 @@ def _verdict(trial: Trial, job: dict[str, Any], interim: Callable[[Verdict], Non
         except (torch.OutOfMemoryError, MemoryError):
             continue
         except Exception as error:  # right at a small size, and broken at a real one
-            return Verdict("failed", f"at k={k}, n={n}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else '':.200}")
+            return Verdict("failed", f"at k={k}, n={n}: {type(error).__name__}: {first_line(error):.200}")
         speeds.append(speed)
         right = Verdict(RIGHT, "; ".join([right.reason, *left_out]), errors, tuple(speeds))
         interim(right)

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
+from ..errors import first_line
 from ..kernels.graph import Constant, Graph, slots_of
 from ..kernels.operations import check_graph
 from ..kernels.reference import check_values, run_graph
 from .convert import Converter, Untraceable, written_in
-from .module import FrozenNorms, first_line, plainly, queries_for
+from .module import FrozenNorms, plainly, queries_for
 from .simplify import joined
 from .training import training_of
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from torch.overrides import TorchFunctionMode
 
-from ..errors import WslfastError, require
+from ..errors import WslfastError, first_line, require
 from ..kernels.operations import by_running_statistics
 
 
@@ -273,7 +273,3 @@ class RandomCalls(TorchFunctionMode):
             where = f" in {self._at[-1]!r}" if self._at else ""
             self.found.append(f"{getattr(func, '__name__', func)}{where}")
         return result
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
