@@ -22,7 +22,8 @@ from .forms import FORMS, channels_first, models_first
 from .program import Program, Step
 from .recurrent import recurrent
 from .rows import Rows, rows_of
-from .rules import FUNCTIONS, TO_CHANNELS, TO_MODELS, rule_of
+from .rule_table import rule_of
+from .rules import FUNCTIONS, TO_CHANNELS, TO_MODELS
 from .segments import Segment, segments
 from .through import Through, shared_input, through
 from .training_forms import normalised
@@ -271,6 +272,8 @@ class _Compiler:
         stacked = [r for r in read if self.layout[r] is not Layout.SHARED]
         if operation.form == "identity" or operation.form in _NORMS:
             return True
+        if operation.name == "cat":
+            return -max(ranks) < node.argument("dim") < 0 and min(ranks) == max(ranks) >= 3 and not any(r.startswith("@w:") for r in read)
         if operation.name in _PER_CHANNEL:  # images without queries have other axes in the places of queries and channels
             return ranks[0] == 2 + (len(node.argument("pad")) // 2 if operation.name == "pad" else spatial(operation))
         if operation.name in _ALONG_PIXELS:
@@ -333,7 +336,7 @@ class _Compiler:
         make = lambda a, models: rows_of(segment, a)  # noqa: E731
         self.made.append(Step(make, {}, [(r, self.place[r]) for r in references], [], [], rows, rule=partial(Rows, segment)))
         first = segment.layers[0]
-        shared = self.layout[segment.input] is Layout.SHARED and not (isinstance(first, Conv2d) and first.groups > 1)
+        shared = self.layout[segment.input] is Layout.SHARED and isinstance(first, Conv2d) and first.groups == 1
         if shared:
             x = self.size
             self.size += 1

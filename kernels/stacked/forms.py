@@ -13,7 +13,7 @@ when the program was made (``program.py``). Every form is a plain function of te
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -86,8 +86,25 @@ def shape(call: Call, a: Values, models: int) -> Tensor:
 def join(call: Call, a: Values, models: int) -> Tensor:
     """Several tensors along one axis; what is shared is repeated."""
     layouts = call.layouts["tensors"]
+    if call.layout is Layout.CHANNELS:
+        parts = spread(a["tensors"], layouts, models)
+        return joined_channels(parts, models) if -a["dim"] == call.rank - 1 else torch.cat(parts, a["dim"])
     a["tensors"] = [_everyone(t, models, layout is Layout.MODELS) for t, layout in zip(a["tensors"], layouts, strict=True)]
     return call.operation.invoke(a)
+
+
+def spread(parts: Sequence[Tensor], layouts: Sequence[Layout], models: int) -> list[Tensor]:
+    """``[n, M * C, ...]`` each; what is shared is repeated."""
+    return [
+        part if layout is Layout.CHANNELS else part.repeat(1, models, *(1,) * (part.ndim - 2))
+        for part, layout in zip(parts, layouts, strict=True)
+    ]
+
+
+def joined_channels(parts: Sequence[Tensor], models: int) -> Tensor:
+    """Each model's channels ``[n, M * C, ...]`` of all parts side by side; images channels-last, as the parts are."""
+    behind = [part.movedim(1, -1).unflatten(-1, (models, -1)) for part in parts]
+    return torch.cat(behind, -1).flatten(-2).movedim(-1, 1)
 
 
 def scatter(call: Call, a: Values, models: int) -> Tensor:
@@ -330,7 +347,9 @@ def group_norm(call: Call, a: Values, models: int) -> Tensor:
     """Group norm over groups of each model's own channels."""
     x, groups, eps = a["input"], a["num_groups"], a.get("eps", 1e-5)
     if call.layout is Layout.CHANNELS:
-        return _affine(call, a, F.group_norm(x, groups * models, eps=eps), models)
+        weight, bias = (_channelwise(call, a, name, models, call.rank) for name in ("weight", "bias"))
+        flat = [None if p is None else p.flatten() for p in (weight, bias)]
+        return F.group_norm(x, groups * models, flat[0], flat[1], eps)
     if not call.stacked("input"):
         return _affine(call, a, F.group_norm(x, groups, eps=eps), models)
     n = x.shape[1]

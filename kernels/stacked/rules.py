@@ -329,23 +329,16 @@ def _identity(call: Call, known: Values, wanted: frozenset[str], owned: bool) ->
 
 
 # By form, then by name.
-_FORMS: dict[str, Maker] = {"linear": _linear, "elementwise": _function, "layer_norm": _layer_norm, "identity": _identity, "shape": _shape}
-_NAMES: dict[str, Maker] = {
+FORM_MAKERS: dict[str, Maker] = {
+    "linear": _linear,
+    "elementwise": _function,
+    "layer_norm": _layer_norm,
+    "identity": _identity,
+    "shape": _shape,
+}
+NAME_MAKERS: dict[str, Maker] = {
     **{f"{kind}.{overload}": _arithmetic for kind in ("add", "sub", "mul", "div") for overload in ("Tensor", "Scalar")},
     "softmax.int": _function,
     "log_softmax.int": _function,
     "mean.dim": _mean,
 }
-
-
-def rule_of(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> Rule | None:
-    """The rule of a call, None where it has none.
-
-    Args:
-        call: what is known of it.
-        known: its arguments that are no tensors.
-        wanted: names of those whose gradients are.
-        owned: whether it may write over what it reads.
-    """
-    maker = _NAMES.get(call.operation.name) or _FORMS.get(call.operation.form)
-    return None if maker is None else maker(call, known, wanted, owned)

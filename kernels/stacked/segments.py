@@ -1,8 +1,8 @@
 """Runs of layers inside a graph that the CPU wing's steps compute: convolutions, norms, activations, pooling, and what follows to the end.
 
-A segment begins with a convolution and goes on as long as one layer reads the one before it and nobody else does. Its norms, in evaluation
-mode, are folded into weights: into the layer before, or, behind an activation, into the layer after (for that a convolution must not pad:
-it would pad with zeros that the norm had moved). A norm between an activation and a max pooling stays a step of its own.
+A segment begins with a convolution, or with a norm of images, and goes on as long as one layer reads the one before it and nobody else
+does. Its norms, in evaluation mode, are folded into weights: into the layer before, or, behind an activation, into the layer after (for
+that a convolution must not pad: it would pad with zeros that the norm had moved). Any other norm stays a step of its own.
 
 One-dimensional convolutions are images of height 1.
 """
@@ -113,9 +113,9 @@ class _Run:
     flat: bool = False
 
     def starts(self, i: int) -> bool:
-        """Whether node ``i`` is a convolution that begins a segment; if so, the whole of it is taken in."""
+        """Whether node ``i`` is a convolution or a norm that begins a segment; if so, the whole of it is taken in."""
         node = self.graph.nodes[i]
-        if node.operation.partition(".")[0] not in ("conv1d", "conv2d"):
+        if node.operation.partition(".")[0] not in ("conv1d", "conv2d", "batch_norm"):
             return False
         self.input = str(node.argument("input"))
         self.shape = self.input_shape = self._lift(self._shape(self.input))
@@ -191,8 +191,8 @@ class _Run:
         if given.get("training") or not all(p is None or _is_parameter(p) for p in parameters) or None in parameters[:2]:
             return None
         norm = NormPart(parameters, float(given.get("eps", 1e-5)))
-        last = self.parts[-1]
-        if isinstance(last.layer, (Conv2d, Linear)) and last.after is None:
+        last = self.parts[-1] if self.parts else None
+        if last is not None and isinstance(last.layer, (Conv2d, Linear)) and last.after is None:
             return [*self.parts[:-1], replace(last, layer=replace(last.layer, bias=True), after=norm)]
         return [*self.parts, Part(Affine(name, self.shape[0]), after=norm)]
 

@@ -139,9 +139,9 @@ def tape_of(steps: Sequence[Step], inputs: Sequence[int], outputs: Sequence[int]
     reached = set(inputs)
     ruled: list[tuple[Step, Rule | None, bool]] = []
     for step in steps:
-        wanted = frozenset(name for name, place in step.tensors if place in reached)
+        wanted = frozenset(name for name, place in _places(step).items() if place in reached)
         reaches = bool(step.reads() & reached)
-        rule = step.rule(wanted) if reaches and step.rule is not None and not step.lists else None
+        rule = step.rule(wanted) if reaches and step.rule is not None else None
         ruled.append((step, rule, reaches))
         if reaches:
             reached.add(step.out)
@@ -151,11 +151,17 @@ def tape_of(steps: Sequence[Step], inputs: Sequence[int], outputs: Sequence[int]
     for i, (step, rule, reaches) in enumerate(ruled):
         if i not in inside and (rule is not None or not reaches):
             _close(calls, island, steps, outputs, reached)
-            calls.append(Constant(step) if rule is None else Ruled(step, rule, dict(step.tensors)))
+            calls.append(Constant(step) if rule is None else Ruled(step, rule, _places(step)))
         else:
             island.append(step)
     _close(calls, island, steps, outputs, reached)
     return Tape(tuple(calls), tuple(inputs), tuple(outputs))
+
+
+def _places(step: Step) -> dict[str, int]:
+    """Places of a call's tensors by argument; ``name.0`` and so on in a list."""
+    lists = {f"{name}.{i}": place for name, where in step.lists for i, place in enumerate(where) if place is not None}
+    return dict(step.tensors) | lists
 
 
 def _inside_of_lists(steps: Sequence[Step]) -> set[int]:
