@@ -30,7 +30,8 @@ faults/test_refused_writes.py        wslfast/files
 kernels/cpu/test_engine.py           kernels/cpu/activations kernels/cpu/program kernels/cpu/queries kernels/cpu/rewrites kernels/cpu/steps
 kernels/stacked/test_recurrence.py   kernels/stacked/recurrent
 kernels/stacked/test_segments.py     kernels/stacked/through
-kernels/stacked/test_tape.py         kernels/stacked/norms kernels/stacked/passes kernels/stacked/rules
+kernels/stacked/test_tape.py         kernels/stacked/image_rules kernels/stacked/norms kernels/stacked/passes kernels/stacked/rule_table
+                                     kernels/stacked/rules kernels/stacked/transposed
 kernels/test_hostile_graphs.py       kernels/graph
 kernels/test_operations.py           kernels/reference kernels/stacked/calls kernels/stacked/forms
 kernels/test_random_graphs.py        kernels/stacked/compiler kernels/stacked/engine kernels/stacked/program
@@ -120,7 +121,7 @@ def test_every_module_has_its_tests_by_name_or_in_the_table() -> None:
             wrong.append(f"{module} has a test file of its name: take it out of the table")
         elif not named.is_file() and len(files) != 1:
             wrong.append(f"{module}: expected {named.relative_to(ROOT)}, or one line of the table")
-    assert wrong == []
+    assert not wrong, "\n".join(wrong)
 
 
 def test_the_table_names_what_is_there() -> None:
