@@ -45,13 +45,13 @@ def first_line(error: BaseException) -> str:
 def check_device(device: torch.device | str) -> torch.device:
     """The device, if it is the CPU or a CUDA device of this machine. Raises WslfastError otherwise."""
     try:
-        found = torch.device(device)
+        checked = torch.device(device)
     except (RuntimeError, TypeError):
         raise WslfastError(f"device: expected cpu, cuda or cuda:N, got {device!r}") from None
-    require(found.type in ("cpu", "cuda"), f"device: expected cpu, cuda or cuda:N, got {device!r}")
-    there = found.type == "cpu" or (torch.cuda.is_available() and (found.index or 0) < torch.cuda.device_count())
-    require(there, f"device: {device!r} was asked for, and this machine does not have it")
-    return found
+    require(checked.type in ("cpu", "cuda"), f"device: expected cpu, cuda or cuda:N, got {device!r}")
+    present = checked.type == "cpu" or (torch.cuda.is_available() and (checked.index or 0) < torch.cuda.device_count())
+    require(present, f"device: {device!r} was asked for, and this machine does not have it")
+    return checked
 
 
 def check_seed(seed: Any) -> int:

@@ -67,9 +67,9 @@ def push_zoo(
         api.create_repo(name, repo_type="dataset", private=private or None, exist_ok=True)
         if revision is not None:
             api.create_branch(name, repo_type="dataset", branch=revision, exist_ok=True)
-        there = {f.rfilename for f in api.dataset_info(name, revision=revision).siblings or ()}
+        stored = {f.rfilename for f in api.dataset_info(name, revision=revision).siblings or ()}
         operations: list[Any] = [hub.CommitOperationAdd(path_in_repo=path, path_or_fileobj=what) for path, what in files.items()]
-        old = sorted(f for f in there if re.fullmatch(r"shard-.*\.safetensors", f) and f not in files)
+        old = sorted(f for f in stored if re.fullmatch(r"shard-.*\.safetensors", f) and f not in files)
         operations += [hub.CommitOperationDelete(path_in_repo=path) for path in old]
         done = api.create_commit(
             name,

@@ -241,9 +241,9 @@ def read_results(folder: str | Path) -> Results:
     """
     place = Path(folder)
     beside = {name: at for name in EXTRA for at in (place / "analysis", place) if (at / f"{name}.csv").is_file()}
-    there = (place / "rows.csv").is_file()
-    require(there or bool(beside), f"{place}: no results here (expected rows.csv); wslfast evaluate --out writes them")
-    rows = from_csv(place / "rows.csv", HEADER) if there else []
+    has_rows = (place / "rows.csv").is_file()
+    require(has_rows or bool(beside), f"{place}: no results here (expected rows.csv); wslfast evaluate --out writes them")
+    rows = from_csv(place / "rows.csv", HEADER) if has_rows else []
     paths = {name: place / f"{name}.csv" for name in TABLES} | {name: at / f"{name}.csv" for name, at in beside.items()}
     tables = {name: from_csv(path) for name, path in paths.items() if path.is_file()}
     facts = _json(place / "report.json") if (place / "report.json").is_file() else {}

@@ -115,8 +115,8 @@ def build_zoo(
     engine.check_backend(backend)
     require(out is not None or not resume, "resume: expected out=, the folder of what is to be gone on with")
     if out is not None:
-        there = (Path(out) / MANIFEST).exists()
-        require(overwrite or not there, f"out: {out}: there is a zoo already; overwrite=True (--overwrite) replaces it")
+        exists = (Path(out) / MANIFEST).exists()
+        require(overwrite or not exists, f"out: {out}: there is a zoo already; overwrite=True (--overwrite) replaces it")
         try:
             Path(out).mkdir(parents=True, exist_ok=True)
         except OSError as error:

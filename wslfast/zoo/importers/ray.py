@@ -50,19 +50,19 @@ def checkpoints(source: Path, epochs: Collection[int] | None, skips: Skips, seen
         lines = _lines(folder, where, skips)
         repeated = (line["config"] for line in reversed(lines or []) if isinstance(line.get("config"), dict))
         config = config or next(repeated, {})  # ray repeats it in every line; the last run's counts
-        there, left = match(lines or [], _weights(folder, where, skips))
+        matched, left = match(lines or [], _weights(folder, where, skips))
         for file, reason, detail in left:
             skips.add(f"{where}/{file.parent.name}", reason, detail)
-        if not there and not left:
+        if not matched and not left:
             skips.add(where, "no checkpoints")
-        wanted = sorted(there) if epochs is None else sorted(epochs)
+        wanted = sorted(matched) if epochs is None else sorted(epochs)
         for epoch in wanted:
             at = f"{where}/checkpoint_{epoch:06d}"
-            if epoch not in there:
-                if there:
+            if epoch not in matched:
+                if matched:
                     skips.add(at, "epoch missing")
                 continue
-            file, line, why = there[epoch]
+            file, line, why = matched[epoch]
             known = {"name": folder.name, **_properties(config, line or {})}
             unknown = why if line is None and lines is not None else ""
             kind, beside = _park(file) if file.name == "checkpoint.pt" else (_recorded(config), {})
@@ -109,8 +109,8 @@ def stated(source: Path, key: str) -> Any:
 
 def _weights(folder: Path, where: str, skips: Skips) -> dict[int, Path]:
     """Files of weights in a trial's folder by epoch."""
-    there: dict[int, Path] = {}
-    # shorter names first: where both are there, the published loaders take checkpoint_20 before checkpoint_000020
+    files: dict[int, Path] = {}
+    # shorter names first: where both exist, the published loaders take checkpoint_20 before checkpoint_000020
     for name in sorted(listing(folder, where, skips), key=lambda n: (len(n), n)):
         match = _CHECKPOINT.fullmatch(name)
         if match is None:
@@ -118,13 +118,13 @@ def _weights(folder: Path, where: str, skips: Skips) -> dict[int, Path]:
                 skips.add(f"{where}/{name}", "not an epoch", "expected checkpoint_ and a number of up to nine digits")
             continue
         file = next((folder / name / kind for kind in _FILES if (folder / name / kind).is_file()), folder / name / _FILES[0])
-        if file.is_file() and int(match[1]) in there:
-            skips.add(f"{where}/{name}", "epoch twice", f"{there[int(match[1])].parent.name} is read")
+        if file.is_file() and int(match[1]) in files:
+            skips.add(f"{where}/{name}", "epoch twice", f"{files[int(match[1])].parent.name} is read")
         elif file.is_file():
-            there[int(match[1])] = file
+            files[int(match[1])] = file
         else:
             skips.add(f"{where}/{name}", "no weights", "expected a file named checkpoints")
-    return there
+    return files
 
 
 def _is_trial(names: Collection[str]) -> bool:
