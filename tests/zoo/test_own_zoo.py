@@ -19,6 +19,7 @@ import wslfast
 from wslfast import Population, WslfastError, load_zoo, save_zoo
 from wslfast.cli import main
 from wslfast.measure.reconstruction import compare
+from wslfast.measure.recorded import check_recorded
 from wslfast.zoo import dataset_of, export_zoo, import_zoo, load_dataset, load_parts, read_manifest
 from wslfast.zoo.importers.tables import read_table
 
@@ -277,6 +278,17 @@ def test_a_zoo_remembers_mean_and_deviation(tmp_path: Path, nets: list[nn.Module
     arch = load_zoo(tmp_path / "zoo").architecture
     torch.testing.assert_close(dataset_of(tmp_path / "zoo", arch).train_images, (raw - 0.4) / 0.2)
     torch.testing.assert_close(dataset_of(tmp_path / "own", arch).train_images, (raw - raw.mean()) / raw.std(correction=0))
+
+
+def test_accuracies_on_another_split_name_the_remedy(tmp_path: Path, nets: list[nn.Module], caplog: pytest.LogCaptureFixture) -> None:
+    """One pair of images and labels: their owner's test images are not known, and that is said beside accuracies that differ."""
+    with np.load(images(tmp_path)) as file:
+        np.savez(tmp_path / "pair.npz", images=file["train_images"], labels=file["train_labels"])
+    population = Population.from_modules(nets, SHAPE, {"test_acc": [0.9] * 6})
+    save_zoo(population, tmp_path / "zoo", dataset=tmp_path / "pair.npz")
+    data = dataset_of(tmp_path / "zoo", population.architecture)
+    assert check_recorded(population, torch.full((6,), 0.3), data, "zoo") == pytest.approx(0.6)
+    assert "one pair images, labels, so that they were drawn here: name train_images, ... test_labels" in caplog.text
 
 
 def test_without_labels_there_are_no_classes(tmp_path: Path) -> None:

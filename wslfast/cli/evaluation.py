@@ -44,7 +44,8 @@ class Evaluate:
     split: Literal["test", "val", "train"] = "test"
     """Which models, for the table of one run (the page is always of test models)."""
     out: str | None = None
-    """Folder for page and tables; a name ending in .json: the figures of one run (default: RUN/evaluation-SPLIT.json)."""
+    """Folder for page and tables; a name ending in .json: the figures of one run (default: RUN/evaluation-SPLIT.json; of
+    another zoo than the run's RUN/evaluation-ZOO-SPLIT.json)."""
     quick: bool = False
     """Fewer models, images and samples: minutes instead of up to an hour."""
     zero_layer: bool = True
@@ -67,7 +68,10 @@ class Evaluate:
         require(len(self.run_folders) > 0, "run: expected at least one folder")
         run = self.run_folders[0]
         if len(self.run_folders) == 1 and (self.out is None or self.out.endswith(".json")):
-            out = self.out or str(Path(run) / f"evaluation-{self.split}.json")
+            loaded = load_run(run)
+            other = self.zoo is not None and Path(self.zoo).resolve() != Path(loaded.zoo).resolve()
+            label = f"{Path(self.zoo or '').resolve().name}-{self.split}" if other else self.split
+            out = self.out or str(Path(run) / f"evaluation-{label}.json")
             settings: dict[str, Any] = {"device": self.device, "backend": self.backend, "skip_bad": self.skip_bad, "log_to": self.log_to}
             results = evaluate(run, self.zoo, split=self.split, out=out, **settings)
             if not first():
@@ -81,7 +85,7 @@ class Evaluate:
         require(self.out is not None and not self.out.endswith(".json"), "out: expected a folder (--out) for the page of several runs")
         require(not self.skip_bad, "skip_bad: the page is of a whole zoo; --skip-bad is for the table of one run")
         require(self.split == "test", "split: the page is of test models; --split is for the table of one run")
-        zoo = self.zoo or load_run(run, device=self.device).config.zoo
+        zoo = self.zoo or load_run(run, device=self.device).zoo
         several = "the page is of models of one architecture; the table (without --out, or with --out FILE.json) has the figures of each"
         require(not (Path(zoo) / MANIFEST).is_file() or not read_manifest(zoo).kinds, f"zoo {zoo}: {several}")
         with engine.using(self.backend):
@@ -194,6 +198,8 @@ class Generate:
     """Leave out shards of the zoo that are missing or damaged, with a count, instead of stopping."""
     architecture: str | None = None
     """Of a zoo of several architectures, which one (wslfast zoo show lists them)."""
+    split: Literal["test", "train", "val", "drawn"] = "test"
+    """Of the models in --out: all in one (test is what evaluate measures), or dealt out to all three, to train on them."""
 
     def run(self) -> None:
         made = generate(
@@ -213,11 +219,12 @@ class Generate:
             backend=self.backend,
             skip_bad=self.skip_bad,
             architecture=self.architecture,
+            split=self.split,
         )
         epoch = made.column("epoch")
         for e in range(self.finetune + 1):
             names = ("test_acc", "novelty", "novelty_behavior") if e == 0 else ("test_acc",)
-            after = f" after {e} epochs" if e else ""
+            after = f" after {e} epoch{'s' * (e > 1)}" if e else ""
             for name in names:
                 values = made.column(name)[epoch == e]
                 if not bool(values.isfinite().any()):  # no classes, no accuracy

@@ -23,7 +23,7 @@ from ..errors import WslfastError, describe, require
 from ..population import Population
 from .arrays import sha256_of
 from .manifest import KIND, MANIFEST, SPLITS
-from .reading import chosen_kind, chosen_rows, in_shards, read_manifest
+from .reading import chosen_kind, chosen_rows, dealt, in_shards, read_manifest
 from .shards import check_shards, check_weights, regular_file, rows_of, sound_part
 
 WINDOW = 8  # shards: 512 MiB of those that save_zoo writes
@@ -160,5 +160,5 @@ def mapped_parts(path: str | Path, split: str | None = None, *, skip_bad: bool =
         return {models.architecture.name: models}
     rows = zip(manifest.properties[KIND], manifest.properties["split"], strict=True)
     there = {label for label, own in rows if split in (None, own)}
-    require(bool(there), f"{path}: no row is in split {split!r}; there are {sorted(set(manifest.properties['split']))}")
+    require(bool(there), f"{path}: no row is in split {split!r}; there are {sorted(set(manifest.properties['split']))}{dealt(split)}")
     return {label: MappedZoo(path, split, architecture=label, skip_bad=skip_bad) for label in manifest.kinds if label in there}
