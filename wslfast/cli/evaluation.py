@@ -20,8 +20,6 @@ from ..page import report
 from ..study.demo import DemoConfig, demo
 from ..study.study import study
 from ..training import load_run
-from ..zoo import read_manifest
-from ..zoo.manifest import MANIFEST
 from .console import console, figures_table
 
 
@@ -68,10 +66,7 @@ class Evaluate:
         require(len(self.run_folders) > 0, "run: expected at least one folder")
         run = self.run_folders[0]
         if len(self.run_folders) == 1 and (self.out is None or self.out.endswith(".json")):
-            loaded = load_run(run)
-            other = self.zoo is not None and Path(self.zoo).resolve() != Path(loaded.zoo).resolve()
-            label = f"{Path(self.zoo or '').resolve().name}-{self.split}" if other else self.split
-            out = self.out or str(Path(run) / f"evaluation-{label}.json")
+            out = self.out or str(Path(run) / f"evaluation-{self._label(run)}.json")
             settings: dict[str, Any] = {"device": self.device, "backend": self.backend, "skip_bad": self.skip_bad, "log_to": self.log_to}
             results = evaluate(run, self.zoo, split=self.split, out=out, **settings)
             if not first():
@@ -86,8 +81,6 @@ class Evaluate:
         require(not self.skip_bad, "skip_bad: the page is of a whole zoo; --skip-bad is for the table of one run")
         require(self.split == "test", "split: the page is of test models; --split is for the table of one run")
         zoo = self.zoo or load_run(run, device=self.device).zoo
-        several = "the page is of models of one architecture; the table (without --out, or with --out FILE.json) has the figures of each"
-        require(not (Path(zoo) / MANIFEST).is_file() or not read_manifest(zoo).kinds, f"zoo {zoo}: {several}")
         with engine.using(self.backend):
             page = study(
                 zoo,
@@ -103,6 +96,12 @@ class Evaluate:
             )
         if first():
             _told(page, self.json)
+
+    def _label(self, run: str) -> str:
+        """The split, after the zoo's name where it is not the one that the run was trained on."""
+        if self.zoo is None or Path(self.zoo).resolve() == Path(load_run(run, device=self.device).zoo).resolve():
+            return self.split
+        return f"{Path(self.zoo).resolve().name}-{self.split}"
 
 
 @dataclass(frozen=True)
@@ -152,7 +151,7 @@ def _told(page: Path, as_json: bool, folder: str | None = None) -> None:
     if as_json:
         print(json.dumps(figures, indent=1))
         return
-    figures_table({name: f for name, f in figures.items() if "agreement" in f})
+    figures_table({name: f for name, f in figures.items() if "l2_masked" in f})
     console.print(f"the page: {page}", soft_wrap=True)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -136,6 +136,10 @@ class Run:
         own = [part for part in self.parts.values() if part.layout.architecture.same_network(architecture)]
         require(bool(own), f"run {self.out}: not trained on models of architecture {architecture.name!r}, but of {list(self.parts)}")
         return own[0]
+
+    def only(self, architecture: Architecture) -> Run:
+        """The run as one over a single architecture."""
+        return replace(self, autoencoder=self.of(architecture), parts={})
 
 
 def load_run(out: str | Path, *, architecture: Architecture | None = None, device: torch.device | str = "cpu") -> Run:
