@@ -33,7 +33,7 @@ from ..reference import per_model_queries
 from . import jobs
 from .program import Program, compile_program
 from .queries import own_slab, shared_slabs
-from .rewrites import blocked, in_blocks, paired
+from .rewrites import blocked, flattened, in_blocks, paired
 from .steps import backward_through, forward_through, values_through
 
 __all__ = ["forward", "group_shape", "loss_and_gradient", "supports"]
@@ -68,7 +68,7 @@ def _numbers(layers: Layers, input_shape: tuple[int, ...]) -> int:
 
 @lru_cache(maxsize=64)
 def _program(layers: Layers, input_shape: tuple[int, ...], own_queries: bool, one_thread: bool) -> Program:
-    program = paired(compile_program(layers, input_shape, own_queries), own_queries)
+    program = flattened(paired(compile_program(layers, input_shape, own_queries), own_queries))
     return blocked(program) if one_thread else program  # several threads would wait for each other at every block
 
 

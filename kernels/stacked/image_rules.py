@@ -28,6 +28,7 @@ class GroupNorm:
 
     def forward(self, a: Values, models: int) -> tuple[Tensor, Any]:
         x, weight, bias = a["input"], a.get("weight"), a.get("bias")
+        x = x if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
         n, channels, *pixels = x.shape
         flat = [None if p is None else p.reshape(-1) for p in (weight, bias)]
         y, mean, root = _aten.native_group_norm(x, *flat, n, channels, math.prod(pixels), self.groups * models, self.eps)
@@ -38,26 +39,31 @@ class GroupNorm:
         n, channels, *pixels = x.shape
         each = channels // (self.groups * models)  # channels of a group
 
+        def by_group(value: Tensor) -> Tensor:
+            """Sums over a group's channels of what belongs to its normalised numbers, ``[n, groups]``."""
+            return (value if weight is None else value * weight.view(-1)).view(n, -1, each).sum(2)
+
         def beside(value: Tensor) -> Tensor:
-            """A number a query and group ``[n, groups]``, or a query and channel, laid out for the images."""
-            value = value.view(n, -1)
+            """A number a query and group, or a query and channel, laid out for the images."""
             wide = value if value.shape[1] == channels else value.repeat_interleave(each, 1)
             return wide.view(n, channels, *(1,) * len(pixels))
 
-        normal = (x - beside(mean)) * beside(root)
-        of_shift, of_scale = (_over_pixels(value) for value in (g, g * normal))  # [n, channels]
+        mean, root = mean.view(n, -1), root.view(n, -1)
+        product = g * x
+        of_shift, along = _over_pixels(g), _over_pixels(product)  # [n, channels]
         made: Gradients = {}
-        if weight is not None and "weight" in self.wanted:
-            made["weight"] = of_scale.sum(0).view(weight.shape)
+        if "weight" in self.wanted:
+            of_scale = torch.addcmul(along, of_shift, mean.repeat_interleave(each, 1), value=-1) * root.repeat_interleave(each, 1)
+            made["weight"] = of_scale.sum(0).view(models, -1)
         if "bias" in self.wanted:
             made["bias"] = of_shift.sum(0).view(models, -1)
-        if "input" in self.wanted:
-            if weight is not None:
-                of_shift, of_scale = of_shift * weight.view(-1), of_scale * weight.view(-1)
+        if "input" in self.wanted:  # root (w g - mean of w g - normal * mean of w g normal), as a factor of g, one of x and a shift
             count = each * math.prod(pixels)
-            means = [(value.view(n, -1, each).sum(2) * root.view(n, -1) / count) for value in (of_shift, of_scale)]
-            slope = g * beside(root) if weight is None else g * (beside(root) * weight.view(1, channels, *(1,) * len(pixels)))
-            made["input"] = slope.sub_(beside(means[0])).sub_(normal.mul_(beside(means[1])))
+            even = by_group(of_shift) / count
+            slanted = (by_group(along) / count - mean * even) * root.square()
+            of_g = beside(root) if weight is None else beside(root) * weight.view(1, channels, *(1,) * len(pixels))
+            shift = beside(root * (mean * slanted - even))
+            made["input"] = torch.addcmul(shift, x, beside(-root * slanted), out=product).addcmul_(g, of_g)
         return made
 
 

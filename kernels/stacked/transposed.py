@@ -50,7 +50,10 @@ class Transposed:
 
 
 class Tiles:
-    """Without overlap, over images: every pixel becomes a tile, ``[M, n * H * W, in] x [M, in, tile * out]``."""
+    """Without overlap, over images: every pixel becomes a tile, ``[M, n * H * W, in] x [M, in, tile * out]``.
+
+    Where a tile has few numbers the product is computed the other way round (``cpu/products.py`` has the reason), tiles first.
+    """
 
     def __init__(self, call: Call, wanted: frozenset[str]) -> None:
         self.call, self.wanted = call, wanted
@@ -61,8 +64,12 @@ class Tiles:
         _, features, out, tall, wide = weight.shape
         rows = x.permute(0, 2, 3, 1).reshape(-1, models, features).transpose(0, 1)
         kernels = weight.permute(0, 1, 3, 4, 2).reshape(models, features, -1)
-        tiles = torch.bmm(rows, kernels).view(models, n, height, width, tall, wide, out)
-        y = tiles.permute(1, 2, 4, 3, 5, 0, 6).reshape(n, height * tall, width * wide, -1).permute(0, 3, 1, 2)
+        if _few(kernels):
+            tiles = torch.bmm(kernels.transpose(1, 2), rows.transpose(1, 2)).view(models, tall, wide, out, n, height, width)
+            tiles = tiles.permute(4, 5, 1, 6, 2, 0, 3)
+        else:
+            tiles = torch.bmm(rows, kernels).view(models, n, height, width, tall, wide, out).permute(1, 2, 4, 3, 5, 0, 6)
+        y = tiles.reshape(n, height * tall, width * wide, -1).permute(0, 3, 1, 2)
         return _with_bias(y, a.get("bias")), (rows, kernels, x.shape, weight.shape)
 
     def backward(self, g: Tensor, saved: Any, models: int) -> Gradients:
@@ -71,14 +78,23 @@ class Tiles:
         g = _last(g)
         made = _bias(g, self.wanted, models)
         tiles = g.permute(0, 2, 3, 1).reshape(n, height, tall, width, wide, models, out)
-        tiles = tiles.permute(5, 0, 1, 3, 2, 4, 6).reshape(models, n * height * width, -1)
+        few, positions = _few(kernels), rows.shape[1]
+        if few:
+            tiles = tiles.permute(5, 2, 4, 6, 0, 1, 3).reshape(models, -1, positions)
+        else:
+            tiles = tiles.permute(5, 0, 1, 3, 2, 4, 6).reshape(models, positions, -1)
         if "weight" in self.wanted:
-            slope = torch.bmm(rows.transpose(1, 2), tiles).view(models, features, tall, wide, out)
-            made["weight"] = slope.permute(0, 1, 4, 2, 3).reshape(shape)
+            slope = torch.bmm(tiles, rows).transpose(1, 2) if few else torch.bmm(rows.transpose(1, 2), tiles)
+            made["weight"] = slope.reshape(models, features, tall, wide, out).permute(0, 1, 4, 2, 3).reshape(shape)
         if "input" in self.wanted:
-            slope = torch.bmm(tiles, kernels.transpose(1, 2)).transpose(0, 1)
+            slope = torch.bmm(kernels, tiles).permute(2, 0, 1) if few else torch.bmm(tiles, kernels.transpose(1, 2)).transpose(0, 1)
             made["input"] = slope.reshape(n, height, width, -1).permute(0, 3, 1, 2)
         return made
+
+
+def _few(kernels: Tensor) -> bool:
+    """Whether a tile is shorter than a vector."""
+    return kernels.shape[2] < 16
 
 
 class Either:

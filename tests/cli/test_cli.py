@@ -72,7 +72,7 @@ def test_zoo_train_resume_evaluate(tmp_path: Path, images: Path, shell: Shell) -
     made = tmp_path / "made"
     assert "novelty" in shell("generate", "--run", run, "--samples", 5, "--out", made)
     tuned = shell("generate", "--run", run, "--samples", 3, "--sampler", "token", "--select", "subsampled", "--finetune", 1)
-    assert "test_acc after 1 epochs" in tuned
+    assert "test_acc after 1 epoch:" in tuned
     assert json.loads(shell("zoo", "show", made, "--json"))["rows"] == 5
     assert figures["run"]["latent_numbers"] == pytest.approx(figures["linear"]["latent_numbers"], rel=0.02)
 

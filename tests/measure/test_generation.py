@@ -9,7 +9,7 @@ import pytest
 import torch
 from tolerances import FP32, FP32_ROUNDING
 
-from wslfast import Population, TrainConfig, WslfastError, build_zoo, generate, load_zoo, train
+from wslfast import Architecture, Population, TrainConfig, WslfastError, build_zoo, evaluate, generate, load_zoo, save_zoo, train
 from wslfast.measure import reconstruct
 from wslfast.measure.diversity import nearest
 from wslfast.measure.generation import best_rows, val_accuracy
@@ -17,6 +17,7 @@ from wslfast.measure.sampling import draw
 from wslfast.testing import oracle_outputs
 from wslfast.training import load_run
 from wslfast.zoo import dataset_of
+from wslfast.zoo.build import fine_tune
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,42 @@ def test_what_is_said_of_a_sample_is_true(run: Path) -> None:
     assert torch.equal(again.weights, made.weights)
     assert torch.equal(generate(run / "run", samples=6, bandwidth=0.2).weights, made.weights)
     assert not torch.equal(generate(run / "run", samples=6, bandwidth=0.2, seed=1).weights, made.weights)
+
+
+def test_new_models_are_a_zoo_that_can_be_evaluated_and_trained_on(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its images are the zoo's; codes are fitted to the zoo's training models; another file of the images' name beside it misleads nobody."""
+    (run / "elsewhere").mkdir()
+    np.savez(run / "elsewhere" / "noise.npz", images=np.zeros((9, 28, 28)), labels=np.zeros(9, dtype=int))
+    made = generate(run / "run", samples=6, out=run / "elsewhere" / "made")
+    figures = evaluate(run / "run", run / "elsewhere" / "made")
+    assert figures["run"]["accuracy_original"] == pytest.approx(float(made.column("test_acc").mean()))
+    assert figures["linear"]["n_models"] == 6
+    monkeypatch.chdir(run)
+    again = generate("run", samples=10, out="dealt", split="drawn")
+    assert {*load_zoo("dealt").properties["split"]} == {"train", "val", "test"}
+    sizes = {"queries": 8, "batch_size": 4, "d_model": 16, "heads": 2, "layers": 1}
+    train(TrainConfig(zoo="dealt", out="second", steps=1, **sizes))
+    assert len(evaluate("second")["run"]["spread"]) > 0
+    monkeypatch.chdir("/")  # its zoo was named from another folder
+    assert Path(load_run(run / "second").zoo) == (run / "dealt").resolve()
+    assert torch.equal(generate(run / "second", samples=2).weights, generate(run / "second", run / "dealt", samples=2).weights)
+    assert len(again) == 10
+    with pytest.raises(WslfastError, match=r"no row is in split 'train'.*--split drawn"):
+        train(TrainConfig(zoo=str(run / "elsewhere" / "made"), out=str(run / "third"), steps=1, **sizes))
+
+
+def test_a_zoo_of_other_networks_and_one_without_classes_say_so(run: Path, tmp_path: Path) -> None:
+    arch = Architecture.mlp(2, (4,), 1, "tanh", 0.0, True)
+    rows = arch.initial_weights(["kaiming_uniform"] * 8, range(8))
+    save_zoo(Population(arch, rows), tmp_path / "zoo", dataset="grid:6x6")
+    for call in (evaluate, generate):
+        with pytest.raises(WslfastError, match="trained on models of architecture 'cnn', and these are of 'mlp', another network"):
+            call(run / "run", tmp_path / "zoo")
+    train(TrainConfig(zoo=str(tmp_path / "zoo"), out=str(tmp_path / "run"), steps=1, layers=1, d_model=16, heads=2))
+    with pytest.raises(WslfastError, match=r"finetune: expected 0, as the zoo's data set \(grid:6x6\) has no classes"):
+        generate(tmp_path / "run", samples=2, finetune=1)
+    with pytest.raises(WslfastError, match="expected labelled images to train for"):
+        fine_tune(load_zoo(tmp_path / "zoo"), dataset_of(tmp_path / "zoo", arch))
 
 
 @pytest.mark.parametrize("sampler", ["token", "individual", "uniform", "neighbours"])

@@ -189,8 +189,18 @@ class Results:
         runs = [v for v in self.variants(zoo, "run") if not self.about(zoo, v).get("baseline")]
         return sorted(runs, key=lambda v: ("B" in self.losses(zoo, v), len(v), v))
 
+    def measure(self, zoo: str) -> str:
+        """The metric that variants of a zoo are ranked by: agreement, or, where answers are no classes, PSNR of the outputs."""
+        return "psnr" if self.about(zoo, "zoo").get("classes") == 0 else "agreement"
+
+    def best_run(self, zoo: str) -> str | None:
+        """The best of the zoo's runs by its :meth:`measure`."""
+        return self.best(zoo, self.trained(zoo), self.measure(zoo))
+
     def collapsed(self, zoo: str, variant: str) -> str:
-        """What to say of a variant that answers every model with one network; nothing of the others."""
+        """What to say of a variant that answers every model with one network; nothing of the others, nor where answers are no classes."""
+        if self.measure(zoo) == "psnr":
+            return ""
         return collapse(self.mean(zoo, variant, "agreement_margin"))
 
     def best(self, zoo: str, variants: Sequence[str], metric: str) -> str | None:

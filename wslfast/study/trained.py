@@ -51,6 +51,7 @@ def zero_layer_twins(
         say(f"no zero-layer autoencoder for {', '.join(long)}: more than {_QUICK} steps, and this is quick")
     for variant in world.dealt(list(dict.fromkeys(variant for variant, _ in runs if variant in lowest and variant not in long))):
         of = lowest[variant].config
-        out = folder / f"{zoo.name}-{variant}-seed{of.seed}"
+        out = folder / f"{zoo.whole}-{variant}-seed{of.seed}"
         config = replace(of, layers=0, zoo=str(zoo.folder), out=str(out), device=zoo.device)
-        yield variant, trained(config, say, f"{zoo.name}: training {variant} without transformer blocks, {of.steps} steps")
+        run = trained(config, say, f"{zoo.whole}: training {variant} without transformer blocks, {of.steps} steps")
+        yield variant, run.only(zoo.architecture)

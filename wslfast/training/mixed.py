@@ -96,7 +96,7 @@ class MixedTrainer:
         name = self._turn()
         part = self.parts[name]
         part.step_index = self.step_index
-        rows, queries = part.next_rows(), part.pool.draw(self.config.queries, part.draws)
+        rows, queries = part.next_rows(), part.pool.draw(part.queries, part.draws)
         total, parts = part.losses(rows, queries)
         descend(total, parts, self.model, self.optimizer, self.schedule, self.config.clip)
         self.step_index += 1

@@ -90,7 +90,9 @@ class Trainer:
         self.draws = torch.Generator().manual_seed(seeds[2])
         pooled = torch.randperm(len(images), generator=root)[: min(config.query_pool, len(images))]
         self.pool = QueryPool(images[pooled], self.device)
-        require(config.queries <= len(self.pool), f"queries: expected at most {len(self.pool)} (the query pool), got {config.queries}")
+        self.queries = min(config.queries, len(self.pool))  # a grid of 8x8 points has no 256
+        if self.queries < config.queries and world.writes:
+            logger.info("queries: all %d that there are at every step (%d were asked for)", self.queries, config.queries)
         sample = self.models.sample(config.seed)
         self.cache = self._targets_of_all(limit) if config.uses_behavior else None
         self.permutation, self.position = self.models.shuffle(self.order), 0
@@ -118,7 +120,7 @@ class Trainer:
         why = ""
         if 4.0 * pairs * self.architecture.num_classes > limit:
             why = "exceed memory_gb / 2"
-        elif pairs > max(_CHEAP, _PAYS * config.steps * self.batch * config.queries):
+        elif pairs > max(_CHEAP, _PAYS * config.steps * self.batch * self.queries):
             why = f"are more than {config.steps} steps look up"
         if why:
             if self.world.writes:
@@ -232,7 +234,7 @@ class Trainer:
 
     def step(self) -> dict[str, Tensor]:
         """One optimiser step; returns the loss parts as device tensors (reading one synchronises)."""
-        rows, queries = self.next_rows(), self.pool.draw(self.config.queries, self.draws)
+        rows, queries = self.next_rows(), self.pool.draw(self.queries, self.draws)
         if self.world.size > 1 and self.config.dropout > 0:  # one stream a process and step: a resumed run draws the same
             torch.manual_seed(((self.config.seed * 1_000_003 + self.step_index) * 65_537 + self.world.rank) % (1 << 63))
         total, parts = self.objective(rows, queries)

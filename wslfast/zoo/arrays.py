@@ -91,7 +91,8 @@ def _checked(pixels: Tensor, where: str) -> Tensor:
 def _labels(labels: np.ndarray, count: int, where: str) -> Tensor | None:
     """Labels ``[N]``; None where they are no classes but what a regression is to give."""
     if labels.dtype.kind == "f" and len(labels) == count and not (labels.ndim == 1 and bool((labels == labels.round()).all())):
-        say_once(f"wslfast: {where} are no whole numbers: there are no classes, and models are compared by their outputs", logging.INFO)
+        text = "labels are no whole numbers: there are no classes, and models are compared by their outputs"
+        say_once(f"wslfast: {where.rpartition(': ')[0]}: {text}", logging.INFO)  # once for all splits
         return None
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]  # a column, as some archives have it

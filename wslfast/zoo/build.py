@@ -203,6 +203,7 @@ def fine_tune(
     """
     require(type(epochs) is int and epochs > 0, f"epochs: expected a positive integer, got {epochs!r}")
     require(type(batch_size) is int and batch_size > 0, f"batch_size: expected a positive integer, got {batch_size!r}")
+    require(data.classes > 0, f"data: expected labelled images to train for, and {data.name} has no classes")
     _matched(data, population.architecture)
     cells = [Cell("given", lr, weight_decay, seed + j) for j in range(len(population))]
     weights = population.weights.clone()  # trained in place

@@ -87,7 +87,7 @@ def parts_of(path: str | Path, split: str | None, read: Callable[[str | None], P
         return {whole.architecture.name: whole}
     rows = zip(manifest.properties[KIND], manifest.properties["split"], strict=True)
     in_split = {label for label, own in rows if split in (None, own)}
-    require(bool(in_split), f"{path}: no row is in split {split!r}; there are {sorted(set(manifest.properties['split']))}")
+    require(bool(in_split), f"{path}: no row is in split {split!r}; there are {sorted(set(manifest.properties['split']))}{dealt(split)}")
     return {label: read(label) for label in manifest.kinds if label in in_split}
 
 
@@ -141,7 +141,7 @@ def chosen_rows(manifest: Manifest, of_it: Sequence[bool], split: str | None, wh
     """Which rows are of an architecture (``of_it``) and in the split. Raises WslfastError if none is."""
     splits = [own for own, kept in zip(manifest.properties["split"], of_it, strict=True) if kept]
     chosen = [kept and split in (None, own) for own, kept in zip(manifest.properties["split"], of_it, strict=True)]
-    require(any(chosen), f"{where}: no row is in split {split!r}; there are {sorted(set(splits))}")
+    require(any(chosen), f"{where}: no row is in split {split!r}; there are {sorted(set(splits))}{dealt(split)}")
     return chosen
 
 
@@ -175,6 +175,11 @@ def agree(architecture: Architecture, manifest: Manifest, where: str) -> None:
     if "graph" in recorded or "layers" in recorded or "recipe" in recorded:
         other = f"{where}: architecture: the zoo's is another network than architecture={architecture.name!r}"
         require(manifest.rebuild(where).same_network(architecture), other)
+
+
+def dealt(split: str | None) -> str:
+    """What to do where a zoo has no model in a split."""
+    return " (wslfast generate --split drawn deals new models out to all three)" if split == "train" else ""
 
 
 def summarize(path: str | Path) -> dict[str, Any]:

@@ -205,6 +205,8 @@ def test_an_explicit_split_does_not_depend_on_the_listing(tmp_path: Path, tree: 
 
 def test_a_models_split_depends_on_nothing_that_was_left_out(tmp_path: Path, tree: Path) -> None:
     shares = {"split": (0.5, 0.25, 0.25), "seed": 3}
+    for file in tree.rglob("result.json"):  # as of other people: an export of ours says which split each model is in
+        file.write_text(file.read_text().replace('"split"', '"other"'))
     import_zoo(tree, tmp_path / "all", **shares)  # type: ignore[arg-type]
     whole = dict(zip(load_zoo(tmp_path / "all").properties["name"], load_zoo(tmp_path / "all").properties["split"]))
     gone = next(name for name, split in whole.items() if split == "train")  # train has two more
@@ -216,6 +218,8 @@ def test_a_models_split_depends_on_nothing_that_was_left_out(tmp_path: Path, tre
 
 def test_no_split_is_emptied_by_what_was_left_out(tmp_path: Path, tree: Path) -> None:
     shares = {"split": (0.5, 0.25, 0.25), "seed": 3}
+    for file in tree.rglob("result.json"):  # as of other people: an export of ours says which split each model is in
+        file.write_text(file.read_text().replace('"split"', '"other"'))
     import_zoo(tree, tmp_path / "all", **shares)  # type: ignore[arg-type]
     zoo = load_zoo(tmp_path / "all")
     for name in {n for n, split in zip(zoo.properties["name"], zoo.properties["split"]) if split == "val"}:

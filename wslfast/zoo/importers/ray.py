@@ -19,6 +19,7 @@ from ...architecture import Architecture
 from ...errors import WslfastError
 from ...safe.inert import InertFile
 from ..export import PROPERTIES, RECORD, RESULTS
+from ..manifest import SPLITS
 from .found import Found, Skips, State, folders, listing, plain_of, state_of
 from .modules import park_cnn
 from .results import match
@@ -67,7 +68,9 @@ def checkpoints(source: Path, epochs: Collection[int] | None, skips: Skips, seen
             unknown = why if line is None and lines is not None else ""
             kind, beside = _park(file) if file.name == "checkpoint.pt" else (_recorded(config), {})
             known |= {name: value for name, value in beside.items() if known.get(name) is None}
-            yield Found(at, model, epoch, known, config, partial(_read, file), unknown="" if beside else unknown, architecture=kind)
+            split = known.pop("split", None)  # a zoo export writes it
+            split = split if split in SPLITS else None
+            yield Found(at, model, epoch, known, config, partial(_read, file), split, "" if beside else unknown, kind)
 
 
 def _recorded(config: Mapping[str, Any]) -> Architecture | None:
