@@ -22,6 +22,7 @@ _SAME = frozenset({"alias", "clone", "contiguous", "lift_fresh_copy", "lift_fres
 _FILLED = {name: f"new_{name.removeprefix('new_')}" for name in ("zeros", "ones", "full", "new_zeros", "new_ones", "new_full")}
 _FILLED |= dict.fromkeys(("empty", "new_empty"), "new_zeros")  # which holds anything
 _MADE = frozenset({*_FILLED, "scalar_tensor", "arange", "eye", "linspace", "logspace", "tril_indices", "triu_indices"})
+_TRANSFORM = "it uses a transform of torch.func inside; write it for a batch of queries"
 
 
 class Untraceable(Exception):
@@ -111,6 +112,8 @@ class Converter:
         target = node.target
         if "autocast" in getattr(target, "__name__", ""):
             raise Untraceable("it turns autocast on or off itself; leave that to whoever calls wslfast")
+        if getattr(target, "__module__", "").startswith("torch._functorch"):
+            raise Untraceable(_TRANSFORM)
         if not isinstance(target, torch._ops.OpOverload):
             raise Untraceable(f"it calls {getattr(target, '__name__', target)}, which is no tensor operation")
         result = self._operation(target, node)
@@ -279,7 +282,7 @@ class Converter:
 
     def _constant(self, value: Tensor) -> str:
         if torch._C._functorch.is_functorch_wrapped_tensor(value):
-            raise Untraceable("it uses a transform of torch.func inside; write it for a batch of queries")
+            raise Untraceable(_TRANSFORM)
         dtype = str(value.dtype).removeprefix("torch.")
         if not (value.is_floating_point() or dtype in DTYPES):
             raise Untraceable(f"it holds a tensor of {dtype} that is no parameter")
