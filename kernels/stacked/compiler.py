@@ -204,7 +204,8 @@ class _Compiler:
         alone = layout is Layout.SHARED
         run = (lambda a, models: operation.invoke(a)) if alone else (lambda a, models: form(call, a, models))
         several = not isinstance(self.rank[name], int)
-        rule = None if several or alone else partial(rule_of, call, known, owned=form in _IN_PLACE.values())
+        # a rule is made once, for every number of queries: a call with an argument that depends on it has none
+        rule = None if several or alone or sizes else partial(rule_of, call, known, owned=form in _IN_PLACE.values())
         step = Step(run, known, tensors, lists, sizes, self._new(name, layout), several, rule)
         if (
             node.references()
