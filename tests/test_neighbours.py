@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -33,6 +37,31 @@ def test_an_example_is_short_and_says_how_it_is_run(name: str) -> None:
     assert len(text.splitlines()) <= 60
     assert f"Run: python examples/neighbours/{name}.py" in text
     assert "turns(" in text  # a time beside the neighbour's
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*(f"neighbours/{n}" for n in EXAMPLES), "own_zoo", "query_files", "zoo_to_reconstruction"])
+def test_an_example_shows_its_help_and_names_what_is_wrong(name: str, tmp_path: Path) -> None:
+    """Before anything is computed: what it is, an argument that it does not take, a package that is not there."""
+    file = FOLDER.parent / f"{name}.py"
+    environment = {**os.environ, "PYTHONPATH": str(FOLDER.parents[1]), "COLUMNS": "200"}
+
+    def ran(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, str(file), *arguments], capture_output=True, text=True, cwd=tmp_path, env=environment, check=False
+        )
+
+    if name == "query_files":
+        pytest.importorskip("skimage")
+    shown, wrong = ran("--help"), ran("--no-such-flag")
+    assert shown.returncode == 0
+    assert "usage: " in shown.stdout
+    assert wrong.returncode == 2
+    assert "Traceback" not in wrong.stderr
+    assert not list(tmp_path.iterdir())
+    missing = [n for n in re.findall(r"pip install ([\w-]+)", file.read_text()) if not importlib.util.find_spec(n.replace("-", "_"))]
+    if missing:
+        assert f"which is not installed: pip install {missing[0]}" in ran().stderr
 
 
 def test_probe_images_get_the_gradient_that_a_loop_gives(monkeypatch: pytest.MonkeyPatch) -> None:
