@@ -30,7 +30,7 @@ faults/test_refused_writes.py        wslfast/files
 kernels/cpu/test_engine.py           kernels/cpu/activations kernels/cpu/program kernels/cpu/queries kernels/cpu/rewrites kernels/cpu/steps
 kernels/stacked/test_recurrence.py   kernels/stacked/recurrent
 kernels/stacked/test_segments.py     kernels/stacked/through
-kernels/stacked/test_tape.py         kernels/stacked/image_rules kernels/stacked/norms kernels/stacked/passes kernels/stacked/rule_table
+kernels/stacked/test_tape.py         kernels/stacked/norms kernels/stacked/passes kernels/stacked/rule_table
                                      kernels/stacked/rules kernels/stacked/transposed
 kernels/test_hostile_graphs.py       kernels/graph
 kernels/test_operations.py           kernels/reference kernels/stacked/calls kernels/stacked/forms
@@ -60,6 +60,7 @@ sane/v2/test_patching.py             wslfast/sane/pytest_patch wslfast/sane/v2/c
 sane/v2/test_permutations.py         wslfast/sane/rebasin wslfast/sane/v2/augmentation wslfast/sane/v2/modules
 sane/v2/test_tokenizers.py           wslfast/sane/v2/layout wslfast/sane/v2/windows
 study/test_ablations.py              wslfast/sane/ablation wslfast/study/ablation_file wslfast/study/closed_form
+study/test_kinds_of_zoos.py          wslfast/page/outputs
 study/test_study.py                  wslfast/measure/evaluation wslfast/measure/goals wslfast/study/loaded_zoo wslfast/study/protocol
                                      wslfast/study/trained wslfast/study/units
 test_architecture.py                 wslfast/networks wslfast/tracing/rebuilt wslfast/tracing/state
