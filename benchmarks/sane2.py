@@ -218,6 +218,13 @@ def behavior_rows(k: int, n: int) -> Iterator[tuple[str, Side, Side]]:
             lambda m=models[0], t=tokenizer, parts=parts: _looped(m, t, *parts),
             lambda loss=loss, parts=parts: _behaved(loss, *parts),
         )
+        if config is SLIM:
+            conditioned = v2.BehavioralLoss(zoo=models[0], input_shape=(3, 32, 32), n_queries=n, statistics="queries")
+            yield (
+                f"the same, running statistics those of each original on the queries, {title}",
+                lambda m=models[0], t=tokenizer, parts=parts: _looped(m, t, *parts, conditioned=True),
+                lambda loss=conditioned, parts=parts: _behaved(loss, *parts),
+            )
         if config is CNN3:
             arch = wslfast.Architecture.from_module(models[0], (3, 32, 32))
             layout = layout_of("sparse", size, signature_of(models[0].state_dict()))
@@ -237,17 +244,38 @@ def _on_tokens(loss: Any, x: Tensor, mask: Tensor, p: Tensor, queries: Tensor) -
     return float(loss.values([(x, 1.05 * x + 0.002, mask, p)], queries)[0].mean())
 
 
-def _looped(module: Any, tokenizer: Any, x: Tensor, mask: Tensor, p: Tensor, queries: Tensor) -> float:
+def _looped(module: Any, tokenizer: Any, x: Tensor, mask: Tensor, p: Tensor, queries: Tensor, conditioned: bool = False) -> float:
     leaf = (1.05 * x + 0.002).requires_grad_()
     total = leaf.new_zeros(())
     for j in range(len(x)):
+        state, mine = (tokenizer.detokenize(tokens[j], mask[j], p[j]) for tokens in (x, leaf))
         with torch.no_grad():
-            wanted = torch.func.functional_call(module, tokenizer.detokenize(x[j], mask[j], p[j]), (queries,))
-        found = torch.func.functional_call(module, tokenizer.detokenize(leaf[j], mask[j], p[j]), (queries,))
+            if conditioned:
+                mine = mine | _condition(module, state, queries)
+                state = state | {name: value for name, value in mine.items() if "running" in name}
+            wanted = torch.func.functional_call(module, state, (queries,))
+        found = torch.func.functional_call(module, mine, (queries,))
         total = total + (found - wanted).square().sum(1).mean() / 2
     (total / len(x)).backward()
     assert leaf.grad is not None
     return float(total.detach() / len(x)) + float(leaf.grad.norm())
+
+
+def _condition(module: Any, state: Any, queries: Tensor) -> dict[str, Tensor]:
+    """The running statistics of a decoded network on the queries: one pass in training mode, as the published scripts do."""
+    kept = {name: value.clone() for name, value in state.items()}
+    norms = {name: part for name, part in module.named_modules() if isinstance(part, torch.nn.BatchNorm2d)}
+    numbers: dict[Any, int] = {}
+    for part in norms.values():
+        part.train().momentum = 1.0
+    hooks = [p.register_forward_pre_hook(lambda p, given: numbers.update({p: given[0][:, 0].numel()})) for p in norms.values()]
+    torch.func.functional_call(module, kept, (queries,))
+    for hook in hooks:
+        hook.remove()
+    for name, part in norms.items():
+        part.eval()
+        kept[f"{name}.running_var"] *= (numbers[part] - 1) / numbers[part]  # what is kept is unbiased
+    return {name: value for name, value in kept.items() if "running" in name}
 
 
 def _behaved(loss: Any, x: Tensor, mask: Tensor, p: Tensor, queries: Tensor) -> float:

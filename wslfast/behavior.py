@@ -237,10 +237,10 @@ def _targets(targets: Any, original: Any, rows: Tensor, queries: Tensor, archite
     require(original is None or targets is None, "original: expected None when targets= is given (only one of the two is used)")
     either = "original: expected weights, or targets= with the originals' outputs; both are None"
     require(original is not None or targets is not None, either)
-    k, n = len(rows), queries.shape[int(queries.ndim == len(architecture.input_shape) + 2)]
+    k, n = rows.shape[0], queries.shape[int(queries.ndim == len(architecture.input_shape) + 2)]
     if targets is None:
         weights = _rows(original, architecture, "original").detach()
-        require(len(weights) == k, lambda: f"original: expected {k} models (as many as reconstructed), got {len(weights)}")
+        require(weights.shape[0] == k, lambda: f"original: expected {k} models (as many as reconstructed), got {len(weights)}")
         require(weights.device == rows.device, lambda: f"original: expected device {rows.device}, got {weights.device}")
         weights = weights.to(rows.dtype)
         if through:

@@ -141,7 +141,7 @@ def _forward_backward(
             (grad_queries[part] if own else grad_queries).add_(slopes[0])
 
     n = queries.shape[int(own)]
-    in_chunks(len(weights), engine.models_per_chunk(found, n, weights.device.type), piece)
+    in_chunks(weights.shape[0], engine.models_per_chunk(found, n, weights.device.type), piece)
     return grad_weights, grad_queries
 
 
@@ -237,7 +237,7 @@ class _Loss(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, queries: Tensor, targets: Tensor, options: Options) -> Tensor:
         values, bad, gradient = _evaluate(rows, queries, targets, options, True)
         ctx.save_for_backward(gradient)
-        kept = len(values) if bad is None or options.reduction != "mean" else (~bad).sum()
+        kept = values.shape[0] if bad is None or options.reduction != "mean" else (~bad).sum()
         ctx.divisor = kept if options.reduction == "mean" else None
         return reduce(values, bad, options.reduction, options.nan_policy)
 
@@ -266,7 +266,7 @@ def _behavioral_loss(
     with torch.no_grad(), _inside(rows, autocast):
         options = Options(from_handle(architecture), criterion, temperature, reduction, nan_policy, backend)
         values, bad, slopes = _evaluate(rows, queries, targets, options, gradient)
-    none = rows.new_zeros(len(rows), dtype=torch.bool)
+    none = rows.new_zeros(rows.shape[0], dtype=torch.bool)
     return values, none if bad is None else bad, rows.new_empty(0, rows.shape[1]) if slopes is None else slopes
 
 

@@ -19,6 +19,7 @@ All of that is one index map, made once per architecture and token size; tokenis
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -90,6 +91,7 @@ class TokenLayout:
         self._scatter = torch.full((architecture.num_weights,), flat.numel())  # untokenised weights read the appended zero
         self._scatter[flat[flat >= 0]] = torch.arange(flat.numel())[flat >= 0]
         self.complete = bool((self._scatter < flat.numel()).all())
+        self._dense = bool((flat >= 0).all()), self.complete  # whether tokens, and rows, have no place that stays zero
         self._on: dict[torch.device, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
 
     def __repr__(self) -> str:
@@ -111,7 +113,7 @@ class TokenLayout:
             f"weights: expected floating [k, {p}] for architecture {self.architecture.name!r}, got {describe(weights)}",
         )
         gather, scatter, mask, positions = self._maps(weights.device)
-        tokens = _Move.apply(weights, gather, scatter).view(-1, self.num_tokens, self.token_size)
+        tokens = _Move.apply(weights, gather, scatter, self._dense).view(-1, self.num_tokens, self.token_size)
         return Tokens(tokens, mask, positions)
 
     def detokenize(self, tokens: Tensor, reference: Tensor | None = None) -> Tensor:
@@ -129,7 +131,7 @@ class TokenLayout:
             f"got {describe(tokens)}",
         )
         gather, scatter, _, _ = self._maps(tokens.device)
-        weights = _Move.apply(tokens.flatten(1), scatter, gather)
+        weights = _Move.apply(tokens.flatten(1), scatter, gather, self._dense[::-1])
         if self.complete:
             return weights
         require(reference is not None, "reference: this layout leaves weights out; pass the row they are taken from")
@@ -144,33 +146,36 @@ class TokenLayout:
 
 class _Move(torch.autograd.Function):
     """``out[:, i] = x[:, take[i]]``, or 0 where ``take[i]`` is past the end; ``give`` is the inverse map, so that the
-    backward is the same gather the other way: exact, deterministic, no atomics, and differentiable again."""
+    backward is the same gather the other way: exact, deterministic, no atomics, and differentiable again. ``dense``: whether ``take``,
+    and ``give``, never point there, which saves a copy of ``x``."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, take: Tensor, give: Tensor) -> Tensor:
-        return torch.nn.functional.pad(x, (0, 1)).index_select(1, take)
+    def forward(x: Tensor, take: Tensor, give: Tensor, dense: tuple[bool, bool]) -> Tensor:
+        return (x if dense[0] else torch.cat((x, x.new_zeros(len(x), 1)), 1)).index_select(1, take)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:])
-        ctx.save_for_forward(*inputs[1:])
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, tuple[bool, bool]], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:3])
+        ctx.save_for_forward(*inputs[1:3])
+        ctx.dense = inputs[3]
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         take, give = ctx.saved_tensors
-        return _Move.apply(gradient, give, take), None, None
+        return _Move.apply(gradient, give, take, ctx.dense[::-1]), None, None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        return _Move.apply(tangent, *ctx.saved_tensors)
+        return _Move.apply(tangent, *ctx.saved_tensors, ctx.dense)
 
 
 # -- the rule --------------------------------------------------------------------------------------------------------------
 
 
-class Layer(NamedTuple):
+@dataclass(frozen=True)
+class Layer:
     """A parameter as rows, one an output channel.
 
     Attributes:
@@ -221,7 +226,7 @@ def layers_of(architecture: Architecture, ignore_bn: bool = False) -> tuple[Laye
         bias = next((architecture.slots[name] for name in names if name in architecture.slots and name != slot.name), None)
         fits = bias is not None and slot.size and bias.size and bias.size % layer.channels == 0
         if bias is not None and fits and bias.name not in uses.rows and not {bias.name, slot.name} & taken:
-            layer = layer._replace(bias=bias)
+            layer = replace(layer, bias=bias)
             taken.add(bias.name)
         chosen.append(layer)
     ignored = {s.name for s in architecture.parameters if ignore_bn and any(part in s.name for part in _BATCH_NORM)}

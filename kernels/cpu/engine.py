@@ -33,7 +33,7 @@ from ..reference import per_model_queries
 from . import jobs
 from .program import Program, compile_program
 from .queries import own_slab, shared_slabs
-from .rewrites import blocked, in_blocks, paired
+from .rewrites import blocked, flattened, in_blocks, paired
 from .steps import backward_through, forward_through, values_through
 
 __all__ = ["forward", "group_shape", "loss_and_gradient", "supports"]
@@ -68,7 +68,7 @@ def _numbers(layers: Layers, input_shape: tuple[int, ...]) -> int:
 
 @lru_cache(maxsize=64)
 def _program(layers: Layers, input_shape: tuple[int, ...], own_queries: bool, one_thread: bool) -> Program:
-    program = paired(compile_program(layers, input_shape, own_queries), own_queries)
+    program = flattened(paired(compile_program(layers, input_shape, own_queries), own_queries))
     return blocked(program) if one_thread else program  # several threads would wait for each other at every block
 
 
@@ -125,7 +125,7 @@ class _Call:
         full, self.slab = shape or group_shape(layers, image)
         self.models = full
         if sizes is None:
-            k, threads = len(weights), torch.get_num_threads()
+            k, threads = weights.shape[0], torch.get_num_threads()
             few = k < full * threads and jobs.threads_inside() < threads and k * self.n * _numbers(layers, image) > _ALONE
             whole = not few and k % full == 0
             n = self.n if self.n < self.slab else self.slab + self.n % self.slab  # a full slab and the last one
@@ -140,7 +140,7 @@ class _Call:
     def rows(self, group: int) -> Tensor:
         """Weights ``[M, P]`` of a group, filled up with idle models of zeros."""
         rows = self.weights[group : group + self.models]
-        filled = next(size for size in self.sizes if size >= len(rows))
+        filled = next(size for size in self.sizes if size >= rows.shape[0])
         if rows.shape[0] == filled:
             return rows
         return torch.cat((rows, rows.new_zeros(filled - rows.shape[0], rows.shape[1])))
@@ -338,7 +338,7 @@ def forward(weights: Tensor, queries: Tensor, layers: Layers) -> Tensor:
             packed = call.pack(rows)
             for start in starts:
                 mine = outputs[group : group + call.models, start : start + call.slab]
-                mine.copy_(call.outputs(group, start, packed, len(rows))[: mine.shape[0], : mine.shape[1]])
+                mine.copy_(call.outputs(group, start, packed, rows.shape[0])[: mine.shape[0], : mine.shape[1]])
 
     groups = range(0, weights.shape[0], call.models)
     cuts = [call.starts] if len(groups) >= torch.get_num_threads() else [(start,) for start in call.starts]

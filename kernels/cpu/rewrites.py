@@ -1,4 +1,4 @@
-"""Two rewrites of a compiled program: the same function, in steps that run faster on a CPU.
+"""Three rewrites of a compiled program: the same function, in steps that run faster on a CPU.
 
 **Two columns at once** (:func:`paired`), where a convolution makes so few channels that most of a vector would stay empty. oneDNN puts 16
 of the channels that a convolution makes into a vector. Two convolutions of a group of models make 8 or fewer a group:
@@ -13,6 +13,8 @@ thing in a small network, and the pooling right above keeps a quarter of it. A w
 backward (which begins by writing zeros) and the gradient of the weights would each wait for memory: a query of CNN3 costs them two to
 three times as much in twelve megabytes as in three. All other layers are small enough for the slab, and there fewer, larger calls are
 better.
+
+**Flattened once** (:func:`flattened`): the copy that flattens images for a linear layer writes what its product wants to read.
 """
 
 from __future__ import annotations
@@ -30,6 +32,9 @@ from ..layers import Activation, Conv2d, Dropout, Layers, Linear, Pool2d, Slot, 
 from .program import Program
 from .steps import (
     ConvStep,
+    FlatLinearStep,
+    FlattenStep,
+    LinearStep,
     Packed,
     Step,
     backward_through,
@@ -213,3 +218,15 @@ def blocked(program: Program) -> Program:
     slots = tuple(slot for slot in (first.weight, first.bias) if slot is not None)
     head = BlockedSteps(first.layer, slots, steps[cut.start : cut.stop + 1], queries)
     return replace(program, steps=(*steps[: cut.start], head, *steps[cut.stop + 1 :]))
+
+
+def flattened(program: Program) -> Program:
+    """``program`` with each flattening of images joined to the linear layer above it, where layers with parameters come before it."""
+    steps: list[Step] = []
+    for i, step in enumerate(program.steps):
+        below = steps[-1] if steps else None
+        if i - 1 > program.first and isinstance(step, LinearStep) and isinstance(below, FlattenStep) and len(below.shape) == 3:
+            steps[-1] = FlatLinearStep(step.layer, step.weight, step.bias, step.shared, step.input_gradient, below.shape)
+        else:
+            steps.append(step)
+    return replace(program, steps=tuple(steps))

@@ -204,19 +204,30 @@ class LinearStep(Step):
             weight[..., features] = block(rows, self.bias)
         return weight, None
 
-    def forward(self, x: Tensor, packed: Packed, models: int) -> tuple[Tensor, Any]:
-        q, features = x.shape[-2:]
-        wide = x.new_empty((*x.shape[:-2], _padded(q), self._width()))
-        wide[..., :q, :features] = x
+    def _padding(self, x: Tensor, models: Sequence[int], q: int) -> Tensor:
+        """The padded input ``[*models, q', F']`` in whose corner ``[*models, q, F]`` the numbers are still to be written."""
+        features = self.weight.shape[1]
+        wide = x.new_empty((*models, _padded(q), self._width()))
         wide[..., q:, :features] = 0
         wide[..., features:] = 0
         if self.bias is not None:
             wide[..., features] = 1
+        return wide
+
+    def forward(self, x: Tensor, packed: Packed, models: int) -> tuple[Tensor, Any]:
+        q, features = x.shape[-2:]
+        wide = self._padding(x, x.shape[:-2], q)
+        wide[..., :q, :features] = x
         if self.shared:
             wide = wide.expand(models, *wide.shape)
         return torch.bmm(wide, packed[0].transpose(1, 2))[:, :q], wide
 
     def backward(self, g: Tensor, x: Any, packed: Packed, rows: Tensor, fresh: bool) -> Tensor | None:
+        gx = self._backward(g, x, packed, rows, fresh)
+        return gx.contiguous() if gx is not None else None
+
+    def _backward(self, g: Tensor, x: Any, packed: Packed, rows: Tensor, fresh: bool) -> Tensor | None:
+        """The gradient of the input as a corner of a padded product."""
         q, features = g.shape[1], self.weight.shape[1]
         if q != x.shape[1] or not g.is_contiguous():
             tall = g.new_zeros((g.shape[0], x.shape[1], g.shape[2]))
@@ -226,7 +237,30 @@ class LinearStep(Step):
         put(rows, self.weight, gw[..., :features], fresh)
         if self.bias is not None:
             put(rows, self.bias, gw[..., features], fresh)
-        return torch.bmm(g, packed[0])[:, :q, :features].contiguous() if self.input_gradient else None
+        return torch.bmm(g, packed[0])[:, :q, :features] if self.input_gradient else None
+
+
+@dataclass(frozen=True)
+class FlatLinearStep(LinearStep):
+    """:class:`FlattenStep` and the linear layer that follows it: images ``[q, M * C, H, W]`` are copied once, into the padded operand.
+
+    ``shape``: of one model's image.
+    """
+
+    shape: tuple[int, ...]
+
+    def forward(self, x: Tensor, packed: Packed, models: int) -> tuple[Tensor, Any]:
+        q, features = x.shape[0], self.weight.shape[1]
+        wide = self._padding(x, (models,), q)
+        wide[:, :q, :features].unflatten(2, self.shape).copy_(x.unflatten(1, (models, -1)).transpose(0, 1))
+        return torch.bmm(wide, packed[0].transpose(1, 2))[:, :q], wide
+
+    def backward(self, g: Tensor, x: Any, packed: Packed, rows: Tensor, fresh: bool) -> Tensor | None:
+        gx = self._backward(g, x, packed, rows, fresh)
+        if gx is None:
+            return None
+        images = gx.unflatten(2, self.shape).permute(1, 3, 4, 0, 2).contiguous()  # [q, H, W, M, C]
+        return images.flatten(3).permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ _ALONE = 2_000_000  # activations of a call: below, one thread is done before an
 
 @lru_cache(maxsize=256)
 def sizes(graph: Graph) -> tuple[int, int, int]:
-    """Of one model and query: numbers that a forward pass makes, multiply-adds in convolutions, and in other products."""
+    """Counts for one model and one query: numbers that a forward pass makes, multiply-adds in convolutions, multiply-adds elsewhere."""
     two, three = value_shapes(graph, 2), value_shapes(graph, 3)
     made = convolved = products = 0
     for i, node in enumerate(graph.nodes):
@@ -52,8 +52,8 @@ def sizes(graph: Graph) -> tuple[int, int, int]:
         shape = shape[0] if isinstance(shape, list) else shape
         before = two[f"@{i}"]
         numbers = math.prod(shape) - math.prod(before[0] if isinstance(before, list) else before)
-        made += numbers
         form = TABLE[node.operation].form
+        made += 0 if form == "batch_norm" and not node.argument("training") else numbers  # folded into the layer beside it
         if form in ("convolution", "transposed", "linear"):
             weight = str(node.argument("weight"))
             work = numbers * math.prod(three[weight][1:]) if weight in three else 0
@@ -63,7 +63,7 @@ def sizes(graph: Graph) -> tuple[int, int, int]:
 
 
 def group_shape(graph: Graph, n: int) -> tuple[int, int]:
-    """Models of a group and queries of a slab, for n queries; k plays no part, or a model's bits would depend on its company."""
+    """Models in a group and queries in a slab, for n queries. They do not depend on k: else a model's bits would depend on its company."""
     made, convolved, products = sizes(graph)
     queries = min(_QUERIES, -(-n // _FILL) * _FILL)
     models = min(_MODELS, 1 << (_PAIRS // queries).bit_length() - 1)
@@ -101,11 +101,11 @@ class Call:
         self.program = compile_program(graph, self.own, self.plain, segmented)
         full, self.slab = group_shape(graph, self.n)
         if weights.device.type != "cpu":  # the caller has cut models into chunks that fit its memory
-            full, self.slab = max(1, len(weights)), max(1, self.n)
-        self.models = size or (self._size(full) if self.plain and len(weights) else full)
+            full, self.slab = max(1, weights.shape[0]), max(1, self.n)
+        self.models = size or (self._size(full) if self.plain and weights.shape[0] else full)
 
     def _size(self, full: int) -> int:
-        graph, k = self.graph, len(self.weights)
+        graph, k = self.graph, self.weights.shape[0]
         n = self.n if self.n < self.slab else self.slab + self.n % self.slab
         if graph.parameters * n < _FEW:
             return full
@@ -122,8 +122,8 @@ class Call:
 
     def rows(self, group: int) -> Tensor:
         """Weights ``[M, P]`` of a group, filled up with idle models: copies of its last."""
-        rows = self.weights[group : group + self.models]
-        missing = self.models - len(rows)
+        rows = self.weights if self.models == self.weights.shape[0] else self.weights[group : group + self.models]
+        missing = self.models - rows.shape[0]
         return rows if missing == 0 else torch.cat((rows, rows[-1:].expand(missing, rows.shape[1])))
 
     def slab_of(self, group: int, start: int, whole: bool = False) -> Tensor:
@@ -158,7 +158,7 @@ class Call:
 def leaves_of(rows: Tensor, graph: Graph) -> list[Tensor]:
     """Each parameter of every model, ``[M, *shape]``, through one split: its backward is one concatenation."""
     parts = rows.split([slot.size for slot in graph.slots], 1)
-    return [part.reshape(len(rows), *slot.shape) for part, slot in zip(parts, graph.slots, strict=True)]
+    return [part.reshape(rows.shape[0], *slot.shape) for part, slot in zip(parts, graph.slots, strict=True)]
 
 
 def _copies_of(rows: Tensor, graph: Graph) -> list[Tensor]:
@@ -166,16 +166,16 @@ def _copies_of(rows: Tensor, graph: Graph) -> list[Tensor]:
     parts: Any = torch.split_with_sizes_copy(  # type: ignore[func-returns-value]
         rows, [slot.size for slot in graph.slots], 1
     )
-    return [part.view(len(rows), *slot.shape) for part, slot in zip(parts, graph.slots, strict=True)]
+    return [part.view(rows.shape[0], *slot.shape) for part, slot in zip(parts, graph.slots, strict=True)]
 
 
 def _jobs(count: int, call: Call, run: Callable[[int], None]) -> None:
-    """Every group once: side by side where that pays, and on a CPU always with one thread inside."""
+    """Run every group once: several at a time where that is faster, and on a CPU always with one thread inside each."""
     groups = [partial(run, group) for group in range(0, count, call.models)]
     if call.weights.device.type != "cpu":
         for group in groups:
             group()
-    elif len(groups) > 1 and len(call.weights) * call.n * sizes(call.graph)[0] < _ALONE:
+    elif len(groups) > 1 and call.weights.shape[0] * call.n * sizes(call.graph)[0] < _ALONE:
 
         def every() -> None:
             for group in groups:
@@ -205,29 +205,27 @@ def loss_and_gradient(
 
 
 def loss_and_gradient_of(call: Call, targets: Tensor, criterion: Named, temperature: float) -> tuple[Tensor, Tensor]:
-    weights, graph, n = call.weights, call.graph, call.n
-    losses = weights.new_zeros(len(weights))
-    gradient = torch.empty_like(weights, memory_format=torch.contiguous_format)
+    weights, graph, n, k = call.weights, call.graph, call.n, call.weights.shape[0]
     if n == 0:  # the mean over no queries, as the reference has it
-        return losses.fill_(float("nan")), gradient.zero_()
+        return weights.new_full((k,), float("nan")), torch.zeros_like(weights, memory_format=torch.contiguous_format)
     autocast = _autocast(weights.device.type)
     with torch.no_grad(), autocast():
         shared = call.shared()
 
-    def group(start: int) -> None:
+    def group(start: int) -> tuple[Tensor, list[Tensor]]:
         rows = call.rows(start)
-        real = min(len(weights) - start, call.models)
-        wanted = targets[start : start + real]
-        if real < len(rows):
-            wanted = torch.cat((wanted, wanted[-1:].expand(len(rows) - real, *wanted.shape[1:])))
+        models, real = rows.shape[0], min(k - start, call.models)
+        wanted = targets if real == k else targets[start : start + real]
+        if real < models:
+            wanted = torch.cat((wanted, wanted[-1:].expand(models - real, *wanted.shape[1:])))
 
         def share(at: int, made: Tensor) -> tuple[Tensor, Tensor]:
-            target = wanted[:, at : at + call.slab]
+            target = wanted if call.slab >= n else wanted[:, at : at + call.slab]
             q = target.shape[1]
             outputs = made if q == made.shape[1] else made[:, :q]
             value, slope = share_of_loss(outputs.to(weights.dtype), target, n, criterion, temperature)
             if made.shape[1] > q:
-                slope = torch.cat((slope, slope.new_zeros(len(rows), made.shape[1] - q, *slope.shape[2:])), 1)
+                slope = torch.cat((slope, slope.new_zeros(models, made.shape[1] - q, *slope.shape[2:])), 1)
             return value, slope
 
         def prepared(at: int) -> list[Any]:
@@ -240,16 +238,27 @@ def loss_and_gradient_of(call: Call, targets: Tensor, criterion: Named, temperat
             value, slopes = by_tape(call.program, leaves, slabs, share)
         else:
             value, slopes = by_graph(call.program, leaves, slabs, share, autocast)
-        losses[start : start + real] = value[:real]
-        flat = [s.reshape(len(rows), -1)[:real] for s in slopes]
-        torch.cat(flat, 1, out=gradient[start : start + real])
+        flat = [s if s.ndim == 2 else s.reshape(models, -1) for s in slopes]
+        return (value, flat) if real == models else (value[:real], [s[:real] for s in flat])
 
-    _jobs(len(weights), call, group)
+    if call.models >= k:  # one group: what it gives is the result
+        results: list[tuple[Tensor, list[Tensor]]] = []
+        _jobs(k, call, lambda start: results.append(group(start)))
+        ((losses, slopes),) = results
+        return losses, torch.cat(slopes, 1)
+    losses, gradient = weights.new_empty(k), torch.empty_like(weights, memory_format=torch.contiguous_format)
+
+    def keep(start: int) -> None:
+        value, flat = group(start)
+        losses[start : start + value.shape[0]] = value
+        torch.cat(flat, 1, out=gradient[start : start + value.shape[0]])
+
+    _jobs(k, call, keep)
     return losses, gradient
 
 
 def _autocast(device: str) -> Callable[[], Any]:
-    """The caller's autocast, for threads that have their own."""
+    """The caller's autocast setting, for threads, which do not inherit it."""
     enabled = torch.is_autocast_enabled(device)
     if not enabled:
         return nullcontext
@@ -268,14 +277,14 @@ def forward(weights: Tensor, queries: Tensor, graph: Graph) -> Tensor:
         with torch.no_grad(), autocast():
             rows = call.rows(start)
             ready = call.program.weights(_copies_of(rows, graph))
-            real = min(len(weights) - start, call.models)
+            real = min(weights.shape[0] - start, call.models)
             for at in call.starts():
                 values = call.values(shared, start, at)
-                made = call.program.outputs(values, ready, len(rows), values[call.program.query].shape[int(call.own)])
+                made = call.program.outputs(values, ready, rows.shape[0], values[call.program.query].shape[int(call.own)])
                 pieces[start, at] = made[:real, : min(call.slab, call.n - at)]
 
-    _jobs(len(weights), call, group)
-    rows = [torch.cat([pieces[start, at] for at in call.starts()], 1) for start in range(0, len(weights), call.models)]
+    _jobs(weights.shape[0], call, group)
+    rows = [torch.cat([pieces[start, at] for at in call.starts()], 1) for start in range(0, weights.shape[0], call.models)]
     return torch.cat(rows) if len(rows) > 1 else rows[0].contiguous()
 
 
@@ -288,11 +297,11 @@ def differentiable(weights: Tensor, queries: Tensor, graph: Graph) -> Tensor:
 
     def run() -> None:
         with torch.enable_grad(), autocast():
-            for start in range(0, len(weights), call.models):
+            for start in range(0, weights.shape[0], call.models):
                 x, rows = call.slab_of(start, 0, whole=True), call.rows(start)
                 ready = call.program.weights(leaves_of(rows, graph))
-                made = call.program.outputs(call.program.prepare(x), ready, len(rows), x.shape[int(call.own)])
-                outputs.append(made[: len(weights) - start, : call.n])
+                made = call.program.outputs(call.program.prepare(x), ready, rows.shape[0], x.shape[int(call.own)])
+                outputs.append(made[: weights.shape[0] - start, : call.n])
 
     jobs.run([run]) if weights.device.type == "cpu" else run()
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0].contiguous()
@@ -303,7 +312,7 @@ def plain(weights: Tensor, queries: Tensor, graph: Graph) -> Tensor:
     own = queries.ndim == len(graph.input_shape) + 2
     program = compile_program(graph, own, False)
     ready = program.weights(leaves_of(weights, graph))
-    return program.outputs(program.prepare(queries), ready, len(weights), queries.shape[int(own)])
+    return program.outputs(program.prepare(queries), ready, weights.shape[0], queries.shape[int(own)])
 
 
 @lru_cache(maxsize=64)

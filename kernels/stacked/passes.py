@@ -19,32 +19,35 @@ Share = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 
 
 @lru_cache(maxsize=256)
-def _tape(program: Program) -> Tape:
-    return tape_of(program)
+def tapes_of(program: Program) -> tuple[Tape, Tape]:
+    """Of what is made of the weights alone, and of the rest."""
+    return tape_of(program.made, program.places, program.carried), tape_of(program.steps, program.carried, (program.output,))
 
 
 def by_tape(program: Program, leaves: Sequence[Tensor], slabs: Slabs, share: Share) -> tuple[Tensor, list[Tensor]]:
     """Losses ``[M]`` and gradients of each slot's ``[M, *shape]``, through rules written out and, where there is none, islands."""
-    tape, models = _tape(program), len(leaves[0])
+    made, rest = tapes_of(program)
+    models = leaves[0].shape[0]
 
     def slab(start: int, prepared: Sequence[Any]) -> tuple[Tensor, list[Tensor | None]]:
-        outputs, saved = tape.forward(prepared, carried, models, prepared[program.query].shape[int(program.own)])
+        (outputs,), saved = rest.forward(list(prepared), carried, models, prepared[program.query].shape[int(program.own)])
         value, slope = share(start, outputs)
-        return value, tape.backward(slope, saved, models)
+        return value, rest.backward([slope], saved, models, program.size)
 
     with torch.no_grad():
-        carried, made = _cut(program, leaves, bool(program.made))
+        carried, kept = made.forward(program.known(leaves[0]), leaves, models, 0)
         total, sums = _over(slabs, slab)
-    return total, _to_leaves(program, leaves, made, sums)
+        gradients = made.backward(sums, kept, models, program.size)
+    return total, [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, gradients, strict=True)]
 
 
 def by_graph(
     program: Program, leaves: Sequence[Tensor], slabs: Slabs, share: Share, context: Callable[[], Any]
 ) -> tuple[Tensor, list[Tensor]]:
     """The same through torch's graph, in a ``context`` such as autocast."""
-    models = len(leaves[0])
+    models = leaves[0].shape[0]
     with context():
-        carried, made = _cut(program, leaves, True)
+        carried, made = _cut(program, leaves)
     wanted = [value.requires_grad_(source.requires_grad) for value, source in zip(carried, made, strict=True) if source.requires_grad]
 
     def slab(start: int, prepared: Sequence[Any]) -> tuple[Tensor, list[Tensor | None]]:
@@ -57,11 +60,11 @@ def by_graph(
         return value, [next(found) if source.requires_grad else None for source in made]
 
     total, sums = _over(slabs, slab)
-    return total, _to_leaves(program, leaves, made, sums)
+    return total, _to_leaves(leaves, made, sums)
 
 
 def _over(slabs: Slabs, run: Callable[[int, Sequence[Any]], tuple[Tensor, list[Tensor | None]]]) -> tuple[Tensor, list[Tensor | None]]:
-    """Sums of a value and of gradients over slabs, of which there is one at least."""
+    """The sums over all slabs of the value and of the gradients that ``run`` returns for each."""
     each = (run(start, prepared) for start, prepared in slabs)
     total, sums = next(each)
     for value, parts in each:
@@ -70,13 +73,14 @@ def _over(slabs: Slabs, run: Callable[[int, Sequence[Any]], tuple[Tensor, list[T
     return total, sums
 
 
-def _cut(program: Program, leaves: Sequence[Tensor], graph: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """What is made of the weights, cut off from them, and the same with the graph that leads to them.
+def _cut(program: Program, leaves: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The values that the program computes from the weights alone: detached from torch's graph, and with it.
 
-    It is made once, whatever the number of slabs, and its gradient goes on to the weights once.
+    They are computed once, whatever the number of slabs. Slabs differentiate with respect to the detached ones; the sum of those gradients
+    then goes through the graph to the weights once.
     """
-    with torch.set_grad_enabled(graph):
-        made = program.weights([leaf.requires_grad_(graph) for leaf in leaves])
+    with torch.enable_grad():
+        made = program.weights([leaf.requires_grad_() for leaf in leaves])
     return [value.detach() for value in made], made
 
 
@@ -84,16 +88,12 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
 
 
-def _to_leaves(program: Program, leaves: Sequence[Tensor], made: Sequence[Tensor], sums: Sequence[Tensor | None]) -> list[Tensor]:
-    """Gradients of the slots from those of what was made of them; zeros where there is none."""
-    if program.made:
-        pairs = [(value, g) for value, g in zip(made, sums, strict=True) if g is not None and value.requires_grad]
-        if not pairs:
-            return [torch.zeros_like(leaf) for leaf in leaves]
-        return list(torch.autograd.grad([v for v, _ in pairs], list(leaves), [g for _, g in pairs], materialize_grads=True))
-    found = dict(zip(program.carried, sums, strict=True))
-    gradients = [found.get(place) for place in program.places]
-    return [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, gradients, strict=True)]
+def _to_leaves(leaves: Sequence[Tensor], made: Sequence[Tensor], sums: Sequence[Tensor | None]) -> list[Tensor]:
+    """Gradients of the parameters, from the gradients of the values that were computed from them; zeros where there is none."""
+    pairs = [(value, g) for value, g in zip(made, sums, strict=True) if g is not None and value.requires_grad]
+    if not pairs:
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    return list(torch.autograd.grad([v for v, _ in pairs], list(leaves), [g for _, g in pairs], materialize_grads=True))
 
 
-__all__ = ["by_graph", "by_tape"]
+__all__ = ["by_graph", "by_tape", "tapes_of"]

@@ -41,7 +41,7 @@ class Step:
     frees: tuple[int, ...] = ()
 
     def reads(self) -> set[int]:
-        """Places of what it looks at."""
+        """Places of the values that the step reads."""
         return {i for _, i in self.tensors} | {i for _, where in self.lists for i in where if i is not None}
 
     def arguments(self, values: Sequence[Any], n: int) -> Values:
@@ -73,7 +73,7 @@ class Program:
         graph: which.
         own: whether every model has its own queries.
         shared: steps whose results are the same for all models.
-        made: steps that see weights alone: once a group, whatever its queries.
+        made: steps that read weights alone; they run once a group, whatever its queries.
         steps: the others, in order.
         places: of the slots, among the values.
         carried: places of slots and of what ``made`` makes of them, as far as ``steps`` read them.
@@ -99,10 +99,7 @@ class Program:
 
     def prepare(self, queries: Tensor) -> list[Any]:
         """Values that all models share, from queries ``[n, *input]`` (``[M, n, *input]`` where they are each model's own)."""
-        values: list[Any] = [None] * self.size
-        for place, constant in self.constants:
-            value = constant.to(queries.device)
-            values[place] = value.to(queries.dtype) if value.is_floating_point() else value
+        values = self.known(queries)
         values[self.query] = queries
         n = queries.shape[int(self.own)]
         with torch.set_grad_enabled(torch.is_grad_enabled() and queries.requires_grad):
@@ -110,19 +107,21 @@ class Program:
                 step(values, 1, n)
         return values
 
-    def weights(self, leaves: Sequence[Tensor]) -> list[Any]:
-        """What :meth:`outputs` reads of the weights, from each slot's ``[M, *shape]``."""
-        if not self.made:
-            values = dict(zip(self.places, leaves, strict=True))
-            return [values[place] for place in self.carried]
-        known: list[Any] = [None] * self.size
+    def known(self, like: Tensor) -> list[Any]:
+        """Values at all places before anything has run: the constants, with device and dtype of a tensor."""
+        values: list[Any] = [None] * self.size
         for place, constant in self.constants:
-            value = constant.to(leaves[0].device)
-            known[place] = value.to(leaves[0].dtype) if value.is_floating_point() else value
+            value = constant.to(like.device)
+            values[place] = value.to(like.dtype) if value.is_floating_point() else value
+        return values
+
+    def weights(self, leaves: Sequence[Tensor]) -> list[Any]:
+        """The values that :meth:`outputs` needs of the weights, computed from each slot's ``[M, *shape]``."""
+        known = self.known(leaves[0])
         for place, leaf in zip(self.places, leaves, strict=True):
             known[place] = leaf
         for step in self.made:
-            step(known, len(leaves[0]), 0)
+            step(known, leaves[0].shape[0], 0)
         return [known[place] for place in self.carried]
 
     def outputs(self, shared: Sequence[Any], weights: Sequence[Any], models: int, n: int) -> Tensor:

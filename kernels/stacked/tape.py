@@ -3,7 +3,8 @@
 A call with a rule (``rules.py``) runs by it. Neighboring calls without one are an *island*: they run under autograd from inputs that were
 cut off, and their backward is one ``torch.autograd.grad``. Calls that no weight reaches keep nothing.
 
-The twin is the program under autograd (``engine.plain``), which a test holds every network against.
+A program has two tapes: of what is made of the weights alone, and of the rest. The twin is the program under autograd
+(``engine.plain``), which a test holds every network against.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .program import Program, Step
+from .program import Step
 from .rules import Rule
 
 
@@ -44,7 +45,7 @@ class Ruled:
 
 @dataclass(frozen=True)
 class Island:
-    """Neighboring calls without rules: cut off from the others, inside them torch's own graph."""
+    """Neighboring calls without rules, differentiated together by torch's own graph, which ends at their inputs and outputs."""
 
     steps: tuple[Step, ...]
     inputs: tuple[int, ...]  # places that weights reach
@@ -86,7 +87,7 @@ class Island:
 
 @dataclass(frozen=True)
 class Constant:
-    """A call that no weight reaches, or whose result is no number to differentiate."""
+    """A call without a gradient: its result does not depend on weights, or is not differentiable (integers, booleans)."""
 
     step: Step
 
@@ -104,54 +105,67 @@ def _add(gradients: list[Tensor | None], place: int, part: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Tape:
-    """A program's calls, ready to run forward and back."""
+    """Calls, ready to run forward and back.
 
-    program: Program
+    Attributes:
+        calls: in order.
+        inputs: places of what is differentiated by.
+        outputs: places of what comes out.
+    """
+
     calls: tuple[Ruled | Island | Constant, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
 
-    def forward(self, shared: Sequence[Any], weights: Sequence[Any], models: int, n: int) -> tuple[Tensor, list[Any]]:
-        """``[M, n, *out]`` from what ``prepare`` and ``weights`` of the program give, and what :meth:`backward` needs."""
-        values = list(shared)
-        for place, value in zip(self.program.carried, weights, strict=True):
+    def forward(self, values: list[Any], inputs: Sequence[Any], models: int, n: int) -> tuple[list[Tensor], list[Any]]:
+        """The outputs, and what :meth:`backward` needs; ``values`` holds all others that are known, and is written over."""
+        for place, value in zip(self.inputs, inputs, strict=True):
             values[place] = value
         saved = [call.forward(values, models, n) for call in self.calls]
-        return values[self.program.output], saved
+        return [values[place] for place in self.outputs], saved
 
-    def backward(self, g: Tensor, saved: list[Any], models: int) -> list[Tensor | None]:
-        """Gradients of the carried values, None where there is none, from that of the outputs. ``saved`` is used up."""
-        gradients: list[Tensor | None] = [None] * self.program.size
-        gradients[self.program.output] = g
+    def backward(self, slopes: Sequence[Tensor | None], saved: list[Any], models: int, size: int) -> list[Tensor | None]:
+        """Gradients of the inputs from those of the outputs, None where there is none. Empties ``saved``; ``size``: number of places."""
+        gradients: list[Tensor | None] = [None] * size
+        for place, slope in zip(self.outputs, slopes, strict=True):
+            gradients[place] = slope
         for call in reversed(self.calls):
             call.backward(gradients, saved.pop(), models)
-        return [gradients[place] for place in self.program.carried]
+        return [gradients[place] for place in self.inputs]
 
 
-def tape_of(program: Program) -> Tape:
-    """The tape of a program."""
-    reached = set(program.carried)
+def tape_of(steps: Sequence[Step], inputs: Sequence[int], outputs: Sequence[int]) -> Tape:
+    """The tape of steps that read values at the places ``inputs``, of which gradients are wanted."""
+    reached = set(inputs)
     ruled: list[tuple[Step, Rule | None, bool]] = []
-    for step in program.steps:
-        wanted = frozenset(name for name, place in step.tensors if place in reached)
+    for step in steps:
+        wanted = frozenset(name for name, place in _places(step).items() if place in reached)
         reaches = bool(step.reads() & reached)
-        rule = step.rule(wanted) if reaches and step.rule is not None and not step.lists else None
+        rule = step.rule(wanted) if reaches and step.rule is not None else None
         ruled.append((step, rule, reaches))
         if reaches:
             reached.add(step.out)
-    inside = _inside_of_lists(program.steps)
+    inside = _inside_of_lists(steps)
     calls: list[Ruled | Island | Constant] = []
     island: list[Step] = []
     for i, (step, rule, reaches) in enumerate(ruled):
         if i not in inside and (rule is not None or not reaches):
-            _close(calls, island, program, reached)
-            calls.append(Constant(step) if rule is None else Ruled(step, rule, dict(step.tensors)))
+            _close(calls, island, steps, outputs, reached)
+            calls.append(Constant(step) if rule is None else Ruled(step, rule, _places(step)))
         else:
             island.append(step)
-    _close(calls, island, program, reached)
-    return Tape(program, tuple(calls))
+    _close(calls, island, steps, outputs, reached)
+    return Tape(tuple(calls), tuple(inputs), tuple(outputs))
+
+
+def _places(step: Step) -> dict[str, int]:
+    """Places of a call's tensors by argument; ``name.0`` and so on in a list."""
+    lists = {f"{name}.{i}": place for name, where in step.lists for i, place in enumerate(where) if place is not None}
+    return dict(step.tensors) | lists
 
 
 def _inside_of_lists(steps: Sequence[Step]) -> set[int]:
-    """Calls from one that gives several tensors to the last that reads them: they stay in one island."""
+    """Numbers of the calls from one that returns several tensors to the last that reads them: these stay in one island."""
     inside: set[int] = set()
     for i, step in enumerate(steps):
         if step.several:
@@ -160,16 +174,18 @@ def _inside_of_lists(steps: Sequence[Step]) -> set[int]:
     return inside
 
 
-def _close(calls: list[Ruled | Island | Constant], island: list[Step], program: Program, reached: set[int]) -> None:
+def _close(
+    calls: list[Ruled | Island | Constant], island: list[Step], steps: Sequence[Step], outputs: Sequence[int], reached: set[int]
+) -> None:
     """The island so far becomes one call."""
     if not island:
         return
-    steps = tuple(island)
-    made = {step.out for step in steps}
-    read = {place for step in steps for place in step.reads()} - made
-    after = program.steps[program.steps.index(steps[-1]) + 1 :]
-    later = {place for step in after for place in step.reads()} | {program.output}
-    calls.append(Island(steps, tuple(sorted(read & reached)), tuple(sorted(made & later))))
+    inside = tuple(island)
+    made = {step.out for step in inside}
+    read = {place for step in inside for place in step.reads()} - made
+    after = steps[steps.index(inside[-1]) + 1 :]
+    later = {place for step in after for place in step.reads()} | set(outputs)
+    calls.append(Island(inside, tuple(sorted(read & reached)), tuple(sorted(made & later))))
     island.clear()
 
 

@@ -19,7 +19,8 @@ from ..chains import chain_of
 from ..graph import QUERY, Graph
 from ..layers import Dropout, Flatten, Layer, Layers, Linear, Pool2d, Unplannable, layer_slots, shapes
 from ..reference import value_shapes
-from ..stacked.segments import Segment, rows_of, segments
+from ..stacked.rows import rows_of
+from ..stacked.segments import Segment, segments
 from .schedule import schedule
 
 Rows = Callable[[Tensor], Tensor]

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tolerances import FP32, FP32_ROUNDING
 
 from wslfast import Architecture, Population, TrainConfig, WslfastError, build_zoo, evaluate, generate, load_zoo, save_zoo, train
 from wslfast.measure import reconstruct
@@ -49,7 +50,7 @@ def test_without_noise_the_anchors_reconstructions_come_out(run: Path) -> None:
     rebuilt = reconstruct(load_run(run / "run").autoencoder, zoo.weights)
     for row, anchor, epoch in zip(made.weights, made.properties["anchor"], made.properties["anchor_epoch"], strict=True):
         (j,) = [i for i in range(len(zoo)) if (zoo.properties["model"][i], zoo.properties["epoch"][i]) == (anchor, epoch)]
-        assert torch.allclose(row, rebuilt[j], atol=1e-5)
+        assert torch.allclose(row, rebuilt[j], atol=FP32)
 
 
 def test_what_is_said_of_a_sample_is_true(run: Path) -> None:
@@ -59,7 +60,7 @@ def test_what_is_said_of_a_sample_is_true(run: Path) -> None:
     expected = (oracle_outputs(made.weights, images, made.architecture).argmax(-1) == labels).double().mean(1)
     assert torch.allclose(made.column("test_acc"), expected, atol=1.5 / len(labels))
     distances = [min(float((w - v).double().norm()) for v in zoo.weights) for w in made.weights]
-    assert torch.allclose(made.column("novelty"), torch.tensor(distances, dtype=torch.float64), rtol=1e-5)
+    assert torch.allclose(made.column("novelty"), torch.tensor(distances, dtype=torch.float64), rtol=FP32)
     again = load_zoo(run / "made")
     assert torch.equal(again.weights, made.weights)
     assert torch.equal(generate(run / "run", samples=6, bandwidth=0.2).weights, made.weights)
@@ -117,7 +118,7 @@ def test_selection_is_on_validation_images_best_first(run: Path) -> None:
     value = every.column("val_acc")
     assert torch.equal(best.column("val_acc"), value.sort(descending=True).values[:5])
     rows = value.argsort(descending=True, stable=True)[:5].tolist()
-    assert torch.allclose(best.weights, every.weights[rows], atol=1e-6)
+    assert torch.allclose(best.weights, every.weights[rows], atol=FP32_ROUNDING)
     assert best.properties["anchor"] == tuple(every.properties["anchor"][i] for i in rows)
     again = generate(run / "run", samples=5, candidates=20, select="bootstrapped", rounds=2, bandwidth=0.3, anchors=0.5, seed=2)
     assert bool((again.column("val_acc") >= best.column("val_acc")).all())

@@ -64,7 +64,7 @@ def forward(weights: Tensor, queries: Tensor, architecture: Architecture, *, bac
     graph = torch.is_grad_enabled() and (weights.requires_grad or queries.requires_grad)
     if graph and queries.requires_grad and (device != "cuda" or not reaches_queries(architecture)):
         backend = "torch" if device == "cuda" or backend == "triton" else backend
-    call = Call("forward", len(weights), queries.shape[int(per_model(queries, architecture))], weights.device.index)
+    call = Call("forward", weights.shape[0], queries.shape[int(per_model(queries, architecture))], weights.device.index)
     with region("forward"):
         while True:
             path = choose(architecture, device, weights.dtype, backend, torch.is_autocast_enabled(device), call)
@@ -94,7 +94,7 @@ def loss_and_gradient(
     """
     device, backend = weights.device.type, preferred(backend)
     weights, targets = weights.detach(), targets.detach()
-    call = Call(form_of(criterion, index), len(weights), targets.shape[1], weights.device.index)
+    call = Call(form_of(criterion, index), weights.shape[0], targets.shape[1], weights.device.index)
     with region("loss"):
         while True:
             path = choose(architecture, device, weights.dtype, backend, torch.is_autocast_enabled(device), call)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..architecture import Architecture
-from ..errors import WslfastError, describe
+from ..errors import WslfastError, describe, first_line
 from ..kernels import reference, stacked
 from ..kernels.cpu import engine as cpu
 from ..kernels.criteria import Named, share_of_loss
@@ -64,15 +64,14 @@ def _named(architecture: Architecture, queries: Tensor) -> Iterator[None]:
     except (RuntimeError, LookupError, ValueError) as error:
         if is_shortage(error) or isinstance(error, WslfastError):
             raise
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise WslfastError(f"architecture {architecture.name!r} cannot run on queries {describe(queries)}: {first:.300}") from error
+        raise WslfastError(f"architecture {architecture.name!r} cannot run on queries {describe(queries)}: {first_line(error)}") from error
 
 
 def in_pieces(run: Run, weights: Tensor, queries: Tensor, architecture: Architecture, graph: bool, size: int | None = None) -> Tensor:
     """Outputs of ``run(weights, queries)``, models cut into chunks of ``size`` (default: as many as fit the memory budget). With a graph
     that does not fit as a whole, chunks are recomputed in the backward pass."""
     own = per_model(queries, architecture)
-    n, k = queries.shape[int(own)], len(weights)
+    n, k = queries.shape[int(own)], weights.shape[0]
     if k == 0:
         return run(weights, queries)
     pieces: list[Tensor] = []
@@ -95,7 +94,7 @@ def by_autograd(
     """Values and gradients of ``run`` through torch's graph, one chunk of models after another."""
     own = per_model(queries, architecture)
     n = queries.shape[int(own)]
-    losses, gradient = weights.new_empty(len(weights)), torch.empty_like(weights, memory_format=torch.contiguous_format)
+    losses, gradient = weights.new_empty(weights.shape[0]), torch.empty_like(weights, memory_format=torch.contiguous_format)
 
     def piece(part: slice) -> None:
         with torch.enable_grad():
@@ -105,7 +104,7 @@ def by_autograd(
         # models are independent: the gradient of the sum is each model's own
         (gradient[part],) = torch.autograd.grad(outputs, rows, slope.to(outputs.dtype))
 
-    in_chunks(len(weights), models_per_chunk(architecture, n, weights.device.type), piece)
+    in_chunks(weights.shape[0], models_per_chunk(architecture, n, weights.device.type), piece)
     return losses, gradient
 
 
@@ -120,7 +119,7 @@ def gathered(
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
     """Values and gradients of a path that wants each model's queries as a tensor: gathered from the pool for some models at a time."""
-    losses, gradient = weights.new_empty(len(weights)), torch.empty_like(weights, memory_format=torch.contiguous_format)
+    losses, gradient = weights.new_empty(weights.shape[0]), torch.empty_like(weights, memory_format=torch.contiguous_format)
     size = pool.element_size() * index.shape[1] * math.prod(architecture.input_shape)
 
     def piece(part: slice) -> None:
@@ -128,7 +127,7 @@ def gathered(
             own = pool.index_select(0, index[part].reshape(-1)).unflatten(0, index[part].shape)
         losses[part], gradient[part] = path.loss_and_gradient(weights[part], own, targets[part], criterion, temperature, None)
 
-    in_chunks(len(weights), max(1, memory_budget(weights.device.type) // (4 * size)), piece)
+    in_chunks(weights.shape[0], max(1, memory_budget(weights.device.type) // (4 * size)), piece)
     return losses, gradient
 
 
@@ -177,11 +176,10 @@ class Stacked:
         return self.architecture.graph
 
     def forward(self, weights: Tensor, queries: Tensor, graph: bool) -> Tensor:
-        if len(weights) == 0 or queries.shape[int(per_model(queries, self.architecture))] == 0:
-            return weights.new_zeros(
-                len(weights), queries.shape[int(per_model(queries, self.architecture))], *self.architecture.output_shape
-            )
-        size = None if graph else self._models(len(weights), queries.shape[int(per_model(queries, self.architecture))], weights.device.type)
+        k, n = weights.shape[0], queries.shape[int(per_model(queries, self.architecture))]
+        if k == 0 or n == 0:
+            return weights.new_zeros(k, n, *self.architecture.output_shape)
+        size = None if graph else self._models(k, n, weights.device.type)
         with _named(self.architecture, queries):
             return in_pieces(partial(self._run, graph), weights, queries, self.architecture, graph, size)
 
@@ -195,10 +193,13 @@ class Stacked:
     def loss_and_gradient(
         self, weights: Tensor, queries: Tensor, targets: Tensor, criterion: Named, temperature: float, index: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        k, own = len(weights), per_model(queries, self.architecture)
+        k, own = weights.shape[0], per_model(queries, self.architecture)
         pieces: list[tuple[Tensor, Tensor]] = []
 
         def piece(part: slice) -> None:
+            if part == slice(0, k):  # small calls are many, and a view of a tensor is a microsecond
+                pieces.append(self._piece(weights, queries, targets, criterion, temperature, index))
+                return
             x = queries[part] if own and index is None else queries
             rows = None if index is None else index[part]
             pieces.append(self._piece(weights[part], x, targets[part], criterion, temperature, rows))

@@ -18,10 +18,9 @@ from ..codes.linear import LinearCodec
 from ..engine.ranks import apart, joined
 from ..errors import logger, require
 from ..files import write_json
-from ..population import Population
+from ..population import Population, html_table
 from ..profiling import region
 from ..proof import proved
-from ..showing import html_table
 from ..tokens import layout
 from ..training import Run, load_run
 from ..training.hooks import LogTo, hook_of

@@ -97,10 +97,10 @@ def number(value: float | None, digits: int | None = None) -> str:
     return (text.lstrip("-") if not text.strip("-0.") else text).replace("-", "−")
 
 
-def percent(value: float | None, *, signed: bool = False, digits: int = 1) -> str:
+def percent(value: float | None, *, signed: bool = False) -> str:
     if value is None or not math.isfinite(value):
         return DASH
-    text = f"{100 * value:{'+' if signed else ''}.{digits}f}"
+    text = f"{100 * value:{'+' if signed else ''}.1f}"
     return (text.lstrip("+-") if float(text) == 0 else text).replace("-", "−")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -66,8 +66,15 @@ def _table(results: Results, zoo: str, colors: Mapping[str, str]) -> str:
         about = results.about(zoo, variant)
         numbers, share = (results.mean(zoo, variant, name) for name in ("latent_numbers", "latent_share"))
         latent = cell(number(numbers, 0), f"{100 * share:.0f} % of weights" if share is not None else "") if numbers else cell(DASH)
-        shown = {"psnr": number, "identified": percent, "agreement": percent, "agreement_margin": percent}
-        shown |= {"output_l2": number, "l2_masked": number, "explained_variance": percent}
+        shown: dict[str, Callable[[float | None], str]] = {
+            "psnr": number,
+            "identified": percent,
+            "agreement": percent,
+            "agreement_margin": percent,
+            "output_l2": number,
+            "l2_masked": number,
+            "explained_variance": percent,
+        }
         cells = [latent]
         for metric, as_text in shown.items():
             value, spread = results.over_seeds(zoo, variant, metric)

@@ -55,8 +55,8 @@ def data_table(results: Results) -> str:
         a = results.about(zoo, "zoo")
         if "dataset" not in a:
             continue
-        used, there = a.get("checkpoints_used", {}), a.get("checkpoints", {})
-        models = ", ".join(f"{split} {used.get(split, n)}" + (f" of {n}" if used.get(split, n) != n else "") for split, n in there.items())
+        used, counts = a.get("checkpoints_used", {}), a.get("checkpoints", {})
+        models = ", ".join(f"{split} {used.get(split, n)}" + (f" of {n}" if used.get(split, n) != n else "") for split, n in counts.items())
         images = a.get("images", [0, 0, 0])
         shape, sizes = "x".join(map(str, a["image_shape"])), f"train {images[0]:,}, val {images[1]:,}, test {images[2]:,}"
         cells = {

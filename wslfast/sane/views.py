@@ -49,23 +49,31 @@ def same_functions(rows: Tensor, architecture: Architecture) -> Tensor:
     for position, slots in enumerate(layers):
         assert slots.weight is not None
         out = slots.weight.shape[0]
-        w = rows[:, slots.weight.offset : slots.weight.stop].contiguous().view(k, out, -1)
+        w = rows[:, slots.weight.offset : slots.weight.stop].unflatten(1, (out, -1))
         b = rows.new_zeros(k, out) if slots.bias is None else rows[:, slots.bias.offset : slots.bias.stop]
         moved, mine_b = None, b[:half]
         if position < len(sizes):
-            few = w[:, :, :_COLUMNS] if order is None else _moved(w, None, order, -(-_COLUMNS * order.shape[1] // w.shape[2]))
+            few = w[:, :, :_COLUMNS] if order is None else _first_columns(w, order)
             # summed along the row in one fixed order, whatever the row's place: equal rows have equal sums to the bit
             order = ((few * _vector(few.shape[2], rows)).sum(2) + b).argsort(1)
             moved = order[:half].gather(1, order[half:].argsort(1))
             mine_b = mine_b.gather(1, moved)
-        mine = _moved(w[:half], moved, partner, None)
+        mine = _moved(w[:half], moved, partner)
         same &= (mine == w[half:]).flatten(1).all(1) & (mine_b == b[half:]).all(1)
         partner = moved
     return same
 
 
-def _moved(w: Tensor, outputs: Tensor | None, inputs: Tensor | None, count: int | None) -> Tensor:
-    """``w [k, out, width]`` with its output channels, and the first ``count`` of its input channels, in an order.
+def _first_columns(w: Tensor, inputs: Tensor) -> Tensor:
+    """Of ``w [k, out, width]`` the columns of as many input channels, in the order ``inputs [k, channels]``, as make 32 numbers."""
+    k, out, width = w.shape
+    block = width // inputs.shape[1]
+    index = inputs[:, : -(-_COLUMNS // block), None] * block + torch.arange(block, device=w.device)
+    return w.gather(2, index.view(k, 1, -1).expand(-1, out, -1))
+
+
+def _moved(w: Tensor, outputs: Tensor | None, inputs: Tensor | None) -> Tensor:
+    """``w [k, out, width]`` with its output channels and its input channels in an order.
 
     Kernels, and after a flatten whole feature maps, move with their channel: one copy of rows of such blocks.
     """
@@ -73,8 +81,8 @@ def _moved(w: Tensor, outputs: Tensor | None, inputs: Tensor | None, count: int 
     channels = 1 if inputs is None else inputs.shape[1]
     row = torch.arange(k, device=w.device).unsqueeze(1) * out
     row = row + (torch.arange(out, device=w.device) if outputs is None else outputs)  # [k, out]
-    column = row.new_zeros(k, 1) if inputs is None else inputs[:, :count]
-    index = row.unsqueeze(2) * channels + column.unsqueeze(1)  # [k, out, count]
+    column = row.new_zeros(k, 1) if inputs is None else inputs
+    index = row.unsqueeze(2) * channels + column.unsqueeze(1)  # [k, out, channels]
     return w.reshape(k * out * channels, -1).index_select(0, index.flatten()).view(k, out, -1)
 
 

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from ..errors import require
+from ..files import sha256_of
 from ..measure.diversity import accuracy, classes_of, labels_of, outputs_of, sorted_channels
 from ..measure.generation import best_rows, val_accuracy
 from ..measure.recorded import check_recorded
-from ..measure.results import file_digest, fingerprint
+from ..measure.results import fingerprint
 from ..population import Population
 from ..zoo import Dataset, dataset_of, load_zoo, read_manifest
 from ..zoo.manifest import KIND, MANIFEST
@@ -97,7 +98,7 @@ class LoadedZoo:
     ) -> None:
         self.folder, self.protocol, self.device = Path(zoo), protocol, device
         manifest = read_manifest(zoo)
-        self.digest = file_digest(self.folder / MANIFEST)
+        self.digest = sha256_of(self.folder / MANIFEST)
         labels = (None,) * manifest.rows if architecture is None else manifest.properties[KIND]
         rows_of = [split for split, label in zip(manifest.properties["split"], labels, strict=True) if label == architecture]
         splits = set(rows_of)

@@ -166,8 +166,8 @@ def _variant(folder: Path) -> str:
 def _check_folder(folder: Path, zoo: LoadedZoo) -> None:
     unit = read_unit(unit_path(folder, zoo.name, "zoo", 0))
     if unit is not None and unit.facts.get("digest") != zoo.facts["digest"]:
-        there = f"out: {folder} holds results of another zoo called {zoo.name!r} ({unit.facts.get('folder')})"
-        require(False, f"{there}; choose another folder (--out), or another name for this one (--name)")
+        conflict = f"out: {folder} holds results of another zoo called {zoo.name!r} ({unit.facts.get('folder')})"
+        require(False, f"{conflict}; choose another folder (--out), or another name for this one (--name)")
 
 
 def _has_goals(folder: Path) -> bool:

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from ..codes.autoencoder import Autoencoder
 from ..codes.layer_inputs import spaced
+from ..files import sha256_of
 from ..measure.diversity import classes_of
 from ..measure.evaluation import BASELINES, decode, embeddings, linear_baselines
 from ..measure.probe import weight_statistics
 from ..measure.refinement import REFINED, refine
-from ..measure.results import file_digest
 from ..training import Run
 from ..training.checkpoint import checkpoint_path
 from .loaded_zoo import LoadedZoo
@@ -98,7 +98,7 @@ def _twins(inputs: Inputs) -> Iterator[Task]:
 
 
 def _task_of(variant: str, run: Run, full: bool) -> Task:
-    parts = ("run", file_digest(checkpoint_path(run.out)))
+    parts = ("run", sha256_of(checkpoint_path(run.out)))
     return Task(partial(_measure_run, run=run, full=full), parts, {"run": variant}, run.config.seed)
 
 
@@ -248,8 +248,8 @@ def run_facts(run: Run) -> dict[str, Any]:
     return {"folder": str(run.out), "losses": losses, "step": run.step, **{n: getattr(c, n) for n in names}}
 
 
-def curve_of(folder: Path, most: int = 200) -> list[dict[str, Any]]:
-    """Records of a run's log that hold a loss, at most so many, evenly spaced."""
+def curve_of(folder: Path) -> list[dict[str, Any]]:
+    """Records of a run's log that hold a loss, at most 200, evenly spaced."""
     kept = ("step", "loss", "structural", "behavioral", "contrastive")
     try:
         lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
@@ -263,5 +263,5 @@ def curve_of(folder: Path, most: int = 200) -> list[dict[str, Any]]:
             continue
         if isinstance(record, dict) and "step" in record and "loss" in record:
             records.append({name: record[name] for name in kept if name in record})
-    stride = -(-len(records) // most) or 1
+    stride = -(-len(records) // 200) or 1
     return records[::stride]

@@ -19,8 +19,8 @@ from ..architecture import Architecture
 from ..codes.autoencoder import Autoencoder
 from ..errors import WslfastError, check_device, require
 from ..files import write_tensors
+from ..population import html_table
 from ..safe.state import load_plain
-from ..showing import html_table
 from ..tokens import TokenLayout, num_tokens
 from ..zoo.importers.found import unreadable
 from ..zoo.manifest import MANIFEST

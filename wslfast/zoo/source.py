@@ -11,8 +11,7 @@ import numpy as np
 
 from ..architecture import Architecture
 from ..errors import WslfastError, describe, require
-from ..files import write_atomically
-from .arrays import sha256_of
+from ..files import sha256_of, write_atomically
 from .catalogue import NAMES
 from .datasets import Dataset, load_dataset
 from .grids import is_grid

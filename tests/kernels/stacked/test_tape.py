@@ -7,12 +7,14 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
+from tolerances import FP64, FP64_ROUNDING
 from torch import Tensor, nn
 
 import wslfast
 from wslfast.kernels.stacked import engine, passes, rules
 from wslfast.kernels.stacked.compiler import compile_program
-from wslfast.kernels.stacked.tape import Island, Ruled, tape_of
+from wslfast.kernels.stacked.passes import tapes_of
+from wslfast.kernels.stacked.tape import Island, Ruled
 
 K, N, WIDTH = 3, 5, 6
 
@@ -101,8 +103,8 @@ def _check(make) -> None:
     rows = weights.clone().requires_grad_()
     wanted = (engine.plain(rows, queries, architecture.graph) - targets).square().sum((1, 2)) / (2 * N)
     (slope,) = torch.autograd.grad(wanted.sum(), rows)
-    torch.testing.assert_close(losses, wanted.detach(), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(gradient, slope, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(losses, wanted.detach(), rtol=FP64_ROUNDING, atol=FP64_ROUNDING)
+    torch.testing.assert_close(gradient, slope, rtol=FP64, atol=FP64_ROUNDING)
 
 
 @pytest.mark.parametrize("name", list(FUNCTIONS))
@@ -111,7 +113,7 @@ def test_function(name: str) -> None:
     _check(make)
     architecture, _ = _population(make)
     assert any(node.operation == name for node in architecture.graph.nodes)
-    tape = tape_of(compile_program(architecture.graph, False, True))
+    _, tape = tapes_of(compile_program(architecture.graph, False, True))
     assert not [call for call in tape.calls if isinstance(call, Island)]
 
 
@@ -147,7 +149,7 @@ def test_tokens_of_a_sequence() -> None:
 
     _check(Block)
     architecture, _ = _population(Block)
-    kinds = {type(call) for call in tape_of(compile_program(architecture.graph, False, True)).calls}
+    kinds = {type(call) for call in tapes_of(compile_program(architecture.graph, False, True))[1].calls}
     assert {Ruled, Island} <= kinds
 
 
@@ -179,8 +181,8 @@ def test_several_slabs_add_up() -> None:
     losses, gradient = engine.loss_and_gradient(weights, queries, targets, architecture.graph, "mse")
     rows = weights.clone().requires_grad_()
     wanted = (engine.plain(rows, queries, architecture.graph) - targets).square().sum((1, 2)) / (2 * n)
-    torch.testing.assert_close(losses, wanted.detach(), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(gradient, torch.autograd.grad(wanted.sum(), rows)[0], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(losses, wanted.detach(), rtol=FP64_ROUNDING, atol=FP64_ROUNDING)
+    torch.testing.assert_close(gradient, torch.autograd.grad(wanted.sum(), rows)[0], rtol=FP64, atol=FP64_ROUNDING)
 
 
 def test_tape_and_graph_agree() -> None:

@@ -20,6 +20,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pickled import Calls, as_archive, honest_file, hostile_programs
+from tolerances import FP32, FP32_ROUNDING
 from torch import Tensor, nn
 
 from wslfast import Architecture, Population, TokenLayout, WslfastError, load_zoo
@@ -393,7 +394,7 @@ def test_pickled_data_sets_are_read_without_their_class(
     done = import_zoo(tmp_path, tmp_path / "out")
     zoo = load_zoo(tmp_path / "out")
     assert (done.rows, done.models, dict(done.skipped)) == (18, 6, {})
-    torch.testing.assert_close(zoo.weights, rows.weights, rtol=1e-5, atol=1e-6 if standardize else 0.0)
+    torch.testing.assert_close(zoo.weights, rows.weights, rtol=FP32, atol=FP32_ROUNDING if standardize else 0.0)
     assert zoo.properties["split"] == ("train",) * 6 + ("val",) * 6 + ("test",) * 6
     assert zoo.properties["epoch"] == (0, 2, 5) * 6
     assert zoo.properties["test_acc"] == (0.1, 0.2, 0.3) * 6
@@ -422,7 +423,7 @@ def test_running_statistics_were_standardised_twice(tmp_path: Path, published: t
     dataset.standardize, dataset.layers, dataset.ignore_bn = True, layers, False
     torch.save(dataset, tmp_path / "zoo.pt")
     import_zoo(tmp_path / "zoo.pt", tmp_path / "out", architecture=arch, split=(1.0, 0.0, 0.0))
-    torch.testing.assert_close(load_zoo(tmp_path / "out").weights, true, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(load_zoo(tmp_path / "out").weights, true, rtol=FP32, atol=FP32)
 
 
 def test_epoch_0_is_dropped_from_the_published_list_of_epochs(tmp_path: Path, published: type) -> None:

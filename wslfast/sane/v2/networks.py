@@ -101,27 +101,34 @@ class Networks:
         run over a decoded network before they use it.
         """
         module, slots = self.module(classes).to(rows.device), self.architecture(classes).slots
-        norms = {name: part for name, part in module.named_modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)}
-        kept: dict[str, Tensor] = {}
+        named = [(name, part) for name, part in module.named_modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+        norms = {name: part for name, part in named if part.track_running_stats}
+        counts: dict[str, int] = {}  # numbers a channel
 
         def note(name: str) -> Any:
             def hook(part: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-                x = arguments[0]
-                axes = [axis for axis in range(x.ndim) if axis != 1]
-                kept[f"{name}.running_mean"], kept[f"{name}.running_var"] = x.mean(axes), x.var(axes, unbiased=False)
+                counts[name] = arguments[0][:, 0].numel()
 
             return hook
 
         for name, part in norms.items():
             part.train()
+            part.momentum = 1.0  # what it keeps is then of this batch alone, and costs no passes of its own
             part.register_forward_pre_hook(note(name))
+        if queries.ndim == 4:
+            queries = queries.contiguous(memory_format=torch.channels_last)
         out = rows.clone()
         for row in out:
             state = {name: row[slot.offset : slot.stop].view(slot.shape).clone() for name, slot in slots.items()}
+            for name in norms:
+                state[f"{name}.running_mean"].zero_()
+                state[f"{name}.running_var"].zero_()
             functional_call(module, state, (queries,))
-            for name, value in kept.items():
-                slot = slots[name]
-                row[slot.offset : slot.stop] = value.reshape(-1)
+            for name in counts:
+                n = counts[name]
+                for kind, factor in (("running_mean", 1.0), ("running_var", (n - 1) / n)):  # theirs is unbiased
+                    slot = slots[f"{name}.{kind}"]
+                    row[slot.offset : slot.stop] = state[f"{name}.{kind}"].reshape(-1) * factor
         return out
 
 

@@ -56,10 +56,10 @@ def module_of(network: str) -> nn.Module:
     finally:
         sys.path.remove(str(path.resolve().parent))
     made = getattr(code, name, None)
-    there = [
+    modules = [
         n for n, value in vars(code).items() if isinstance(value, type) and issubclass(value, nn.Module) and value.__module__ == spec.name
     ]
-    require(made is not None, f"network: {file} has no {name!r}; its modules are {there[:8]}")
+    require(made is not None, f"network: {file} has no {name!r}; its modules are {modules[:8]}")
     if not isinstance(made, nn.Module):
         require(callable(made), f"network: {network}: expected a class or a function that gives the module, got {describe(made)}")
         try:
@@ -275,7 +275,7 @@ def _without_prefix(state: State, architecture: Architecture) -> State:
 
 
 def _difference(state: State, architecture: Architecture) -> str:
-    """What is not as the network has it, of one checkpoint."""
+    """How a checkpoint differs from the network, in words."""
     wanted = {slot.name: slot.shape for slot in architecture.parameters}
     held = {name: tuple(value.shape) for name, value in effective_state(_without_prefix(state, architecture), architecture.known).items()}
     lacks = [name for name in wanted if name not in held]

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from tolerances import FP32, FP32_DEEP, FP64
 from torch import Tensor, nn
 
 import wslfast
@@ -129,7 +130,7 @@ def test_every_form_of_a_state_dict_is_read_to_the_bit(tmp_path: Path, nets: lis
         assert set(mine) == set(theirs)
         for key in theirs:
             assert key.endswith("num_batches_tracked") or torch.equal(mine[key], theirs[key]), key
-    torch.testing.assert_close(wslfast.batched_forward(zoo.weights, x, zoo.architecture), own_answers(nets, x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(wslfast.batched_forward(zoo.weights, x, zoo.architecture), own_answers(nets, x), rtol=FP32_DEEP, atol=FP32)
 
 
 def test_a_pickled_module_is_read_and_not_run(tmp_path: Path) -> None:
@@ -173,7 +174,7 @@ def test_four_commands_and_the_owners_accuracies(tmp_path: Path, nets: list[nn.M
     assert held.properties["note"] == ("first", *(None,) * 5)
     assert held.properties["split"] == ("train", "train", "train", "val", "test", "test")
     assert held.provenance["dataset"]["standardise"] is False
-    assert figures["accuracy_original"] == pytest.approx(float(right[4:].mean()), abs=1e-9)
+    assert figures["accuracy_original"] == pytest.approx(float(right[4:].mean()), abs=FP64)
     made = load_zoo(out)
     assert all(value is not None for value in made.properties["val_acc"])  # measured: the table has no val_acc
 
@@ -335,14 +336,14 @@ def test_figures_without_classes() -> None:
     result = compare(rows, near, x, None, arch)
     expected = 10 * torch.log10((o.max() - o.min()) ** 2 / (r - o).square().mean((1, 2)))
     assert result.psnr is not None
-    torch.testing.assert_close(result.psnr, expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(result.psnr, expected, rtol=FP32, atol=FP32_DEEP)
     far = (r[:, None] - o[None]).square().sum((2, 3))
     assert result.identified.tolist() == (far.argmin(1) == torch.arange(4)).double().tolist()
     assert result.summary()["accuracy_original"] is None
     assert result.summary()["agreement"] is None
     peak = compare(rows, near, x, None, arch, peak=2.0).psnr
     assert peak is not None
-    torch.testing.assert_close(peak, 10 * torch.log10(4.0 / (r - o).square().mean((1, 2))), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(peak, 10 * torch.log10(4.0 / (r - o).square().mean((1, 2))), rtol=FP32, atol=FP32_DEEP)
 
 
 # -- several architectures -----------------------------------------------------------------------------------------------
@@ -365,7 +366,7 @@ def test_networks_of_two_kinds_are_one_zoo_and_come_back(tmp_path: Path, nets: l
     parts, x = load_parts(tmp_path / "zoo"), torch.randn(4, *SHAPE)
     for (label, part), those in zip(parts.items(), (nets, tanh, wide), strict=True):
         answers = wslfast.batched_forward(part.weights, x, part.architecture)
-        torch.testing.assert_close(answers, own_answers(those, x), rtol=1e-4, atol=1e-5, msg=label)
+        torch.testing.assert_close(answers, own_answers(those, x), rtol=FP32_DEEP, atol=FP32, msg=label)
     for form in ("state-dicts", "ray"):
         export_zoo(tmp_path / "zoo", tmp_path / form, format=form)
         import_zoo(tmp_path / form, tmp_path / f"back-{form}")
@@ -442,7 +443,7 @@ def test_modules_there_and_back(nets: list[nn.Module]) -> None:
     before = [{k: v.clone() for k, v in net.state_dict().items()} for net in nets]
     population, x = Population.from_modules(nets, input_shape=SHAPE), torch.randn(3, *SHAPE)
     torch.testing.assert_close(
-        torch.stack([population.module(i)(x) for i in range(6)]).detach(), own_answers(nets, x), rtol=1e-4, atol=1e-5
+        torch.stack([population.module(i)(x) for i in range(6)]).detach(), own_answers(nets, x), rtol=FP32_DEEP, atol=FP32
     )
     assert all(net.training for net in nets)
     assert all(torch.equal(net.state_dict()[k], v) for net, state in zip(nets, before, strict=True) for k, v in state.items())

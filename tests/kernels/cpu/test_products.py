@@ -1,0 +1,21 @@
+"""Products of layers, whichever way round they are computed, against float64 sums written out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from wslfast.kernels.cpu.products import product, weight_gradient
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("sizes", [(2, 32, 1, 10), (3, 16, 20, 15), (3, 15, 20, 15), (2, 32, 2, 40), (2, 4, 3, 5), (1, 48, 33, 16)])
+def test_both_ways_round(sizes: tuple[int, int, int, int], bias: bool) -> None:
+    models, q, features, out = sizes
+    generator = torch.Generator().manual_seed(0)
+    x, w, b, g = (torch.randn(models, *shape, generator=generator) for shape in ((q, features), (out, features), (out,), (q, out)))
+    expected = torch.einsum("mqf,mof->mqo", x.double(), w.double()) + (b.double().unsqueeze(1) if bias else 0)
+    made = product(x, w, b if bias else None)
+    torch.testing.assert_close(made, expected.float(), rtol=1e-5, atol=1e-5)
+    assert made.is_contiguous()
+    torch.testing.assert_close(weight_gradient(g, x), torch.einsum("mqo,mqf->mof", g.double(), x.double()).float(), rtol=1e-5, atol=1e-5)
