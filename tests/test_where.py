@@ -30,7 +30,7 @@ faults/test_refused_writes.py        wslfast/files
 kernels/cpu/test_engine.py           kernels/cpu/activations kernels/cpu/program kernels/cpu/queries kernels/cpu/rewrites kernels/cpu/steps
 kernels/stacked/test_recurrence.py   kernels/stacked/recurrent
 kernels/stacked/test_segments.py     kernels/stacked/through
-kernels/stacked/test_tape.py         kernels/stacked/image_rules kernels/stacked/norms kernels/stacked/passes kernels/stacked/rule_table
+kernels/stacked/test_tape.py         kernels/stacked/norms kernels/stacked/passes kernels/stacked/rule_table
                                      kernels/stacked/rules kernels/stacked/transposed
 kernels/test_hostile_graphs.py       kernels/graph
 kernels/test_operations.py           kernels/reference kernels/stacked/calls kernels/stacked/forms
@@ -46,6 +46,7 @@ measure/test_recorded.py             wslfast/zoo/source
 page/test_page.py                    wslfast/page/drawing wslfast/page/extras wslfast/page/figures wslfast/page/html wslfast/page/published
                                      wslfast/page/tables
 page/test_in_a_browser.py            wslfast/page/finding
+study/test_kinds_of_zoos.py          wslfast/page/outputs
 permutation/test_groups.py           wslfast/permutation/following wslfast/permutation/layer_rules wslfast/permutation/names
                                      wslfast/permutation/trial wslfast/permutation/values
 permutation/test_views.py            wslfast/permutation/axes
