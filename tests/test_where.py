@@ -46,6 +46,7 @@ measure/test_recorded.py             wslfast/zoo/source
 page/test_page.py                    wslfast/page/drawing wslfast/page/extras wslfast/page/figures wslfast/page/html wslfast/page/published
                                      wslfast/page/tables
 page/test_in_a_browser.py            wslfast/page/finding
+study/test_kinds_of_zoos.py          wslfast/page/outputs
 permutation/test_groups.py           wslfast/permutation/following wslfast/permutation/layer_rules wslfast/permutation/names
                                      wslfast/permutation/trial wslfast/permutation/values
 permutation/test_views.py            wslfast/permutation/axes

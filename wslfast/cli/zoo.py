@@ -211,6 +211,13 @@ class ZooImport:
             console.print(f"  skipped: {count} x {reason}", soft_wrap=True, markup=False)
         if not done.has_dataset:
             console.print("  no --dataset: evaluate and generate need what the models were trained on", soft_wrap=True, markup=False)
+        opaque = [kind for kind in done.architectures.values() if kind.graph is None]
+        if opaque:  # a manifest can hold operations, and no code
+            console.print(f"{opaque[0].name} cannot be traced: {opaque[0].reason}", soft_wrap=True, markup=False)
+            arguments = f"config, population=wslfast.load_zoo({self.out!r}, architecture=arch), images="
+            text = f"train has to be given it from Python: wslfast.train({arguments}...); no other command runs it"
+            console.print(f"  {text}", soft_wrap=True, markup=False)
+            return
         console.print(f"next: wslfast train --zoo {self.out} --out RUN", soft_wrap=True, markup=False)
 
     def _architecture(self) -> Architecture | None:

@@ -92,7 +92,7 @@ def _digest(file: BinaryIO, size: int) -> bytes:
     return digest.hexdigest().encode()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     """A trained autoencoder and what it was trained with; of several architectures, the autoencoder as each of them sees it (``parts``, by
     label; ``autoencoder`` is then the first one's)."""
@@ -102,6 +102,12 @@ class Run:
     config: TrainConfig
     autoencoder: Autoencoder
     parts: Mapping[str, Autoencoder] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        model = self.autoencoder
+        sizes = f"{model.latent_numbers:,} latent numbers for {model.layout.architecture.num_weights:,} weights"
+        more = f", {len(self.parts)} architectures" if self.parts else ""
+        return f"Run({str(self.out)!r}, step {self.step:,} of {self.config.steps:,}, zoo {self.config.zoo!r}, {sizes}{more})"
 
     @property
     def finished(self) -> bool:
