@@ -18,7 +18,6 @@ from wslfast.profiling import processor
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "benchmarks" / "data"
-DIRECTIONS = ("forward", "loss+gradient", "step", "zoo")
 METRICS = ("gpu_ms", "graph_ms", "wall_ms", "peak_mb", "launches", "flops")
 GIVEN, RECOMPUTED = "targets given", "targets recomputed"
 Number = Union[float, str]  # "" where there is none

@@ -5,8 +5,8 @@ table of accuracies, the images. The shell's way is printed as it goes; from Pyt
 Run: python examples/own_zoo.py [folder]
 """
 
+import argparse
 import csv
-import sys
 import tempfile
 from pathlib import Path
 
@@ -32,7 +32,11 @@ class Net(nn.Module):
         return self.head((x + F.relu(self.inner(x))).flatten(1))
 """
 
-folder = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp())
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("folder", nargs="?", type=Path, help="a new folder for everything (default: a temporary one)")
+folder = parser.parse_args().folder or Path(tempfile.mkdtemp())
+if folder.exists() and any(folder.iterdir()):
+    parser.error(f"{folder} is not empty; name a new folder")
 (folder / "models").mkdir(parents=True)
 (folder / "net.py").write_text(NETWORK)
 names: dict = {}

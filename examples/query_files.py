@@ -4,7 +4,7 @@ Run: python examples/query_files.py runs      then: wslfast ablate examples/abla
 Needs matplotlib (for its fonts) and scikit-image (for its photographs).
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +44,9 @@ def photographs(rng: np.random.Generator) -> np.ndarray:
     return np.stack(images)
 
 
-folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs")
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("folder", nargs="?", type=Path, default=Path("runs"), help="where the two files go (default: runs)")
+folder = parser.parse_args().folder
 for name, draw in (("letters", letters), ("photographs", photographs)):
     images = torch.from_numpy(draw(np.random.default_rng(0)).astype(np.float32)).unsqueeze(1)
     save_queries(folder / f"{name}.npz", (images - images.mean()) / images.std())

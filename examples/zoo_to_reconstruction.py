@@ -4,13 +4,15 @@ The same as `wslfast demo` in small: about a minute on two cores. Needs the extr
 Run: python examples/zoo_to_reconstruction.py [folder]
 """
 
-import sys
+import argparse
 import tempfile
 from pathlib import Path
 
 import wslfast
 
-folder = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp())
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("folder", nargs="?", type=Path, help="a new folder for zoo and run (default: a temporary one)")
+folder = parser.parse_args().folder or Path(tempfile.mkdtemp())
 
 # 1. a zoo: 48 networks trained at once, each with its own initialisation, learning rate, decay and batch order
 population = wslfast.build_zoo("digits", folder / "zoo", models=48, epochs=5, seed=0)

@@ -231,25 +231,6 @@ def shapes(layers: Layers, input_shape: tuple[int, ...]) -> tuple[tuple[int, ...
     return tuple(out)
 
 
-def input_rank(layers: Layers) -> int:
-    """Axes of one query: 3 (``[C, H, W]``) or, for a network that begins with a linear layer, 1 (``[features]``)."""
-    for layer in layers:
-        if isinstance(layer, Linear):
-            return 1
-        if isinstance(layer, (Conv2d, Pool2d, Flatten)):
-            return 3
-    return 3
-
-
-def multiply_adds(layers: Layers, input_shape: tuple[int, ...]) -> int:
-    """Dense multiply-adds of one forward pass of one model on one query."""
-    total = 0
-    for layer, shape in zip(layers, shapes(layers, input_shape)[1:], strict=False):
-        if isinstance(layer, (Conv2d, Linear)):
-            total += math.prod(shape) * math.prod(layer.weight_shape[1:])
-    return total
-
-
 def activation_elements(layers: Layers, input_shape: tuple[int, ...]) -> int:
     """Numbers that autograd keeps for one (model, query) pair: every layer's output."""
     return sum(math.prod(s) for s in shapes(layers, input_shape)[1:])

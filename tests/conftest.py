@@ -31,7 +31,7 @@ THOROUGH = (
     "kernels/test_operations.py",
     "kernels/test_random_graphs.py",
     "kernels/triton/test_query_gradient.py",
-    "permutation/test_graphs.py",
+    "permutation/test_groups.py",
     "permutation/test_random_graphs.py",
     "tracing/test_networks.py",
     "test_notebook.py",

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tolerances import FP32
+from tolerances import FP32, FP64_ROUNDING
 from torch import Tensor, nn
 
 from wslfast import batched_forward, errors
@@ -292,7 +292,7 @@ def test_chains_are_planned(module: nn.Module, shape: tuple[int, ...]) -> None:
     assert arch.planned
     assert [(s.name, s.shape) for s in arch.parameters] == [(key, tuple(t.shape)) for key, t in module.state_dict().items()]
     actual, expected = _outputs(module, arch)
-    assert relative_error(actual, expected) < 1e-12
+    assert relative_error(actual, expected) < FP64_ROUNDING
     assert Architecture.from_dict(json.loads(json.dumps(arch.to_dict()))) == arch
 
 
@@ -417,7 +417,7 @@ def test_anything_else_is_a_graph_and_computes_the_same(name: str) -> None:
     assert arch.graph is not None, arch.reason
     assert not arch.planned or name in CHAINS
     actual, expected = _outputs(module, arch)
-    assert relative_error(actual, expected) < 1e-12
+    assert relative_error(actual, expected) < FP64_ROUNDING
     assert arch.num_classes == expected.shape[-1]
     again = Architecture.from_dict(json.loads(json.dumps(arch.to_dict(), allow_nan=False)))
     assert again == arch == Architecture.from_module(copy.deepcopy(module), shape) == pickle.loads(pickle.dumps(arch))
@@ -431,7 +431,7 @@ def test_what_cannot_be_traced_runs_as_it_is(name: str) -> None:
     assert arch.graph is None
     assert "cannot be followed" in arch.reason
     actual, expected = _outputs(module, arch)
-    assert relative_error(actual, expected) < 1e-12
+    assert relative_error(actual, expected) < FP64_ROUNDING
 
 
 def test_a_module_that_is_run_as_it_is_is_said_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -466,7 +466,7 @@ def test_batch_norm_statistics_get_gradients() -> None:
         moved[0, slot.offset + i] += 1e-6
         moved[1, slot.offset + i] -= 1e-6
         up, down = batched_forward(moved, queries, arch).square().sum((1, 2))
-        assert float(weights.grad[0, slot.offset + i]) == pytest.approx(float((up - down) / 2e-6), rel=1e-5)
+        assert float(weights.grad[0, slot.offset + i]) == pytest.approx(float((up - down) / 2e-6), rel=1e-5)  # a finite difference
 
 
 def test_tied_weights_are_one_entry() -> None:

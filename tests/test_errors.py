@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from wslfast import errors
-from wslfast.errors import WslfastError, describe, require, say_once
+from wslfast.errors import WslfastError, describe, first_line, require, say_once
 
 
 def test_is_a_value_error() -> None:
@@ -49,3 +49,17 @@ def test_say_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPa
 )
 def test_describe(value: object, words: str) -> None:
     assert describe(value) == words
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ValueError("one\ntwo"), "one"),
+        (MemoryError(), "MemoryError"),
+        (RuntimeError(" \n"), "RuntimeError"),
+        (KeyError("x" * 400), "'" + "x" * 299),
+    ],
+    ids=["two lines", "no message", "blank", "long"],
+)
+def test_first_line(error: Exception, words: str) -> None:
+    assert first_line(error) == words

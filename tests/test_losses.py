@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tolerances import FP32, FP32_ROUNDING, FP64
 
 from wslfast import losses
 from wslfast.architecture import Architecture
@@ -33,7 +34,7 @@ def test_structural_golden(cnn3_tokens: tuple[torch.Tensor, torch.Tensor]) -> No
     tokens, mask = cnn3_tokens
     # the published value divides by all T * D entries; over real weights it is that much larger
     value = structural_loss(1.1 * tokens + 0.01, tokens, mask) * mask.sum() / mask.numel()
-    assert float(value) == pytest.approx(2.220978e-4, rel=1e-5)
+    assert float(value) == pytest.approx(2.220978e-4, rel=FP32)
 
 
 @pytest.mark.parametrize("scale", [None, "token", "entry"])
@@ -50,7 +51,7 @@ def test_structural_is_the_mean_over_real_weights(scale: str | None) -> None:
                     weight = 1.0 if factor is None else float(factor[j] if factor.ndim == 1 else factor[j, c])
                     total += weight * (float(a[i, j, c]) - float(b[i, j, c])) ** 2
                     count += 1
-    assert float(structural_loss(a, b, mask, factor)) == pytest.approx(total / count, rel=1e-5)
+    assert float(structural_loss(a, b, mask, factor)) == pytest.approx(total / count, rel=FP32)
 
 
 @pytest.mark.parametrize("junk", [1e6, math.nan, math.inf], ids=str)
@@ -77,8 +78,8 @@ def test_structural_refuses_what_does_not_fit() -> None:
 
 def test_nt_xent_golden() -> None:
     i = torch.arange(120, dtype=torch.float64).view(4, 30)
-    assert float(nt_xent(1 + i.sin(), 1 + i.cos())) == pytest.approx(3.405521, abs=1e-6)
-    assert float(nt_xent((1 + i.sin()).float(), (1 + i.cos()).float())) == pytest.approx(3.405521, rel=1e-5)
+    assert float(nt_xent(1 + i.sin(), 1 + i.cos())) == pytest.approx(3.405521, abs=FP32_ROUNDING)
+    assert float(nt_xent((1 + i.sin()).float(), (1 + i.cos()).float())) == pytest.approx(3.405521, rel=FP32)
 
 
 def _nt_xent_loop(a: np.ndarray, b: np.ndarray, temperature: float) -> float:
@@ -96,7 +97,7 @@ def _nt_xent_loop(a: np.ndarray, b: np.ndarray, temperature: float) -> float:
 def test_nt_xent_against_a_loop(k: int, d: int, temperature: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     a, b = torch.randn(2, k, d, generator=generator, dtype=torch.float64) + 0.1
-    assert float(nt_xent(a, b, temperature)) == pytest.approx(_nt_xent_loop(a.numpy(), b.numpy(), temperature), rel=1e-6, abs=1e-9)
+    assert float(nt_xent(a, b, temperature)) == pytest.approx(_nt_xent_loop(a.numpy(), b.numpy(), temperature), rel=FP32_ROUNDING, abs=FP64)
 
 
 def test_nt_xent_at_the_edges() -> None:
@@ -134,7 +135,7 @@ def test_normalizers_are_the_values_of_knowing_nothing(originals: tuple[Populati
     units = Normalizers.from_data(population, cache, batch_size=8, criterion=criterion, temperature=3.0)
     weights = population.weights.double().numpy()
     mean = np.broadcast_to(weights.mean(0), weights.shape)
-    assert units.structural == pytest.approx(((weights - mean) ** 2).mean(), rel=1e-5)
+    assert units.structural == pytest.approx(((weights - mean) ** 2).mean(), rel=FP32)
     assert units.contrastive == pytest.approx(math.log(15))
     total = 0.0
     for logits in cache.outputs.double():
@@ -151,9 +152,9 @@ def test_normalizers_are_the_values_of_knowing_nothing(originals: tuple[Populati
                 "distillation": 9 * (p * (p / q).log()).sum() / n,
             }[criterion]
         )
-    assert units.behavioral == pytest.approx(total / len(population), rel=1e-6)
+    assert units.behavioral == pytest.approx(total / len(population), rel=FP32_ROUNDING)
     if criterion == "mse":
-        assert units.behavioral == pytest.approx(cache.variance(), rel=1e-6)
+        assert units.behavioral == pytest.approx(cache.variance(), rel=FP32_ROUNDING)
 
 
 def test_normalizers_survive_bad_models_and_refuse_useless_units(originals: tuple[Population, TargetCache]) -> None:
@@ -161,9 +162,9 @@ def test_normalizers_survive_bad_models_and_refuse_useless_units(originals: tupl
     broken = cache.outputs[:1].clone()
     broken[0, 3, 2] = math.inf
     for outputs in (torch.cat([cache.outputs, broken]), torch.cat([broken, cache.outputs])):
-        assert losses.uninformed_behavior(outputs) == pytest.approx(cache.variance(), rel=1e-6)
+        assert losses.uninformed_behavior(outputs) == pytest.approx(cache.variance(), rel=FP32_ROUNDING)
     many = torch.randn(150, 4, 3, generator=torch.Generator().manual_seed(2))  # more than are taken at once
-    assert losses.uninformed_behavior(many) == pytest.approx(float(many.double().var(0, unbiased=False).sum(-1).mean() / 2), rel=1e-9)
+    assert losses.uninformed_behavior(many) == pytest.approx(float(many.double().var(0, unbiased=False).sum(-1).mean() / 2), rel=FP64)
     assert Normalizers.from_data(population, batch_size=1) == Normalizers(Normalizers.from_data(population, batch_size=4).structural)
     with pytest.raises(WslfastError, match="structural"):
         Normalizers.from_data(population[0], batch_size=4)  # one model has no variance

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from tolerances import FP32, FP32_AMPLIFIED, FP32_DEEP, FP32_ROUNDING, FP32_SMALL
 from torch import nn
 from torch.func import functional_call
 
@@ -34,6 +39,31 @@ def test_an_example_is_short_and_says_how_it_is_run(name: str) -> None:
     assert "turns(" in text  # a time beside the neighbour's
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*(f"neighbours/{n}" for n in EXAMPLES), "own_zoo", "query_files", "zoo_to_reconstruction"])
+def test_an_example_shows_its_help_and_names_what_is_wrong(name: str, tmp_path: Path) -> None:
+    """Before anything is computed: what it is, an argument that it does not take, a package that is not there."""
+    file = FOLDER.parent / f"{name}.py"
+    environment = {**os.environ, "PYTHONPATH": str(FOLDER.parents[1]), "COLUMNS": "200"}
+
+    def ran(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, str(file), *arguments], capture_output=True, text=True, cwd=tmp_path, env=environment, check=False
+        )
+
+    if name == "query_files":
+        pytest.importorskip("skimage")
+    shown, wrong = ran("--help"), ran("--no-such-flag")
+    assert shown.returncode == 0
+    assert "usage: " in shown.stdout
+    assert wrong.returncode == 2
+    assert "Traceback" not in wrong.stderr
+    assert not list(tmp_path.iterdir())
+    missing = [n for n in re.findall(r"pip install ([\w-]+)", file.read_text()) if not importlib.util.find_spec(n.replace("-", "_"))]
+    if missing:
+        assert f"which is not installed: pip install {missing[0]}" in ran().stderr
+
+
 def test_probe_images_get_the_gradient_that_a_loop_gives(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = example("probe_images", monkeypatch)
     networks = [ours.network() for _ in range(5)]
@@ -42,9 +72,9 @@ def test_probe_images_get_the_gradient_that_a_loop_gives(monkeypatch: pytest.Mon
     direction = torch.randn(5, 3, 10)
     a = ours.answers(weights, probes)
     b = ours.answers_one_by_one([n.state_dict() for n in networks], probes)
-    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(a, b, rtol=FP32_DEEP, atol=FP32)
     gradients = [torch.autograd.grad((y * direction).sum(), probes)[0] for y in (a, b)]
-    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(*gradients, rtol=FP32_DEEP, atol=FP32)
     images, reader = ours.learn(weights, torch.rand(5), probes=2, steps=2)
     assert images.shape == (2, 1, 8, 8)
     assert sum(p.numel() for p in reader.parameters()) == 3
@@ -57,13 +87,13 @@ def test_a_sirens_image_loss_is_that_of_its_own_module(monkeypatch: pytest.Monke
     arch = wslfast.Architecture.from_module(nets[0], input_shape=(2,))
     weights = wslfast.Population.from_state_dicts(arch, [n.state_dict() for n in nets]).weights
     drawn = torch.stack([n(where) for n in nets]).detach()
-    torch.testing.assert_close(wslfast.batched_forward(weights, where, arch), drawn, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(wslfast.batched_forward(weights, where, arch), drawn, rtol=FP32_DEEP, atol=FP32)
     rebuilt = (weights + 0.01 * torch.randn_like(weights)).requires_grad_()
     a = ours.image_loss(rebuilt, drawn, where, arch)
     b = ours.image_loss_one_by_one(unstack(rebuilt, arch), drawn, where, nets[0])
-    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(a, b, rtol=FP32_DEEP, atol=FP32_SMALL)
     gradients = [torch.autograd.grad(loss, rebuilt)[0] for loss in (a, b)]
-    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(*gradients, rtol=FP32_AMPLIFIED, atol=FP32_ROUNDING)
 
 
 def test_fitness_is_that_of_each_network_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +104,7 @@ def test_fitness_is_that_of_each_network_alone(monkeypatch: pytest.MonkeyPatch) 
     network = ours.network()
     for member, loss in zip(population, found, strict=True):
         nn.utils.vector_to_parameters(member, network.parameters())  # the flat order of every neuroevolution package on torch
-        torch.testing.assert_close(nn.functional.cross_entropy(network(images), labels), loss, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(nn.functional.cross_entropy(network(images), labels), loss, rtol=FP32_DEEP, atol=FP32)
     centre = ours.evolve(images, labels, popsize=16, generations=8)
     start = ours.losses(torch.zeros_like(centre)[None], images, labels)
     assert ours.losses(centre[None], images, labels) < start
@@ -91,7 +121,7 @@ def test_fitness_is_evotorchs(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = problem.generate_batch(5)
     batch.set_values(0.1 * torch.randn(5, ours.ARCH.num_weights))
     problem.evaluate(batch)
-    torch.testing.assert_close(ours.losses(batch.values, images, labels), batch.evals[:, 0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.losses(batch.values, images, labels), batch.evals[:, 0], rtol=FP32_DEEP, atol=FP32)
 
 
 def test_an_ensemble_votes_as_its_members_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,14 +133,14 @@ def test_an_ensemble_votes_as_its_members_do(monkeypatch: pytest.MonkeyPatch) ->
     assert len(population) == 4
     states = population.state_dicts()
     expected = torch.stack([functional_call(ours.network(), s, (data.test_images,)).softmax(-1) for s in states]).mean(0)
-    torch.testing.assert_close(ours.vote(population, data.test_images), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.vote(population, data.test_images), expected, rtol=FP32_DEEP, atol=FP32)
     ours.train_one(data, 1)
     try:
         importlib.import_module("torchensemble")
     except ImportError:
         return
     with torch.no_grad():
-        torch.testing.assert_close(ours.torchensemble_of(population)(data.test_images), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours.torchensemble_of(population)(data.test_images), expected, rtol=FP32_DEEP, atol=FP32)
 
 
 def test_a_hypernetwork_gets_the_gradient_that_its_own_target_gives(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,10 +150,10 @@ def test_a_hypernetwork_gets_the_gradient_that_its_own_target_gives(monkeypatch:
     x, y = torch.randn(9, 1), torch.randn(5, 9, 1)
     written = hyper.forward(cond_id=list(range(5)))
     a, b = ours.task_losses(written, x, y), ours.task_losses_one_by_one(written, x, y, target)
-    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(a, b, rtol=FP32_DEEP, atol=FP32_ROUNDING)
     into = list(hyper.parameters())
     for mine, theirs in zip(torch.autograd.grad(a.sum(), into, retain_graph=True), torch.autograd.grad(b.sum(), into), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(mine, theirs, rtol=FP32_AMPLIFIED, atol=FP32_ROUNDING)
 
 
 def test_a_hypernetwork_of_ones_own_gets_the_gradient_that_a_loop_gives(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,9 +169,9 @@ def test_a_hypernetwork_of_ones_own_gets_the_gradient_that_a_loop_gives(monkeypa
     for t, (w1, b1, w2, b2, w3, b3) in enumerate(written):
         hidden = nn.functional.linear(nn.functional.linear(x, w1, b1).relu(), w2, b2).relu()
         b.append((nn.functional.linear(hidden, w3, b3) - y[t]).square().mean())
-    torch.testing.assert_close(a, torch.stack(b), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(a, torch.stack(b), rtol=FP32_DEEP, atol=FP32_ROUNDING)
     mine, theirs = (torch.autograd.grad(loss, hyper.weight, retain_graph=True)[0] for loss in (a.sum(), sum(b)))
-    torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(mine, theirs, rtol=FP32_AMPLIFIED, atol=FP32_ROUNDING)
 
 
 def test_turns_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tolerances import FP32, FP32_AMPLIFIED
 
 import wslfast
 from wslfast.measure.results import read_results, read_units
@@ -30,7 +31,7 @@ def test_an_older_zoo_loads_with_its_values() -> None:
     written = json.loads((FOLDER / "zoo" / "manifest.json").read_text())["properties"]
     assert {name: list(column) for name, column in zoo.properties.items()} == written
     assert len(wslfast.load_zoo(FOLDER / "zoo", "test")) == written["split"].count("test")
-    assert zoo.weights.sum(1).tolist() == pytest.approx(EXPECTED["zoo"]["weights"], rel=1e-5)
+    assert zoo.weights.sum(1).tolist() == pytest.approx(EXPECTED["zoo"]["weights"], rel=FP32)
     queries = torch.linspace(-1, 1, 32).view(2, 1, 4, 4)
     assert close(wslfast.batched_forward(zoo, queries, zoo.architecture)[:, 0], EXPECTED["zoo"]["outputs"])
 
@@ -54,7 +55,7 @@ def test_an_older_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pyte
     first, second, third = (json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines())
     assert [first["loss"], second["loss"]] == [step["loss"] for step in EXPECTED["run"]["losses"]]
     for name, value in EXPECTED["run"]["a third step"].items():
-        assert third[name] == pytest.approx(value, rel=1e-3), name
+        assert third[name] == pytest.approx(value, rel=FP32_AMPLIFIED), name
 
 
 def test_older_results_load_and_are_drawn(tmp_path: Path) -> None:
@@ -63,7 +64,7 @@ def test_older_results_load_and_are_drawn(tmp_path: Path) -> None:
     assert results.value("tiny", "run", "latent_numbers") == [10]
     units = {unit.variant: unit for unit in read_units(FOLDER / "results")}
     assert set(units) == {"zoo", "run", "linear-77"}
-    assert units["run"].metrics["l2_masked"][1] == pytest.approx(1.90444, rel=1e-5)
+    assert units["run"].metrics["l2_masked"][1] == pytest.approx(1.90444, rel=FP32)
     assert len(units["run"].tables["models"]) == 4
     pytest.importorskip("matplotlib")
     from wslfast.study.study import report

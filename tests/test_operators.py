@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from small_networks import OPAQUE, SMALL
+from tolerances import FP32, FP32_DEEP, FP32_ROUNDING
 from torch import Tensor
 
 from wslfast import Architecture, Population, TokenLayout, WslfastError, batched_behavioral_loss, batched_forward, operators
@@ -131,7 +132,7 @@ def test_a_training_step_with_changing_sizes() -> None:
             decoder.zero_grad()
             run(codes, queries, targets).backward()
             slopes.append([p.grad.clone() for p in decoder.parameters()])
-        assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-8) for a, b in zip(*slopes, strict=True))
+        assert all(torch.allclose(a, b, rtol=FP32, atol=1e-8) for a, b in zip(*slopes, strict=True))
 
 
 def test_bad_models_and_wrong_arguments_raise_from_compiled_code() -> None:
@@ -207,10 +208,10 @@ def test_chunks_of_the_backward_pass(own: bool, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(operators.engine, "models_per_chunk", lambda *_: 2)
     cut = operators._forward_backward(*arguments)
     assert torch.equal(whole[0], cut[0])
-    assert torch.allclose(whole[1], cut[1], rtol=1e-5, atol=1e-6)
+    assert torch.allclose(whole[1], cut[1], rtol=FP32, atol=FP32_ROUNDING)
     wide = [t.detach().double().requires_grad_() for t in (weights, images)]
     expected = torch.autograd.grad(batched_like(wide[0], wide[1]), wide, grad.double())
-    assert all(torch.allclose(a.double(), b, rtol=1e-4, atol=1e-5) for a, b in zip(cut, expected, strict=True))
+    assert all(torch.allclose(a.double(), b, rtol=FP32_DEEP, atol=FP32) for a, b in zip(cut, expected, strict=True))
 
 
 def batched_like(weights: Tensor, images: Tensor) -> Tensor:

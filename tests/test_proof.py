@@ -18,8 +18,8 @@ import stub_trial
 import torch
 
 import wslfast
-from wslfast import Architecture, WslfastError, engine, errors, proof, trial
-from wslfast.engine import triton_path, verdicts
+from wslfast import Architecture, WslfastError, engine, errors, proof
+from wslfast.engine import trial, triton_path, verdicts
 from wslfast.engine.verdicts import FAILED, RIGHT, UNKNOWN, WRONG, Decision, Machine, Speed, Verdict
 from wslfast.kernels.layers import Activation, Conv2d, Flatten, Linear, Pool2d
 
@@ -127,6 +127,18 @@ def test_slow_is_right_and_off(tried: Callable[..., dict[str, Verdict]]) -> None
     decision = verdicts.judge(verdict, 4, 6)
     assert (decision.on, decision.proved) == (False, True)
     assert "right but not faster" in decision.reason
+
+
+@pytest.mark.parametrize(("error", "status"), [(MemoryError(), UNKNOWN), (ValueError(), FAILED)], ids=["memory", "other"])
+def test_an_error_without_a_message_is_a_verdict(monkeypatch: pytest.MonkeyPatch, error: Exception, status: str) -> None:
+    def fail(self: trial.Trial, choice: str) -> dict[str, float]:
+        raise error
+
+    said: list[dict[str, Any]] = []
+    monkeypatch.setattr(trial.Trial, "errors", fail)
+    trial.run({"device": "cpu", "architecture": ARCH.to_dict(), "forms": ["loss"], "precision": "tf32", "sizes": []}, said.append)
+    assert said[-1]["verdict"]["status"] == status
+    assert type(error).__name__ in said[-1]["verdict"]["reason"]
 
 
 @pytest.mark.slow

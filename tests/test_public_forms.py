@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from tolerances import FP32, FP64, FP64_GRADIENT
+from tolerances import FP32, FP64, FP64_GRADIENT, FP64_ROUNDING
 from torch import Tensor, nn
 
 from wslfast import Architecture, Population, WslfastError, batched_behavioral_loss, batched_forward
@@ -134,9 +134,9 @@ def test_one_number_a_query() -> None:
     rows, queries = _rows(arch, models), torch.randn(4, 5, dtype=torch.float64)
     outputs = batched_forward(rows, queries, arch)
     assert outputs.shape == (3, 4)
-    assert relative_error(outputs, torch.stack([m(queries) for m in models])) < 1e-12
+    assert relative_error(outputs, torch.stack([m(queries) for m in models])) < FP64_ROUNDING
     value = batched_behavioral_loss(rows, rows.flip(0), queries, arch)
-    assert relative_error(value, (outputs - outputs.flip(0)).square().sum(1).mean() / 8) < 1e-12
+    assert relative_error(value, (outputs - outputs.flip(0)).square().sum(1).mean() / 8) < FP64_ROUNDING
     with pytest.raises(WslfastError, match=r"class_axis: expected an axis of one answer \[\]"):
         batched_behavioral_loss(rows, rows.flip(0), queries, arch, criterion="softmax_mse")
     with pytest.raises(WslfastError, match=r"class_axis: expected an axis"):

@@ -37,16 +37,21 @@ def describe(value: Any) -> str:
     return type(value).__name__ if not isinstance(value, (str, int, float, bool, type(None))) else repr(value)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, at most 300 characters; of an error without a message, its class's name."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
 def check_device(device: torch.device | str) -> torch.device:
     """The device, if it is the CPU or a CUDA device of this machine. Raises WslfastError otherwise."""
     try:
-        found = torch.device(device)
+        checked = torch.device(device)
     except (RuntimeError, TypeError):
         raise WslfastError(f"device: expected cpu, cuda or cuda:N, got {device!r}") from None
-    require(found.type in ("cpu", "cuda"), f"device: expected cpu, cuda or cuda:N, got {device!r}")
-    there = found.type == "cpu" or (torch.cuda.is_available() and (found.index or 0) < torch.cuda.device_count())
-    require(there, f"device: {device!r} was asked for, and this machine does not have it")
-    return found
+    require(checked.type in ("cpu", "cuda"), f"device: expected cpu, cuda or cuda:N, got {device!r}")
+    present = checked.type == "cpu" or (torch.cuda.is_available() and (checked.index or 0) < torch.cuda.device_count())
+    require(present, f"device: {device!r} was asked for, and this machine does not have it")
+    return checked
 
 
 def check_seed(seed: Any) -> int:

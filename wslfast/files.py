@@ -1,8 +1,9 @@
-"""Writing files so that a reader, or a crash, sees the old content or the new, never a mix."""
+"""Writing files so that a reader, or a crash, sees the old content or the new, never a mix; and a file's SHA-256."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -24,6 +25,20 @@ def sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits. Raises WslfastError if it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise WslfastError(f"{path}: cannot be read: {error.strerror or error}") from None
+    return digest.hexdigest()
 
 
 def write_atomically(path: Path, write: Callable[[Path], None], need: int = 0) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import WslfastError, logger, require
-from .measure.results import file_digest
+from .files import sha256_of
 from .page.card import PICTURE, zoo_card, zoo_picture
 from .zoo import read_manifest
 from .zoo.manifest import MANIFEST, Manifest
@@ -67,9 +67,9 @@ def push_zoo(
         api.create_repo(name, repo_type="dataset", private=private or None, exist_ok=True)
         if revision is not None:
             api.create_branch(name, repo_type="dataset", branch=revision, exist_ok=True)
-        there = {f.rfilename for f in api.dataset_info(name, revision=revision).siblings or ()}
+        stored = {f.rfilename for f in api.dataset_info(name, revision=revision).siblings or ()}
         operations: list[Any] = [hub.CommitOperationAdd(path_in_repo=path, path_or_fileobj=what) for path, what in files.items()]
-        old = sorted(f for f in there if re.fullmatch(r"shard-.*\.safetensors", f) and f not in files)
+        old = sorted(f for f in stored if re.fullmatch(r"shard-.*\.safetensors", f) and f not in files)
         operations += [hub.CommitOperationDelete(path_in_repo=path) for path in old]
         done = api.create_commit(
             name,
@@ -150,7 +150,7 @@ def checked_zoo(folder: Path) -> Manifest:
 
 def _discard_damaged(file: Path, sha256: str, name: str) -> None:
     """Raise WslfastError, and let the file go, if it is not the one that the manifest means: the next call downloads it again."""
-    if file_digest(file) != sha256:
+    if sha256_of(file) != sha256:
         file.unlink(missing_ok=True)
         raise WslfastError(f"{name}: {file.name}: its SHA-256 is not the manifest's; the file there is damaged, or another one")
 

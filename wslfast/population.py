@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from types import MappingProxyType
 from typing import Any, Union
 
@@ -13,9 +15,9 @@ from torch import Tensor, nn
 
 from .architecture import Architecture
 from .errors import WslfastError, describe, require
-from .showing import ROWS, html_table
 from .tracing import effective_state, prepared, queries_for, rebuilt
 
+_ROWS = 8  # a notebook shows the first rows of a longer table
 Column = tuple[Any, ...]
 Index = Union[int, slice, Sequence[int], Sequence[bool], Tensor]
 
@@ -74,7 +76,7 @@ class Population:
     def _repr_html_(self) -> str:
         """In a notebook: what is known of the first models."""
         names, k = list(self.properties), len(self)
-        rows = [[j, *(self.properties[name][j] for name in names)] for j in range(min(k, ROWS))]
+        rows = [[j, *(self.properties[name][j] for name in names)] for j in range(min(k, _ROWS))]
         caption = f"{k:,} models of {self.architecture.name!r}, {self.weights.shape[1]:,} weights each"
         return html_table(["", *names], rows, caption, k)
 
@@ -216,3 +218,20 @@ def stack(parameters: Mapping[str, Tensor], architecture: Architecture) -> Tenso
         rows.append(value.reshape(len(value), slot.size))
     require(len({len(r) for r in rows}) == 1, f"parameters: models differ in number: {sorted({len(r) for r in rows})}")
     return torch.cat(rows, 1)
+
+
+def html_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], caption: str = "", total: int | None = None) -> str:
+    """An HTML table, as a notebook shows an object. If only the first of ``total`` rows are given, a last line says how many follow."""
+    head = "".join(f"<th>{escape(str(name))}</th>" for name in columns)
+    lines = "".join(f"<tr>{''.join(f'<td>{escape(_cell(value))}</td>' for value in row)}</tr>" for row in rows)
+    more = f'<tr><td colspan="{len(columns)}">… {total - len(rows):,} more</td></tr>' if total is not None and total > len(rows) else ""
+    title = f"<caption>{escape(caption)}</caption>" if caption else ""
+    return f"<table>{title}<thead><tr>{head}</tr></thead><tbody>{lines}{more}</tbody></table>"
+
+
+def _cell(value: Any) -> str:
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1 or abs(value) >= 1e4 else f"{value:.4g}"
+    return str(value)

@@ -1,7 +1,7 @@
 """Proving the kernels where they will run: :func:`doctor`, and what training, zoo building, evaluation and generation ask for themselves.
 
-The kernels are compiled, compared with float64 and timed beside torch in a process of their own (``trial.py``), so that no fault, hang or
-crash of the compiler reaches the caller. What comes out is a verdict (``engine/verdicts.py``), which ``backend="auto"`` follows.
+The kernels are compiled, compared with float64 and timed beside torch in a process of their own (``engine/trial.py``), so that no fault,
+hang or crash of the compiler reaches the caller. The result is a verdict (``engine/verdicts.py``), which ``backend="auto"`` follows.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from .engine import ranks, verdicts
 from .engine.choice import why_not_triton
 from .engine.precision import PRECISIONS, kernel_precision
 from .engine.preference import preferred
+from .engine.trial import MARK
 from .engine.verdicts import FAILED, FORMS, RIGHT, UNKNOWN, Decision, Verdict
 from .errors import check_device, require, say_once
-from .trial import MARK
 
 LIMIT_S = 120.0
-COMMAND = (sys.executable, "-m", "wslfast.trial")
+COMMAND = (sys.executable, "-m", "wslfast.engine.trial")
 SIZES = ((128, 256), (1024, 256))  # what doctor times where nobody says: a published batch, and a large one
 logger = logging.getLogger("wslfast")
 

@@ -19,6 +19,7 @@ All of that is one index map, made once per architecture and token size; tokenis
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -173,7 +174,8 @@ class _Move(torch.autograd.Function):
 # -- the rule --------------------------------------------------------------------------------------------------------------
 
 
-class Layer(NamedTuple):
+@dataclass(frozen=True)
+class Layer:
     """A parameter as rows, one an output channel.
 
     Attributes:
@@ -224,7 +226,7 @@ def layers_of(architecture: Architecture, ignore_bn: bool = False) -> tuple[Laye
         bias = next((architecture.slots[name] for name in names if name in architecture.slots and name != slot.name), None)
         fits = bias is not None and slot.size and bias.size and bias.size % layer.channels == 0
         if bias is not None and fits and bias.name not in uses.rows and not {bias.name, slot.name} & taken:
-            layer = layer._replace(bias=bias)
+            layer = replace(layer, bias=bias)
             taken.add(bias.name)
         chosen.append(layer)
     ignored = {s.name for s in architecture.parameters if ignore_bn and any(part in s.name for part in _BATCH_NORM)}

@@ -1,7 +1,20 @@
 """Two ways of computing one thing, taking turns: what the examples beside this file print."""
 
+import argparse
+import importlib.util
+import re
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
+
+_main = sys.modules["__main__"]
+if Path(getattr(_main, "__file__", None) or "/").parent == Path(__file__).parent:  # an example is run: its help, and what it lacks
+    _parser = argparse.ArgumentParser(description=_main.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    _parser.parse_args()
+    for _name in re.findall(r"pip install ([\w-]+)", _main.__doc__ or ""):
+        if importlib.util.find_spec(_name.replace("-", "_")) is None:
+            _parser.error(f"this example compares with {_name}, which is not installed: pip install {_name}")
 
 
 def turns(ours: Callable[[], object], theirs: Callable[[], object], rounds: int = 5) -> str:

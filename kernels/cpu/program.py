@@ -125,7 +125,7 @@ def _steps(slotted: list[Slotted], sizes: Sequence[tuple[int, ...]], last_shared
             else:
                 steps.append(PoolStep(layer))
         elif isinstance(layer, Activation):
-            steps.append(ActivationStep(layer, _function(layer), owned=isinstance(below, (ConvStep, LinearStep, PoolStep))))
+            steps.append(ActivationStep(layer, _function(layer), owned=isinstance(below, (ConvStep, LinearStep, PoolStep, AffineStep))))
         elif isinstance(layer, Flatten):
             steps.append(FlattenStep(layer, sizes[i], shared))
         elif isinstance(layer, Affine):

@@ -1,4 +1,4 @@
-"""What a form is told of a node: where the models of its tensors are, and how many axes they have."""
+"""What a form knows of its node: where the axis of models is in each tensor, and how many axes each tensor has."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Values = dict[str, Any]
 
 
 class Layout(Enum):
-    """Where the models of a value are."""
+    """Where the axis of models is in a value."""
 
     SHARED = 0
     MODELS = 1
@@ -44,7 +44,7 @@ class Call:
 
     @cached_property
     def spatial(self) -> int:
-        """Axes of the images that it reads, by its name; 0 where that does not tell."""
+        """Number of spatial axes of the images that the operation reads; 0 where its name does not say it."""
         return spatial(self.operation)
 
     def stacked(self, name: str) -> bool:
@@ -53,6 +53,6 @@ class Call:
 
 
 def spatial(operation: Operation) -> int:
-    """Axes of the images that an operation reads, by its name; 0 where that does not tell."""
+    """Number of spatial axes of the images that an operation reads, by the operation's name; 0 where the name does not say it."""
     found = re.search(r"(\d)d", operation.name)
     return int(found[1]) if found else 2 if operation.name in ("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "im2col") else 0

@@ -1,8 +1,8 @@
-"""Sizes of groups in which a model's result is the same bits as in a full group, whatever its place.
+"""Group sizes at which every model gets the bits that it gets in a full group, whatever its place in the group.
 
-A batched product of two matrices may be another routine than one of sixty-four. Neither looks at the numbers, so random ones tell:
-each size is tried once a process against a full group, and a full group against itself in another order. Only sizes that give the
-same bits are used; what is left over is filled up with idle models.
+A library may compute a batch of two products with another routine than a batch of sixty-four. The choice does not depend on the numbers,
+so a trial with random numbers shows it. Each size is tried once per process against a full group. A full group is also tried against
+itself in another order. Only sizes that give the same bits are used. Places that are left over are filled with idle models.
 """
 
 from __future__ import annotations

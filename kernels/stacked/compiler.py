@@ -17,11 +17,13 @@ from ..layers import Conv2d
 from ..operations import AXES, TABLE, Operation
 from ..reference import value_shapes
 from .calls import Call, Layout, Values, spatial
+from .folds import FoldedBias, FoldedWeight
 from .forms import FORMS, channels_first, models_first
-from .norms import Norm
 from .program import Program, Step
+from .recurrent import recurrent
 from .rows import Rows, rows_of
-from .rules import FUNCTIONS, TO_CHANNELS, TO_MODELS, rule_of
+from .rule_table import rule_of
+from .rules import FUNCTIONS, TO_CHANNELS, TO_MODELS
 from .segments import Segment, segments
 from .through import Through, shared_input, through
 from .training_forms import normalised
@@ -46,13 +48,14 @@ _FOLDABLE = {"conv1d", "conv2d", "conv3d", "conv1d.padding", "conv2d.padding", "
 
 @lru_cache(maxsize=256)
 def compile_program(graph: Graph, own: bool, aligned: bool, segmented: bool = False) -> Program:
-    """The program of a graph; ``aligned``: see :class:`Call`; ``segmented``: runs of layers go to the CPU wing's steps."""
+    """The program of a graph; ``aligned``: see :class:`Call`; ``segmented``: runs of layers go to the CPU wing's steps, and
+    what is differentiated is so once."""
     return _Compiler(graph, own, aligned, segmented).program()
 
 
 class _Compiler:
     def __init__(self, graph: Graph, own: bool, aligned: bool, segmented: bool) -> None:
-        self.graph, self.own, self.aligned = graph, own, aligned
+        self.graph, self.own, self.aligned, self.segmented = graph, own, aligned, segmented
         self.shapes = shapes = value_shapes(graph)
         self.rank: dict[str, Any] = {r: _ranks(shape) for r, shape in shapes.items()}
         self.layout: dict[str, Layout] = {QUERY: Layout.MODELS if own else Layout.SHARED}
@@ -123,6 +126,8 @@ class _Compiler:
         chosen = [node.argument(axis, operation.parameters[axis].default) for axis in AXES & set(operation.parameters)]
         if operation.form == "axes" and any(axes in (None, ()) for axes in chosen):
             form = FORMS["vmap"]  # without axes it would be of all numbers, those of other models included
+        if operation.form == "recurrent":
+            form = partial(recurrent, once=self.segmented)
         self._emit(name, node, operation, wanted, layout, form)
 
     def _dropout(self, i: int, node: Node) -> None:
@@ -139,14 +144,14 @@ class _Compiler:
             x = made
 
     def _given(self, reference: str, layout: Layout, rank: int) -> int:
-        """Place of a value that the caller puts among those that are prepared."""
+        """Place of a value that the caller adds to the prepared values."""
         if reference not in self.place:
             self.given.append((reference, self._new(reference, layout), layout))
             self.rank[reference] = rank
         return self.place[reference]
 
     def _owns_its_input(self, node: Node) -> bool:
-        """Whether an activation may be written over what it reads: nobody else does, nor does the backward of the layer that made it."""
+        """Whether an activation may overwrite its input: no other node reads it, nor does the backward of the layer that made it."""
         if node.operation not in _IN_PLACE or not self.aligned:
             return False
         below = str(node.argument("self"))
@@ -199,7 +204,8 @@ class _Compiler:
         alone = layout is Layout.SHARED
         run = (lambda a, models: operation.invoke(a)) if alone else (lambda a, models: form(call, a, models))
         several = not isinstance(self.rank[name], int)
-        rule = None if several or alone else partial(rule_of, call, known, owned=form in _IN_PLACE.values())
+        # a rule is made once, for every number of queries: a call with an argument that depends on it has none
+        rule = None if several or alone or sizes else partial(rule_of, call, known, owned=form in _IN_PLACE.values())
         step = Step(run, known, tensors, lists, sizes, self._new(name, layout), several, rule)
         if (
             node.references()
@@ -262,11 +268,13 @@ class _Compiler:
         return Layout.MODELS, Layout.MODELS
 
     def _stays(self, node: Node, operation: Operation, read: list[str]) -> bool:
-        """Whether a node whose input has the models among the channels may leave them there."""
+        """Whether a node can compute in the layout of channels, where its input already is."""
         ranks = [self.rank[r] for r in read]
         stacked = [r for r in read if self.layout[r] is not Layout.SHARED]
         if operation.form == "identity" or operation.form in _NORMS:
             return True
+        if operation.name == "cat":
+            return -max(ranks) < node.argument("dim") < 0 and min(ranks) == max(ranks) >= 3 and not any(r.startswith("@w:") for r in read)
         if operation.name in _PER_CHANNEL:  # images without queries have other axes in the places of queries and channels
             return ranks[0] == 2 + (len(node.argument("pad")) // 2 if operation.name == "pad" else spatial(operation))
         if operation.name in _ALONG_PIXELS:
@@ -301,24 +309,20 @@ class _Compiler:
         return pairs
 
     def _fold(self, i: int, norm: Node, layer: Node) -> None:
-        """A step that makes the weights of a layer with the batch norm behind it, and one for that layer."""
+        """Steps that make weights and biases of a layer with the batch norm behind it, and one for that layer."""
         given = dict(layer.arguments)
-        read = {key: given[key] for key in ("weight", "bias") if given.get(key) is not None}
-        read |= {f"norm_{key}": r for key, r in norm.arguments if isinstance(r, str) and r.startswith("@w:")}
+        numbers = {f"norm_{key}": r for key, r in norm.arguments if isinstance(r, str) and r.startswith("@w:")}
         eps = float(norm.argument("eps", 1e-5))
-        both = self.size
-        self.size += 1
-        tensors = [(key, self.place[r]) for key, r in read.items()]
-
-        def make(a: Values, models: int) -> list[Tensor]:
-            return list(Norm.of(lambda name: a.get(f"norm_{name}"), eps).fold(a["weight"], a.get("bias")))
-
-        self.made.append(Step(make, {}, tensors, [], [], both, several=True))
-        for at, key in enumerate(("weight", "bias")):
+        rank = self.rank[str(given["weight"])]
+        for key, rule, axes in (("weight", FoldedWeight(eps), rank), ("bias", FoldedBias(eps), 1)):
+            read = {name: r for name, r in numbers.items() if key == "bias" or name in ("norm_running_var", "norm_weight")}
+            read |= {key: given[key]} if given.get(key) is not None else {}
             given[key] = reference = f"@made:{key} of {i}"
-            self.rank[reference] = self.rank[str(read["weight"])] if key == "weight" else 1
-            step = Step(lambda a, models, at=at: a["both"][at], {}, [("both", both)], [], [], self._new(reference, Layout.MODELS))  # type: ignore[misc]
-            self.made.append(step)
+            self.rank[reference] = axes
+            tensors = [(name, self.place[r]) for name, r in read.items()]
+            run = lambda a, models, rule=rule: rule.forward(a, models)[0]  # noqa: E731
+            out = self._new(reference, Layout.MODELS)
+            self.made.append(Step(run, {}, tensors, [], [], out, rule=lambda wanted, rule=rule: rule))  # type: ignore[misc]
         operation = TABLE[layer.operation]
         folded = Node(layer.operation, tuple(given.items()))
         self._emit(f"@{i}", folded, operation, *self._settle(folded, operation), FORMS[operation.form])
@@ -333,7 +337,7 @@ class _Compiler:
         make = lambda a, models: rows_of(segment, a)  # noqa: E731
         self.made.append(Step(make, {}, [(r, self.place[r]) for r in references], [], [], rows, rule=partial(Rows, segment)))
         first = segment.layers[0]
-        shared = self.layout[segment.input] is Layout.SHARED and not (isinstance(first, Conv2d) and first.groups > 1)
+        shared = self.layout[segment.input] is Layout.SHARED and isinstance(first, Conv2d) and first.groups == 1
         if shared:
             x = self.size
             self.size += 1

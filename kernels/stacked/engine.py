@@ -44,7 +44,7 @@ _ALONE = 2_000_000  # activations of a call: below, one thread is done before an
 
 @lru_cache(maxsize=256)
 def sizes(graph: Graph) -> tuple[int, int, int]:
-    """Of one model and query: numbers that a forward pass makes, multiply-adds in convolutions, and in other products."""
+    """Counts for one model and one query: numbers that a forward pass makes, multiply-adds in convolutions, multiply-adds elsewhere."""
     two, three = value_shapes(graph, 2), value_shapes(graph, 3)
     made = convolved = products = 0
     for i, node in enumerate(graph.nodes):
@@ -63,7 +63,7 @@ def sizes(graph: Graph) -> tuple[int, int, int]:
 
 
 def group_shape(graph: Graph, n: int) -> tuple[int, int]:
-    """Models of a group and queries of a slab, for n queries; k plays no part, or a model's bits would depend on its company."""
+    """Models in a group and queries in a slab, for n queries. They do not depend on k: else a model's bits would depend on its company."""
     made, convolved, products = sizes(graph)
     queries = min(_QUERIES, -(-n // _FILL) * _FILL)
     models = min(_MODELS, 1 << (_PAIRS // queries).bit_length() - 1)
@@ -170,7 +170,7 @@ def _copies_of(rows: Tensor, graph: Graph) -> list[Tensor]:
 
 
 def _jobs(count: int, call: Call, run: Callable[[int], None]) -> None:
-    """Every group once: side by side where that pays, and on a CPU always with one thread inside."""
+    """Run every group once: several at a time where that is faster, and on a CPU always with one thread inside each."""
     groups = [partial(run, group) for group in range(0, count, call.models)]
     if call.weights.device.type != "cpu":
         for group in groups:
@@ -258,7 +258,7 @@ def loss_and_gradient_of(call: Call, targets: Tensor, criterion: Named, temperat
 
 
 def _autocast(device: str) -> Callable[[], Any]:
-    """The caller's autocast, for threads that have their own."""
+    """The caller's autocast setting, for threads, which do not inherit it."""
     enabled = torch.is_autocast_enabled(device)
     if not enabled:
         return nullcontext

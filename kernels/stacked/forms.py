@@ -13,7 +13,7 @@ when the program was made (``program.py``). Every form is a plain function of te
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ def channels_first(x: Tensor, last: bool) -> Tensor:
 
 
 def behind(x: Tensor, rank: int, of: int, models: int) -> Tensor:
-    """A stacked tensor of ``of`` axes as one of ``rank``, so that it broadcasts as a single model's does."""
+    """A stacked tensor of ``of`` axes a model with ``rank`` axes a model, so that it broadcasts as a single model's tensor does."""
     return x if of == rank else x.reshape(models, *(1,) * (rank - of), *x.shape[1:])
 
 
@@ -61,7 +61,7 @@ def elementwise(call: Call, a: Values, models: int) -> Any:
 
 
 def axes(call: Call, a: Values, models: int) -> Any:
-    """The same call: its axes are counted from the end."""
+    """The same call as for one model, as its axes are counted from the end."""
     return call.operation.invoke(a)
 
 
@@ -86,8 +86,25 @@ def shape(call: Call, a: Values, models: int) -> Tensor:
 def join(call: Call, a: Values, models: int) -> Tensor:
     """Several tensors along one axis; what is shared is repeated."""
     layouts = call.layouts["tensors"]
+    if call.layout is Layout.CHANNELS:
+        parts = spread(a["tensors"], layouts, models)
+        return joined_channels(parts, models) if -a["dim"] == call.rank - 1 else torch.cat(parts, a["dim"])
     a["tensors"] = [_everyone(t, models, layout is Layout.MODELS) for t, layout in zip(a["tensors"], layouts, strict=True)]
     return call.operation.invoke(a)
+
+
+def spread(parts: Sequence[Tensor], layouts: Sequence[Layout], models: int) -> list[Tensor]:
+    """``[n, M * C, ...]`` each; what is shared is repeated."""
+    return [
+        part if layout is Layout.CHANNELS else part.repeat(1, models, *(1,) * (part.ndim - 2))
+        for part, layout in zip(parts, layouts, strict=True)
+    ]
+
+
+def joined_channels(parts: Sequence[Tensor], models: int) -> Tensor:
+    """Each model's channels ``[n, M * C, ...]`` of all parts side by side; images channels-last, as the parts are."""
+    behind = [part.movedim(1, -1).unflatten(-1, (models, -1)) for part in parts]
+    return torch.cat(behind, -1).flatten(-2).movedim(-1, 1)
 
 
 def scatter(call: Call, a: Values, models: int) -> Tensor:
@@ -130,7 +147,7 @@ def getitem(call: Call, a: Values, models: int) -> Any:
 
 
 def mapped(call: Call, a: Values, models: int) -> Any:
-    """Whatever has no better form: one operator under vmap."""
+    """The operator under vmap, for operations that have no form of their own."""
     names = [name for name in call.layouts if name in a]
 
     def run(*tensors: Any) -> Any:
@@ -252,7 +269,7 @@ def _channels_last(x: Tensor) -> Tensor:
 
 
 def _with_shared_kernels(call: Call, a: Values, models: int) -> Tensor:
-    """Convolutions with kernels that all models share are one of all their images; and those of an image alone, without queries."""
+    """A convolution whose kernels all models share, as one over all their images; and that of a single image, without queries."""
     fixed = not call.stacked("weight") and not call.stacked("bias") and call.ranks["input"] == call.spatial + 2
     if not fixed:
         return mapped(call, a, models)  # type: ignore[no-any-return]
@@ -306,7 +323,7 @@ def _affine(call: Call, a: Values, x: Tensor, models: int) -> Tensor:
 
 
 def batch_norm(call: Call, a: Values, models: int) -> Tensor:
-    """By the running statistics, which are parameters like any other."""
+    """Batch norm by the running statistics, which are parameters like any other."""
     mean, variance = (_channelwise(call, a, name, models, call.rank) for name in ("running_mean", "running_var"))
     assert mean is not None
     assert variance is not None
@@ -318,7 +335,7 @@ def batch_norm(call: Call, a: Values, models: int) -> Tensor:
 
 
 def instance_norm(call: Call, a: Values, models: int) -> Tensor:
-    """Over each image, or by running statistics where it keeps some."""
+    """Instance norm: by each image's own statistics, or by running statistics where the layer keeps some."""
     if not a["use_input_stats"]:
         return batch_norm(call, a, models)
     x = a["input"]
@@ -327,10 +344,12 @@ def instance_norm(call: Call, a: Values, models: int) -> Tensor:
 
 
 def group_norm(call: Call, a: Values, models: int) -> Tensor:
-    """Groups of each model's own channels."""
+    """Group norm over groups of each model's own channels."""
     x, groups, eps = a["input"], a["num_groups"], a.get("eps", 1e-5)
     if call.layout is Layout.CHANNELS:
-        return _affine(call, a, F.group_norm(x, groups * models, eps=eps), models)
+        weight, bias = (_channelwise(call, a, name, models, call.rank) for name in ("weight", "bias"))
+        flat = [None if p is None else p.flatten() for p in (weight, bias)]
+        return F.group_norm(x, groups * models, flat[0], flat[1], eps)
     if not call.stacked("input"):
         return _affine(call, a, F.group_norm(x, groups, eps=eps), models)
     n = x.shape[1]
@@ -338,13 +357,13 @@ def group_norm(call: Call, a: Values, models: int) -> Tensor:
 
 
 def layer_norm(call: Call, a: Values, models: int) -> Tensor:
-    """Over the last axes."""
+    """Layer norm over the last axes."""
     made = F.layer_norm(a["input"], a["normalized_shape"], eps=a.get("eps", 1e-5))
     return _scaled(call, a, made, models)
 
 
 def rms_norm(call: Call, a: Values, models: int) -> Tensor:
-    """Over the last axes, without a mean."""
+    """RMS norm over the last axes: no mean is subtracted."""
     made = F.rms_norm(a["input"], a["normalized_shape"], eps=a.get("eps"))
     return _scaled(call, a, made, models)
 
@@ -358,7 +377,7 @@ def _scaled(call: Call, a: Values, x: Tensor, models: int) -> Tensor:
 
 
 def prelu(call: Call, a: Values, models: int) -> Tensor:
-    """One slope a model, or one a channel."""
+    """PReLU with one slope per model, or one per channel."""
     x, weight = a["self"], a["weight"]
     if call.layout is Layout.CHANNELS:
         weight = _everyone(weight, models, call.stacked("weight")).expand(models, x.shape[1] // models).reshape(-1, *(1,) * (call.rank - 2))

@@ -1,4 +1,4 @@
-"""Batch norms in evaluation mode as numbers: a factor and a shift a channel, or other weights of the layer before."""
+"""Batch norms in evaluation mode: as a factor and a shift per channel, or folded into the weights of the layer before."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Norm:
 
     @classmethod
     def of(cls, read: Callable[[str], Any], eps: float) -> Norm:
-        """From what ``read`` gives for each of ``PARAMETERS``."""
+        """The norm whose tensors ``read`` returns, one for each of ``PARAMETERS``."""
         mean, variance, scale, shift = (read(name) for name in PARAMETERS)
         return cls(mean, variance, scale, shift, eps)
 
@@ -53,30 +53,34 @@ class Norm:
 
         b - mean comes first: the two are alike after training, and their products with the factor would cancel.
         """
-        factor, moved = self.factor, self.centered(bias)
-        moved = moved * factor if self.shift is None else torch.addcmul(self.shift, moved, factor)
-        return weight * factor.reshape(*factor.shape, *(1,) * (weight.ndim - 2)), moved
+        return self.folded_weight(weight), self.folded_bias(bias)
+
+    def folded_weight(self, weight: Tensor) -> Tensor:
+        """The first of :meth:`fold`; its own gradient is made of the output's in the same way."""
+        return weight * self.factor.reshape(*self.factor.shape, *(1,) * (weight.ndim - 2))
+
+    def folded_bias(self, bias: Tensor | None) -> Tensor:
+        """The second of :meth:`fold`."""
+        moved = self.centered(bias)
+        return moved * self.factor if self.shift is None else torch.addcmul(self.shift, moved, self.factor)
 
     def fold_slopes(
         self, g: Tensor, of_bias: Tensor, weight: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor | None, Tensor]]:
         """Gradients of weight, bias and ``PARAMETERS`` from those of what :meth:`fold` makes."""
-        factor = self.factor
-        of_moved = of_bias * factor
+        of_moved = of_bias * self.factor
         of_factor = torch.addcmul((g * weight).flatten(2).sum(2), of_bias, self.centered(bias))
-        slope = g * factor.reshape(*factor.shape, *(1,) * (weight.ndim - 2))
-        return slope, of_moved, (-of_moved, *self._slopes_of_factor(of_factor, factor), of_bias)
+        return self.folded_weight(g), of_moved, (-of_moved, *self.slopes_of_factor(of_factor), of_bias)
 
     def slopes_of_both(self, of_factor: Tensor, of_shift: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """Gradients of ``PARAMETERS`` from those of :meth:`factor_and_shift`."""
-        factor = self.factor
         of_factor = torch.addcmul(of_factor, of_shift, self.mean, value=-1)
-        return -of_shift * factor, *self._slopes_of_factor(of_factor, factor), of_shift
+        return -of_shift * self.factor, *self.slopes_of_factor(of_factor), of_shift
 
-    def _slopes_of_factor(self, g: Tensor, factor: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Of variance and scale."""
+    def slopes_of_factor(self, g: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Gradients of variance and scale from that of the factor."""
         of_root = g * self.root
-        of_variance = of_root * factor
+        of_variance = of_root * self.factor
         return of_variance.mul_(self.root).mul_(-0.5), None if self.scale is None else of_root
 
 

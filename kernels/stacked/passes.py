@@ -64,7 +64,7 @@ def by_graph(
 
 
 def _over(slabs: Slabs, run: Callable[[int, Sequence[Any]], tuple[Tensor, list[Tensor | None]]]) -> tuple[Tensor, list[Tensor | None]]:
-    """Sums of a value and of gradients over slabs, of which there is one at least."""
+    """The sums over all slabs of the value and of the gradients that ``run`` returns for each."""
     each = (run(start, prepared) for start, prepared in slabs)
     total, sums = next(each)
     for value, parts in each:
@@ -74,9 +74,10 @@ def _over(slabs: Slabs, run: Callable[[int, Sequence[Any]], tuple[Tensor, list[T
 
 
 def _cut(program: Program, leaves: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """What is made of the weights, cut off from them, and the same with the graph that leads to them.
+    """The values that the program computes from the weights alone: detached from torch's graph, and with it.
 
-    It is made once, whatever the number of slabs, and its gradient goes on to the weights once.
+    They are computed once, whatever the number of slabs. Slabs differentiate with respect to the detached ones; the sum of those gradients
+    then goes through the graph to the weights once.
     """
     with torch.enable_grad():
         made = program.weights([leaf.requires_grad_() for leaf in leaves])
@@ -88,7 +89,7 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 def _to_leaves(leaves: Sequence[Tensor], made: Sequence[Tensor], sums: Sequence[Tensor | None]) -> list[Tensor]:
-    """Gradients of the slots from those of what was made of them; zeros where there is none."""
+    """Gradients of the parameters, from the gradients of the values that were computed from them; zeros where there is none."""
     pairs = [(value, g) for value, g in zip(made, sums, strict=True) if g is not None and value.requires_grad]
     if not pairs:
         return [torch.zeros_like(leaf) for leaf in leaves]

@@ -41,7 +41,7 @@ class Step:
     frees: tuple[int, ...] = ()
 
     def reads(self) -> set[int]:
-        """Places of what it looks at."""
+        """Places of the values that the step reads."""
         return {i for _, i in self.tensors} | {i for _, where in self.lists for i in where if i is not None}
 
     def arguments(self, values: Sequence[Any], n: int) -> Values:
@@ -73,7 +73,7 @@ class Program:
         graph: which.
         own: whether every model has its own queries.
         shared: steps whose results are the same for all models.
-        made: steps that see weights alone: once a group, whatever its queries.
+        made: steps that read weights alone; they run once a group, whatever its queries.
         steps: the others, in order.
         places: of the slots, among the values.
         carried: places of slots and of what ``made`` makes of them, as far as ``steps`` read them.
@@ -116,7 +116,7 @@ class Program:
         return values
 
     def weights(self, leaves: Sequence[Tensor]) -> list[Any]:
-        """What :meth:`outputs` reads of the weights, from each slot's ``[M, *shape]``."""
+        """The values that :meth:`outputs` needs of the weights, computed from each slot's ``[M, *shape]``."""
         known = self.known(leaves[0])
         for place, leaf in zip(self.places, leaves, strict=True):
             known[place] = leaf

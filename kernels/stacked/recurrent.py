@@ -12,10 +12,14 @@ import torch
 from torch import Tensor
 
 from .calls import Call, Layout, Values
+from .recurrence import direction
 
 
-def recurrent(call: Call, a: Values, models: int) -> list[Tensor]:
-    """What ``torch.lstm`` and its kin return, ``[output, hidden]`` or ``[output, hidden, cell]``, each with the models in front."""
+def recurrent(call: Call, a: Values, models: int, once: bool = False) -> list[Tensor]:
+    """What ``torch.lstm`` and its kin return, ``[output, hidden]`` or ``[output, hidden, cell]``, each with the models in front.
+
+    ``once``: nobody differentiates twice, and steps without a graph of their own will do (``recurrence.py``).
+    """
     kind = call.operation.name.partition(".")[0]
     first = a["has_biases"], a["num_layers"], a["bidirectional"]
     parameters, layouts = a["params"], call.layouts["params"]
@@ -26,7 +30,7 @@ def recurrent(call: Call, a: Values, models: int) -> list[Tensor]:
     if isinstance(states, Tensor):
         states, where = [states], [where]
     states = [_stacked(state, layout, models) for state, layout in zip(states, where, strict=True)]  # [M, layers * directions, n, width]
-    output, ends = _layers(kind, x, states, parameters, *first)
+    output, ends = _layers(kind, x, states, parameters, *first, once and not torch.is_autocast_enabled(x.device.type))
     return [output.transpose(1, 2) if a["batch_first"] else output, *ends]
 
 
@@ -52,19 +56,20 @@ def _stacked(x: Tensor, layout: Layout, models: int) -> Tensor:
 
 
 def _layers(
-    kind: str, x: Tensor, states: Sequence[Tensor], parameters: Sequence[Tensor], biases: bool, layers: int, both: bool
+    kind: str, x: Tensor, states: Sequence[Tensor], parameters: Sequence[Tensor], biases: bool, layers: int, both: bool, once: bool
 ) -> tuple[Tensor, list[Tensor]]:
     directions = 2 if both else 1
     each = len(parameters) // (layers * directions)  # weights and biases, and a projection where there is one
     ends: list[list[Tensor]] = [[] for _ in states]
     for layer in range(layers):
         outputs = []
-        for direction in range(directions):
-            place = layer * directions + direction
+        for back in range(directions):
+            place = layer * directions + back
             own = parameters[place * each : (place + 1) * each]
-            steps = x.flip(1) if direction else x
-            made, last = _direction(kind, steps, [state[:, place] for state in states], own, biases)
-            outputs.append(made.flip(1) if direction else made)
+            steps, before = x.flip(1) if back else x, [state[:, place] for state in states]
+            projected = len(own) % 2 == 1
+            made, last = direction(kind, steps, before, own) if once and not projected else _direction(kind, steps, before, own, biases)
+            outputs.append(made.flip(1) if back else made)
             for kept, end in zip(ends, last, strict=True):
                 kept.append(end)
         x = torch.cat(outputs, -1) if both else outputs[0]

@@ -72,7 +72,7 @@ def _linear(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> R
 
 
 class Function:
-    """A function of one tensor, whose derivative is one of its argument or of its value."""
+    """A function of one tensor whose derivative is computed from its argument alone or from its value alone."""
 
     def __init__(self, entry: Entry, known: Values, name: str, owned: bool) -> None:
         self._entry, self._known, self._name = entry, known, name
@@ -88,7 +88,7 @@ class Function:
 
 
 class Entry(NamedTuple):
-    """A function.
+    """How a function and its derivative are computed.
 
     Attributes:
         forward: ``(x, known arguments) -> y``.
@@ -218,7 +218,7 @@ def _arithmetic(call: Call, known: Values, wanted: frozenset[str], owned: bool) 
 
 
 class LayerNorm:
-    """Over the last axes, with each model's own scale and shift."""
+    """Layer norm over the last axes, with each model's own scale and shift."""
 
     def __init__(self, call: Call, known: Values, wanted: frozenset[str]) -> None:
         self.axes, self.eps, self.wanted, self.rank = list(known["normalized_shape"]), float(known.get("eps", 1e-5)), wanted, call.rank
@@ -259,7 +259,7 @@ def _layer_norm(call: Call, known: Values, wanted: frozenset[str], owned: bool) 
 
 
 class View:
-    """Another shape of the same numbers: ``forward(x, models)``, and back to the shape that was."""
+    """Another shape of the same numbers, and the first shape again in the backward pass."""
 
     def __init__(self, forward: Callable[[Tensor, int], Tensor], name: str) -> None:
         self._forward, self._name = forward, name
@@ -290,7 +290,7 @@ TO_CHANNELS = Moved(lambda x, models: channels_first(x, True), models_first)
 
 
 class Mean:
-    """Over some axes, counted from the end."""
+    """The mean over some axes, which are counted from the end."""
 
     def __init__(self, axes: tuple[int, ...], keep: bool) -> None:
         self.axes, self.keep = axes, keep
@@ -329,23 +329,16 @@ def _identity(call: Call, known: Values, wanted: frozenset[str], owned: bool) ->
 
 
 # By form, then by name.
-_FORMS: dict[str, Maker] = {"linear": _linear, "elementwise": _function, "layer_norm": _layer_norm, "identity": _identity, "shape": _shape}
-_NAMES: dict[str, Maker] = {
+FORM_MAKERS: dict[str, Maker] = {
+    "linear": _linear,
+    "elementwise": _function,
+    "layer_norm": _layer_norm,
+    "identity": _identity,
+    "shape": _shape,
+}
+NAME_MAKERS: dict[str, Maker] = {
     **{f"{kind}.{overload}": _arithmetic for kind in ("add", "sub", "mul", "div") for overload in ("Tensor", "Scalar")},
     "softmax.int": _function,
     "log_softmax.int": _function,
     "mean.dim": _mean,
 }
-
-
-def rule_of(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> Rule | None:
-    """The rule of a call, None where it has none.
-
-    Args:
-        call: what is known of it.
-        known: its arguments that are no tensors.
-        wanted: names of those whose gradients are.
-        owned: whether it may write over what it reads.
-    """
-    maker = _NAMES.get(call.operation.name) or _FORMS.get(call.operation.form)
-    return None if maker is None else maker(call, known, wanted, owned)

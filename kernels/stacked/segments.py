@@ -1,8 +1,8 @@
 """Runs of layers inside a graph that the CPU wing's steps compute: convolutions, norms, activations, pooling, and what follows to the end.
 
-A segment begins with a convolution and goes on as long as one layer reads the one before it and nobody else does. Its norms, in evaluation
-mode, are folded into weights: into the layer before, or, behind an activation, into the layer after (for that a convolution must not pad:
-it would pad with zeros that the norm had moved). A norm between an activation and a max pooling stays a step of its own.
+A segment begins with a convolution, or with a norm of images, and goes on as long as one layer reads the one before it and nobody else
+does. Its norms, in evaluation mode, are folded into weights: into the layer before, or, behind an activation, into the layer after (for
+that a convolution must not pad: it would pad with zeros that the norm had moved). Any other norm stays a step of its own.
 
 One-dimensional convolutions are images of height 1.
 """
@@ -51,7 +51,7 @@ class Part:
     before: NormPart | None = None
 
     def references(self) -> list[str]:
-        """Of its parameters."""
+        """References of the layer's own parameters and of its norms'."""
         norms = [norm.parameters for norm in (self.after, self.before) if norm is not None]
         return [r for r in (self.weight, self.bias, *(r for norm in norms for r in norm)) if r is not None]
 
@@ -82,7 +82,7 @@ class Segment:
         return tuple(part.layer for part in self.parts)
 
     def references(self) -> list[str]:
-        """Of all parameters, each once."""
+        """References of all parameters of the segment, each once."""
         return list(dict.fromkeys(r for part in self.parts for r in part.references()))
 
 
@@ -113,9 +113,9 @@ class _Run:
     flat: bool = False
 
     def starts(self, i: int) -> bool:
-        """Whether node ``i`` is a convolution that begins a segment; if so, the whole of it is taken in."""
+        """Whether node ``i`` is a convolution or a norm that begins a segment; if so, the whole of it is taken in."""
         node = self.graph.nodes[i]
-        if node.operation.partition(".")[0] not in ("conv1d", "conv2d"):
+        if node.operation.partition(".")[0] not in ("conv1d", "conv2d", "batch_norm"):
             return False
         self.input = str(node.argument("input"))
         self.shape = self.input_shape = self._lift(self._shape(self.input))
@@ -144,7 +144,7 @@ class _Run:
         return readers[0] if len(readers) == 1 and reference != self.graph.output else None
 
     def _take(self, i: int, node: Node) -> bool:
-        """Take a node in as the next layer; False if it is none that a segment has."""
+        """Append a node as the next layer, and say whether that was possible: False for a node that no segment can hold."""
         below = f"@{self.nodes[-1]}" if self.nodes else self.input
         if node.argument("input", node.argument("self")) != below:
             return False
@@ -159,7 +159,7 @@ class _Run:
         return True
 
     def _parts(self, i: int, node: Node, given: dict[str, Any], rank: int) -> list[Part] | None:
-        """The parts so far and those of a node whose input has ``rank`` axes for one query; None for one that has none."""
+        """The parts so far and those of a node whose input has ``rank`` axes for one query; None for a node that no segment can hold."""
         name, kind, parts = f"{i}", node.operation.partition(".")[0], self.parts
         if TABLE[node.operation].form == "identity":
             return None if given.get("train") else parts
@@ -191,8 +191,8 @@ class _Run:
         if given.get("training") or not all(p is None or _is_parameter(p) for p in parameters) or None in parameters[:2]:
             return None
         norm = NormPart(parameters, float(given.get("eps", 1e-5)))
-        last = self.parts[-1]
-        if isinstance(last.layer, (Conv2d, Linear)) and last.after is None:
+        last = self.parts[-1] if self.parts else None
+        if last is not None and isinstance(last.layer, (Conv2d, Linear)) and last.after is None:
             return [*self.parts[:-1], replace(last, layer=replace(last.layer, bias=True), after=norm)]
         return [*self.parts, Part(Affine(name, self.shape[0]), after=norm)]
 
@@ -239,7 +239,7 @@ def _convolution(graph: Graph, name: str, given: dict[str, Any]) -> Part | None:
 
 
 def _pair(value: Any, ahead: int | None = None) -> tuple[int, int]:
-    """An argument of an operation in one or two dimensions; ``ahead`` stands for the rows that one dimension has not."""
+    """An argument of an operation as a pair (rows, columns); ``ahead`` is the value for rows if the operation has one dimension."""
     first, *rest = value if isinstance(value, tuple) else (value,)
     if rest:
         return first, rest[0]
@@ -247,7 +247,7 @@ def _pair(value: Any, ahead: int | None = None) -> tuple[int, int]:
 
 
 def _pooling(name: str, kind: str, given: dict[str, Any], shape: Shape, rank: int) -> list[Layer] | None:
-    """Pooling of an image ``[C, H, W]``, lifted where ``rank`` is 2; None for what is no such pooling."""
+    """Records of a pooling node over ``[C, H, W]`` (of ``[C, L]``, where ``rank`` is 2, as height 1); None for other poolings."""
     image = shape[1:]
     if kind == "mean":  # over all pixels
         axes = given.get("dim")
@@ -292,5 +292,5 @@ def _folded_ahead(parts: Sequence[Part]) -> list[Part]:
 
 
 def _commutes(layer: Layer) -> bool:
-    """Whether a factor and a shift a channel may as well come after it."""
+    """Whether a factor and a shift per channel give the same result before this layer and after it."""
     return isinstance(layer, (Flatten, Dropout)) or (isinstance(layer, Pool2d) and layer.mode == "avg" and layer.padding == (0, 0))

@@ -45,7 +45,7 @@ class Ruled:
 
 @dataclass(frozen=True)
 class Island:
-    """Neighboring calls without rules: cut off from the others, inside them torch's own graph."""
+    """Neighboring calls without rules, differentiated together by torch's own graph, which ends at their inputs and outputs."""
 
     steps: tuple[Step, ...]
     inputs: tuple[int, ...]  # places that weights reach
@@ -87,7 +87,7 @@ class Island:
 
 @dataclass(frozen=True)
 class Constant:
-    """A call that no weight reaches, or whose result is no number to differentiate."""
+    """A call without a gradient: its result does not depend on weights, or is not differentiable (integers, booleans)."""
 
     step: Step
 
@@ -125,7 +125,7 @@ class Tape:
         return [values[place] for place in self.outputs], saved
 
     def backward(self, slopes: Sequence[Tensor | None], saved: list[Any], models: int, size: int) -> list[Tensor | None]:
-        """Gradients of the inputs, None where there is none, from those of the outputs. ``saved`` is used up; ``size``: places in all."""
+        """Gradients of the inputs from those of the outputs, None where there is none. Empties ``saved``; ``size``: number of places."""
         gradients: list[Tensor | None] = [None] * size
         for place, slope in zip(self.outputs, slopes, strict=True):
             gradients[place] = slope
@@ -139,9 +139,9 @@ def tape_of(steps: Sequence[Step], inputs: Sequence[int], outputs: Sequence[int]
     reached = set(inputs)
     ruled: list[tuple[Step, Rule | None, bool]] = []
     for step in steps:
-        wanted = frozenset(name for name, place in step.tensors if place in reached)
+        wanted = frozenset(name for name, place in _places(step).items() if place in reached)
         reaches = bool(step.reads() & reached)
-        rule = step.rule(wanted) if reaches and step.rule is not None and not step.lists else None
+        rule = step.rule(wanted) if reaches and step.rule is not None else None
         ruled.append((step, rule, reaches))
         if reaches:
             reached.add(step.out)
@@ -151,15 +151,21 @@ def tape_of(steps: Sequence[Step], inputs: Sequence[int], outputs: Sequence[int]
     for i, (step, rule, reaches) in enumerate(ruled):
         if i not in inside and (rule is not None or not reaches):
             _close(calls, island, steps, outputs, reached)
-            calls.append(Constant(step) if rule is None else Ruled(step, rule, dict(step.tensors)))
+            calls.append(Constant(step) if rule is None else Ruled(step, rule, _places(step)))
         else:
             island.append(step)
     _close(calls, island, steps, outputs, reached)
     return Tape(tuple(calls), tuple(inputs), tuple(outputs))
 
 
+def _places(step: Step) -> dict[str, int]:
+    """Places of a call's tensors by argument; ``name.0`` and so on in a list."""
+    lists = {f"{name}.{i}": place for name, where in step.lists for i, place in enumerate(where) if place is not None}
+    return dict(step.tensors) | lists
+
+
 def _inside_of_lists(steps: Sequence[Step]) -> set[int]:
-    """Calls from one that gives several tensors to the last that reads them: they stay in one island."""
+    """Numbers of the calls from one that returns several tensors to the last that reads them: these stay in one island."""
     inside: set[int] = set()
     for i, step in enumerate(steps):
         if step.several:

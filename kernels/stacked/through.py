@@ -11,12 +11,14 @@ from torch import Tensor
 from ..cpu.program import Program, compile_segment
 from ..cpu.rewrites import blocked, paired
 from ..cpu.steps import CHANNELS_LAST, ActivationStep, as_channels_last, backward_through, forward_through, values_through
+from ..layers import Affine
 from .segments import Segment
 
 
 @lru_cache(maxsize=256)
 def program_of(segment: Segment, shared: bool, input_gradient: bool) -> Program:
     """The steps of a segment, rewritten where that is faster."""
+    input_gradient = input_gradient or isinstance(segment.layers[0], Affine)  # through which a convolution above it reaches the norm
     program = paired(compile_segment(segment.layers, segment.input_shape, shared, input_gradient), own_queries=False)
     return program if input_gradient else blocked(program)
 
@@ -32,7 +34,7 @@ def lifted(x: Tensor, segment: Segment) -> Tensor:
 
 
 def shared_input(x: Tensor, segment: Segment) -> Tensor:
-    """Input that all models share, as the first convolution wants it: cropped to what the segment looks at."""
+    """Input that all models share, in the layout of the first convolution, cropped to the pixels that the segment reads."""
     _, height, width = program_of(segment, True, False).crop
     return channels_last(lifted(x, segment)[:, :, :height, :width])
 

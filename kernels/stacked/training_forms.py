@@ -1,4 +1,4 @@
-"""What is another call in training mode: batch norm by the batch, and what dropout multiplies by."""
+"""Operations that compute something else in training mode: batch norm by the batch's statistics, and dropout."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ def _everyones(value: Tensor | None, models: int, stacked: bool) -> Tensor | Non
 
 
 def noise_shape(node: Node, shape: Sequence[int]) -> tuple[int, ...]:
-    """Of the numbers that one model draws for a dropout whose result has this shape: one a channel where whole channels are dropped."""
+    """Shape of the random numbers of one model, for a dropout with a result of this shape: one per channel where channels are dropped."""
     whole = node.operation.startswith("feature")
     return (*shape[:2], *(1,) * (len(shape) - 2)) if whole else tuple(shape)
 
 
 def probability(node: Node) -> float:
-    """That of dropping; 0 for what drops nothing."""
+    """The probability with which a dropout drops a number; 0 for a dropout that drops nothing."""
     return float((node.argument("p") if node.argument("train") else node.argument("dropout_p")) or 0.0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -72,7 +73,7 @@ def test_zoo_train_resume_evaluate(tmp_path: Path, images: Path, shell: Shell) -
     made = tmp_path / "made"
     assert "novelty" in shell("generate", "--run", run, "--samples", 5, "--out", made)
     tuned = shell("generate", "--run", run, "--samples", 3, "--sampler", "token", "--select", "subsampled", "--finetune", 1)
-    assert "test_acc after 1 epochs" in tuned
+    assert "test_acc after 1 epoch:" in tuned
     assert json.loads(shell("zoo", "show", made, "--json"))["rows"] == 5
     assert figures["run"]["latent_numbers"] == pytest.approx(figures["linear"]["latent_numbers"], rel=0.02)
 
@@ -258,8 +259,10 @@ def test_a_quick_evaluation_of_digits_and_its_report(tmp_path: Path, shell: Shel
 def test_the_demo_writes_its_page_and_figures(tmp_path: Path, shell: Shell) -> None:
     """In small: what is shown, not how well it does (that is for the full demo)."""
     out = tmp_path / "demo"
-    small = ("demo", "--out", out, "--models", 24, "--epochs", 3, "--steps", 4, "--lrs", 1e-3, 2e-3)
+    logs = ("--log-to", "tensorboard") if importlib.util.find_spec("tensorboard") else ()
+    small = ("demo", "--out", out, "--models", 24, "--epochs", 3, "--steps", 4, "--lrs", 1e-3, 2e-3, *logs)
     text = shell(*small)
+    assert len({file.parent for file in out.rglob("events.out.tfevents*")}) == (5 if logs else 0)  # four runs, and the page
     figures = read_results(out)
     for name in ("structure", "structure+behavior", "linear-55", "linear-metric-55", "adaptive-55"):
         for metric in ("agreement", "agreement_others", "accuracy_original", "accuracy_reconstructed", "l2_masked"):

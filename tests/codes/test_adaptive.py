@@ -7,6 +7,7 @@ import io
 import numpy as np
 import pytest
 import torch
+from tolerances import FP32, FP32_AMPLIFIED, FP32_DEEP
 from torch.nn import functional as F
 
 from wslfast import Architecture, Autoencoder, LinearCodec, Population, TokenLayout, WslfastError, batched_forward
@@ -91,14 +92,14 @@ def test_it_is_the_closed_form_written_out(compensate: bool) -> None:
     held_out = models(3, seed=7).weights
     rebuilt = codec.reconstruct(held_out).numpy()
     for row, ours in zip(held_out, rebuilt, strict=True):
-        np.testing.assert_allclose(ours, _by_hand(codec, row, images(48), compensate), rtol=2e-3, atol=2e-4)
+        np.testing.assert_allclose(ours, _by_hand(codec, row, images(48), compensate), rtol=2 * FP32_AMPLIFIED, atol=2 * FP32_DEEP)
 
 
 def test_all_of_the_latent_is_all_of_the_model() -> None:
     codec = fitted(latent=1.0)
     weights = models(3, seed=7).weights
     assert codec.latent_size == ARCH.num_weights
-    torch.testing.assert_close(codec.reconstruct(weights), weights, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(codec.reconstruct(weights), weights, rtol=FP32_AMPLIFIED, atol=FP32_DEEP)
 
 
 def test_the_latent_alone_tells_the_decoder() -> None:
@@ -108,10 +109,10 @@ def test_the_latent_alone_tells_the_decoder() -> None:
     assert latents.shape == (5, *codec.mask.shape)
     assert not latents[:, ~codec.mask].any()
     assert codec.latent_size == codec.mask.sum() <= 0.4 * ARCH.num_weights
-    torch.testing.assert_close(codec.decode(latents), codec.reconstruct(weights), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(codec.decode(latents[3:4]), codec.reconstruct(weights)[3:4], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(codec.decode(latents), codec.reconstruct(weights), rtol=FP32_DEEP, atol=FP32)
+    torch.testing.assert_close(codec.decode(latents[3:4]), codec.reconstruct(weights)[3:4], rtol=FP32_DEEP, atol=FP32)
     junk = torch.where(codec.mask, latents, 1e3)
-    torch.testing.assert_close(codec.decode(junk), codec.decode(latents), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(codec.decode(junk), codec.decode(latents), rtol=FP32_DEEP, atol=FP32)
 
 
 def test_a_view_is_rebuilt_as_the_view_of_the_rebuilt() -> None:
@@ -119,7 +120,7 @@ def test_a_view_is_rebuilt_as_the_view_of_the_rebuilt() -> None:
     weights = models(4, seed=7).weights
     permutations = random_permutations(ARCH, 4, torch.Generator().manual_seed(3))
     got, expected = codec.reconstruct(permute(weights, ARCH, permutations)), permute(codec.reconstruct(weights), ARCH, permutations)
-    torch.testing.assert_close(got, expected, rtol=2e-3, atol=2e-4)
+    torch.testing.assert_close(got, expected, rtol=2 * FP32_AMPLIFIED, atol=2 * FP32_DEEP)
 
 
 def test_after_the_number_of_threads_was_set() -> None:
@@ -157,12 +158,12 @@ def test_cut_rows_and_missing_biases() -> None:
     weights = models(4, seed=7).weights
     cut = fitted(token_size=9, latent=1.0)
     assert cut.layout.token_size == 9
-    torch.testing.assert_close(cut.reconstruct(weights), weights, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(cut.reconstruct(weights), weights, rtol=FP32_AMPLIFIED, atol=FP32_DEEP)
     assert torch.equal(fitted(token_size=9).layout.mask, TokenLayout(ARCH, 9).mask)
     bare = Architecture.mlp(6, (5,), 3, activation="tanh", dropout=0.0, use_bias=False)
     some = Population(bare, torch.randn(20, bare.num_weights, generator=torch.Generator().manual_seed(0)))
     codec = AdaptiveCodec(some, queries=torch.randn(30, 6), latent=1.0, models=4)
-    torch.testing.assert_close(codec.reconstruct(some.weights[:3]), some.weights[:3], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(codec.reconstruct(some.weights[:3]), some.weights[:3], rtol=FP32_AMPLIFIED, atol=FP32_DEEP)
 
 
 def test_layers_before_the_first_weights_run_on_the_queries() -> None:
@@ -173,7 +174,7 @@ def test_layers_before_the_first_weights_run_on_the_queries() -> None:
     weights = torch.randn(20, arch.num_weights, generator=torch.Generator().manual_seed(0))
     ahead, after = images(30), F.max_pool2d(images(30), 2).flatten(1)
     codes = [AdaptiveCodec(Population(a, weights), queries=q, latent=0.5, models=4) for a, q in ((arch, ahead), (same, after))]
-    torch.testing.assert_close(codes[0].reconstruct(weights[:3]), codes[1].reconstruct(weights[:3]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(codes[0].reconstruct(weights[:3]), codes[1].reconstruct(weights[:3]), rtol=FP32_DEEP, atol=FP32)
 
 
 def test_broken_models_touch_nobody_else() -> None:
@@ -183,7 +184,7 @@ def test_broken_models_touch_nobody_else() -> None:
     weights[1, 17], weights[3] = float("nan"), 1e30  # not a number; and finite, but its activations overflow
     rebuilt = codec.reconstruct(weights)
     for row in (0, 2, 4):
-        torch.testing.assert_close(rebuilt[row], expected[row], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(rebuilt[row], expected[row], rtol=FP32_DEEP, atol=FP32)
     assert rebuilt[1].isnan().all()
     assert rebuilt[3].isnan().all()
     assert codec.encode(weights)[1].isnan().all()

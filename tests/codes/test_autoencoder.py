@@ -10,6 +10,7 @@ from functools import lru_cache
 import pytest
 import torch
 import torch.nn.functional as F
+from tolerances import FP32, FP32_DEEP, FP32_ROUNDING
 from torch import Tensor
 
 from wslfast.architecture import Architecture
@@ -58,9 +59,9 @@ def test_golden_of_the_published_network() -> None:
         torch.testing.assert_close(y[2, 92, :3], torch.tensor([-0.400035, -0.243291, 0.111319]), **close)
         torch.testing.assert_close(model.project(z)[0, :4], torch.tensor([0.5942, 1.316425, 0, 0]), **close)
         torch.testing.assert_close(model.embed(x)[1, :3], torch.tensor([0.558632, 0.557238, 0.453913]), **close)
-        assert z.sum().item() == pytest.approx(130.79525, rel=1e-4)
-        assert y.sum().item() == pytest.approx(252.6344, rel=1e-4)
-        torch.testing.assert_close(model.encode(x[:1]), z[:1], rtol=1e-5, atol=1e-6)
+        assert z.sum().item() == pytest.approx(130.79525, rel=FP32_DEEP)
+        assert y.sum().item() == pytest.approx(252.6344, rel=FP32_DEEP)
+        torch.testing.assert_close(model.encode(x[:1]), z[:1], rtol=FP32, atol=FP32_ROUNDING)
 
 
 def test_paper_preset() -> None:
@@ -146,8 +147,8 @@ def test_against_an_oracle() -> None:
     tokens = torch.randn(3, 48, 201) * layout.mask
     z, y, _ = model(tokens)
     expected_z, expected_y = _oracle(model, tokens)
-    torch.testing.assert_close(z, expected_z.float(), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(y, expected_y.float() * layout.mask, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(z, expected_z.float(), rtol=FP32_DEEP, atol=FP32_DEEP)
+    torch.testing.assert_close(y, expected_y.float() * layout.mask, rtol=FP32_DEEP, atol=FP32_DEEP)
 
 
 def _models() -> list[Autoencoder]:
@@ -169,10 +170,10 @@ def test_a_model_encoded_alone_equals_itself_in_a_batch(model: Autoencoder) -> N
         together = model(tokens)
         for j in range(len(tokens)):
             for alone, whole in zip(model(tokens[j : j + 1]), together, strict=True):
-                torch.testing.assert_close(alone[0], whole[j], rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(alone[0], whole[j], rtol=FP32, atol=FP32)
         other = tokens.clone()
         other[1:] = other[1:].flip(0) * 3
-        torch.testing.assert_close(model(other)[1][0], together[1][0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(model(other)[1][0], together[1][0], rtol=FP32, atol=FP32)
         moved = tokens.clone()
         moved[0, 40] += model.mask[40] * 0.5  # attention is over tokens: one token reaches all latents of its model
         changed = (model.encode(moved)[0] - together[0][0]).abs().amax(1)
@@ -224,8 +225,8 @@ def test_a_linear_start_is_the_code(metric: str, token_size: int, autocast: bool
     held_out = population(codec.architecture, 6, seed=100).weights
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         z, y, _ = model(codec.layout.tokenize(held_out).tokens)
-    torch.testing.assert_close(z, codec.encode(held_out), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(codec.layout.detokenize(y), codec.reconstruct(held_out), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(z, codec.encode(held_out), rtol=FP32, atol=FP32)
+    torch.testing.assert_close(codec.layout.detokenize(y), codec.reconstruct(held_out), rtol=FP32, atol=FP32)
     assert model.latent_numbers == codec.latent_size
     assert torch.equal(model.latent_mask, codec.mask)
 
@@ -292,7 +293,7 @@ def test_no_transformer_is_a_linear_model() -> None:
         for parameter in model.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
         ends = model.decode(model.encode(torch.stack([a, b, (a + b) / 2])))
-    torch.testing.assert_close(ends[2], (ends[0] + ends[1]) / 2, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ends[2], (ends[0] + ends[1]) / 2, rtol=FP32_DEEP, atol=FP32_DEEP)
 
 
 def test_what_is_refused() -> None:

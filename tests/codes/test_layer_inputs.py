@@ -1,10 +1,11 @@
-"""Patches of layer inputs against torch's unfold and convolutions; their moments, symmetrised, are tested in test_codec.py."""
+"""Patches of layer inputs against torch's unfold and convolutions; their moments, symmetrised, are tested in test_linear.py."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tolerances import FP32_AMPLIFIED, FP32_DEEP
 
 from wslfast.architecture import Architecture
 from wslfast.codes.layer_inputs import weighted_layers, without_weights
@@ -58,7 +59,7 @@ def test_rows_on_patches_are_the_layer(conv: Conv2d) -> None:
             for w, b in zip(weight, bias)
         ]
     )
-    torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(made, expected, rtol=FP32_DEEP, atol=FP32_DEEP)
     rows = torch.randn(2, 3, last.width)
     both = torch.cat([h @ r[:, :-1].T + r[:, -1] for h, r in zip(expected.split(5), rows)])
-    torch.testing.assert_close(last(rows, last.patches(made, 2)), both, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(last(rows, last.patches(made, 2)), both, rtol=FP32_DEEP, atol=FP32_AMPLIFIED)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tolerances import FP32, FP32_AMPLIFIED, FP32_DEEP, FP32_ROUNDING
 from torch import nn
 
 from wslfast.architecture import Architecture
@@ -88,10 +89,10 @@ def test_plain_code_is_pca() -> None:
         pca = decomposition.PCA(svd_solver="full").fit(rows)
         kept = pca.components_[:width]
         expected = (rows - pca.mean_) @ kept.T @ kept + pca.mean_
-        np.testing.assert_allclose(codec.groups.split(rebuilt)[g][..., :size].flatten(0, 1), expected, atol=2e-5)
+        np.testing.assert_allclose(codec.groups.split(rebuilt)[g][..., :size].flatten(0, 1), expected, atol=2 * FP32)
         latents = codec.groups.split(codec.encode(weights))[g][..., :width].flatten(0, 1)
-        np.testing.assert_allclose(latents.mean(0), 0, atol=1e-5)
-        np.testing.assert_allclose(latents.var(0, unbiased=False), 1, rtol=1e-4)
+        np.testing.assert_allclose(latents.mean(0), 0, atol=FP32)
+        np.testing.assert_allclose(latents.var(0, unbiased=False), 1, rtol=FP32_DEEP)
 
 
 @pytest.mark.parametrize("metric", ["plain", "activation"])
@@ -103,7 +104,7 @@ def test_full_width_is_the_identity(metric: str, token_size: int, bias: bool) ->
     assert codec.latent_size == arch.num_weights
     assert codec.widths == codec.groups.sizes
     unseen = zoo(arch, 5, seed=1).weights
-    torch.testing.assert_close(codec.reconstruct(unseen), unseen, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(codec.reconstruct(unseen), unseen, rtol=FP32_DEEP, atol=FP32_DEEP)
 
 
 @pytest.mark.parametrize("token_size", [0, 7], ids=["whole rows", "cut rows"])
@@ -119,17 +120,17 @@ def test_views_are_every_permutation_of_the_training_models(token_size: int) -> 
             views.append(permute(weights, arch, tuple(permutations)))
         stored = LinearCodec(Population(arch, torch.cat(views)), latent=1.0, views=False, token_size=token_size)
         for g in (g for g, at in enumerate(closed.groups.layer) if at == layer + 1):
-            torch.testing.assert_close(closed.center[g], stored.center[g], rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(closed.scale[g], stored.scale[g], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(closed.center[g], stored.center[g], rtol=FP32_DEEP, atol=FP32)
+            torch.testing.assert_close(closed.scale[g], stored.scale[g], rtol=FP32_DEEP, atol=FP32)
             covariance = [c.decoder[g].T @ c.decoder[g] for c in (closed, stored)]  # at full width and unit variance
-            torch.testing.assert_close(covariance[0], covariance[1], rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(covariance[0], covariance[1], rtol=FP32_AMPLIFIED, atol=FP32_DEEP)
 
 
 def test_full_width_is_the_identity_with_fewer_models_than_directions() -> None:
     arch = tiny()
     codec = LinearCodec(zoo(arch, 1), latent=1.0)
     unseen = zoo(arch, 3, seed=1).weights
-    torch.testing.assert_close(codec.reconstruct(unseen), unseen, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(codec.reconstruct(unseen), unseen, rtol=FP32_AMPLIFIED, atol=FP32_AMPLIFIED)
 
 
 def test_batch_norm_networks() -> None:
@@ -202,9 +203,9 @@ def test_second_moments_are_averages_over_all_permutations(bias: bool) -> None:
             views.append(permute(weights, arch, tuple(permutations)))
         expected = _loop_moments(arch, torch.cat(views), queries)[layer + 1]
         got = input_second_moments(weights, queries, arch, chunk=2)[layer + 1]
-        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(got, expected, rtol=FP32_DEEP, atol=FP32_ROUNDING)
     first = input_second_moments(weights, queries, arch)[0]  # image channels stay as they are
-    np.testing.assert_allclose(first, _loop_moments(arch, weights[:1], queries)[0], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(first, _loop_moments(arch, weights[:1], queries)[0], rtol=FP32_DEEP, atol=FP32_ROUNDING)
 
 
 def test_moments_are_the_same_for_every_view_and_leave_bad_models_out() -> None:
@@ -214,7 +215,7 @@ def test_moments_are_the_same_for_every_view_and_leave_bad_models_out() -> None:
     views = input_second_moments(random_views(weights, arch, torch.Generator().manual_seed(0)), queries, arch)
     bad = input_second_moments(torch.cat([weights, torch.full_like(weights[:1], 1e30)]), queries, arch)
     for a, b, c in zip(plain, views, bad, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a, b, rtol=FP32_DEEP, atol=FP32)
         assert torch.equal(a, c)
     with pytest.raises(WslfastError, match="finite activations"):
         input_second_moments(torch.full_like(weights, 1e30), queries, arch)
@@ -238,7 +239,7 @@ def test_metric_measures_layer_outputs() -> None:
     half, inverse = root(moment, 1e-9)
     error = torch.randn(3, 7, dtype=torch.float64)
     outputs = queries.double() @ error[:, :6].T + error[:, 6]
-    torch.testing.assert_close((error @ half).square().sum(1), outputs.square().mean(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close((error @ half).square().sum(1), outputs.square().mean(0), rtol=FP32, atol=FP32_ROUNDING)
     torch.testing.assert_close(half @ inverse, torch.eye(7, dtype=torch.float64))
 
 
@@ -309,7 +310,7 @@ def test_water_filling(data: st.DataObject) -> None:
         widths = water_filling(variances, costs, budget)
         kept = sum(float(v[:w].sum()) for v, w in zip(variances, widths, strict=True))
         best = torch.cat(variances).sort(descending=True).values[: budget // costs[0]]
-        assert kept == pytest.approx(float(best.sum()), rel=1e-5)
+        assert kept == pytest.approx(float(best.sum()), rel=FP32)
 
 
 def test_equal_widths_and_budgets() -> None:
@@ -363,7 +364,7 @@ def test_differentiable_and_deterministic() -> None:
     weights = zoo(arch, 2, seed=2).weights.double().requires_grad_()
     assert torch.autograd.gradcheck(lambda w: codec.reconstruct(w)[:, ::17], (weights,))
     alone = codec.reconstruct(population.weights[:1])
-    torch.testing.assert_close(alone, codec.reconstruct(population.weights)[:1], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(alone, codec.reconstruct(population.weights)[:1], rtol=FP32_ROUNDING, atol=FP32_ROUNDING)
 
 
 def _tensors(codec: LinearCodec) -> list[torch.Tensor]:

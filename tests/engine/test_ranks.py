@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tolerances import FP32, FP32_DEEP, FP32_ROUNDING
 
 from wslfast import TrainConfig, WslfastError, build_zoo, evaluate, load_zoo, train
 from wslfast.engine.ranks import ALONE, World, apart, joined
@@ -148,7 +149,7 @@ def assert_one_zoo(ours: Path, theirs: Path) -> None:
     """The same files, in which no part is left, with the same networks up to the last digits."""
     assert sorted(path.name for path in ours.iterdir()) == sorted(path.name for path in theirs.iterdir())
     one, other = (load_zoo(folder) for folder in (ours, theirs))
-    torch.testing.assert_close(one.weights, other.weights, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(one.weights, other.weights, rtol=FP32_DEEP, atol=FP32)
     assert one.properties.keys() == other.properties.keys()
     for name, values in one.properties.items():
         assert close(list(map(as_number, values)), list(map(as_number, other.properties[name]))), name
@@ -167,9 +168,9 @@ def test_two_processes_make_what_one_makes(root: Path, alone: Path, tmp_path: Pa
     one = torch.load(alone / "returned-0.pt")
     for rank in (0, 1):
         found = torch.load(two / f"returned-{rank}.pt")
-        torch.testing.assert_close(found["weights"], one["weights"], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found["weights"], one["weights"], rtol=FP32_DEEP, atol=FP32)
         assert found["split"] == one["split"]
-        torch.testing.assert_close(found["cache"], one["cache"], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(found["cache"], one["cache"], rtol=FP32_ROUNDING, atol=FP32_ROUNDING)
         assert close(json.loads(found["figures"]), json.loads(one["figures"]))
         assert close(without_clocks(json.loads(found["rows"])), without_clocks(json.loads(one["rows"])))
     assert close(json.loads((two / "figures.json").read_text())["variants"], json.loads(one["figures"]))
@@ -187,7 +188,7 @@ def close(a: Any, b: Any) -> bool:
     if isinstance(a, list):
         return len(a) == len(b) and all(map(close, a, b))
     if isinstance(a, float) and isinstance(b, (int, float)):
-        return a == pytest.approx(b, rel=2e-4, abs=2e-5)
+        return a == pytest.approx(b, rel=2 * FP32_DEEP, abs=2 * FP32)
     return a == b
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tolerances import FP32
+from tolerances import FP32, FP32_DEEP
 
 from wslfast import (
     Architecture,
@@ -53,9 +53,9 @@ def test_the_torch_engine_against_float64(name: str, criterion: str) -> None:
     leaf = rebuilt.cuda().requires_grad_()
     got = batched_behavioral_loss(leaf, original.cuda(), queries.cuda(), arch, criterion=criterion, reduction="none", backend="torch")
     got.sum().backward()
-    assert relative_error(got, values) < 1e-4
+    assert relative_error(got, values) < FP32_DEEP
     assert leaf.grad is not None
-    assert relative_error(leaf.grad, gradients) < 1e-4
+    assert relative_error(leaf.grad, gradients) < FP32_DEEP
     assert relative_error(batched_forward(leaf, queries.cuda(), arch, backend="torch"), oracle_outputs(rebuilt, queries, arch)) < FP32
 
 
@@ -84,7 +84,7 @@ def test_views_tokens_and_targets_on_the_device() -> None:
     assert bool((tokens[:, ~mask] == 0).all())
     cache = TargetCache(Population(arch, rows), QueryPool(queries))
     served = cache.targets(torch.tensor([3, 1], device="cuda"), torch.tensor([0, 6], device="cuda"))
-    assert relative_error(served, oracle_outputs(views[[3, 1]], queries[[0, 6]], arch)) < 1e-4
+    assert relative_error(served, oracle_outputs(views[[3, 1]], queries[[0, 6]], arch)) < FP32_DEEP
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tolerances import FP64_ROUNDING
 from torch import Tensor, nn
 
 from wslfast import Architecture
@@ -31,7 +32,7 @@ def test_every_activation_is_its_module(function: str) -> None:
     assert [a.function for a in arch.layers if isinstance(a, Activation)] == [function] * (function != "identity")
     assert chain_of(graph_of(arch.layers, (5,))) == arch.layers
     expected, actual = _outputs(module, arch, 30 * torch.randn(7, 5, dtype=torch.float64))
-    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(actual, expected, rtol=FP64_ROUNDING, atol=FP64_ROUNDING)
 
 
 def test_a_softplus_with_another_threshold_is_no_record() -> None:
@@ -48,7 +49,7 @@ def test_the_average_of_a_whole_map_is_one_window() -> None:
     arch = Architecture.from_module(module, (2, 7, 9))
     assert arch.layers[2] == Pool2d(arch.layers[2].name, "avg", (5, 7), (5, 7))
     expected, actual = _outputs(module, arch, torch.randn(6, 2, 7, 9, dtype=torch.float64))
-    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(actual, expected, rtol=FP64_ROUNDING, atol=FP64_ROUNDING)
 
 
 def test_the_average_to_more_than_one_pixel_is_no_record() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tolerances import FP32, FP64, FP64_ROUNDING
 from torch import Tensor
 
 from wslfast.architecture import Architecture
@@ -38,8 +39,8 @@ def test_diversity_is_what_loops_over_pairs_give() -> None:
     pairs = list(itertools.combinations(range(5), 2))
     for row, (i, j) in enumerate(pairs):
         a, b = outputs[i].double(), outputs[j].double()
-        assert float(found.structural[row]) == pytest.approx(float((weights[i].double() - weights[j].double()).norm()), rel=1e-12)
-        assert float(found.behavioral[row]) == pytest.approx(sum(float((p - q).norm()) for p, q in zip(a, b)) / 130, rel=1e-12)
+        assert float(found.structural[row]) == pytest.approx(float((weights[i].double() - weights[j].double()).norm()), rel=FP64_ROUNDING)
+        assert float(found.behavioral[row]) == pytest.approx(sum(float((p - q).norm()) for p, q in zip(a, b)) / 130, rel=FP64_ROUNDING)
         assert float(found.disagreement[row]) == sum(int(p.argmax() != q.argmax()) for p, q in zip(a, b)) / 130
     assert len(found.structural) == len(pairs)
 
@@ -59,7 +60,7 @@ def test_outputs_classes_and_accuracy_of_a_population() -> None:
     labels = torch.randint(3, (70,), generator=g)
     expected = oracle_outputs(weights, images, arch)
     outputs = outputs_of(weights, images, arch)
-    torch.testing.assert_close(outputs.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(outputs.double(), expected, rtol=FP32, atol=FP32)
     assert torch.equal(classes_of(weights, images, arch).long(), expected.argmax(-1))
     torch.testing.assert_close(accuracy(outputs, labels), (expected.argmax(-1) == labels).double().mean(1))
     weights[1] = math.nan
@@ -79,7 +80,7 @@ def test_novelty_in_behavior_is_blind_to_permutations_and_in_weights_is_not() ->
     assert float(nearest(weights, weights).max()) < 1e-6
     other = (classes[:1] + 1) % 3
     by_hand = min(sum(int(a != b) for a, b in zip(other[0].tolist(), row.tolist())) / 70 for row in classes)
-    assert float(behavioral_novelty(other, classes)[0]) == pytest.approx(by_hand, abs=1e-12)
+    assert float(behavioral_novelty(other, classes)[0]) == pytest.approx(by_hand, abs=FP64_ROUNDING)
 
 
 @pytest.mark.parametrize("name", ["cnn3", "mlp", "lenet5"])
@@ -92,7 +93,7 @@ def test_sorted_channels_are_the_same_for_every_view_and_the_same_function(name:
     assert torch.equal(sorted_channels(random_views(weights, arch, g), arch), canonical)
     assert torch.equal(sorted_channels(canonical, arch), canonical)
     images = torch.randn(4, *arch.input_shape, generator=g)
-    torch.testing.assert_close(oracle_outputs(canonical, images, arch), oracle_outputs(weights, images, arch), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(oracle_outputs(canonical, images, arch), oracle_outputs(weights, images, arch), rtol=FP64, atol=FP64)
 
 
 @given(wanted=st.lists(st.integers(0, 12), min_size=1, max_size=4), available=st.lists(st.integers(0, 12), min_size=4, max_size=6))
@@ -103,7 +104,7 @@ def test_matching_is_the_best_of_all_assignments(wanted: list[int], available: l
     assert len(set(partners.tolist())) == len(wanted)
     cost = float((w[rows] - a[partners]).abs().sum())
     best = min(sum(abs(x - y) for x, y in zip(w.tolist(), chosen)) for chosen in itertools.permutations(a.tolist(), len(wanted)))
-    assert cost == pytest.approx(best, abs=1e-12)
+    assert cost == pytest.approx(best, abs=FP64_ROUNDING)
 
 
 def test_matching_more_than_there_are_takes_an_even_sample() -> None:
@@ -117,4 +118,4 @@ def test_behavioral_novelty_equals_a_loop() -> None:
     generator = torch.Generator().manual_seed(0)
     classes, others = (torch.randint(-1, 4, (k, 50), generator=generator).to(torch.int16) for k in (6, 9))  # -1: not finite
     wanted = [min(sum(a != b for a, b in zip(row, other)) / 50 for other in others.tolist()) for row in classes.tolist()]
-    assert behavioral_novelty(classes, others).tolist() == pytest.approx(wanted, abs=1e-12)
+    assert behavioral_novelty(classes, others).tolist() == pytest.approx(wanted, abs=FP64_ROUNDING)

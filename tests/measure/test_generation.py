@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tolerances import FP32, FP32_ROUNDING
 
-from wslfast import Population, TrainConfig, WslfastError, build_zoo, generate, load_zoo, train
+from wslfast import Architecture, Population, TrainConfig, WslfastError, build_zoo, evaluate, generate, load_zoo, save_zoo, train
 from wslfast.measure import reconstruct
 from wslfast.measure.diversity import nearest
 from wslfast.measure.generation import best_rows, val_accuracy
@@ -16,6 +17,7 @@ from wslfast.measure.sampling import draw
 from wslfast.testing import oracle_outputs
 from wslfast.training import load_run
 from wslfast.zoo import dataset_of
+from wslfast.zoo.build import fine_tune
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +50,7 @@ def test_without_noise_the_anchors_reconstructions_come_out(run: Path) -> None:
     rebuilt = reconstruct(load_run(run / "run").autoencoder, zoo.weights)
     for row, anchor, epoch in zip(made.weights, made.properties["anchor"], made.properties["anchor_epoch"], strict=True):
         (j,) = [i for i in range(len(zoo)) if (zoo.properties["model"][i], zoo.properties["epoch"][i]) == (anchor, epoch)]
-        assert torch.allclose(row, rebuilt[j], atol=1e-5)
+        assert torch.allclose(row, rebuilt[j], atol=FP32)
 
 
 def test_what_is_said_of_a_sample_is_true(run: Path) -> None:
@@ -58,11 +60,47 @@ def test_what_is_said_of_a_sample_is_true(run: Path) -> None:
     expected = (oracle_outputs(made.weights, images, made.architecture).argmax(-1) == labels).double().mean(1)
     assert torch.allclose(made.column("test_acc"), expected, atol=1.5 / len(labels))
     distances = [min(float((w - v).double().norm()) for v in zoo.weights) for w in made.weights]
-    assert torch.allclose(made.column("novelty"), torch.tensor(distances, dtype=torch.float64), rtol=1e-5)
+    assert torch.allclose(made.column("novelty"), torch.tensor(distances, dtype=torch.float64), rtol=FP32)
     again = load_zoo(run / "made")
     assert torch.equal(again.weights, made.weights)
     assert torch.equal(generate(run / "run", samples=6, bandwidth=0.2).weights, made.weights)
     assert not torch.equal(generate(run / "run", samples=6, bandwidth=0.2, seed=1).weights, made.weights)
+
+
+def test_new_models_are_a_zoo_that_can_be_evaluated_and_trained_on(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its images are the zoo's; codes are fitted to the zoo's training models; another file of the images' name beside it misleads nobody."""
+    (run / "elsewhere").mkdir()
+    np.savez(run / "elsewhere" / "noise.npz", images=np.zeros((9, 28, 28)), labels=np.zeros(9, dtype=int))
+    made = generate(run / "run", samples=6, out=run / "elsewhere" / "made")
+    figures = evaluate(run / "run", run / "elsewhere" / "made")
+    assert figures["run"]["accuracy_original"] == pytest.approx(float(made.column("test_acc").mean()))
+    assert figures["linear"]["n_models"] == 6
+    monkeypatch.chdir(run)
+    again = generate("run", samples=10, out="dealt", split="drawn")
+    assert {*load_zoo("dealt").properties["split"]} == {"train", "val", "test"}
+    sizes = {"queries": 8, "batch_size": 4, "d_model": 16, "heads": 2, "layers": 1}
+    train(TrainConfig(zoo="dealt", out="second", steps=1, **sizes))
+    assert len(evaluate("second")["run"]["spread"]) > 0
+    monkeypatch.chdir("/")  # its zoo was named from another folder
+    assert Path(load_run(run / "second").zoo) == (run / "dealt").resolve()
+    assert torch.equal(generate(run / "second", samples=2).weights, generate(run / "second", run / "dealt", samples=2).weights)
+    assert len(again) == 10
+    with pytest.raises(WslfastError, match=r"no row is in split 'train'.*--split drawn"):
+        train(TrainConfig(zoo=str(run / "elsewhere" / "made"), out=str(run / "third"), steps=1, **sizes))
+
+
+def test_a_zoo_of_other_networks_and_one_without_classes_say_so(run: Path, tmp_path: Path) -> None:
+    arch = Architecture.mlp(2, (4,), 1, "tanh", 0.0, True)
+    rows = arch.initial_weights(["kaiming_uniform"] * 8, range(8))
+    save_zoo(Population(arch, rows), tmp_path / "zoo", dataset="grid:6x6")
+    for call in (evaluate, generate):
+        with pytest.raises(WslfastError, match="trained on models of architecture 'cnn', and these are of 'mlp', another network"):
+            call(run / "run", tmp_path / "zoo")
+    train(TrainConfig(zoo=str(tmp_path / "zoo"), out=str(tmp_path / "run"), steps=1, layers=1, d_model=16, heads=2))
+    with pytest.raises(WslfastError, match=r"finetune: expected 0, as the zoo's data set \(grid:6x6\) has no classes"):
+        generate(tmp_path / "run", samples=2, finetune=1)
+    with pytest.raises(WslfastError, match="expected labelled images to train for"):
+        fine_tune(load_zoo(tmp_path / "zoo"), dataset_of(tmp_path / "zoo", arch))
 
 
 @pytest.mark.parametrize("sampler", ["token", "individual", "uniform", "neighbours"])
@@ -80,7 +118,7 @@ def test_selection_is_on_validation_images_best_first(run: Path) -> None:
     value = every.column("val_acc")
     assert torch.equal(best.column("val_acc"), value.sort(descending=True).values[:5])
     rows = value.argsort(descending=True, stable=True)[:5].tolist()
-    assert torch.allclose(best.weights, every.weights[rows], atol=1e-6)
+    assert torch.allclose(best.weights, every.weights[rows], atol=FP32_ROUNDING)
     assert best.properties["anchor"] == tuple(every.properties["anchor"][i] for i in rows)
     again = generate(run / "run", samples=5, candidates=20, select="bootstrapped", rounds=2, bandwidth=0.3, anchors=0.5, seed=2)
     assert bool((again.column("val_acc") >= best.column("val_acc")).all())

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tolerances import FP32_DEEP, FP32_ROUNDING, FP64, FP64_GRADIENT, FP64_ROUNDING, PRINTED
 from torch import Tensor
 
 from wslfast.architecture import Architecture
@@ -39,9 +40,9 @@ def test_golden_g4() -> None:
     assert fitted.penalty == 1e-5
     r2 = probe(features, targets)
     assert list(r2) == ["train", "test", "val"]
-    assert r2["train"] == pytest.approx(0.995228, abs=5e-7)
-    assert r2["test"] == pytest.approx(0.978993, abs=5e-7)
-    assert r2["val"] == pytest.approx(0.974170, abs=5e-7)
+    assert r2["train"] == pytest.approx(0.995228, abs=PRINTED)
+    assert r2["test"] == pytest.approx(0.978993, abs=PRINTED)
+    assert r2["val"] == pytest.approx(0.974170, abs=PRINTED)
 
 
 def test_the_grid_is_the_published_one() -> None:
@@ -59,8 +60,8 @@ def test_coefficients_equal_sklearn_and_the_normal_equations(m: int, d: int, pen
     normal = torch.linalg.solve(ones.T @ ones + penalty * torch.eye(d + 1, dtype=torch.float64), ones.T @ y)
     # the column of ones is penalised like any other: scikit-learn's own intercept, which is not, would differ
     ridge = linear_model.Ridge(alpha=penalty, fit_intercept=False, solver="svd").fit(ones.numpy(), y.numpy())
-    torch.testing.assert_close(fitted.coefficients, torch.from_numpy(ridge.coef_), rtol=1e-8, atol=1e-10)
-    torch.testing.assert_close(fitted.coefficients, normal, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(fitted.coefficients, torch.from_numpy(ridge.coef_), rtol=FP64_GRADIENT, atol=FP64)
+    torch.testing.assert_close(fitted.coefficients, normal, rtol=FP32_DEEP, atol=FP32_ROUNDING)
 
 
 def test_the_penalty_is_the_best_on_validation() -> None:
@@ -76,7 +77,7 @@ def test_the_penalty_is_the_best_on_validation() -> None:
         scores[penalty] = metrics.r2_score(val_y.numpy(), ridge.predict(val_ones))
     best = max(scores, key=scores.__getitem__)
     assert fitted.penalty == best
-    assert fitted.r2(val_x, val_y) == pytest.approx(scores[best], abs=1e-9)
+    assert fitted.r2(val_x, val_y) == pytest.approx(scores[best], abs=FP64)
     assert best not in (PENALTIES[0], PENALTIES[-1])  # or this test would prove little
 
 
@@ -93,9 +94,9 @@ def test_models_without_the_property_are_dropped() -> None:
     y[:5] = math.nan
     x[0] = math.nan  # a broken model without a target is harmless
     val_y[8:] = math.nan
-    assert probe({"train": x, "val": val_x}, {"train": y, "val": val_y}) == pytest.approx(expected, rel=1e-12)
+    assert probe({"train": x, "val": val_x}, {"train": y, "val": val_y}) == pytest.approx(expected, rel=FP64_ROUNDING)
     listed = {"train": y.tolist(), "val": val_y.tolist()}
-    assert probe({"train": x, "val": val_x}, listed) == pytest.approx(expected, rel=1e-12)
+    assert probe({"train": x, "val": val_x}, listed) == pytest.approx(expected, rel=FP64_ROUNDING)
 
 
 def test_validation_without_any_target_falls_back_to_training_data() -> None:
@@ -167,7 +168,7 @@ def test_weight_statistics_equal_a_loop(elements: int, monkeypatch: pytest.Monke
         for slot in arch.parameters:
             values = weights[j, slot.offset : slot.stop].double()
             expected += [values.mean(), values.std(unbiased=False), *torch.quantile(values, levels)]
-        torch.testing.assert_close(features[j], torch.stack(expected), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(features[j], torch.stack(expected), rtol=FP64_ROUNDING, atol=FP64_ROUNDING)
 
 
 def test_weight_statistics_of_one_model_and_one_number() -> None:
@@ -199,7 +200,7 @@ def test_behavior_statistics_equal_a_loop(elements: int, monkeypatch: pytest.Mon
         wanted = [sum(row[c] for row in p) / 7 for c in range(3)]
         wanted += [mean, math.sqrt(sum((v - mean) ** 2 for v in largest) / 7), -sum(a * math.log(a) for row in p for a in row) / 7]
         wanted += [sum(agrees) / 7, sum(cross) / 7, math.log(sum(v * v for v in y.flatten().tolist()) / 21)]
-        assert found.tolist() == pytest.approx(wanted, abs=1e-9)
+        assert found.tolist() == pytest.approx(wanted, abs=FP64)
 
 
 def test_behavior_statistics_of_networks_that_diverged_are_finite() -> None:

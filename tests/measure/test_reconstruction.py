@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tolerances import FP32, FP64_ROUNDING
 from torch import Tensor
 
 from wslfast.architecture import Architecture
@@ -73,7 +74,7 @@ def _assert_equal(result: Reconstruction, expected: dict[str, list[float]]) -> N
     for name, value in result.metrics().items():
         assert value.dtype == torch.float64
         wanted = torch.tensor(expected[name], dtype=torch.float64)
-        torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-9, equal_nan=True, msg=name)
+        torch.testing.assert_close(value, wanted, rtol=FP32, atol=1e-9, equal_nan=True, msg=name)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +94,7 @@ def test_group_ids_may_be_a_tensor_and_blocks_do_not_change_bits() -> None:
     a = compare(*data, SMALL, groups=torch.tensor([0, 0, 0, 1, 1, 2, 2]), block=2)
     b = compare(*data, SMALL, groups=[5, 5, 5, 3, 3, 9, 9])
     for name, value in a.metrics().items():
-        torch.testing.assert_close(value, b.metrics()[name], rtol=1e-12, atol=1e-12, msg=name)
+        torch.testing.assert_close(value, b.metrics()[name], rtol=FP64_ROUNDING, atol=FP64_ROUNDING, msg=name)
 
 
 def test_poisoned_memory_and_strided_inputs(poisoned_empty: None) -> None:
@@ -109,7 +110,7 @@ def test_known_targets_save_the_originals_and_change_nothing() -> None:
     targets = batched_forward(data[0], data[2], SMALL).requires_grad_()
     given = compare(*data, SMALL, targets=targets, block=3)
     for name, value in expected.metrics().items():
-        torch.testing.assert_close(given.metrics()[name], value, rtol=1e-12, atol=1e-12, msg=name)
+        torch.testing.assert_close(given.metrics()[name], value, rtol=FP64_ROUNDING, atol=FP64_ROUNDING, msg=name)
     shuffled = compare(*data, SMALL, targets=targets.detach().roll(1, 0))  # they are used, not recomputed
     assert float(shuffled.agreement.mean()) < float(expected.agreement.mean())
 
@@ -195,7 +196,7 @@ def test_a_non_finite_reconstruction_is_wrong_everywhere(poison: float, where: s
     assert float(result.accuracy_change[2]) == -float(result.accuracy_original[2])
     rest = [0, 1, 3, 4, 5, 6]
     for name, value in healthy.metrics().items():
-        torch.testing.assert_close(getattr(result, name)[rest], value[rest], rtol=1e-12, atol=0, msg=name)
+        torch.testing.assert_close(getattr(result, name)[rest], value[rest], rtol=FP64_ROUNDING, atol=0, msg=name)
     json.dumps(result.summary(), allow_nan=False)
 
 
@@ -210,7 +211,7 @@ def test_a_non_finite_original_is_left_out_and_nobodys_other() -> None:
     for name, value in expected.metrics().items():
         got = getattr(result, name)
         assert math.isnan(float(got[4])), name
-        torch.testing.assert_close(got[rest], value, rtol=1e-12, atol=0, msg=name)
+        torch.testing.assert_close(got[rest], value, rtol=FP64_ROUNDING, atol=0, msg=name)
     assert result.summary()["n_models"] == 7
     json.dumps(compare(original * math.nan, reconstructed, images, labels, SMALL).summary(), allow_nan=False)
 

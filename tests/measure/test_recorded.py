@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tolerances import FP32, FP64
 
 from wslfast import Architecture, Population, TrainConfig, WslfastError, build_zoo, errors, evaluate, generate, load_zoo, train
 from wslfast.measure.evaluation import compare_models
@@ -61,7 +62,7 @@ def test_what_is_done_to_images_is_in_the_manifest(root: Path) -> None:
     assert float(pixels.min()) >= 0
     assert float(pixels.max()) <= 1
     expected = (pixels.double() - zoo["mean"][0]) / zoo["std"][0]
-    torch.testing.assert_close(dataset_of(root / "zoo", ARCH).test_images.double(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(dataset_of(root / "zoo", ARCH).test_images.double(), expected, atol=FP32, rtol=FP32)
 
 
 def test_a_manifest_of_before_means_standardised(root: Path, tmp_path: Path) -> None:
@@ -170,7 +171,7 @@ def test_half_a_point(
     recorded: list[Any], measured: list[float], apart: float | None, warned: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     found = check_recorded(population(recorded), torch.tensor(measured, dtype=torch.float64), data(), "z")
-    assert found == (None if apart is None else pytest.approx(apart, abs=1e-9))
+    assert found == (None if apart is None else pytest.approx(apart, abs=FP64))
     assert len(warnings_of(caplog)) == warned
 
 

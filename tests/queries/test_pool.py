@@ -101,7 +101,7 @@ def test_variance_is_the_loss_of_the_models_mean_output_at_each_query() -> None:
     cache = TargetCache(population, pool)
     outputs = oracle_outputs(population.weights, pool.images, ARCH)
     expected = float((outputs - outputs.mean(0)).square().sum((1, 2)).mean() / (2 * 50))
-    assert cache.variance() == pytest.approx(expected, rel=1e-5)
+    assert cache.variance() == pytest.approx(expected, rel=FP32)
 
 
 WRONG: dict[str, tuple[Any, str]] = {

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tolerances import FP32, FP32_DEEP, FP32_ROUNDING
 from torch import nn
 
 from wslfast.architecture import Architecture
@@ -58,13 +59,13 @@ def test_golden_g2(kind: str) -> None:
     sum_z, first, alone, sum_y, last, projection, embedding = GOLDENS[kind]
     with torch.no_grad():
         z, y, zp = ae(x, p)  # int16 positions, as tokenising gives them
-        assert z.sum().item() == pytest.approx(sum_z, rel=1e-4)
-        assert z[0, 0, :3].tolist() == pytest.approx(first, abs=2e-5)
-        assert ae.forward_encoder(x[:1], p[:1])[0, 0, :3].tolist() == pytest.approx(alone, abs=2e-5)
-        assert y.sum().item() == pytest.approx(sum_y, rel=1e-4)
-        assert y[2, 92, :3].tolist() == pytest.approx(last, abs=2e-5)
-        assert zp[0, :4].tolist() == pytest.approx(projection, abs=1e-4)
-        assert ae.forward_embeddings(x, p)[1, :3].tolist() == pytest.approx(embedding, abs=2e-5)
+        assert z.sum().item() == pytest.approx(sum_z, rel=FP32_DEEP)
+        assert z[0, 0, :3].tolist() == pytest.approx(first, abs=2 * FP32)
+        assert ae.forward_encoder(x[:1], p[:1])[0, 0, :3].tolist() == pytest.approx(alone, abs=2 * FP32)
+        assert y.sum().item() == pytest.approx(sum_y, rel=FP32_DEEP)
+        assert y[2, 92, :3].tolist() == pytest.approx(last, abs=2 * FP32)
+        assert zp[0, :4].tolist() == pytest.approx(projection, abs=FP32_DEEP)
+        assert ae.forward_embeddings(x, p)[1, :3].tolist() == pytest.approx(embedding, abs=2 * FP32)
 
 
 def test_parameters_of_the_papers_size() -> None:
@@ -110,9 +111,9 @@ def test_the_pytorch_type_is_torchs_own_stack_dropout_included(training: bool) -
         z = ae._transform(ae.transformer_encoder, h, None) if own else ae.transformer_encoder(h)
         z.square().sum().backward()
         results.append((z.detach(), [q.grad for q in ae.transformer_encoder.parameters()]))
-    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=FP32, atol=FP32_ROUNDING)
     for a, b in zip(results[0][1], results[1][1]):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a, b, rtol=FP32_DEEP, atol=FP32)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.25])
@@ -129,7 +130,7 @@ def test_feed_forward_against_torch(rows: tuple[int, int], p: float, poisoned_em
         y.sum().backward()  # a gradient of stride zero
         found.append([y.detach(), *[t.grad for t in leaves]])
     for ours, theirs in zip(*found):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours, theirs, rtol=FP32, atol=FP32)
     plain = feed_forward(x, w1, b1, w2, b2, 0.5, False)
     torch.testing.assert_close(plain, F.linear(F.relu(F.linear(x, w1, b1)), w2, b2))
 
@@ -151,7 +152,7 @@ def test_defect_1_batch_attention() -> None:
         assert touched[5]
         assert bool(touched[torch.arange(93) != 5].any()) is not flag
     corrected = AE(CONFIG, semantics="corrected").eval()
-    torch.testing.assert_close(corrected(x, p)[1][:1], corrected(x[:1], p[:1])[1], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(corrected(x, p)[1][:1], corrected(x[:1], p[:1])[1], rtol=FP32, atol=FP32_ROUNDING)
 
 
 def test_decoder_dropout_flag() -> None:
@@ -168,9 +169,9 @@ def test_attention_masks_and_two_position_tables() -> None:
     for kind, size in (("pytorch", 3), ("gpt2", 93)):
         ae = AE(CONFIG | {"ae:transformer_type": kind}).eval()
         nothing = torch.zeros(size, size)
-        torch.testing.assert_close(ae(x, p, nothing)[1], ae(x, p)[1], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ae(x, p, nothing)[1], ae(x, p)[1], rtol=FP32_DEEP, atol=FP32)
         own = torch.full((size, size), float("-inf")).fill_diagonal_(0)
-        assert not torch.allclose(ae(x, p, own)[0], ae(x, p)[0], rtol=1e-4)
+        assert not torch.allclose(ae(x, p, own)[0], ae(x, p)[0], rtol=FP32_DEEP)
     two = AE(CONFIG | {"ae:max_positions": [100, 10]})
     assert two(x, p[:, :, :2])[1].shape == x.shape
     with pytest.raises(WslfastError, match=r"p: expected positions \[3, 93, 3\]"):
@@ -205,7 +206,7 @@ def test_gpt2_states_are_the_cores_and_back() -> None:
     missing, unexpected = core.load_state_dict(published.state_dict(), strict=False)
     assert (sorted(missing), unexpected) == (["latent_mask", "mask", "positions"], [])
     x, p = _tokens()
-    torch.testing.assert_close(core.encode(x), published.forward_encoder(x, p), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(core.encode(x), published.forward_encoder(x, p), rtol=FP32, atol=FP32_ROUNDING)
     back = AE(CONFIG | {"ae:transformer_type": "gpt2"})
     back.load_state_dict({k: v for k, v in core.state_dict().items() if k not in ("latent_mask", "mask", "positions")})
 
@@ -275,7 +276,7 @@ def test_steps_train_and_epochs_average(tmp_path: Path) -> None:
     module = _module(**{"training::gradient_clipping": "norm", "training::precision": "amp"})
     batch = _batch()
     first = module.test_epoch([batch])
-    assert first["loss/loss"] == pytest.approx(1, rel=1e-5)
+    assert first["loss/loss"] == pytest.approx(1, rel=FP32)
     losses = [module.train_epoch([batch, batch])["loss/loss"] for _ in range(4)]
     assert losses[-1] < losses[0]
     assert not module.model.training
@@ -305,7 +306,7 @@ def test_a_cycle_term_reads_the_encoded_reconstruction() -> None:
     for module in (plain, cycle):
         torch.manual_seed(4)
         values.append(module.test_step(*batch)["loss/loss"].item())
-    assert values[1] - values[0] == pytest.approx(term.item(), rel=1e-4)
+    assert values[1] - values[0] == pytest.approx(term.item(), rel=FP32_DEEP)
 
 
 def test_corrected_steps_work_and_have_no_hidden_scale() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tolerances import FP32, FP32_AMPLIFIED, FP32_DEEP, FP32_ROUNDING, FP32_SMALL
 
 from wslfast import engine
 from wslfast.architecture import Architecture
@@ -90,10 +91,10 @@ def test_values_and_gradients_are_the_published_ones(net: str, loss: str, reduct
         raw = _by_hand(mine.architecture, expected_y, x, mine.generate_queries(), loss, reduction)
         if step == 0:
             scale = raw.item()
-            assert mine.scale == pytest.approx(scale, rel=1e-4)
+            assert mine.scale == pytest.approx(scale, rel=FP32_DEEP)
         assert set(out) == {"loss_recon", "loss_structure", "loss_behaviour"}
         assert out["loss_behaviour"] is out["loss_recon"]
-        assert out["loss_recon"].item() == pytest.approx(raw.item() / scale, rel=5e-4)
+        assert out["loss_recon"].item() == pytest.approx(raw.item() / scale, rel=5 * FP32_DEEP)
     out["loss_recon"].backward()
     (raw / scale).backward()
     assert y.grad is not None
@@ -126,7 +127,9 @@ def test_raw_cross_entropy_is_the_same_on_every_path(reduction: str, nan_gradien
         torch.testing.assert_close(one, two)
         assert torch.equal(gradient.isnan(), expected.isnan())
         assert bool(gradient.isnan().any()) == nan_gradients
-        torch.testing.assert_close(gradient[1:], expected[1:], rtol=1e-4, atol=1e-6 * float(expected[1:].abs().max()), equal_nan=True)
+        torch.testing.assert_close(
+            gradient[1:], expected[1:], rtol=FP32_DEEP, atol=FP32_ROUNDING * float(expected[1:].abs().max()), equal_nan=True
+        )
 
 
 # -- goldens of the published code -------------------------------------------------------------------------------------
@@ -144,15 +147,15 @@ def test_golden_g3() -> None:
     params = {"model::type": "CNN3", "model::channels_in": 3, "model::nlin": "relu", "model::dropout": 0}
     for loss, golden in (("l2", 1.109059e-5), ("cross_entropy", -3.412114), ("distillation", 5.544150e-4)):
         made = DistillationLoss(checkpoint, params, n_queries=8, loss=loss)
-        assert made.values(1.05 * t, t, queries, p.unsqueeze(0)).item() == pytest.approx(golden, rel=2e-4)
+        assert made.values(1.05 * t, t, queries, p.unsqueeze(0)).item() == pytest.approx(golden, rel=2 * FP32_DEEP)
     structure = MaskedReconLoss("mean")
     assert structure(1.1 * t + 0.01, t, mask.unsqueeze(0), p)["loss_recon"].item() == 1
-    assert structure.scale == pytest.approx(2.220978e-4, rel=1e-5)
+    assert structure.scale == pytest.approx(2.220978e-4, rel=FP32)
     k = torch.arange(120.0).view(4, 30)
     for kind, golden in ((NT_Xent, 3.405521), (NT_Xent_pos, 5.560753)):
         contrast = kind(4, 0.1)
         assert contrast(1 + k.sin(), 1 + k.cos()).item() == 1
-        assert contrast.scale == pytest.approx(golden, rel=1e-5)
+        assert contrast.scale == pytest.approx(golden, rel=FP32)
 
 
 def test_golden_cycle_term() -> None:
@@ -162,7 +165,7 @@ def test_golden_cycle_term() -> None:
     for weight in (0.0, 1.0):
         loss = GammaContrastReconLoss(0.0, "mean", 1, 0.1, beta=1.0, lambda_=weight)
         values.append(loss(torch.ones(2, 3), torch.ones(2, 3), y, y + 1, torch.ones_like(y), None, z, 0.9 * z)["loss/loss"].item())
-    assert values[1] - values[0] == pytest.approx(0.681781, abs=1e-5)
+    assert values[1] - values[0] == pytest.approx(0.681781, abs=FP32)
 
 
 # -- composition -------------------------------------------------------------------------------------------------------
@@ -187,11 +190,11 @@ def test_composition_and_keys(gamma: float, beta: float, kind: type, rsq: bool) 
         assert set(out) == (_KEYS | {"loss/rsq"} if rsq else _KEYS)
         parts = {name: out[f"loss/loss_{name}"] for name in ("contrast", "structure", "behaviour", "recon")}
         expected = gamma * parts["contrast"] + (1 - gamma) * (beta * parts["structure"] + (1 - beta) * parts["behaviour"])
-        assert out["loss/loss"].item() == pytest.approx(expected.item(), rel=1e-6)
+        assert out["loss/loss"].item() == pytest.approx(expected.item(), rel=FP32_ROUNDING)
         if step == 0:
-            assert out["loss/loss"].item() == pytest.approx(1, rel=1e-6)
-    assert out["debug/z_norm"].item() == pytest.approx((z_i + 1).norm(dim=1).mean().item(), rel=1e-6)
-    assert out["debug/z_var"].item() == pytest.approx((z_i + 1).var(0).mean().item(), rel=1e-6)
+            assert out["loss/loss"].item() == pytest.approx(1, rel=FP32_ROUNDING)
+    assert out["debug/z_norm"].item() == pytest.approx((z_i + 1).norm(dim=1).mean().item(), rel=FP32_ROUNDING)
+    assert out["debug/z_var"].item() == pytest.approx((z_i + 1).var(0).mean().item(), rel=FP32_ROUNDING)
 
 
 def test_penalties_and_a_scale_that_is_restored() -> None:
@@ -200,8 +203,8 @@ def test_penalties_and_a_scale_that_is_restored() -> None:
     for loss in (plain, more):
         loss.loss_recon.scale = 8.0
     a, b = (loss(z, z, y, y + 1, torch.ones_like(y)) for loss in (plain, more))
-    assert a["loss/loss"].item() == pytest.approx(((y - (y + 1)) ** 2).sum().item() / 8, rel=1e-5)
-    assert (b["loss/loss"] - a["loss/loss"]).item() == pytest.approx((2 * a["debug/z_var"] + 3 * a["debug/z_norm"]).item(), rel=1e-5)
+    assert a["loss/loss"].item() == pytest.approx(((y - (y + 1)) ** 2).sum().item() / 8, rel=FP32)
+    assert (b["loss/loss"] - a["loss/loss"]).item() == pytest.approx((2 * a["debug/z_var"] + 3 * a["debug/z_norm"]).item(), rel=FP32)
 
 
 def test_mean_loss_makes_rsq_relative_to_it() -> None:
@@ -209,7 +212,7 @@ def test_mean_loss_makes_rsq_relative_to_it() -> None:
     data = torch.randn(6, 3, 2)
     loss.set_mean_loss(data)
     out = loss(torch.ones(2, 3), torch.ones(2, 3), data.mean(0).expand_as(data), data, torch.ones_like(data))
-    assert out["loss/rsq"].item() == pytest.approx(0, abs=1e-6)
+    assert out["loss/rsq"].item() == pytest.approx(0, abs=FP32_ROUNDING)
 
 
 def test_explained_variance_against_a_loop() -> None:
@@ -219,7 +222,7 @@ def test_explained_variance_against_a_loop() -> None:
     scores = []
     for a, b in zip(y.flatten(1).double().T, x.flatten(1).double().T):
         scores.append(1 - (b - a).var(unbiased=False) / b.var(unbiased=False) if b.std() > 0 else torch.tensor(float((b - a).std() == 0)))
-    assert MaskedReconLoss("mean")(y, x, torch.ones_like(x))["rsq"].item() == pytest.approx(float(torch.stack(scores).mean()), abs=1e-5)
+    assert MaskedReconLoss("mean")(y, x, torch.ones_like(x))["rsq"].item() == pytest.approx(float(torch.stack(scores).mean()), abs=FP32)
 
 
 # -- queries -----------------------------------------------------------------------------------------------------------
@@ -349,7 +352,7 @@ def test_sharing_targets_changes_no_value() -> None:
     queries = torch.randn(4, 3, 32, 32)
     together = DistillationLoss(checkpoint, params).values(x * 1.2, x, queries)
     alone = [DistillationLoss(checkpoint, params).values(row[None] * 1.2, row[None], queries) for row in x]
-    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(together, torch.cat(alone), rtol=FP32_DEEP, atol=1e-8)
 
 
 # -- the departures, one flag each -------------------------------------------------------------------------------------
@@ -394,7 +397,7 @@ def test_defect_5_raw_logit_cross_entropy() -> None:
     raw = torch.stack([F.cross_entropy(o, t) for o, t in zip(outputs, targets)])
     for flag, expected in ((True, raw), (False, soft)):
         loss = DistillationLoss(checkpoint, params, loss="cross_entropy", raw_logit_cross_entropy=flag)
-        torch.testing.assert_close(loss.values(x * 1.5, x, queries, p), expected, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(loss.values(x * 1.5, x, queries, p), expected, rtol=FP32_DEEP, atol=FP32_ROUNDING)
     assert not torch.allclose(raw, soft, rtol=0.05)
 
 
@@ -419,7 +422,7 @@ def test_defect_6_nan_gradients(loss: str) -> None:
     assert safe.isfinite().all()
     assert safe[1].abs().sum() == 0
     assert safe[0].abs().sum() > 0
-    torch.testing.assert_close(kept[[0, 2]], values[[0, 2]], rtol=1e-5, atol=0)
+    torch.testing.assert_close(kept[[0, 2]], values[[0, 2]], rtol=FP32, atol=0)
 
 
 @pytest.mark.parametrize("loss", ["l2", "distillation"])
@@ -439,9 +442,9 @@ def test_an_original_that_is_not_finite_leaves_its_reconstruction_a_gradient(los
     expected.backward()
     assert y.grad is not None
     assert other.grad is not None
-    assert values[1].item() == pytest.approx(expected.item(), rel=1e-4)
+    assert values[1].item() == pytest.approx(expected.item(), rel=FP32_DEEP)
     assert y.grad.isfinite().all()
-    torch.testing.assert_close(y.grad[1], other.grad[1], rtol=1e-3, atol=1e-3 * other.grad[1].abs().max().item())
+    torch.testing.assert_close(y.grad[1], other.grad[1], rtol=FP32_AMPLIFIED, atol=FP32_AMPLIFIED * other.grad[1].abs().max().item())
     alone = (1.5 * x).clone().requires_grad_()
     DistillationLoss(checkpoint, params, loss=loss).values(alone, x, queries, p).sum().backward()
     assert alone.grad is not None
@@ -471,7 +474,7 @@ def test_published_l2_of_a_model_that_is_not_finite_counts() -> None:
     value = DistillationLoss(checkpoint, params).values(y, x, queries, p)
     arch = NETS["CNN3"][0]
     probability = reference.forward(TokenLayout(arch).detokenize(x[:1]), queries, arch.layers).softmax(-1)
-    assert value[0].item() == pytest.approx(probability.square().mean().item(), rel=1e-4)  # NaN probabilities count as zero
+    assert value[0].item() == pytest.approx(probability.square().mean().item(), rel=FP32_DEEP)  # NaN probabilities count as zero
 
 
 def test_softmax_mse_flag_is_the_papers_formula_when_off() -> None:
@@ -479,7 +482,7 @@ def test_softmax_mse_flag_is_the_papers_formula_when_off() -> None:
     arch, queries = NETS["CNN3"][0], torch.randn(4, 3, 32, 32)
     outputs, targets = (reference.forward(TokenLayout(arch).detokenize(t), queries, arch.layers) for t in (x * 1.5, x))
     value = DistillationLoss(checkpoint, params, softmax_mse=False).values(x * 1.5, x, queries, p)
-    torch.testing.assert_close(value, (outputs - targets).square().sum((1, 2)) / 8, rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(value, (outputs - targets).square().sum((1, 2)) / 8, rtol=FP32_DEEP, atol=1e-8)
 
 
 def test_half_precision_rounds_queries_and_weights() -> None:
@@ -495,7 +498,7 @@ def test_half_precision_rounds_queries_and_weights() -> None:
     queries = torch.rand(4, 3, 32, 32)
     rounded = loss.values(y, x, queries.half(), p)
     exact = DistillationLoss(checkpoint, params).values(y.detach().float(), x.half().float(), queries.half().float(), p)
-    torch.testing.assert_close(rounded, exact, rtol=1e-3, atol=1e-7)
+    torch.testing.assert_close(rounded, exact, rtol=FP32_AMPLIFIED, atol=FP32_SMALL)
 
 
 def test_the_losses_of_sane_itself() -> None:
@@ -508,7 +511,7 @@ def test_the_losses_of_sane_itself() -> None:
     scaled(a, b)
     assert package_sane.NT_Xent(2, 0.1)(a, b).item() == pytest.approx(scaled.scale)
     total = package_sane.GammaContrastReconLoss(0.25, "mean", 2, 0.1)(a, b, y, x, mask)
-    assert total["loss/loss"].item() == pytest.approx(0.25 * (scaled.scale or 0) + 0.75 * F.mse_loss(y, x).item(), rel=1e-5)
+    assert total["loss/loss"].item() == pytest.approx(0.25 * (scaled.scale or 0) + 0.75 * F.mse_loss(y, x).item(), rel=FP32)
 
 
 @pytest.fixture(autouse=True)

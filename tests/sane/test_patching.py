@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from sane_package import PAPER, SANE, forget, write
+from tolerances import FP32
 
 import wslfast.sane
 from wslfast.architecture import Architecture
@@ -105,7 +106,7 @@ def test_a_published_step_runs_on_ours(tmp_path: Path) -> None:
     with patched():
         module = p.def_AE_module.AEModule(CONFIG, _checkpoint(), PARAMS)
         parts = [module.train_step(*_batch())["loss/loss"] for _ in range(3)]
-        assert parts[0].item() == pytest.approx(1, abs=1e-5)  # every term over its first value
+        assert parts[0].item() == pytest.approx(1, abs=FP32)  # every term over its first value
         assert parts[2] < parts[0]
         held = {id(q) for group in module.optimizer.param_groups for q in group["params"]}
         assert held == {id(q) for q in module.model.parameters()}  # no template network among them
@@ -307,7 +308,7 @@ def test_a_reloaded_module_is_patched_again(tmp_path: Path) -> None:
         assert issubclass(p.def_loss.NT_Xent, wslfast.sane.NT_Xent)
         importlib.reload(p.def_AE_module)
         module = p.def_AE_module.AEModule(CONFIG, _checkpoint(), PARAMS)
-        assert module.train_step(*_batch())["loss/loss"].item() == pytest.approx(1, abs=1e-5)
+        assert module.train_step(*_batch())["loss/loss"].item() == pytest.approx(1, abs=FP32)
         names = {row["name"] for row in replaced()}
         assert len(names) == 15
     assert not issubclass(p.def_loss.NT_Xent, wslfast.sane.NT_Xent)

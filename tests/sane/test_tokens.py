@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tolerances import FP32, FP32_AMPLIFIED, FP32_DEEP, FP32_ROUNDING
 from torch import Tensor
 
 from wslfast import batched_forward
@@ -157,7 +158,7 @@ def test_resnet_views_are_the_same_function(match_last: bool) -> None:
     assert not torch.equal(moved["layer2.0.conv1.weight"], checkpoint["layer2.0.conv1.weight"])
     queries = torch.randn(2, 3, 32, 32)
     outputs = [batched_forward({name: value[None] for name, value in c.items()}, queries, arch) for c in (checkpoint, moved)]
-    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=FP32_AMPLIFIED, atol=FP32_AMPLIFIED)
 
 
 def test_specs_have_the_published_names() -> None:
@@ -218,7 +219,7 @@ def test_golden_g4() -> None:
     found = DownstreamTaskLearner().compute_closed_form_solution(
         x[train], y[train].tolist(), x[test], y[test].tolist(), x[val], y[val].tolist(), return_reg=True
     )
-    assert found == pytest.approx((1e-5, 0.995228, 0.978993, 0.974170), abs=2e-6)
+    assert found == pytest.approx((1e-5, 0.995228, 0.978993, 0.974170), abs=2 * FP32_ROUNDING)
 
 
 def test_the_probe_reads_data_sets() -> None:
@@ -239,7 +240,7 @@ def test_the_probe_reads_data_sets() -> None:
     assert 0 <= out["sign_test"] <= 1
     z = torch.randn(3, 4)
     polar = DownstreamTaskLearner().map_embeddings(z, torch.zeros(3, 1), SimpleNamespace(forward_embeddings=lambda t, p: t), 2, True)
-    torch.testing.assert_close(polar[:, :1] * polar[:, 1:].cos(), z, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(polar[:, :1] * polar[:, 1:].cos(), z, rtol=FP32_DEEP, atol=FP32)
 
 
 @pytest.mark.parametrize("mode", ["individual", "token", "joint"])
@@ -249,7 +250,7 @@ def test_published_densities_are_sklearns(mode: str) -> None:
     groups = {"individual": z.flatten(1).T.unsqueeze(2), "token": z.transpose(0, 1), "joint": z.flatten(1).unsqueeze(0)}[mode]
     drawn = [torch.tensor(kde.fit(group.numpy()).sample(7, random_state=42)) for group in groups]
     expected = torch.stack(drawn, 1).reshape(7, 4, 3)
-    torch.testing.assert_close(sample_latents(z, 7, mode).double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(sample_latents(z, 7, mode).double(), expected, rtol=FP32_ROUNDING, atol=FP32_ROUNDING)
 
 
 def test_published_densities_share_anchor_and_noise_and_a_generator_parts_them() -> None:
@@ -287,7 +288,7 @@ def test_models_are_decoded_whole_and_by_windows() -> None:
     decoded = ae.forward_decoder(z.float(), pos.int().expand(4, -1, -1))
     for row, checkpoint in zip(decoded, made):
         expected = tokens_to_checkpoint(row, pos, reference)
-        assert all(torch.allclose(checkpoint[n], v, atol=1e-6) for n, v in expected.items())
+        assert all(torch.allclose(checkpoint[n], v, atol=FP32_ROUNDING) for n, v in expected.items())
     # windows of all models are one sequence of a batch's entries, and the published stack attends over those
     halo = sample_models(ae, reference, 4, anchors, pos, shape, "joint", 4, False, halo=True, halo_wse=10, halo_hs=4)
     low = [0, 6, 16, 26, 30]  # 18 tokens each: ten of their own and four on either side, moved inwards at the ends
@@ -301,8 +302,8 @@ def test_models_are_decoded_whole_and_by_windows() -> None:
             own = slice(10 * low.index(start), min(10 * low.index(start) + 10, 48))
             assembled[model, own] = tokens[own.start - start : own.stop - start]
     for row, checkpoint in zip(assembled, halo):
-        assert all(torch.allclose(checkpoint[n], v, atol=1e-6) for n, v in tokens_to_checkpoint(row, pos, reference).items())
-    assert not all(torch.allclose(a[n], b[n], atol=1e-5) for a, b in zip(halo, made) for n in a)
+        assert all(torch.allclose(checkpoint[n], v, atol=FP32_ROUNDING) for n, v in tokens_to_checkpoint(row, pos, reference).items())
+    assert not all(torch.allclose(a[n], b[n], atol=FP32) for a, b in zip(halo, made) for n in a)
     wider = _checkpoint(Architecture.from_layers([*arch.layers[:-1], type(arch.layers[-1])("module_list.11", 20, 13)], (1, 28, 28)))
     with pytest.raises(WslfastError, match="expected a network of 48 tokens"):
         sample_models(ae, wider, 2, anchors, pos, shape)

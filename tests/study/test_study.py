@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tolerances import FP32, FP32_DEEP, FP32_ROUNDING
 
 from wslfast import Population, TrainConfig, WslfastError, build_zoo, load_zoo, page, train
 from wslfast.measure import behavior_statistics, embeddings, probe
@@ -143,14 +144,14 @@ def test_rows_say_what_the_pieces_give(root: Path, results: Path) -> None:
     assert len(images) == 20
     before, after = (oracle_outputs(w, images, zoo.architecture).argmax(-1) for w in (zoo.test.weights, rebuilt))
     value = lambda metric, variant="S": found.value("stripes.npz", variant, metric)[0]  # noqa: E731
-    assert value("agreement") == pytest.approx(float((before == after).double().mean()), abs=1e-5)
-    assert value("accuracy_reconstructed") == pytest.approx(float((after == labels).double().mean()), abs=1e-5)
-    assert value("l2_masked") == pytest.approx(float((rebuilt - zoo.test.weights).double().norm(dim=1).mean()), rel=1e-5)
+    assert value("agreement") == pytest.approx(float((before == after).double().mean()), abs=FP32)
+    assert value("accuracy_reconstructed") == pytest.approx(float((after == labels).double().mean()), abs=FP32)
+    assert value("l2_masked") == pytest.approx(float((rebuilt - zoo.test.weights).double().norm(dim=1).mean()), rel=FP32)
     models = found.table("models", "stripes.npz", "S")
     assert [r["model"] for r in models] == list(zoo.test.properties["model"])
-    assert [r["agreement"] for r in models] == pytest.approx((before == after).double().mean(1).tolist(), abs=1e-5)
+    assert [r["agreement"] for r in models] == pytest.approx((before == after).double().mean(1).tolist(), abs=FP32)
     r2 = probe({s: embeddings(code, p.weights) for s, p in zoo.splits.items()}, {s: p.column("test_acc") for s, p in zoo.splits.items()})
-    assert value("probe_r2") == pytest.approx(r2["test"], rel=1e-4)
+    assert value("probe_r2") == pytest.approx(r2["test"], rel=FP32_DEEP)
     # what decoded networks answer on training images: through torch.func here
     shown = zoo.data.train_images[:: -(-len(zoo.data.train_images) // TINY.probe_images)]
     answers = {s: oracle_outputs(reconstruct(code, p.weights), shown, zoo.architecture) for s, p in zoo.splits.items()}
@@ -160,12 +161,12 @@ def test_rows_say_what_the_pieces_give(root: Path, results: Path) -> None:
     assert value("probe_r2_decoded") == pytest.approx(r2["test"], rel=1e-2, abs=1e-3)
     # the nearest zoo model stands in the place of each, and its distance is the smallest there is
     distance = torch.cdist(zoo.test.weights.double(), zoo.train.weights.double()).amin(1).mean()
-    assert value("l2_masked", "nearest-zoo-model") == pytest.approx(float(distance), rel=1e-5)
+    assert value("l2_masked", "nearest-zoo-model") == pytest.approx(float(distance), rel=FP32)
     # one model for every other: no margin but by chance, identified as one of all models
     assert abs(value("agreement_margin", "best-zoo-model")) < 0.35
     best = int(zoo.train.column("val_acc").argmax())
     everybody = oracle_outputs(zoo.train.weights[best : best + 1], images, zoo.architecture).argmax(-1)
-    assert value("agreement", "best-zoo-model") == pytest.approx(float((before == everybody).double().mean()), abs=1e-5)
+    assert value("agreement", "best-zoo-model") == pytest.approx(float((before == everybody).double().mean()), abs=FP32)
 
 
 def test_the_typical_model_agrees_most_with_the_others(root: Path, results: Path) -> None:
@@ -176,7 +177,7 @@ def test_the_typical_model_agrees_most_with_the_others(root: Path, results: Path
     test = oracle_outputs(zoo.train.weights[typical : typical + 1], zoo.data.test_images, zoo.architecture).argmax(-1)
     own = oracle_outputs(zoo.test.weights, zoo.data.test_images, zoo.architecture).argmax(-1)
     found = read_results(results).value("stripes.npz", "typical-zoo-model", "agreement")[0]
-    assert found == pytest.approx(float((own == test).double().mean()), abs=1e-5)
+    assert found == pytest.approx(float((own == test).double().mean()), abs=FP32)
 
 
 def test_nothing_is_computed_twice_until_its_checkpoint_changes(root: Path, tmp_path: Path, undrawn: None) -> None:
@@ -368,7 +369,7 @@ def test_the_zoo_unit_is_the_originals(root: Path) -> None:
     best = value.argsort(descending=True, stable=True)[: round(0.3 * len(zoo))]
     assert [r["model"] for r in unit.tables["samples"]] == best.tolist()
     pairs = torch.pdist(zoo.weights[best].double())
-    assert unit.metrics["diversity"][1] == pytest.approx(float(pairs.mean()), rel=1e-6)
+    assert unit.metrics["diversity"][1] == pytest.approx(float(pairs.mean()), rel=FP32_ROUNDING)
 
 
 @pytest.mark.slow

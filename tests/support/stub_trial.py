@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from wslfast import trial
+from wslfast.engine import trial
 from wslfast.engine.paths import Loop
 from wslfast.engine.triton_path import Triton, Unbuildable, unbuildable
 

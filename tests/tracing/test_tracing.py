@@ -167,6 +167,12 @@ def both_signs_side_by_side(m: Written, x: Tensor) -> Tensor:
 
 
 @followed
+def a_factor_that_is_the_number_of_queries(m: Written, x: Tensor) -> Tensor:
+    h = m.fc(x)
+    return m.out(torch.add(h, h.tanh(), alpha=len(x)) - h.tanh() * x.new_ones(len(x)).sum())
+
+
+@followed
 def checked_by_shape(m: Written, x: Tensor) -> Tensor:
     assert x.shape[1] == 6
     if x.dim() == 3:

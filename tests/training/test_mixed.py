@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tolerances import FP32, FP32_DEEP
 
 from wslfast import Architecture, Population, TrainConfig, WslfastError, batched_forward, evaluate, generate, save_zoo, train
 from wslfast.measure.evaluation import reconstruct
@@ -61,7 +62,7 @@ def test_steps_go_by_the_numbers_of_models(zoo: Path, tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path / "run")["sampler"]["taken"] == {"relu": 2, "tanh": 2, "wide": 2}
     normalizers = load_checkpoint(tmp_path / "run")["normalizers"]
     for name, part in load_parts(zoo, "train").items():
-        assert normalizers[name]["structural"] == pytest.approx(float(part.weights.double().var(0, correction=0).mean()), rel=1e-5)
+        assert normalizers[name]["structural"] == pytest.approx(float(part.weights.double().var(0, correction=0).mean()), rel=FP32)
 
 
 def test_a_linear_start_reconstructs_as_the_code_of_each_architecture(zoo: Path, tmp_path: Path) -> None:
@@ -79,7 +80,7 @@ def test_a_linear_start_reconstructs_as_the_code_of_each_architecture(zoo: Path,
         population = models[name].load()
         code = LinearCodec(population, latent=config.share, token_size=size, seed=config.seed)
         torch.testing.assert_close(
-            reconstruct(part.model.eval(), population.weights), reconstruct(code, population.weights), atol=1e-5, rtol=1e-4
+            reconstruct(part.model.eval(), population.weights), reconstruct(code, population.weights), atol=FP32, rtol=FP32_DEEP
         )
 
 

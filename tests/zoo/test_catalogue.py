@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tolerances import FP32
 
 from wslfast import Architecture, WslfastError, build_zoo
 from wslfast.zoo import catalogue, dataset_of, load_dataset, photos
@@ -41,9 +42,9 @@ def check_published(data: Any, train: tuple[np.ndarray, np.ndarray], test: tuple
     images, labels = train
     kept = int(0.9 * len(images))
     for split, rows in (("train", order(len(images))[:kept]), ("val", order(len(images))[kept:])):
-        np.testing.assert_allclose(data.split(split)[0].numpy(), published(images[rows]), atol=1e-5)
+        np.testing.assert_allclose(data.split(split)[0].numpy(), published(images[rows]), atol=FP32)
         assert data.split(split)[1].tolist() == labels[rows].tolist()
-    np.testing.assert_allclose(data.test_images.numpy(), published(test[0]), atol=1e-5)
+    np.testing.assert_allclose(data.test_images.numpy(), published(test[0]), atol=FP32)
     assert data.test_labels.tolist() == test[1].tolist()
     assert data.provenance["mean"] == pytest.approx(MEAN.tolist())
     assert data.provenance["std"] == pytest.approx(STD.tolist())
@@ -78,8 +79,8 @@ def test_fashion(tmp_path: Path, place: str, reader: str, torchvision: ModuleTyp
     data = load_dataset("fashion-full", (1, 28, 28), root=tmp_path)
     rows = order(40)[:36]
     mean, std = arrays["train"][rows].mean() / 255, arrays["train"][rows].std() / 255
-    np.testing.assert_allclose(data.train_images[:, 0].numpy(), (arrays["train"][rows] / 255 - mean) / std, atol=1e-5)
-    np.testing.assert_allclose(data.test_images[:, 0].numpy(), (arrays["t10k"] / 255 - mean) / std, atol=1e-5)
+    np.testing.assert_allclose(data.train_images[:, 0].numpy(), (arrays["train"][rows] / 255 - mean) / std, atol=FP32)
+    np.testing.assert_allclose(data.test_images[:, 0].numpy(), (arrays["t10k"] / 255 - mean) / std, atol=FP32)
     assert data.train_labels.tolist() == arrays["train-labels"][rows].tolist()
     assert data.val_labels.tolist() == arrays["train-labels"][order(40)[36:]].tolist()
     assert data.test_labels.tolist() == arrays["t10k-labels"].tolist()
@@ -195,7 +196,7 @@ def test_eurosat(tmp_path: Path, torchvision: ModuleType) -> None:
     data = load_dataset("eurosat", (3, 32, 32), root=tmp_path)
     rows = order(40)
     for split, chosen in (("train", rows[:32]), ("val", rows[32:34]), ("test", rows[34:])):
-        np.testing.assert_allclose(data.split(split)[0].numpy(), published(images[chosen]), atol=1e-5)
+        np.testing.assert_allclose(data.split(split)[0].numpy(), published(images[chosen]), atol=FP32)
         assert data.split(split)[1].tolist() == labels[chosen].tolist()
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tolerances import FP32, FP32_ROUNDING
 
 from wslfast.errors import WslfastError
 from wslfast.zoo.datasets import Dataset, image_shape, load_dataset
@@ -76,7 +77,7 @@ def test_bilinear_by_hand(tmp_path: Path) -> None:
             rows = [source[r, b] * (1 - (x - b)) + source[r, d] * (x - b) for r in (a, c)]
             expected[i, j] = rows[0] * (1 - (y - a)) + rows[1] * (y - a)
     got = large.test_images[3, 0].double().numpy() * large.provenance["std"][0] + large.provenance["mean"][0]
-    np.testing.assert_allclose(got, expected, atol=1e-6)
+    np.testing.assert_allclose(got, expected, atol=FP32_ROUNDING)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +96,7 @@ def test_layouts_are_one_dataset(tmp_path: Path, images: np.ndarray) -> None:
     data = load_dataset(npz(tmp_path / "b.npz", images=images, labels=LABELS.astype(np.uint8)), (1, 7, 6))
     assert [len(data.split(s)[1]) for s in ("train", "val", "test")] == [29, 4, 8]
     for split in ("train", "val", "test"):
-        torch.testing.assert_close(data.split(split)[0], expected.split(split)[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(data.split(split)[0], expected.split(split)[0], atol=FP32, rtol=FP32)
         assert torch.equal(data.split(split)[1], expected.split(split)[1])
     assert image_shape(tmp_path / "b.npz") == (1, 7, 6)
 
@@ -128,7 +129,7 @@ def test_flat_architectures_get_rows(tmp_path: Path) -> None:
     path = npz(tmp_path / "a.npz", images=BYTES, labels=LABELS)
     image, row = load_dataset(path, (1, 7, 6)), load_dataset(path, (42,))
     assert row.train_images.shape == (29, 42)
-    torch.testing.assert_close(row.train_images, image.train_images.flatten(1), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(row.train_images, image.train_images.flatten(1), atol=FP32, rtol=FP32)
     assert load_dataset(path, (16,)).test_images.shape == (8, 16)
     with pytest.raises(WslfastError, match="cannot make 17 features"):
         load_dataset(path, (17,))
@@ -150,7 +151,7 @@ def test_images_as_they_are(tmp_path: Path, shape: tuple[int, ...]) -> None:
             for channel in image:
                 assert LABELS[rows.index(tuple((channel * 255).round().int().tolist()))] == label
         mean, std = (torch.tensor(raw.provenance[k]).reshape([1, -1] + [1] * (len(shape) - 1)) for k in ("mean", "std"))
-        torch.testing.assert_close((pixels - mean) / std, usual.split(split)[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close((pixels - mean) / std, usual.split(split)[0], atol=FP32, rtol=FP32)
     with pytest.raises(WslfastError, match="standardise: expected True or False, got 1"):
         load_dataset(path, shape, standardise=1)  # type: ignore[arg-type]
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tolerances import FP32, FP32_AMPLIFIED, FP32_DEEP, FP32_ROUNDING, FP32_SMALL
 from torch import Tensor, nn
 
 import wslfast
@@ -87,7 +88,9 @@ def test_small_cnn_zoo(tmp_path: Path, padding: str) -> None:
         mine = [i for i in range(8) if ("relu", "tanh")[i // 2 % 2] == which]
         assert torch.equal(part.weights.sort(1).values, torch.from_numpy(matrix[mine]).sort(1).values)  # every number, to the bit
         expected = torch.stack([keras(matrix[i], x, which, padding) for i in mine])
-        torch.testing.assert_close(wslfast.batched_forward(part.weights, x, part.architecture).double(), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            wslfast.batched_forward(part.weights, x, part.architecture).double(), expected, rtol=FP32_DEEP, atol=FP32
+        )
     assert import_zoo(tmp_path / "src", tmp_path / "last", epochs=[86]).rows == 4
 
 
@@ -101,7 +104,9 @@ def test_small_cnn_zoo_saw_pixels_from_minus_one_to_one(tmp_path: Path) -> None:
     every = torch.cat([data.train_images, data.val_images, data.test_images])
     grey = torch.from_numpy(pixels).double().div(255).mul(2).sub(1).mean(3)
     assert arch.input_shape == (1, 32, 32)
-    torch.testing.assert_close(every.double().flatten(1).sum(1).sort().values, grey.flatten(1).sum(1).sort().values, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(
+        every.double().flatten(1).sum(1).sort().values, grey.flatten(1).sum(1).sort().values, rtol=FP32_DEEP, atol=FP32_AMPLIFIED
+    )
 
 
 @pytest.mark.parametrize(
@@ -159,11 +164,11 @@ def test_dwsnets_mnist(tmp_path: Path) -> None:
     data = dataset_of(tmp_path / "zoo", zoo.architecture)
     axis = np.linspace(-1, 1, 28)
     grid = torch.from_numpy(np.stack(np.meshgrid(axis, axis), -1).reshape(-1, 2))  # numpy's order: x, the column, first
-    torch.testing.assert_close(data.test_images.double(), grid, rtol=0, atol=1e-7)
+    torch.testing.assert_close(data.test_images.double(), grid, rtol=0, atol=FP32_SMALL)
     answers = wslfast.batched_forward(zoo.weights, data.test_images, zoo.architecture).double()
     for row, label in enumerate(zoo.properties["label"]):
         assert all(torch.equal(zoo.state_dict(row)[k], v) for k, v in states[label].items())
-        torch.testing.assert_close(answers[row], dws(states[label], grid), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(answers[row], dws(states[label], grid), rtol=FP32_DEEP, atol=FP32_DEEP)
     assert {s for s, label in zip(zoo.properties["split"], zoo.properties["label"], strict=True) if label == 9} == {"test"}
     assert data.provenance["peak"] == 1.0
 
@@ -195,13 +200,13 @@ def test_nfn(tmp_path: Path, out: int) -> None:
     data = dataset_of(tmp_path / "zoo", zoo.architecture)
     axis = torch.linspace(-1, 1, 28 if out == 1 else 32, dtype=torch.float64)
     grid = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2)  # torch's order: the row first
-    torch.testing.assert_close(data.test_images.double(), grid, rtol=0, atol=1e-6)
+    torch.testing.assert_close(data.test_images.double(), grid, rtol=0, atol=FP32_ROUNDING)
     answers = wslfast.batched_forward(zoo.weights, data.test_images, zoo.architecture).double()
     for row, i in enumerate(zoo.properties["image"]):
         s = {k: v.double() for k, v in states[i].items()}
         h = torch.sin(30 * F.linear(grid, s["net.0.linear.weight"], s["net.0.linear.bias"]))
         h = torch.sin(30 * F.linear(h, s["net.1.linear.weight"], s["net.1.linear.bias"]))
-        torch.testing.assert_close(answers[row], F.linear(h, s["net.2.weight"], s["net.2.bias"]), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(answers[row], F.linear(h, s["net.2.weight"], s["net.2.bias"]), rtol=FP32_DEEP, atol=FP32_DEEP)
     assert dict(zip(zoo.properties["image"], zoo.properties["label"], strict=True)) == {0: 3, 1: 8, 2: 3}
 
 
@@ -276,7 +281,7 @@ def test_cnn_wild_park(tmp_path: Path, wrapped: bool) -> None:
             number = round(part.properties["test_acc"][row] * 10)
             found[number] = part.properties["epoch"][row]
             assert all(torch.equal(part.state_dict(row)[k], v) for k, v in states[number].items())
-            torch.testing.assert_close(answers[row], park_answers(states[number], PARK[number % 2], x), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(answers[row], park_answers(states[number], PARK[number % 2], x), rtol=FP32_DEEP, atol=FP32)
     assert found == dict.fromkeys(range(4), 2)
 
 
@@ -336,7 +341,7 @@ def test_weightclip_resnets(tmp_path: Path) -> None:
     assert (done.rows, zoo.architecture.output_shape) == (2, (7,))
     with torch.no_grad():
         expected = torch.stack([net.eval()(x) for net in nets])
-    torch.testing.assert_close(wslfast.batched_forward(zoo.weights, x, zoo.architecture), expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(wslfast.batched_forward(zoo.weights, x, zoo.architecture), expected, rtol=FP32_AMPLIFIED, atol=FP32_DEEP)
 
 
 def test_right_properties(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from rich.console import Console
 from .. import __version__
 from ..engine.precision import matmul_precision
 from ..engine.ranks import first
-from ..errors import WslfastError
+from ..errors import WslfastError, first_line
 from ..training import TrainConfig
 from ..training.progress import Interrupted
 from .analysis import Ablate, Gradients, Queries
@@ -63,7 +63,7 @@ def _package(name: str) -> bool | str:
     try:
         importlib.import_module(name)
     except Exception as error:  # whatever a broken package raises
-        return f"there, and does not import: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:160]
+        return f"there, and does not import: {type(error).__name__}: {first_line(error)}"[:160]
     return True
 
 

@@ -33,7 +33,9 @@ def show(values: dict[str, Any], as_json: bool) -> None:
 def figures_table(results: dict[str, dict[str, Any]]) -> None:
     """Figures that anything has a value of, a row a variant; where they are more than fit the terminal, a table below another."""
     shown = {
-        f: [_text(figures.get(f)) for figures in results.values()] for f in _FIGURES if any(r.get(f) is not None for r in results.values())
+        f: [_figure(f, figures.get(f)) for figures in results.values()]
+        for f in _FIGURES
+        if any(r.get(f) is not None for r in results.values())
     }
     width = {f: max(map(len, (*_FIGURES[f].split("\n"), *cells))) + 1 for f, cells in shown.items()}
     left = max(map(len, ("variant", *results)), default=7)
@@ -52,8 +54,15 @@ def figures_table(results: dict[str, dict[str, Any]]) -> None:
             table.add_row(name, *cells)
         console.print(table)
     for name, figures in results.items():
-        if words := collapse(figures.get("agreement_margin")):
+        if figures.get("psnr") is None and (words := collapse(figures.get("agreement_margin"))):
             console.print(f"{name}: {words}", soft_wrap=True, markup=False)
+
+
+def _figure(name: str, value: Any) -> str:
+    """A figure's cell: latent numbers are counted, all others measured."""
+    if not isinstance(value, (int, float)):
+        return _text(value)
+    return f"{value:.0f}" if name == "latent_numbers" else _text(float(value))
 
 
 def _text(value: Any) -> str:

@@ -20,8 +20,6 @@ from ..page import report
 from ..study.demo import DemoConfig, demo
 from ..study.study import study
 from ..training import load_run
-from ..zoo import read_manifest
-from ..zoo.manifest import MANIFEST
 from .console import console, figures_table
 
 
@@ -44,7 +42,8 @@ class Evaluate:
     split: Literal["test", "val", "train"] = "test"
     """Which models, for the table of one run (the page is always of test models)."""
     out: str | None = None
-    """Folder for page and tables; a name ending in .json: the figures of one run (default: RUN/evaluation-SPLIT.json)."""
+    """Folder for page and tables; a name ending in .json: the figures of one run (default: RUN/evaluation-SPLIT.json; of
+    another zoo than the run's RUN/evaluation-ZOO-SPLIT.json)."""
     quick: bool = False
     """Fewer models, images and samples: minutes instead of up to an hour."""
     zero_layer: bool = True
@@ -67,7 +66,7 @@ class Evaluate:
         require(len(self.run_folders) > 0, "run: expected at least one folder")
         run = self.run_folders[0]
         if len(self.run_folders) == 1 and (self.out is None or self.out.endswith(".json")):
-            out = self.out or str(Path(run) / f"evaluation-{self.split}.json")
+            out = self.out or str(Path(run) / f"evaluation-{self._label(run)}.json")
             settings: dict[str, Any] = {"device": self.device, "backend": self.backend, "skip_bad": self.skip_bad, "log_to": self.log_to}
             results = evaluate(run, self.zoo, split=self.split, out=out, **settings)
             if not first():
@@ -81,9 +80,7 @@ class Evaluate:
         require(self.out is not None and not self.out.endswith(".json"), "out: expected a folder (--out) for the page of several runs")
         require(not self.skip_bad, "skip_bad: the page is of a whole zoo; --skip-bad is for the table of one run")
         require(self.split == "test", "split: the page is of test models; --split is for the table of one run")
-        zoo = self.zoo or load_run(run, device=self.device).config.zoo
-        several = "the page is of models of one architecture; the table (without --out, or with --out FILE.json) has the figures of each"
-        require(not (Path(zoo) / MANIFEST).is_file() or not read_manifest(zoo).kinds, f"zoo {zoo}: {several}")
+        zoo = self.zoo or load_run(run, device=self.device).zoo
         with engine.using(self.backend):
             page = study(
                 zoo,
@@ -99,6 +96,12 @@ class Evaluate:
             )
         if first():
             _told(page, self.json)
+
+    def _label(self, run: str) -> str:
+        """The split, after the zoo's name where it is not the one that the run was trained on."""
+        if self.zoo is None or Path(self.zoo).resolve() == Path(load_run(run, device=self.device).zoo).resolve():
+            return self.split
+        return f"{Path(self.zoo).resolve().name}-{self.split}"
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,7 @@ def _told(page: Path, as_json: bool, folder: str | None = None) -> None:
     if as_json:
         print(json.dumps(figures, indent=1))
         return
-    figures_table({name: f for name, f in figures.items() if "agreement" in f})
+    figures_table({name: f for name, f in figures.items() if "l2_masked" in f})
     console.print(f"the page: {page}", soft_wrap=True)
 
 
@@ -194,6 +197,8 @@ class Generate:
     """Leave out shards of the zoo that are missing or damaged, with a count, instead of stopping."""
     architecture: str | None = None
     """Of a zoo of several architectures, which one (wslfast zoo show lists them)."""
+    split: Literal["test", "train", "val", "drawn"] = "test"
+    """Of the models in --out: all in one (test is what evaluate measures), or dealt out to all three, to train on them."""
 
     def run(self) -> None:
         made = generate(
@@ -213,11 +218,12 @@ class Generate:
             backend=self.backend,
             skip_bad=self.skip_bad,
             architecture=self.architecture,
+            split=self.split,
         )
         epoch = made.column("epoch")
         for e in range(self.finetune + 1):
             names = ("test_acc", "novelty", "novelty_behavior") if e == 0 else ("test_acc",)
-            after = f" after {e} epochs" if e else ""
+            after = f" after {e} epoch{'s' * (e > 1)}" if e else ""
             for name in names:
                 values = made.column(name)[epoch == e]
                 if not bool(values.isfinite().any()):  # no classes, no accuracy

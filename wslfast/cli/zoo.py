@@ -113,7 +113,9 @@ class ZooShow:
     def run(self) -> None:
         summary = summarize(self.path)
         if not self.json:
-            summary["accuracies (least, quartiles, greatest)"] = summary.pop("quantiles")
+            quantiles = summary.pop("quantiles")
+            summary |= {"accuracies (least, quartiles, greatest)": quantiles} if quantiles else {}
+            summary["provenance"] = {k: v for k, v in summary["provenance"].items() if v not in ({}, [])}
         show(summary, self.json)
 
 
@@ -202,7 +204,8 @@ class ZooImport:
             overwrite=self.overwrite,
         )
         names = list(done.architectures)
-        what = f"architecture {names[0]}" if len(names) == 1 else f"{len(names)} architectures: {', '.join(names[:8])}"
+        few = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+        what = f"architecture {names[0]}" if len(names) == 1 else f"{len(names)} architectures: {few}"
         console.print(f"{self.out}: {done.rows} rows of {done.models} models, {what}", soft_wrap=True, markup=False)
         for reason, count in done.skipped.items():
             console.print(f"  skipped: {count} x {reason}", soft_wrap=True, markup=False)

@@ -25,7 +25,7 @@ from ..population import Population
 from ..queries import QueryPool
 from ..tokens import layout
 from .layer_inputs import good_models, hidden_inputs, output_sensitivity, root, spaced, symmetrise, weighted_layers, without_weights
-from .linear import LinearCodec, budget_of, deviations, principal, row_moments, scales, water_filling
+from .linear import LinearCodec, budget_of, check_fitted, deviations, principal, row_moments, scales, water_filling
 from .token_groups import TokenGroups
 
 _QUERIES = 256
@@ -73,11 +73,7 @@ class AdaptiveCodec(LinearCodec):
         compensate: bool = True,
         seed: int = 0,
     ) -> None:
-        require(isinstance(population, Population), f"population: expected a Population, got {describe(population)}")
-        require(len(population) > 0, "population: expected at least one model, got none")
-        require(damping > 0, f"damping: expected a positive number, got {damping!r}")
-        bad = (~population.weights.isfinite().all(1)).nonzero().flatten().tolist()
-        require(not bad, f"population: models {bad[:10]} have non-finite weights; leave them out")
+        check_fitted(population, damping)
         images = queries.images if isinstance(queries, QueryPool) else queries
         shape = population.architecture.input_shape
         require(

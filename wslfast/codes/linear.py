@@ -82,14 +82,10 @@ class LinearCodec:
         damping: float = 1e-3,
         seed: int = 0,
     ) -> None:
-        require(isinstance(population, Population), f"population: expected a Population, got {describe(population)}")
-        require(len(population) > 0, "population: expected at least one model, got none")
+        check_fitted(population, damping)
         require(metric in METRICS, f"metric: expected one of {METRICS}, got {metric!r}")
         require(widths in WIDTHS, f"widths: expected one of {WIDTHS}, got {widths!r}")
         require(max_width is None or max_width >= 1, f"max_width: expected a positive integer or None, got {max_width!r}")
-        require(damping > 0, f"damping: expected a positive number, got {damping!r}")
-        bad = (~population.weights.isfinite().all(1)).nonzero().flatten().tolist()
-        require(not bad, f"population: models {bad[:10]} have non-finite weights; leave them out")
         self._place(layout(population.architecture, token_size))
         self.metric = metric
         budget = budget_of(latent, int(self.layout.mask.sum()))
@@ -236,6 +232,15 @@ def deviations(variances: Tensor) -> Tensor:
     """Square roots of falling variances, none smaller than a small share of the first; ones where nothing varies."""
     deviation = variances.sqrt()
     return deviation.clamp_min(float(deviation[0]) * _FLOOR if deviation[0] > 0 else 1.0)
+
+
+def check_fitted(population: Population, damping: float) -> None:
+    """Raise WslfastError unless a code can be fitted to the population with that damping."""
+    require(isinstance(population, Population), f"population: expected a Population, got {describe(population)}")
+    require(len(population) > 0, "population: expected at least one model, got none")
+    require(damping > 0, f"damping: expected a positive number, got {damping!r}")
+    bad = (~population.weights.isfinite().all(1)).nonzero().flatten().tolist()
+    require(not bad, f"population: models {bad[:10]} have non-finite weights; leave them out")
 
 
 def budget_of(latent: Union[float, int], total: int) -> int:

@@ -63,7 +63,7 @@ def forward(weights: Tensor, queries: Tensor, architecture: Architecture, *, bac
     device = weights.device.type
     graph = torch.is_grad_enabled() and (weights.requires_grad or queries.requires_grad)
     if graph and queries.requires_grad and (device != "cuda" or not reaches_queries(architecture)):
-        backend = "torch"
+        backend = "torch" if device == "cuda" or backend == "triton" else backend
     call = Call("forward", weights.shape[0], queries.shape[int(per_model(queries, architecture))], weights.device.index)
     with region("forward"):
         while True:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..errors import WslfastError, say_once
+from ..errors import WslfastError, first_line, say_once
 
 
 def in_chunks(models: int, size: int, run: Callable[[slice], None]) -> None:
@@ -26,7 +26,7 @@ def in_chunks(models: int, size: int, run: Callable[[slice], None]) -> None:
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not is_shortage(error):
                 raise
-            shortage = (str(error) or type(error).__name__).splitlines()[0]
+            shortage = first_line(error)
         # outside the except block, whose traceback would keep the failed attempt's tensors alive
         if shortage is None:
             if failed:

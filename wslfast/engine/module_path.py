@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from ..architecture import Architecture
-from ..errors import WslfastError, describe
+from ..errors import WslfastError, describe, first_line
 from ..kernels.criteria import Named, share_of_loss
 from ..kernels.stacked.company import group_size
 from .chunks import in_chunks, is_shortage
@@ -82,8 +82,7 @@ class _Bound:
         except _FAILURES as error:
             if is_shortage(error) or isinstance(error, WslfastError):
                 raise
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise WslfastError(f"architecture {self.name!r}: its forward failed on queries {describe(x)}: {first:.300}") from error
+            raise WslfastError(f"architecture {self.name!r}: its forward failed on queries {describe(x)}: {first_line(error)}") from error
         if version is not None and x._version != version and not self.writes:
             raise WslfastError(
                 f"architecture {self.name!r}: its forward changed its input in place, which it did not do when it was taken in; "

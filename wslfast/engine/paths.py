@@ -14,14 +14,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..architecture import Architecture
-from ..errors import WslfastError, describe
+from ..errors import WslfastError, describe, first_line
 from ..kernels import reference, stacked
 from ..kernels.cpu import engine as cpu
 from ..kernels.criteria import Named, share_of_loss
 from ..kernels.graph import Graph
 from ..profiling import region
 from .chunks import in_chunks, is_shortage
-from .memory import memory_budget, models_per_chunk
+from .memory import memory_budget, models_per_chunk, stacks_well
 
 Run = Callable[[Tensor, Tensor], Tensor]
 
@@ -64,8 +64,7 @@ def _named(architecture: Architecture, queries: Tensor) -> Iterator[None]:
     except (RuntimeError, LookupError, ValueError) as error:
         if is_shortage(error) or isinstance(error, WslfastError):
             raise
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise WslfastError(f"architecture {architecture.name!r} cannot run on queries {describe(queries)}: {first:.300}") from error
+        raise WslfastError(f"architecture {architecture.name!r} cannot run on queries {describe(queries)}: {first_line(error)}") from error
 
 
 def in_pieces(run: Run, weights: Tensor, queries: Tensor, architecture: Architecture, graph: bool, size: int | None = None) -> Tensor:
@@ -220,7 +219,8 @@ class Stacked:
 
 @dataclass(frozen=True)
 class Cpu:
-    """Plain chains in float32 on the CPU: the hand-written engine. Where a graph over models is asked for, the loop's."""
+    """Plain chains in float32 on the CPU: the hand-written engine. Where a graph over models is asked for, torch's own calls: stacked, or
+    of one model after another where each is large enough to keep the processor busy."""
 
     architecture: Architecture
     reason: str
@@ -228,7 +228,9 @@ class Cpu:
 
     def forward(self, weights: Tensor, queries: Tensor, graph: bool) -> Tensor:
         if graph:
-            return Loop(self.architecture, self.reason).forward(weights, queries, graph)
+            n = queries.shape[int(per_model(queries, self.architecture))]
+            kind = Stacked if stacks_well(self.architecture, n) else Loop
+            return kind(self.architecture, self.reason).forward(weights, queries, graph)
         outputs = cpu.forward(weights, queries, self.architecture.layers)
         return outputs.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else outputs
 

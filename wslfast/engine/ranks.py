@@ -1,4 +1,4 @@
-"""Work over the processes that torchrun started, one a GPU: a batch that all of them share, or jobs that are dealt out. One writes.
+"""Work that several processes share, which torchrun started (one per GPU): they share a batch, or each gets its own jobs. One writes files.
 
 Training shares every batch: all processes draw the same batches, views and queries from the same seeds, so a run does not depend on
 their number beyond the order of summation, and a checkpoint of one number of processes continues on another. Zoo building, caches of
@@ -24,13 +24,13 @@ from torch import Tensor
 from ..errors import WslfastError, check_device, require
 
 T = TypeVar("T")
-_PATIENCE = datetime.timedelta(days=30)  # that a process waits for another one's jobs; one that has died is noticed at once
+_PATIENCE = datetime.timedelta(days=30)  # for which a process waits for another one's jobs; a process that has died is noticed at once
 _apart: ContextVar[bool] = ContextVar("apart", default=False)
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among ``size`` of them; alone by default, and then every method is the identity."""
+    """This process among ``size`` of them. By default it is alone: then methods return the whole, and nothing is sent."""
 
     rank: int = 0
     size: int = 1
@@ -59,7 +59,7 @@ class World:
         return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def wait(self) -> None:
-        """Return when every process is here."""
+        """Return when every process has called this."""
         self.total(torch.zeros(1))
 
     def collected(self, value: T) -> list[T]:
@@ -71,7 +71,7 @@ class World:
         return found
 
     def rows(self, part: Tensor, count: int) -> Tensor:
-        """All ``count`` rows, of which this process has those of :meth:`span`. Without gradient; one copy of the whole is made."""
+        """All ``count`` rows; ``part`` holds this process's, those of :meth:`span`. No gradient flows. Memory holds the whole once."""
         if self.size == 1:
             return part
         each = max(len(World(rank, self.size).span(count)) for rank in range(self.size))
@@ -116,13 +116,13 @@ ALONE = World()
 
 
 def first() -> bool:
-    """Whether this is the process that speaks: the only one, or the first of torchrun's."""
+    """Whether this process prints and logs: it is the only one, or the first that torchrun started."""
     return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
 def apart() -> Iterator[None]:
-    """In the block, what could share its work with the other processes is done by this one alone: a job that was dealt out to it."""
+    """In this block the process shares no work with the others. For a job that was dealt out to it: the others have jobs of their own."""
     token = _apart.set(True)
     try:
         yield
@@ -131,7 +131,7 @@ def apart() -> Iterator[None]:
 
 
 def is_apart() -> bool:
-    """Whether this is such a block: nobody else is asked or waited for."""
+    """Whether this code runs inside a block of :func:`apart`."""
     return _apart.get()
 
 
@@ -172,7 +172,7 @@ def joined(device: str | torch.device, *, patient: bool = False) -> Iterator[tup
         raise WslfastError(f"process {world.rank} of {world.size}: another process has gone; {kept}") from error
     finally:
         if ours:
-            gc.collect()  # whoever still holds the group, in a cycle, would keep its threads alive
+            gc.collect()  # an object in a reference cycle that holds the group would keep its threads alive
             dist.destroy_process_group()
 
 
@@ -180,7 +180,7 @@ _meetings: list[Any] = []  # the store that torchrun's processes share, and one 
 
 
 def _meeting() -> dist.Store:
-    """Where the processes find each other: under another name each time, since a group would find the addresses of the one before it."""
+    """The store through which the processes find each other. Each group has a name of its own in it, or it would find older addresses."""
     if not _meetings:
         _meetings.append(next(dist.rendezvous("env://"))[0])
     _meetings.append(len(_meetings))

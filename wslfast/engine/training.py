@@ -32,19 +32,19 @@ def check_trainable(architecture: Architecture) -> None:
 
 
 def random_in_training(architecture: Architecture) -> bool:
-    """Whether a training step draws random numbers, or has running averages: whether it differs from evaluation mode."""
+    """Whether a training step differs from evaluation mode: it draws random numbers, or uses statistics of the batch."""
     return _own_graph(architecture) is not None
 
 
 def _own_graph(architecture: Architecture) -> Graph | None:
-    """The graph of training mode where it is another one than that of evaluation mode."""
+    """The graph of training mode, or None if it equals the graph of evaluation mode."""
     assert architecture.graph is not None
     return _made(architecture.graph, architecture.graph.training)
 
 
 @lru_cache(maxsize=64)
 def _made(graph: Graph, training: Training) -> Graph | None:
-    """``training`` is what makes no difference between two graphs that are equal in evaluation mode."""
+    """As :func:`_own_graph`. ``training`` is an argument of its own as two graphs are equal if their evaluation modes are."""
     made = training_graph(replace(graph, training=training))
     return None if made.nodes == graph.nodes and made.output == graph.output else made
 

@@ -63,7 +63,7 @@ class Key:
 
     @property
     def file(self) -> str:
-        """Name of its file."""
+        """Name of the verdict's file."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:32] + ".json"
 
 
@@ -162,7 +162,7 @@ def machine(index: int | None = None) -> Machine:
 
 @lru_cache(maxsize=256)
 def graph_digest(architecture: Architecture) -> str:
-    """Of the operations alone: a network is the same whatever it is called."""
+    """A digest of a network's operations, without its name."""
     assert architecture.graph is not None
     record = architecture.graph.to_dict()
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
@@ -270,7 +270,7 @@ def judge(verdict: Verdict | None, k: int | None, n: int | None) -> Decision:
 
 @contextmanager
 def holding(decisions: Mapping[tuple[str, str, str], Decision]) -> Iterator[None]:
-    """Inside, these decisions count, whatever verdicts come to be known: a training run takes one path from its first step to its last.
+    """In this block these decisions count, whatever verdicts are made meanwhile: a training run takes one path from start to end.
     Keys are (graph's digest, precision, form)."""
     token = _held.set({**(_held.get() or {}), **decisions})
     try:
@@ -286,7 +286,7 @@ def device_failed(architecture: Architecture, precision: str, form: str, why: st
 
 
 def combined(verdicts: Sequence[Verdict | None]) -> Verdict:
-    """What the processes of one job make of their verdicts together: right only if all are, as fast as the slowest, unknown if one is.
+    """One verdict for all processes of a job: right only if all are right, as fast as the slowest, unknown if one is unknown.
     The same on every process, whatever its own GPU is."""
     order = (WRONG, FAILED, UNKNOWN)
     known = [v if v is not None else Verdict(UNKNOWN, "a process of this job has no verdict") for v in verdicts]

@@ -10,21 +10,22 @@ import torch
 from torch import Tensor
 
 from .. import engine
+from ..architecture import Architecture
 from ..codes.adaptive import AdaptiveCodec
 from ..codes.autoencoder import Autoencoder
 from ..codes.layer_inputs import spaced
 from ..codes.linear import LinearCodec
 from ..engine.ranks import apart, joined
-from ..errors import require
+from ..errors import logger, require
 from ..files import write_json
-from ..population import Population
+from ..population import Population, html_table
 from ..profiling import region
 from ..proof import proved
-from ..showing import html_table
 from ..tokens import layout
 from ..training import Run, load_run
 from ..training.hooks import LogTo, hook_of
-from ..zoo import Dataset, dataset_of, load_parts
+from ..zoo import Dataset, dataset_of, load_parts, read_manifest
+from ..zoo.manifest import MANIFEST
 from .diversity import labels_of, outputs_of
 from .reconstruction import Reconstruction, compare
 from .recorded import check_recorded
@@ -143,7 +144,7 @@ def evaluate(
     with joined(device, patient=True) as (world, _):
         loaded = load_run(run, device=device)
         hook = hook_of(log_to, Path(run), loaded.step) if world.writes else None
-        folder = str(zoo if zoo is not None else loaded.config.zoo)
+        folder = str(zoo if zoo is not None else loaded.zoo)
         with apart():
             own = _figures(loaded, folder, split, world.dealt(["run", *(BASELINES if baselines else ())]), device, backend, skip_bad)
         collected = world.collected(own)
@@ -168,11 +169,26 @@ def _figures(
     """By architecture, the figures of the run (``"run"``) and of closed-form codes at its latent size, of those in ``names``."""
     parts = load_parts(folder, split, skip_bad=skip_bad)
     closed = [name for name in names if name != "run"]
-    training = load_parts(folder, "train", skip_bad=skip_bad) if closed else {}
+    training = _training(run, folder, skip_bad) if closed else []
     return {
-        label: _evaluated(run, folder, population.to(device), training.get(label), names, backend, device)
+        label: _evaluated(run, folder, population.to(device), _of(training, population.architecture), names, backend, device)
         for label, population in parts.items()
     }
+
+
+def _training(run: Run, folder: str, skip_bad: bool) -> list[Population]:
+    """What closed-form codes are fitted to: the zoo's training models; of one that has none (a generated one), those of the run's."""
+    for zoo in dict.fromkeys((folder, run.zoo)):
+        if (zoo == folder or (Path(zoo) / MANIFEST).is_file()) and "train" in read_manifest(zoo).properties["split"]:
+            if zoo != folder:
+                logger.info("closed-form codes: fitted to the training models of %s, as %s has none", zoo, folder)
+            return list(load_parts(zoo, "train", skip_bad=skip_bad).values())
+    logger.info("closed-form codes: left out, as %s has no training models", folder)
+    return []
+
+
+def _of(training: Sequence[Population], architecture: Architecture) -> Population | None:
+    return next((population for population in training if population.architecture.same_network(architecture)), None)
 
 
 def by_architecture(each: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:

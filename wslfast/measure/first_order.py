@@ -135,7 +135,7 @@ def analyse(
     """
     check_seed(settings.seed)
     loaded = load_run(run)
-    folder = str(zoo if zoo is not None else loaded.config.zoo)
+    folder = str(zoo if zoo is not None else loaded.zoo)
     population = load_zoo(folder, settings.split, architecture=architecture)
     require(len(population) > 0, f"zoo {folder} has no {settings.split} models")
     arch, dataset = population.architecture, dataset_of(folder, population.architecture)

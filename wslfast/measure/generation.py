@@ -16,9 +16,10 @@ from ..population import Population
 from ..profiling import region
 from ..proof import proved
 from ..training import load_run
-from ..zoo import Dataset, dataset_of, load_zoo, save_zoo
+from ..zoo import Dataset, Split, dataset_of, load_zoo, save_zoo
 from ..zoo.build import fine_tune
 from ..zoo.manifest import MANIFEST
+from ..zoo.source import dataset_record
 from .diversity import accuracy, answers, behavioral_novelty, classes_of, labels_of, nearest, outputs_of
 from .evaluation import Code, decode, encode
 from .recorded import check_recorded
@@ -163,6 +164,7 @@ def generate(
     backend: str = "auto",
     skip_bad: bool = False,
     architecture: str | None = None,
+    split: str = "test",
 ) -> Population:
     """Sample new models from a trained run: latents around those of its zoo's best training models, decoded.
 
@@ -184,6 +186,8 @@ def generate(
         backend: what runs the networks: ``"auto"``, ``"triton"`` or ``"torch"``.
         skip_bad: leave out shards of the zoo that are missing or damaged, with a count, instead of raising.
         architecture: of a zoo of several architectures, which one (its label).
+        split: of all models in ``out``: ``"test"``, as what :func:`evaluate` measures, ``"train"`` or ``"val"``; ``"drawn"``: dealt out to
+            all three, as what is trained on.
 
     Returns:
         A population with, a model: ``epoch`` of fine-tuning (0: as decoded), ``anchor`` (the zoo's ``model`` it was drawn around) and
@@ -202,13 +206,16 @@ def generate(
     engine.check_backend(backend)
     drawn = candidates is None or (type(candidates) is int and candidates >= 1)
     require(drawn, f"candidates: expected a positive integer, got {candidates!r}")
+    require(split in ("train", "val", "test", "drawn"), f"split: expected train, val, test or drawn, got {split!r}")
     if out is not None:
         taken = (Path(out) / MANIFEST).exists()
         require(not taken, f"out: {out}: there is a zoo already; name another folder")
     loaded = load_run(run, device=device)
-    folder = str(zoo if zoo is not None else loaded.config.zoo)
+    folder = str(zoo if zoo is not None else loaded.zoo)
     train = load_zoo(folder, "train", architecture=architecture, skip_bad=skip_bad).to(device)
     data = dataset_of(folder, train.architecture)
+    tunable = not finetune or labels_of(data, "train", train.architecture) is not None
+    require(tunable, f"finetune: expected 0, as the zoo's data set ({data.name}) has no classes to train for; got {finetune}")
     forms = ["forward", "indexed"] if finetune else ["forward"]
     with engine.using(backend), proved(train.architecture, torch.device(device), forms, samples, 256), region("generate"), torch.no_grad():
         source = Source.of(loaded.of(train.architecture), train, data, best_rows(val_accuracy(train, data), anchors))
@@ -225,7 +232,9 @@ def generate(
         settings |= {} if select == "none" else {"candidates": candidates or 4 * samples, "rounds": rounds}
         settings |= {"backend": backend}
         provenance = {"made_by": "wslfast.generate", "run": str(run), "zoo": folder, **settings}
-        save_zoo(population, out, splits=["test"] * len(population), provenance=provenance)
+        provenance["dataset"] = dataset_record(folder)  # so that the new models can be evaluated, and trained on
+        dealt: Any = Split(seed=seed) if split == "drawn" else [split] * len(population)
+        save_zoo(population, out, splits=dealt, provenance=provenance)
     return population
 
 

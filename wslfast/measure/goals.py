@@ -43,15 +43,23 @@ def accuracy_kept(results: Results, zoo: str) -> Verdict:
 
 
 def agreement(results: Results, zoo: str) -> Verdict:
-    """Agreement on at least 95 % of images."""
+    """Agreement on at least 95 % of images; of networks whose answers are classes."""
+    if results.measure(zoo) == "psnr":
+        return Verdict()
     who = results.best(zoo, _judged(results, zoo), "agreement")
     value = results.mean(zoo, who, "agreement") if who else None
     return Verdict() if who is None or value is None else Verdict(who, value, met=value >= 0.95)
 
 
+def outputs(results: Results, zoo: str) -> Verdict:
+    """PSNR of the outputs, of networks whose answers are no classes. No goal is set for it."""
+    who = results.best(zoo, _judged(results, zoo), "psnr")
+    return Verdict() if who is None else Verdict(who, results.mean(zoo, who, "psnr"))
+
+
 def small_agreement(results: Results, zoo: str) -> Verdict:
     """With at most 40 % latent numbers, agreement 10 points above the metric code's at 40 %."""
-    others = [v for v in _judged(results, zoo, SMALL_SHARE) if v != METRIC_CODE]
+    others = [v for v in _judged(results, zoo, SMALL_SHARE) if v != METRIC_CODE and results.measure(zoo) == "agreement"]
     who, base = results.best(zoo, others, "agreement"), results.mean(zoo, METRIC_CODE, "agreement")
     value = results.mean(zoo, who, "agreement") if who else None
     return Verdict() if who is None or value is None or base is None else Verdict(who, value, base, value >= base + 0.1)
@@ -82,8 +90,9 @@ def new_models(results: Results, zoo: str) -> Verdict:
     get = lambda metric, variant=who: results.mean(zoo, variant, metric) or 0.0  # noqa: E731
     value, against = get("generated_accuracy"), get("accuracy_anchors", "zoo")
     more = {"distance": get("novelty"), "copy": get("novelty_reconstruction")}
-    more["diversity"] = get("diversity") / max(get("diversity", "zoo"), 1e-12)
-    met = value >= against - 0.02 and more["distance"] > more["copy"] and more["diversity"] >= 0.5
+    if get("diversity", "zoo") > 0:  # a zoo of few models has one anchor, which has none
+        more["diversity"] = get("diversity") / get("diversity", "zoo")
+    met = value >= against - 0.02 and more["distance"] > more["copy"] and more.get("diversity", 0.0) >= 0.5
     return Verdict(who, value, against, met, more=more)
 
 

@@ -34,12 +34,14 @@ def check_recorded(population: Population, measured: Tensor, data: Dataset, zoo:
     few = of is not None and of > len(data.test_labels)
     chance = 3 * (0.25 / len(data.test_labels)) ** 0.5 if few else 0.0
     if apart > HALF_A_POINT + chance:
-        here, there = (sum(values) / len(pairs) for values in zip(*pairs))
+        own, recorded = (sum(values) / len(pairs) for values in zip(*pairs))
         done = "as they are" if data.provenance.get("standardise") is False else "standardised"
-        percent = "; percent where shares are expected" if there > 1 else ""
+        pair = len(data.provenance.get("sizes", ())) == 3 and data.provenance.get("split") == "drawn"
+        drawn = " (its file has one pair images, labels, so that they were drawn here: name train_images, ... test_labels)" if pair else ""
+        percent = "; percent where shares are expected" if recorded > 1 else ""
         say_once(
-            f"wslfast: zoo {zoo}: {len(pairs)} models are right on {here:.3f} of the test images, their test_acc says {there:.3f} (mean "
+            f"wslfast: zoo {zoo}: {len(pairs)} models are right on {own:.3f} of the test images, their test_acc says {recorded:.3f} (mean "
             f"difference {apart:.3f}). Likely causes: the models saw other pixels (data set {data.name!r} is taken {done} here), other "
-            f"test images or labels, results of another epoch, another architecture or activation{percent}"
+            f"test images or labels{drawn}, results of another epoch, another architecture or activation{percent}"
         )
     return apart

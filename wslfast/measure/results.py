@@ -91,18 +91,6 @@ def fingerprint(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file. Raises WslfastError if it cannot be read."""
-    digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    except OSError as error:
-        raise WslfastError(f"{path}: cannot be read: {error.strerror or error}") from None
-    return digest.hexdigest()
-
-
 # -- units -------------------------------------------------------------------------------------------------------------
 
 
@@ -201,8 +189,18 @@ class Results:
         runs = [v for v in self.variants(zoo, "run") if not self.about(zoo, v).get("baseline")]
         return sorted(runs, key=lambda v: ("B" in self.losses(zoo, v), len(v), v))
 
+    def measure(self, zoo: str) -> str:
+        """The metric that variants of a zoo are ranked by: agreement, or, where answers are no classes, PSNR of the outputs."""
+        return "psnr" if self.about(zoo, "zoo").get("classes") == 0 else "agreement"
+
+    def best_run(self, zoo: str) -> str | None:
+        """The best of the zoo's runs by its :meth:`measure`."""
+        return self.best(zoo, self.trained(zoo), self.measure(zoo))
+
     def collapsed(self, zoo: str, variant: str) -> str:
-        """What to say of a variant that answers every model with one network; nothing of the others."""
+        """What to say of a variant that answers every model with one network; nothing of the others, nor where answers are no classes."""
+        if self.measure(zoo) == "psnr":
+            return ""
         return collapse(self.mean(zoo, variant, "agreement_margin"))
 
     def best(self, zoo: str, variants: Sequence[str], metric: str) -> str | None:
@@ -253,9 +251,9 @@ def read_results(folder: str | Path) -> Results:
     """
     place = Path(folder)
     beside = {name: at for name in EXTRA for at in (place / "analysis", place) if (at / f"{name}.csv").is_file()}
-    there = (place / "rows.csv").is_file()
-    require(there or bool(beside), f"{place}: no results here (expected rows.csv); wslfast evaluate --out writes them")
-    rows = from_csv(place / "rows.csv", HEADER) if there else []
+    has_rows = (place / "rows.csv").is_file()
+    require(has_rows or bool(beside), f"{place}: no results here (expected rows.csv); wslfast evaluate --out writes them")
+    rows = from_csv(place / "rows.csv", HEADER) if has_rows else []
     paths = {name: place / f"{name}.csv" for name in TABLES} | {name: at / f"{name}.csv" for name, at in beside.items()}
     tables = {name: from_csv(path) for name, path in paths.items() if path.is_file()}
     facts = _json(place / "report.json") if (place / "report.json").is_file() else {}

@@ -11,8 +11,8 @@ from ..errors import WslfastError
 from ..files import write_text
 from ..measure.results import Results, read_results
 from ..training.hooks import LogTo, hook_of
-from . import drawing, extras, figures, published, tables
-from .finding import headline, joined, named, small_samples, title
+from . import drawing, extras, figures, outputs, published, tables
+from .finding import MANY, headline, joined, named, small_samples, title
 from .html import beside, document, figure, note, number, percent, section
 
 __all__ = ["Inline", "headline", "pictures", "render", "report"]
@@ -92,7 +92,8 @@ def render(results: Results) -> str:
         extras.ablations(results),
         extras.gradients(results),
     ]
-    topic = "Weight-space autoencoders on " + joined(results.zoos)
+    several = len(results.zoos) > MANY
+    topic = "Weight-space autoencoders on " + (f"{len(results.zoos)} zoos" if several else joined(results.zoos))
     return document(title(results), topic, headline(results), "\n".join(body), _facts(results))
 
 
@@ -119,6 +120,8 @@ def _beside_the_paper(*titled: tuple[str, str], text: str) -> list[str]:
 def _reconstruction(results: Results) -> str:
     def parts(zoo: str) -> list[str]:
         colors = figures.palette(results, zoo)
+        if results.measure(zoo) == "psnr":
+            return outputs.parts(results, zoo, colors)
         code = results.best(zoo, results.variants(zoo, "code"), "agreement")
         shown = [*results.trained(zoo)[:4], *([code] if code else [])]
         return [
@@ -144,7 +147,8 @@ def _reconstruction(results: Results) -> str:
         "a model's code depends on its neighbours; ours does not.",
     )
     lead = "Encode a held-out model, decode it, and compare the network that comes out with the one that went in."
-    return section("Reconstruction", *_by_zoo(results, parts), *paper, lead=lead)
+    classes = any(results.measure(zoo) == "agreement" for zoo in results.zoos)  # the paper's networks are classifiers
+    return section("Reconstruction", *_by_zoo(results, parts), *(paper if classes else []), lead=lead)
 
 
 def _probes(results: Results) -> str:
@@ -158,7 +162,7 @@ def _probes(results: Results) -> str:
         return [figure(figures.probes(results, zoo, colors), caption), tables.probe_table(results, zoo, colors)]
 
     shown = _by_zoo(results, parts)
-    if not shown:
+    if not any(shown):
         return ""
     titles = {"R2 of test accuracy": "probe_r2", "R2 of the generalisation gap": "probe_r2_ggap"}
     theirs = {"probe_r2": published.PROBE_ACCURACY, "probe_r2_ggap": published.PROBE_GGAP}
@@ -203,7 +207,7 @@ def _generation(results: Results) -> str:
 
 def _maps(results: Results) -> str:
     def parts(zoo: str) -> list[str]:
-        run = results.best(zoo, results.trained(zoo), "agreement")
+        run = results.best_run(zoo)
         caption = f"{named(run or '')}: one mark a model, its mean latent token on the two directions in which these vary most."
         return [figure(figures.latent_map(results, zoo, run), caption, narrow=True)] if run else []
 

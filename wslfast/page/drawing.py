@@ -195,16 +195,18 @@ def scatter_map(xy: np.ndarray, share: Sequence[float], level: np.ndarray, group
         for mark, group in zip(_MARKERS * len(groups), dict.fromkeys(groups)):
             member = np.asarray([g == group for g in groups])
             x, y = xy[member].T
-            look: dict[str, Any] = {"edgecolors": "white", "linewidths": 0.4, "rasterized": len(xy) > RASTER, **_color_scale(level)}
-            shown = axes.scatter(x, y, s=26, marker=mark, c=level[member], **look)
+            look: dict[str, Any] = {"edgecolors": "white", "linewidths": 0.4, "rasterized": len(xy) > RASTER}
+            look |= {"c": level[member], **_color_scale(level)} if bool(np.isfinite(level).any()) else {"color": SOFT}
+            shown = axes.scatter(x, y, s=26, marker=mark, **look)
             axes.plot([], [], mark, color=SOFT, linestyle="none", label=group)
         axes.set_xlabel(f"first principal component ({share[0]:.0f} % of variance)")
         axes.set_ylabel(f"second principal component ({share[1]:.0f} %)")
         axes.grid(axis="both")
         figure.legend(loc="outside upper left", ncols=6, fontsize=9, handletextpad=0.2)
-        bar = figure.colorbar(shown, ax=axes, pad=0.02, aspect=28)
-        bar.set_label("test accuracy (%)")
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        if bool(np.isfinite(level).any()):  # where answers are no classes there is no accuracy to colour by
+            bar = figure.colorbar(shown, ax=axes, pad=0.02, aspect=28)
+            bar.set_label("test accuracy (%)")
+            bar.outline.set_visible(False)  # type: ignore[operator]
         return svg()
 
 

@@ -40,11 +40,12 @@ def palette(results: Results, zoo: str) -> dict[str, str]:
     return colors
 
 
-def _column(rows: Sequence[Row], name: str) -> list[float]:
+def column(rows: Sequence[Row], name: str) -> list[float]:
+    """The numbers of a column."""
     return [float(r[name]) for r in rows if isinstance(r.get(name), (int, float))]
 
 
-def _placed(results: Results, zoo: str, metric: str) -> list[tuple[float, str]]:
+def placed(results: Results, zoo: str, metric: str) -> list[tuple[float, str]]:
     """A height for each variant that has the metric, a gap between kinds."""
     places, y = [], 0.0
     for members in grouped(results, zoo).values():
@@ -56,18 +57,18 @@ def _placed(results: Results, zoo: str, metric: str) -> list[tuple[float, str]]:
 
 def overview(results: Results, zoo: str, colors: Mapping[str, str]) -> str:
     """Agreement with own and others' originals, and accuracy before and after: means and the middle 60 % of models."""
-    rows = {v: r for _, v in _placed(results, zoo, "agreement") if (r := results.table("models", zoo, v))}
+    rows = {v: r for _, v in placed(results, zoo, "agreement") if (r := results.table("models", zoo, v))}
     if not rows:
         return ""
-    place = {v: y for y, v in _placed(results, zoo, "agreement")}
+    place = {v: y for y, v in placed(results, zoo, "agreement")}
     bottom = max(place.values())
     with sheet(0.9 + 0.36 * (bottom + 1), name=f"{zoo}/overview") as (figure, svg):
         left, right = figure.subplots(1, 2, sharey=True)
         for axes, first, second in ((left, "agreement_others", "agreement"), (right, "accuracy_original", "accuracy_reconstructed")):
             for variant, own in rows.items():
                 y = place[variant]
-                interval(axes, y - 0.17, _column(own, first), SOFT, filled=False)
-                interval(axes, y + 0.17, _column(own, second), colors.get(variant, INK), filled=True)
+                interval(axes, y - 0.17, column(own, first), SOFT, filled=False)
+                interval(axes, y + 0.17, column(own, second), colors.get(variant, INK), filled=True)
             axes.set_xlim(0, 100)
         left.set_yticks([place[v] for v in rows], list(rows), color=INK, fontsize=9)
         left.set_ylim(bottom + 0.5, -0.5)
@@ -89,26 +90,26 @@ def histograms(results: Results, zoo: str, variants: Sequence[str], colors: Mapp
             ("agreement_others", "agreement", "agreement (% of images)"),
             ("accuracy_original", "accuracy_reconstructed", "accuracy (%)"),
         )
-        for column, variant in enumerate(kept):
+        for at, variant in enumerate(kept):
             own = results.table("models", zoo, variant)
             for row, (grey, hue, label) in enumerate(pairs):
-                axes = grid[row, column]
+                axes = grid[row, at]
                 axes.set_visible(True)
-                histogram(axes, _column(own, grey), ORIGINAL, filled=True)
-                histogram(axes, _column(own, hue), colors.get(variant, INK), filled=False)
+                histogram(axes, column(own, grey), ORIGINAL, filled=True)
+                histogram(axes, column(own, hue), colors.get(variant, INK), filled=False)
                 axes.set_xlim(0, 100)
                 axes.set_xticks(range(0, 101, 25))
                 axes.tick_params(labelbottom=True)
                 axes.set_xlabel(label)
-                if column == 0:
+                if at == 0:
                     axes.set_ylabel("models")
-            grid[0, column].set_title(variant, color=colors.get(variant, INK), pad=10)
+            grid[0, at].set_title(variant, color=colors.get(variant, INK), pad=10)
         return svg()
 
 
 def probes(results: Results, zoo: str, colors: Mapping[str, str]) -> str:
     """R2 of every probe on test models, with the standard deviation over resamples of them (or over seeds)."""
-    places = _placed(results, zoo, "probe_r2")
+    places = placed(results, zoo, "probe_r2")
     variants, bottom = [v for _, v in places], max([y for y, _ in places], default=0.0)
     known = {"": "test accuracy", "_decoded": "the same, decoded", "_ggap": "generalisation gap", "_epoch": "epoch"}
     targets = [(f"probe_r2{m}", t) for m, t in known.items() if any(results.value(zoo, v, f"probe_r2{m}") for v in variants)]
@@ -142,16 +143,16 @@ def generation(results: Results, zoo: str, colors: Mapping[str, str]) -> str:
     if not runs:
         return ""
     strips = [
-        ("zoo: test models", _column(results.table("models", zoo, runs[0]), "accuracy_original"), SOFT),
-        ("zoo: anchors", _column(results.table("samples", zoo, "zoo"), "test_acc"), SOFT),
+        ("zoo: test models", column(results.table("models", zoo, runs[0]), "accuracy_original"), SOFT),
+        ("zoo: anchors", column(results.table("samples", zoo, "zoo"), "test_acc"), SOFT),
     ]
     for v in runs:
         own = results.table("samples", zoo, v)
         last = max((r["epoch"] for r in own if r["set"] == "finetuned"), default=None)
-        strips.append((f"{v}: reconstructed", _column(results.table("models", zoo, v), "accuracy_reconstructed"), colors[v]))
-        strips.append((f"{v}: generated", _column([r for r in own if r["set"] == "generated"], "test_acc"), colors[v]))
+        strips.append((f"{v}: reconstructed", column(results.table("models", zoo, v), "accuracy_reconstructed"), colors[v]))
+        strips.append((f"{v}: generated", column([r for r in own if r["set"] == "generated"], "test_acc"), colors[v]))
         if last is not None:
-            strips.append((f"{v}: fine-tuned", _column([r for r in own if r["epoch"] == last], "test_acc"), colors[v]))
+            strips.append((f"{v}: fine-tuned", column([r for r in own if r["epoch"] == last], "test_acc"), colors[v]))
     with sheet(max(3.4, 0.8 + 0.3 * len(strips)), name=f"{zoo}/generation") as (figure, svg):
         left, middle, right = figure.subplots(1, 3, width_ratios=(1.25, 1.0, 0.8))
         for y, (_, values, color) in enumerate(strips):
@@ -213,7 +214,7 @@ def _finetuning(axes: Axes, results: Results, zoo: str, runs: Sequence[str], col
     for v in runs:
         rows = results.table("samples", zoo, v)
         epochs = sorted({r["epoch"] for r in rows})
-        after = [100 * np.asarray(_column([r for r in rows if r["epoch"] == e], "test_acc")) for e in epochs]
+        after = [100 * np.asarray(column([r for r in rows if r["epoch"] == e], "test_acc")) for e in epochs]
         lows, highs = zip(*(np.quantile(values, (0.2, 0.8)) for values in after))
         axes.fill_between(epochs, lows, highs, color=colors[v], alpha=0.13, linewidth=0)
         axes.plot(epochs, [values.mean() for values in after], "o-", color=colors[v], linewidth=1.4, markersize=3.5, label=v)

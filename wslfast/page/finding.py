@@ -7,8 +7,9 @@ import statistics
 from collections.abc import Sequence
 
 from ..measure.results import Results, Row
-from .html import percent
+from .html import percent, worth
 
+MANY = 4  # zoos that a sentence can list
 SMALL = 30  # test networks below which a sample is called small
 
 
@@ -25,11 +26,14 @@ def joined(names: Sequence[str]) -> str:
 def title(results: Results) -> str:
     """The finding as a browser's tab shows it: the best run of each zoo and its agreement."""
     parts = []
+    if len(results.zoos) > MANY:
+        run, values = common_run(results)
+        return f"{named(run)} on {len(results.zoos)} zoos" if run and values else "Nothing evaluated yet"
     for zoo in results.zoos:
-        run = results.best(zoo, results.trained(zoo), "agreement")
+        run, measure = results.best_run(zoo), results.measure(zoo)
         if run is not None:
-            value = "collapse" if results.collapsed(zoo, run) else f"{percent(results.mean(zoo, run, 'agreement'))} % agreement"
-            parts.append(f"{named(run)}: {value} on {zoo}")
+            what = f"{worth(measure, results.mean(zoo, run, measure))} {'PSNR' if measure == 'psnr' else 'agreement'}"
+            parts.append(f"{named(run)}: {'collapse' if results.collapsed(zoo, run) else what} on {zoo}")
     return "; ".join(parts) or "Nothing evaluated yet"
 
 
@@ -38,17 +42,19 @@ def headline(results: Results) -> str:
     and the best closed-form code that is no larger. A collapse is called one, and a small sample small."""
     parts = []
     alone = len(results.zoos) == 1
+    if len(results.zoos) > MANY:
+        return _of_many(results)
     for zoo in results.zoos:
-        runs = results.trained(zoo)
-        run = results.best(zoo, runs, "agreement")
+        runs, measure = results.trained(zoo), results.measure(zoo)
+        run = results.best(zoo, runs, measure)
         if run is None:
             continue
         share, identified = results.mean(zoo, run, "latent_share"), results.mean(zoo, run, "identified")
         codes = [v for v in results.variants(zoo, "code") if share is None or (results.mean(zoo, v, "latent_share") or 0) <= share + 0.005]
         structure = [v for v in runs if v != run and results.losses(zoo, v) and "B" not in results.losses(zoo, v)]
-        others = {"structure alone": results.best(zoo, structure, "agreement"), "best closed form": results.best(zoo, codes, "agreement")}
+        others = {"structure alone": results.best(zoo, structure, measure), "best closed form": results.best(zoo, codes, measure)}
         known = [] if identified is None else [f"{percent(identified)} % identified"]
-        value = {v: f"{percent(results.mean(zoo, v, 'agreement'))} %" for v in (run, *others.values()) if v}
+        value = {v: worth(measure, results.mean(zoo, v, measure)) for v in (run, *others.values()) if v}
         networks = test_networks(results, zoo)
         few = [f"{networks} test networks, a small sample"] if networks is not None and networks < SMALL else []
         fallen = bool(results.collapsed(zoo, run))
@@ -56,8 +62,12 @@ def headline(results: Results) -> str:
             size = f" at {100 * share:.0f} % of the numbers" if share else ""
             about = f" ({', '.join(known + few)})" if known + few else ""
             without, code = others.values()
-            rest = f"; by {named(without)}, without behavior, on {value[without]}" if without else ""
-            rest += f"; the best closed-form code, {named(code)}, on {value[code]}" if code else ""
+            to = "to" if measure == "psnr" else "on"
+            rest = f"; by {named(without)}, without behavior, {to} {value[without]}" if without else ""
+            rest += f"; the best closed-form code, {named(code)}, {to} {value[code]}" if code else ""
+            if measure == "psnr":
+                what = f"outputs of reconstructions by {named(run)} are like their originals' to {value[run]} (PSNR)"
+                return f"On {zoo}, {what}{size}{about}{rest}."
             if fallen:
                 strangers = percent(results.mean(zoo, run, "agreement_others"))
                 first = (
@@ -67,8 +77,38 @@ def headline(results: Results) -> str:
             return f"On {zoo}, reconstructions by {named(run)} agree with their originals on {value[run]} of images{size}{about}{rest}."
         known += [f"{named(run)} has collapsed: as much agreement with other models' originals"] if fallen else []
         known += [f"{what} {value[v]}" for what, v in others.items() if v] + few
-        parts.append(f"{value[run]} of images on {zoo}" + (f" ({'; '.join(known)})" if known else ""))
+        parts.append(f"{value[run]} {'PSNR' if measure == 'psnr' else 'of images'} on {zoo}" + (f" ({'; '.join(known)})" if known else ""))
     return f"Agreement of reconstructions with their originals: {joined(parts)}." if parts else "Nothing was evaluated yet."
+
+
+def common_run(results: Results) -> tuple[str | None, dict[str, float]]:
+    """The run that is on most zoos, of several the one with the highest mean, and its value on each zoo by the zoo's own measure."""
+    found: dict[str, dict[str, float]] = {}
+    for zoo in results.zoos:
+        for run in results.trained(zoo):
+            value = results.mean(zoo, run, results.measure(zoo))
+            if value is not None:
+                found.setdefault(run, {})[zoo] = value
+    best = max(found, key=lambda run: (len(found[run]), statistics.fmean(found[run].values())), default=None)
+    return best, found.get(best or "", {})
+
+
+def _of_many(results: Results) -> str:
+    """The headline of more zoos (or architectures of a zoo) than a sentence can list: the mean, the least and the greatest."""
+    run, values = common_run(results)
+    if run is None:
+        return "Nothing was evaluated yet."
+    measure = results.measure(next(iter(values)))
+    low, high = min(values, key=lambda zoo: values[zoo]), max(values, key=lambda zoo: values[zoo])
+    mean = worth(measure, statistics.fmean(values.values()))
+    fallen = sum(bool(results.collapsed(zoo, run)) for zoo in values)
+    more = f"; on {fallen} of them it has collapsed" if fallen else ""
+    what = "are like their originals' to" if measure == "psnr" else "agree with their originals on"
+    unit = " (PSNR)" if measure == "psnr" else " of images"
+    return (
+        f"Over {len(values)} zoos, reconstructions by {named(run)} {what} {mean}{unit} in the mean: from {worth(measure, values[low])} on "
+        f"{low} to {worth(measure, values[high])} on {high}{more}."
+    )
 
 
 def test_networks(results: Results, zoo: str) -> int | None:
@@ -81,18 +121,18 @@ def small_samples(results: Results) -> str:
     """What a reader should know of zoos with few test networks: how far the best run's agreement is known. Empty where there are many."""
     sentences = []
     for zoo in results.zoos:
-        networks, run = test_networks(results, zoo), results.best(zoo, results.trained(zoo), "agreement")
+        networks, run = test_networks(results, zoo), results.best_run(zoo)
         if networks is None or networks >= SMALL:
             continue
-        error = _standard_error(results.table("models", zoo, run, first_seed=True)) if run else None
+        classes = results.measure(zoo) == "agreement"
+        error = _standard_error(results.table("models", zoo, run, first_seed=True)) if run and classes else None
         known = "" if error is None else f", so that the agreement of {named(str(run))} is known to about ±{200 * error:.1f} points"
         sentences.append(f"{zoo} has {networks} test network{'s' if networks != 1 else ''}{known}")
     if not sentences:
         return ""
-    text = "; ".join(sentences)
-    return (
-        f"Small samples: {text}. Differences of that size between variants may be chance, and R2 of probes on so few networks means little."
-    )
+    text = "; ".join(sentences[:MANY]) + (f"; and {len(sentences) - MANY} more have few" if len(sentences) > MANY else "")
+    probes = ", and R2 of probes on so few networks means little" if any(results.measure(z) == "agreement" for z in results.zoos) else ""
+    return f"Small samples: {text}. Differences of that size between variants may be chance{probes}."
 
 
 def _standard_error(rows: Sequence[Row]) -> float | None:

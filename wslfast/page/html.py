@@ -83,6 +83,11 @@ h2, h3, h4 { overflow-wrap: anywhere; }
 """
 
 
+def worth(measure: str, value: float | None) -> str:
+    """A value of the metric that variants are ranked by, with its unit: 58.3 %, or 31.2 dB."""
+    return f"{number(value, 1)} dB" if measure == "psnr" else f"{percent(value)} %"
+
+
 def number(value: float | None, digits: int | None = None) -> str:
     """With a minus sign that is one; a dash for what is not known. Two decimals, one from 10 on, unless ``digits`` says otherwise."""
     if value is None or not math.isfinite(value):
@@ -92,10 +97,10 @@ def number(value: float | None, digits: int | None = None) -> str:
     return (text.lstrip("-") if not text.strip("-0.") else text).replace("-", "−")
 
 
-def percent(value: float | None, *, signed: bool = False, digits: int = 1) -> str:
+def percent(value: float | None, *, signed: bool = False) -> str:
     if value is None or not math.isfinite(value):
         return DASH
-    text = f"{100 * value:{'+' if signed else ''}.{digits}f}"
+    text = f"{100 * value:{'+' if signed else ''}.1f}"
     return (text.lstrip("+-") if float(text) == 0 else text).replace("-", "−")
 
 

@@ -39,7 +39,7 @@ def grouped(results: Results, zoo: str) -> dict[str, list[str]]:
     return {"run": runs, "twin": twins, **rest}
 
 
-def _by_kind(results: Results, zoo: str, metric: str, columns: int, line: Callable[[str], str]) -> list[str]:
+def by_kind(results: Results, zoo: str, metric: str, columns: int, line: Callable[[str], str]) -> list[str]:
     """A line for each variant that has the metric, under a heading for each kind."""
     rows = []
     for kind, members in grouped(results, zoo).items():
@@ -55,12 +55,12 @@ def data_table(results: Results) -> str:
         a = results.about(zoo, "zoo")
         if "dataset" not in a:
             continue
-        used, there = a.get("checkpoints_used", {}), a.get("checkpoints", {})
-        models = ", ".join(f"{split} {used.get(split, n)}" + (f" of {n}" if used.get(split, n) != n else "") for split, n in there.items())
+        used, counts = a.get("checkpoints_used", {}), a.get("checkpoints", {})
+        models = ", ".join(f"{split} {used.get(split, n)}" + (f" of {n}" if used.get(split, n) != n else "") for split, n in counts.items())
         images = a.get("images", [0, 0, 0])
         shape, sizes = "x".join(map(str, a["image_shape"])), f"train {images[0]:,}, val {images[1]:,}, test {images[2]:,}"
         cells = {
-            f"{a['dataset']}, {shape}, {a['classes']} classes": "",
+            f"{a['dataset']}, {shape}, {a['classes'] or 'no'} classes": "",
             f"{sizes} ({a['images_used']:,} used)": "",
             f"{a['models']:,} {a['architecture']} networks of {a['parameters']:,} parameters": "",
             models: "epochs " + ", ".join(map(str, a.get("epochs", ()))),
@@ -96,7 +96,9 @@ _GOALS: dict[str, tuple[str, Callable[[Results, str], Verdict], Callable[[Verdic
         lambda v: f"{percent(v.value)} of {percent(v.against)} %",
     ),
 }  # fmt: skip
+_ALL = {**_GOALS, "Outputs": ("no goal", goals.outputs, lambda v: f"{number(v.value, 1)} dB")}  # of all sorts of networks
 _GLANCE = {
+    "Outputs": "PSNR against the originals'",
     "Accuracy kept": "median change against the originals",
     "Agreement": "with the own original, share of images",
     "Agreement, 40 %": "at most 40 % latent numbers, against the metric code",
@@ -112,14 +114,16 @@ def goals_table(results: Results) -> str:
 
 def glance_table(results: Results) -> str:
     """The same figures for whoever has no goals: nothing is met or missed."""
-    return _judged(results, "Measure", _GLANCE.__getitem__, lambda verdict: "", known=True)
+    return _judged(results, "Measure", _GLANCE.__getitem__, lambda verdict: "", _ALL, known=True)
 
 
-def _judged(results: Results, heading: str, words: Callable[[str], str], mark: Callable[[Verdict], str], known: bool = False) -> str:
+def _judged(
+    results: Results, heading: str, words: Callable[[str], str], mark: Callable[[Verdict], str], of: Any = None, known: bool = False
+) -> str:
     """A row a goal, or, with ``known``, a row for each that can be judged on some zoo; the words under its name, and what stands before
     its figures."""
     rows = []
-    for name, (_, judge, shown) in _GOALS.items():
+    for name, (_, judge, shown) in (of or _GOALS).items():
         verdicts = [judge(results, zoo) for zoo in results.zoos]
         if known and not any(v.who for v in verdicts):
             continue
@@ -138,8 +142,9 @@ def _mark(met: bool | None) -> str:
 def _who(verdict: Verdict) -> str:
     if not verdict.more:
         return f"{verdict.who}: {verdict.features}" if verdict.features else verdict.who
-    distance, copy, diversity = (verdict.more[name] for name in ("distance", "copy", "diversity"))
-    return f"{verdict.who}: distance {number(distance)} (a copy: {number(copy)}), diversity {100 * diversity:.0f} % of theirs"
+    distance, copy, diversity = (verdict.more.get(name) for name in ("distance", "copy", "diversity"))
+    spread = "" if diversity is None else f", diversity {100 * diversity:.0f} % of theirs"
+    return f"{verdict.who}: distance {number(distance)} (a copy: {number(copy)}){spread}"
 
 
 # -- reconstruction --------------------------------------------------------------------------------------------------------
@@ -151,7 +156,7 @@ def reconstruction_table(results: Results, zoo: str, palette: Mapping[str, str])
         "Accuracy: before → after, %; Change: median, points; Masked L2: of weights; Variance kept: %; "
         "Softmax L2: of outputs"
     )
-    rows = _by_kind(results, zoo, "agreement", len(names), lambda v: _reconstruction_row(results, zoo, v, palette))
+    rows = by_kind(results, zoo, "agreement", len(names), lambda v: _reconstruction_row(results, zoo, v, palette))
     small = (
         "Means over models and seeds, except the change in accuracy (median over models); small print: ± standard deviation over seeds "
         "where there are several, else over models. <b>With others</b>: agreement with other models' originals. <b>Margin</b>: the "
@@ -333,7 +338,7 @@ def probe_table(results: Results, zoo: str, palette: Mapping[str, str]) -> str:
         cells = "".join(cell(number(value), plus_minus(spread, number)) for value, spread in figures)
         return f"<tr>{row_head(variant, palette.get(variant), small)}{cells}</tr>"
 
-    rows = _by_kind(results, zoo, "probe_r2", len(names), line)
+    rows = by_kind(results, zoo, "probe_r2", len(names), line)
     return table(head(names), rows, "plain") if rows else ""
 
 

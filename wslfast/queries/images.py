@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 _BLOCK = 64  # images drawn at a time: strokes hold [block, points, H, W]
+_STROKES, _POINTS = 4, 20  # curves of an image at most, and spots of the pen along each
 
 
 def draw(kind: str, n: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -68,12 +69,12 @@ def _strokes(n: int, c: int, h: int, w: int, generator: torch.Generator) -> Tens
     return ground + (ink - ground) * torch.cat(blocks)
 
 
-def _pen(n: int, h: int, w: int, generator: torch.Generator, strokes: int = 4, points: int = 20) -> Tensor:
+def _pen(n: int, h: int, w: int, generator: torch.Generator) -> Tensor:
     """Coverage ``[n, 1, h, w]`` in [0, 1]."""
-    ends = 0.1 + 0.8 * torch.rand(n, strokes, 3, 2, generator=generator)
-    drawn = torch.rand(n, strokes, generator=generator) < 0.6
+    ends = 0.1 + 0.8 * torch.rand(n, _STROKES, 3, 2, generator=generator)
+    drawn = torch.rand(n, _STROKES, generator=generator) < 0.6
     drawn[:, 0] = True
-    t = torch.linspace(0, 1, points)
+    t = torch.linspace(0, 1, _POINTS)
     basis = torch.stack([(1 - t) ** 2, 2 * t * (1 - t), t**2])  # [3, points]
     path = torch.einsum("nsjd,jp->nspd", ends, basis) * torch.tensor([h, w], dtype=torch.float32)  # [n, strokes, points, 2]
     pen = min(h, w) * (0.03 + 0.05 * torch.rand(n, 1, 1, 1, generator=generator))

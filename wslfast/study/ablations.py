@@ -20,10 +20,10 @@ from torch import Tensor
 
 from ..engine.ranks import World, apart, joined
 from ..errors import WslfastError, check_device, require
-from ..files import write_text
+from ..files import sha256_of, write_text
 from ..measure.evaluation import Code, compare_models, embeddings, reconstruct
 from ..measure.recorded import check_recorded
-from ..measure.results import HEADER, Row, Unit, figures, file_digest, kept_unit, single, update_csv, write_unit
+from ..measure.results import HEADER, Row, Unit, figures, kept_unit, single, update_csv, write_unit
 from ..population import Population
 from ..training import TrainConfig, load_run, train
 from ..training.checkpoint import checkpoint_path, load_checkpoint
@@ -153,7 +153,7 @@ def _all_cells(
     world: World,
 ) -> list[Row]:
     """The rows of every cell; those that are not there yet are made, each by one of the processes."""
-    digest = file_digest(folder / MANIFEST)
+    digest = sha256_of(folder / MANIFEST)
     cells: list[tuple[int, str, str, TrainConfig, str]] = []
     for seed in ablation.seeds:  # what is wrong with the last cell is said before the first is trained
         for name in ablation.variants:
@@ -217,7 +217,7 @@ def _key(zoo: str, system: str, config: TrainConfig, ablation: Ablation) -> str:
     for name in set_names(config.query_set):
         if name.endswith(".npz"):
             require(Path(name).is_file(), f"query_set: {name}: no such file")
-            files[Path(name).name] = file_digest(Path(name))
+            files[Path(name).name] = sha256_of(Path(name))
     if files:
         settings["query_set"] = "+".join(files.get(Path(name).name, name) for name in set_names(config.query_set))
     everything = {

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from ..errors import require
 from ..measure.evaluation import evaluate_code
@@ -46,6 +47,8 @@ class DemoConfig:
     """Seed of everything."""
     device: str = "cpu"
     """cpu or cuda."""
+    log_to: Literal["tensorboard"] | None = None
+    """Also write scalars of every run, and the page's pictures and main figures, for TensorBoard (tensorboard --logdir OUT)."""
 
 
 def demo(config: DemoConfig, *, progress: bool = False, on_stage: Callable[[str], None] | None = None) -> Path:
@@ -86,11 +89,11 @@ def demo(config: DemoConfig, *, progress: bool = False, on_stage: Callable[[str]
         trials = {}
         for lr in config.lrs:
             setting = replace(base, out=str(out / "runs" / f"lr{lr:g}" / name), beta=beta, lr=lr)
-            run = trained(setting, say, f"training the autoencoder on {name.replace('+', ' + ')}, lr {lr:g}")
+            run = trained(setting, say, f"training the autoencoder on {name.replace('+', ' + ')}, lr {lr:g}", config.log_to)
             # agreement on validation models and validation images chooses
             trials[lr] = float(evaluate_code(run.autoencoder, val, images, labels).agreement.nanmean()), run.out
         best = max(trials, key=lambda lr: trials[lr][0])
         runs.append(trials[best][1])
         chosen.append(f"{name}: {best:g} (validation agreement {trials[best][0]:.3f})")
     notes = {"learning rates": f"of {', '.join(f'{lr:g}' for lr in config.lrs)}, chosen on validation models: {'; '.join(chosen)}"}
-    return study(zoo, runs, out, quick=True, zero_layer=False, device=config.device, notes=notes, on_stage=say)
+    return study(zoo, runs, out, quick=True, zero_layer=False, device=config.device, notes=notes, on_stage=say, log_to=config.log_to)

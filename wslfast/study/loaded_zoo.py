@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from ..errors import require
+from ..files import sha256_of
 from ..measure.diversity import accuracy, classes_of, labels_of, outputs_of, sorted_channels
 from ..measure.generation import best_rows, val_accuracy
 from ..measure.recorded import check_recorded
-from ..measure.results import file_digest, fingerprint
+from ..measure.results import fingerprint
 from ..population import Population
 from ..zoo import Dataset, dataset_of, load_zoo, read_manifest
-from ..zoo.manifest import MANIFEST
+from ..zoo.manifest import KIND, MANIFEST
 
 VERSION = 2  # of what is measured; part of every fingerprint
 
@@ -87,40 +88,45 @@ class LoadedZoo:
     Attributes:
         folder: where it is. name: what tables call it, its data set's name. digest: of its manifest, which holds its shards' digests.
         train, val, test: populations of at most the protocol's sizes; ``val`` is None where there are no such models.
-        data: labelled images, test images cut to ``protocol.images``.
+        data: images, those of the test split cut to ``protocol.images``. labelled: whether answers are classes.
+        whole: name of the zoo; of one of several architectures, ``name`` is that and the architecture's label.
         facts: what it holds, for the page.
     """
 
-    def __init__(self, zoo: str | Path, protocol: Protocol, *, device: str = "cpu", name: str | None = None) -> None:
+    def __init__(
+        self, zoo: str | Path, protocol: Protocol, *, device: str = "cpu", name: str | None = None, architecture: str | None = None
+    ) -> None:
         self.folder, self.protocol, self.device = Path(zoo), protocol, device
         manifest = read_manifest(zoo)
-        self.digest = file_digest(self.folder / MANIFEST)
-        splits = set(manifest.properties["split"])
+        self.digest = sha256_of(self.folder / MANIFEST)
+        labels = (None,) * manifest.rows if architecture is None else manifest.properties[KIND]
+        rows_of = [split for split, label in zip(manifest.properties["split"], labels, strict=True) if label == architecture]
+        splits = set(rows_of)
         require("train" in splits and "test" in splits, f"zoo {zoo}: expected train and test models, got splits {sorted(splits)}")
-        self.train = evenly(load_zoo(zoo, "train"), protocol.train_models).to(device)
-        self.test = evenly(load_zoo(zoo, "test"), protocol.models).to(device)
-        self.val = evenly(load_zoo(zoo, "val"), protocol.models).to(device) if "val" in splits else None
+        self.train = evenly(load_zoo(zoo, "train", architecture=architecture), protocol.train_models).to(device)
+        self.test = evenly(load_zoo(zoo, "test", architecture=architecture), protocol.models).to(device)
+        self.val = evenly(load_zoo(zoo, "val", architecture=architecture), protocol.models).to(device) if "val" in splits else None
         self.architecture = self.train.architecture
         data = dataset_of(zoo, self.architecture)
-        classes = labels_of(data, "test", self.architecture) is not None
-        require(classes, f"zoo {zoo}: its answers are no classes, which this needs; wslfast evaluate without --out compares outputs (PSNR)")
+        self.labelled = labels_of(data, "test", self.architecture) is not None
         self._test_images = len(data.test_labels)  # before they are cut
         rows = torch.arange(self._test_images)[: protocol.images]
         self.data: Dataset = replace(data, test_images=data.test_images[rows].to(device), test_labels=data.test_labels[rows].to(device))
-        self.name = name or data.name
+        self.whole = name or data.name
+        self.name = self.whole if architecture is None else f"{self.whole}, {architecture}"
         self.facts = {
             "folder": str(zoo),
             "digest": self.digest[:12],
             "dataset": data.name,
-            "architecture": self.architecture.name,
+            "architecture": architecture or self.architecture.name,
             "parameters": self.architecture.num_weights,
             "classes": data.classes,
             "image_shape": list(data.test_images.shape[1:]),
             "images": [len(data.train_labels), len(data.val_labels), len(data.test_labels)],
             "images_used": len(rows),
-            "checkpoints": {s: manifest.properties["split"].count(s) for s in ("train", "val", "test") if s in splits},
+            "checkpoints": {s: rows_of.count(s) for s in ("train", "val", "test") if s in splits},
             "checkpoints_used": {s: len(p) for s, p in self.splits.items()},
-            "models": len(set(manifest.properties["model"])),
+            "models": len({m for m, label in zip(manifest.properties["model"], labels, strict=True) if label == architecture}),
             "made_by": manifest.provenance.get("made_by"),
             "epochs": sorted({e for e in manifest.properties.get("epoch", ()) if e is not None}),
             "seed": manifest.provenance.get("seed"),
@@ -134,7 +140,8 @@ class LoadedZoo:
     def targets(self) -> Tensor:
         """Outputs of the test models on the test images; their accuracy is held against the zoo's."""
         outputs = outputs_of(self.test.weights, self.data.test_images, self.architecture)
-        check_recorded(self.test, accuracy(outputs, self.data.test_labels), self.data, self.folder, of=self._test_images)
+        if self.labelled:
+            check_recorded(self.test, accuracy(outputs, self.data.test_labels), self.data, self.folder, of=self._test_images)
         return outputs
 
     @cached_property

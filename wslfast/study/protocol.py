@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..codes.layer_inputs import spaced
 from ..measure.diversity import Diversity, accuracy, behavioral_novelty, diversity, matched_rows, nearest, outputs_of, sorted_channels
-from ..measure.evaluation import Code, compare_models, decode, embeddings, encode, latent_numbers
+from ..measure.evaluation import Code, compare_models, decode, embeddings, encode, latent_numbers, reconstruct
 from ..measure.generation import Source
 from ..measure.probe import RidgeProbe, behavior_statistics, consensus_of
 from ..measure.results import Figures, Row, figures, single
@@ -38,13 +38,15 @@ class Measured(NamedTuple):
 
 def reconstructive(zoo: LoadedZoo, reconstructed: Tensor) -> tuple[Metrics, list[Row]]:
     """Every metric of :class:`Reconstruction`, and one row a test model."""
-    result = compare_models(zoo.test, reconstructed, zoo.data.test_images, zoo.data.test_labels, zoo.targets)
-    values = result.metrics()
+    labels, peak = zoo.data.test_labels if zoo.labelled else None, zoo.data.provenance.get("peak")
+    result = compare_models(zoo.test, reconstructed, zoo.data.test_images, labels, zoo.targets, peak)
+    values = {name: v for name, v in result.metrics().items() if zoo.labelled or not (name.startswith("accuracy") or bool(v.isnan().all()))}
     metrics: Metrics = {name: figures(v) for name, v in values.items()}
-    metrics["accuracy_change_abs"] = figures(result.accuracy_change.abs())
     metrics["non_finite"] = single(float(result.non_finite))
-    metrics["best_original"] = single(float(result.accuracy_original.nan_to_num(0).max()))
-    metrics["best_reconstructed"] = single(float(result.accuracy_reconstructed.nan_to_num(0).max()))
+    if zoo.labelled:
+        metrics["accuracy_change_abs"] = figures(result.accuracy_change.abs())
+        metrics["best_original"] = single(float(result.accuracy_original.nan_to_num(0).max()))
+        metrics["best_reconstructed"] = single(float(result.accuracy_reconstructed.nan_to_num(0).max()))
     table = zoo.test.properties
     rows = [
         {"model": table["model"][j], "epoch": table["epoch"][j] if "epoch" in table else None}
@@ -242,7 +244,11 @@ def _tuned(zoo: LoadedZoo, weights: Tensor) -> tuple[list[Row], Metrics]:
 
 
 def measure_code(zoo: LoadedZoo, code: Code, *, new: bool = True, full: bool = False) -> Measured:
-    """All three tasks for one code; without ``new`` models only two. ``full``: as in :func:`generative`."""
+    """All three tasks for one code; without ``new`` models only two, and the first alone where answers are no classes: the others are
+    about accuracy. ``full``: as in :func:`generative`."""
+    if not zoo.labelled:
+        metrics, models = reconstructive(zoo, reconstruct(code, zoo.test.weights))
+        return with_sizes(zoo, code, Measured(metrics, {"models": models}))
     latents = {split: encode(code, p.weights) for split, p in zoo.splits.items()}
     rebuilt = {split: decode(code, z) for split, z in latents.items()}
     metrics, models = reconstructive(zoo, rebuilt["test"])
@@ -278,7 +284,10 @@ def latent_rows(zoo: LoadedZoo, code: Code) -> list[Row]:
 
 
 def measure_originals(zoo: LoadedZoo) -> Measured:
-    """The originals: their accuracy, and the anchors' diversity (the published "Model zoo" rows)."""
+    """The originals: their accuracy, and the anchors' diversity (the published "Model zoo" rows); where answers are no classes, what the
+    zoo holds."""
+    if not zoo.labelled:
+        return Measured({}, {}, zoo.facts)
     rows = zoo.anchors
     anchors = zoo.train.weights[rows.to(zoo.train.weights.device)]
     pick = torch.linspace(0, len(rows) - 1, min(len(rows), 4 * zoo.protocol.samples)).long()  # pairs grow with the square

@@ -24,6 +24,8 @@ from ..page import report
 from ..profiling import processor, region
 from ..training import load_run
 from ..training.hooks import LogTo
+from ..zoo import read_manifest
+from ..zoo.manifest import KIND
 from .loaded_zoo import LoadedZoo, Protocol
 from .trained import zero_layer_twins
 from .units import TABLE, Inputs, reserved
@@ -83,23 +85,25 @@ def study(
         require(distinct, f"runs: expected distinct variants and seeds, got {', '.join(twice) or [str(r) for r in runs]} more than once")
         taken = sorted({variant for variant, _ in loaded if reserved(variant)})
         require(not taken, f"runs: {', '.join(taken)}: the page calls baselines so; rename the folder")
-        models = LoadedZoo(zoo, protocol or (Protocol.quick() if quick else Protocol()), device=device, name=name)
-        for _, run in loaded:
-            same = run.autoencoder.layout.architecture.parameters == models.architecture.parameters
-            require(same, f"run {run.out}: trained on models of another architecture than zoo {zoo}'s {models.architecture.name!r}")
-        _check_folder(folder, models)
-        if zero_layer and world.size > 1:  # each process trains its share; after that all are there for all
-            list(zero_layer_twins(loaded, models, folder / "zero-layer", quick=quick, say=say, world=world))
-            world.wait()
-        twins = zero_layer_twins(loaded, models, folder / "zero-layer", quick=quick, say=say) if zero_layer else ()
-        with region("evaluate"), torch.no_grad():
-            make_units(Inputs(models, loaded, twins), folder, say, world)
+        sizes = protocol or (Protocol.quick() if quick else Protocol())
+        done: list[tuple[str, str]] = []
+        for label in _architectures(zoo, say):  # a zoo of several architectures has a block on the page for each
+            models = LoadedZoo(zoo, sizes, device=device, name=name, architecture=label)
+            own = [(variant, run.only(models.architecture)) for variant, run in loaded]
+            _check_folder(folder, models)
+            if zero_layer and world.size > 1:  # each process trains its share; after that all are there for all
+                list(zero_layer_twins(loaded, models, folder / "zero-layer", quick=quick, say=say, world=world))
+                world.wait()
+            twins = zero_layer_twins(loaded, models, folder / "zero-layer", quick=quick, say=say) if zero_layer else ()
+            with region("evaluate"), torch.no_grad():
+                make_units(Inputs(models, own, twins), folder, say, world)
+            done.append((models.name, sizes.digest))
         world.wait()
         if not world.writes:
             return folder / "report.html"
-        facts = {"protocol": asdict(models.protocol), "quick": quick, **_machine(device), "date": datetime.date.today().isoformat()}
+        facts = {"protocol": asdict(sizes), "quick": quick, **_machine(device), "date": datetime.date.today().isoformat()}
         facts |= {"goals": True} if _has_goals(folder) else {}
-        write_tables(folder, _comparable(read_units(folder), models, say), {**facts, "notes": dict(notes or {})})
+        write_tables(folder, _comparable(read_units(folder), dict(done), say), {**facts, "notes": dict(notes or {})})
         return report(folder, log_to=log_to)
 
 
@@ -130,13 +134,27 @@ def make_units(inputs: Inputs, folder: Path, say: Callable[[str], None], world: 
                 write_unit(path, Unit(*key, family.kind, fingerprint, facts, measured.metrics, measured.tables))
 
 
-def _comparable(units: Sequence[Unit], zoo: LoadedZoo, say: Callable[[str], None]) -> list[Unit]:
-    """Units of other zoos, and those of this one that were measured with its sizes."""
-    sizes = zoo.protocol.digest
-    kept = [u for u in units if u.zoo != zoo.name or u.facts.get("sizes", sizes) == sizes]
-    if len(kept) < len(units):
-        others = sorted({u.variant for u in units} - {u.variant for u in kept})
-        say(f"{zoo.name}: left out, as they were measured with other sizes: {', '.join(others)}")
+def _architectures(zoo: str | Path, say: Callable[[str], None]) -> list[str | None]:
+    """Labels of a zoo of several architectures, of those with training and test models; of one of one, None."""
+    manifest = read_manifest(zoo)
+    if not manifest.kinds:
+        return [None]
+    rows = set(zip(manifest.properties[KIND], manifest.properties["split"], strict=True))
+    kept = [label for label in manifest.kinds if {(label, "train"), (label, "test")} <= rows]
+    left = [label for label in manifest.kinds if label not in kept]
+    require(bool(kept), f"zoo {zoo}: expected an architecture with train and test models, got none of {left}")
+    if left:
+        say(f"left out, as they have no train or no test models: {', '.join(left)}")
+    return list(kept)
+
+
+def _comparable(units: Sequence[Unit], zoos: Mapping[str, str], say: Callable[[str], None]) -> list[Unit]:
+    """Units of other zoos, and of these (by name, the digest of their sizes) those that were measured with their sizes."""
+    kept = [u for u in units if u.facts.get("sizes", zoos.get(u.zoo)) == zoos.get(u.zoo, u.facts.get("sizes"))]
+    for zoo in zoos:
+        others = sorted({u.variant for u in units if u.zoo == zoo} - {u.variant for u in kept if u.zoo == zoo})
+        if others:
+            say(f"{zoo}: left out, as they were measured with other sizes: {', '.join(others)}")
     return kept
 
 
@@ -148,8 +166,8 @@ def _variant(folder: Path) -> str:
 def _check_folder(folder: Path, zoo: LoadedZoo) -> None:
     unit = read_unit(unit_path(folder, zoo.name, "zoo", 0))
     if unit is not None and unit.facts.get("digest") != zoo.facts["digest"]:
-        there = f"out: {folder} holds results of another zoo called {zoo.name!r} ({unit.facts.get('folder')})"
-        require(False, f"{there}; choose another folder (--out), or another name for this one (--name)")
+        conflict = f"out: {folder} holds results of another zoo called {zoo.name!r} ({unit.facts.get('folder')})"
+        require(False, f"{conflict}; choose another folder (--out), or another name for this one (--name)")
 
 
 def _has_goals(folder: Path) -> bool:

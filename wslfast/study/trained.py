@@ -11,17 +11,19 @@ import torch
 from ..engine.ranks import ALONE, World
 from ..errors import WslfastError
 from ..training import Run, TrainConfig, load_run, train
+from ..training.hooks import LogTo
 from .loaded_zoo import LoadedZoo
 
 _QUICK = 500  # steps up to which a quick evaluation trains zero-layer autoencoders
 NamedRun = tuple[str, Run]
 
 
-def trained(config: TrainConfig, say: Callable[[str], None], stage: str) -> Run:
+def trained(config: TrainConfig, say: Callable[[str], None], stage: str, log_to: LogTo = None) -> Run:
     """The finished run of these settings: read from ``config.out`` if it is there, else trained, from its checkpoint if there is one.
 
     Args:
         say: told the ``stage`` before anything is trained.
+        log_to: as for :func:`wslfast.train`.
 
     Raises:
         WslfastError: ``config.out`` holds a run with other settings.
@@ -35,7 +37,7 @@ def trained(config: TrainConfig, say: Callable[[str], None], stage: str) -> Run:
         return run
     say(stage)
     with torch.enable_grad():
-        train(config, resume=same)
+        train(config, resume=same, log_to=log_to)
     return load_run(config.out, device=config.device)
 
 
@@ -51,6 +53,7 @@ def zero_layer_twins(
         say(f"no zero-layer autoencoder for {', '.join(long)}: more than {_QUICK} steps, and this is quick")
     for variant in world.dealt(list(dict.fromkeys(variant for variant, _ in runs if variant in lowest and variant not in long))):
         of = lowest[variant].config
-        out = folder / f"{zoo.name}-{variant}-seed{of.seed}"
+        out = folder / f"{zoo.whole}-{variant}-seed{of.seed}"
         config = replace(of, layers=0, zoo=str(zoo.folder), out=str(out), device=zoo.device)
-        yield variant, trained(config, say, f"{zoo.name}: training {variant} without transformer blocks, {of.steps} steps")
+        run = trained(config, say, f"{zoo.whole}: training {variant} without transformer blocks, {of.steps} steps")
+        yield variant, run.only(zoo.architecture)

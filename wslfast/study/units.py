@@ -16,11 +16,11 @@ from torch import Tensor
 
 from ..codes.autoencoder import Autoencoder
 from ..codes.layer_inputs import spaced
+from ..files import sha256_of
 from ..measure.diversity import classes_of
 from ..measure.evaluation import BASELINES, decode, embeddings, linear_baselines
 from ..measure.probe import weight_statistics
 from ..measure.refinement import REFINED, refine
-from ..measure.results import file_digest
 from ..training import Run
 from ..training.checkpoint import checkpoint_path
 from .loaded_zoo import LoadedZoo
@@ -98,7 +98,7 @@ def _twins(inputs: Inputs) -> Iterator[Task]:
 
 
 def _task_of(variant: str, run: Run, full: bool) -> Task:
-    parts = ("run", file_digest(checkpoint_path(run.out)))
+    parts = ("run", sha256_of(checkpoint_path(run.out)))
     return Task(partial(_measure_run, run=run, full=full), parts, {"run": variant}, run.config.seed)
 
 
@@ -133,15 +133,21 @@ def _once(name: str, make: Callable[[LoadedZoo], Measured]) -> Callable[[Inputs]
     return lambda inputs: [Task(make, (name,))]
 
 
-def _stand_in(name: str, baseline: str, rows: Callable[[LoadedZoo], Tensor]) -> Family:
-    """Training models in the places of reconstructions, by their ``rows [k]``."""
-    return Family(name, "model", _once(name, partial(_put_in_place, rows=rows)), baseline)
+def _stand_in(name: str, baseline: str, rows: Callable[[LoadedZoo], Tensor], classes: bool = True) -> Family:
+    """Training models in the places of reconstructions, by their ``rows [k]``; with ``classes``, chosen by their answers' classes."""
+    tasks = _once(name, partial(_put_in_place, rows=rows))
+    return Family(name, "model", _labelled(tasks) if classes else tasks, baseline)
 
 
 def _features(name: str, baseline: str, of: Callable[[LoadedZoo], Mapping[str, Tensor]], most: int | None = None) -> Family:
     """Probes of features that come from no code; of networks of at most so many parameters."""
-    one = _once(name, lambda zoo: Measured(discriminative(zoo, of(zoo))))
+    one = _labelled(_once(name, lambda zoo: Measured(discriminative(zoo, of(zoo)))))
     return Family(name, "features", lambda i: one(i) if most is None or i.zoo.architecture.num_weights <= most else [], baseline)
+
+
+def _labelled(tasks: Callable[[Inputs], Iterable[Task]]) -> Callable[[Inputs], Iterable[Task]]:
+    """The tasks of a zoo whose answers are classes; none of another."""
+    return lambda inputs: tasks(inputs) if inputs.zoo.labelled else []
 
 
 # -- how they are made -----------------------------------------------------------------------------------------------------
@@ -218,9 +224,9 @@ TABLE: tuple[Family, ...] = (
     Family(_RUN, "run", _runs),
     Family("{run}-zero-layer", "run", _twins, "zero-layer autoencoder, same steps"),
     *(Family(f"{code}-{{share:d}}", "code", partial(_codes, code), "closed form") for code in BASELINES),
-    Family("untrained-{d_model}x{layers}-{latent}", "features", _untrained, "mean token of an encoder with fresh weights"),
+    Family("untrained-{d_model}x{layers}-{latent}", "features", _labelled(_untrained), "mean token of an encoder with fresh weights"),
     *(Family(f"{code}-{{share:d}}-refined", "refined", partial(_refined, code)) for code in REFINED),
-    _stand_in("nearest-zoo-model", "the training model nearest in weights", _nearest_rows),
+    _stand_in("nearest-zoo-model", "the training model nearest in weights", _nearest_rows, classes=False),
     _stand_in("best-zoo-model", "the training model with the best validation accuracy, for every other", _best_row),
     _stand_in("typical-zoo-model", "the training model that agrees most with the others, for every other", _typical_row),
     _features("weight-statistics", "mean, deviation and quantiles of every layer", _statistics),
@@ -242,8 +248,8 @@ def run_facts(run: Run) -> dict[str, Any]:
     return {"folder": str(run.out), "losses": losses, "step": run.step, **{n: getattr(c, n) for n in names}}
 
 
-def curve_of(folder: Path, most: int = 200) -> list[dict[str, Any]]:
-    """Records of a run's log that hold a loss, at most so many, evenly spaced."""
+def curve_of(folder: Path) -> list[dict[str, Any]]:
+    """Records of a run's log that hold a loss, at most 200, evenly spaced."""
     kept = ("step", "loss", "structural", "behavioral", "contrastive")
     try:
         lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
@@ -257,5 +263,5 @@ def curve_of(folder: Path, most: int = 200) -> list[dict[str, Any]]:
             continue
         if isinstance(record, dict) and "step" in record and "loss" in record:
             records.append({name: record[name] for name in kept if name in record})
-    stride = -(-len(records) // most) or 1
+    stride = -(-len(records) // 200) or 1
     return records[::stride]

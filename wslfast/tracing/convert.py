@@ -74,7 +74,7 @@ class Converter:
         self.detached = False  # inside torch.no_grad()
 
     def converted(self) -> Pass:
-        """Everything that was called."""
+        """All calls of the pass, as nodes."""
         inputs = iter([*(f"@w:{name}" for name in self.state), QUERY])
         output: Any = None
         for node in self.traced.graph.nodes:
@@ -327,7 +327,7 @@ def _attribute(module: Any, target: str) -> Tensor:
 
 
 def _value(node: fx.Node) -> Tensor | None:
-    """What a node that reads no other node gives."""
+    """The value of a node that reads no other node."""
     if any(isinstance(a, fx.Node) for a in (*node.args, *node.kwargs.values())) or not isinstance(node.target, torch._ops.OpOverload):
         return None
     with torch.no_grad():

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
+from ..errors import first_line
 from ..kernels.graph import Constant, Graph, slots_of
 from ..kernels.operations import check_graph
 from ..kernels.reference import check_values, run_graph
 from .convert import Converter, Untraceable, written_in
-from .module import FrozenNorms, first_line, plainly, queries_for
+from .module import FrozenNorms, plainly, queries_for
 from .simplify import joined
 from .training import training_of
 
@@ -150,7 +151,7 @@ def _verify(graph: Graph, module: nn.Module, state: Mapping[str, Tensor]) -> Non
 
 
 def _difference(graph: Graph, module: nn.Module, state: Mapping[str, Tensor], queries: Tensor, tolerance: float) -> str | None:
-    """In what graph and module differ; None where they give the same."""
+    """How graph and module differ, in words; None if they give the same."""
     leaves = {name: value.clone().requires_grad_() for name, value in state.items()}
     x = queries.clone().requires_grad_()
     try:

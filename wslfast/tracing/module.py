@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from torch.overrides import TorchFunctionMode
 
-from ..errors import WslfastError, require
+from ..errors import WslfastError, first_line, require
 from ..kernels.operations import by_running_statistics
 
 
@@ -42,7 +42,7 @@ class _FrozenNorm(nn.Module):
 
 
 class FrozenNorms(TorchFunctionMode):
-    """Within, the same holds of norms that are called as functions."""
+    """Inside this mode, norms that are called as functions are differentiable in their running statistics, too."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -104,7 +104,7 @@ def _unwrapped(module: nn.Module) -> nn.Module:
 
 
 def _inner(module: nn.Module) -> nn.Module | None:
-    """What a wrapper holds: of DataParallel, DistributedDataParallel and torch.compile."""
+    """The module inside a wrapper: DataParallel, DistributedDataParallel or torch.compile."""
     if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         return module.module
     compiled = getattr(module, "_orig_mod", None)
@@ -112,7 +112,7 @@ def _inner(module: nn.Module) -> nn.Module | None:
 
 
 class _Output(nn.Module):
-    """A module whose answer is one part of the answer of another, with the same parameters under the same names."""
+    """A module that returns one part of what another module returns, with the same parameters under the same names."""
 
     def __init__(self, module: nn.Module, part: str | int) -> None:
         super().__init__()
@@ -206,7 +206,7 @@ def queries_for(module: nn.Module, n: int, input_shape: tuple[int, ...], dtype: 
 
 
 def innermost(module: nn.Module) -> nn.Module:
-    """The module that a selection of one part of its answer was put around."""
+    """The module without the wrappers that :func:`prepared` put around it to select one part of its answer."""
     return innermost(module._inner[0]) if isinstance(module, _Output) else module
 
 
@@ -273,7 +273,3 @@ class RandomCalls(TorchFunctionMode):
             where = f" in {self._at[-1]!r}" if self._at else ""
             self.found.append(f"{getattr(func, '__name__', func)}{where}")
         return result
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

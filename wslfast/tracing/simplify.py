@@ -1,4 +1,4 @@
-"""Two passes with other numbers of queries made one: sizes that are multiples of that number, constants computed once, nothing unused."""
+"""Two traced passes with different numbers of queries, as one: sizes are multiples of that number, nothing is unused."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _unified(first: Node, second: Node, numbers: tuple[int, int]) -> Node:
-    """One node of two: what differs are multiples of the number of queries."""
+    """One node for the same call in both passes; sizes that differ are multiples of the number of queries."""
     if first.operation != second.operation or [k for k, _ in first.arguments] != [k for k, _ in second.arguments]:
         raise Untraceable(_ANOTHER_WAY)
     pairs = zip(first.arguments, second.arguments, strict=True)
@@ -62,7 +62,8 @@ def _flattened(node: Node, reference: str, shapes: Mapping[str, Any]) -> Node:
 
 
 def _folded(nodes: list[Node], output: str, constants: Mapping[str, Tensor]) -> tuple[list[Node | None], str, dict[str, Tensor]]:
-    """What is computed from constants alone is a constant itself; in its place stays nothing."""
+    """The nodes, the output's reference and the constants, after calls on constants alone were replaced by their results: these are new
+    constants, and None stands in place of the call."""
     known: dict[str, Any] = {f"@c:{name}": value for name, value in constants.items()}
     new: dict[str, str] = {}
     left: list[Node | None] = []
@@ -142,7 +143,7 @@ def _needed(nodes: list[Node | None], output: str, constants: Mapping[str, Tenso
 
 
 def renamed(value: Argument, names: Mapping[str, str]) -> Argument:
-    """An argument with other references."""
+    """The argument, with its references renamed."""
     if isinstance(value, tuple):
         return tuple(renamed(item, names) for item in value)
     return names.get(value, value) if isinstance(value, str) else value

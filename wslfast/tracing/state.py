@@ -57,7 +57,7 @@ def _part(key: str, known: Container[str]) -> tuple[str, str] | None:
 
 
 def _weight(parts: Mapping[str, Tensor]) -> Tensor | None:
-    """What the parts compute, in evaluation mode; None where they are of no kind that is known."""
+    """The tensor that the parts compute in evaluation mode; None if they are of no known kind."""
     kinds = set(parts)
     if kinds == {"_orig", "_mask"}:
         return parts["_orig"] * parts["_mask"]

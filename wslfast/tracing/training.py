@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..errors import first_line
 from ..kernels.graph import Graph, Training
 from ..kernels.operations import training_graph
 from ..kernels.reference import run_graph
 from .convert import Untraceable
-from .module import RandomCalls, first_line, plainly, queries_for
+from .module import RandomCalls, plainly, queries_for
 
 # What draws through an operation that a stacked run can give each model's own numbers.
 _DROPOUT = frozenset({
@@ -50,8 +51,8 @@ def training_of(module: nn.Module, graph: Graph, state: Mapping[str, Tensor], fo
 
 
 def _own(module: nn.Module, graph: Graph, state: Mapping[str, Tensor], follow: Follow) -> Graph | None:
-    """The graph of training mode where it is another one than that of evaluation mode tells. Raises Untraceable with the reason if there is
-    none."""
+    """The graph of training mode, or None if the graph of evaluation mode says all about it. Raises Untraceable, with the reason, if
+    training mode has no graph."""
     plain = all(isinstance(part, _DETERMINISTIC) for part in module.modules() if not list(part.children()))
     if type(module) is nn.Sequential and plain and all(type(part) is nn.Sequential for part in module.modules() if list(part.children())):
         return None  # torch's own layers, one after another, none of which looks at its mode
@@ -80,7 +81,7 @@ _DETERMINISTIC = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ReLU, nn.Tanh, 
 
 
 def _drawn(module: nn.Module, queries: Tensor) -> list[str]:
-    """What draws random numbers other than dropout's, in one pass in training mode."""
+    """Names of the functions other than dropout that draw random numbers, in one pass in training mode."""
     python, numpys = random.getstate(), repr(np.random.get_state(legacy=False))
     try:
         with plainly(), RandomCalls(module) as calls:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,10 +19,11 @@ from ..architecture import Architecture
 from ..codes.autoencoder import Autoencoder
 from ..errors import WslfastError, check_device, require
 from ..files import write_tensors
+from ..population import html_table
 from ..safe.state import load_plain
-from ..showing import html_table
 from ..tokens import TokenLayout, num_tokens
 from ..zoo.importers.found import unreadable
+from ..zoo.manifest import MANIFEST
 from .config import TrainConfig
 
 SCHEMA = 1
@@ -107,6 +108,13 @@ class Run:
         """Whether all its steps were taken."""
         return self.step >= self.config.steps
 
+    @property
+    def zoo(self) -> str:
+        """Folder of the zoo that it was trained on. One that was given from another working folder is looked for above the run's."""
+        given = Path(self.config.zoo)
+        places = [given, *(parent / given for parent in self.out.resolve().parents)] if self.config.zoo else []
+        return str(next((place for place in places if (place / MANIFEST).is_file()), given))
+
     def _repr_html_(self) -> str:
         """In a notebook: where it is, how far it got, and what it was trained with."""
         c, model = self.config, self.autoencoder
@@ -120,10 +128,18 @@ class Run:
     def of(self, architecture: Architecture) -> Autoencoder:
         """The autoencoder as models of an architecture see it. Raises WslfastError where it was not trained on any."""
         if not self.parts:
+            known = self.autoencoder.layout.architecture
+            fits = known.same_network(architecture) or None in (known.graph, architecture.graph)
+            what = f"trained on models of architecture {known.name!r}, and these are of {architecture.name!r}, another network"
+            require(fits, f"run {self.out}: {what}")
             return self.autoencoder
         own = [part for part in self.parts.values() if part.layout.architecture.same_network(architecture)]
         require(bool(own), f"run {self.out}: not trained on models of architecture {architecture.name!r}, but of {list(self.parts)}")
         return own[0]
+
+    def only(self, architecture: Architecture) -> Run:
+        """The run as one over a single architecture."""
+        return replace(self, autoencoder=self.of(architecture), parts={})
 
 
 def load_run(out: str | Path, *, architecture: Architecture | None = None, device: torch.device | str = "cpu") -> Run:

@@ -1,8 +1,8 @@
 """Training on a zoo of several architectures: one autoencoder over all of them.
 
-Every step takes a batch of one architecture, in turns by their numbers of models. Tokens of all architectures have one size, latents one
-width, and the transformers are one. What belongs to an architecture is its own: positions and mask, the linear maps of its layers (of a
-start that has them), the contrastive head, targets, and the normalisers of the losses.
+Every step takes a batch of one architecture. Architectures take turns, in proportion to their numbers of models. All share one token
+size, one latent width and the same transformers. Each has its own positions and mask, linear maps of its layers (if the start has them),
+contrastive head, targets, and normalisers of the losses.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from ..architecture import Architecture
 from ..codes.autoencoder import Autoencoder
 from ..engine.ranks import ALONE
 from ..errors import require
-from ..profiling import region
 from ..tokens import TokenLayout
 from ..zoo import MappedZoo
 from .config import TrainConfig
-from .trainer import Trainer, check_resumed, cycle, optimizer_of
+from .trainer import Trainer, check_resumed, cycle, descend, optimizer_of
 
 _SHARED = ("tokenizer", "transformer_encoder", "encoder_comp", "detokenizer", "transformer_decoder", "decoder_comp", "pe")
 
@@ -50,7 +49,7 @@ def widened(model: Autoencoder, latent: int, positions: Sequence[int]) -> Autoen
 
 
 class MixedTrainer:
-    """What :class:`~.trainer.Trainer` is for one architecture, for several; one process.
+    """The trainer for several architectures, in one process; :class:`~.trainer.Trainer` is the one for a single architecture.
 
     Args:
         config: what to do.
@@ -97,26 +96,18 @@ class MixedTrainer:
         name = self._turn()
         part = self.parts[name]
         part.step_index = self.step_index
-        rows, queries = part.next_rows(), part.pool.draw(self.config.queries, part.draws)
+        rows, queries = part.next_rows(), part.pool.draw(part.queries, part.draws)
         total, parts = part.losses(rows, queries)
-        with region("backward"):
-            self.optimizer.zero_grad(set_to_none=True)
-            total.backward()
-        with region("optimise"):
-            if self.config.clip is not None:
-                parts["gradient_norm"] = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
-            self.optimizer.step()
+        descend(total, parts, self.model, self.optimizer, self.schedule, self.config.clip)
         self.step_index += 1
         self.taken[name] += 1
-        if self.schedule is not None:
-            self.schedule.step()
         return parts
 
     def release(self) -> None:
-        """As :meth:`Trainer.release`."""
+        """Does nothing: there is no process group. See :meth:`Trainer.release`."""
 
     def state(self) -> dict[str, Any]:
-        """Everything the rest of the run depends on; of each part under its label, its weights under its number."""
+        """Everything that the rest of the run depends on. Entries of a part are under its label, its weights under its number."""
         own = {name: part.state() for name, part in self.parts.items()}
         first = next(iter(own.values()))
         model = {f"{i}.{key}": value for i, part in enumerate(own.values()) for key, value in part["model"].items()}
@@ -154,6 +145,6 @@ class MixedTrainer:
 
 
 def part_state(model: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
-    """The weights of the part of that number, out of :meth:`MixedTrainer.state`'s."""
+    """The weights of one part, by its number, out of the ``model`` of :meth:`MixedTrainer.state`."""
     head = f"{number}."
     return {key.removeprefix(head): value for key, value in model.items() if key.startswith(head)}

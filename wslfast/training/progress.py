@@ -1,4 +1,4 @@
-"""What whoever waits for a run sees: a bar with steps, loss and the time left, or a line now and then; and Ctrl-C that loses nothing."""
+"""The progress of a run as its user sees it, a bar or a line every 20 seconds; and a Ctrl-C that loses nothing."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Interrupted(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def finishing_steps() -> Iterator[Callable[[], bool]]:
-    """Within the block Ctrl-C lets the step at hand finish: the function that comes with it says whether one was pressed. A second one
-    stops at once. Where somebody else handles the signal, or outside of the main thread, nothing is changed."""
+    """A function that says whether Ctrl-C was pressed inside the block. The first Ctrl-C lets the current step finish, a second one stops
+    at once. If the program handles the signal itself, or outside of the main thread, nothing is changed."""
     pressed = False
 
     def handler(number: int, frame: FrameType | None) -> None:
@@ -46,8 +46,8 @@ def finishing_steps() -> Iterator[Callable[[], bool]]:
 
 @contextlib.contextmanager
 def shown(console: Console | None, steps: int) -> Iterator[OnRecord]:
-    """A bar on a terminal, that fits 80 columns; elsewhere a line at the first and last record, and every 20 seconds. Needs rich, which
-    comes with the commands."""
+    """A function that shows each record of a run. On a terminal it draws a bar, at most 80 columns wide. Elsewhere it prints a line for the
+    first record, the last one, and every 20 seconds. Needs rich."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

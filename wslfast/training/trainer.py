@@ -17,6 +17,7 @@ from typing import Any, Union
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import OneCycleLR
 
 from .. import losses
 from ..architecture import Architecture
@@ -89,7 +90,9 @@ class Trainer:
         self.draws = torch.Generator().manual_seed(seeds[2])
         pooled = torch.randperm(len(images), generator=root)[: min(config.query_pool, len(images))]
         self.pool = QueryPool(images[pooled], self.device)
-        require(config.queries <= len(self.pool), f"queries: expected at most {len(self.pool)} (the query pool), got {config.queries}")
+        self.queries = min(config.queries, len(self.pool))  # a grid of 8x8 points has no 256
+        if self.queries < config.queries and world.writes:
+            logger.info("queries: all %d that there are at every step (%d were asked for)", self.queries, config.queries)
         sample = self.models.sample(config.seed)
         self.cache = self._targets_of_all(limit) if config.uses_behavior else None
         self.permutation, self.position = self.models.shuffle(self.order), 0
@@ -117,7 +120,7 @@ class Trainer:
         why = ""
         if 4.0 * pairs * self.architecture.num_classes > limit:
             why = "exceed memory_gb / 2"
-        elif pairs > max(_CHEAP, _PAYS * config.steps * self.batch * config.queries):
+        elif pairs > max(_CHEAP, _PAYS * config.steps * self.batch * self.queries):
             why = f"are more than {config.steps} steps look up"
         if why:
             if self.world.writes:
@@ -231,20 +234,12 @@ class Trainer:
 
     def step(self) -> dict[str, Tensor]:
         """One optimiser step; returns the loss parts as device tensors (reading one synchronises)."""
-        rows, queries = self.next_rows(), self.pool.draw(self.config.queries, self.draws)
+        rows, queries = self.next_rows(), self.pool.draw(self.queries, self.draws)
         if self.world.size > 1 and self.config.dropout > 0:  # one stream a process and step: a resumed run draws the same
             torch.manual_seed(((self.config.seed * 1_000_003 + self.step_index) * 65_537 + self.world.rank) % (1 << 63))
         total, parts = self.objective(rows, queries)
-        with region("backward"):
-            self.optimizer.zero_grad(set_to_none=True)
-            total.backward()
-        with region("optimise"):
-            if self.config.clip is not None:
-                parts["gradient_norm"] = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
-            self.optimizer.step()
+        descend(total, parts, self.model, self.optimizer, self.schedule, self.config.clip)
         self.step_index += 1
-        if self.schedule is not None:
-            self.schedule.step()
         return parts
 
     def release(self) -> None:
@@ -307,11 +302,32 @@ def optimizer_of(model: nn.Module, config: TrainConfig, device: torch.device) ->
     return torch.optim.AdamW(groups, lr=config.lr, fused=True if device.type == "cpu" else None)
 
 
-def cycle(config: TrainConfig, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.OneCycleLR | None:
+def cycle(config: TrainConfig, optimizer: torch.optim.Optimizer) -> OneCycleLR | None:
     """The learning rate's schedule over the whole run, None for a constant one."""
     if config.schedule != "onecycle":
         return None
-    return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=config.lr, total_steps=config.steps, pct_start=0.3)
+    return OneCycleLR(optimizer, max_lr=config.lr, total_steps=config.steps, pct_start=0.3)
+
+
+def descend(
+    total: Tensor,
+    parts: dict[str, Tensor],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: OneCycleLR | None,
+    clip: float | None,
+) -> None:
+    """One optimiser step down the gradient of ``total``. With ``clip`` the gradient's norm is at most that; what it was before is
+    written to ``parts`` as ``gradient_norm``."""
+    with region("backward"):
+        optimizer.zero_grad(set_to_none=True)
+        total.backward()
+    with region("optimise"):
+        if clip is not None:
+            parts["gradient_norm"] = nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+    if schedule is not None:
+        schedule.step()
 
 
 def check_resumed(config: TrainConfig, state: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+BETAS, EPS = (0.9, 0.999), 1e-8  # torch's
 _LONG_ROW = 16_384  # weights: with gradient and moments, 256 KiB a row
 
 
@@ -20,15 +21,8 @@ class StackedAdam:
     not depend on how many there are.
     """
 
-    def __init__(
-        self,
-        weights: Tensor,
-        lr: Sequence[float],
-        weight_decay: Sequence[float],
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-    ) -> None:
-        self.weights, self.betas, self.eps, self.steps = weights, betas, eps, 0
+    def __init__(self, weights: Tensor, lr: Sequence[float], weight_decay: Sequence[float]) -> None:
+        self.weights, self.steps = weights, 0
         self._fused: torch.optim.Adam | None = None
         if weights.device.type == "cpu" and weights.shape[1] >= _LONG_ROW:
             self._rows = [torch.nn.Parameter(row) for row in weights]  # they share the rows' memory
@@ -36,7 +30,7 @@ class StackedAdam:
             for row, settings in zip(self._rows, zip(lr, weight_decay, strict=True), strict=True):
                 alike.setdefault(settings, []).append(row)
             groups = [{"params": rows, "lr": rate, "weight_decay": decay} for (rate, decay), rows in alike.items()]
-            self._fused = torch.optim.Adam(groups, betas=betas, eps=eps, fused=True)
+            self._fused = torch.optim.Adam(groups, betas=BETAS, eps=EPS, fused=True)
             return
         self.lr = torch.tensor(lr, dtype=torch.float64, device=weights.device)
         self.weight_decay = torch.tensor(weight_decay, dtype=weights.dtype, device=weights.device).unsqueeze(1)
@@ -50,12 +44,12 @@ class StackedAdam:
             self._fused.step()
             return
         self.steps += 1
-        b1, b2 = self.betas
+        b1, b2 = BETAS
         work = self._work
         gradient += torch.mul(self.weights, self.weight_decay, out=work)
         self.mean.mul_(b1).add_(torch.mul(gradient, 1 - b1, out=work))
         self.square.mul_(b2).add_(gradient.mul_(gradient).mul_(1 - b2))
-        torch.sqrt(self.square, out=work).div_(math.sqrt(1 - b2**self.steps)).add_(self.eps)
+        torch.sqrt(self.square, out=work).div_(math.sqrt(1 - b2**self.steps)).add_(EPS)
         step_size = (self.lr / (1 - b1**self.steps)).to(work).unsqueeze(1)
         self.weights -= torch.div(self.mean, work, out=work).mul_(step_size)
 

@@ -5,10 +5,8 @@ Nothing is unpickled: ``.npz`` is read without pickle, a ``.pt`` file by the rea
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Union
@@ -19,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import WslfastError, require, say_once
+from ..files import sha256_of
 from ..safe.inert import InertFile, StoredTensor, Stub
 from .manifest import SPLITS
 
@@ -41,17 +40,6 @@ def read_arrays(path: Path, unlabelled: bool = False) -> tuple[Raw, dict[str, An
         require(unlabelled, f"{path}: labels: expected integers")
         return {p: (x, torch.zeros(len(x), dtype=torch.int64)) for p, (x, _) in raw.items()}, {**facts, "labels": "none"}
     return {p: (x, y) for p, (x, y) in raw.items() if y is not None}, facts
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 # -- .npz --------------------------------------------------------------------------------------------------------------
@@ -103,7 +91,8 @@ def _checked(pixels: Tensor, where: str) -> Tensor:
 def _labels(labels: np.ndarray, count: int, where: str) -> Tensor | None:
     """Labels ``[N]``; None where they are no classes but what a regression is to give."""
     if labels.dtype.kind == "f" and len(labels) == count and not (labels.ndim == 1 and bool((labels == labels.round()).all())):
-        say_once(f"wslfast: {where} are no whole numbers: there are no classes, and models are compared by their outputs", logging.INFO)
+        text = "labels are no whole numbers: there are no classes, and models are compared by their outputs"
+        say_once(f"wslfast: {where.rpartition(': ')[0]}: {text}", logging.INFO)  # once for all splits
         return None
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]  # a column, as some archives have it

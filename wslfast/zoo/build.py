@@ -21,7 +21,7 @@ from ..errors import WslfastError, logger, require
 from ..population import Population
 from ..profiling import region
 from ..proof import proved
-from .adam import StackedAdam
+from .adam import BETAS, EPS, StackedAdam
 from .datasets import Dataset, image_shape, load_dataset
 from .fitting import batch_generator, dropout_generator
 from .fitting import train_models as _train
@@ -115,8 +115,8 @@ def build_zoo(
     engine.check_backend(backend)
     require(out is not None or not resume, "resume: expected out=, the folder of what is to be gone on with")
     if out is not None:
-        there = (Path(out) / MANIFEST).exists()
-        require(overwrite or not there, f"out: {out}: there is a zoo already; overwrite=True (--overwrite) replaces it")
+        exists = (Path(out) / MANIFEST).exists()
+        require(overwrite or not exists, f"out: {out}: there is a zoo already; overwrite=True (--overwrite) replaces it")
         try:
             Path(out).mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -166,7 +166,7 @@ def build_zoo(
                 "wslfast": __version__,
                 **ran,
                 **{key: value for key, value in settings.items() if key != "architecture"},
-                "optimizer": {"name": "adam", "betas": [0.9, 0.999], "eps": 1e-8},
+                "optimizer": {"name": "adam", "betas": [*BETAS], "eps": EPS},
                 "dropped_rows": dropped,
             }
             save_zoo(population, out, splits=plan, provenance=provenance, overwrite=overwrite)
@@ -203,6 +203,7 @@ def fine_tune(
     """
     require(type(epochs) is int and epochs > 0, f"epochs: expected a positive integer, got {epochs!r}")
     require(type(batch_size) is int and batch_size > 0, f"batch_size: expected a positive integer, got {batch_size!r}")
+    require(data.classes > 0, f"data: expected labelled images to train for, and {data.name} has no classes")
     _matched(data, population.architecture)
     cells = [Cell("given", lr, weight_decay, seed + j) for j in range(len(population))]
     weights = population.weights.clone()  # trained in place

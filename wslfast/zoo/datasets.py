@@ -131,12 +131,14 @@ def load_dataset(
     check_seed(seed)
     require(type(standardise) is bool, f"standardise: expected True or False, got {describe(standardise)}")
     given = _given(mean, std)
+    drawn: dict[str, Any] = {}
     if is_grid(str(name_or_path)):
         return _grid(str(name_or_path), shape)
     if str(name_or_path) in NAMES and str(name_or_path) != "digits":
         name, source = str(name_or_path), read_named(str(name_or_path), root, seed)
     else:
         name, raw, facts = _raw(name_or_path, unlabelled)
+        drawn = {"split": "drawn"} if set(raw) == {""} and name not in NAMES else {}
         source = Source(_split(raw, name, seed), facts)
     parts, provenance = source.parts, source.provenance
     images = {key: fitted(pixels, shape, f"{name}: images", grey) for key, (pixels, _) in parts.items()}
@@ -150,7 +152,7 @@ def load_dataset(
         arrays[f"{key}_labels"] = labels
     classes = 0 if source.provenance.get("labels") == "none" else 1 + max(int(labels.max()) for _, labels in parts.values())
     sizes = [len(labels) for _, labels in parts.values()]
-    made: dict[str, Any] = {"seed": seed, "sizes": sizes, "mean": center.reshape(-1).tolist(), "std": scale.reshape(-1).tolist()}
+    made: dict[str, Any] = {"seed": seed, "sizes": sizes, **drawn, "mean": center.reshape(-1).tolist(), "std": scale.reshape(-1).tolist()}
     made |= {**({} if given is None else {"given": True}), **({"grey": True} if grey else {})}
     if str(name_or_path) not in NAMES or given is not None:
         _say(name, standardise, made["mean"], made["std"], given is not None)

@@ -18,7 +18,7 @@ from ..population import Population
 from .mapped import MappedZoo, mapped_parts
 
 FORMATS = ("ray", "state-dicts")
-_TYPES = {"cnn": "CNN", "cnn2": "CNN2", "cnn3": "CNN3", "lenet5": "LeNet5", "mlp": "MLP", "resnet18": "Resnet18"}
+PUBLISHED = {"cnn": "CNN", "cnn2": "CNN2", "cnn3": "CNN3", "lenet5": "LeNet5", "mlp": "MLP", "resnet18": "Resnet18"}
 _SETTINGS = {"init_type": "model::init_type", "lr": "optim::lr", "wd": "optim::wd", "dropout": "model::dropout", "seed": "seed"}
 RECORD = "wslfast::architecture"  # in params.json: the network, where it is none of the published ones
 PROPERTIES = "wslfast::properties"  # in a line of result.json: what is known of a checkpoint besides RESULTS
@@ -67,7 +67,8 @@ def _ray(models: MappedZoo, folder: Path) -> int:
         first = {name: column[rows[0]] for name, column in table.items()}
         settings = {**config, **{theirs: first[ours] for ours, theirs in _SETTINGS.items() if first.get(ours) is not None}}
         write_text(trial / "params.json", json.dumps(settings, indent=1) + "\n")
-        write_text(trial / "result.json", _results(table, rows, numbers, settings))
+        repeated = {name: value for name, value in settings.items() if name != RECORD}
+        write_text(trial / "result.json", _results(table, rows, numbers, repeated))
         population = models.load(torch.tensor(rows))
         for i, epoch in enumerate(numbers):
             _save(population, i, trial / f"checkpoint_{epoch:06d}" / "checkpoints")
@@ -76,11 +77,12 @@ def _ray(models: MappedZoo, folder: Path) -> int:
 
 def _results(table: Mapping[str, tuple[Any, ...]], rows: list[int], epochs: list[int], config: Mapping[str, Any]) -> str:
     """A line an iteration from 0 on, as the published loaders count lines; iterations that were not kept know only their number."""
-    columns = {n: c for n, c in table.items() if n not in (*_SETTINGS, "split", "model", "epoch", "name", "ggap")}
+    columns = {n: c for n, c in table.items() if n not in (*_SETTINGS, "model", "epoch", "ggap")}
     known: dict[int, dict[str, Any]] = {}
     for row, epoch in zip(rows, epochs, strict=True):
         known[epoch] = {n: column[row] for n, column in columns.items() if column[row] is not None}
         further = {n: v for n, v in known[epoch].items() if n not in RESULTS}
+        known[epoch] = {n: v for n, v in known[epoch].items() if n not in ("name", "split")}
         known[epoch] |= {PROPERTIES: further} if further else {}  # so that an import knows them from what ray writes of its own
     lines = ({"training_iteration": e, **known.get(e, {}), "config": config} for e in range(epochs[-1] + 1))
     return "".join(json.dumps(line) + "\n" for line in lines)
@@ -109,8 +111,8 @@ def _save(population: Population, row: int, file: Path) -> None:
 
 def _config(architecture: Architecture) -> dict[str, Any]:
     """The published config keys of an architecture, as far as it has them."""
-    config: dict[str, Any] = {"model::type": _TYPES.get(architecture.name, architecture.name)}
-    if architecture.name not in _TYPES:
+    config: dict[str, Any] = {"model::type": PUBLISHED.get(architecture.name, architecture.name)}
+    if architecture.name not in PUBLISHED:
         config[RECORD] = architecture.to_dict()  # published loaders pass over it; an import takes the network from it
     activation = next((layer.function for layer in architecture.layers if isinstance(layer, Activation)), None)
     if activation is not None:

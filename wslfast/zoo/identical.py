@@ -12,7 +12,7 @@ from .splits import Split
 
 
 class First(NamedTuple):
-    """Where a row's weights were first: the model, its epoch (None where not known), and a name for people."""
+    """The first row with certain weights: its model, its epoch (None if not known), and a name for messages."""
 
     model: int
     epoch: int | None
@@ -62,7 +62,7 @@ class Drawn(NamedTuple):
 
 
 def digest(row: Tensor) -> bytes:
-    """What two rows of weights ``[P]`` share only if they are equal to the bit."""
+    """A digest of a row of weights ``[P]``. Two rows have the same only if they are equal to the bit."""
     return hashlib.sha256(row.contiguous().numpy().data).digest()
 
 

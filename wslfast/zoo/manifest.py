@@ -262,9 +262,9 @@ def _object(record: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
     return value
 
 
-def _integer(record: Mapping[str, Any], key: str, where: str, least: int = 1) -> int:
+def _integer(record: Mapping[str, Any], key: str, where: str) -> int:
     value = record.get(key)
-    require(type(value) is int and least <= value < 1 << 60, f"{where}: {key}: expected an integer >= {least}, got {_came(value)}")
+    require(type(value) is int and 1 <= value < 1 << 60, f"{where}: {key}: expected an integer >= 1, got {_came(value)}")
     assert isinstance(value, int)
     return value
 

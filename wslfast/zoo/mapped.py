@@ -20,11 +20,11 @@ from torch import Tensor
 
 from ..architecture import Architecture
 from ..errors import WslfastError, describe, require
+from ..files import sha256_of
 from ..population import Population
-from .arrays import sha256_of
-from .manifest import KIND, MANIFEST, SPLITS
-from .reading import chosen_kind, chosen_rows, in_shards, read_manifest
-from .shards import check_shards, check_weights, regular_file, rows_of, sound_part
+from .manifest import MANIFEST, SPLITS
+from .reading import chosen_kind, chosen_rows, in_shards, parts_of, read_manifest
+from .shards import check_digest, check_shards, check_weights, regular_file, rows_of, sound_part
 
 WINDOW = 8  # shards: 512 MiB of those that save_zoo writes
 
@@ -135,11 +135,7 @@ class MappedZoo:
         file = regular_file(self._folder, shard.file)
         try:
             if self._verify and number not in self._sound:
-                digest = sha256_of(file)
-                require(
-                    digest == shard.sha256,
-                    f"{where}: the shard is damaged or not the manifest's: expected sha256 {shard.sha256[:12]}..., got {digest[:12]}...",
-                )
+                check_digest(sha256_of(file), shard, where)
                 self._sound.add(number)
             with safetensors.safe_open(file, framework="pt") as opened:
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
@@ -154,11 +150,4 @@ class MappedZoo:
 
 def mapped_parts(path: str | Path, split: str | None = None, *, skip_bad: bool = False) -> dict[str, MappedZoo]:
     """A stored zoo by architecture, as :func:`wslfast.zoo.load_parts`, its weights on disk."""
-    manifest = read_manifest(path)
-    if not manifest.kinds:
-        models = MappedZoo(path, split, skip_bad=skip_bad)
-        return {models.architecture.name: models}
-    rows = zip(manifest.properties[KIND], manifest.properties["split"], strict=True)
-    there = {label for label, own in rows if split in (None, own)}
-    require(bool(there), f"{path}: no row is in split {split!r}; there are {sorted(set(manifest.properties['split']))}")
-    return {label: MappedZoo(path, split, architecture=label, skip_bad=skip_bad) for label in manifest.kinds if label in there}
+    return parts_of(path, split, lambda label: MappedZoo(path, split, architecture=label, skip_bad=skip_bad))

@@ -36,7 +36,7 @@ def trained_in_parts(
     kept_in: Path | None,
     settings: Mapping[str, Any],
 ) -> Population:
-    """``train(cells)``, of which each process does its part; every process returns all rows, in the order of cells.
+    """All rows of ``train(cells)``, in the order of cells, on every process; each process trains its own part of the cells.
 
     Args:
         train: maps cells to rows, as many of each, model-major, with properties of which ``model`` counts cells from 0.
@@ -70,7 +70,7 @@ def trained_in_parts(
 
 
 def discard_parts(folder: Path) -> None:
-    """Remove the parts of a zoo that is whole now."""
+    """Delete the parts, when the zoo itself has been written."""
     shutil.rmtree(folder / FOLDER, ignore_errors=True)
 
 
@@ -84,7 +84,7 @@ def data_digest(data: Dataset | Signals) -> str:
 
 
 def _kept(path: Path, digest: str) -> tuple[torch.Tensor, dict[str, list[Any]]] | None:
-    """A part that is there, whole and of these settings."""
+    """Weights and properties of a finished part, or None if there is none with these settings that is undamaged."""
     if not path.is_file():
         return None
     try:

@@ -6,9 +6,9 @@ SHA-256, header, shape and dtype are checked before a row is used (``shards.py``
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,14 @@ from .manifest import KIND, MANIFEST, SPLITS, Manifest, normalised
 from .shards import bytes_of, check_shards, read_shard, rows_of, sound_part
 
 _PATIENCE = 5  # readings of the manifest while somebody replaces the zoo
+
+
+class _OfOneArchitecture(Protocol):
+    @property
+    def architecture(self) -> Architecture: ...
+
+
+Part = TypeVar("Part", bound=_OfOneArchitecture)  # a Population, or a MappedZoo
 
 
 def read_manifest(path: str | Path) -> Manifest:
@@ -67,14 +75,20 @@ def load_zoo(
 def load_parts(path: str | Path, split: str | None = None, *, skip_bad: bool = False) -> dict[str, Population]:
     """The populations of a zoo by architecture (the label of its table; of a zoo of one, the architecture's name), those with a row of
     the split alone."""
+    return parts_of(path, split, lambda label: load_zoo(path, split, architecture=label, skip_bad=skip_bad))
+
+
+def parts_of(path: str | Path, split: str | None, read: Callable[[str | None], Part]) -> dict[str, Part]:
+    """What ``read`` returns for each architecture of which the split has a row, by label. A zoo of one architecture is read with None,
+    and is under the architecture's name. Raises WslfastError if the split has no row."""
     manifest = read_manifest(path)
     if not manifest.kinds:
-        population = load_zoo(path, split, skip_bad=skip_bad)
-        return {population.architecture.name: population}
+        whole = read(None)
+        return {whole.architecture.name: whole}
     rows = zip(manifest.properties[KIND], manifest.properties["split"], strict=True)
-    there = {label for label, own in rows if split in (None, own)}
-    require(bool(there), f"{path}: no row is in split {split!r}; there are {sorted(set(manifest.properties['split']))}")
-    return {label: load_zoo(path, split, architecture=label, skip_bad=skip_bad) for label in manifest.kinds if label in there}
+    in_split = {label for label, own in rows if split in (None, own)}
+    require(bool(in_split), f"{path}: no row is in split {split!r}; there are {sorted(set(manifest.properties['split']))}{dealt(split)}")
+    return {label: read(label) for label in manifest.kinds if label in in_split}
 
 
 def _load(
@@ -127,7 +141,7 @@ def chosen_rows(manifest: Manifest, of_it: Sequence[bool], split: str | None, wh
     """Which rows are of an architecture (``of_it``) and in the split. Raises WslfastError if none is."""
     splits = [own for own, kept in zip(manifest.properties["split"], of_it, strict=True) if kept]
     chosen = [kept and split in (None, own) for own, kept in zip(manifest.properties["split"], of_it, strict=True)]
-    require(any(chosen), f"{where}: no row is in split {split!r}; there are {sorted(set(splits))}")
+    require(any(chosen), f"{where}: no row is in split {split!r}; there are {sorted(set(splits))}{dealt(split)}")
     return chosen
 
 
@@ -161,6 +175,11 @@ def agree(architecture: Architecture, manifest: Manifest, where: str) -> None:
     if "graph" in recorded or "layers" in recorded or "recipe" in recorded:
         other = f"{where}: architecture: the zoo's is another network than architecture={architecture.name!r}"
         require(manifest.rebuild(where).same_network(architecture), other)
+
+
+def dealt(split: str | None) -> str:
+    """What to do where a zoo has no model in a split."""
+    return " (wslfast generate --split drawn deals new models out to all three)" if split == "train" else ""
 
 
 def summarize(path: str | Path) -> dict[str, Any]:

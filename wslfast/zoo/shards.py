@@ -77,15 +77,18 @@ def read_shard(folder: Path, shard: Shard, shape: tuple[int, ...], verify: bool)
     data = bytes_of(folder, shard.file, shard.bytes)
     if verify:
         digest = hashlib.sha256(data).hexdigest()
-        require(
-            digest == shard.sha256,
-            f"{where}: the shard is damaged or not the manifest's: expected sha256 {shard.sha256[:12]}..., got {digest[:12]}...",
-        )
+        check_digest(digest, shard, where)
     try:
         tensors = safetensors.torch.load(data)
     except Exception as error:  # whatever the parser makes of bytes that nobody wrote
         raise WslfastError(f"{where}: not a safetensors file: {error}") from error
     return check_weights(tensors, shape, str(where))
+
+
+def check_digest(digest: str, shard: Shard, where: Path) -> None:
+    """Raise WslfastError unless a shard's SHA-256 is the one that the manifest promises."""
+    expected = f"expected sha256 {shard.sha256[:12]}..., got {digest[:12]}..."
+    require(digest == shard.sha256, f"{where}: the shard is damaged or not the manifest's: {expected}")
 
 
 def check_weights(tensors: Mapping[str, torch.Tensor], shape: tuple[int, ...], where: str) -> torch.Tensor:

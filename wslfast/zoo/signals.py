@@ -1,7 +1,7 @@
-"""What networks are fitted to that are no classifiers: inputs, and the numbers that belong to them.
+"""Data for networks that are no classifiers: inputs, and the numbers that a network shall return for them.
 
-Either the same for all models (plain regression), or each model's own: a zoo of implicit neural representations has one image a model,
-whose colours are the targets of its coordinates.
+All models have the same targets (plain regression), or each has its own: in a zoo of implicit neural representations each model has one
+image, whose colours are the targets at its coordinates.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Signals:
 
     @property
     def output_shape(self) -> tuple[int, ...]:
-        """Of the target of one point."""
+        """Shape of the target of one point."""
         return tuple(self.train_targets.shape[1 + int(self.own) :])
 
     def split(self, name: str) -> tuple[Tensor, Tensor] | None:

@@ -11,8 +11,7 @@ import numpy as np
 
 from ..architecture import Architecture
 from ..errors import WslfastError, describe, require
-from ..files import write_atomically
-from .arrays import sha256_of
+from ..files import sha256_of, write_atomically
 from .catalogue import NAMES
 from .datasets import Dataset, load_dataset
 from .grids import is_grid
@@ -131,10 +130,22 @@ def dataset_of(zoo: str | Path, architecture: Architecture) -> Dataset:
 def _file(zoo: Path, record: Mapping[str, Any]) -> Path:
     """The data set's file: beside the zoo or in its folder, so that both can move together, else where it was."""
     name = Path(str(record["name"])).name
-    for place in (zoo / name, zoo.resolve().parent / name):
-        if place.is_file():
-            return place
-    return Path(str(record.get("path", name)))
+    there = [place for place in (zoo / name, zoo.resolve().parent / name) if place.is_file()]
+    was = Path(str(record.get("path", name)))
+    if there and was.is_file():  # another file of that name may lie beside the zoo
+        there = [place for place in there if place.samefile(was) or sha256_of(place) == record.get("sha256")]
+    return there[0] if there else was
+
+
+def dataset_record(zoo: str | Path) -> dict[str, Any]:
+    """What a zoo's manifest says of its data set, for another zoo's: with the place of its file. Empty where it says nothing."""
+    record: Any = read_manifest(zoo).provenance.get("dataset")
+    if not isinstance(record, Mapping) or not isinstance(record.get("name"), str):
+        return {}
+    found = dict(record)
+    if "sha256" in found and found["name"] not in NAMES:
+        found["path"] = str(_file(Path(zoo), found).resolve())
+    return found
 
 
 def network(name: str, channels: int | None = None, *, dropout: float = 0.0) -> Architecture:

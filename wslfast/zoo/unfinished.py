@@ -20,7 +20,7 @@ FILE = "unfinished.safetensors"
 
 
 class Unfinished:
-    """The file.
+    """The file with the state of a zoo that is being built.
 
     Args:
         folder: of the zoo.
@@ -32,7 +32,7 @@ class Unfinished:
         self.settings = json.loads(json.dumps(settings))
 
     def exists(self) -> bool:
-        """Whether an interrupted build left one."""
+        """Whether an interrupted build left this file."""
         return self.path.is_file()
 
     def load(self) -> dict[str, Any] | None:
@@ -59,14 +59,14 @@ class Unfinished:
         return {**plain, **tensors}
 
     def save(self, state: Mapping[str, Any]) -> None:
-        """Replace what is there by the state after an epoch. Raises WslfastError where it cannot be written."""
+        """Write the state after an epoch over the state before. Raises WslfastError if it cannot be written."""
         tensors = {name: value.detach().cpu().contiguous() for name, value in state.items() if isinstance(value, Tensor)}
         plain = json.dumps({"settings": self.settings, **{name: value for name, value in state.items() if name not in tensors}})
         words = {"plain": plain, "sha256": _digest(tensors, plain)}
         write_bytes(self.path, safetensors.torch.save(tensors, words))
 
     def remove(self) -> None:
-        """Take it away: the zoo is there, or is begun anew."""
+        """Delete the file, when the zoo is finished or is begun anew."""
         self.path.unlink(missing_ok=True)
         remove_leftovers(self.path)
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tolerances import FP32, FP32_DEEP, FP32_ROUNDING, FP32_SMALL
 from torch import Tensor
 
 from wslfast.kernels import criteria, reference
@@ -148,7 +149,7 @@ def _check(net: Net, k: int, n: int, own: bool = False, criterion: str = "mse") 
     assert losses.shape == (k,)
     assert gradient.shape == weights.shape
     assert gradient.is_contiguous()
-    torch.testing.assert_close(losses.double(), values, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(losses.double(), values, rtol=FP32, atol=FP32_SMALL)
     _assert_close(gradient, truth, layers)
 
 
@@ -183,7 +184,7 @@ def test_labels(own: bool) -> None:
     labels = torch.randint(10, (5, 19))
     losses, gradient = cpu.loss_and_gradient(weights, queries, labels, layers, "cross_entropy")
     values, truth = reference.loss_and_gradient(weights.double(), queries.double(), labels, layers, "cross_entropy")
-    torch.testing.assert_close(losses.double(), values, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(losses.double(), values, rtol=FP32, atol=FP32_SMALL)
     _assert_close(gradient, truth, layers)
 
 
@@ -192,7 +193,7 @@ def test_temperature(temperature: float) -> None:
     weights, queries, targets, layers = _case(NETS["mlp"], 2, 9)
     losses, gradient = cpu.loss_and_gradient(weights, queries, targets, layers, "distillation", temperature)
     values, truth = reference.loss_and_gradient(weights.double(), queries.double(), targets.double(), layers, "distillation", temperature)
-    torch.testing.assert_close(losses.double(), values, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(losses.double(), values, rtol=FP32, atol=FP32_SMALL)
     _assert_close(gradient, truth, layers)
 
 
@@ -273,7 +274,7 @@ def test_any_net(net: Net, k: int, n: int, own: bool) -> None:
     weights, queries, targets, layers = _case(net, k, n, own)
     losses, gradient = cpu.loss_and_gradient(weights, queries, targets, layers, "mse")
     values, truth = reference.loss_and_gradient(weights.double(), queries.double(), targets.double(), layers, "mse")
-    torch.testing.assert_close(losses.double(), values, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(losses.double(), values, rtol=FP32, atol=FP32_SMALL)
     _assert_close(gradient, truth, layers)
 
 
@@ -476,7 +477,7 @@ def test_two_columns_at_once_are_the_plain_convolution(name: str, own: bool, mon
     assert ("PairedConvStep" in kinds) == (own and name != "cnn")  # one channel is left to the grouped convolution
     monkeypatch.setattr(cpu, "_program", lambda layers, shape, own, _: cpu.compile_program(layers, shape, own))
     values, plain = cpu.loss_and_gradient(weights, queries, targets, layers, "mse")
-    torch.testing.assert_close(losses, values, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(losses, values, rtol=FP32, atol=FP32_SMALL)
     _assert_close(gradient, plain.double(), layers)
 
 
@@ -525,10 +526,10 @@ def test_a_dilation_between_taps_that_are_not_there(conv: Conv2d, image: tuple[i
         rest = row[size + conv.out_channels :]
         y = x.flatten(1) @ rest[: 3 * outputs].view(3, outputs).T + rest[3 * outputs :]
         values.append((y - wanted).square().sum() / 10)
-    torch.testing.assert_close(losses.double(), torch.stack(values), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(losses.double(), torch.stack(values), rtol=FP32, atol=FP32_ROUNDING)
     torch.stack(values).sum().backward()
     assert rows.grad is not None
-    torch.testing.assert_close(gradient.double(), rows.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradient.double(), rows.grad, rtol=FP32_DEEP, atol=FP32)
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
+from tolerances import FP64, FP64_ROUNDING
 from torch import Tensor, nn
 
 import wslfast
@@ -102,8 +103,8 @@ def _check(make) -> None:
     rows = weights.clone().requires_grad_()
     wanted = (engine.plain(rows, queries, architecture.graph) - targets).square().sum((1, 2)) / (2 * N)
     (slope,) = torch.autograd.grad(wanted.sum(), rows)
-    torch.testing.assert_close(losses, wanted.detach(), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(gradient, slope, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(losses, wanted.detach(), rtol=FP64_ROUNDING, atol=FP64_ROUNDING)
+    torch.testing.assert_close(gradient, slope, rtol=FP64, atol=FP64_ROUNDING)
 
 
 @pytest.mark.parametrize("name", list(FUNCTIONS))
@@ -180,8 +181,8 @@ def test_several_slabs_add_up() -> None:
     losses, gradient = engine.loss_and_gradient(weights, queries, targets, architecture.graph, "mse")
     rows = weights.clone().requires_grad_()
     wanted = (engine.plain(rows, queries, architecture.graph) - targets).square().sum((1, 2)) / (2 * n)
-    torch.testing.assert_close(losses, wanted.detach(), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(gradient, torch.autograd.grad(wanted.sum(), rows)[0], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(losses, wanted.detach(), rtol=FP64_ROUNDING, atol=FP64_ROUNDING)
+    torch.testing.assert_close(gradient, torch.autograd.grad(wanted.sum(), rows)[0], rtol=FP64, atol=FP64_ROUNDING)
 
 
 def test_tape_and_graph_agree() -> None:

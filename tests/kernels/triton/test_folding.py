@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tolerances import FP32_AMPLIFIED, FP32_DEEP, FP64, FP64_ROUNDING
 from torch import Tensor, nn
 
 from wslfast import Architecture, engine
@@ -59,10 +60,10 @@ def test_the_chain_is_the_network(name: str) -> None:
     weights, queries = _weights(arch, 3).double().requires_grad_(), torch.randn(4, *SHAPE, dtype=torch.float64)
     truth = engine.choose(arch, "cpu", torch.float64, "torch").forward(weights, queries, True)
     outputs = reference.forward(found.rows(weights), queries, found.layers)
-    assert relative_error(outputs, truth) < 1e-12
+    assert relative_error(outputs, truth) < FP64_ROUNDING
     slope = torch.randn_like(truth)
     (expected,), (gradient,) = (torch.autograd.grad(made, weights, slope) for made in (truth, outputs))
-    assert relative_error(gradient, expected) < 1e-10
+    assert relative_error(gradient, expected) < FP64
     silent = [p.name for p in arch.parameters if not gradient[:, p.offset : p.stop].any()]
     assert not silent, "every parameter of the network, running statistics included, has a gradient"
 
@@ -109,13 +110,13 @@ def test_the_kernels_on_it(name: str) -> None:
     weights, queries, targets = _weights(arch, 3), torch.randn(4, *SHAPE), torch.randn(3, 4, 3)
     path = Triton(arch, "a test")
     exact = engine.choose(arch, "cpu", torch.float64, "torch")
-    assert relative_error(path.forward(weights, queries, False), exact.forward(weights.double(), queries.double(), False)) < 1e-4
+    assert relative_error(path.forward(weights, queries, False), exact.forward(weights.double(), queries.double(), False)) < FP32_DEEP
     losses, gradient = path.loss_and_gradient(weights, queries, targets, "mse", 2.0, None)
     expected, slopes = exact.loss_and_gradient(weights.double(), queries.double(), targets.double(), "mse", 2.0, None)
-    assert relative_error(losses, expected) < 1e-4
-    assert relative_error(gradient, slopes) < 1e-3
+    assert relative_error(losses, expected) < FP32_DEEP
+    assert relative_error(gradient, slopes) < FP32_AMPLIFIED
     rows = weights.clone().requires_grad_()
     path.forward(rows, queries, True).sum().backward()
     wide = weights.double().requires_grad_()
     exact.forward(wide, queries.double(), True).sum().backward()
-    assert relative_error(rows.grad, wide.grad) < 1e-3
+    assert relative_error(rows.grad, wide.grad) < FP32_AMPLIFIED

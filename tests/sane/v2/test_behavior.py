@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from sane2_package import CNN3, forget, sane2, trial  # noqa: F401 - a fixture
+from tolerances import FP32, FP32_AMPLIFIED, FP32_DEEP, FP32_ROUNDING, FP32_SMALL
 from torch import nn
 
 from wslfast import Architecture, WslfastError, batched_behavioral_loss
@@ -89,10 +90,12 @@ def test_it_is_the_library_call_on_their_tokens(sane2: SimpleNamespace, kind: st
     other = parts["x_hat"].clone().requires_grad_()
     expected = batched_behavioral_loss(layout.detokenize(other), layout.detokenize(parts["x"]), queries, arch)
     expected.backward()
-    assert float(out["loss"].detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
-    torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-5, atol=1e-7)
+    assert float(out["loss"].detach()) == pytest.approx(float(expected.detach()), rel=FP32_ROUNDING)
+    torch.testing.assert_close(leaf.grad, other.grad, rtol=FP32, atol=FP32_SMALL)
     assert not leaf.grad[~parts["mask"]].any()  # type: ignore[index]
-    assert float(out["loss"].detach()) == pytest.approx(float(_expected(sane2, models, parts, queries, kind).detach().mean()), rel=1e-4)
+    assert float(out["loss"].detach()) == pytest.approx(
+        float(_expected(sane2, models, parts, queries, kind).detach().mean()), rel=FP32_DEEP
+    )
     assert out["loss"] is out["loss_behavioral"]
     assert not list(loss.parameters())
     assert not loss.state_dict()
@@ -109,7 +112,7 @@ def test_criteria_reductions_and_units(sane2: SimpleNamespace, criterion: str) -
     arch = Architecture.from_module(models[0], (3, 32, 32))
     rows = [layout_for("sparse", 97, arch).detokenize(parts[key]) for key in ("x_hat", "x")]
     expected = batched_behavioral_loss(*rows, queries, arch, criterion=criterion, temperature=3.0, reduction="sum")
-    assert float(out["loss"]) == pytest.approx(float(expected), rel=1e-6)
+    assert float(out["loss"]) == pytest.approx(float(expected), rel=FP32_ROUNDING)
     assert set(out) == {"loss", "loss_behavioral"}
     plain, unit = (v2.BehavioralLoss(**settings, normalize=n) for n in (None, "batch"))
     flat = _expected_mean(plain, parts)
@@ -117,8 +120,8 @@ def test_criteria_reductions_and_units(sane2: SimpleNamespace, criterion: str) -
     for made in (plain, unit):
         torch.manual_seed(3)
         results.append(made(parts))
-    assert float(results[1]["loss"]) == pytest.approx(float(results[0]["loss"]) / flat, rel=1e-5)
-    assert float(results[0]["loss_behavioral_rsq"]) == pytest.approx(1 - float(results[1]["loss"]), rel=1e-4)
+    assert float(results[1]["loss"]) == pytest.approx(float(results[0]["loss"]) / flat, rel=FP32)
+    assert float(results[0]["loss_behavioral_rsq"]) == pytest.approx(1 - float(results[1]["loss"]), rel=FP32_DEEP)
 
 
 def _expected_mean(loss: Any, parts: Parts) -> float:
@@ -137,7 +140,7 @@ def test_networks_of_several_class_counts_in_padded_windows(sane2: SimpleNamespa
     loss = v2.BehavioralLoss(zoo=models[0], n_queries=6, input_shape=(3, 32, 32))
     queries = _drawn(loss)
     found = loss.values([(parts["x"], parts["x_hat"], parts["mask"], parts["p"])], queries)[0]
-    torch.testing.assert_close(found.double(), _expected(sane2, models, parts, queries), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(found.double(), _expected(sane2, models, parts, queries), rtol=FP32_DEEP, atol=FP32_SMALL)
 
 
 def test_two_views_are_one_batch(sane2: SimpleNamespace) -> None:  # noqa: F811
@@ -155,7 +158,7 @@ def test_two_views_are_one_batch(sane2: SimpleNamespace) -> None:  # noqa: F811
     out = loss(tensors)
     one = _expected(sane2, models, parts, queries)
     two = _expected(sane2, models, {**parts, "x": x, "x_hat": 1.02 * x}, queries)
-    assert float(out["loss"]) == pytest.approx(float(torch.cat([one, two]).mean()), rel=1e-4)
+    assert float(out["loss"]) == pytest.approx(float(torch.cat([one, two]).mean()), rel=FP32_DEEP)
 
 
 def test_windows_in_a_row_are_put_together(sane2: SimpleNamespace) -> None:  # noqa: F811
@@ -208,7 +211,7 @@ def test_batch_norm(sane2: SimpleNamespace, statistics: str) -> None:  # noqa: F
                 model(queries)
             for hook in hooks:
                 hook.remove()
-    torch.testing.assert_close(found.double(), _expected(sane2, models, parts, queries), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(found.double(), _expected(sane2, models, parts, queries), rtol=FP32_AMPLIFIED, atol=FP32_ROUNDING)
     leaf = parts["x_hat"].clone().requires_grad_()
     loss({**parts, "x_hat": leaf})["loss"].backward()
     assert bool(leaf.grad[parts["mask"]].isfinite().all())  # type: ignore[index]
@@ -239,7 +242,7 @@ def test_it_composes_and_scripts_find_it_by_name(sane2: SimpleNamespace, tmp_pat
         tensors = {f"{k}_{v}": t for v in "ij" for k, t in {**parts, "z": z, "z_p": projections + (v == "j")}.items()}
         out = trainer.loss_fn(tensors)
         expected = 0.1 * out["loss_contrastive"] + 0.9 * (0.25 * out["loss_mse_reconstruction"] + 0.75 * out["loss_behavioral"])
-        assert float(out["loss"]) == pytest.approx(float(expected), rel=1e-5)
+        assert float(out["loss"]) == pytest.approx(float(expected), rel=FP32)
         made = v2.BehavioralLoss(name="mine", zoo=models[0], input_shape=(3, 32, 32))
         assert made.name == "loss_mine"
         whole = sane2.loss.CompositeLoss("both", [made, sane2.loss.MSEReconstructionLoss()], [0.5, 0.5])
@@ -294,7 +297,7 @@ def test_a_broken_reconstruction_is_left_out_where_asked(sane2: SimpleNamespace)
     torch.manual_seed(3)
     found = loss({**parts, "x_hat": broken})["loss"]
     kept = loss.values([tuple(parts.values())], queries)[0][[0, 2]].mean()
-    assert float(found) == pytest.approx(float(kept), rel=1e-6)
+    assert float(found) == pytest.approx(float(kept), rel=FP32_ROUNDING)
     assert bool(v2.BehavioralLoss(**settings)({**parts, "x_hat": broken})["loss"].isnan())
     with pytest.raises(WslfastError, match="no network of the batch"):
         loss({**parts, "x_hat": torch.full_like(broken, float("nan"))})

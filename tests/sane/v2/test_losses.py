@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from sane2_package import sane2  # noqa: F401 - a fixture
+from tolerances import FP32, FP32_DEEP, FP32_ROUNDING, FP32_SMALL
 
 from wslfast.sane.v2 import losses
 
@@ -34,8 +35,8 @@ def test_values_and_gradients(sane2: SimpleNamespace, normalize: str | None, red
     (ours,) = torch.autograd.grad(found["loss"], tensors["x_hat"])
     assert list(found) == list(expected)
     for key in found:
-        torch.testing.assert_close(found[key].double(), expected[key].double(), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(ours, gradient, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(found[key].double(), expected[key].double(), rtol=FP32, atol=FP32_ROUNDING)
+    torch.testing.assert_close(ours, gradient, rtol=FP32, atol=FP32_SMALL)
     assert not ours[~tensors["mask"]].any()
     assert found["loss"] is found[made.name]
 
@@ -45,11 +46,11 @@ def test_two_views_are_averaged_and_a_missing_mask_keeps_everything(sane2: Simpl
     both = _tensors("_i") | _tensors("_j")
     expected, found = made.forward(both), losses.reconstruct(made, both, original=_never)
     for key in expected:
-        torch.testing.assert_close(found[key].double(), expected[key].double(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found[key].double(), expected[key].double(), rtol=FP32, atol=FP32_ROUNDING)
     plain = {"x": torch.randn(3, 5), "x_hat": torch.randn(3, 5)}
     token = sane2.reconstruction.MSEReconstructionLoss()
     found = losses.reconstruct(token, plain, original=_never)
-    torch.testing.assert_close(found["loss"].double(), token.forward(plain)["loss"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found["loss"].double(), token.forward(plain)["loss"], rtol=FP32, atol=FP32_ROUNDING)
     assert found["compression_ratio"] is None
     same = losses.reconstruct(token, {"x": plain["x"], "x_hat": plain["x"]}, original=_never)
     assert (float(same["loss"]), float(same["loss_mse_reconstruction_rsq"])) == (0.0, 1.0)
@@ -65,7 +66,7 @@ def test_half_precision_outputs_get_half_precision_gradients(sane2: SimpleNamesp
     assert half.grad is not None
     assert half.grad.dtype == torch.bfloat16
     expected = made.forward(tensors | {"x_hat": half})["loss"]
-    torch.testing.assert_close(found["loss"].double(), expected.double(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found["loss"].double(), expected.double(), rtol=FP32_DEEP, atol=FP32_ROUNDING)
 
 
 def test_what_the_original_refuses_or_does_otherwise_is_its_own(sane2: SimpleNamespace) -> None:  # noqa: F811
@@ -87,8 +88,8 @@ def test_contrast(sane2: SimpleNamespace) -> None:  # noqa: F811
     a, b = torch.randn(5, 6, requires_grad=True), torch.randn(5, 6)
     tensors = {"z_p_i": a, "z_p_j": b}
     expected, found = made.forward(tensors), losses.contrast(made, tensors, original=_never)
-    torch.testing.assert_close(found["loss"].double(), expected["loss"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found["loss"].double(), expected["loss"], rtol=FP32, atol=FP32_ROUNDING)
     gradients = [torch.autograd.grad(out["loss"], a)[0] for out in (expected, found)]
-    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=FP32_DEEP, atol=FP32_ROUNDING)
     assert list(found) == list(expected)
     assert losses.contrast(made, {"z_p_i": a[:1], "z_p_j": b[:1]}, original=lambda *_: "theirs") == "theirs"

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from sane2_package import CNN3, FILES, forget, lay_out, load, sane2  # noqa: F401 - a fixture
+from tolerances import FP32
 
 from wslfast.errors import WslfastError
 from wslfast.sane import patch, patched, patching, replaced, v2
@@ -84,7 +85,7 @@ def test_a_run_is_the_same_patched_and_not(sane2: SimpleNamespace) -> None:  # n
     with patched():
         found = run()
     assert torch.equal(expected[0], found[0])
-    assert found[1] == pytest.approx(expected[1], rel=1e-5)
+    assert found[1] == pytest.approx(expected[1], rel=FP32)
 
 
 def test_modules_imported_during_the_patch_are_patched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from sane2_package import CNN3, sane2  # noqa: F401 - a fixture
+from tolerances import FP32, FP32_DEEP
 from torch import nn
 
 from wslfast.errors import WslfastError
@@ -117,7 +118,7 @@ def test_augmented_checkpoints_are_the_published_ones(sane2: SimpleNamespace, ki
     for a, b in zip(expected, found):
         _same(a.model.state_dict(), b.model.state_dict())
         assert (a.metadata, a.zoo_root_dir) == (b.metadata, b.zoo_root_dir)
-        torch.testing.assert_close(b.model.eval()(x), checkpoint.model.eval()(x), rtol=1e-4, atol=1e-5)  # a view is the same function
+        torch.testing.assert_close(b.model.eval()(x), checkpoint.model.eval()(x), rtol=FP32_DEEP, atol=FP32)  # a view is the same function
     last = found[-1]
     assert last.metadata is not checkpoint.metadata
     assert last.metadata["eval_results"]["test_acc"] is not checkpoint.metadata["eval_results"]["test_acc"]

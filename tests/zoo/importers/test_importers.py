@@ -20,6 +20,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pickled import Calls, as_archive, honest_file, hostile_programs
+from tolerances import FP32, FP32_ROUNDING
 from torch import Tensor, nn
 
 from wslfast import Architecture, Population, TokenLayout, WslfastError, load_zoo
@@ -204,6 +205,8 @@ def test_an_explicit_split_does_not_depend_on_the_listing(tmp_path: Path, tree: 
 
 def test_a_models_split_depends_on_nothing_that_was_left_out(tmp_path: Path, tree: Path) -> None:
     shares = {"split": (0.5, 0.25, 0.25), "seed": 3}
+    for file in tree.rglob("result.json"):  # as of other people: an export of ours says which split each model is in
+        file.write_text(file.read_text().replace('"split"', '"other"'))
     import_zoo(tree, tmp_path / "all", **shares)  # type: ignore[arg-type]
     whole = dict(zip(load_zoo(tmp_path / "all").properties["name"], load_zoo(tmp_path / "all").properties["split"]))
     gone = next(name for name, split in whole.items() if split == "train")  # train has two more
@@ -215,6 +218,8 @@ def test_a_models_split_depends_on_nothing_that_was_left_out(tmp_path: Path, tre
 
 def test_no_split_is_emptied_by_what_was_left_out(tmp_path: Path, tree: Path) -> None:
     shares = {"split": (0.5, 0.25, 0.25), "seed": 3}
+    for file in tree.rglob("result.json"):  # as of other people: an export of ours says which split each model is in
+        file.write_text(file.read_text().replace('"split"', '"other"'))
     import_zoo(tree, tmp_path / "all", **shares)  # type: ignore[arg-type]
     zoo = load_zoo(tmp_path / "all")
     for name in {n for n, split in zip(zoo.properties["name"], zoo.properties["split"]) if split == "val"}:
@@ -389,7 +394,7 @@ def test_pickled_data_sets_are_read_without_their_class(
     done = import_zoo(tmp_path, tmp_path / "out")
     zoo = load_zoo(tmp_path / "out")
     assert (done.rows, done.models, dict(done.skipped)) == (18, 6, {})
-    torch.testing.assert_close(zoo.weights, rows.weights, rtol=1e-5, atol=1e-6 if standardize else 0.0)
+    torch.testing.assert_close(zoo.weights, rows.weights, rtol=FP32, atol=FP32_ROUNDING if standardize else 0.0)
     assert zoo.properties["split"] == ("train",) * 6 + ("val",) * 6 + ("test",) * 6
     assert zoo.properties["epoch"] == (0, 2, 5) * 6
     assert zoo.properties["test_acc"] == (0.1, 0.2, 0.3) * 6
@@ -418,7 +423,7 @@ def test_running_statistics_were_standardised_twice(tmp_path: Path, published: t
     dataset.standardize, dataset.layers, dataset.ignore_bn = True, layers, False
     torch.save(dataset, tmp_path / "zoo.pt")
     import_zoo(tmp_path / "zoo.pt", tmp_path / "out", architecture=arch, split=(1.0, 0.0, 0.0))
-    torch.testing.assert_close(load_zoo(tmp_path / "out").weights, true, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(load_zoo(tmp_path / "out").weights, true, rtol=FP32, atol=FP32)
 
 
 def test_epoch_0_is_dropped_from_the_published_list_of_epochs(tmp_path: Path, published: type) -> None:

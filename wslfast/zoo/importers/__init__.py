@@ -116,7 +116,7 @@ def import_zoo(
     named = [] if network is None else [network] if isinstance(network, str) else list(network)
     networks = [(name.rpartition(":")[2], own.architecture_of(name, input_shape, dataset, output)) for name in named]
     chosen = _Source.of(folder, networks, own.Table.read(table), architecture, kept, padding, omega, dataset)
-    rows = Rows(chosen.read, architecture, threshold, chosen.stated)
+    rows = Rows(chosen.read, chosen.architecture or architecture, threshold, chosen.stated)
     first = next(iter(rows), None)
     require(first is not None and len(rows.kinds) > 0, lambda: _nothing(source, folder, rows, networks))
     provenance: dict[str, Any] = {"made_by": "wslfast zoo import", "source": str(source), "kind": chosen.kind}
@@ -171,6 +171,7 @@ class _Source:
     kind: str
     read: Reader
     stated: Callable[[], Any] = lambda: None
+    architecture: Architecture | None = None
 
     @classmethod
     def of(
@@ -187,27 +188,37 @@ class _Source:
         def own_networks(those: list[tuple[str, Architecture]], known: own.Table) -> Reader:
             return lambda skips, seen: own.checkpoints(folder, those, known, epochs, skips, seen)
 
-        if networks:
-            return cls("state dicts", own_networks(networks, table))
+        trees = not folder.is_file() and ray.is_tree(folder)
+        files = pickled.files_of(folder)
+        only = set(state_files(folder, Skips())) <= set(files.values()) if networks else True
+        sets = bool(files) and only and (not folder.is_file() or pickled.is_data_set(folder))
         if own.is_exported(folder):
             made, index = own.exported(folder)
-            return cls("exported state dicts", own_networks(made, index))
+            if networks:  # by the names that they were given now
+                index = index.without("network")
+            return cls("exported state dicts", own_networks(networks or made, table if table.where else index))
+        if networks and not trees and not sets:
+            return cls("state dicts", own_networks(networks, table))
         if small_cnn.is_there(folder):
+            table.refused("the Small CNN Zoo")
             shape = None if dataset is None else input_side(dataset)
             return cls("Small CNN Zoo", lambda skips, seen: small_cnn.checkpoints(folder, padding, shape, epochs, skips, seen))
-        files = pickled.files_of(folder)
-        trees = not folder.is_file() and ray.is_tree(folder)
         if trees:
 
             def trials(skips: Skips, seen: set[int]) -> Any:
                 for file in files.values():  # the published pipeline leaves what it made of the trials beside them
                     skips.add(file.name, "a data set beside trials", "the trials are read; name the file itself to read it")
-                return ray.checkpoints(folder, epochs, skips, seen)
+                return own.of_trials(ray.checkpoints(folder, epochs, skips, seen), networks, table, folder, skips)
 
             return cls("ray trials", trials, partial(ray.stated, folder, "model::nlin"))
-        if files and (not folder.is_file() or pickled.is_data_set(folder)):
-            return cls("pickled data sets", lambda skips, seen: pickled.checkpoints(files, architecture, epochs, skips, seen))
+        if sets:
+            table.refused("a pickled data set")
+            require(len(networks) < 2, f"network: expected one for pickled data sets, got {len(networks)}")
+            kind = networks[0][1] if networks else architecture
+            read: Reader = lambda skips, seen: pickled.checkpoints(files, kind, epochs, skips, seen)  # noqa: E731
+            return cls("pickled data sets", read, architecture=kind)
         if inr.is_there(folder) and architecture is None:
+            table.refused("a zoo of implicit representations")
             return cls("implicit representations", lambda skips, seen: inr.checkpoints(folder, omega, epochs, skips, seen))
         if state_files(folder, Skips()):
             given = [] if architecture is None else [(architecture.name, architecture)]
@@ -237,7 +248,8 @@ def _nothing(source: str | Path, folder: Path, rows: Rows, networks: Sequence[An
 def _assigned(plan: Split, rows: Rows) -> tuple[str, ...]:
     """The split of every row. All models of the source are dealt out, those left out too, so that another choice of epochs, or a checkpoint
     that is broken, moves no other model; unless that left a split without models that could have some. Copies of a trial go together.
-    Where the source states the split of some models, the others are dealt out among the splits it does not state."""
+    Where the source states the split of some models, the others are dealt out among the splits it does not state. Where an architecture of
+    several would have no model in a split, each architecture's models are dealt out on their own."""
     families = [rows.identical.family(model) for model in rows.models]
     stated: dict[int, str] = {}
     for family, name in zip(families, rows.splits, strict=True):
@@ -252,6 +264,13 @@ def _assigned(plan: Split, rows: Rows) -> tuple[str, ...]:
     names = tuple(of[family] for family in families)
     free = [family for family in families if family not in stated]
     alone = dict(zip(free, plan.assign(free), strict=True)) if free else {}
+    if len(rows.architectures) > 1:
+        groups: dict[int, list[int]] = {}
+        for family, kind in dict(zip(families, rows.kinds, strict=True)).items():
+            groups.setdefault(id(kind), []).extend([] if family in stated else [family])
+        apart = {f: name for group in groups.values() if group for f, name in zip(group, plan.assign(group), strict=True)}
+        if any(not {apart[f] for f in group} <= {of[f] for f in group} for group in groups.values()):
+            return tuple(stated.get(f) or apart[f] for f in families)
     return names if set(alone.values()) <= set(names) else tuple(stated.get(f) or alone[f] for f in families)
 
 

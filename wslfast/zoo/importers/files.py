@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +14,10 @@ from torch import Tensor
 
 from ...errors import WslfastError, require
 from ...safe.inert import InertFile
-from .found import Skips, State, state_of, unwrapped
+from .found import Skips, State, folders, state_of, unwrapped
 
 TORCH = (".pt", ".pth", ".bin", ".ckpt")
 ENDINGS = (*TORCH, ".safetensors", ".npz")
-_DEEPEST = 8
 
 
 @dataclass(frozen=True)
@@ -35,27 +33,12 @@ def state_files(source: Path, skips: Skips) -> list[Path]:
     followed."""
     if source.is_file():
         return [source]
-    found: list[Path] = []
-    waiting = [(source, 0)]
-    while waiting:
-        folder, depth = waiting.pop()
-        try:
-            names = os.listdir(folder)
-        except OSError as error:
-            skips.add(str(folder), "unreadable folder", error.strerror or str(error))
-            continue
-        for name in names:
-            path = folder / name
-            if path.is_dir():
-                where = str(path.relative_to(source))
-                if path.is_symlink():
-                    skips.add(where, "a link to a folder", "links are not followed")
-                elif depth == _DEEPEST:
-                    skips.add(where, "too deep", f"more than {_DEEPEST} folders down")
-                else:
-                    waiting.append((path, depth + 1))
-            elif path.suffix.lower() in ENDINGS and not name.startswith("."):
-                found.append(path)
+    found = [
+        path
+        for folder, names, below in folders(source, skips)
+        for path in (folder / name for name in names if not name.startswith("."))
+        if path.suffix.lower() in ENDINGS and path not in below
+    ]
     return sorted(found, key=lambda path: _natural(str(path.relative_to(source))))
 
 
@@ -81,7 +64,7 @@ def load(path: Path) -> Loaded:
 
 
 def _apart(state: dict[str, Tensor], beside: dict[str, Any]) -> Loaded:
-    """Whole numbers that lie among the weights, a label say, are not of them."""
+    """The weights, without single integers such as a label that lie among them; these count as saved beside the weights."""
     for name in [n for n, t in state.items() if t.ndim == 0 and not t.is_floating_point() and "." not in n and n != "num_batches_tracked"]:
         beside = {name: state.pop(name).item(), **beside}
     require(len(state) > 0, "expected a state dict (names to tensors)")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +17,7 @@ from ...safe.inert import StoredTensor, Stub
 
 State = Mapping[str, Tensor]
 UNKNOWN = "no matching results"
+_DEEPEST = 8  # folders below a source that are looked into
 _WRAPPERS = ("model_state_dict", "state_dict", "model", "params", "net", "network", "weights")  # keys that a state dict lies under
 _PARTS = ("_parameters", "_buffers", "_modules")  # of a module that was pickled whole
 
@@ -54,6 +57,39 @@ class Skips:
     def counts(self) -> dict[str, int]:
         """How many for each reason, most frequent first."""
         return dict(Counter(entry["reason"] for entry in self.entries).most_common())
+
+
+def listing(folder: Path, where: str, skips: Skips) -> list[str]:
+    """Names in a folder, in no order; none, and a note to ``skips`` under the name ``where``, if it cannot be read."""
+    try:
+        return os.listdir(folder)
+    except OSError as error:
+        skips.add(where, "unreadable folder", error.strerror or str(error))
+        return []
+
+
+def folders(
+    source: Path, skips: Skips, is_leaf: Callable[[Collection[str]], bool] = lambda names: False
+) -> Iterator[tuple[Path, list[str], set[Path]]]:
+    """``source`` and every folder below it, in sorted order: the folder, all names in it, and the folders in it.
+
+    Folders with names for which ``is_leaf`` is true are not looked into, and are given as having none. Links to folders are not followed,
+    nor is anything more than eight folders down; ``skips`` has them.
+    """
+    waiting = [(source, 0)]
+    while waiting:
+        folder, depth = waiting.pop()
+        names = listing(folder, str(folder), skips)
+        below = set() if is_leaf(names) else {path for path in (folder / name for name in names) if path.is_dir()}
+        for path in sorted(below, reverse=True):
+            where = str(path.relative_to(source))
+            if path.is_symlink():
+                skips.add(where, "a link to a folder", "links are not followed")
+            elif depth == _DEEPEST:
+                skips.add(where, "too deep", f"more than {_DEEPEST} folders down")
+            else:
+                waiting.append((path, depth + 1))
+        yield folder, names, below
 
 
 def unwrapped(value: Any) -> tuple[Any, dict[str, Any]]:

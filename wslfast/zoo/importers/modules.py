@@ -47,7 +47,7 @@ class SmallCNN(nn.Module):
 
 
 def _same(size: int) -> int:
-    """Zeros beside an axis that a kernel of 3 with stride 2 takes to ceil(size / 2)."""
+    """Number of zeros to pad an axis with, both sides together, so that a kernel of 3 with stride 2 gives ceil(size / 2) outputs."""
     return max((-(-size // 2) - 1) * 2 + 3 - size, 0)
 
 

@@ -10,7 +10,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from ...architecture import Architecture
 from ...errors import WslfastError, describe, require
 from ...tracing import effective_state
 from ..datasets import input_shapes
+from ..export import PUBLISHED
 from ..manifest import KIND, SPLITS, plain
 from .files import Loaded, load, state_files
 from .found import Found, Skips, State, unreadable
@@ -55,10 +56,10 @@ def module_of(network: str) -> nn.Module:
     finally:
         sys.path.remove(str(path.resolve().parent))
     made = getattr(code, name, None)
-    there = [
+    modules = [
         n for n, value in vars(code).items() if isinstance(value, type) and issubclass(value, nn.Module) and value.__module__ == spec.name
     ]
-    require(made is not None, f"network: {file} has no {name!r}; its modules are {there[:8]}")
+    require(made is not None, f"network: {file} has no {name!r}; its modules are {modules[:8]}")
     if not isinstance(made, nn.Module):
         require(callable(made), f"network: {network}: expected a class or a function that gives the module, got {describe(made)}")
         try:
@@ -83,10 +84,12 @@ def architecture_of(network: str, input_shape: Sequence[int] | None, dataset: st
         require(dataset is not None, need)
         assert dataset is not None
         shapes, _ = input_shapes(dataset)
+    name = network.rpartition(":")[2]
+    label = None if name in PUBLISHED else name  # a function resnet18() gives its author's network, not the published one
     failed = []
     for shape in shapes:
         try:
-            return Architecture.from_module(module, shape, output=output)
+            return Architecture.from_module(module, shape, label, output=output)
         except Exception as error:  # a module has errors of its own for inputs that it does not take
             words = str(error) if isinstance(error, WslfastError) else f"{type(error).__name__}: {error}"
             failed.append(f"{list(shape)}: {words}")
@@ -119,11 +122,26 @@ class Table:
     def of(self, file: Path, source: Path) -> tuple[str, Mapping[str, Any]] | None:
         """The row of a file, by its path below the source, its name, or either without the ending; and how it is called there."""
         whole = file.name if source.is_file() else file.relative_to(source).as_posix()
-        for key in (whole, file.name, str(file)):
-            for form in (key, key.removesuffix(file.suffix)):
-                if form in self.rows:
-                    return form, self.rows[form]
-        return None
+        keys = (whole, file.name, str(file))
+        return self.under(*(form for key in keys for form in (key, key.removesuffix(file.suffix))))
+
+    def under(self, *names: str) -> tuple[str, Mapping[str, Any]] | None:
+        """The row that is called one of these, and how it is called."""
+        return next(((name, self.rows[name]) for name in names if name in self.rows), None)
+
+    def without(self, column: str) -> Table:
+        """The table without a column."""
+        return Table({key: {n: v for n, v in row.items() if n != column} for key, row in self.rows.items()}, self.where)
+
+    def refused(self, what: str) -> None:
+        """Raise WslfastError if there is a table: ``what`` knows everything of its models itself."""
+        require(not self.where, f"table: expected none beside {what}, which has its own; got {self.where}")
+
+    def unused(self, used: Collection[str], source: Path, skips: Skips) -> None:
+        """Note the rows that no network was found for."""
+        for name in self.rows:
+            if name not in used:
+                skips.add(name, "no file", f"{self.where} names it, and it is not in {source}")
 
 
 def _key(name: str) -> str:
@@ -191,9 +209,41 @@ def checkpoints(
                 skips.add(where, "another architecture", str(error))
                 continue
         yield Found(where, model, epoch or 0, properties, {}, _given(state), split, architecture=chosen)
-    for name in table.rows:
-        if name not in used:
-            skips.add(name, "no file", f"{table.where} names it, and it is not in {source}")
+    table.unused(used, source, skips)
+
+
+def of_trials(
+    trials: Iterator[Found], networks: Sequence[tuple[str, Architecture]], table: Table, source: Path, skips: Skips
+) -> Iterator[Found]:
+    """Checkpoints of trials with what a table knows of each besides (its column ``file`` has the folder of the trial, or that of the
+    checkpoint), and of the networks that were named, where some were."""
+    used: set[str] = set()
+    for found in trials:
+        trial = found.where.rpartition("/")[0]
+        row = table.under(found.where, trial, trial.rpartition("/")[2])
+        known = dict(row[1]) if row is not None else {}
+        if row is not None:
+            used.add(row[0])
+        elif table.rows:
+            skips.add(found.where, "not in the table", f"{table.where} has no row for it")
+        further = {k: plain(v, k) for k, v in known.items() if k not in _RESERVED and k != "network"}
+        split = known["split"] if known.get("split") in SPLITS else found.split
+        found = replace(found, properties={**found.properties, **further}, split=split)
+        if not networks:
+            yield found
+            continue
+        try:
+            state = found.read()
+        except WslfastError:
+            yield found  # read once more where what is wrong with it is noted
+            continue
+        try:
+            state, architecture = _chosen(Loaded(state), networks, known.get("network"))
+        except WslfastError as error:
+            skips.add(found.where, "another architecture", str(error))
+            continue
+        yield replace(found, read=_given(state), architecture=architecture)
+    table.unused(used, source, skips)
 
 
 def _given(state: State) -> Any:
@@ -225,7 +275,7 @@ def _without_prefix(state: State, architecture: Architecture) -> State:
 
 
 def _difference(state: State, architecture: Architecture) -> str:
-    """What is not as the network has it, of one checkpoint."""
+    """How a checkpoint differs from the network, in words."""
     wanted = {slot.name: slot.shape for slot in architecture.parameters}
     held = {name: tuple(value.shape) for name, value in effective_state(_without_prefix(state, architecture), architecture.known).items()}
     lacks = [name for name in wanted if name not in held]

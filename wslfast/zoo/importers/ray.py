@@ -9,7 +9,6 @@ so a zoo is the same on every machine. Links to folders are not followed.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from functools import lru_cache, partial
@@ -20,14 +19,14 @@ from ...architecture import Architecture
 from ...errors import WslfastError
 from ...safe.inert import InertFile
 from ..export import PROPERTIES, RECORD, RESULTS
-from .found import Found, Skips, State, plain_of, state_of
+from ..manifest import SPLITS
+from .found import Found, Skips, State, folders, listing, plain_of, state_of
 from .modules import park_cnn
 from .results import match
 
 _CHECKPOINT = re.compile(r"checkpoint_(\d{1,9})")
 _TRIAL = "NN_tune_trainable_"
 _LARGEST_JSON = 64 << 20
-_DEEPEST = 8
 _FILES = ("checkpoints", "checkpoint.pt")  # in a checkpoint's folder
 _CONFIGS = ("params.json", "config.json")
 _SETTINGS = {  # a property, and the settings that say it, the first that is there
@@ -52,24 +51,26 @@ def checkpoints(source: Path, epochs: Collection[int] | None, skips: Skips, seen
         lines = _lines(folder, where, skips)
         repeated = (line["config"] for line in reversed(lines or []) if isinstance(line.get("config"), dict))
         config = config or next(repeated, {})  # ray repeats it in every line; the last run's counts
-        there, left = match(lines or [], _weights(folder, where, skips))
+        matched, left = match(lines or [], _weights(folder, where, skips))
         for file, reason, detail in left:
             skips.add(f"{where}/{file.parent.name}", reason, detail)
-        if not there and not left:
+        if not matched and not left:
             skips.add(where, "no checkpoints")
-        wanted = sorted(there) if epochs is None else sorted(epochs)
+        wanted = sorted(matched) if epochs is None else sorted(epochs)
         for epoch in wanted:
             at = f"{where}/checkpoint_{epoch:06d}"
-            if epoch not in there:
-                if there:
+            if epoch not in matched:
+                if matched:
                     skips.add(at, "epoch missing")
                 continue
-            file, line, why = there[epoch]
+            file, line, why = matched[epoch]
             known = {"name": folder.name, **_properties(config, line or {})}
             unknown = why if line is None and lines is not None else ""
             kind, beside = _park(file) if file.name == "checkpoint.pt" else (_recorded(config), {})
             known |= {name: value for name, value in beside.items() if known.get(name) is None}
-            yield Found(at, model, epoch, known, config, partial(_read, file), unknown="" if beside else unknown, architecture=kind)
+            split = known.pop("split", None)  # a zoo export writes it
+            split = split if split in SPLITS else None
+            yield Found(at, model, epoch, known, config, partial(_read, file), split, "" if beside else unknown, kind)
 
 
 def _recorded(config: Mapping[str, Any]) -> Architecture | None:
@@ -111,51 +112,34 @@ def stated(source: Path, key: str) -> Any:
 
 def _weights(folder: Path, where: str, skips: Skips) -> dict[int, Path]:
     """Files of weights in a trial's folder by epoch."""
-    there: dict[int, Path] = {}
-    # shorter names first: where both are there, the published loaders take checkpoint_20 before checkpoint_000020
-    for name in sorted(_listing(folder, where, skips), key=lambda n: (len(n), n)):
+    files: dict[int, Path] = {}
+    # shorter names first: where both exist, the published loaders take checkpoint_20 before checkpoint_000020
+    for name in sorted(listing(folder, where, skips), key=lambda n: (len(n), n)):
         match = _CHECKPOINT.fullmatch(name)
         if match is None:
             if name.startswith("checkpoint_") and (folder / name).is_dir():
                 skips.add(f"{where}/{name}", "not an epoch", "expected checkpoint_ and a number of up to nine digits")
             continue
         file = next((folder / name / kind for kind in _FILES if (folder / name / kind).is_file()), folder / name / _FILES[0])
-        if file.is_file() and int(match[1]) in there:
-            skips.add(f"{where}/{name}", "epoch twice", f"{there[int(match[1])].parent.name} is read")
+        if file.is_file() and int(match[1]) in files:
+            skips.add(f"{where}/{name}", "epoch twice", f"{files[int(match[1])].parent.name} is read")
         elif file.is_file():
-            there[int(match[1])] = file
+            files[int(match[1])] = file
         else:
             skips.add(f"{where}/{name}", "no weights", "expected a file named checkpoints")
-    return there
+    return files
+
+
+def _is_trial(names: Collection[str]) -> bool:
+    return bool({*_CONFIGS, "result.json"} & set(names)) or any(_CHECKPOINT.fullmatch(n) for n in names)
 
 
 def _trials(source: Path, skips: Skips) -> Iterator[Path]:
-    waiting = [(source, 0)]
-    while waiting:
-        folder, depth = waiting.pop()
-        names = _listing(folder, str(folder), skips)
-        if {*_CONFIGS, "result.json"} & set(names) or any(_CHECKPOINT.fullmatch(n) for n in names):
+    for folder, names, below in folders(source, skips, _is_trial):
+        if _is_trial(names):
             yield folder
-            continue
-        below = sorted((folder / n for n in names if (folder / n).is_dir()), reverse=True)
-        for path in below:
-            where = str(path.relative_to(source))
-            if path.is_symlink():
-                skips.add(where, "a link to a folder", "links are not followed")
-            elif depth == _DEEPEST:
-                skips.add(where, "too deep", f"more than {_DEEPEST} folders down")
-            else:
-                waiting.append((path, depth + 1))
-        if not below and folder.name.startswith(_TRIAL):
+        elif not below and folder.name.startswith(_TRIAL):
             skips.add(str(folder.relative_to(source)), "no checkpoints", "an empty trial")
-
-
-def _listing(folder: Path, where: str, skips: Skips) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except OSError as error:
-        skips.add(where, "unreadable folder", error.strerror or str(error))
-        return []
 
 
 def _read(file: Path) -> State:

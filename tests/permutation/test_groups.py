@@ -6,6 +6,7 @@ from functools import cache
 
 import pytest
 import torch
+from tolerances import FP64
 from torch import Tensor, nn
 from view_networks import CASES, queries
 
@@ -53,7 +54,7 @@ def test_views_are_the_same_function(name: str) -> None:
     expected = _outputs(name, weights, x)
     drawn = random_permutations(arch, 3, torch.Generator().manual_seed(1))
     views = permute(weights, arch, drawn)
-    assert relative_error(_outputs(name, views, x), expected) < 1e-9
+    assert relative_error(_outputs(name, views, x), expected) < FP64
     assert hidden_channels(arch) == CASES[name].groups
     assert torch.equal(permute(views, arch, inverse(drawn)), weights)
     assert torch.equal(views.sort(1).values, weights.sort(1).values)  # nothing is lost or doubled
@@ -88,7 +89,7 @@ def test_every_group_moves_alone(name: str) -> None:
         drawn[g] = torch.arange(size).roll(1).unsqueeze(0)
         view = permute(weights, arch, tuple(drawn))
         assert not torch.equal(view, weights)
-        assert relative_error(_outputs(name, view, x), expected) < 1e-9
+        assert relative_error(_outputs(name, view, x), expected) < FP64
 
 
 @pytest.mark.parametrize("name", ["resnet", "vit", "lstm", "nerf"])
@@ -133,7 +134,7 @@ def test_a_wrong_rule_is_found_by_trial(monkeypatch: pytest.MonkeyPatch) -> None
     groups._derived.cache_clear()
     arch = _network("group-norm")[1]
     weights, x = _weights(arch, 2), queries(CASES["group-norm"], 3)
-    assert relative_error(_outputs("group-norm", random_views(weights, arch), x), _outputs("group-norm", weights, x)) < 1e-9
+    assert relative_error(_outputs("group-norm", random_views(weights, arch), x), _outputs("group-norm", weights, x)) < FP64
     assert kept_channels(arch)["0.weight"] == "8 of 8: a permutation of them changes the outputs"
     groups._derived.cache_clear()
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tolerances import FP32, FP32_AMPLIFIED, FP32_DEEP
 from torch import Tensor, nn
 
 from wslfast import cli, engine
@@ -110,7 +111,7 @@ def grid(*seeds: int) -> Grid:
 
 def close(actual: Population, row: int, module: nn.Module) -> None:
     expected = Population.from_state_dicts(actual.architecture, [module.state_dict()]).weights[0]
-    torch.testing.assert_close(actual.weights[row], expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(actual.weights[row], expected, atol=FP32_DEEP, rtol=FP32_DEEP)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -154,7 +155,7 @@ def test_attention_drops_shares_of_each_models_own(data: Dataset) -> None:
         loss.backward()
         torch.testing.assert_close(losses[j], loss.detach())
         expected = torch.cat([dict(module.named_parameters())[slot.name].grad.flatten() for slot in architecture.parameters])  # type: ignore[union-attr]
-        torch.testing.assert_close(gradient[j], expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(gradient[j], expected, atol=FP32, rtol=FP32_DEEP)
 
 
 def test_networks_that_differ_in_training_mode_alone_are_kept_apart(data: Dataset) -> None:
@@ -183,7 +184,7 @@ def test_alpha_dropout_keeps_mean_and_variance(data: Dataset) -> None:
     x = a * torch.where(kept, images.flatten(1), low) - a * 0.3 * low
     row = weights[0].clone().requires_grad_()
     F.cross_entropy(F.linear(x, row[: 5 * 162].view(5, 162), row[5 * 162 :]), labels[0]).backward()
-    torch.testing.assert_close(gradient[0], row.grad, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(gradient[0], row.grad, atol=FP32, rtol=FP32_DEEP)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -231,9 +232,9 @@ def test_representations_of_images_are_what_torch_fits(batch: int | None) -> Non
                 F.mse_loss(run(signals.train_inputs[chosen]), signals.train_targets[j, chosen]).backward()
                 optimizer.step()
         expected = torch.cat([p.detach().flatten() for p in parameters.values()])
-        torch.testing.assert_close(zoo.weights[2 * j + 1], expected, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(zoo.weights[2 * j + 1], expected, atol=FP32_DEEP, rtol=FP32_AMPLIFIED)
         loss = F.mse_loss(run(signals.train_inputs), signals.train_targets[j])
-        assert zoo.column("train_loss")[2 * j + 1] == pytest.approx(float(loss.detach()), rel=1e-3)
+        assert zoo.column("train_loss")[2 * j + 1] == pytest.approx(float(loss.detach()), rel=FP32_AMPLIFIED)
 
 
 class Features(nn.Module):
@@ -274,7 +275,7 @@ def test_regression_on_one_signal_and_a_buffer_that_nobody_trains() -> None:
                 F.mse_loss(module(x[chosen]), y[chosen]).backward()
                 optimizer.step()
         close(zoo, 2 * j + 1, module)
-        assert zoo.column("test_loss")[2 * j + 1] == pytest.approx(float(F.mse_loss(module(x[20:]), y[20:])), rel=1e-4)
+        assert zoo.column("test_loss")[2 * j + 1] == pytest.approx(float(F.mse_loss(module(x[20:]), y[20:])), rel=FP32_DEEP)
     assert "val_loss" not in zoo.properties
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tolerances import FP32
 from torch import Tensor
 
 from wslfast import Architecture, Population, TrainConfig, WslfastError, build_zoo, train
@@ -40,8 +41,8 @@ def test_drawn_sets(kind: str, arch: Architecture) -> None:
         assert 0 <= float(images.min()) <= float(images.max()) < 1
     elif images.ndim == 4:
         std, mean = torch.std_mean(images.double(), (0, 2, 3), correction=0)
-        torch.testing.assert_close(mean, torch.zeros_like(mean), atol=1e-5, rtol=0)
-        torch.testing.assert_close(std, torch.ones_like(std), atol=1e-5, rtol=0)
+        torch.testing.assert_close(mean, torch.zeros_like(mean), atol=FP32, rtol=0)
+        torch.testing.assert_close(std, torch.ones_like(std), atol=FP32, rtol=0)
 
 
 def neighbours(images: Tensor) -> float:

@@ -1,7 +1,7 @@
-"""The process in which kernels are tried: right or wrong against float64, then how fast beside torch. Started by ``proof.py``.
+"""The process in which kernels are tried: right or wrong against float64, then how fast beside torch. Started by ``wslfast/proof.py``.
 
-``python -m wslfast.trial`` reads one job, a JSON object, from its input and prints one line a finding. Whatever the kernels do to this
-process or to its hold on the GPU, who asked goes on.
+``python -m wslfast.engine.trial`` reads one job, a JSON object, from its input and prints one line for each finding. Whatever the kernels
+do to this process or to its hold on the GPU, the process that asked goes on.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .architecture import Architecture
-from .engine import Call, choose
-from .engine.paths import Path
-from .engine.precision import at_precision
-from .engine.triton_path import Triton, Unbuildable, reaches_queries, unbuildable
-from .engine.verdicts import RIGHT, UNKNOWN, WRONG, Speed, Verdict
-from .kernels.criteria import CRITERIA
-from .kernels.layers import Conv2d, Linear
-from .kernels.triton.schedule import CHOICES
+from ..architecture import Architecture
+from ..errors import first_line
+from ..kernels.criteria import CRITERIA
+from ..kernels.layers import Conv2d, Linear
+from ..kernels.triton.schedule import CHOICES
+from . import Call, choose
+from .paths import Path
+from .precision import at_precision
+from .triton_path import Triton, Unbuildable, reaches_queries, unbuildable
+from .verdicts import RIGHT, UNKNOWN, WRONG, Speed, Verdict
 
 MARK = "wslfast-trial:"  # of the lines that are ours
 K, N = 3, 37  # odd, and no multiple of a tile
@@ -46,12 +47,12 @@ clock: Callable[[], float] = time.perf_counter
 
 
 def kernels(architecture: Architecture, choice: str) -> Path:
-    """The path that is on trial."""
+    """The kernels' path, which is on trial."""
     return Triton(architecture, "on trial", choice)
 
 
 def torch_path(architecture: Architecture, device: torch.device, form: str) -> Path:
-    """The path that it has to beat."""
+    """Torch's path, which the kernels have to beat."""
     return choose(architecture, device.type, torch.float32, "torch", torch.is_autocast_enabled(device.type), Call(form))
 
 
@@ -68,7 +69,7 @@ def models(architecture: Architecture, k: int, seed: int) -> Tensor:
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Inside, memory that torch hands out uninitialised is NaN: a number that no kernel writes is found."""
+    """In this block ``torch.empty`` and its kin return NaN, so that a number that no kernel writes shows up in the result."""
     names = ("empty", "empty_like", "empty_strided")
     real = {name: getattr(torch, name) for name in names}
 
@@ -142,40 +143,31 @@ class Trial:
         return errors
 
     def _forward(self, path: Path, weights: Tensor, queries: Tensor) -> dict[str, float]:
-        exact = truth_of(self.architecture)
-        truth = exact.forward(weights.double(), queries.double(), False)
+        truth = truth_of(self.architecture).forward(weights.double(), queries.double(), False)
         here, asked = self._here(weights, queries)
         outputs = self._twice("outputs", lambda: (path.forward(here, asked, False),))[0]
         errors = {"outputs": self._error("outputs", outputs, truth) / self.bars[0]}
         slope = torch.ones(1, 1, 1, dtype=truth.dtype).expand(truth.shape)  # stride 0, as out of a sum
+        gradient, expected = self._slopes("gradient", path, (weights, queries), 0, slope)
+        errors |= self._gradient("sum", gradient, expected)
+        if reaches_queries(self.architecture):
+            # each model's own, so that the broken one is seen and touches nobody else's
+            gradient, expected = self._slopes("queries", path, (weights, queries.expand(K, *queries.shape)), 1, slope)
+            errors["queries"] = self._error("queries", gradient, expected) / self.bars[3]
+        return errors
 
-        def backward() -> tuple[Tensor]:
-            rows, x = self._here(weights, queries)
-            rows.requires_grad_()
-            made = path.forward(rows, x, True)
-            (gradient,) = torch.autograd.grad(made, rows, slope.to(made))
-            return (gradient,)
+    def _slopes(self, what: str, path: Path, inputs: tuple[Tensor, Tensor], to: int, slope: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient of the outputs, summed with ``slope``, to the weights (``to`` is 0) or to the queries (1): the path's, and the
+        same in float64. Raises Wrong if two runs of the path differ."""
 
-        wide = weights.double().requires_grad_()
-        (expected,) = torch.autograd.grad(exact.forward(wide, queries.double(), True), wide, slope)
-        errors |= self._gradient("sum", self._twice("gradient", backward)[0], expected)
-        return errors | (self._queries(path, weights, queries, slope) if reaches_queries(self.architecture) else {})
+        def gradient(path: Path, rows: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+            leaf = (rows, x)[to].requires_grad_()
+            outputs = path.forward(rows, x, True)
+            return torch.autograd.grad(outputs, leaf, slope.to(outputs))
 
-    def _queries(self, path: Path, weights: Tensor, queries: Tensor, slope: Tensor) -> dict[str, float]:
-        """The gradient to the queries, each model's own, so that the broken one is seen and touches nobody else's."""
-        own = queries.expand(K, *queries.shape)
-
-        def backward() -> tuple[Tensor]:
-            rows, x = self._here(weights, own)
-            x.requires_grad_()
-            made = path.forward(rows, x, True)
-            (gradient,) = torch.autograd.grad(made, x, slope.to(made))
-            return (gradient,)
-
-        wide = own.double().requires_grad_()
-        made = truth_of(self.architecture).forward(weights.double(), wide, True)
-        (expected,) = torch.autograd.grad(made, wide, slope)
-        return {"queries": self._error("queries", self._twice("queries", backward)[0], expected) / self.bars[3]}
+        (kernels,) = self._twice(what, lambda: gradient(path, *self._here(*inputs)))
+        (expected,) = gradient(truth_of(self.architecture), *(t.double() for t in inputs))
+        return kernels, expected
 
     def _loss(
         self, path: Path, weights: Tensor, queries: Tensor, targets: Tensor, criterion: str, index: Tensor | None
@@ -194,7 +186,7 @@ class Trial:
         return tuple(t.to(self.device, copy=True) for t in tensors)
 
     def _twice(self, what: str, run: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """What ``run`` gives, which has to be the same to the bit when it runs again."""
+        """What ``run`` returns. Raises Wrong unless a second run returns the same bits."""
         with at_precision(self.precision), poisoned():
             first = [t.detach().float().cpu() for t in run()]
             second = [t.detach().float().cpu() for t in run()]
@@ -203,7 +195,7 @@ class Trial:
         return tuple(first)
 
     def _error(self, what: str, found: Tensor, truth: Tensor) -> float:
-        """Relative error of the models that are well; the broken one has to show that it is not."""
+        """Relative error of the models whose weights are finite. Raises Wrong if the model with NaN weights has no NaN in its result."""
         if found.shape != truth.shape:
             raise Wrong(f"{what}: expected {list(truth.shape)}, got {list(found.shape)}")
         if not bool(found[BROKEN].isnan().any()):
@@ -282,7 +274,7 @@ def run(job: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> None:
         torch.zeros(1, device=device) + 1
     except RuntimeError as error:  # a GPU that takes one process alone, or has no memory left
         for form in job["forms"]:
-            say(_said(form, Verdict(UNKNOWN, f"no second process gets onto the GPU: {str(error).splitlines()[0]:.160}")))
+            say(_said(form, Verdict(UNKNOWN, f"no second process gets onto the GPU: {first_line(error):.160}")))
         return
     for form in job["forms"]:
         say({"form": form, "begins": True})
@@ -302,9 +294,9 @@ def _verdict(trial: Trial, job: dict[str, Any], interim: Callable[[Verdict], Non
     except Unbuildable:
         return Verdict("failed", unbuildable[trial.architecture])
     except (torch.OutOfMemoryError, MemoryError) as error:
-        return Verdict(UNKNOWN, f"out of memory: {str(error).splitlines()[0]:.160}")
+        return Verdict(UNKNOWN, f"out of memory: {first_line(error):.160}")
     except Exception as error:
-        return Verdict("failed", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message':.200}")
+        return Verdict("failed", f"{type(error).__name__}: {first_line(error):.200}")
     wrong = {name: value for name, value in errors.items() if not value < 1}
     worst = max(errors, key=lambda name: errors[name])
     if wrong:
@@ -318,7 +310,7 @@ def _verdict(trial: Trial, job: dict[str, Any], interim: Callable[[Verdict], Non
         except (torch.OutOfMemoryError, MemoryError):
             continue
         except Exception as error:  # right at a small size, and broken at a real one
-            return Verdict("failed", f"at k={k}, n={n}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else '':.200}")
+            return Verdict("failed", f"at k={k}, n={n}: {type(error).__name__}: {first_line(error):.200}")
         speeds.append(speed)
         right = Verdict(RIGHT, "; ".join([right.reason, *left_out]), errors, tuple(speeds))
         interim(right)

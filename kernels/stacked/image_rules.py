@@ -1,0 +1,179 @@
+"""Rules (``rules.py``) of calls on images ``[n, M * C, ...]``, whose models lie among the channels; channels-last where there are two axes.
+
+What is here stands between the segments of a network (``segments.py``): norms by group, joined, padded, cut and averaged images. The
+twins are the forms (``forms.py``).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .calls import Call, Layout, Values
+from .forms import joined_channels, spread
+from .rules import Gradients, Maker, Rule
+
+_aten = torch.ops.aten
+
+
+class GroupNorm:
+    """torch's forward; a backward that reads channels-last images in the order in which they lie, where torch's is five times as slow."""
+
+    def __init__(self, call: Call, known: Values, wanted: frozenset[str]) -> None:
+        self.call, self.wanted = call, wanted
+        self.groups, self.eps = known["num_groups"], known.get("eps", 1e-5)
+
+    def forward(self, a: Values, models: int) -> tuple[Tensor, Any]:
+        x, weight, bias = a["input"], a.get("weight"), a.get("bias")
+        x = x if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
+        n, channels, *pixels = x.shape
+        flat = [None if p is None else p.reshape(-1) for p in (weight, bias)]
+        y, mean, root = _aten.native_group_norm(x, *flat, n, channels, math.prod(pixels), self.groups * models, self.eps)
+        return y, (x, mean, root, weight)
+
+    def backward(self, g: Tensor, saved: Any, models: int) -> Gradients:
+        x, mean, root, weight = saved
+        n, channels, *pixels = x.shape
+        each = channels // (self.groups * models)  # channels of a group
+
+        def by_group(value: Tensor) -> Tensor:
+            """Sums over a group's channels of what belongs to its normalised numbers, ``[n, groups]``."""
+            return (value if weight is None else value * weight.view(-1)).view(n, -1, each).sum(2)
+
+        def beside(value: Tensor) -> Tensor:
+            """A number a query and group, or a query and channel, laid out for the images."""
+            wide = value if value.shape[1] == channels else value.repeat_interleave(each, 1)
+            return wide.view(n, channels, *(1,) * len(pixels))
+
+        mean, root = mean.view(n, -1), root.view(n, -1)
+        product = g * x
+        of_shift, along = _over_pixels(g), _over_pixels(product)  # [n, channels]
+        made: Gradients = {}
+        if "weight" in self.wanted:
+            of_scale = torch.addcmul(along, of_shift, mean.repeat_interleave(each, 1), value=-1) * root.repeat_interleave(each, 1)
+            made["weight"] = of_scale.sum(0).view(models, -1)
+        if "bias" in self.wanted:
+            made["bias"] = of_shift.sum(0).view(models, -1)
+        if "input" in self.wanted:  # root (w g - mean of w g - normal * mean of w g normal), as a factor of g, one of x and a shift
+            count = each * math.prod(pixels)
+            even = by_group(of_shift) / count
+            slanted = (by_group(along) / count - mean * even) * root.square()
+            of_g = beside(root) if weight is None else beside(root) * weight.view(1, channels, *(1,) * len(pixels))
+            shift = beside(root * (mean * slanted - even))
+            made["input"] = torch.addcmul(shift, x, beside(-root * slanted), out=product).addcmul_(g, of_g)
+        return made
+
+
+def _over_pixels(x: Tensor) -> Tensor:
+    """Sums ``[n, channels]``; of channels-last images by an average pooling, which adds whole vectors of channels."""
+    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and x.dtype == torch.float32:
+        return _aten.avg_pool2d(x, x.shape[2:], [1, 1], [0, 0], False, False, 1).flatten(1)
+    return x.flatten(2).sum(2)
+
+
+def _group_norm(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> Rule | None:
+    own = all(call.stacked(name) for name in ("weight", "bias") if name in call.layouts)
+    return GroupNorm(call, known, wanted) if own and call.layout is Layout.CHANNELS else None
+
+
+class Joined:
+    """Images side by side among each model's own channels, or along an axis of pixels."""
+
+    def __init__(self, call: Call, known: Values, wanted: frozenset[str]) -> None:
+        self.call, self.wanted, self.axis = call, wanted, known["dim"]
+        self.of_channels = -self.axis == call.rank - 1
+
+    def forward(self, a: Values, models: int) -> tuple[Tensor, Any]:
+        parts = spread(a["tensors"], self.call.layouts["tensors"], models)
+        made = joined_channels(parts, models) if self.of_channels else torch.cat(parts, self.axis)
+        return made, [part.shape[self.axis] for part in parts]
+
+    def backward(self, g: Tensor, saved: list[int], models: int) -> Gradients:
+        if not self.of_channels:
+            parts = list(g.split(saved, self.axis))
+        else:
+            behind = g.movedim(1, -1).unflatten(-1, (models, -1))
+            parts = [part.flatten(-2).movedim(-1, 1) for part in behind.split([size // models for size in saved], -1)]
+        return {name: parts[int(name.rpartition(".")[2])] for name in self.wanted}
+
+
+def _joined(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> Rule | None:
+    return Joined(call, known, wanted) if call.layout is Layout.CHANNELS and call.operation.name == "cat" else None
+
+
+class Cut:
+    """A part of the numbers: ``forward`` is the call itself, ``backward`` puts a gradient into zeros of the shape that was."""
+
+    def __init__(self, call: Call, known: Values, backward: Any) -> None:
+        self.call, self.known, self._backward = call, known, backward
+
+    def forward(self, a: Values, models: int) -> tuple[Tensor, Any]:
+        return self.call.operation.invoke(a), a["self"].shape
+
+    def backward(self, g: Tensor, saved: Any, models: int) -> Gradients:
+        return {"self": self._backward(g, saved)}
+
+
+def _select(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> Rule | None:
+    axis, index = known.get("dim"), known.get("index")
+    if type(axis) is not int or axis >= 0 or type(index) is not int or list(call.layouts) != ["self"]:
+        return None
+    return Cut(call, known, lambda g, shape: _aten.select_backward(g, shape, axis, index))
+
+
+def _slice(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> Rule | None:
+    axis, start, end, step = (known.get(name, default) for name, default in (("dim", 0), ("start", None), ("end", None), ("step", 1)))
+    if type(axis) is not int or axis >= 0 or type(step) is not int or list(call.layouts) != ["self"]:
+        return None
+
+    def backward(g: Tensor, shape: torch.Size) -> Tensor:
+        first, last, _ = slice(start, end).indices(shape[axis])
+        return _aten.slice_backward(g, shape, axis, first, last, step)  # type: ignore[no-any-return]
+
+    return Cut(call, known, backward)
+
+
+def _pad(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> Rule | None:
+    around = known["pad"]
+    if any(type(width) is not int or width < 0 for width in around):
+        return None
+
+    def backward(g: Tensor, shape: torch.Size) -> Tensor:
+        for i in range(len(around) // 2):
+            g = g.narrow(-1 - i, around[2 * i], shape[-1 - i])
+        return g
+
+    return Cut(call, known, backward)
+
+
+class Average:
+    """Over all pixels, which are one afterwards."""
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+
+    def forward(self, a: Values, models: int) -> tuple[Tensor, Any]:
+        return self.call.operation.invoke(a), a["self"].shape
+
+    def backward(self, g: Tensor, saved: Any, models: int) -> Gradients:
+        return {"self": (g / math.prod(saved[2:])).expand(saved)}
+
+
+def _average(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> Rule | None:
+    sizes = known["output_size"]
+    whole = all(size == 1 for size in (sizes if isinstance(sizes, (tuple, list)) else (sizes,)))
+    return Average(call) if whole and call.layout is Layout.CHANNELS else None
+
+
+MAKERS: dict[str, Maker] = {
+    "group_norm": _group_norm,
+    "cat": _joined,
+    "select.int": _select,
+    "slice.Tensor": _slice,
+    "constant_pad_nd": _pad,
+    "adaptive_avg_pool1d": _average,
+    "adaptive_avg_pool2d": _average,
+}

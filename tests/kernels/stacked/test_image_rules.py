@@ -1,0 +1,79 @@
+"""Rules of images among the channels, each against its form through torch's own graph, in float64 and alone in a network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from graph_oracle import close, criterion_value, loop, queries_like, rows_near
+from torch import Tensor, nn
+
+from wslfast import Architecture
+from wslfast.kernels import stacked
+from wslfast.kernels.stacked.compiler import compile_program
+from wslfast.kernels.stacked.passes import tapes_of
+from wslfast.kernels.stacked.tape import Island
+
+
+class Between(nn.Module):
+    """A call between a convolution and a mean, with what it needs of parts."""
+
+    def __init__(self, run: Callable[..., Tensor], out: int, *parts: nn.Module) -> None:
+        super().__init__()
+        self.first, self.parts, self.run = nn.Conv2d(2, 4, 3, 1, 1), nn.ModuleList(parts), run
+        self.last = nn.Conv2d(out, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.run(self.first(x), x, *self.parts)).mean((2, 3))
+
+
+CASES = {
+    "group norm": lambda: Between(lambda h, x, norm: norm(h), 4, nn.GroupNorm(2, 4)),
+    "group norm, no affine": lambda: Between(lambda h, x, norm: norm(h), 4, nn.GroupNorm(2, 4, affine=False)),
+    "tiles": lambda: Between(lambda h, x, up: up(h), 5, nn.ConvTranspose2d(4, 5, 2, 2)),
+    "few tiles, no bias": lambda: Between(lambda h, x, up: up(h), 1, nn.ConvTranspose2d(4, 1, (2, 3), (2, 3), bias=False)),
+    "transposed with overlap": lambda: Between(lambda h, x, up: up(h), 3, nn.ConvTranspose2d(4, 3, 4, 2, 1)),
+    "transposed, output padding": lambda: Between(lambda h, x, up: up(h), 3, nn.ConvTranspose2d(4, 3, 3, 2, 1, 1)),
+    "transposed, groups": lambda: Between(lambda h, x, up: up(h), 6, nn.ConvTranspose2d(4, 6, 2, 2, groups=2)),
+    "transposed, dilation": lambda: Between(lambda h, x, up: up(h), 2, nn.ConvTranspose2d(4, 2, 3, 1, 0, dilation=2)),
+    "transposed queries": lambda: Between(lambda h, x, up: torch.cat((up(x), up(x).relu()), 1), 4, nn.ConvTranspose2d(2, 2, 2, 2)),
+    "joined": lambda: Between(lambda h, x, more: torch.cat((h, more(h), h), 1), 11, nn.Conv2d(4, 3, 1)),
+    "joined with queries": lambda: Between(lambda h, x: torch.cat((x, h), 1), 6),
+    "joined along pixels": lambda: Between(lambda h, x: torch.cat((h, h.flip(3)), 3), 4),
+    "padded": lambda: Between(lambda h, x: F.pad(h, (1, 0, 2, 1), value=0.3), 4),
+    "cut": lambda: Between(lambda h, x: h[:, :, 1:-1, ::2], 4),
+    "one row": lambda: Between(lambda h, x: h[:, :, 2].unsqueeze(2) + h, 4),
+    "averaged beside itself": lambda: Between(lambda h, x: F.adaptive_avg_pool2d(h, 1) * h, 4),
+}
+ISLANDS = ("joined along pixels", "one row")  # flip and unsqueeze have no rule
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients(name: str, dtype: torch.dtype, own: bool) -> None:
+    torch.manual_seed(0)
+    module = CASES[name]().eval()
+    arch = Architecture.from_module(module, (2, 6, 5))
+    assert arch.graph is not None, arch.reason
+    k, n, tolerance = 3, 18, 2e-5 if dtype == torch.float32 else 1e-10
+    weights, queries = rows_near(module, arch, k), queries_like(module, arch, *((k,) if own else ()), n)
+    w = weights.clone().requires_grad_()
+    outputs = loop(module, arch, w, queries)
+    targets = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    values = criterion_value(outputs, targets, "mse")
+    (slope,) = torch.autograd.grad(values.sum(), w)
+    losses, gradient = stacked.loss_and_gradient(weights.to(dtype), queries.to(dtype), targets.to(dtype), arch.graph, "mse")
+    close(losses, values.detach(), tolerance, "losses")
+    for slot in arch.graph.slots:
+        close(gradient[:, slot.offset : slot.stop], slope[:, slot.offset : slot.stop], tolerance, f"gradient of {slot.name}")
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ISLANDS])
+def test_no_call_is_left_to_torchs_graph(name: str) -> None:
+    arch = Architecture.from_module(CASES[name]().eval(), (2, 6, 5))
+    assert arch.graph is not None
+    _, tape = tapes_of(compile_program(arch.graph, False, True, True))
+    assert not [call for call in tape.calls if isinstance(call, Island)]
