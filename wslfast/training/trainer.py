@@ -90,9 +90,11 @@ class Trainer:
         self.draws = torch.Generator().manual_seed(seeds[2])
         pooled = torch.randperm(len(images), generator=root)[: min(config.query_pool, len(images))]
         self.pool = QueryPool(images[pooled], self.device)
-        self.queries = min(config.queries, len(self.pool))  # a grid of 8x8 points has no 256
+        # a grid of 8x8 points has not the 256 of a setting that nobody chose
+        self.queries = min(config.queries, len(self.pool)) if config.queries == TrainConfig.queries else config.queries
+        require(self.queries <= len(self.pool), f"queries: expected at most {len(self.pool)} (the query pool), got {config.queries}")
         if self.queries < config.queries and world.writes:
-            logger.info("queries: all %d that there are at every step (%d were asked for)", self.queries, config.queries)
+            logger.info("queries: all %d that there are at every step", self.queries)
         sample = self.models.sample(config.seed)
         self.cache = self._targets_of_all(limit) if config.uses_behavior else None
         self.permutation, self.position = self.models.shuffle(self.order), 0
