@@ -438,7 +438,10 @@ def test_the_default_queries_are_at_most_all_that_there_are(
     tmp_path: Path, population: Population, images: Tensor, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO", "wslfast"):
-        runs = [train(replace(config(tmp_path / str(n)), queries=n, steps=2), population=population, images=images) for n in (TrainConfig.queries, 48)]
+        runs = [
+            train(replace(config(tmp_path / str(n)), queries=n, steps=2), population=population, images=images)
+            for n in (TrainConfig.queries, 48)
+        ]
     assert "queries: all 48 that there are at every step" in caplog.text
     states = [run.autoencoder.state_dict() for run in runs]
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
