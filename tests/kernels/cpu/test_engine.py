@@ -481,6 +481,23 @@ def test_two_columns_at_once_are_the_plain_convolution(name: str, own: bool, mon
     _assert_close(gradient, plain.double(), layers)
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own-queries"])
+@pytest.mark.parametrize("n", [2, 5, 8])
+def test_images_flattened_into_the_operand_are_flattened_first(n: int, own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flattening joined to the linear layer above it makes what the two apart make, with padded queries too."""
+    weights, queries, targets, layers = _case(NETS["lenet5"], 5, n, own)
+    made = cpu.loss_and_gradient(weights, queries, targets, layers, "mse")
+    kinds = [type(step).__name__ for step in cpu._program(layers, NETS["lenet5"][1], own, True).steps]
+    assert kinds.count("FlatLinearStep") == 1
+    assert "FlattenStep" not in kinds
+    cpu._program.cache_clear()
+    monkeypatch.setattr(cpu, "flattened", lambda program: program)
+    apart = cpu.loss_and_gradient(weights, queries, targets, layers, "mse")
+    cpu._program.cache_clear()
+    for one, other in zip(made, apart, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
 ONE_BY_ONE: Net = (_conv("c", 6, 5, 1), Flatten("f"), Linear("l", 320, 5)), (6, 8, 8)
 INNER_ONE: Net = (_conv("c", 3, 4, 3), Activation("a", "gelu"), _conv("d", 4, 5, 1), Flatten("f"), Linear("l", 5 * 36, 5)), (3, 8, 8)
 ODD_GELU: Net = (_conv("c", 1, 4, 3), Activation("a", "gelu"), Flatten("f"), Linear("l", 4 * 7 * 7, 3)), (1, 9, 9)
