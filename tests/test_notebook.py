@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -59,6 +61,19 @@ def test_the_notebook_runs_in_jupyter(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "0 s left" in progress.data["text/plain"]
     said = " ".join(o.text for o in outputs if o.output_type == "stream")
     assert "ipywidgets" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_its_cells_run_in_plain_python(tmp_path: Path) -> None:
+    """Where Jupyter is not installed: the same cells, one after another, from an empty folder."""
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("sklearn")
+    script = tmp_path / "cells.py"
+    script.write_text("\n\n".join(cells("code")))
+    environment = {**os.environ, "PYTHONPATH": str(NOTEBOOK.parents[1])}
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_the_notebook_is_stored_without_outputs() -> None:
