@@ -201,8 +201,9 @@ def others(rows: Rows) -> list[Table]:
 
 
 def everything(rows: Rows) -> list[Table]:
-    """All tables of a device, the verdicts first."""
-    return [bars(rows), peers(rows), growth(rows), *losses(rows, "loss+gradient"), *losses(rows, "forward"), *others(rows)]
+    """All tables of a device, the verdicts first, where any of them was measured."""
+    verdicts = [bars(rows)] if any(bar.obtained is not None for bar in derived.bars(rows)) else []
+    return [*verdicts, peers(rows), growth(rows), *losses(rows, "loss+gradient"), *losses(rows, "forward"), *others(rows)]
 
 
 def machine(rows: Rows) -> str:

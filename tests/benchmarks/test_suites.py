@@ -18,6 +18,7 @@ from tolerances import FP32_AMPLIFIED, FP32_DEEP
 from benchmarks import cases, derived, gate, losses, providers, readme, recording, suites, tables, timing, workers, zoo_building
 from benchmarks.__main__ import main
 from benchmarks.losses import Cell
+from benchmarks.network_peers import PEERS
 from benchmarks.recording import GIVEN, RECOMPUTED, Row
 from wslfast.kernels import reference
 
@@ -228,7 +229,7 @@ def test_tracked_rows(path: Path) -> None:
         assert r.metric in ("gpu_ms", "graph_ms", "wall_ms", "peak_mb", "launches", "flops")
         assert r.precision in cases.PRECISIONS
         assert r.value is not None or r.details, f"no number and no reason: {r.key}"
-        assert r.provider in NAMES | {"ceiling", "wslfast", "one-after-another"}
+        assert r.provider in NAMES | set(PEERS) | {"ceiling", "wslfast", "one-after-another", "jax-vmap"}
         timed = r.provider in NAMES and r.value is not None
         assert not timed or (isinstance(r.relative_error, float) and r.relative_error <= gate.BOUNDS[r.precision])
 
