@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_LANES = 16  # float32 numbers of a vector: a BLAS is slow where the rows of a product are shorter
+LANES = 16  # float32 numbers of a vector: a BLAS is slow where the rows of a product are shorter
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x w^T + b ``[M, q, out]``, of ``x [M, q, in]``, ``weight [M, out, in]`` and ``bias [M, out]``."""
-    if weight.shape[1] < _LANES <= x.shape[1] and x.device.type == "cpu":
+    if weight.shape[1] < LANES <= x.shape[1] and x.device.type == "cpu":
         turned = x.transpose(1, 2)
         made = torch.bmm(weight, turned) if bias is None else torch.baddbmm(bias.unsqueeze(-1), weight, turned)
         return made.transpose(1, 2).contiguous()
@@ -20,6 +20,6 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def weight_gradient(g: Tensor, x: Tensor) -> Tensor:
     """g^T x ``[M, out, in]``, of the output's gradient ``g [M, q, out]`` and ``x [M, q, in]``; not always contiguous."""
-    if x.shape[2] < _LANES <= g.shape[2] and x.device.type == "cpu":
+    if x.shape[2] < LANES <= g.shape[2] and x.device.type == "cpu":
         return torch.bmm(x.transpose(1, 2), g).transpose(1, 2)
     return torch.bmm(g.transpose(1, 2), x)

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ..layers import Activation, Conv2d, Dropout, Layers, Linear, Pool2d, Slot, shapes
+from .products import LANES
 from .program import Program
 from .steps import (
     ConvStep,
@@ -48,7 +49,6 @@ from .steps import (
     values_through,
 )
 
-_LANES = 16
 _BYTES = 4 << 20  # of the largest activation of eight models, at once
 _FEWEST = 4  # queries: cut evenly, no part is then a single image, which torch gives to another library
 
@@ -145,10 +145,10 @@ def paired(program: Program, own_queries: bool) -> Program:
         conv = step.layer
         if i == 0 and own_queries:
             # with one channel in, model by model is slower than all models in one call
-            if conv.stride[1] == 1 and size[2] % 2 == 0 and 2 * conv.out_channels <= _LANES and conv.in_channels > 1:
+            if conv.stride[1] == 1 and size[2] % 2 == 0 and 2 * conv.out_channels <= LANES and conv.in_channels > 1:
                 steps[i] = PairedConvStep(conv, step.weight, step.bias, step.shared, step.input_gradient, step.sums_bias)
                 apart = True
-        elif step.input_gradient and conv.stride == (1, 1) and before[2] % 2 == 0 and 2 * conv.in_channels <= _LANES:
+        elif step.input_gradient and conv.stride == (1, 1) and before[2] % 2 == 0 and 2 * conv.in_channels <= LANES:
             reaches = all(p < k for p, k in zip(conv.padding, conv.kernel_size, strict=True))
             if reaches and conv.kernel_size[1] > 2:
                 steps[i] = NarrowConvStep(conv, step.weight, step.bias, step.shared, step.input_gradient, step.sums_bias)

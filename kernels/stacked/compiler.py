@@ -18,7 +18,7 @@ from ..operations import AXES, TABLE, Operation
 from ..reference import value_shapes
 from .calls import Call, Layout, Values, spatial
 from .folds import FoldedBias, FoldedWeight
-from .forms import FORMS, channels_first, models_first
+from .forms import FORMS, channels_first, models_first, repeated
 from .program import Program, Step
 from .recurrent import recurrent
 from .rows import Rows, rows_of
@@ -367,8 +367,7 @@ def _spread(a: Values, models: int) -> Tensor:
 
 
 def _repeat(a: Values, models: int) -> Tensor:
-    x: Tensor = a["x"]
-    return x.repeat(1, models, *(1,) * (x.ndim - 2))
+    return repeated(a["x"], models)
 
 
 def _ranks(shape: Any) -> Any:

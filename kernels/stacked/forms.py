@@ -39,6 +39,11 @@ def channels_first(x: Tensor, last: bool) -> Tensor:
     return x.transpose(0, 1).flatten(1, 2)
 
 
+def repeated(x: Tensor, models: int) -> Tensor:
+    """``[n, C, ...] -> [n, M * C, ...]``: what all models share, once for each."""
+    return x.repeat(1, models, *(1,) * (x.ndim - 2))
+
+
 def behind(x: Tensor, rank: int, of: int, models: int) -> Tensor:
     """A stacked tensor of ``of`` axes a model with ``rank`` axes a model, so that it broadcasts as a single model's tensor does."""
     return x if of == rank else x.reshape(models, *(1,) * (rank - of), *x.shape[1:])
@@ -95,10 +100,7 @@ def join(call: Call, a: Values, models: int) -> Tensor:
 
 def spread(parts: Sequence[Tensor], layouts: Sequence[Layout], models: int) -> list[Tensor]:
     """``[n, M * C, ...]`` each; what is shared is repeated."""
-    return [
-        part if layout is Layout.CHANNELS else part.repeat(1, models, *(1,) * (part.ndim - 2))
-        for part, layout in zip(parts, layouts, strict=True)
-    ]
+    return [part if layout is Layout.CHANNELS else repeated(part, models) for part, layout in zip(parts, layouts, strict=True)]
 
 
 def joined_channels(parts: Sequence[Tensor], models: int) -> Tensor:
@@ -284,7 +286,7 @@ def convolution(call: Call, a: Values, models: int) -> Tensor:
     x, groups = a["input"], a.get("groups", 1)
     shared = call.layouts["input"] is Layout.SHARED
     if shared and groups > 1:  # groups of shared channels and groups of models do not fit into one convolution
-        x, shared = x.repeat(1, models, *(1,) * (x.ndim - 2)), False
+        x, shared = repeated(x, models), False
     weight, bias = _own_kernels(call, a, models)
     if x.ndim == 4 and call.aligned:
         x = _channels_last(x)
@@ -297,7 +299,7 @@ def transposed(call: Call, a: Values, models: int) -> Tensor:
         return _with_shared_kernels(call, a, models)
     x, groups = a["input"], a.get("groups", 1)
     if call.layouts["input"] is Layout.SHARED:
-        x = x.repeat(1, models, *(1,) * (x.ndim - 2))
+        x = repeated(x, models)
     weight, bias = _own_kernels(call, a, models)
     return call.operation.invoke({**a, "input": x, "weight": weight, "bias": bias, "groups": groups * models})
 

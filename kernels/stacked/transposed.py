@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cpu.products import LANES
 from ..cpu.steps import bias_gradient
 from .calls import Call, Layout, Values
+from .forms import repeated
 from .rules import Gradients, Maker, Rule
 
 _aten = torch.ops.aten
@@ -94,7 +96,7 @@ class Tiles:
 
 def _few(kernels: Tensor) -> bool:
     """Whether a tile is shorter than a vector."""
-    return kernels.shape[2] < 16
+    return kernels.shape[2] < LANES
 
 
 class Either:
@@ -127,7 +129,7 @@ def _geometry(call: Call, known: Values) -> tuple[list[int], ...]:
 
 def _stacked_input(call: Call, a: Values, models: int) -> Tensor:
     x: Tensor = a["input"]
-    return _last(x.repeat(1, models, *(1,) * (x.ndim - 2)) if call.layouts["input"] is Layout.SHARED else x)
+    return _last(repeated(x, models) if call.layouts["input"] is Layout.SHARED else x)
 
 
 def _last(x: Tensor) -> Tensor:
