@@ -7,6 +7,7 @@ twins are the forms (``forms.py``).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,8 +23,8 @@ _aten = torch.ops.aten
 class GroupNorm:
     """torch's forward; a backward that reads channels-last images in the order in which they lie, where torch's is five times as slow."""
 
-    def __init__(self, call: Call, known: Values, wanted: frozenset[str]) -> None:
-        self.call, self.wanted = call, wanted
+    def __init__(self, known: Values, wanted: frozenset[str]) -> None:
+        self.wanted = wanted
         self.groups, self.eps = known["num_groups"], known.get("eps", 1e-5)
 
     def forward(self, a: Values, models: int) -> tuple[Tensor, Any]:
@@ -76,7 +77,7 @@ def _over_pixels(x: Tensor) -> Tensor:
 
 def _group_norm(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> Rule | None:
     own = all(call.stacked(name) for name in ("weight", "bias") if name in call.layouts)
-    return GroupNorm(call, known, wanted) if own and call.layout is Layout.CHANNELS else None
+    return GroupNorm(known, wanted) if own and call.layout is Layout.CHANNELS else None
 
 
 class Joined:
@@ -107,8 +108,8 @@ def _joined(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> R
 class Cut:
     """A part of the numbers: ``forward`` is the call itself, ``backward`` puts a gradient into zeros of the shape that was."""
 
-    def __init__(self, call: Call, known: Values, backward: Any) -> None:
-        self.call, self.known, self._backward = call, known, backward
+    def __init__(self, call: Call, backward: Callable[[Tensor, torch.Size], Tensor]) -> None:
+        self.call, self._backward = call, backward
 
     def forward(self, a: Values, models: int) -> tuple[Tensor, Any]:
         return self.call.operation.invoke(a), a["self"].shape
@@ -121,7 +122,7 @@ def _select(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> R
     axis, index = known.get("dim"), known.get("index")
     if type(axis) is not int or axis >= 0 or type(index) is not int or list(call.layouts) != ["self"]:
         return None
-    return Cut(call, known, lambda g, shape: _aten.select_backward(g, shape, axis, index))
+    return Cut(call, lambda g, shape: _aten.select_backward(g, shape, axis, index))
 
 
 def _slice(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> Rule | None:
@@ -133,7 +134,7 @@ def _slice(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> Ru
         first, last, _ = slice(start, end).indices(shape[axis])
         return _aten.slice_backward(g, shape, axis, first, last, step)  # type: ignore[no-any-return]
 
-    return Cut(call, known, backward)
+    return Cut(call, backward)
 
 
 def _pad(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> Rule | None:
@@ -146,7 +147,7 @@ def _pad(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> Rule
             g = g.narrow(-1 - i, around[2 * i], shape[-1 - i])
         return g
 
-    return Cut(call, known, backward)
+    return Cut(call, backward)
 
 
 class Average:

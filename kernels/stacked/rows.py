@@ -23,7 +23,7 @@ Weighted = Conv2d | Linear | Affine
 
 def rows_of(segment: Segment, values: Mapping[str, Tensor]) -> Tensor:
     """Weights ``[M, P]`` of the segment's layers, in their order, from the graph's parameters ``[M, *shape]``."""
-    return torch.cat([piece.flatten(1) for filled in _filled(segment, values) for piece in filled.pieces()], 1)
+    return _in_rows(_filled(segment, values))
 
 
 @dataclass
@@ -70,6 +70,10 @@ def _filled(segment: Segment, values: Mapping[str, Tensor]) -> list[_Filled]:
     ]
 
 
+def _in_rows(filled: list[_Filled]) -> Tensor:
+    return torch.cat([piece.flatten(1) for layer in filled for piece in layer.pieces()], 1)
+
+
 def _weighted(segment: Segment) -> list[tuple[Part, Weighted]]:
     return [(part, part.layer) for part in segment.parts if isinstance(part.layer, Weighted)]
 
@@ -83,7 +87,7 @@ class Rows:
     def forward(self, a: dict[str, Any], models: int) -> tuple[Tensor, Any]:
         """``[M, P]``, and the layers with their numbers."""
         filled = _filled(self.segment, a)
-        return torch.cat([piece.flatten(1) for layer in filled for piece in layer.pieces()], 1), filled
+        return _in_rows(filled), filled
 
     def backward(self, g: Tensor, saved: list[_Filled], models: int) -> Gradients:
         """Gradients of all parameters from that of the rows."""
