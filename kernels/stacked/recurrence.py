@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..cpu.products import product
+
 _aten = torch.ops.aten
 
 
@@ -117,16 +119,14 @@ class _Direction(torch.autograd.Function):
         first, second = biases if biases else (None, None)
         if cell.joint and first is not None and second is not None:
             first = first + second
-        turned = weight_in.transpose(1, 2)
-        inputs = torch.bmm(rows, turned) if first is None else torch.baddbmm(first.unsqueeze(1), rows, turned)
         turned = weight_h.transpose(1, 2)
         before, saved = [states[0]], []
-        for entering in inputs.unflatten(1, x.shape[1:3]).unbind(1):
+        for entering in product(rows, weight_in, first).unflatten(1, x.shape[1:3]).unbind(1):
             hidden = None
             if cell.joint:
                 entering = torch.baddbmm(entering, states[0], turned)
             else:
-                hidden = torch.bmm(states[0], turned) if second is None else torch.baddbmm(second.unsqueeze(1), states[0], turned)
+                hidden = product(states[0], weight_h, second)
             states, kept = cell.forward(entering, hidden, states)
             before.append(states[0])
             saved.append(kept)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cpu.products import product
 from .calls import Call, Layout, Values
 from .recurrence import direction
 
@@ -46,9 +47,7 @@ def cell(call: Call, a: Values, models: int) -> Any:
 
 
 def _product(call: Call, a: Values, x: Tensor, key: str, models: int) -> Tensor:
-    weight = _stacked(a[f"w_{key}"], call.layouts[f"w_{key}"], models).transpose(1, 2)
-    bias = a.get(f"b_{key}")
-    return torch.bmm(x, weight) if bias is None else torch.baddbmm(bias.unsqueeze(-2), x, weight)
+    return product(x, _stacked(a[f"w_{key}"], call.layouts[f"w_{key}"], models), a.get(f"b_{key}"))
 
 
 def _stacked(x: Tensor, layout: Layout, models: int) -> Tensor:
@@ -78,18 +77,15 @@ def _layers(
 
 def _direction(kind: str, x: Tensor, states: list[Tensor], parameters: Sequence[Tensor], biases: bool) -> tuple[Tensor, list[Tensor]]:
     """One layer in one direction: ``[M, steps, n, features] -> [M, steps, n, width]``, and the last states ``[M, n, width]``."""
-    weight_in, weight_h = parameters[0].transpose(1, 2), parameters[1].transpose(1, 2)
-    bias_in, bias_h = (parameters[2], parameters[3]) if biases else (None, None)
-    projection = parameters[-1].transpose(1, 2) if len(parameters) % 2 else None
-    rows = x.flatten(1, 2)
-    inputs = torch.bmm(rows, weight_in) if bias_in is None else torch.baddbmm(bias_in.unsqueeze(1), rows, weight_in)
-    inputs = inputs.unflatten(1, x.shape[1:3])
+    weight_in, weight_h = parameters[:2]
+    bias_in, bias_h = parameters[2:4] if biases else (None, None)
+    projection = parameters[-1] if len(parameters) % 2 else None
+    inputs = product(x.flatten(1, 2), weight_in, bias_in).unflatten(1, x.shape[1:3])
     made = []
     for step in inputs.unbind(1):
-        hidden = torch.bmm(states[0], weight_h) if bias_h is None else torch.baddbmm(bias_h.unsqueeze(1), states[0], weight_h)
-        states = _STEPS[kind](step, hidden, states)
+        states = _STEPS[kind](step, product(states[0], weight_h, bias_h), states)
         if projection is not None:
-            states = [torch.bmm(states[0], projection), *states[1:]]
+            states = [product(states[0], projection), *states[1:]]
         made.append(states[0])
     return torch.stack(made, 1), states
 
