@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from ..architecture import Architecture
 from ..errors import WslfastError
 from ..kernels import stacked
-from ..kernels.reference import value_shapes
 
 _CPU_CHUNK = 1 << 30
 _CUDA_CHUNK = 4 << 30
@@ -56,25 +55,15 @@ def activation_elements(architecture: Architecture) -> int:
     return max(total, math.prod(architecture.input_shape))
 
 
-@lru_cache(maxsize=64)
-def _products(architecture: Architecture) -> int:
-    """Multiplications of one (model, query) pair's convolutions and linear layers."""
-    assert architecture.graph is not None
-    shapes, total = value_shapes(architecture.graph), 0
-    sizes = {f"@w:{slot.name}": math.prod(slot.shape) for slot in architecture.parameters}
-    for i, node in enumerate(architecture.graph.nodes):
-        if node.operation in ("conv2d", "linear"):
-            total += sizes.get(str(node.argument("weight")), 0) * math.prod(shapes[f"@{i}"][2:] if node.operation == "conv2d" else ())
-    return total
-
-
 def stacks_well(architecture: Architecture, n: int) -> bool:
     """Whether a graph over many models of a plain chain is faster on a CPU as stacked calls than as one model after another, channels-last.
 
     Measured (one thread of an AMD EPYC, forward and backward to weights and to queries): 1.0 to 6 times as fast for every chain of less
     than a million multiplications a query, whatever n; CNN3, with 1.2 million, 1.3 times at 16 queries, 0.65 times at 128.
     """
-    products = _products(architecture)
+    assert architecture.graph is not None
+    _, convolved, others = stacked.sizes(architecture.graph)
+    products = convolved + others
     return products < 1_000_000 or n * products < 24_000_000
 
 
