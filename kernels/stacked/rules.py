@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..cpu.activations import tanh
 from ..cpu.products import weight_gradient
 from .calls import Call, Layout, Values
 from .forms import behind, channels_first, models_first, products, ranked
@@ -106,7 +107,7 @@ class Entry(NamedTuple):
 _SELU = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946  # alpha and scale
 FUNCTIONS: dict[str, Entry] = {
     "relu": Entry(lambda x, a: x.relu(), lambda g, y, a: _aten.threshold_backward(g, y, 0), True, lambda x, a: x.relu_()),
-    "tanh": Entry(lambda x, a: x.tanh(), lambda g, y, a: _aten.tanh_backward(g, y), True, lambda x, a: x.tanh_()),
+    "tanh": Entry(lambda x, a: tanh(x), lambda g, y, a: _aten.tanh_backward(g, y), True, lambda x, a: tanh(x)),
     "sigmoid": Entry(lambda x, a: x.sigmoid(), lambda g, y, a: _aten.sigmoid_backward(g, y), True, lambda x, a: x.sigmoid_()),
     "leaky_relu": Entry(
         lambda x, a: _aten.leaky_relu(x, a["negative_slope"]),
@@ -119,13 +120,15 @@ FUNCTIONS: dict[str, Entry] = {
     ),
     "elu": Entry(
         lambda x, a: _aten.elu(x, a["alpha"], a["scale"], a["input_scale"]),
-        lambda g, x, a: _aten.elu_backward(g, a["alpha"], a["scale"], a["input_scale"], False, x),
+        lambda g, y, a: _aten.elu_backward(g, a["alpha"], a["scale"], a["input_scale"], True, y),
+        True,
     ),
     "celu": Entry(
         lambda x, a: _aten.celu(x, a["alpha"]),
-        lambda g, x, a: _aten.elu_backward(g, a["alpha"], 1.0, 1 / a["alpha"], False, x),
+        lambda g, y, a: _aten.elu_backward(g, a["alpha"], 1.0, 1 / a["alpha"], True, y),
+        True,
     ),
-    "selu": Entry(lambda x, a: _aten.selu(x), lambda g, x, a: _aten.elu_backward(g, *_SELU, 1.0, False, x)),
+    "selu": Entry(lambda x, a: _aten.selu(x), lambda g, y, a: _aten.elu_backward(g, *_SELU, 1.0, True, y), True),
     "softplus": Entry(
         lambda x, a: _aten.softplus(x, a["beta"], a["threshold"]),
         lambda g, x, a: _aten.softplus_backward(g, x, a["beta"], a["threshold"]),
@@ -158,6 +161,8 @@ def _function(call: Call, known: Values, wanted: frozenset[str], owned: bool) ->
     entry = FUNCTIONS.get(call.operation.name)
     if entry is None or list(call.layouts) != ["self"] or known.get("dtype") is not None:
         return None
+    if entry.of_value and known.get("alpha", 1) <= 0:
+        return None  # an ELU that falls has no derivative that its value tells
     return Function(entry, known, "self", owned)
 
 
