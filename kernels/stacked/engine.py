@@ -35,7 +35,8 @@ _MOST_CONVOLVED = 64  # where activations are so few that calls, not numbers, ta
 _CACHED = 20 << 20  # their bytes, of such a group's forward pass
 _QUERIES = 128  # of a slab
 _FEWEST = 32  # of a slab, where there are as many: with fewer, reading weights takes as long as using them
-_WORK = 100_000_000  # operations of a group in products: with so many, smaller groups cost nothing, keep weights in the cache and share threads
+_WORK = 20_000_000  # operations a call of the graph in a group's products: smaller groups then cost nothing, keep weights in the cache
+# and share threads
 _BYTES = 64 << 20  # of what a group's forward pass leaves for its backward
 _ROWS = 64 << 20  # of a group's weights
 _PACKED = 1 << 15  # numbers of one model's parameter
@@ -74,7 +75,7 @@ def group_shape(graph: Graph, n: int) -> tuple[int, int]:
         while models < _MOST_CONVOLVED and 8 * models * made * queries <= _CACHED:
             models *= 2
     else:
-        while models > 2 and operations(graph, models // 2, queries) >= _WORK:
+        while models > 2 and operations(graph, models // 2, queries) >= _WORK * len(graph.nodes):
             models //= 2
     while models > 1 and 4 * models * graph.parameters > _ROWS:
         models //= 2
@@ -87,7 +88,7 @@ def group_shape(graph: Graph, n: int) -> tuple[int, int]:
 
 
 def operations(graph: Graph, models: int, queries: int) -> int:
-    """Floating-point operations of a loss and its gradient in products and convolutions: each multiply-add is two, forward, and by both sides."""
+    """Floating-point operations in products and convolutions, of a loss and its gradients with respect to both factors."""
     _, convolved, products = sizes(graph)
     return 6 * models * queries * (convolved + products)
 

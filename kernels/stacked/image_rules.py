@@ -76,25 +76,24 @@ class InstanceNorm(GroupNorm):
 
     def forward(self, a: Values, models: int) -> tuple[Tensor, Any]:
         x, weight, bias = a["input"], a.get("weight"), a.get("bias")
-        n, channels, *pixels = x.shape
+        channels, *pixels = x.shape[1:]
         count = math.prod(pixels)
 
         def beside(value: Tensor) -> Tensor:
             return value.view(-1, channels, *(1,) * len(pixels))
 
-        mean = _over_pixels(x) / count
-        y = x - beside(mean)
-        root = torch.rsqrt(_over_pixels(y * y) / count + self.eps)
+        centered = x - beside(_over_pixels(x) / count)
+        root = torch.rsqrt(_over_pixels(centered * centered) / count + self.eps)
         factor = beside(root if weight is None else root * weight.view(1, -1))
-        y = y.mul_(factor) if bias is None else torch.addcmul(beside(bias.reshape(-1)), y, factor, out=y)
-        return y, (x, mean, root, weight)
+        y = centered * factor if bias is None else torch.addcmul(beside(bias.reshape(-1)), centered, factor)
+        return y, (centered, torch.zeros_like(root), root, weight)
 
 
 def _over_pixels(x: Tensor) -> Tensor:
     """Sums ``[n, channels]``; of channels-last images by an average pooling, which adds whole vectors of channels."""
     if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and x.dtype == torch.float32:
         return _aten.avg_pool2d(x, x.shape[2:], [1, 1], [0, 0], False, False, 1).flatten(1)
-    return x.flatten(2).sum(2)
+    return x.flatten(2).sum(2) if x.ndim > 2 else x
 
 
 class Prelu:
@@ -232,10 +231,33 @@ def _average(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> 
     return Average(call) if whole and call.layout is Layout.CHANNELS else None
 
 
+class Nearest:
+    """Images enlarged by their nearest pixels; whole times, the gradient is a sum over tiles, which an average pooling adds up."""
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+
+    def forward(self, a: Values, models: int) -> tuple[Tensor, Any]:
+        return self.call.operation.invoke(a), a["input"].shape
+
+    def backward(self, g: Tensor, saved: Any, models: int) -> Gradients:
+        (height, width), (tall, wide) = saved[2:], g.shape[2:]
+        if tall % height == 0 and wide % width == 0:
+            tile = [tall // height, wide // width]
+            return {"input": _aten.avg_pool2d(g, tile, tile, [0, 0], False, False, 1)}
+        return {"input": _aten.upsample_nearest2d_backward(g, [tall, wide], saved)}
+
+
+def _nearest(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> Rule | None:
+    whole = known.get("output_size") is not None or all(float(f).is_integer() for f in known["scale_factors"])
+    return Nearest(call) if whole and call.layout is Layout.CHANNELS else None
+
+
 MAKERS: dict[str, Maker] = {
     "group_norm": _group_norm,
     "instance_norm": _instance_norm,
     "prelu": _prelu,
+    "upsample_nearest2d.vec": _nearest,
     "cat": _joined,
     "select.int": _select,
     "slice.Tensor": _slice,
