@@ -32,8 +32,8 @@ class Between(nn.Module):
 CASES = {
     "group norm": lambda: Between(lambda h, x, norm: norm(h), 4, nn.GroupNorm(2, 4)),
     "group norm, no affine": lambda: Between(lambda h, x, norm: norm(h), 4, nn.GroupNorm(2, 4, affine=False)),
-    "instance norm": lambda: Between(lambda h, x, norm: norm(h) * h, 4, nn.InstanceNorm2d(4, affine=True)),
-    "instance norm, no affine": lambda: Between(lambda h, x, norm: norm(h) * h, 4, nn.InstanceNorm2d(4)),
+    "instance norm": lambda: Between(lambda h, x, norm: norm(h) * h.sigmoid(), 4, nn.InstanceNorm2d(4, affine=True)),
+    "instance norm, no affine": lambda: Between(lambda h, x, norm: norm(h) * h.sigmoid(), 4, nn.InstanceNorm2d(4)),
     "prelu": lambda: Between(lambda h, x, act: act(h), 4, nn.PReLU(4)),
     "prelu, one slope": lambda: Between(lambda h, x, act: act(h), 4, nn.PReLU()),
     "prelu of features": lambda: Between(lambda h, x, act: act(h.mean((2, 3)))[:, :, None, None], 4, nn.PReLU(4)),
