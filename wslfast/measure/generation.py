@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,14 +13,14 @@ import torch
 from torch import Tensor
 
 from .. import engine
-from ..errors import check_seed, require
+from ..errors import check_seed, logger, require
 from ..population import Population
 from ..profiling import region
 from ..proof import proved
 from ..training import load_run
-from ..zoo import Dataset, Split, dataset_of, load_zoo, save_zoo
+from ..zoo import Dataset, Split, dataset_of, load_zoo, read_manifest, save_zoo
 from ..zoo.build import fine_tune
-from ..zoo.manifest import MANIFEST
+from ..zoo.manifest import KIND, MANIFEST
 from ..zoo.source import dataset_record
 from .diversity import accuracy, answers, behavioral_novelty, classes_of, labels_of, nearest, outputs_of
 from .evaluation import Code, decode, encode
@@ -185,7 +187,7 @@ def generate(
         device: where to run.
         backend: what runs the networks: ``"auto"``, ``"triton"`` or ``"torch"``.
         skip_bad: leave out shards of the zoo that are missing or damaged, with a count, instead of raising.
-        architecture: of a zoo of several architectures, which one (its label).
+        architecture: of a zoo of several architectures, which one (its label); by default the one that most training models are of.
         split: of all models in ``out``: ``"test"``, as what :func:`evaluate` measures, ``"train"`` or ``"val"``; ``"drawn"``: dealt out to
             all three, as what is trained on.
 
@@ -208,10 +210,13 @@ def generate(
     require(drawn, f"candidates: expected a positive integer, got {candidates!r}")
     require(split in ("train", "val", "test", "drawn"), f"split: expected train, val, test or drawn, got {split!r}")
     if out is not None:
-        taken = (Path(out) / MANIFEST).exists()
-        require(not taken, f"out: {out}: there is a zoo already; name another folder")
+        _free(out)
     loaded = load_run(run, device=device)
     folder = str(zoo if zoo is not None else loaded.zoo)
+    if architecture is None and len(every := training_architectures(folder)) > 1:
+        architecture = max(every, key=lambda label: every[label])
+        how = "architecture= chooses another, wslfast.measure.generate_each gives models of each"
+        logger.info("generate: of %s architectures, models of %r, which most training models are of; %s", len(every), architecture, how)
     train = load_zoo(folder, "train", architecture=architecture, skip_bad=skip_bad).to(device)
     data = dataset_of(folder, train.architecture)
     tunable = not finetune or labels_of(data, "train", train.architecture) is not None
@@ -228,14 +233,64 @@ def generate(
         population = Population(train.architecture, weights.cpu(), _properties(source, weights, samples, of))
     check_recorded(train, source.train_accuracy, data, folder)
     if out is not None:
-        settings = {"sampler": sampler, "bandwidth": bandwidth, "anchors": anchors, "select": select, "finetune": finetune, "seed": seed}
-        settings |= {} if select == "none" else {"candidates": candidates or 4 * samples, "rounds": rounds}
-        settings |= {"backend": backend}
-        provenance = {"made_by": "wslfast.generate", "run": str(run), "zoo": folder, **settings}
-        provenance["dataset"] = dataset_record(folder)  # so that the new models can be evaluated, and trained on
-        dealt: Any = Split(seed=seed) if split == "drawn" else [split] * len(population)
-        save_zoo(population, out, splits=dealt, provenance=provenance)
+        settings = {"samples": samples, "sampler": sampler, "bandwidth": bandwidth, "anchors": anchors, "select": select, "seed": seed}
+        settings |= {"candidates": candidates, "rounds": rounds, "finetune": finetune, "backend": backend}
+        _store(out, {train.architecture.name: population}, run, folder, split, settings)
     return population
+
+
+def generate_each(
+    run: str | Path, zoo: str | Path | None = None, *, out: str | Path | None = None, split: str = "test", **settings: Any
+) -> dict[str, Population]:
+    """New models of every architecture of a run's zoo, by label: :func:`generate` for each, with ``samples`` models of each.
+
+    Args:
+        run, zoo, split, settings: as :func:`generate` has them.
+        out: folder to store all of them in, as one zoo.
+    """
+    require("architecture" not in settings, "architecture: generate makes models of one")
+    if out is not None:
+        _free(out)
+    folder = str(zoo if zoo is not None else load_run(run).zoo)
+    made = {label: generate(run, zoo, architecture=label, split=split, **settings) for label in training_architectures(folder)}
+    if out is not None:
+        given = {name: own.default for name, own in inspect.signature(generate).parameters.items() if own.kind is own.KEYWORD_ONLY}
+        left_out = ("out", "split", "architecture", "device", "skip_bad")
+        _store(out, made, run, folder, split, {n: v for n, v in {**given, **settings}.items() if n not in left_out})
+    return made
+
+
+def training_architectures(zoo: str | Path) -> dict[str, int]:
+    """The architectures of a zoo's training models by label, with the number of models of each."""
+    manifest = read_manifest(zoo)
+    label = str(manifest.architecture.get("name"))
+    labels = manifest.properties[KIND] if manifest.kinds else [label] * manifest.rows
+    rows = zip(manifest.properties["model"], labels, manifest.properties["split"], strict=True)
+    models = {(model, own) for model, own, split in rows if split == "train"}
+    return {label: count for label in dict.fromkeys(labels) if (count := sum(own == label for _, own in models))}
+
+
+def _free(out: str | Path) -> None:
+    """Raise WslfastError where a zoo is already."""
+    require(not (Path(out) / MANIFEST).exists(), f"out: {out}: there is a zoo already; name another folder")
+
+
+def _store(out: str | Path, made: Mapping[str, Population], run: str | Path, folder: str, split: str, settings: Mapping[str, Any]) -> None:
+    """Write generated models, by architecture, as one zoo on the data set of the zoo that they were made from."""
+    known = dict(settings)
+    if known["select"] == "none":
+        known = {name: value for name, value in known.items() if name not in ("candidates", "rounds")}
+    else:
+        known["candidates"] = known["candidates"] or 4 * known["samples"]
+    provenance = {"made_by": "wslfast.generate", "run": str(run), "zoo": folder, **known}
+    provenance["dataset"] = dataset_record(folder)  # so that the new models can be evaluated, and trained on
+    drawn = Split(seed=known["seed"])
+    if len(made) == 1:
+        (population,) = made.values()
+        save_zoo(population, out, splits=drawn if split == "drawn" else [split] * len(population), provenance=provenance)
+        return
+    own = ((p, drawn.assign(p.properties["model"]) if split == "drawn" else [split] * len(p)) for p in made.values())
+    save_zoo(made, out, splits=[name for _, names in own for name in names], provenance=provenance)
 
 
 def _properties(source: Source, weights: Tensor, samples: int, of: Tensor | None) -> dict[str, tuple[Any, ...]]:
