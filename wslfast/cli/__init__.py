@@ -21,8 +21,10 @@ from .. import __version__
 from ..engine.precision import matmul_precision
 from ..engine.ranks import first
 from ..errors import WslfastError, first_line
+from ..tracing.untraced import naming
 from ..training import TrainConfig
 from ..training.progress import Interrupted
+from ..zoo.importers.network_files import named_again
 from .analysis import Ablate, Gradients, Queries
 from .console import console, show
 from .doctor import Doctor
@@ -147,7 +149,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "networks behave (arXiv 2503.17138). Start with: wslfast demo",
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
         )
-        command.run()
+        with naming(named_again(getattr(getattr(command, "command", command), "network", ()))):  # zoo has commands of its own
+            command.run()
     except WslfastError as error:
         print(f"wslfast: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -48,6 +48,8 @@ class Queries:
     """Seed of what is drawn."""
     architecture: str | None = None
     """Of a zoo of several architectures, which one (wslfast zoo show lists them)."""
+    network: tuple[str, ...] = ()
+    """FILE.py:NAME of networks that cannot be traced, as they were given to zoo import: no file holds their code. FILE.py is run."""
 
     def run(self) -> None:
         source = MappedZoo(self.zoo, "train", architecture=self.architecture)
@@ -77,6 +79,8 @@ class Ablate:
     """Where the file samples new models: fewer of them, on fewer images."""
     split: Literal["test", "val"] | None = None
     """Whose models are measured, instead of the file's; val to choose by (rows go to ablations-val.csv). Nothing is trained twice."""
+    network: tuple[str, ...] = ()
+    """FILE.py:NAME of networks that cannot be traced, as they were given to zoo import: no file holds their code. FILE.py is run."""
 
     def run(self) -> None:
         from ..sane import ablation as published
@@ -128,6 +132,8 @@ class Gradients(GradientSettings):
     """What to call the run in the rows (default: its folder's name)."""
     architecture: str | None = None
     """Of a zoo of several architectures, which one (wslfast zoo show lists them)."""
+    network: tuple[str, ...] = ()
+    """FILE.py:NAME of networks that cannot be traced, as they were given to zoo import: no file holds their code. FILE.py is run."""
 
     def run(self) -> None:
         require(bool(self.run_folder), "run: expected the folder of a run (--run DIR)")

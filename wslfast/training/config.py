@@ -138,7 +138,7 @@ class TrainConfig:
     """Steps between checkpoints; one is always written at the end."""
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
+        hints = get_type_hints(TrainConfig)  # the command adds fields of its own, which its parser has checked
         for name, hint in hints.items():
             value = _coerce(name, getattr(self, name), hint)
             object.__setattr__(self, name, value)

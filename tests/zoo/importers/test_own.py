@@ -22,7 +22,6 @@ from wslfast.cli import main
 from wslfast.measure.reconstruction import compare
 from wslfast.measure.recorded import check_recorded
 from wslfast.zoo import dataset_of, export_zoo, import_zoo, load_dataset, load_parts, read_manifest
-from wslfast.zoo.importers.own import module_of
 from wslfast.zoo.importers.tables import read_table
 
 NET = '''
@@ -233,27 +232,6 @@ def test_what_is_not_there_is_said(tmp_path: Path, nets: list[nn.Module]) -> Non
     assert said == expected | {("z.pt", "no file")}
     zoo = load_zoo(tmp_path / "zoo")
     assert dict(zip(zoo.properties["name"], zoo.properties["acc"], strict=True)) == {"a": "0,5", "b": 0.25}
-
-
-def test_a_network_that_cannot_be_traced_is_said_to_be_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """No next command that would fail; what is named instead works."""
-    code = "from torch import nn\n\nclass Net(nn.Linear):\n    def forward(self, x):\n        y = super().forward(x)\n"
-    (tmp_path / "net.py").write_text(code + "        return y * 2 if y.sum().item() > 1e9 else y\n")
-    (tmp_path / "net.py").open("a").write("\n\ndef make():\n    return Net(3, 2)\n")
-    (tmp_path / "models").mkdir()
-    for i in range(8):
-        torch.save(nn.Linear(3, 2).state_dict(), tmp_path / "models" / f"{i}.pt")
-    main(["zoo", "import", str(tmp_path / "models"), str(tmp_path / "zoo"), "--network", f"{tmp_path}/net.py:make", "--input-shape", "3"])
-    said = capsys.readouterr().out
-    assert "make cannot be traced" in said
-    assert "next:" not in said
-    arch = wslfast.Architecture.from_module(module_of(f"{tmp_path}/net.py:make"), (3,), "make")
-    zoo = load_zoo(tmp_path / "zoo", architecture=arch)
-    config = wslfast.TrainConfig(zoo=str(tmp_path / "zoo"), out=str(tmp_path / "run"), steps=1, layers=1, d_model=16, heads=2)
-    run = wslfast.train(config, population=zoo, images=torch.randn(20, 3))
-    assert run.step == 1
-    assert len(repr(run)) < 400
-    assert "step 1 of 1" in repr(run)
 
 
 def test_checkpoints_of_one_model_stay_together(tmp_path: Path, nets: list[nn.Module]) -> None:

@@ -20,7 +20,7 @@ from ..manifest import MANIFEST, SPLITS, Manifest, Shard, normalised
 from ..source import described
 from ..splits import Split
 from ..store import described_by, write_shards
-from . import inr, own, pickled, ray, small_cnn
+from . import inr, network_files, own, pickled, ray, small_cnn
 from .files import ENDINGS, state_files
 from .found import UNKNOWN, Skips
 from .rows import IDENTICAL, Reader, Rows
@@ -114,7 +114,7 @@ def import_zoo(
     require(architecture is None or network is None, "network: expected None beside architecture= (only one of the two is used)")
     plan = Split(tuple(split), seed)  # type: ignore[arg-type]
     named = [] if network is None else [network] if isinstance(network, str) else list(network)
-    networks = [(name.rpartition(":")[2], own.architecture_of(name, input_shape, dataset, output)) for name in named]
+    networks = [(name.rpartition(":")[2], network_files.architecture_of(name, input_shape, dataset, output)) for name in named]
     chosen = _Source.of(folder, networks, own.Table.read(table), architecture, kept, padding, omega, dataset)
     rows = Rows(chosen.read, chosen.architecture or architecture, threshold, chosen.stated)
     first = next(iter(rows), None)
