@@ -268,6 +268,26 @@ def test_images_as_the_models_saw_them(tmp_path: Path) -> None:
             load_dataset(file, SHAPE, mean=mean, std=std)  # type: ignore[arg-type]
 
 
+def test_labels_that_go_from_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of a network with as many outputs as there are labels, the first class is 0; of one with one more, labels are what they say."""
+    code = "from torch import nn\n\n\ndef three():\n    return nn.Sequential(nn.Flatten(), nn.Linear(16, 3))\n\n\n"
+    (tmp_path / "net.py").write_text(code + "def four():\n    return nn.Sequential(nn.Flatten(), nn.Linear(16, 4))\n")
+    pixels, labels = np.random.default_rng(0).random((40, 4, 4), dtype=np.float32), np.arange(40) % 3 + 1
+    np.savez(tmp_path / "images.npz", train_images=pixels[:20], train_labels=labels[:20], test_images=pixels[20:], test_labels=labels[20:])
+    for name, outputs, first in (("three", 3, 1), ("four", 4, 0)):
+        (tmp_path / name).mkdir()
+        torch.save({"1.weight": torch.randn(outputs, 16), "1.bias": torch.randn(outputs)}, tmp_path / name / "a.pt")
+        with caplog.at_level("INFO", logger="wslfast"):
+            import_zoo(tmp_path / name, tmp_path / f"zoo-{name}", network=f"{tmp_path}/net.py:{name}", dataset=tmp_path / "images.npz")
+        data = dataset_of(tmp_path / f"zoo-{name}", load_zoo(tmp_path / f"zoo-{name}").architecture)
+        assert torch.equal(data.test_labels, torch.from_numpy(labels[20:] - first))
+        assert ("labels go from 1 to 3" in caplog.text) == (first == 1)
+        caplog.clear()
+    np.savez(tmp_path / "images.npz", images=pixels, labels=labels + 3)
+    with pytest.raises(WslfastError, match="7 classes, and architecture 'three' has 3 outputs .*leave them out of the file"):
+        import_zoo(tmp_path / "three", tmp_path / "zoo", network=f"{tmp_path}/net.py:three", dataset=tmp_path / "images.npz")
+
+
 def test_a_zoo_remembers_mean_and_deviation(tmp_path: Path, nets: list[nn.Module]) -> None:
     file = images(tmp_path)
     (tmp_path / "models").mkdir()
