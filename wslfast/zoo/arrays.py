@@ -65,8 +65,8 @@ def _npz(path: Path, unlabelled: bool) -> Read:
 
 
 def _names(keys: Iterable[str]) -> dict[str, str]:
-    """What the arrays are called here, and in the file: ``x_train``, ``trainX``, ``X``, ``test_y``, ``val_targets`` and the like are the images
-    and labels of a split, unless there is an array of our own name."""
+    """What the arrays are called here, and in the file: ``x_train``, ``trainX``, ``X``, ``test_y``, ``val_targets`` and the like are the
+    images and labels of a split, unless there is an array of our own name."""
     given = list(keys)
     ours = {f"{p}{what}" for p in ("", *(f"{split}_" for split in SPLITS)) for what in ("images", "labels")}
     names = {key: key for key in given if key in ours}
