@@ -360,6 +360,36 @@ def test_weightclip_resnets(tmp_path: Path) -> None:
     torch.testing.assert_close(wslfast.batched_forward(zoo.weights, x, zoo.architecture), expected, rtol=FP32_AMPLIFIED, atol=FP32_DEEP)
 
 
+@pytest.mark.parametrize("kind", ["ResNet18Slim", "CNN3"])
+def test_the_same_weights_under_several_activations_are_several_networks(tmp_path: Path, kind: str) -> None:
+    """Trials of one seed begin from the same numbers, to the bit; the settings tell their functions apart."""
+    torch.manual_seed(0)
+    net = Slim(2, 5)
+    net(torch.randn(8, 3, 32, 32))
+    net.eval()
+    arch = Architecture.cnn3(3, "tanh", num_classes=5)
+    cnn3 = wslfast.Population(arch, arch.initial_weights(["kaiming_uniform"], [0]))
+    state = net.state_dict() if kind == "ResNet18Slim" else cnn3.state_dict(0)
+    names = {"relu": F.relu, "tanh": torch.tanh, "leakyrelu": F.leaky_relu}
+    for name in names:
+        trial(tmp_path / "src" / f"tune_zoo_{name}", state, {"model::type": kind, "model::nlin": name, "model::o_dim": 5})
+    trial(tmp_path / "src" / "tune_zoo_z_copy", state, {"model::type": kind, "model::nlin": "relu", "model::o_dim": 5})
+    done = import_zoo(tmp_path / "src", tmp_path / "zoo")
+    assert (done.rows, len(done.architectures), dict(done.skipped)) == (3, 3, {"identical weights": 1})
+    x = torch.randn(2, 3, 32, 32)
+    for part in load_parts(tmp_path / "zoo").values():
+        name = part.properties["activation"][0]
+        assert part.properties["name"] == (f"tune_zoo_{name}",)
+        with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+            if kind == "ResNet18Slim":
+                patch.setattr(torch, "tanh", names[name])  # what Slim calls
+                expected = net(x)
+            else:
+                expected = wslfast.batched_forward(part.weights, x, Architecture.cnn3(3, name, num_classes=5))[0]
+        answer = wslfast.batched_forward(part.weights, x, part.architecture)[0]
+        torch.testing.assert_close(answer, expected, rtol=FP32_AMPLIFIED, atol=FP32_DEEP)
+
+
 def test_a_root_with_the_grid_and_the_images_of_its_trials(tmp_path: Path) -> None:
     """``config.json`` and ``dataset.pt`` lie beside the trials, as published zoos have them: the root is no trial."""
     arch = Architecture.cnn(1, "tanh", num_classes=7)

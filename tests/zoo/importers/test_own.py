@@ -284,7 +284,7 @@ def test_labels_that_go_from_one(tmp_path: Path, caplog: pytest.LogCaptureFixtur
         assert ("labels go from 1 to 3" in caplog.text) == (first == 1)
         caplog.clear()
     np.savez(tmp_path / "images.npz", images=pixels, labels=labels + 3)
-    with pytest.raises(WslfastError, match="7 classes, and architecture 'three' has 3 outputs .*leave them out of the file"):
+    with pytest.raises(WslfastError, match=r"7 classes, and architecture 'three' has 3 outputs .*leave them out of the file"):
         import_zoo(tmp_path / "three", tmp_path / "zoo", network=f"{tmp_path}/net.py:three", dataset=tmp_path / "images.npz")
 
 
