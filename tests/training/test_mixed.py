@@ -141,3 +141,34 @@ def test_one_architecture_is_chosen_where_none_is_named(zoo: Path, tmp_path: Pat
         generate(tmp_path / "run", samples=3, architecture="thin")
     with pytest.raises(WslfastError, match="not trained on models of architecture"):
         load_run(tmp_path / "run").of(Architecture.mlp(16, (7,), 3))
+
+
+def test_architectures_of_one_model_each(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As in a zoo in which every model is another network: all train, and none can be held back for a test."""
+    import csv
+
+    from wslfast.zoo import import_zoo
+
+    code = "from torch import nn\n"
+    (tmp_path / "models").mkdir()
+    with open(tmp_path / "table.csv", "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["file", "network"])
+        for width in (3, 4, 5):
+            code += (
+                f"\n\ndef net{width}():\n    return nn.Sequential(nn.Flatten(), nn.Linear(16, {width}), nn.ReLU(), nn.Linear({width}, 3))\n"
+            )
+            net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, width), torch.nn.ReLU(), torch.nn.Linear(width, 3))
+            torch.save(net.state_dict(), tmp_path / "models" / f"{width}.pt")
+            rows.writerow([f"{width}.pt", f"net{width}"])
+    (tmp_path / "nets.py").write_text(code)
+    np.savez(tmp_path / "images.npz", images=np.random.default_rng(0).random((60, 4, 4), dtype=np.float32), labels=np.arange(60) % 3)
+    networks = [f"{tmp_path}/nets.py:net{width}" for width in (3, 4, 5)]
+    import_zoo(tmp_path / "models", tmp_path / "zoo", network=networks, table=tmp_path / "table.csv", dataset=tmp_path / "images.npz")
+    assert "3 of 3 architectures have too few models" in caplog.text
+    run = train(TrainConfig(zoo=str(tmp_path / "zoo"), out=str(tmp_path / "run"), steps=3, **SMALL))
+    assert list(run.parts) == ["net3", "net4", "net5"]
+    with pytest.raises(WslfastError, match="--split train"):
+        evaluate(tmp_path / "run")
+    assert evaluate(tmp_path / "run", split="train", baselines=False)["run"]["n_models"] == 3
+    assert list(generate_each(run, samples=2)) == ["net3", "net4", "net5"]

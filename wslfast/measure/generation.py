@@ -17,7 +17,7 @@ from ..errors import check_seed, logger, require
 from ..population import Population
 from ..profiling import region
 from ..proof import proved
-from ..training import load_run
+from ..training import Run, load_run
 from ..zoo import Dataset, Split, dataset_of, load_zoo, read_manifest, save_zoo
 from ..zoo.build import fine_tune
 from ..zoo.manifest import KIND, MANIFEST
@@ -149,7 +149,7 @@ class Source:
 
 
 def generate(
-    run: str | Path,
+    run: str | Path | Run,
     zoo: str | Path | None = None,
     *,
     samples: int = 64,
@@ -171,7 +171,7 @@ def generate(
     """Sample new models from a trained run: latents around those of its zoo's best training models, decoded.
 
     Args:
-        run: folder of a training run.
+        run: folder of a training run, or a run that is loaded already.
         zoo: folder of the zoo; by default the one that the run was trained on.
         samples: how many models.
         anchors: share of the training models, best validation accuracy first, whose latents are sampled around.
@@ -211,7 +211,7 @@ def generate(
     require(split in ("train", "val", "test", "drawn"), f"split: expected train, val, test or drawn, got {split!r}")
     if out is not None:
         _free(out)
-    loaded = load_run(run, device=device)
+    loaded = run if isinstance(run, Run) else load_run(run, device=device)
     folder = str(zoo if zoo is not None else loaded.zoo)
     if architecture is None and len(every := training_architectures(folder)) > 1:
         architecture = max(every, key=lambda label: every[label])
@@ -235,12 +235,12 @@ def generate(
     if out is not None:
         settings = {"samples": samples, "sampler": sampler, "bandwidth": bandwidth, "anchors": anchors, "select": select, "seed": seed}
         settings |= {"candidates": candidates, "rounds": rounds, "finetune": finetune, "backend": backend}
-        _store(out, {train.architecture.name: population}, run, folder, split, settings)
+        _store(out, {train.architecture.name: population}, loaded, folder, split, settings)
     return population
 
 
 def generate_each(
-    run: str | Path, zoo: str | Path | None = None, *, out: str | Path | None = None, split: str = "test", **settings: Any
+    run: str | Path | Run, zoo: str | Path | None = None, *, out: str | Path | None = None, split: str = "test", **settings: Any
 ) -> dict[str, Population]:
     """New models of every architecture of a run's zoo, by label: :func:`generate` for each, with ``samples`` models of each.
 
@@ -251,12 +251,13 @@ def generate_each(
     require("architecture" not in settings, "architecture: generate makes models of one")
     if out is not None:
         _free(out)
-    folder = str(zoo if zoo is not None else load_run(run).zoo)
-    made = {label: generate(run, zoo, architecture=label, split=split, **settings) for label in training_architectures(folder)}
+    loaded = run if isinstance(run, Run) else load_run(run, device=settings.get("device", "cpu"))
+    folder = str(zoo if zoo is not None else loaded.zoo)
+    made = {label: generate(loaded, zoo, architecture=label, split=split, **settings) for label in training_architectures(folder)}
     if out is not None:
         given = {name: own.default for name, own in inspect.signature(generate).parameters.items() if own.kind is own.KEYWORD_ONLY}
         left_out = ("out", "split", "architecture", "device", "skip_bad")
-        _store(out, made, run, folder, split, {n: v for n, v in {**given, **settings}.items() if n not in left_out})
+        _store(out, made, loaded, folder, split, {n: v for n, v in {**given, **settings}.items() if n not in left_out})
     return made
 
 
@@ -282,7 +283,7 @@ def _store(out: str | Path, made: Mapping[str, Population], run: str | Path, fol
         known = {name: value for name, value in known.items() if name not in ("candidates", "rounds")}
     else:
         known["candidates"] = known["candidates"] or 4 * known["samples"]
-    provenance = {"made_by": "wslfast.generate", "run": str(run), "zoo": folder, **known}
+    provenance = {"made_by": "wslfast.generate", "run": str(run.out), "zoo": folder, **known}
     provenance["dataset"] = dataset_record(folder)  # so that the new models can be evaluated, and trained on
     drawn = Split(seed=known["seed"])
     if len(made) == 1:

@@ -16,7 +16,7 @@ from ...files import check_folder, write_text
 from ...profiling import region
 from ..build import LARGEST_WEIGHT
 from ..datasets import image_shape
-from ..manifest import MANIFEST, SPLITS, Manifest, Shard, normalised
+from ..manifest import KIND, MANIFEST, SPLITS, Manifest, Shard, normalised
 from ..source import described
 from ..splits import Split
 from ..store import described_by, write_shards
@@ -159,7 +159,7 @@ def import_zoo(
     with region("import"):
         manifest = write_shards(place, rows, describe)
     write_text(place / SKIPPED, json.dumps(rows.skips.entries, indent=1, ensure_ascii=False) + "\n")
-    _say(place / SKIPPED, rows, manifest.provenance["identical"])
+    _say(place / SKIPPED, rows, manifest)
     every = {label: manifest.rebuild(str(place), label) for label in manifest.kinds} or {rows.kinds[0].name: rows.kinds[0]}
     return Imported(len(rows.models), len(set(rows.numbers())), rows.kinds[0], rows.skips.counts(), every, "dataset" in provenance)
 
@@ -280,9 +280,13 @@ def _together(given: Sequence[str | None], rows: Rows) -> tuple[str, ...]:
     return tuple(first.setdefault(rows.identical.family(model), str(split)) for model, split in zip(rows.models, given, strict=True))
 
 
-def _say(file: Path, rows: Rows, identical: Mapping[str, int]) -> None:
+def _say(file: Path, rows: Rows, manifest: Manifest) -> None:
     """What a user has to know of an import, a line each."""
-    counts = rows.skips.counts()
+    counts, identical = rows.skips.counts(), manifest.provenance["identical"]
+    tested = {label for label, split in zip(manifest.properties.get(KIND, ()), manifest.properties["split"]) if split == "test"}
+    if untested := len(manifest.kinds) - len(tested):
+        what = "zoo import: %d of %d architectures have too few models to hold some back for a test: evaluate --split train measures those"
+        logger.warning(what, untested, len(manifest.kinds))
     if UNKNOWN in counts:
         what = "zoo import: nothing says which results are those of %d checkpoints; their accuracies stay empty (%s)"
         logger.warning(what, counts[UNKNOWN], file)
