@@ -87,6 +87,7 @@ def test_the_commands_with_the_code_named_again(models: Path, capsys: pytest.Cap
         f"train --zoo {zoo} --out {run} --steps 2 --queries 8 --layers 1 --d-model 16 --heads 2",
         f"evaluate --run {run}",
         f"generate --run {run} --samples 3 --out {models}/new",
+        f"gradients --run {run} --models 2 --queries 4",
         f"zoo export {zoo} {models}/exported --format state-dicts",
     ):
         main([*command.split(), "--network", named])

@@ -80,8 +80,11 @@ class Trainer:
         self.step_index = 0
         self.kernels: dict[tuple[str, str, str], verdicts.Decision] = {}  # what the run holds to, see engine/verdicts.py
         if config.views and world.writes:
-            for name, why in kept_channels(self.architecture).items():
-                logger.info("views: outputs of %s keep their order: %s", name, why)
+            kept = kept_channels(self.architecture)
+            for why in dict.fromkeys(kept.values()):
+                names = [name for name, own in kept.items() if own == why]
+                few = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+                logger.info("views: outputs of %s keep their order: %s", few, why)
 
         root = torch.Generator().manual_seed(config.seed)
         seeds = torch.randint(2**62, (3,), generator=root).tolist()

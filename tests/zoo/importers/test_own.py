@@ -104,6 +104,8 @@ def _write(state: dict[str, Tensor], file: Path, form: str) -> Path:
             np.savez(file.with_suffix(".npz"), **{k: v.numpy() for k, v in state.items()})  # type: ignore[arg-type]
         case "parallel":
             torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}, "epoch": 3}, file.with_suffix(".pt"))
+        case "tar":
+            torch.save({"state_dict": state, "epoch": 2, "best_acc1": 0.5}, file.with_suffix(".pth.tar"))
         case "compiled":
             torch.save({"model": {f"_orig_mod.{k}": v for k, v in state.items()}, "optimizer": {"lr": 0.1}}, file.with_suffix(".pt"))
         case "lightning":
@@ -114,7 +116,7 @@ def _write(state: dict[str, Tensor], file: Path, form: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    "form", ["bare", "safetensors", "npz", "parallel", "compiled", "lightning", "model", "state_dict", "model_state_dict", "params"]
+    "form", ["bare", "safetensors", "npz", "tar", "parallel", "compiled", "lightning", "model", "state_dict", "model_state_dict", "params"]
 )
 def test_every_form_of_a_state_dict_is_read_to_the_bit(tmp_path: Path, nets: list[nn.Module], form: str) -> None:
     (tmp_path / "models").mkdir()
@@ -130,6 +132,14 @@ def test_every_form_of_a_state_dict_is_read_to_the_bit(tmp_path: Path, nets: lis
         for key in theirs:
             assert key.endswith("num_batches_tracked") or torch.equal(mine[key], theirs[key]), key
     torch.testing.assert_close(wslfast.batched_forward(zoo.weights, x, zoo.architecture), own_answers(nets, x), rtol=FP32_DEEP, atol=FP32)
+
+
+def test_a_folder_without_networks_says_what_is_there(tmp_path: Path, nets: list[nn.Module]) -> None:
+    (tmp_path / "models" / "deep").mkdir(parents=True)
+    for name in ("a.onnx", "deep/b.h5", "deep/README"):
+        (tmp_path / "models" / name).write_text("")
+    with pytest.raises(WslfastError, match=r"end in \.pt, .*; there are \.h5, \.onnx, README"):
+        import_zoo(tmp_path / "models", tmp_path / "zoo", network=f"{tmp_path}/net.py:Net", input_shape=SHAPE)
 
 
 def test_a_pickled_module_is_read_and_not_run(tmp_path: Path) -> None:

@@ -240,8 +240,9 @@ def _nothing(source: str | Path, folder: Path, rows: Rows, networks: Sequence[An
     remedy = ""
     if not networks and rows.skips.counts().get("unreadable checkpoint") and "no known network" in why:
         remedy = "; networks of your own: --network FILE.py:NAME (network=)"
-    elif not networks and not reasons:
-        remedy = f"; files of state dicts end in {', '.join(ENDINGS)}"
+    elif not reasons:
+        other = sorted({path.suffix or path.name for path in folder.rglob("*") if path.is_file()})[:6] if folder.is_dir() else []
+        remedy = f"; files of state dicts end in {', '.join(ENDINGS)}" + (f"; there are {', '.join(other)}" if other else "")
     return f"source: {source}: no usable checkpoint ({nothing}){why}{remedy}"
 
 

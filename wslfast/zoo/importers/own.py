@@ -13,7 +13,7 @@ from ...architecture import Architecture
 from ...errors import WslfastError, require
 from ...tracing import effective_state
 from ..manifest import KIND, SPLITS, plain
-from .files import Loaded, load, state_files
+from .files import Loaded, load, name_of, state_files
 from .found import Found, Skips, State, unreadable
 from .recognise import fits
 from .tables import read_table
@@ -49,7 +49,8 @@ class Table:
         """The row of a file, by its path below the source, its name, or either without the ending; and how it is called there."""
         whole = file.name if source.is_file() else file.relative_to(source).as_posix()
         keys = (whole, file.name, str(file))
-        return self.under(*(form for key in keys for form in (key, key.removesuffix(file.suffix))))
+        ending = file.name.removeprefix(name_of(file))
+        return self.under(*(form for key in keys for form in (key, key.removesuffix(file.suffix), key.removesuffix(ending))))
 
     def under(self, *names: str) -> tuple[str, Mapping[str, Any]] | None:
         """The row that is called one of these, and how it is called."""
@@ -120,7 +121,7 @@ def checkpoints(
         if epochs is not None and (epoch or 0) not in epochs:
             continue
         split = known.get("split") if known.get("split") in SPLITS else None
-        properties = {"name": file.stem, **{k: plain(v, k) for k, v in known.items() if k not in _RESERVED}}
+        properties = {"name": name_of(file), **{k: plain(v, k) for k, v in known.items() if k not in _RESERVED}}
         if len(networks) > 1 and properties.pop("network", None) == properties.get(KIND):
             properties.pop(KIND, None)  # the zoo has that column of its own
         if stated is not None and type(stated) is not int:
