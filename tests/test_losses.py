@@ -158,7 +158,7 @@ def test_normalizers_are_the_values_of_knowing_nothing(originals: tuple[Populati
 
 
 def test_one_model_alone_is_held_against_answering_zero(originals: tuple[Population, TargetCache]) -> None:
-    population, cache = originals
+    population, _ = originals
     alone = TargetCache(population[2], QueryPool(torch.randn(12, 1, 28, 28)), backend="torch")
     units = Normalizers.from_data(population[2], alone, batch_size=1)
     assert units.structural == pytest.approx(float(population.weights[2].double().square().mean()), rel=FP32)

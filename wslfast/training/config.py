@@ -120,7 +120,8 @@ class TrainConfig:
     token_size: int = 0
     """Token size; 0 finds it from the architecture."""
     window: int = 0
-    """Tokens that attend to each other; 0 is the whole sequence. For networks of thousands of tokens, as ResNets are."""
+    """Tokens that attend to each other. 0: all of a network, and of one with more than 2,048, as ResNets have, windows of 512 (the
+    published way; the number of tokens itself is all of them at once)."""
 
     gather_negatives: bool = True
     """Under torchrun, contrast every model with those of all processes; without, with those of its own process alone."""
