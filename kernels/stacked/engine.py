@@ -35,11 +35,14 @@ _MOST_CONVOLVED = 64  # where activations are so few that calls, not numbers, ta
 _CACHED = 20 << 20  # their bytes, of such a group's forward pass
 _QUERIES = 128  # of a slab
 _FEWEST = 32  # of a slab, where there are as many: with fewer, reading weights takes as long as using them
+_WORK = 20_000_000  # operations a call of the graph in a group's products: smaller groups then cost nothing, keep weights in the cache
+# and share threads
 _BYTES = 64 << 20  # of what a group's forward pass leaves for its backward
 _ROWS = 64 << 20  # of a group's weights
+_PACKED = 1 << 15  # numbers of one model's parameter
 _FILL = 16  # queries: every model's numbers then begin on 64 bytes
 _FEW = 1000  # numbers of a product: so few could agree by chance, and a group is always filled
-_ALONE = 2_000_000  # activations of a call: below, one thread is done before another has joined in
+_ALONE = 2_000_000, 100_000_000  # activations and operations of a call: below both, one thread is done before another has joined in
 
 
 @lru_cache(maxsize=256)
@@ -71,6 +74,9 @@ def group_shape(graph: Graph, n: int) -> tuple[int, int]:
         models = _CONVOLVED
         while models < _MOST_CONVOLVED and 8 * models * made * queries <= _CACHED:
             models *= 2
+    else:
+        while models > 2 and operations(graph, models // 2, queries) >= _WORK * len(graph.nodes):
+            models //= 2
     while models > 1 and 4 * models * graph.parameters > _ROWS:
         models //= 2
     few = min(queries, _FEWEST)
@@ -79,6 +85,12 @@ def group_shape(graph: Graph, n: int) -> tuple[int, int]:
     while queries > few and 4 * models * made * queries > _BYTES:
         queries = max(few, queries // 2 // _FILL * _FILL)
     return models, queries
+
+
+def operations(graph: Graph, models: int, queries: int) -> int:
+    """Floating-point operations in products and convolutions, of a loss and its gradients with respect to both factors."""
+    _, convolved, products = sizes(graph)
+    return 6 * models * queries * (convolved + products)
 
 
 class Call:
@@ -162,10 +174,12 @@ def leaves_of(rows: Tensor, graph: Graph) -> list[Tensor]:
 
 
 def _copies_of(rows: Tensor, graph: Graph) -> list[Tensor]:
-    """The same in memory of their own: how numbers lie there decides a BLAS's bits."""
-    parts: Any = torch.split_with_sizes_copy(  # type: ignore[func-returns-value]
-        rows, [slot.size for slot in graph.slots], 1
-    )
+    """The same in memory of their own, as how small operands lie there decides a BLAS's bits; large ones it packs, and they stay."""
+    sizes = [slot.size for slot in graph.slots]
+    if max(sizes) >= _PACKED:
+        parts: Any = [part if part.shape[1] >= _PACKED else part.contiguous() for part in rows.split(sizes, 1)]
+    else:
+        parts = torch.split_with_sizes_copy(rows, sizes, 1)  # type: ignore[func-returns-value]
     return [part.view(rows.shape[0], *slot.shape) for part, slot in zip(parts, graph.slots, strict=True)]
 
 
@@ -175,7 +189,7 @@ def _jobs(count: int, call: Call, run: Callable[[int], None]) -> None:
     if call.weights.device.type != "cpu":
         for group in groups:
             group()
-    elif len(groups) > 1 and call.weights.shape[0] * call.n * sizes(call.graph)[0] < _ALONE:
+    elif len(groups) > 1 and _alone(call):
 
         def every() -> None:
             for group in groups:
@@ -184,6 +198,12 @@ def _jobs(count: int, call: Call, run: Callable[[int], None]) -> None:
         jobs.run([every])
     else:
         jobs.run(groups)
+
+
+def _alone(call: Call) -> bool:
+    """Whether one thread does a call sooner than several."""
+    models, (numbers, work) = call.weights.shape[0], _ALONE
+    return models * call.n * sizes(call.graph)[0] < numbers and operations(call.graph, models, call.n) < work
 
 
 def loss_and_gradient(

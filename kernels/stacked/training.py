@@ -21,7 +21,7 @@ from ..reference import value_shapes
 from .calls import Layout
 from .company import group_size
 from .engine import Call, loss_and_gradient_of, random_models, sizes
-from .forms import channels_first
+from .layouts import channels_first
 from .training_forms import Statistics, factors, noise_shape, probability
 
 _BYTES = 64 << 20  # of what a group's forward pass leaves for its backward

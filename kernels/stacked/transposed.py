@@ -14,7 +14,7 @@ from torch import Tensor
 from ..cpu.products import LANES
 from ..cpu.steps import bias_gradient
 from .calls import Call, Layout, Values
-from .forms import repeated
+from .layouts import repeated
 from .rules import Gradients, Maker, Rule
 
 _aten = torch.ops.aten
