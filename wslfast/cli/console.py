@@ -24,6 +24,8 @@ def show(values: dict[str, Any], as_json: bool) -> None:
         print(json.dumps(values, indent=1))
         return
     table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")  # a digest that is longer than the terminal is wide stays whole
     for name, value in values.items():
         lines = [f"{k}: {_text(v)}" for k, v in value.items()] if isinstance(value, dict) else [_text(value)]
         table.add_row(f"[bold]{escape(name.replace('_', ' '))}[/bold]", escape("\n".join(lines)))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import engine
 from ..errors import check_seed, logger, require
+from ..files import check_folder
 from ..population import Population
 from ..profiling import region
 from ..proof import proved
@@ -272,7 +273,8 @@ def training_architectures(zoo: str | Path) -> dict[str, int]:
 
 
 def _free(out: str | Path) -> None:
-    """Raise WslfastError where a zoo is already."""
+    """Raise WslfastError where a zoo is already, or something else."""
+    check_folder(Path(out), "zoo")
     require(not (Path(out) / MANIFEST).exists(), f"out: {out}: there is a zoo already; name another folder")
 
 
