@@ -130,11 +130,9 @@ def test_an_interrupted_zoo_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.
         raise Reached
 
     def again(out: Path) -> bytes:
+        ablation, config = Ablation.from_toml(str(tmp_path / "a.toml")), demo.DemoConfig(out=str(out), models=6, epochs=2)
         with pytest.raises(Reached):
-            if command == "demo":
-                demo.demo(demo.DemoConfig(out=str(out), models=6, epochs=2))
-            else:
-                ablations.run_ablation(Ablation.from_toml(str(tmp_path / "a.toml")), out)
+            demo.demo(config) if command == "demo" else ablations.run_ablation(ablation, out)
         (shard,) = out.rglob("shard-*.safetensors")
         return shard.read_bytes()
 

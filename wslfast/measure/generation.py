@@ -22,6 +22,7 @@ from ..training import Run, load_run
 from ..zoo import Dataset, Split, dataset_of, load_zoo, read_manifest, save_zoo
 from ..zoo.build import fine_tune
 from ..zoo.manifest import KIND, MANIFEST
+from ..zoo.reading import dealt
 from ..zoo.source import dataset_record
 from .diversity import accuracy, answers, behavioral_novelty, classes_of, labels_of, nearest, outputs_of
 from .evaluation import Code, decode, encode
@@ -201,15 +202,8 @@ def generate(
     Raises:
         WslfastError: unreadable run or zoo, arguments out of range.
     """
-    require(isinstance(samples, int) and samples >= 1, f"samples: expected a positive integer, got {samples!r}")
-    require(0 <= bandwidth < float("inf"), f"bandwidth: expected a non-negative number, got {bandwidth!r}")
-    require(sampler in SAMPLERS, f"sampler: expected one of {SAMPLERS}, got {sampler!r}")
-    require(type(finetune) is int and finetune >= 0, f"finetune: expected a number of epochs >= 0, got {finetune!r}")
-    check_seed(seed)
-    engine.check_backend(backend)
-    drawn = candidates is None or (type(candidates) is int and candidates >= 1)
-    require(drawn, f"candidates: expected a positive integer, got {candidates!r}")
-    require(split in ("train", "val", "test", "drawn"), f"split: expected train, val, test or drawn, got {split!r}")
+    given = {"samples": samples, "bandwidth": bandwidth, "sampler": sampler, "finetune": finetune, "seed": seed, "backend": backend}
+    _check({**given, "candidates": candidates, "split": split})
     if out is not None:
         _free(out)
     loaded = run if isinstance(run, Run) else load_run(run, device=device)
@@ -250,16 +244,37 @@ def generate_each(
         out: folder to store all of them in, as one zoo.
     """
     require("architecture" not in settings, "architecture: generate makes models of one")
+    defaults = {n: own.default for n, own in inspect.signature(generate).parameters.items() if own.kind is own.KEYWORD_ONLY}
+    unknown = sorted(set(settings) - set(defaults))
+    require(not unknown, f"generate_each: unknown arguments {unknown}")
+    given = {**defaults, **settings, "split": split}
+    _check(given)
     if out is not None:
         _free(out)
     loaded = run if isinstance(run, Run) else load_run(run, device=settings.get("device", "cpu"))
     folder = str(zoo if zoo is not None else loaded.zoo)
-    made = {label: generate(loaded, zoo, architecture=label, split=split, **settings) for label in training_architectures(folder)}
+    labels = training_architectures(folder)
+    require(len(labels) > 0, lambda: f"{folder}: no row is in split 'train'{dealt('train')}")
+    made = {label: generate(loaded, zoo, architecture=label, split=split, **settings) for label in labels}
     if out is not None:
-        given = {name: own.default for name, own in inspect.signature(generate).parameters.items() if own.kind is own.KEYWORD_ONLY}
         left_out = ("out", "split", "architecture", "device", "skip_bad")
-        _store(out, made, loaded, folder, split, {n: v for n, v in {**given, **settings}.items() if n not in left_out})
+        _store(out, made, loaded, folder, split, {n: v for n, v in given.items() if n not in left_out})
     return made
+
+
+def _check(given: Mapping[str, Any]) -> None:
+    """Raise WslfastError for arguments of :func:`generate` that are out of range, before anything is loaded."""
+    samples, bandwidth, finetune, candidates = (given[name] for name in ("samples", "bandwidth", "finetune", "candidates"))
+    require(isinstance(samples, int) and samples >= 1, f"samples: expected a positive integer, got {samples!r}")
+    require(0 <= bandwidth < float("inf"), f"bandwidth: expected a non-negative number, got {bandwidth!r}")
+    require(given["sampler"] in SAMPLERS, f"sampler: expected one of {SAMPLERS}, got {given['sampler']!r}")
+    require(type(finetune) is int and finetune >= 0, f"finetune: expected a number of epochs >= 0, got {finetune!r}")
+    check_seed(given["seed"])
+    engine.check_backend(given["backend"])
+    drawn = candidates is None or (type(candidates) is int and candidates >= 1)
+    require(drawn, f"candidates: expected a positive integer, got {candidates!r}")
+    known = given["split"] in ("train", "val", "test", "drawn")
+    require(known, f"split: expected train, val, test or drawn, got {given['split']!r}")
 
 
 def training_architectures(zoo: str | Path) -> dict[str, int]:
