@@ -24,7 +24,7 @@ from ..criteria import Named, share_of_loss
 from ..graph import Graph
 from ..operations import TABLE
 from ..reference import value_shapes
-from .company import group_size
+from .company import split
 from .compiler import compile_program
 from .passes import by_graph, by_tape
 
@@ -114,20 +114,25 @@ class Call:
         full, self.slab = group_shape(graph, self.n)
         if weights.device.type != "cpu":  # the caller has cut models into chunks that fit its memory
             full, self.slab = max(1, weights.shape[0]), max(1, self.n)
-        self.models = size or (self._size(full) if self.plain and weights.shape[0] else full)
+        sizes = (size, size) if size else self._sizes(full) if self.plain and weights.shape[0] else (full, full)
+        self.models, self.last = sizes  # of a group, and of the last one
 
-    def _size(self, full: int) -> int:
+    def filled(self, group: int) -> int:
+        """Models that run in a group: those that it has, and idle ones."""
+        return self.models if self.weights.shape[0] - group >= self.models else self.last
+
+    def _sizes(self, full: int) -> tuple[int, int]:
         graph, k = self.graph, self.weights.shape[0]
         n = self.n if self.n < self.slab else self.slab + self.n % self.slab
         if graph.parameters * n < _FEW:
-            return full
+            return full, full
         dtype = self.weights.dtype
         key = graph, n, self.own, dtype, torch.is_autocast_enabled("cpu"), jobs.threads_inside()
 
         def trial(size: int, order: Sequence[int]) -> Sequence[Tensor]:
             return _trial(graph, n, self.own, full, dtype, order[:size])
 
-        return group_size(k, full, full, key, trial)
+        return split(k, full, key, trial)
 
     def starts(self) -> range:
         return range(0, self.n, self.slab)
@@ -135,7 +140,7 @@ class Call:
     def rows(self, group: int) -> Tensor:
         """Weights ``[M, P]`` of a group, filled up with idle models: copies of its last."""
         rows = self.weights if self.models == self.weights.shape[0] else self.weights[group : group + self.models]
-        missing = self.models - rows.shape[0]
+        missing = self.filled(group) - rows.shape[0]
         return rows if missing == 0 else torch.cat((rows, rows[-1:].expand(missing, rows.shape[1])))
 
     def slab_of(self, group: int, start: int, whole: bool = False) -> Tensor:
@@ -148,8 +153,9 @@ class Call:
             x = self.queries[group : group + self.models, part]
         else:
             x = self.queries[part]
-        if self.own and len(x) < self.models:
-            x = torch.cat((x, x[-1:].expand(self.models - len(x), *x.shape[1:])))
+        idle = self.filled(group) - len(x) if self.own else 0
+        if idle:
+            x = torch.cat((x, x[-1:].expand(idle, *x.shape[1:])))
         axis = int(self.own)
         missing = -x.shape[axis] % self.fill if self.plain else 0
         if missing:
