@@ -183,6 +183,39 @@ def test_tables_keep_the_rows_name(width: int, monkeypatch: pytest.MonkeyPatch) 
     assert sum(line.count("0.123") for line in named) == 2 * (len(figures) - 1) - 1  # latent numbers are whole
 
 
+@pytest.mark.parametrize("width", [60, 80])
+def test_tables_of_an_analysis_are_whole(zoo: Path, tmp_path: Path, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of ablate and gradients: no name and no number of a row is cut."""
+    (tmp_path / "a.toml").write_text(f"zoo = {str(zoo)!r}\nseeds = [0]\n[base]\nsteps = 1\n[axis]\ncriterion = ['softmax_mse', 'mse']\n")
+    train(TrainConfig(zoo=str(zoo), out=str(tmp_path / "run"), steps=1, **SMALL))
+    analysis, text = sys.modules["wslfast.cli.analysis"], io.StringIO()
+    console = Console(file=text, width=width, highlight=False)
+    monkeypatch.setattr(analysis, "console", console)
+    monkeypatch.setattr(consoles, "console", console)
+    main(["ablate", str(tmp_path / "a.toml"), "--out", str(tmp_path / "out")])
+    main(["gradients", "--run", str(tmp_path / "run"), "--models", "1", "--queries", "4"])
+    said = text.getvalue()
+    assert "…" not in said
+    assert sum(line.startswith("criterion=softmax_mse") for line in said.splitlines()) >= (2 if width == 60 else 1)
+    assert any(line.startswith("reconstruction") for line in said.splitlines())
+
+
+def test_the_bar_of_a_zoo_fits_60_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    import rich
+
+    from wslfast.zoo.progress import bar
+
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=True, width=60, legacy_windows=False, color_system=None)
+    monkeypatch.setattr(rich, "_console", console)
+    with bar(True, 11_950) as advance:
+        for _ in range(10):
+            advance(12, 50, torch.full((3,), 2.278))
+    (line,) = [line for line in text.getvalue().replace("\r", "\n").splitlines() if "10/11950" in line][-1:]
+    assert "epoch 12/50 loss 2.278" in line
+    assert "…" not in line
+
+
 def test_no_folder_of_something_else_is_written_into(zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     train(TrainConfig(zoo=str(zoo), out=str(run), steps=1, **SMALL))
