@@ -293,7 +293,7 @@ def _free(out: str | Path) -> None:
     require(not (Path(out) / MANIFEST).exists(), f"out: {out}: there is a zoo already; name another folder")
 
 
-def _store(out: str | Path, made: Mapping[str, Population], run: str | Path, folder: str, split: str, settings: Mapping[str, Any]) -> None:
+def _store(out: str | Path, made: Mapping[str, Population], run: Run, folder: str, split: str, settings: Mapping[str, Any]) -> None:
     """Write generated models, by architecture, as one zoo on the data set of the zoo that they were made from."""
     known = dict(settings)
     if known["select"] == "none":

@@ -45,9 +45,9 @@ def jacobian(weights: Tensor, queries: Tensor, architecture: Architecture) -> Te
     _check(weights, queries, architecture)
     single = model_function(architecture)
     one = torch.func.jacrev(lambda w, x: single(w, x.unsqueeze(0)).squeeze(0))
-    each = torch.func.vmap(one, in_dims=(None, 0))
     if architecture.graph is None:  # its forward may look at numbers, which have no value inside vmap
-        each = lambda w, part: torch.stack([one(w, x) for x in part])  # noqa: E731
+        return torch.stack([one(weights, x) for x in queries.to(weights)]).flatten(0, -2)
+    each = torch.func.vmap(one, in_dims=(None, 0))
     return torch.cat([each(weights, part) for part in queries.to(weights).split(_QUERIES)]).flatten(0, -2)
 
 
