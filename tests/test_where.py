@@ -26,7 +26,7 @@ faults/test_fuzz.py                  wslfast/safe/state
 faults/test_hostile.py               wslfast/safe/inert
 faults/test_memory.py                wslfast/engine/chunks wslfast/engine/memory
 faults/test_refused_writes.py        wslfast/files
-kernels/cpu/test_engine.py           kernels/cpu/activations kernels/cpu/program kernels/cpu/queries kernels/cpu/rewrites kernels/cpu/steps
+kernels/cpu/test_engine.py           kernels/cpu/program kernels/cpu/queries kernels/cpu/rewrites kernels/cpu/steps
 kernels/stacked/test_image_rules.py  kernels/stacked/sub_pixels kernels/stacked/transposed
 kernels/stacked/test_recurrence.py   kernels/stacked/recurrent
 kernels/stacked/test_segments.py     kernels/stacked/through
