@@ -57,7 +57,7 @@ def predict(schedule: Schedule, row: dict[str, Any], sass: str) -> Prediction | 
     role, i = counted[1], int(counted[2])
     stage, precision = schedule.stages[i], row["precision"]
     config = configuration(role, stage, precision)
-    tiles, turns = pipes.tiles_per_query(stage, role, config.BM)
+    tiles, turns = pipes.tiles_per_query(stage, role, config)
     clocks = pipes.tile_clocks(sass, 1 if config.HOIST else turns, config.WARPS) * tiles
     held = pipes.programs_per_sm(row["registers"], row["shared_bytes"], config.WARPS)
     needed, executed = needed_multiply_adds(stage, schedule.placements[i], role), executed_multiply_adds(stage, role)
