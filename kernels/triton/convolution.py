@@ -30,7 +30,7 @@ from .tiles import between, held, patches, pool_and_store, query, share, weights
 
 @triton.jit
 def _convolve(x, w, ws, acc0, acc1, q, oy, ox, mask, ch, s: tl.constexpr, c: tl.constexpr, INDEXED: tl.constexpr):
-    """acc[dy] += A[a] @ W[a - dy * S] over the patch rows a, for run ``ch``; A, a tile of patches or ``c.CUT`` parts of one, is read once."""
+    """acc[dy] += A[a] @ W[a - dy * S] over the patch rows a, for run ``ch``; A, a tile of patches, is read once, in ``c.CUT`` parts."""
     S: tl.constexpr = s.S
     KD: tl.constexpr = s.KD
     CUT: tl.constexpr = c.CUT

@@ -163,7 +163,12 @@ def test_what_a_tensor_core_cuts_off_of_tf32_is_nothing(request: pytest.FixtureR
 
 @pytest.mark.parametrize(
     ("name", "mode", "capability"),
-    [("cnn28", "layers", (9, 0)), ("channels_17_in", "layers", (8, 0)), ("cnn28", "network", (9, 0)), ("channels_17_in", "network", (12, 0))],
+    [
+        ("cnn28", "layers", (9, 0)),
+        ("channels_17_in", "layers", (8, 0)),
+        ("cnn28", "network", (9, 0)),
+        ("channels_17_in", "network", (12, 0)),
+    ],
 )
 def test_three_products_of_tf32_are_as_near_as_fp32(
     name: str, mode: str, capability: tuple[int, int], tensor_core: None, monkeypatch: pytest.MonkeyPatch
