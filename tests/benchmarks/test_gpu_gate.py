@@ -216,6 +216,26 @@ def test_a_kernel_that_is_wrong_is_found(role: str, step: str, monkeypatch: pyte
     assert diagnose.run("cnn", "tf32", step, "cpu") > diagnose.bound("tf32", step)
 
 
+STARTS = """
+import importlib, sys
+for name in ("tyro", "rich", "nvtx", "matplotlib", "sklearn", "jax", "pandas", "torchvision", "huggingface_hub", "tensorboard", "hypothesis"):
+    sys.modules[name] = None
+for name in ("gpu_gate", "workers", "__main__", "training_step", "zoo_building", "tune", "kernels.compile", "kernels.diagnose"):
+    importlib.import_module("benchmarks." + name)
+import wslfast.engine.trial
+from wslfast import doctor
+print(doctor())
+"""
+
+
+def test_what_it_starts_needs_torch_and_triton_alone() -> None:
+    """On the machine with the GPU nothing can be installed: all parts begin without what is only convenient elsewhere."""
+    pytest.importorskip("triton")
+    done = subprocess.run([sys.executable, "-c", STARTS], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": "."})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "kernels" in done.stdout
+
+
 def _install(name: str, monkeypatch: pytest.MonkeyPatch, jobs: list[Job]) -> None:
     monkeypatch.setattr(gpu_gate, f"{name}_jobs", lambda rehearse: jobs)
 
