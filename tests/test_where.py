@@ -28,12 +28,13 @@ faults/test_hostile.py               wslfast/safe/inert
 faults/test_memory.py                wslfast/engine/chunks wslfast/engine/memory
 faults/test_refused_writes.py        wslfast/files
 kernels/cpu/test_engine.py           kernels/cpu/activations kernels/cpu/program kernels/cpu/queries kernels/cpu/rewrites kernels/cpu/steps
+kernels/stacked/test_image_rules.py  kernels/stacked/sub_pixels kernels/stacked/transposed
 kernels/stacked/test_recurrence.py   kernels/stacked/recurrent
 kernels/stacked/test_segments.py     kernels/stacked/through
 kernels/stacked/test_tape.py         kernels/stacked/norms kernels/stacked/passes kernels/stacked/rule_table
-                                     kernels/stacked/rules kernels/stacked/transposed
+                                     kernels/stacked/rules
 kernels/test_hostile_graphs.py       kernels/graph
-kernels/test_operations.py           kernels/reference kernels/stacked/calls kernels/stacked/forms
+kernels/test_operations.py           kernels/reference kernels/stacked/calls kernels/stacked/forms kernels/stacked/layouts kernels/stacked/product_forms
 kernels/test_random_graphs.py        kernels/stacked/compiler kernels/stacked/engine kernels/stacked/program
 kernels/triton/test_differentiable.py kernels/once
 kernels/triton/test_interpreter.py   kernels/triton/activations kernels/triton/convolution kernels/triton/criterion kernels/triton/gradients

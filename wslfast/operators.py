@@ -15,7 +15,7 @@ The loss and the outputs can be differentiated once; a second time raises.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -245,7 +245,25 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.divisor is not None:
             grad = grad / ctx.divisor
-        return once(ctx.saved_tensors[0] * (grad.unsqueeze(1) if grad.ndim else grad)), None, None, None
+        return once(_times(ctx.saved_tensors[0], grad.unsqueeze(1) if grad.ndim else grad)), None, None, None
+
+
+def _times(gradient: Tensor, factor: Tensor) -> Tensor:
+    """Their product, over the memory of a gradient ``[k, P]`` that nobody will ask for again: for large networks fresh memory takes longer
+    than the product."""
+    if torch.is_grad_enabled() or _kept():
+        return gradient * factor
+    if factor.device.type == "cpu" and factor.ndim == 0 and factor.item() == 1:
+        return gradient
+    return gradient.mul_(factor)
+
+
+def _always() -> bool:
+    return True
+
+
+# whether the backward pass that is running leaves its graph for another; where torch does not tell, it might
+_kept: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", _always)
 
 
 @torch.library.custom_op("wslfast::behavioral_loss", mutates_args=())

@@ -1,13 +1,15 @@
 """Activations of the CPU wing: one table of values and derivatives. A new activation is one entry here.
 
-torch's fused sigmoid, silu, elu and tanh-gelu compute the elements that fill a vector register with one formula and the few
+torch's fused sigmoid, silu, elu, softplus and tanh-gelu compute the elements that fill vector registers with one formula and those
 left over at the end of a thread's share with another, which differs in the last bit. Which models those elements belong to
-depends on the place in the group, so a model's loss would depend on its neighbors. These functions are therefore built from operators
-that round every element alike (``exp``, ``expm1``, ``tanh``, ``erf``-gelu and correctly rounded arithmetic; a test runs them all at odd
-offsets). torch's ``erf``-gelu does so on contiguous memory alone, so it is given the contiguous view of a channels-last tensor.
+depends on the place in the group, so a model's loss would depend on its neighbors. They serve tensors of whole vectors alone, which nothing
+is left over of (:func:`_whole`). Others are built from operators that round every element alike (``exp``, ``expm1``, ``erf``-gelu and
+correctly rounded arithmetic; a test runs them all at odd offsets). torch's ``erf``-gelu does so on contiguous memory alone, so it is given
+the contiguous view of a channels-last tensor.
 
     sigmoid s = 1 / (1 + exp(-x))        silu' = s (1 + x (1 - s))
-    elu, celu = max(x, 0) + a expm1(min(x, 0) / b)   with b = 1 and b = a; derivative 1, or a / b exp(x / b) for x <= 0
+    tanh = t / (t + 2) with t = expm1(2 x): two thirds of the time of torch's, which is as exact
+    elu, celu y = max(x, 0) + a expm1(min(x, 0) / b)   with b = 1 and b = a; derivative 1, or (y + a) / b for x <= 0
     softplus = (max(u, 0) + log1p(exp(-|u|))) / b with u = b x; derivative 1 / (1 + exp(-u))
     gelu' = (1 + t) / 2 + x / 2 (1 - t^2) u',  t = tanh(u),  u = c (x + 0.044715 x^3),  c = sqrt(2 / pi)
 """
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..layers import Activation
+from . import jobs
 
 _aten = torch.ops.aten
 _threshold_backward = _aten.threshold_backward.grad_input
@@ -29,7 +32,14 @@ _tanh_backward = _aten.tanh_backward.grad_input
 _sigmoid_backward = _aten.sigmoid_backward.grad_input
 _leaky_relu = _aten.leaky_relu.default
 _leaky_relu_backward = _aten.leaky_relu_backward.default
+_gelu = _aten.gelu.default
 _gelu_backward = _aten.gelu_backward.default
+_silu_backward = _aten.silu_backward.grad_input
+_elu_backward = _aten.elu_backward.grad_input
+_softplus = _aten.softplus.default
+_softplus_backward = _aten.softplus_backward.grad_input
+_WHOLE = 64  # numbers: two vectors at a time, of any processor
+_LARGE = 20.0  # beyond it softplus is x and 2 tanh(x) is 2, to float32
 
 _C = math.sqrt(2 / math.pi)
 _CUBE = 0.044715
@@ -55,6 +65,12 @@ def function_of(record: Activation) -> Function | None:
     return TABLE.get("gelu_tanh" if record.function == "gelu" and record.approximate == "tanh" else record.function)
 
 
+def _whole(x: Tensor) -> bool:
+    """Whether torch computes all of x by one formula: whole vectors, side by side in memory, in one thread."""
+    dense = x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
+    return dense and x.numel() % _WHOLE == 0 and x.device.type == "cpu" and jobs.threads_inside() == 1
+
+
 # -- functions whose derivative is read off the result -------------------------------------------------------------------
 
 
@@ -67,8 +83,14 @@ def _relu_gradient(g: Tensor, y: Tensor, _: Activation) -> Tensor:
     return _threshold_backward(g, y, 0, grad_input=g)
 
 
+def tanh(x: Tensor) -> Tensor:
+    """tanh(x), within three units of the last place."""
+    t = (x * 2).clamp_(-_LARGE, _LARGE).expm1_()
+    return t.div_(t + 2)
+
+
 def _tanh(x: Tensor, _: Activation, owned: bool) -> tuple[Tensor, Tensor]:
-    y = x.tanh_() if owned else x.tanh()
+    y = tanh(x)
     return y, y
 
 
@@ -77,6 +99,8 @@ def _tanh_gradient(g: Tensor, y: Tensor, _: Activation) -> Tensor:
 
 
 def _logistic(x: Tensor) -> Tensor:
+    if _whole(x):
+        return x.sigmoid()
     return x.neg().exp_().add_(1).reciprocal_()
 
 
@@ -87,6 +111,26 @@ def _sigmoid(x: Tensor, _: Activation, owned: bool) -> tuple[Tensor, Tensor]:
 
 def _sigmoid_gradient(g: Tensor, y: Tensor, _: Activation) -> Tensor:
     return _sigmoid_backward(g, y, grad_input=g)
+
+
+def _exponential_scales(record: Activation) -> tuple[float, float]:
+    """``a`` and ``b`` of the formula above."""
+    return record.parameter, record.parameter if record.function == "celu" else 1.0
+
+
+def _exponential(x: Tensor, record: Activation, owned: bool) -> tuple[Tensor, Tensor]:
+    a, b = _exponential_scales(record)
+    below = x.clamp_max(0)
+    below = (below if b == 1 else below.div_(b)).expm1_()
+    y = (below if a == 1 else below.mul_(a)).add_(x.clamp_min_(0) if owned and a > 0 else x.clamp_min(0))
+    return y, y if a > 0 else x
+
+
+def _exponential_gradient(g: Tensor, saved: Tensor, record: Activation) -> Tensor:
+    a, b = _exponential_scales(record)
+    if a > 0:  # of the result; with torch's names for the two slopes and for the factor within the exponential
+        return _elu_backward(g, a, 1.0, 1 / b, True, saved, grad_input=g)
+    return torch.where(saved > 0, g, saved.clamp_max(0).div_(b).exp_().mul_(a / b).mul_(g))
 
 
 # -- functions whose derivative needs the argument -----------------------------------------------------------------------
@@ -101,35 +145,26 @@ def _leaky_gradient(g: Tensor, x: Tensor, record: Activation) -> Tensor:
 
 
 def _silu(x: Tensor, _: Activation, owned: bool) -> tuple[Tensor, Tensor]:
-    return _logistic(x).mul_(x), x
+    return (_aten.silu(x) if _whole(x) else _logistic(x).mul_(x)), x
 
 
 def _silu_gradient(g: Tensor, x: Tensor, _: Activation) -> Tensor:
+    if _whole(x) and _whole(g):
+        return _silu_backward(g, x, grad_input=g)
     s = _logistic(x)
     return s.neg().add_(1).mul_(x).add_(1).mul_(s).mul_(g)
 
 
-def _exponential_scales(record: Activation) -> tuple[float, float]:
-    """``a`` and ``b`` of the formula above."""
-    return record.parameter, record.parameter if record.function == "celu" else 1.0
-
-
-def _exponential(x: Tensor, record: Activation, owned: bool) -> tuple[Tensor, Tensor]:
-    a, b = _exponential_scales(record)
-    return x.clamp_max(0).div_(b).expm1_().mul_(a).add_(x.clamp_min(0)), x
-
-
-def _exponential_gradient(g: Tensor, x: Tensor, record: Activation) -> Tensor:
-    a, b = _exponential_scales(record)
-    return torch.where(x > 0, g, x.clamp_max(0).div_(b).exp_().mul_(a / b).mul_(g))
-
-
-def _softplus(x: Tensor, record: Activation, owned: bool) -> tuple[Tensor, Tensor]:
+def _soft(x: Tensor, record: Activation, owned: bool) -> tuple[Tensor, Tensor]:
+    if _whole(x):
+        return _softplus(x, record.parameter, _LARGE), x
     u = x * record.parameter
     return u.abs().neg_().exp_().log1p_().add_(u.clamp_min_(0)).div_(record.parameter), x
 
 
-def _softplus_gradient(g: Tensor, x: Tensor, record: Activation) -> Tensor:
+def _soft_gradient(g: Tensor, x: Tensor, record: Activation) -> Tensor:
+    if _whole(x) and _whole(g):
+        return _softplus_backward(g, x, record.parameter, _LARGE, grad_input=g)
     return _logistic(x * record.parameter).mul_(g)
 
 
@@ -138,13 +173,13 @@ def _contiguous_view(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1) if x.ndim == 4 and not x.is_contiguous() else x
 
 
-def _gelu(x: Tensor, _: Activation, owned: bool) -> tuple[Tensor, Tensor]:
+def _erf_gelu(x: Tensor, _: Activation, owned: bool) -> tuple[Tensor, Tensor]:
     view = _contiguous_view(x)
     y = torch.nn.functional.gelu(view.contiguous())
     return y if view is x else y.permute(0, 3, 1, 2), x
 
 
-def _gelu_gradient(g: Tensor, x: Tensor, _: Activation) -> Tensor:
+def _erf_gelu_gradient(g: Tensor, x: Tensor, _: Activation) -> Tensor:
     view = _contiguous_view(x)
     if view is x:
         return _gelu_backward(g.contiguous(), x.contiguous())
@@ -152,14 +187,18 @@ def _gelu_gradient(g: Tensor, x: Tensor, _: Activation) -> Tensor:
 
 
 def _tanh_of_gelu(x: Tensor) -> Tensor:
-    return (x * x).mul_(_CUBE).add_(1).mul_(x).mul_(_C).tanh_()
+    return tanh((x * x).mul_(_CUBE).add_(1).mul_(x).mul_(_C))
 
 
 def _tanh_gelu(x: Tensor, _: Activation, owned: bool) -> tuple[Tensor, Tensor]:
+    if _whole(x):
+        return _gelu(x, approximate="tanh"), x
     return _tanh_of_gelu(x).add_(1).mul_(x).mul_(0.5), x
 
 
 def _tanh_gelu_gradient(g: Tensor, x: Tensor, _: Activation) -> Tensor:
+    if _whole(x) and _whole(g):
+        return _gelu_backward(g, x, approximate="tanh")
     t = _tanh_of_gelu(x)
     slope = (x * x).mul_(3 * _CUBE).add_(1).mul_(_C)
     slope = (t * t).neg_().add_(1).mul_(slope).mul_(x)
@@ -185,9 +224,9 @@ TABLE: dict[str, Function] = {
     "tanh": Function(_tanh, _tanh_gradient, _always),
     "sigmoid": Function(_sigmoid, _sigmoid_gradient, _always),
     "silu": Function(_silu, _silu_gradient, _never),
-    "gelu": Function(_gelu, _gelu_gradient, _never),
+    "gelu": Function(_erf_gelu, _erf_gelu_gradient, _never),
     "gelu_tanh": Function(_tanh_gelu, _tanh_gelu_gradient, _never),
     "elu": Function(_exponential, _exponential_gradient, _if_positive),
     "celu": Function(_exponential, _exponential_gradient, _if_positive),
-    "softplus": Function(_softplus, _softplus_gradient, _always),
+    "softplus": Function(_soft, _soft_gradient, _always),
 }

@@ -110,6 +110,10 @@ def run(jobs: Sequence[Callable[[], None]]) -> None:
         for job in jobs:
             job()
         return
+    if len(jobs) == 1:  # this thread has its own modes already
+        with _alone(library, threads):
+            jobs[0]()
+        return
     waiting = deque(jobs)
     inference, flushed = torch.is_inference_mode_enabled(), _flushes_denormals()
 
@@ -125,9 +129,8 @@ def run(jobs: Sequence[Callable[[], None]]) -> None:
             raise
 
     with _alone(library, threads):
-        if len(jobs) > 1:
-            # OpenMP's threads spin for milliseconds after torch's last call, on the cores that the others are to run on
-            library.rest(1)
+        # OpenMP's threads spin for milliseconds after torch's last call, on the cores that the others are to run on
+        library.rest(1)
         others = []
         try:
             for _ in range(min(threads, len(jobs)) - 1):

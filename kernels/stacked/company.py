@@ -15,6 +15,7 @@ from torch import Tensor
 
 logger = logging.getLogger("wslfast")
 SIZES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192)
+_A_GROUP = 2  # models' time that the calls of a group cost beside their numbers
 _agree: dict[tuple[Hashable, int, int], bool] = {}
 
 # Results of the first ``size`` of random models in an order; first axis models.
@@ -38,6 +39,29 @@ def group_size(count: int, most: int, full: int, key: Hashable, trial: Trial) ->
     fewer = [size for size in reversed(sizes) if size <= most and size < count]
     candidates = enough + ([full] if full <= most else []) + fewer + [size for size in sizes if size > most]
     return next((size for size in candidates if size == full or _agrees(size, full, key, trial)), full)
+
+
+def split(count: int, full: int, key: Hashable, trial: Trial) -> tuple[int, int]:
+    """How many models to run at once, and how many in the last group, where some may be idle; ``full``, ``key``, ``trial`` as above.
+
+    Full groups where there are as many models. Of fewer, those sizes are tried first with which the least is run, a group costing as much
+    as two models more.
+    """
+    if full <= 2:
+        return full, full
+    if count >= full:
+        return full, group_size(count % full, full, full, key, trial) if count % full else full
+    sizes = [size for size in SIZES if size < full]
+
+    def cost(size: int) -> tuple[int, int]:
+        whole, rest = divmod(count, size) if size < count else (1, 0)
+        last = next((other for other in sizes if other >= rest), size) if rest else 0
+        return whole * (size + _A_GROUP) + (last + _A_GROUP if last else 0), -size
+
+    size = next((size for size in sorted((*sizes, full), key=cost) if size == full or _agrees(size, full, key, trial)), full)
+    if size > count or count % size == 0:
+        return size, size
+    return size, group_size(count % size, size, full, key, trial)
 
 
 def _agrees(size: int, full: int, key: Hashable, trial: Trial) -> bool:

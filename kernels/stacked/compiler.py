@@ -18,7 +18,8 @@ from ..operations import AXES, TABLE, Operation
 from ..reference import value_shapes
 from .calls import Call, Layout, Values, spatial
 from .folds import FoldedBias, FoldedWeight
-from .forms import FORMS, channels_first, models_first, repeated
+from .forms import FORMS
+from .layouts import channels_first, models_first, repeated
 from .program import Program, Step
 from .recurrent import recurrent
 from .rows import Rows, rows_of
@@ -204,8 +205,8 @@ class _Compiler:
         alone = layout is Layout.SHARED
         run = (lambda a, models: operation.invoke(a)) if alone else (lambda a, models: form(call, a, models))
         several = not isinstance(self.rank[name], int)
-        # a rule is made once, for every number of queries: a call with an argument that depends on it has none
-        rule = None if several or alone or sizes else partial(rule_of, call, known, owned=form in _IN_PLACE.values())
+        owned = form in _IN_PLACE.values()
+        rule = None if alone else partial(rule_of, call, known, owned=owned, several=several, sized=bool(sizes))
         step = Step(run, known, tensors, lists, sizes, self._new(name, layout), several, rule)
         if (
             node.references()

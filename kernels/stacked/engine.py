@@ -24,7 +24,7 @@ from ..criteria import Named, share_of_loss
 from ..graph import Graph
 from ..operations import TABLE
 from ..reference import value_shapes
-from .company import group_size
+from .company import split
 from .compiler import compile_program
 from .passes import by_graph, by_tape
 
@@ -35,11 +35,14 @@ _MOST_CONVOLVED = 64  # where activations are so few that calls, not numbers, ta
 _CACHED = 20 << 20  # their bytes, of such a group's forward pass
 _QUERIES = 128  # of a slab
 _FEWEST = 32  # of a slab, where there are as many: with fewer, reading weights takes as long as using them
+_WORK = 20_000_000  # operations a call of the graph in a group's products: smaller groups then cost nothing, keep weights in the cache
+# and share threads
 _BYTES = 64 << 20  # of what a group's forward pass leaves for its backward
 _ROWS = 64 << 20  # of a group's weights
+_PACKED = 1 << 15  # numbers of one model's parameter
 _FILL = 16  # queries: every model's numbers then begin on 64 bytes
 _FEW = 1000  # numbers of a product: so few could agree by chance, and a group is always filled
-_ALONE = 2_000_000  # activations of a call: below, one thread is done before another has joined in
+_ALONE = 2_000_000, 100_000_000  # activations and operations of a call: below both, one thread is done before another has joined in
 
 
 @lru_cache(maxsize=256)
@@ -71,6 +74,9 @@ def group_shape(graph: Graph, n: int) -> tuple[int, int]:
         models = _CONVOLVED
         while models < _MOST_CONVOLVED and 8 * models * made * queries <= _CACHED:
             models *= 2
+    else:
+        while models > 2 and operations(graph, models // 2, queries) >= _WORK * len(graph.nodes):
+            models //= 2
     while models > 1 and 4 * models * graph.parameters > _ROWS:
         models //= 2
     few = min(queries, _FEWEST)
@@ -79,6 +85,12 @@ def group_shape(graph: Graph, n: int) -> tuple[int, int]:
     while queries > few and 4 * models * made * queries > _BYTES:
         queries = max(few, queries // 2 // _FILL * _FILL)
     return models, queries
+
+
+def operations(graph: Graph, models: int, queries: int) -> int:
+    """Floating-point operations in products and convolutions, of a loss and its gradients with respect to both factors."""
+    _, convolved, products = sizes(graph)
+    return 6 * models * queries * (convolved + products)
 
 
 class Call:
@@ -102,20 +114,25 @@ class Call:
         full, self.slab = group_shape(graph, self.n)
         if weights.device.type != "cpu":  # the caller has cut models into chunks that fit its memory
             full, self.slab = max(1, weights.shape[0]), max(1, self.n)
-        self.models = size or (self._size(full) if self.plain and weights.shape[0] else full)
+        sizes = (size, size) if size else self._sizes(full) if self.plain and weights.shape[0] else (full, full)
+        self.models, self.last = sizes  # of a group, and of the last one
 
-    def _size(self, full: int) -> int:
+    def filled(self, group: int) -> int:
+        """Models that run in a group: those that it has, and idle ones."""
+        return self.models if self.weights.shape[0] - group >= self.models else self.last
+
+    def _sizes(self, full: int) -> tuple[int, int]:
         graph, k = self.graph, self.weights.shape[0]
         n = self.n if self.n < self.slab else self.slab + self.n % self.slab
         if graph.parameters * n < _FEW:
-            return full
+            return full, full
         dtype = self.weights.dtype
         key = graph, n, self.own, dtype, torch.is_autocast_enabled("cpu"), jobs.threads_inside()
 
         def trial(size: int, order: Sequence[int]) -> Sequence[Tensor]:
             return _trial(graph, n, self.own, full, dtype, order[:size])
 
-        return group_size(k, full, full, key, trial)
+        return split(k, full, key, trial)
 
     def starts(self) -> range:
         return range(0, self.n, self.slab)
@@ -123,7 +140,7 @@ class Call:
     def rows(self, group: int) -> Tensor:
         """Weights ``[M, P]`` of a group, filled up with idle models: copies of its last."""
         rows = self.weights if self.models == self.weights.shape[0] else self.weights[group : group + self.models]
-        missing = self.models - rows.shape[0]
+        missing = self.filled(group) - rows.shape[0]
         return rows if missing == 0 else torch.cat((rows, rows[-1:].expand(missing, rows.shape[1])))
 
     def slab_of(self, group: int, start: int, whole: bool = False) -> Tensor:
@@ -136,8 +153,9 @@ class Call:
             x = self.queries[group : group + self.models, part]
         else:
             x = self.queries[part]
-        if self.own and len(x) < self.models:
-            x = torch.cat((x, x[-1:].expand(self.models - len(x), *x.shape[1:])))
+        idle = self.filled(group) - len(x) if self.own else 0
+        if idle:
+            x = torch.cat((x, x[-1:].expand(idle, *x.shape[1:])))
         axis = int(self.own)
         missing = -x.shape[axis] % self.fill if self.plain else 0
         if missing:
@@ -162,10 +180,12 @@ def leaves_of(rows: Tensor, graph: Graph) -> list[Tensor]:
 
 
 def _copies_of(rows: Tensor, graph: Graph) -> list[Tensor]:
-    """The same in memory of their own: how numbers lie there decides a BLAS's bits."""
-    parts: Any = torch.split_with_sizes_copy(  # type: ignore[func-returns-value]
-        rows, [slot.size for slot in graph.slots], 1
-    )
+    """The same in memory of their own, as how small operands lie there decides a BLAS's bits; large ones it packs, and they stay."""
+    sizes = [slot.size for slot in graph.slots]
+    if max(sizes) >= _PACKED:
+        parts: Any = [part if part.shape[1] >= _PACKED else part.contiguous() for part in rows.split(sizes, 1)]
+    else:
+        parts = torch.split_with_sizes_copy(rows, sizes, 1)  # type: ignore[func-returns-value]
     return [part.view(rows.shape[0], *slot.shape) for part, slot in zip(parts, graph.slots, strict=True)]
 
 
@@ -175,7 +195,7 @@ def _jobs(count: int, call: Call, run: Callable[[int], None]) -> None:
     if call.weights.device.type != "cpu":
         for group in groups:
             group()
-    elif len(groups) > 1 and call.weights.shape[0] * call.n * sizes(call.graph)[0] < _ALONE:
+    elif len(groups) > 1 and _alone(call):
 
         def every() -> None:
             for group in groups:
@@ -184,6 +204,12 @@ def _jobs(count: int, call: Call, run: Callable[[int], None]) -> None:
         jobs.run([every])
     else:
         jobs.run(groups)
+
+
+def _alone(call: Call) -> bool:
+    """Whether one thread does a call sooner than several."""
+    models, (numbers, work) = call.weights.shape[0], _ALONE
+    return models * call.n * sizes(call.graph)[0] < numbers and operations(call.graph, models, call.n) < work
 
 
 def loss_and_gradient(

@@ -12,7 +12,6 @@ when the program was made (``program.py``). Every form is a plain function of te
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,38 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..cpu.products import product
 from ..cpu.steps import as_channels_last
 from .calls import Call, Layout, Values
+from .layouts import behind, everyone, mapped, repeated
+from .product_forms import addmm, attention, einsum, embedding, linear, matmul
 from .recurrent import cell, recurrent
-
-
-def models_first(x: Tensor, models: int) -> Tensor:
-    """``[n, M * C, ...] -> [M, n, C, ...]``."""
-    return x.unflatten(1, (models, -1)).transpose(0, 1)
-
-
-def channels_first(x: Tensor, last: bool) -> Tensor:
-    """``[M, n, C, ...] -> [n, M * C, ...]``; ``last``: images are made channels-last."""
-    if x.ndim == 5 and last:  # [n, H, W, M, C] in memory
-        n, h, w = x.shape[1], x.shape[3], x.shape[4]
-        return x.permute(1, 3, 4, 0, 2).reshape(n, h, w, -1).permute(0, 3, 1, 2)
-    return x.transpose(0, 1).flatten(1, 2)
-
-
-def repeated(x: Tensor, models: int) -> Tensor:
-    """``[n, C, ...] -> [n, M * C, ...]``: what all models share, once for each."""
-    return x.repeat(1, models, *(1,) * (x.ndim - 2))
-
-
-def behind(x: Tensor, rank: int, of: int, models: int) -> Tensor:
-    """A stacked tensor of ``of`` axes a model with ``rank`` axes a model, so that it broadcasts as a single model's tensor does."""
-    return x if of == rank else x.reshape(models, *(1,) * (rank - of), *x.shape[1:])
-
-
-def _everyone(x: Tensor, models: int, stacked: bool) -> Tensor:
-    return x if stacked else x.expand(models, *x.shape)
-
 
 # -- elementwise, axes, shapes -----------------------------------------------------------------------------------------
 
@@ -94,7 +66,7 @@ def join(call: Call, a: Values, models: int) -> Tensor:
     if call.layout is Layout.CHANNELS:
         parts = spread(a["tensors"], layouts, models)
         return joined_channels(parts, models) if -a["dim"] == call.rank - 1 else torch.cat(parts, a["dim"])
-    a["tensors"] = [_everyone(t, models, layout is Layout.MODELS) for t, layout in zip(a["tensors"], layouts, strict=True)]
+    a["tensors"] = [everyone(t, models, layout is Layout.MODELS) for t, layout in zip(a["tensors"], layouts, strict=True)]
     return call.operation.invoke(a)
 
 
@@ -112,7 +84,7 @@ def joined_channels(parts: Sequence[Tensor], models: int) -> Tensor:
 def scatter(call: Call, a: Values, models: int) -> Tensor:
     """A tensor with a part of it replaced; what is shared is repeated."""
     for name in ("self", "src"):
-        a[name] = _everyone(a[name], models, call.stacked(name))
+        a[name] = everyone(a[name], models, call.stacked(name))
     return call.operation.invoke(a)  # type: ignore[no-any-return]
 
 
@@ -148,120 +120,16 @@ def getitem(call: Call, a: Values, models: int) -> Any:
     return a["self"][a["index"]]
 
 
-def mapped(call: Call, a: Values, models: int) -> Any:
-    """The operator under vmap, for operations that have no form of their own."""
-    names = [name for name in call.layouts if name in a]
-
-    def run(*tensors: Any) -> Any:
-        return call.operation.invoke({**a, **dict(zip(names, tensors, strict=True))})
-
-    def dims(name: str) -> Any:
-        layout = call.layouts[name]
-        return (
-            [0 if part is Layout.MODELS else None for part in layout]
-            if isinstance(layout, tuple)
-            else 0
-            if layout is Layout.MODELS
-            else None
-        )
-
-    return torch.vmap(run, in_dims=tuple(dims(name) for name in names))(*(a[name] for name in names))
-
-
-# -- products ----------------------------------------------------------------------------------------------------------
-
-
-def linear(call: Call, a: Values, models: int) -> Tensor:
-    """Batched products; inputs that all models share are read once for each."""
-    x, weight, bias = a["input"], a["weight"], a.get("bias")
-    if not call.stacked("weight") and not call.stacked("bias"):
-        return F.linear(x, weight, bias)
-    if call.ranks["weight"] != 2:
-        return mapped(call, a, models)  # type: ignore[no-any-return]
-    return products(call, x, weight, bias, models)[0]
-
-
-def products(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, models: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The output of a linear layer, and the operands ``[M, rows, in']`` and ``[M, out, in']`` of its product, filled up where they are
-    to lie aligned."""
-    out, features = weight.shape[-2:]
-    lead = x.shape[1:-1] if call.stacked("input") else x.shape[:-1]
-    rows = x.reshape(models, -1, features) if call.stacked("input") else x.reshape(-1, features)
-    if call.aligned and out * features % 4:
-        missing = -features % 4
-        weight, rows = F.pad(weight, (0, missing)), F.pad(rows, (0, missing))
-    if rows.ndim == 2:
-        rows = rows.expand(models, *rows.shape)
-    weight = _everyone(weight, models, call.stacked("weight"))
-    made = product(rows, weight, bias)
-    return made if len(lead) == 1 else made.reshape(models, *lead, out), rows, weight
-
-
-def matmul(call: Call, a: Values, models: int) -> Tensor:
-    """Products of matrices, batched in any way."""
-    names = list(call.layouts)
-    ranks = [call.ranks[name] for name in names]
-    if min(ranks) < 2:
-        return mapped(call, a, models)
-    return torch.matmul(*(ranked(call, a, name, max(ranks), models) for name in names))
-
-
-def ranked(call: Call, a: Values, name: str, rank: int, models: int) -> Tensor:
-    """A tensor that broadcasts as a single model's of ``rank`` axes does."""
-    return behind(a[name], rank, call.ranks[name], models) if call.stacked(name) else a[name]  # type: ignore[no-any-return]
-
-
-def addmm(call: Call, a: Values, models: int) -> Tensor:
-    """beta * self + alpha * a @ b."""
-    first, second = (a[name] for name in call.layouts if name != "self")
-    return a.get("beta", 1) * ranked(call, a, "self", call.rank, models) + a.get("alpha", 1) * torch.matmul(first, second)
-
-
-def attention(call: Call, a: Values, models: int) -> Tensor:
-    """softmax(q k^T * scale + mask) v, written out: for short sequences faster than torch's fused forms, and so is its backward."""
-    query, key, value = (ranked(call, a, name, call.rank, models) for name in ("query", "key", "value"))
-    mask, scale = a.get("attn_mask"), a.get("scale")
-    if a.get("enable_gqa"):  # a key for several queries
-        key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
-    scores = torch.matmul(query, key.transpose(-1, -2)) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
-    if a.get("is_causal"):
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    if mask is None:
-        shares = scores.softmax(-1)
-    else:
-        if call.stacked("attn_mask"):
-            mask = behind(mask, call.rank, call.ranks["attn_mask"], models)
-        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-        shares = torch.ops.aten._safe_softmax(scores, -1)  # of what sees nothing, zeros
-    if "dropped" in a:  # in training mode, as dropout's factors
-        shares = shares * a["dropped"]
-    return torch.matmul(shares, value)
-
-
-def embedding(call: Call, a: Values, models: int) -> Tensor:
-    """Rows of each model's own table."""
-    weight, indices, padding = a["weight"], a["indices"], a.get("padding_idx", -1)
-    if not call.stacked("weight"):
-        return F.embedding(indices, weight)
-    if padding >= 0:  # torch gives that row no gradient
-        row = torch.arange(weight.shape[1], device=weight.device) == padding
-        weight = torch.where(row[:, None], weight.detach(), weight)
-    if call.stacked("indices"):
-        first = torch.arange(models, device=indices.device) * weight.shape[1]
-        return weight.flatten(0, 1)[indices + first.view(models, *(1,) * (indices.ndim - 1))]
-    return weight.index_select(1, indices.flatten()).unflatten(1, tuple(indices.shape))
-
-
 # -- convolutions ------------------------------------------------------------------------------------------------------
 
 
 def _own_kernels(call: Call, a: Values, models: int) -> tuple[Tensor, Tensor | None]:
     """Kernels ``[M * out, in, ...]`` and biases ``[M * out]``."""
-    weight = _everyone(a["weight"], models, call.stacked("weight")).flatten(0, 1)
+    weight = everyone(a["weight"], models, call.stacked("weight")).flatten(0, 1)
     if weight.ndim == 4 and call.aligned:
         weight = weight.contiguous(memory_format=torch.channels_last)
     bias = a.get("bias")
-    return weight, None if bias is None else _everyone(bias, models, call.stacked("bias")).flatten()
+    return weight, None if bias is None else everyone(bias, models, call.stacked("bias")).flatten()
 
 
 def _channels_last(x: Tensor) -> Tensor:
@@ -313,7 +181,7 @@ def _channelwise(call: Call, a: Values, name: str, models: int, rank: int) -> Te
     if value is None:
         return None
     if call.layout is Layout.CHANNELS:
-        return _everyone(value, models, call.stacked(name)).reshape(1, -1, *(1,) * (rank - 2))
+        return everyone(value, models, call.stacked(name)).reshape(1, -1, *(1,) * (rank - 2))
     lead = (models,) if call.stacked(name) else ()
     return value.reshape(*lead, 1, -1, *(1,) * (rank - 2))
 
@@ -382,7 +250,7 @@ def prelu(call: Call, a: Values, models: int) -> Tensor:
     """PReLU with one slope per model, or one per channel."""
     x, weight = a["self"], a["weight"]
     if call.layout is Layout.CHANNELS:
-        weight = _everyone(weight, models, call.stacked("weight")).expand(models, x.shape[1] // models).reshape(-1, *(1,) * (call.rank - 2))
+        weight = everyone(weight, models, call.stacked("weight")).expand(models, x.shape[1] // models).reshape(-1, *(1,) * (call.rank - 2))
     elif call.rank > 1:
         weight = _channelwise(call, a, "weight", models, call.rank)
     return torch.where(x > 0, x, weight * x)
@@ -394,5 +262,5 @@ FORMS: dict[str, Form] = {
     "identity": identity, "getitem": getitem, "vmap": mapped, "linear": linear, "matmul": matmul, "addmm": addmm,
     "attention": attention, "embedding": embedding, "convolution": convolution, "transposed": transposed, "batch_norm": batch_norm,
     "instance_norm": instance_norm, "group_norm": group_norm, "layer_norm": layer_norm, "rms_norm": rms_norm, "prelu": prelu,
-    "recurrent": recurrent, "cell": cell, "grid": grid,
+    "recurrent": recurrent, "cell": cell, "grid": grid, "einsum": einsum,
 }  # fmt: skip

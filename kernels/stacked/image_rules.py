@@ -38,7 +38,7 @@ class GroupNorm:
     def backward(self, g: Tensor, saved: Any, models: int) -> Gradients:
         x, mean, root, weight = saved
         n, channels, *pixels = x.shape
-        each = channels // (self.groups * models)  # channels of a group
+        each = channels // mean.view(n, -1).shape[1]  # channels of a group
 
         def by_group(value: Tensor) -> Tensor:
             """Sums over a group's channels of what belongs to its normalised numbers, ``[n, groups]``."""
@@ -68,11 +68,73 @@ class GroupNorm:
         return made
 
 
+class InstanceNorm(GroupNorm):
+    """A group norm of one channel a group, whose forward sums pixels as its backward does."""
+
+    def __init__(self, known: Values, wanted: frozenset[str]) -> None:
+        self.wanted, self.eps = wanted, known.get("eps", 1e-5)
+
+    def forward(self, a: Values, models: int) -> tuple[Tensor, Any]:
+        x, weight, bias = a["input"], a.get("weight"), a.get("bias")
+        channels, *pixels = x.shape[1:]
+        count = math.prod(pixels)
+
+        def beside(value: Tensor) -> Tensor:
+            return value.view(-1, channels, *(1,) * len(pixels))
+
+        centered = x - beside(_over_pixels(x) / count)
+        root = torch.rsqrt(_over_pixels(centered * centered) / count + self.eps)
+        factor = beside(root if weight is None else root * weight.view(1, -1))
+        y = centered * factor if bias is None else torch.addcmul(beside(bias.reshape(-1)), centered, factor)
+        return y, (centered, torch.zeros_like(root), root, weight)
+
+
 def _over_pixels(x: Tensor) -> Tensor:
     """Sums ``[n, channels]``; of channels-last images by an average pooling, which adds whole vectors of channels."""
     if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and x.dtype == torch.float32:
         return _aten.avg_pool2d(x, x.shape[2:], [1, 1], [0, 0], False, False, 1).flatten(1)
-    return x.flatten(2).sum(2)
+    return x.flatten(2).sum(2) if x.ndim > 2 else x
+
+
+class Prelu:
+    """x, or a slope of the channel's own times x where x is negative."""
+
+    def __init__(self, call: Call, wanted: frozenset[str]) -> None:
+        self.call, self.wanted = call, wanted
+
+    def forward(self, a: Values, models: int) -> tuple[Tensor, Any]:
+        x, weight = a["self"], a["weight"]
+        if self.call.layout is Layout.CHANNELS:
+            slopes = weight.expand(models, x.shape[1] // models).reshape(1, -1, *(1,) * (x.ndim - 2))
+        else:
+            slopes = weight.reshape(models, 1, -1, *(1,) * (x.ndim - 3))
+        return _aten._prelu_kernel(x, slopes), (x, slopes, weight.shape)
+
+    def backward(self, g: Tensor, saved: Any, models: int) -> Gradients:
+        x, slopes, shape = saved
+        above = _aten.threshold_backward(g, x, 0)  # and what is below, in few passes: torch's own takes twice as long
+        below = g - above
+        made: Gradients = {}
+        if "self" in self.wanted:
+            made["self"] = above.addcmul_(below, slopes)
+        if "weight" in self.wanted:
+            of_slopes = below.mul_(x)
+            if self.call.layout is Layout.CHANNELS:
+                summed = _over_pixels(of_slopes).sum(0).view(models, -1)
+            else:
+                summed = of_slopes.flatten(3).sum((1, 3)) if of_slopes.ndim > 3 else of_slopes.sum(1)
+            made["weight"] = summed if summed.shape == shape else summed.sum(1, keepdim=True)
+        return made
+
+
+def _prelu(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> Rule | None:
+    both = call.rank > 1 and call.layouts["self"] is call.layout and call.stacked("weight")
+    return Prelu(call, wanted) if both else None
+
+
+def _instance_norm(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> Rule | None:
+    own = all(call.stacked(name) for name in ("weight", "bias") if name in call.layouts)
+    return InstanceNorm(known, wanted) if own and known["use_input_stats"] and call.layout is Layout.CHANNELS else None
 
 
 def _group_norm(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> Rule | None:
@@ -169,8 +231,33 @@ def _average(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> 
     return Average(call) if whole and call.layout is Layout.CHANNELS else None
 
 
+class Nearest:
+    """Images enlarged by their nearest pixels; whole times, the gradient is a sum over tiles, which an average pooling adds up."""
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+
+    def forward(self, a: Values, models: int) -> tuple[Tensor, Any]:
+        return self.call.operation.invoke(a), a["input"].shape
+
+    def backward(self, g: Tensor, saved: Any, models: int) -> Gradients:
+        (height, width), (tall, wide) = saved[2:], g.shape[2:]
+        if tall % height == 0 and wide % width == 0:
+            tile = [tall // height, wide // width]
+            return {"input": _aten.avg_pool2d(g, tile, tile, [0, 0], False, False, 1)}
+        return {"input": _aten.upsample_nearest2d_backward(g, [tall, wide], saved)}
+
+
+def _nearest(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> Rule | None:
+    whole = known.get("output_size") is not None or all(float(f).is_integer() for f in known["scale_factors"])
+    return Nearest(call) if whole and call.layout is Layout.CHANNELS else None
+
+
 MAKERS: dict[str, Maker] = {
     "group_norm": _group_norm,
+    "instance_norm": _instance_norm,
+    "prelu": _prelu,
+    "upsample_nearest2d.vec": _nearest,
     "cat": _joined,
     "select.int": _select,
     "slice.Tensor": _slice,

@@ -12,9 +12,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..cpu.activations import tanh
 from ..cpu.products import weight_gradient
 from .calls import Call, Layout, Values
-from .forms import behind, channels_first, models_first, products, ranked
+from .layouts import behind, channels_first, models_first, ranked
+from .product_forms import products
 
 _aten = torch.ops.aten
 Gradients = dict[str, Tensor]
@@ -103,10 +105,17 @@ class Entry(NamedTuple):
     in_place: Callable[[Tensor, Values], Tensor] | None = None
 
 
+def _power_gradient(g: Tensor, x: Tensor, a: Values) -> Tensor:
+    exponent = a["exponent"]
+    if exponent == 0:
+        return torch.zeros_like(g)
+    return (g * (x if exponent == 2 else x.pow(exponent - 1))).mul_(exponent)
+
+
 _SELU = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946  # alpha and scale
 FUNCTIONS: dict[str, Entry] = {
     "relu": Entry(lambda x, a: x.relu(), lambda g, y, a: _aten.threshold_backward(g, y, 0), True, lambda x, a: x.relu_()),
-    "tanh": Entry(lambda x, a: x.tanh(), lambda g, y, a: _aten.tanh_backward(g, y), True, lambda x, a: x.tanh_()),
+    "tanh": Entry(lambda x, a: tanh(x), lambda g, y, a: _aten.tanh_backward(g, y), True),
     "sigmoid": Entry(lambda x, a: x.sigmoid(), lambda g, y, a: _aten.sigmoid_backward(g, y), True, lambda x, a: x.sigmoid_()),
     "leaky_relu": Entry(
         lambda x, a: _aten.leaky_relu(x, a["negative_slope"]),
@@ -119,13 +128,15 @@ FUNCTIONS: dict[str, Entry] = {
     ),
     "elu": Entry(
         lambda x, a: _aten.elu(x, a["alpha"], a["scale"], a["input_scale"]),
-        lambda g, x, a: _aten.elu_backward(g, a["alpha"], a["scale"], a["input_scale"], False, x),
+        lambda g, y, a: _aten.elu_backward(g, a["alpha"], a["scale"], a["input_scale"], True, y),
+        True,
     ),
     "celu": Entry(
         lambda x, a: _aten.celu(x, a["alpha"]),
-        lambda g, x, a: _aten.elu_backward(g, a["alpha"], 1.0, 1 / a["alpha"], False, x),
+        lambda g, y, a: _aten.elu_backward(g, a["alpha"], 1.0, 1 / a["alpha"], True, y),
+        True,
     ),
-    "selu": Entry(lambda x, a: _aten.selu(x), lambda g, x, a: _aten.elu_backward(g, *_SELU, 1.0, False, x)),
+    "selu": Entry(lambda x, a: _aten.selu(x), lambda g, y, a: _aten.elu_backward(g, *_SELU, 1.0, True, y), True),
     "softplus": Entry(
         lambda x, a: _aten.softplus(x, a["beta"], a["threshold"]),
         lambda g, x, a: _aten.softplus_backward(g, x, a["beta"], a["threshold"]),
@@ -145,6 +156,11 @@ FUNCTIONS: dict[str, Entry] = {
     "abs": Entry(lambda x, a: x.abs(), lambda g, x, a: g * x.sgn()),
     "sqrt": Entry(lambda x, a: x.sqrt(), lambda g, y, a: g / (2 * y), True),
     "square": Entry(lambda x, a: x.square(), lambda g, x, a: (g * x).mul_(2)),
+    "log": Entry(lambda x, a: x.log(), lambda g, x, a: g / x),
+    "rsqrt": Entry(lambda x, a: x.rsqrt(), lambda g, y, a: (g * y).mul_(y).mul_(y).mul_(-0.5), True),
+    "reciprocal": Entry(lambda x, a: x.reciprocal(), lambda g, y, a: (g * y).mul_(y).neg_(), True),
+    "rsub.Scalar": Entry(lambda x, a: torch.rsub(x, a["other"], alpha=a["alpha"]), lambda g, x, a: g * -a["alpha"]),
+    "pow.Tensor_Scalar": Entry(lambda x, a: x.pow(a["exponent"]), _power_gradient),
     "softmax.int": Entry(
         lambda x, a: x.softmax(a["dim"]), lambda g, y, a: _aten._softmax_backward_data(g, y, a["dim"], y.dtype), True
     ),
@@ -158,14 +174,23 @@ def _function(call: Call, known: Values, wanted: frozenset[str], owned: bool) ->
     entry = FUNCTIONS.get(call.operation.name)
     if entry is None or list(call.layouts) != ["self"] or known.get("dtype") is not None:
         return None
+    if entry.of_value and known.get("alpha", 1) <= 0:
+        return None  # an ELU that falls has no derivative that its value tells
     return Function(entry, known, "self", owned)
+
+
+def reduced(slope: Tensor, shape: torch.Size) -> Tensor:
+    """A gradient ``[M, ...]`` summed to the shape of a tensor that was broadcast: ones between its models and its other axes."""
+    if slope.shape == shape:
+        return slope
+    return slope.sum_to_size((shape[0], *(1,) * (slope.ndim - len(shape)), *shape[1:])).reshape(shape)
 
 
 # -- arithmetic of two tensors, or of one and a number --------------------------------------------------------------------
 
 
 class Arithmetic:
-    """``add``, ``sub``, ``mul`` and ``div`` by a number."""
+    """``add``, ``sub``, ``mul`` and ``div``."""
 
     def __init__(self, call: Call, known: Values, wanted: frozenset[str]) -> None:
         self.kind = call.operation.name.partition(".")[0]
@@ -179,7 +204,8 @@ class Arithmetic:
         if self.kind == "mul":
             return x * y, (x if "other" in self.wanted else None, y if "self" in self.wanted else None, shapes)
         if self.kind == "div":
-            return x / y, (None, y, shapes)
+            made = x / y
+            return made, (made if "other" in self.wanted else None, y, shapes)
         made = torch.add(x, y, alpha=self.alpha) if self.kind == "add" else torch.sub(x, y, alpha=self.alpha)
         return made, (None, None, shapes)
 
@@ -192,22 +218,18 @@ class Arithmetic:
                 slope = g * other
             elif self.kind == "div":
                 slope = g / y
+                slope = slope if name == "self" else slope.mul_(x).neg_()  # x: the quotient
             else:
                 factor = 1 if name == "self" else self.alpha if self.kind == "add" else -self.alpha
                 slope = g if factor == 1 else g * factor
-            shape = shapes[name]
-            if slope.shape != shape:  # behind: ones between the models and the other axes
-                slope = slope.sum_to_size((shape[0], *(1,) * (slope.ndim - len(shape)), *shape[1:])).reshape(shape)
-            made[name] = slope
+            made[name] = reduced(slope, shapes[name])
         return made
 
 
 def _arithmetic(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> Rule | None:
-    kind, _, overload = call.operation.name.partition(".")
+    overload = call.operation.name.partition(".")[2]
     names = set(call.layouts)
     if overload not in ("Tensor", "Scalar") or not names <= {"self", "other"} or known.get("rounding_mode") is not None:
-        return None
-    if kind == "div" and "other" in call.layouts and "other" in wanted:
         return None
     if any(not call.stacked(name) for name in wanted) and call.layout is Layout.MODELS:
         return None

@@ -145,7 +145,7 @@ def tape_of(steps: Sequence[Step], inputs: Sequence[int], outputs: Sequence[int]
         ruled.append((step, rule, reaches))
         if reaches:
             reached.add(step.out)
-    inside = _inside_of_lists(steps)
+    inside = _inside_of_lists(steps, {step.out for step, rule, _ in ruled if rule is not None})
     calls: list[Ruled | Island | Constant] = []
     island: list[Step] = []
     for i, (step, rule, reaches) in enumerate(ruled):
@@ -164,12 +164,14 @@ def _places(step: Step) -> dict[str, int]:
     return dict(step.tensors) | lists
 
 
-def _inside_of_lists(steps: Sequence[Step]) -> set[int]:
-    """Numbers of the calls from one that returns several tensors to the last that reads them: these stay in one island."""
+def _inside_of_lists(steps: Sequence[Step], ruled: set[int]) -> set[int]:
+    """Numbers of the calls from one that returns several tensors to the last that reads them: these stay in one island, unless all
+    have rules."""
     inside: set[int] = set()
     for i, step in enumerate(steps):
-        if step.several:
-            last = max((j for j, reader in enumerate(steps) if step.out in reader.reads()), default=i)
+        readers = [j for j, reader in enumerate(steps) if step.out in reader.reads()]
+        if step.several and not {step.out, *(steps[j].out for j in readers)} <= ruled:
+            last = max(readers, default=i)
             inside.update(range(i, last + 1))
     return inside
 

@@ -19,9 +19,9 @@ from ..graph import Graph, Node
 from ..operations import TABLE
 from ..reference import value_shapes
 from .calls import Layout
-from .company import group_size
+from .company import split
 from .engine import Call, loss_and_gradient_of, random_models, sizes
-from .forms import channels_first
+from .layouts import channels_first
 from .training_forms import Statistics, factors, noise_shape, probability
 
 _BYTES = 64 << 20  # of what a group's forward pass leaves for its backward
@@ -87,7 +87,7 @@ class _Training(Call):
         super().__init__(weights, queries, graph, index, size)
         self.slab = self.n
 
-    def _size(self, full: int) -> int:
+    def _sizes(self, full: int) -> tuple[int, int]:
         graph, n, dtype = self.graph, self.n, self.weights.dtype
         while full > 2 and 4 * full * sizes(graph)[0] * n > _BYTES:
             full //= 2
@@ -100,14 +100,14 @@ class _Training(Call):
             return loss_and_gradient_of(call, targets[rows], "mse", 1.0)
 
         key = "training", graph, n, self.own, dtype, torch.is_autocast_enabled("cpu"), jobs.threads_inside()
-        return group_size(len(self.weights), full, full, key, trial)
+        return split(len(self.weights), full, key, trial)
 
     def values(self, shared: dict[int, list[Any]], group: int, start: int) -> list[Any]:
         values = list(super().values(shared, group, start))
         given: dict[str, Any] = {}
         if self.noise.nodes:
             drawn = self.noise.draw(self.generators[group : group + self.models])
-            idle = min(self.models, group + self.models) - len(drawn)
+            idle = self.filled(group) - len(drawn)
             drawn = torch.cat((drawn, drawn[-1:].expand(idle, -1))) if idle > 0 else drawn
             given = self.noise.given(drawn.to(self.weights.device, self.weights.dtype))
         given["@statistics"] = self.statistics[group] = []

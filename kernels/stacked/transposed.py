@@ -1,7 +1,8 @@
 """Transposed convolutions, forward and gradient, for all models at once (rules as in ``rules.py``, images as in ``image_rules.py``).
 
 Run as what it is, a transposed convolution with a group a model is slow on a CPU. It is the gradient of a convolution's input, for which
-libraries are fast; and where windows do not overlap, it is a batched product.
+libraries are fast. With a stride its forward is a convolution without one, whose channels are then laid out as pixels
+(``sub_pixels.py``). And where windows do not overlap, it is a batched product.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from torch import Tensor
 from ..cpu.products import LANES
 from ..cpu.steps import bias_gradient
 from .calls import Call, Layout, Values
-from .forms import repeated
+from .layouts import repeated
 from .rules import Gradients, Maker, Rule
+from .sub_pixels import sub_pixels
 
 _aten = torch.ops.aten
 
@@ -26,12 +28,16 @@ class Transposed:
     def __init__(self, call: Call, known: Values, wanted: frozenset[str]) -> None:
         self.call, self.wanted, self.groups = call, wanted, known.get("groups", 1)
         self.stride, self.padding, self.more, self.dilation = _geometry(call, known)
+        plain = call.spatial == 2 and self.groups == 1 and set(self.dilation) == {1} and max(self.stride) > 1
+        self.phases = tuple(zip(self.stride, self.padding, strict=True)) if plain else None
 
     def forward(self, a: Values, models: int) -> tuple[Tensor, Any]:
         x, weight = _stacked_input(self.call, a, models), a["weight"]
         kernels = _last(weight.flatten(0, 1))
         places = zip(x.shape[2:], weight.shape[3:], self.stride, self.padding, self.more, self.dilation, strict=True)
         sizes = [(i - 1) * s - 2 * p + d * (k - 1) + o + 1 for i, k, s, p, o, d in places]
+        if self.phases is not None:
+            return _with_bias(sub_pixels(x, weight, self.phases, sizes), a.get("bias")), (x, kernels, weight.shape)
         like = _last(x.new_empty(x.shape[0], models * self.groups * weight.shape[2], *sizes))
         y = _aten.convolution_backward(x, like, kernels, None, *self._as_convolution(models), [True, False, False])[0]
         return _with_bias(y, a.get("bias")), (x, kernels, weight.shape)
