@@ -222,7 +222,7 @@ def run_cells(gate: Gate, name: str, deadline: float) -> None:
             gate.wrong.append(f"{name}: {what}: {clock.details}")
 
     device = "cpu" if gate.rehearse else "cuda"
-    with environment(TRITON_INTERPRET="1") if gate.rehearse else contextlib.nullcontext():
+    with environment(TRITON_INTERPRET="1", WSLFAST_REHEARSE="1") if gate.rehearse else contextlib.nullcontext():
         workers.run(cells, emit, device=device, deadline=deadline, cell_s=CELL_S, provider_s=allowance, figure_s=0.4, best=best)
 
 
