@@ -157,6 +157,14 @@ def test_normalizers_are_the_values_of_knowing_nothing(originals: tuple[Populati
         assert units.behavioral == pytest.approx(cache.variance(), rel=FP32_ROUNDING)
 
 
+def test_one_model_alone_is_held_against_answering_zero(originals: tuple[Population, TargetCache]) -> None:
+    population, _ = originals
+    alone = TargetCache(population[2], QueryPool(torch.randn(12, 1, 28, 28)), backend="torch")
+    units = Normalizers.from_data(population[2], alone, batch_size=1)
+    assert units.structural == pytest.approx(float(population.weights[2].double().square().mean()), rel=FP32)
+    assert units.behavioral == pytest.approx(float(alone.outputs.double().square().sum(-1).mean() / 2), rel=FP32)
+
+
 def test_normalizers_survive_bad_models_and_refuse_useless_units(originals: tuple[Population, TargetCache]) -> None:
     population, cache = originals
     broken = cache.outputs[:1].clone()
@@ -167,7 +175,7 @@ def test_normalizers_survive_bad_models_and_refuse_useless_units(originals: tupl
     assert losses.uninformed_behavior(many) == pytest.approx(float(many.double().var(0, unbiased=False).sum(-1).mean() / 2), rel=FP64)
     assert Normalizers.from_data(population, batch_size=1) == Normalizers(Normalizers.from_data(population, batch_size=4).structural)
     with pytest.raises(WslfastError, match="structural"):
-        Normalizers.from_data(population[0], batch_size=4)  # one model has no variance
+        Normalizers.from_data(population[[0, 0]], batch_size=4)  # models that are all alike
     with pytest.raises(WslfastError, match="behavioral"):
         losses.uninformed_behavior(torch.full((2, 3, 4), math.nan))
     for value in (0, -1.0, math.nan, math.inf, "1", True):

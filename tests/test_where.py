@@ -22,7 +22,6 @@ codes/test_linear.py                 wslfast/codes/token_groups
 engine/test_paths.py                 wslfast/engine/choice wslfast/engine/module_path
 engine/test_ranks.py                 wslfast/zoo/parts
 faults/test_backends.py              wslfast/engine/triton_path
-faults/test_determinism.py           kernels/stacked/company
 faults/test_fuzz.py                  wslfast/safe/state
 faults/test_hostile.py               wslfast/safe/inert
 faults/test_memory.py                wslfast/engine/chunks wslfast/engine/memory

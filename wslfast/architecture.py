@@ -10,9 +10,7 @@ field's zoos were made with (``networks.py``).
 
 from __future__ import annotations
 
-import itertools
 import json
-import weakref
 from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import Any
@@ -181,9 +179,7 @@ class Architecture:
     def _handle(self) -> str:
         if self.graph is not None:
             return json.dumps(self.to_dict())
-        handle = f"{self.name} ({next(_numbers)})"
-        _modules[handle] = self
-        return handle
+        return tracing.untraced.enter(self)
 
     # -- construction --------------------------------------------------------------------------------------------------
 
@@ -229,7 +225,8 @@ class Architecture:
     def _of_template(cls, template: nn.Module, shape: tuple[int, ...], name: str) -> Architecture:
         require(any(t.is_floating_point() for t in template.state_dict().values()), f"architecture {name!r}: it has no parameters")
         answer = tracing.check_template(template, shape, name)
-        kind = f"got {describe(answer)}" if isinstance(answer, Tensor) else f"got a {type(answer).__name__}; name a part of it with output="
+        part = f"got a {type(answer).__name__}; name a part of it with output= (--output)"
+        kind = f"got {describe(answer)}" if isinstance(answer, Tensor) else part
         fits = isinstance(answer, Tensor) and answer.ndim >= 1 and len(answer) == 4 and answer.is_floating_point()
         require(fits, f"architecture {name!r}: expected floating outputs [n, ...] for [n, {', '.join(map(str, shape))}], {kind}")
         try:
@@ -312,12 +309,14 @@ class Architecture:
         record: dict[str, Any] = {"name": self.name, "input_shape": list(self.input_shape), "version": VERSION}
         if self.graph is not None:
             return record | {"graph": self.graph.to_dict()}
-        return record | {"parameters": [[p.name, list(p.shape)] for p in self.parameters], "untraceable": self.reason}
+        record |= {"parameters": [[p.name, list(p.shape)] for p in self.parameters], "untraceable": self.reason}
+        return record if (part := tracing.output_of(self.module)) is None else record | {"output": part}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Architecture:
-        """Rebuild from :meth:`to_dict`'s form, of this version or of the one before. Raises WslfastError for a module that could not be
-        traced, which must be passed by its user, and for what is no architecture; nothing is run and nothing large allocated."""
+        """Rebuild from :meth:`to_dict`'s form, of this version or of the one before; a module that could not be traced is the one that this
+        process holds an architecture of. Raises WslfastError where it holds none, and for what is no architecture; nothing is run and
+        nothing large allocated."""
         require(isinstance(record, Mapping), f"architecture: expected an object, got {type(record).__name__}")
         shape = record.get("input_shape")
         sizes = isinstance(shape, (list, tuple)) and 1 <= len(shape) <= 8 and all(type(s) is int and 0 < s < 1 << 20 for s in shape)
@@ -347,7 +346,11 @@ class Architecture:
                 f"architecture {name!r}: expected resnet18 arguments up to 256, got {recipe[1]!r}",
             )
             return cls.resnet18(**recipe[1])
-        raise WslfastError(f"architecture {name!r} has no graph; pass architecture= (the module the zoo was made with)")
+        own = tracing.untraced.of_record(record)
+        why = f"cannot be traced ({record.get('untraceable')}), so no file holds it"
+        remedy = "name its code again with --network FILE.py:NAME; in Python keep Architecture.from_module of it, or pass architecture="
+        require(own is not None, f"architecture {name!r} {why if 'untraceable' in record else 'has no graph'}; {remedy}")
+        return own  # type: ignore[return-value]
 
 
 @lru_cache(maxsize=64)
@@ -362,13 +365,9 @@ def _with_classes_last(architecture: Architecture, axis: int) -> Architecture:
     return Architecture(architecture.name, architecture.input_shape, moved)
 
 
-_numbers = itertools.count()
-_modules: weakref.WeakValueDictionary[str, Architecture] = weakref.WeakValueDictionary()
-
-
 def from_handle(handle: str) -> Architecture:
     """The architecture behind a ``handle``: a graph anywhere, a module while somebody holds it in this process."""
-    kept = _modules.get(handle)
+    kept = tracing.untraced.held(handle)
     return kept if kept is not None else _of_json(handle)
 
 

@@ -122,7 +122,7 @@ class Normalizers:
 
         Args:
             population: the training models. ``structural`` is the variance of each weight over models, averaged over weights:
-                the structural loss of answering every model with the population's mean. Needs at least two models.
+                the structural loss of answering every model with the population's mean. Of one model alone, the loss of answering zero.
             cache: the training models' outputs; None (no behavioral term) leaves ``behavioral`` at 1.
             batch_size: k, models in a batch (pairs of views), for ``contrastive``; 1 gives 1.
             criterion, temperature: of the behavioral loss.
@@ -131,7 +131,8 @@ class Normalizers:
             WslfastError: where a unit would be zero or not finite, as for models that are all alike.
         """
         require(isinstance(batch_size, int) and batch_size >= 1, f"batch_size: expected a positive integer, got {batch_size!r}")
-        structural = float(population.weights.var(0, unbiased=False).double().mean())
+        weights = population.weights
+        structural = float((weights.var(0, unbiased=False).double() if len(weights) > 1 else weights.double().square()).mean())
         behavioral = 1.0 if cache is None else uninformed_behavior(cache.outputs, criterion, temperature)
         return cls(structural, behavioral, math.log(2 * batch_size - 1) if batch_size > 1 else 1.0)
 
@@ -149,13 +150,15 @@ class Normalizers:
 
 def uninformed_behavior(outputs: Tensor, criterion: str = "mse", temperature: float = 2.0) -> float:
     """A criterion's mean value over originals with outputs ``[M, Q, K]`` when each is answered with the mean output of all at each
-    query: for ``"mse"`` half the variance over models, summed over classes. Models whose outputs are not finite are left out."""
+    query: for ``"mse"`` half the variance over models, summed over classes. Models whose outputs are not finite are left out. One model
+    alone is answered with zero."""
     require(criterion in CRITERIA, f"criterion: expected one of {CRITERIA}, got {criterion!r}")
     finite = outputs.isfinite().flatten(1).all(1)
     kept = int(finite.sum())
     require(kept > 0, "normalizers: behavioral: no original has finite outputs")
     blocks = [rows.split(64) for rows in (outputs, finite)]  # float64 copies of a few models at a time
     mean = torch.stack([chunk[rows].double().sum(0) for chunk, rows in zip(*blocks, strict=True)]).sum(0) / kept
+    mean = mean if kept > 1 else torch.zeros_like(mean)
     values = [
         criterion_values(mean.expand_as(chunk), chunk.double(), criterion, temperature)[rows] for chunk, rows in zip(*blocks, strict=True)
     ]

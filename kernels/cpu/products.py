@@ -18,8 +18,9 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.bmm(x, turned) if bias is None else torch.baddbmm(bias.unsqueeze(-2), x, turned)
 
 
-def weight_gradient(g: Tensor, x: Tensor) -> Tensor:
-    """g^T x ``[M, out, in]``, of the output's gradient ``g [M, q, out]`` and ``x [M, q, in]``; not always contiguous."""
+def weight_gradient(g: Tensor, x: Tensor, into: Tensor | None = None) -> Tensor:
+    """g^T x ``[M, out, in]``, of the output's gradient ``g [M, q, out]`` and ``x [M, q, in]``; not always contiguous, and not always in the
+    memory ``into``."""
     if x.shape[2] < LANES <= g.shape[2] and x.device.type == "cpu":
         return torch.bmm(x.transpose(1, 2), g).transpose(1, 2)
-    return torch.bmm(g.transpose(1, 2), x)
+    return torch.bmm(g.transpose(1, 2), x) if into is None else torch.bmm(g.transpose(1, 2), x, out=into)

@@ -49,6 +49,7 @@ def split(count: int, full: int, key: Hashable, trial: Trial) -> tuple[int, int]
     """
     if full <= 2:
         return full, full
+    trial = _with_one_full_group(trial, full)
     if count >= full:
         return full, group_size(count % full, full, full, key, trial) if count % full else full
     sizes = [size for size in SIZES if size < full]
@@ -62,6 +63,20 @@ def split(count: int, full: int, key: Hashable, trial: Trial) -> tuple[int, int]
     if size > count or count % size == 0:
         return size, size
     return size, group_size(count % size, size, full, key, trial)
+
+
+def _with_one_full_group(trial: Trial, full: int) -> Trial:
+    """The same trial, which runs a full group in order once, however many sizes are compared with it."""
+    kept: list[Sequence[Tensor]] = []
+
+    def run(size: int, order: Sequence[int]) -> Sequence[Tensor]:
+        if order != range(full):
+            return trial(size, order)
+        if not kept:
+            kept.append(trial(size, order))
+        return kept[0]
+
+    return run
 
 
 def _agrees(size: int, full: int, key: Hashable, trial: Trial) -> bool:

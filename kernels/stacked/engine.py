@@ -35,7 +35,7 @@ _MOST_CONVOLVED = 64  # where activations are so few that calls, not numbers, ta
 _CACHED = 20 << 20  # their bytes, of such a group's forward pass
 _QUERIES = 128  # of a slab
 _FEWEST = 32  # of a slab, where there are as many: with fewer, reading weights takes as long as using them
-_WORK = 20_000_000  # operations a call of the graph in a group's products: smaller groups then cost nothing, keep weights in the cache
+_WORK = 40_000_000  # operations a call of the graph in a group's products: smaller groups then cost nothing, keep weights in the cache
 # and share threads
 _BYTES = 64 << 20  # of what a group's forward pass leaves for its backward
 _ROWS = 64 << 20  # of a group's weights
@@ -116,6 +116,8 @@ class Call:
             full, self.slab = max(1, weights.shape[0]), max(1, self.n)
         sizes = (size, size) if size else self._sizes(full) if self.plain and weights.shape[0] else (full, full)
         self.models, self.last = sizes  # of a group, and of the last one
+        one = self.plain and self.n <= self.slab
+        self.large = [(p, s) for p, s in zip(self.program.places, graph.slots, strict=True) if s.size >= _PACKED] if one else []
 
     def filled(self, group: int) -> int:
         """Models that run in a group: those that it has, and idle ones."""
@@ -238,6 +240,13 @@ def loss_and_gradient_of(call: Call, targets: Tensor, criterion: Named, temperat
     with torch.no_grad(), autocast():
         shared = call.shared()
 
+    losses, gradient = weights.new_empty(k), torch.empty_like(weights, memory_format=torch.contiguous_format)
+
+    def large(start: int) -> dict[int, Tensor]:
+        """Memory of the result for the gradients of large parameters of a group."""
+        rows = gradient[start : start + call.models]
+        return {place: rows[:, slot.offset : slot.stop].view(-1, *slot.shape) for place, slot in call.large}
+
     def group(start: int) -> tuple[Tensor, list[Tensor]]:
         rows = call.rows(start)
         models, real = rows.shape[0], min(k - start, call.models)
@@ -261,23 +270,30 @@ def loss_and_gradient_of(call: Call, targets: Tensor, criterion: Named, temperat
         slabs = ((at, prepared(at)) for at in call.starts())
         leaves = _copies_of(rows, graph)
         if call.plain and autocast is nullcontext:
-            value, slopes = by_tape(call.program, leaves, slabs, share)
+            into = large(start) if real == models else {}
+            value, slopes = by_tape(call.program, leaves, slabs, share, into)
         else:
             value, slopes = by_graph(call.program, leaves, slabs, share, autocast)
         flat = [s if s.ndim == 2 else s.reshape(models, -1) for s in slopes]
         return (value, flat) if real == models else (value[:real], [s[:real] for s in flat])
 
-    if call.models >= k:  # one group: what it gives is the result
+    if call.models >= k and not call.large:  # one group: what it gives is the result
         results: list[tuple[Tensor, list[Tensor]]] = []
         _jobs(k, call, lambda start: results.append(group(start)))
         ((losses, slopes),) = results
         return losses, torch.cat(slopes, 1)
-    losses, gradient = weights.new_empty(k), torch.empty_like(weights, memory_format=torch.contiguous_format)
 
     def keep(start: int) -> None:
         value, flat = group(start)
         losses[start : start + value.shape[0]] = value
-        torch.cat(flat, 1, out=gradient[start : start + value.shape[0]])
+        rows = gradient[start : start + value.shape[0]]
+        if not call.large:
+            torch.cat(flat, 1, out=rows)
+            return
+        for slot, slope in zip(graph.slots, flat, strict=True):
+            part = rows[:, slot.offset : slot.stop]
+            if part.data_ptr() != slope.data_ptr():  # elsewhere than in the memory that was offered
+                part.copy_(slope)
 
     _jobs(k, call, keep)
     return losses, gradient

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .program import Program
-from .tape import Tape, tape_of
+from .tape import NOWHERE, Into, Tape, tape_of
 
 # A slab: its first query, and the values that ``Program.prepare`` gives for it.
 Slabs = Iterable[tuple[int, Sequence[Any]]]
@@ -24,15 +24,18 @@ def tapes_of(program: Program) -> tuple[Tape, Tape]:
     return tape_of(program.made, program.places, program.carried), tape_of(program.steps, program.carried, (program.output,))
 
 
-def by_tape(program: Program, leaves: Sequence[Tensor], slabs: Slabs, share: Share) -> tuple[Tensor, list[Tensor]]:
-    """Losses ``[M]`` and gradients of each slot's ``[M, *shape]``, through rules written out and, where there is none, islands."""
+def by_tape(program: Program, leaves: Sequence[Tensor], slabs: Slabs, share: Share, into: Into = NOWHERE) -> tuple[Tensor, list[Tensor]]:
+    """Losses ``[M]`` and gradients of each slot's ``[M, *shape]``, through rules written out and, where there is none, islands.
+
+    ``into``: memory for the gradients of some slots, by place, where there is one slab; they may come there or elsewhere.
+    """
     made, rest = tapes_of(program)
     models = leaves[0].shape[0]
 
     def slab(start: int, prepared: Sequence[Any]) -> tuple[Tensor, list[Tensor | None]]:
         (outputs,), saved = rest.forward(list(prepared), carried, models, prepared[program.query].shape[int(program.own)])
         value, slope = share(start, outputs)
-        return value, rest.backward([slope], saved, models, program.size)
+        return value, rest.backward([slope], saved, models, program.size, into)
 
     with torch.no_grad():
         carried, kept = made.forward(program.known(leaves[0]), leaves, models, 0)

@@ -23,7 +23,7 @@ Gradients = dict[str, Tensor]
 
 
 class Rule(Protocol):
-    """One call and its reverse."""
+    """One call and its reverse. A rule with an attribute ``fresh`` that is true returns gradients that nobody else holds."""
 
     def forward(self, a: Values, models: int) -> tuple[Tensor, Any]:
         """The value, and what :meth:`backward` needs. ``a`` holds the arguments by name."""
@@ -42,6 +42,8 @@ Maker = Callable[[Call, Values, frozenset[str], bool], Rule | None]
 class Linear:
     """Batched products, as in ``forms.linear``."""
 
+    fresh = True
+
     def __init__(self, call: Call, wanted: frozenset[str]) -> None:
         self.call, self.wanted = call, wanted
 
@@ -50,12 +52,13 @@ class Linear:
         made, rows, operand = products(self.call, x, weight, a.get("bias"), models)
         return made, (rows, operand, weight.shape[-1], x.shape)
 
-    def backward(self, g: Tensor, saved: Any, models: int) -> Gradients:
+    def backward(self, g: Tensor, saved: Any, models: int, into: Tensor | None = None) -> Gradients:
+        """``into``: memory ``[M, out, in]`` for the weight's gradient, with any step between models."""
         rows, weight, features, shape = saved
         g = g.reshape(models, -1, g.shape[-1])
         made: Gradients = {}
         if "weight" in self.wanted:
-            slope = weight_gradient(g, rows)
+            slope = weight_gradient(g, rows, into if rows.shape[2] == features else None)
             made["weight"] = slope if slope.shape[2] == features else slope[..., :features]
         if "bias" in self.wanted:
             made["bias"] = g.sum(1)

@@ -9,7 +9,7 @@ A program has two tapes: of what is made of the weights alone, and of the rest. 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,10 @@ import torch
 from torch import Tensor
 
 from .program import Step
-from .rules import Rule
+from .rules import Linear, Rule
+
+Into = Mapping[int, Tensor]  # memory for gradients, by place
+NOWHERE: Into = {}
 
 
 @dataclass(frozen=True)
@@ -34,13 +37,19 @@ class Ruled:
             values[place] = None
         return saved
 
-    def backward(self, gradients: list[Tensor | None], saved: Any, models: int) -> None:
+    def backward(self, gradients: list[Tensor | None], saved: Any, models: int, into: Into) -> None:
         g = gradients[self.step.out]
         if g is None:
             return
         gradients[self.step.out] = None
-        for name, part in self.rule.backward(g, saved, models).items():
-            _add(gradients, self.places[name], part)
+        fresh = getattr(self.rule, "fresh", False)
+        place = self.places.get("weight", -1)
+        if place in into and gradients[place] is None and isinstance(self.rule, Linear):
+            found = self.rule.backward(g, saved, models, into[place])
+        else:
+            found = self.rule.backward(g, saved, models)
+        for name, part in found.items():
+            _add(gradients, self.places[name], part, fresh)
 
 
 @dataclass(frozen=True)
@@ -71,7 +80,7 @@ class Island:
                     values[place] = None
         return cut, saved
 
-    def backward(self, gradients: list[Tensor | None], saved: Any, models: int) -> None:
+    def backward(self, gradients: list[Tensor | None], saved: Any, models: int, into: Into) -> None:
         cut, made = saved
         given = [(value, gradients[place]) for place, value in made]
         for place in self.outputs:
@@ -94,13 +103,19 @@ class Constant:
     def forward(self, values: list[Any], models: int, n: int) -> Any:
         self.step(values, models, n)
 
-    def backward(self, gradients: list[Tensor | None], saved: Any, models: int) -> None:
+    def backward(self, gradients: list[Tensor | None], saved: Any, models: int, into: Into) -> None:
         gradients[self.step.out] = None
 
 
-def _add(gradients: list[Tensor | None], place: int, part: Tensor) -> None:
+def _add(gradients: list[Tensor | None], place: int, part: Tensor, fresh: bool = False) -> None:
+    """``fresh``: nobody else holds ``part``, which may be written over."""
     known = gradients[place]
-    gradients[place] = part if known is None else known + part
+    if known is None:
+        gradients[place] = part
+    elif fresh and part.stride() == known.stride():
+        gradients[place] = part.add_(known)
+    else:
+        gradients[place] = known + part
 
 
 @dataclass(frozen=True)
@@ -124,13 +139,16 @@ class Tape:
         saved = [call.forward(values, models, n) for call in self.calls]
         return [values[place] for place in self.outputs], saved
 
-    def backward(self, slopes: Sequence[Tensor | None], saved: list[Any], models: int, size: int) -> list[Tensor | None]:
-        """Gradients of the inputs from those of the outputs, None where there is none. Empties ``saved``; ``size``: number of places."""
+    def backward(
+        self, slopes: Sequence[Tensor | None], saved: list[Any], models: int, size: int, into: Into = NOWHERE
+    ) -> list[Tensor | None]:
+        """Gradients of the inputs from those of the outputs, None where there is none. Empties ``saved``; ``size``: number of places;
+        ``into``: memory for the gradients of some inputs, which may come there or elsewhere."""
         gradients: list[Tensor | None] = [None] * size
         for place, slope in zip(self.outputs, slopes, strict=True):
             gradients[place] = slope
         for call in reversed(self.calls):
-            call.backward(gradients, saved.pop(), models)
+            call.backward(gradients, saved.pop(), models, into)
         return [gradients[place] for place in self.inputs]
 
 

@@ -76,6 +76,8 @@ class _Through(torch.autograd.Function):
 class Through:
     """The rule of a segment (``rules.py``): arguments ``x`` and ``rows``."""
 
+    fresh = True
+
     def __init__(self, segment: Segment, shared: bool, wanted: frozenset[str], lift: bool = True) -> None:
         self.program = program_of(segment, shared, "x" in wanted)
         self.shared = shared

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import torch
 from rich.console import Console
 
+import wslfast
 from wslfast import Architecture, Population, TrainConfig, __version__, save_zoo, train
 from wslfast.cli import main
 from wslfast.queries import load_queries
@@ -81,17 +83,74 @@ def test_what_is_said_after_ctrl_c_is_true(
 
     run = tmp_path / "run"
     train(TrainConfig(zoo=str(zoo), out=str(run), steps=1, **SMALL))
-    monkeypatch.setattr("wslfast.cli.evaluation.generate", stopped)
+    monkeypatch.setattr("wslfast.cli.evaluation.generate_each", stopped)
     monkeypatch.setattr("wslfast.cli.evaluation.evaluate", stopped)
     monkeypatch.setattr("wslfast.cli.evaluation.study", stopped)
     monkeypatch.setattr("wslfast.cli.zoo.import_zoo", stopped)
+    monkeypatch.setattr("wslfast.cli.zoo.build_zoo", stopped)
     monkeypatch.setattr("wslfast.cli.training.train", stopped)
     for command in (
         ("generate", "--run", str(run)), ("evaluate", "--run", str(run)), ("zoo", "import", "a", "b"),
-        ("train", "--zoo", str(zoo), "--out", "o"),
+        ("train", "--zoo", str(zoo), "--out", "o"), ("evaluate", "--run", str(run), "--out", str(tmp_path / "figures.json")),
+        ("zoo", "build", "--out", str(tmp_path / "none")),
     ):  # fmt: skip
         assert "nothing was saved" in interrupted(*command)
+    assert "goes on from its last checkpoint with --resume" in interrupted("train", "--zoo", str(zoo), "--out", str(run), "--resume")
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "unfinished.safetensors").write_text("")
+    assert "from the end of its last epoch with --resume" in interrupted("zoo", "build", "--out", str(tmp_path / "begun"))
     assert "the same command goes on" in interrupted("evaluate", "--run", str(run), "--out", str(tmp_path / "page"))
+
+
+def test_ctrl_c_while_torch_is_loaded_is_one_line() -> None:
+    hook = (
+        "import sys\nclass Stop:\n    def find_spec(self, name, *rest):\n        if name == 'torch':\n            raise KeyboardInterrupt\n"
+    )
+    code = f"{hook}sys.meta_path.insert(0, Stop())\nfrom wslfast.__main__ import main\nmain()\n"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(wslfast.__file__).parent.parent)
+    assert (ended.returncode, ended.stderr) == (130, "wslfast: interrupted; nothing was begun\n")
+
+
+@pytest.mark.parametrize("command", ["demo", "ablate"])
+def test_an_interrupted_zoo_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    """A command that builds its zoo itself, stopped after the first epoch: the same command again builds the same zoo."""
+    from wslfast.study import ablations, demo
+    from wslfast.study.ablation_file import Ablation
+    from wslfast.zoo.unfinished import Unfinished
+
+    pytest.importorskip("sklearn")
+    sizes = "models = 6\nepochs = 2\nseed = 0"
+    text = f"seeds = [0]\n[zoo]\ndataset = 'digits'\n{sizes}\n[base]\nsteps = 1\n[axis]\nbeta = [0.5]\n"
+    (tmp_path / "a.toml").write_text(text)
+
+    class Reached(Exception):
+        pass
+
+    def reached(*arguments: Any, **settings: Any) -> Any:
+        raise Reached
+
+    def again(out: Path) -> bytes:
+        ablation, config = Ablation.from_toml(str(tmp_path / "a.toml")), demo.DemoConfig(out=str(out), models=6, epochs=2)
+        with pytest.raises(Reached):
+            demo.demo(config) if command == "demo" else ablations.run_ablation(ablation, out)
+        (shard,) = out.rglob("shard-*.safetensors")
+        return shard.read_bytes()
+
+    monkeypatch.setattr(demo, "trained", reached)
+    monkeypatch.setattr(ablations, "_all_cells", reached)
+    whole = again(tmp_path / "whole")
+    save = Unfinished.save
+
+    def pressed(self: Unfinished, state: Any) -> None:
+        save(self, state)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Unfinished, "save", pressed)
+    with pytest.raises(KeyboardInterrupt):
+        again(tmp_path / "cut")
+    assert list((tmp_path / "cut").rglob("unfinished.safetensors"))
+    monkeypatch.setattr(Unfinished, "save", save)
+    assert again(tmp_path / "cut") == whole
 
 
 def test_training_shows_progress_when_asked(zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,6 +183,39 @@ def test_tables_keep_the_rows_name(width: int, monkeypatch: pytest.MonkeyPatch) 
     assert sum(line.count("0.123") for line in named) == 2 * (len(figures) - 1) - 1  # latent numbers are whole
 
 
+@pytest.mark.parametrize("width", [60, 80])
+def test_tables_of_an_analysis_are_whole(zoo: Path, tmp_path: Path, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of ablate and gradients: no name and no number of a row is cut."""
+    (tmp_path / "a.toml").write_text(f"zoo = {str(zoo)!r}\nseeds = [0]\n[base]\nsteps = 1\n[axis]\ncriterion = ['softmax_mse', 'mse']\n")
+    train(TrainConfig(zoo=str(zoo), out=str(tmp_path / "run"), steps=1, **SMALL))
+    analysis, text = sys.modules["wslfast.cli.analysis"], io.StringIO()
+    console = Console(file=text, width=width, highlight=False)
+    monkeypatch.setattr(analysis, "console", console)
+    monkeypatch.setattr(consoles, "console", console)
+    main(["ablate", str(tmp_path / "a.toml"), "--out", str(tmp_path / "out")])
+    main(["gradients", "--run", str(tmp_path / "run"), "--models", "1", "--queries", "4"])
+    said = text.getvalue()
+    assert "…" not in said
+    assert sum(line.startswith("criterion=softmax_mse") for line in said.splitlines()) >= (2 if width == 60 else 1)
+    assert any(line.startswith("reconstruction") for line in said.splitlines())
+
+
+def test_the_bar_of_a_zoo_fits_60_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    import rich
+
+    from wslfast.zoo.progress import bar
+
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=True, width=60, legacy_windows=False, color_system=None)
+    monkeypatch.setattr(rich, "_console", console)
+    with bar(True, 11_950) as advance:
+        for _ in range(10):
+            advance(12, 50, torch.full((3,), 2.278))
+    (line,) = [line for line in text.getvalue().replace("\r", "\n").splitlines() if "10/11950" in line][-1:]
+    assert "epoch 12/50 loss 2.278" in line
+    assert "…" not in line
+
+
 def test_no_folder_of_something_else_is_written_into(zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     train(TrainConfig(zoo=str(zoo), out=str(run), steps=1, **SMALL))
@@ -135,7 +227,14 @@ def test_no_folder_of_something_else_is_written_into(zoo: Path, tmp_path: Path, 
         (["evaluate", "--run", str(run), "--out", str(zoo)], "holds a zoo already"),
         (["generate", "--run", str(run), "--samples", "1", "--out", str(run)], "holds a training run already"),
         (["train", "--zoo", str(zoo), "--out", str(tmp_path / "project"), *FLAGS], "somebody's project"),
+        (["zoo", "build", "--dataset", str(zoo.parent / "images.npz"), "--out", str(run)], "holds a training run already"),
+        (["demo", "--out", str(zoo)], "holds a zoo already"),
+        (["gradients", "--run", str(run), "--out", str(zoo)], "holds a zoo already"),
+        (["ablate", str(tmp_path / "a.toml"), "--out", str(zoo)], "holds a zoo already"),
+        (["queries", "--zoo", str(zoo), "--kind", "val", "--out", str(tmp_path / "mine.npz")], "mine.npz is something else already"),
     ]
+    (tmp_path / "a.toml").write_text(f"zoo = {str(zoo)!r}\nseeds = [0]\n[base]\nsteps = 1\n[axis]\nbeta = [0.5]\n")
+    np.savez(tmp_path / "mine.npz", images=np.zeros(3))
     before = sorted(str(p) for p in tmp_path.rglob("*"))
     for command, says in commands:
         with pytest.raises(SystemExit):

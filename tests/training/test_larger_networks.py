@@ -128,3 +128,24 @@ def test_a_training_step_on_a_narrow_resnet(tmp_path: Path) -> None:
     train(settings, population=population, images=images)
     run = load_run(tmp_path / "run", architecture=arch)
     assert run.autoencoder.config()["window"] == 32
+
+
+def test_many_tokens_attend_in_windows_unless_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """48 tokens where 40 are many: a run says so, keeps its windows when it goes on elsewhere, and takes all at once when told."""
+    arch = Architecture.cnn()
+    population = Population(arch, arch.initial_weights(["kaiming_uniform"] * 4, range(4)))
+    images = torch.randn(24, 1, 28, 28)
+    settings = replace(config(tmp_path / "run"), steps=2, batch_size=2, queries=4, window=0)
+    monkeypatch.setattr("wslfast.training.trainer._ALL", 40)
+    monkeypatch.setattr("wslfast.training.trainer._WINDOW", 20)
+    with caplog.at_level("INFO", logger="wslfast"):
+        train(settings, population=population, images=images, stop=lambda step: step == 1)
+    assert "48 tokens attend in windows of 20" in caplog.text
+    monkeypatch.setattr("wslfast.training.trainer._ALL", 2048)
+    resumed = train(settings, population=population, images=images, resume=True)
+    assert resumed.autoencoder.config()["window"] == 20
+    for window, expected in ((0, 0), (48, 48)):
+        assert Trainer(replace(settings, window=window), population, images).model.config()["window"] == expected
+        assert Trainer(replace(settings, window=window), population, images).model._windows.count == 1

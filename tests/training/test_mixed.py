@@ -13,6 +13,8 @@ import torch
 from tolerances import FP32, FP32_DEEP
 
 from wslfast import Architecture, Population, TrainConfig, WslfastError, batched_forward, evaluate, generate, save_zoo, train
+from wslfast.cli import main
+from wslfast.measure import generate_each
 from wslfast.measure.evaluation import reconstruct
 from wslfast.training import load_run
 from wslfast.zoo import dataset_of, load_parts
@@ -111,11 +113,62 @@ def test_figures_of_each_architecture_and_of_all(zoo: Path, tmp_path: Path) -> N
     assert figures["n_models"] == 12
 
 
-def test_one_architecture_is_chosen_where_one_is_needed(zoo: Path, tmp_path: Path) -> None:
+def test_new_models_of_one_architecture_and_of_each(zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(TrainConfig(zoo=str(zoo), out=str(tmp_path / "run"), steps=1, **SMALL))
-    made = generate(tmp_path / "run", samples=3, architecture="wide")
+    made = generate(tmp_path / "run", samples=3, architecture="wide", finetune=1)
     assert made.architecture.same_network(ARCHES["wide"])
-    with pytest.raises(WslfastError, match="several architectures: 'relu', 'tanh', 'wide'"):
-        generate(tmp_path / "run", samples=3)
+    each = generate_each(tmp_path / "run", samples=3, finetune=1, out=tmp_path / "new", split="drawn")
+    assert list(each) == list(ARCHES)
+    assert torch.equal(each["wide"].weights, made.weights)  # as alone, to the bit
+    stored = load_parts(tmp_path / "new")
+    for name, part in each.items():
+        assert torch.equal(stored[name].weights, part.weights)
+        assert stored[name].properties["test_acc"] == part.properties["test_acc"]
+        assert sorted(stored[name].properties["split"][::2]) == ["test", "train", "val"]  # dealt out by architecture, epochs together
+    assert evaluate(tmp_path / "run", tmp_path / "new", baselines=False)["run"]["n_models"] == 6  # 3 of a model's 2 epochs
+    main(["generate", "--run", str(tmp_path / "run"), "--samples", "3", "--finetune", "1", "--out", str(tmp_path / "shell")])
+    said = capsys.readouterr().out
+    assert [line for line in said.splitlines() if line.endswith(": 3 models")] == [f"{name}: 3 models" for name in ARCHES]
+    assert all(torch.equal(part.weights, each[name].weights) for name, part in load_parts(tmp_path / "shell").items())
+
+
+def test_one_architecture_is_chosen_where_none_is_named(zoo: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train(TrainConfig(zoo=str(zoo), out=str(tmp_path / "run"), steps=1, **SMALL))
+    with caplog.at_level("INFO", logger="wslfast"):
+        assert generate(tmp_path / "run", samples=3).architecture.same_network(ARCHES["relu"])
+    assert "of 3 architectures, models of 'relu'" in caplog.text
+    with pytest.raises(WslfastError, match="got 'thin'"):
+        generate(tmp_path / "run", samples=3, architecture="thin")
     with pytest.raises(WslfastError, match="not trained on models of architecture"):
         load_run(tmp_path / "run").of(Architecture.mlp(16, (7,), 3))
+
+
+def test_architectures_of_one_model_each(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As in a zoo in which every model is another network: all train, and none can be held back for a test."""
+    import csv
+
+    from wslfast.zoo import import_zoo
+
+    code = "from torch import nn\n"
+    (tmp_path / "models").mkdir()
+    with open(tmp_path / "table.csv", "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["file", "network"])
+        for width in (3, 4, 5):
+            code += (
+                f"\n\ndef net{width}():\n    return nn.Sequential(nn.Flatten(), nn.Linear(16, {width}), nn.ReLU(), nn.Linear({width}, 3))\n"
+            )
+            net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, width), torch.nn.ReLU(), torch.nn.Linear(width, 3))
+            torch.save(net.state_dict(), tmp_path / "models" / f"{width}.pt")
+            rows.writerow([f"{width}.pt", f"net{width}"])
+    (tmp_path / "nets.py").write_text(code)
+    np.savez(tmp_path / "images.npz", images=np.random.default_rng(0).random((60, 4, 4), dtype=np.float32), labels=np.arange(60) % 3)
+    networks = [f"{tmp_path}/nets.py:net{width}" for width in (3, 4, 5)]
+    import_zoo(tmp_path / "models", tmp_path / "zoo", network=networks, table=tmp_path / "table.csv", dataset=tmp_path / "images.npz")
+    assert "3 of 3 architectures have too few models" in caplog.text
+    run = train(TrainConfig(zoo=str(tmp_path / "zoo"), out=str(tmp_path / "run"), steps=3, **SMALL))
+    assert list(run.parts) == ["net3", "net4", "net5"]
+    with pytest.raises(WslfastError, match="--split train"):
+        evaluate(tmp_path / "run")
+    assert evaluate(tmp_path / "run", split="train", baselines=False)["run"]["n_models"] == 3
+    assert list(generate_each(run, samples=2)) == ["net3", "net4", "net5"]

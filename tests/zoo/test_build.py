@@ -365,7 +365,7 @@ def test_progress_and_profile(data: Dataset, capsys: pytest.CaptureFixture[str],
     assert {"initialise", "loss", "optimise", "evaluate"} <= set(profile.calls)
     assert profile.calls["optimise"] == 8
     if "rich" in sys.modules:
-        assert "epoch 2 of 2" in capsys.readouterr().out
+        assert "epoch 2/2" in capsys.readouterr().out
     monkeypatch.setitem(sys.modules, "rich.progress", None)
     assert len(small(data, models=1, epochs=1, progress=True)) == 1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -161,13 +162,52 @@ def test_a_constant_channel_does_not_divide_by_zero(tmp_path: Path) -> None:
     assert torch.equal(data.train_images, torch.zeros(14, 1, 4, 4))
 
 
+KEYS = {"keras": "{0}_{1}", "camel": "{1}{2}", "long": "{1}_{3}", "dots": "{1}.{0}"}
+
+
+@pytest.mark.parametrize("form", KEYS)
+def test_arrays_by_other_names(tmp_path: Path, form: str) -> None:
+    """x_train, trainX, train_inputs, val.x; what is called by our names is taken first."""
+    ours, theirs = {}, {}
+    for split, part in (("train", slice(20)), ("val", slice(20, 30)), ("test", slice(30, 41))):
+        for own, short, long, array in (("images", "x", "inputs", BYTES), ("labels", "y", "targets", LABELS)):
+            ours[f"{split}_{own}"] = array[part]
+            name = "validation" if split == "val" and form == "long" else split
+            theirs[KEYS[form].format(short, name, short.upper(), long)] = array[part]
+    one, other = load_dataset(npz(tmp_path / "a.npz", **ours), (1, 7, 6)), load_dataset(npz(tmp_path / "b.npz", **theirs), (1, 7, 6))
+    for split in ("train", "val", "test"):
+        assert all(torch.equal(a, b) for a, b in zip(one.split(split), other.split(split), strict=True))
+    both = load_dataset(npz(tmp_path / "c.npz", **ours, **{k: v[::-1] for k, v in theirs.items()}, extra=np.array(["not read"])), (1, 7, 6))
+    assert torch.equal(both.test_images, one.test_images)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [lambda y: y.astype(np.float64), lambda y: np.eye(5)[y], lambda y: np.eye(5, dtype=bool)[y], lambda y: y[:, None].astype(np.uint8)],
+    ids=["floats", "one-hot", "one-hot booleans", "a column"],
+)
+def test_labels_in_other_forms(tmp_path: Path, form: Callable[[np.ndarray], np.ndarray]) -> None:
+    one = load_dataset(npz(tmp_path / "a.npz", images=BYTES, labels=LABELS), (1, 7, 6))
+    other = load_dataset(npz(tmp_path / "b.npz", images=BYTES, labels=form(LABELS)), (1, 7, 6))
+    assert other.classes == 5
+    assert torch.equal(one.test_labels, other.test_labels)
+
+
+@pytest.mark.parametrize("targets", [LABELS - 2.0, LABELS / 2, np.stack([LABELS, LABELS], 1) * 1.0, LABELS * 1e7])
+def test_numbers_that_are_no_classes(tmp_path: Path, targets: np.ndarray) -> None:
+    file = npz(tmp_path / "a.npz", images=BYTES, labels=targets)
+    assert load_dataset(file, (1, 7, 6), unlabelled=True).classes == 0
+    with pytest.raises(WslfastError, match="expected integers"):
+        load_dataset(file, (1, 7, 6))
+
+
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
         pytest.param({"images": BYTES}, "expected keys 'images' and 'labels'", id="no labels"),
         pytest.param({"train_images": BYTES, "train_labels": LABELS}, "test_images", id="no test"),
         pytest.param({"images": BYTES, "labels": LABELS[:-1]}, r"labels: expected \[41\]", id="too few labels"),
-        pytest.param({"images": BYTES, "labels": LABELS.astype(float)}, "labels: expected integers", id="float labels"),
+        pytest.param({"images": BYTES, "labels": LABELS + 0.5}, "labels: expected integers", id="float labels"),
         pytest.param({"images": BYTES, "labels": LABELS - 1}, "labels from 0 upwards, got -1", id="negative label"),
         pytest.param({"images": BYTES, "labels": LABELS + 2**40}, "labels from 0 upwards", id="huge label"),
         pytest.param({"images": BYTES.astype(np.int32), "labels": LABELS}, "expected uint8 or floating, got int32", id="int images"),

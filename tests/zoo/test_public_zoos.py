@@ -187,6 +187,22 @@ def test_dwsnets_fashion_with_its_owners_split(tmp_path: Path) -> None:
     assert (done.rows, known) == (4, {(0, "train"): 5, (1, "val"): 1, (10, "train"): 0, (0, "test"): 5})
 
 
+def test_dwsnets_splits_in_a_folder_below_and_of_files_called_alike(tmp_path: Path) -> None:
+    """Every network's file is ``model_final.pth``; the table of splits names paths of another machine."""
+    wanted = {3: "train", 14: "val", 15: "test", 92: "train"}
+    splits: dict[str, dict[str, list[str]]] = {split: {"path": [], "label": []} for split in ("train", "val", "test")}
+    for image, split in wanted.items():
+        folder = tmp_path / "src" / "mnist-inrs" / f"mnist_png_training_4_{image}" / "checkpoints"
+        folder.mkdir(parents=True)
+        torch.save(inr_state(image, SEQ), folder / "model_final.pth")
+        splits[split]["path"].append(f"/data/somebody/mnist-inrs/{folder.parent.name}/checkpoints/model_final.pth")
+        splits[split]["label"].append("4")
+    (tmp_path / "src" / "mnist-inrs" / "mnist_splits.json").write_text(json.dumps(splits))
+    import_zoo(tmp_path / "src", tmp_path / "zoo")
+    held = read_manifest(tmp_path / "zoo").properties
+    assert dict(zip(held["image"], held["split"], strict=True)) == wanted
+
+
 @pytest.mark.parametrize("out", [1, 3])
 def test_nfn(tmp_path: Path, out: int) -> None:
     names, states = ("net.0.linear", "net.1.linear", "net.2"), {}
@@ -342,6 +358,56 @@ def test_weightclip_resnets(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = torch.stack([net.eval()(x) for net in nets])
     torch.testing.assert_close(wslfast.batched_forward(zoo.weights, x, zoo.architecture), expected, rtol=FP32_AMPLIFIED, atol=FP32_DEEP)
+
+
+@pytest.mark.parametrize("kind", ["ResNet18Slim", "CNN3"])
+def test_the_same_weights_under_several_activations_are_several_networks(tmp_path: Path, kind: str) -> None:
+    """Trials of one seed begin from the same numbers, to the bit; the settings tell their functions apart."""
+    torch.manual_seed(0)
+    net = Slim(2, 5)
+    net(torch.randn(8, 3, 32, 32))
+    net.eval()
+    arch = Architecture.cnn3(3, "tanh", num_classes=5)
+    cnn3 = wslfast.Population(arch, arch.initial_weights(["kaiming_uniform"], [0]))
+    state = net.state_dict() if kind == "ResNet18Slim" else cnn3.state_dict(0)
+    names = {"relu": F.relu, "tanh": torch.tanh, "leakyrelu": F.leaky_relu}
+    for name in names:
+        trial(tmp_path / "src" / f"tune_zoo_{name}", state, {"model::type": kind, "model::nlin": name, "model::o_dim": 5})
+    trial(tmp_path / "src" / "tune_zoo_z_copy", state, {"model::type": kind, "model::nlin": "relu", "model::o_dim": 5})
+    done = import_zoo(tmp_path / "src", tmp_path / "zoo")
+    assert (done.rows, len(done.architectures), dict(done.skipped)) == (3, 3, {"identical weights": 1})
+    x = torch.randn(2, 3, 32, 32)
+    for part in load_parts(tmp_path / "zoo").values():
+        name = part.properties["activation"][0]
+        assert part.properties["name"] == (f"tune_zoo_{name}",)
+        with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+            if kind == "ResNet18Slim":
+                patch.setattr(torch, "tanh", names[name])  # what Slim calls
+                expected = net(x)
+            else:
+                expected = wslfast.batched_forward(part.weights, x, Architecture.cnn3(3, name, num_classes=5))[0]
+        answer = wslfast.batched_forward(part.weights, x, part.architecture)[0]
+        torch.testing.assert_close(answer, expected, rtol=FP32_AMPLIFIED, atol=FP32_DEEP)
+
+
+def test_a_root_with_the_grid_and_the_images_of_its_trials(tmp_path: Path) -> None:
+    """``config.json`` and ``dataset.pt`` lie beside the trials, as published zoos have them: the root is no trial."""
+    arch = Architecture.cnn(1, "tanh", num_classes=7)
+    weights = arch.initial_weights(["uniform"] * 3, [0, 1, 2])
+    settings = {"model::type": "CNN", "model::nlin": "tanh", "model::o_dim": 7, "optim::lr": 0.1}
+    for i in range(3):
+        trial(tmp_path / "src" / f"tune_zoo_{i}", wslfast.Population(arch, weights).state_dict(i), settings)
+    (tmp_path / "src" / "config.json").write_text(json.dumps({"model::type": "CNN", "seed": {"grid_search": [0, 1, 2]}}))
+    images = torch.utils.data.TensorDataset(torch.rand(14, 1, 28, 28), torch.arange(14) % 7)
+    torch.save({"trainset": images, "testset": images}, tmp_path / "src" / "dataset.pt")
+    done = import_zoo(tmp_path / "src", tmp_path / "zoo", dataset=tmp_path / "src" / "dataset.pt")
+    assert (done.rows, dict(done.skipped)) == (3, {})
+    assert torch.equal(load_zoo(tmp_path / "zoo").weights, weights)
+    empty = tmp_path / "none"
+    empty.mkdir()
+    (empty / "config.json").write_text("{}")
+    with pytest.raises(WslfastError, match="no checkpoints: 1"):
+        import_zoo(empty, tmp_path / "nothing")
 
 
 def test_right_properties(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from torch import nn
 from wslfast.architecture import Architecture
 from wslfast.errors import WslfastError
 from wslfast.population import Population
+from wslfast.tracing import untraced
 from wslfast.zoo import Split, load_zoo, read_manifest, save_zoo, summarize
 from wslfast.zoo.manifest import Manifest, Shard
 
@@ -203,6 +204,8 @@ def test_an_opaque_architecture_is_passed_by_its_user(tmp_path: Path) -> None:
     assert not opaque.planned
     population = make(2, 1, architecture=opaque)
     save(population, tmp_path)
+    assert load_zoo(tmp_path).architecture is opaque  # as long as somebody holds it in this process
+    untraced._held.clear()
     with pytest.raises(WslfastError, match="pass architecture="):
         load_zoo(tmp_path)
     assert torch.equal(load_zoo(tmp_path, architecture=opaque).weights, population.weights)

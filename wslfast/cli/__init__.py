@@ -11,6 +11,7 @@ import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Union
 
 import torch
@@ -21,14 +22,18 @@ from .. import __version__
 from ..engine.precision import matmul_precision
 from ..engine.ranks import first
 from ..errors import WslfastError, first_line
+from ..tracing.untraced import naming
 from ..training import TrainConfig
+from ..training.checkpoint import checkpoint_path
 from ..training.progress import Interrupted
+from ..zoo.importers.network_files import named_again
+from ..zoo.unfinished import FILE as UNFINISHED
 from .analysis import Ablate, Gradients, Queries
 from .console import console, show
 from .doctor import Doctor
 from .evaluation import Demo, Evaluate, Generate, Report
 from .training import Train
-from .zoo import Zoo
+from .zoo import Zoo, ZooBuild
 
 
 @dataclass(frozen=True)
@@ -117,9 +122,15 @@ class _ConsoleHandler(logging.Handler):
 
 def _interrupted(command: Any, error: KeyboardInterrupt) -> str:
     """What is left after Ctrl-C, as far as the command knows."""
+    command = getattr(command, "command", command)  # zoo has commands of its own
     if isinstance(error, Interrupted) and isinstance(command, Train):
         return str(error)
-    if isinstance(command, (Ablate, Demo)) or (isinstance(command, Evaluate) and command.out is not None):
+    if isinstance(command, Train) and command.out and checkpoint_path(command.out).exists():
+        return f"interrupted; {command.out} goes on from its last checkpoint with --resume (resume=True)"
+    if isinstance(command, ZooBuild) and (Path(command.out) / UNFINISHED).exists():
+        return f"interrupted; {command.out} goes on from the end of its last epoch with --resume (resume=True)"
+    page = isinstance(command, Evaluate) and command.out is not None and not command.out.endswith(".json")
+    if page or isinstance(command, (Ablate, Demo)):
         return "interrupted; the same command goes on with what is done"
     return "interrupted; nothing was saved"
 
@@ -147,7 +158,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "networks behave (arXiv 2503.17138). Start with: wslfast demo",
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
         )
-        command.run()
+        with naming(named_again(getattr(getattr(command, "command", command), "network", ()))):  # zoo has commands of its own
+            command.run()
     except WslfastError as error:
         print(f"wslfast: {error}", file=sys.stderr)
         raise SystemExit(2) from None

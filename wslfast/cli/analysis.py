@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from rich.table import Table
 
 from .. import queries
 from ..errors import require
@@ -19,7 +18,7 @@ from ..study.ablations import rows_file, run_ablation
 from ..study.loaded_zoo import Protocol
 from ..training.query_sets import query_images
 from ..zoo import MappedZoo
-from .console import console
+from .console import console, stacked_table
 
 _SHOWN = (
     "agreement", "agreement_others", "identified", "accuracy_reconstructed", "explained_variance", "l2_masked", "probe_r2", "seconds",
@@ -48,6 +47,8 @@ class Queries:
     """Seed of what is drawn."""
     architecture: str | None = None
     """Of a zoo of several architectures, which one (wslfast zoo show lists them)."""
+    network: tuple[str, ...] = ()
+    """FILE.py:NAME of networks that cannot be traced, as they were given to zoo import: no file holds their code. FILE.py is run."""
 
     def run(self) -> None:
         source = MappedZoo(self.zoo, "train", architecture=self.architecture)
@@ -77,6 +78,8 @@ class Ablate:
     """Where the file samples new models: fewer of them, on fewer images."""
     split: Literal["test", "val"] | None = None
     """Whose models are measured, instead of the file's; val to choose by (rows go to ablations-val.csv). Nothing is trained twice."""
+    network: tuple[str, ...] = ()
+    """FILE.py:NAME of networks that cannot be traced, as they were given to zoo import: no file holds their code. FILE.py is run."""
 
     def run(self) -> None:
         from ..sane import ablation as published
@@ -98,15 +101,15 @@ class Ablate:
         console.print(f"means over models, mean ± standard deviation over seeds; rows in {rows_at}", soft_wrap=True)
 
     def _table(self, ablation: Ablation, rows: list[Row], zoo: str | None) -> None:
-        table = Table(ablation.axis, box=None, pad_edge=False, header_style="bold")
+        found = over_seeds(rows)
+        columns = {}
         for column in _SHOWN:
-            table.add_column(column.replace("_", " "), justify="right")
-        for variant, metrics in over_seeds(rows).items():
-            cells = (metrics.get(m) for m in _SHOWN)
-            table.add_row(variant, *("-" if c is None else f"{c[0]:.3f}" + (f" ± {c[1]:.3f}" if c[1] is not None else "") for c in cells))
+            cells = (metrics.get(column) for metrics in found.values())
+            texts = ["-" if c is None else f"{c[0]:.3f}" + (f" ± {c[1]:.3f}" if c[1] is not None else "") for c in cells]
+            columns[column.replace("_", "\n")] = texts
         if len(self.zoo) > 1:
             console.print(f"[bold]{zoo}[/bold]", soft_wrap=True)
-        console.print(table)
+        stacked_table(ablation.axis, list(found), columns)
 
 
 @dataclass(frozen=True)
@@ -128,24 +131,21 @@ class Gradients(GradientSettings):
     """What to call the run in the rows (default: its folder's name)."""
     architecture: str | None = None
     """Of a zoo of several architectures, which one (wslfast zoo show lists them)."""
+    network: tuple[str, ...] = ()
+    """FILE.py:NAME of networks that cannot be traced, as they were given to zoo import: no file holds their code. FILE.py is run."""
 
     def run(self) -> None:
         require(bool(self.run_folder), "run: expected the folder of a run (--run DIR)")
         settings = GradientSettings(**{f.name: getattr(self, f.name) for f in dataclasses.fields(GradientSettings)})
         out = Path(self.out) if self.out is not None else Path(self.run_folder) / "gradients"
         rows = analyse(self.run_folder, out, settings, self.zoo, self.name, self.architecture)
-        table = Table("at the reconstruction", "median", "mean", "spread", box=None, pad_edge=False, header_style="bold")
-        for row in rows:
-            if not row["direction"]:
-                cells = ("-" if row[c] is None else f"{row[c]:.4g}" for c in ("median", "mean", "spread"))
-                table.add_row(row["metric"].replace("_", " "), *cells)
-        console.print(table)
-        title = "quadratic form / measured loss, median over models"
-        swept = Table("direction", box=None, pad_edge=False, header_style="bold", title=title)
-        for magnitude in settings.magnitudes:
-            swept.add_column(f"{magnitude:g}", justify="right")
-        for direction in dict.fromkeys(row["direction"] for row in rows if row["direction"]):
-            values = [r["median"] for r in rows if r["direction"] == direction and r["metric"] == "ratio"]
-            swept.add_row(direction, *("-" if v is None else f"{v:.3g}" for v in values))
-        console.print(swept)
+        own = [row for row in rows if not row["direction"]]
+        values = {c: ["-" if row[c] is None else f"{row[c]:.4g}" for row in own] for c in ("median", "mean", "spread")}
+        stacked_table("at the reconstruction", [row["metric"].replace("_", " ") for row in own], values)
+        directions = list(dict.fromkeys(row["direction"] for row in rows if row["direction"]))
+        ratios = [[r["median"] for r in rows if r["direction"] == d and r["metric"] == "ratio"] for d in directions]
+        swept = {
+            f"{magnitude:g}": ["-" if of[i] is None else f"{of[i]:.3g}" for of in ratios] for i, magnitude in enumerate(settings.magnitudes)
+        }
+        stacked_table("direction", directions, swept, "quadratic form / measured loss, median over models")
         console.print(f"written to {out}", soft_wrap=True)

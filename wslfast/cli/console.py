@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -24,6 +25,8 @@ def show(values: dict[str, Any], as_json: bool) -> None:
         print(json.dumps(values, indent=1))
         return
     table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")  # a digest that is longer than the terminal is wide stays whole
     for name, value in values.items():
         lines = [f"{k}: {_text(v)}" for k, v in value.items()] if isinstance(value, dict) else [_text(value)]
         table.add_row(f"[bold]{escape(name.replace('_', ' '))}[/bold]", escape("\n".join(lines)))
@@ -33,29 +36,35 @@ def show(values: dict[str, Any], as_json: bool) -> None:
 def figures_table(results: dict[str, dict[str, Any]]) -> None:
     """Figures that anything has a value of, a row a variant; where they are more than fit the terminal, a table below another."""
     shown = {
-        f: [_figure(f, figures.get(f)) for figures in results.values()]
+        _FIGURES[f]: [_figure(f, figures.get(f)) for figures in results.values()]
         for f in _FIGURES
         if any(r.get(f) is not None for r in results.values())
     }
-    width = {f: max(map(len, (*_FIGURES[f].split("\n"), *cells))) + 1 for f, cells in shown.items()}
-    left = max(map(len, ("variant", *results)), default=7)
-    while shown:
-        table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold")
-        table.add_column("variant", no_wrap=True)
-        room = console.width - left
-        taken: list[str] = []
-        for figure in shown:
-            room -= width[figure]
-            if room < 0 and taken:
-                break
-            taken.append(figure)
-            table.add_column(_FIGURES[figure], justify="right", no_wrap=True)
-        for name, cells in zip(results, zip(*(shown.pop(f) for f in taken), strict=True), strict=True):
-            table.add_row(name, *cells)
-        console.print(table)
+    stacked_table("variant", list(results), shown)
     for name, figures in results.items():
         if figures.get("psnr") is None and (words := collapse(figures.get("agreement_margin"))):
             console.print(f"{name}: {words}", soft_wrap=True, markup=False)
+
+
+def stacked_table(head: str, names: Sequence[str], columns: Mapping[str, Sequence[str]], title: str | None = None) -> None:
+    """A table with a row a name, whole at any width: columns that do not fit the terminal are in a table below, with the names again."""
+    left = dict(columns)
+    width = {header: max(map(len, (*header.split("\n"), *cells))) + 1 for header, cells in left.items()}
+    first = max(map(len, (head, *names)), default=len(head))
+    while left:
+        table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold", title=title)
+        table.add_column(head, no_wrap=True)
+        room = console.width - first
+        taken: list[str] = []
+        for header in left:
+            room -= width[header]
+            if room < 0 and taken:
+                break
+            taken.append(header)
+            table.add_column(header, justify="right", no_wrap=True)
+        for name, cells in zip(names, zip(*(left.pop(header) for header in taken), strict=True), strict=True):
+            table.add_row(escape(name), *cells)
+        console.print(table)
 
 
 def _figure(name: str, value: Any) -> str:

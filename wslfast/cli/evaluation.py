@@ -14,9 +14,10 @@ import tyro
 from .. import engine
 from ..engine.ranks import first
 from ..errors import require
-from ..measure import evaluate, generate
+from ..measure import evaluate, generate, generate_each
 from ..measure.results import column_of, read_results
 from ..page import report
+from ..population import Population
 from ..study.demo import DemoConfig, demo
 from ..study.study import study
 from ..training import load_run
@@ -61,6 +62,8 @@ class Evaluate:
     figures, into RUN/tensorboard)."""
     json: bool = False
     """Print JSON instead of a table."""
+    network: tuple[str, ...] = ()
+    """FILE.py:NAME of networks that cannot be traced, as they were given to zoo import: no file holds their code. FILE.py is run."""
 
     def run(self) -> None:
         require(len(self.run_folders) > 0, "run: expected at least one folder")
@@ -196,30 +199,30 @@ class Generate:
     skip_bad: bool = False
     """Leave out shards of the zoo that are missing or damaged, with a count, instead of stopping."""
     architecture: str | None = None
-    """Of a zoo of several architectures, which one (wslfast zoo show lists them)."""
+    """Of a zoo of several architectures, which one (wslfast zoo show lists them; default: models of each)."""
     split: Literal["test", "train", "val", "drawn"] = "test"
     """Of the models in --out: all in one (test is what evaluate measures), or dealt out to all three, to train on them."""
+    network: tuple[str, ...] = ()
+    """FILE.py:NAME of networks that cannot be traced, as they were given to zoo import: no file holds their code. FILE.py is run."""
 
     def run(self) -> None:
-        made = generate(
-            self.run_folder,
-            self.zoo,
-            samples=self.samples,
-            anchors=self.anchors,
-            bandwidth=self.bandwidth,
-            sampler=self.sampler,
-            select=self.select,
-            candidates=self.candidates,
-            rounds=self.rounds,
-            finetune=self.finetune,
-            seed=self.seed,
-            out=self.out,
-            device=self.device,
-            backend=self.backend,
-            skip_bad=self.skip_bad,
-            architecture=self.architecture,
-            split=self.split,
-        )
+        settings: dict[str, Any] = {
+            name: getattr(self, name)
+            for name in (
+                "samples", "anchors", "bandwidth", "sampler", "select", "candidates", "rounds", "finetune", "seed", "out", "device",
+                "backend", "skip_bad", "split",
+            )
+        }  # fmt: skip
+        if self.architecture is not None:
+            made = {"": generate(self.run_folder, self.zoo, architecture=self.architecture, **settings)}
+        else:
+            made = generate_each(self.run_folder, self.zoo, **settings)
+        for label, population in made.items():
+            if len(made) > 1:
+                console.print(f"{label}: {self.samples} models", soft_wrap=True, markup=False)
+            self._told(population, "  " if len(made) > 1 else "")
+
+    def _told(self, made: Population, indent: str) -> None:
         epoch = made.column("epoch")
         for e in range(self.finetune + 1):
             names = ("test_acc", "novelty", "novelty_behavior") if e == 0 else ("test_acc",)
@@ -229,7 +232,7 @@ class Generate:
                 if not bool(values.isfinite().any()):  # no classes, no accuracy
                     continue
                 spread = f"from {values.min():.3f} to {values.max():.3f}"
-                console.print(f"{name}{after}: mean {values.mean():.3f}, median {values.median():.3f}, {spread}")
+                console.print(f"{indent}{name}{after}: mean {values.mean():.3f}, median {values.median():.3f}, {spread}", soft_wrap=True)
 
 
 @dataclass(frozen=True)

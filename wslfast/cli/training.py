@@ -32,9 +32,12 @@ class Train(TrainConfig):
     """Record 20 steps: profile/trace.json, profile/phases.json and a table of phases."""
     log_to: Literal["tensorboard"] | None = None
     """Also write every record, and the phases of 20 steps, for TensorBoard, into OUT/tensorboard (pip install 'wslfast[tensorboard]')."""
+    network: tuple[str, ...] = ()
+    """FILE.py:NAME of networks that cannot be traced, as they were given to zoo import: no file holds their code. FILE.py is run."""
 
     def run(self) -> None:
         settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(TrainConfig)}
         with shown(console, self.steps) as on_record:
             run = train(TrainConfig(**settings), resume=self.resume, profiled=self.profile, on_record=on_record, log_to=self.log_to)
-        console.print(f"{run.out}: {run.step} steps; next: wslfast evaluate --run {run.out}", soft_wrap=True)
+        again = f" --network {' '.join(self.network)}" if self.network else ""
+        console.print(f"{run.out}: {run.step} steps; next: wslfast evaluate --run {run.out}{again}", soft_wrap=True)

@@ -214,11 +214,10 @@ class ZooImport:
         opaque = [kind for kind in done.architectures.values() if kind.graph is None]
         if opaque:  # a manifest can hold operations, and no code
             console.print(f"{opaque[0].name} cannot be traced: {opaque[0].reason}", soft_wrap=True, markup=False)
-            arguments = f"config, population=wslfast.load_zoo({self.out!r}, architecture=arch), images="
-            text = f"train has to be given it from Python: wslfast.train({arguments}...); no other command runs it"
+            text = "it runs as it is, one model after another, and every command asks for its code again (--network)"
             console.print(f"  {text}", soft_wrap=True, markup=False)
-            return
-        console.print(f"next: wslfast train --zoo {self.out} --out RUN", soft_wrap=True, markup=False)
+        again = f" --network {' '.join(self.network) or 'FILE.py:NAME'}" if opaque else ""
+        console.print(f"next: wslfast train --zoo {self.out} --out RUN{again}", soft_wrap=True, markup=False)
 
     def _architecture(self) -> Architecture | None:
         if self.architecture == "auto":
@@ -245,6 +244,8 @@ class ZooExport:
     """Which models."""
     skip_bad: bool = False
     """Leave out shards that are missing or damaged, with a count, instead of stopping."""
+    network: tuple[str, ...] = ()
+    """FILE.py:NAME of networks that cannot be traced, as they were given to zoo import: no file holds their code. FILE.py is run."""
 
     def run(self) -> None:
         split = None if self.split == "all" else self.split

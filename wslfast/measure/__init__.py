@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .. import submodules_of
 from .evaluation import embeddings, evaluate, evaluate_code, linear_baselines, reconstruct
-from .generation import generate
+from .generation import generate, generate_each
 from .probe import RidgeProbe, behavior_statistics, consensus_of, probe, weight_statistics
 from .reconstruction import Reconstruction, compare
 
@@ -18,6 +18,7 @@ __all__ = [
     "evaluate",
     "evaluate_code",
     "generate",
+    "generate_each",
     "linear_baselines",
     "probe",
     "reconstruct",

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..architecture import Architecture
 from ..behavior import batched_forward
 from ..errors import check_seed, require
-from ..files import write_json
+from ..files import check_folder, write_json
 from ..kernels.criteria import criterion_values
 from ..training import load_run
 from ..training.query_sets import query_images
@@ -134,6 +134,7 @@ def analyse(
         WslfastError: unreadable run or zoo, an empty split.
     """
     check_seed(settings.seed)
+    check_folder(Path(out), "results")
     loaded = load_run(run)
     folder = str(zoo if zoo is not None else loaded.zoo)
     population = load_zoo(folder, settings.split, architecture=architecture)

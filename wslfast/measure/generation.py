@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,14 +13,16 @@ import torch
 from torch import Tensor
 
 from .. import engine
-from ..errors import check_seed, require
+from ..errors import check_seed, logger, require
+from ..files import check_folder
 from ..population import Population
 from ..profiling import region
 from ..proof import proved
-from ..training import load_run
-from ..zoo import Dataset, Split, dataset_of, load_zoo, save_zoo
+from ..training import Run, load_run
+from ..zoo import Dataset, Split, dataset_of, load_zoo, read_manifest, save_zoo
 from ..zoo.build import fine_tune
-from ..zoo.manifest import MANIFEST
+from ..zoo.manifest import KIND, MANIFEST
+from ..zoo.reading import dealt
 from ..zoo.source import dataset_record
 from .diversity import accuracy, answers, behavioral_novelty, classes_of, labels_of, nearest, outputs_of
 from .evaluation import Code, decode, encode
@@ -147,7 +151,7 @@ class Source:
 
 
 def generate(
-    run: str | Path,
+    run: str | Path | Run,
     zoo: str | Path | None = None,
     *,
     samples: int = 64,
@@ -169,7 +173,7 @@ def generate(
     """Sample new models from a trained run: latents around those of its zoo's best training models, decoded.
 
     Args:
-        run: folder of a training run.
+        run: folder of a training run, or a run that is loaded already.
         zoo: folder of the zoo; by default the one that the run was trained on.
         samples: how many models.
         anchors: share of the training models, best validation accuracy first, whose latents are sampled around.
@@ -185,7 +189,7 @@ def generate(
         device: where to run.
         backend: what runs the networks: ``"auto"``, ``"triton"`` or ``"torch"``.
         skip_bad: leave out shards of the zoo that are missing or damaged, with a count, instead of raising.
-        architecture: of a zoo of several architectures, which one (its label).
+        architecture: of a zoo of several architectures, which one (its label); by default the one that most training models are of.
         split: of all models in ``out``: ``"test"``, as what :func:`evaluate` measures, ``"train"`` or ``"val"``; ``"drawn"``: dealt out to
             all three, as what is trained on.
 
@@ -198,20 +202,16 @@ def generate(
     Raises:
         WslfastError: unreadable run or zoo, arguments out of range.
     """
-    require(isinstance(samples, int) and samples >= 1, f"samples: expected a positive integer, got {samples!r}")
-    require(0 <= bandwidth < float("inf"), f"bandwidth: expected a non-negative number, got {bandwidth!r}")
-    require(sampler in SAMPLERS, f"sampler: expected one of {SAMPLERS}, got {sampler!r}")
-    require(type(finetune) is int and finetune >= 0, f"finetune: expected a number of epochs >= 0, got {finetune!r}")
-    check_seed(seed)
-    engine.check_backend(backend)
-    drawn = candidates is None or (type(candidates) is int and candidates >= 1)
-    require(drawn, f"candidates: expected a positive integer, got {candidates!r}")
-    require(split in ("train", "val", "test", "drawn"), f"split: expected train, val, test or drawn, got {split!r}")
+    given = {"samples": samples, "bandwidth": bandwidth, "sampler": sampler, "finetune": finetune, "seed": seed, "backend": backend}
+    _check({**given, "candidates": candidates, "split": split})
     if out is not None:
-        taken = (Path(out) / MANIFEST).exists()
-        require(not taken, f"out: {out}: there is a zoo already; name another folder")
-    loaded = load_run(run, device=device)
+        _free(out)
+    loaded = run if isinstance(run, Run) else load_run(run, device=device)
     folder = str(zoo if zoo is not None else loaded.zoo)
+    if architecture is None and len(every := training_architectures(folder)) > 1:
+        architecture = max(every, key=lambda label: every[label])
+        how = "architecture= chooses another, wslfast.measure.generate_each gives models of each"
+        logger.info("generate: of %s architectures, models of %r, which most training models are of; %s", len(every), architecture, how)
     train = load_zoo(folder, "train", architecture=architecture, skip_bad=skip_bad).to(device)
     data = dataset_of(folder, train.architecture)
     tunable = not finetune or labels_of(data, "train", train.architecture) is not None
@@ -228,14 +228,87 @@ def generate(
         population = Population(train.architecture, weights.cpu(), _properties(source, weights, samples, of))
     check_recorded(train, source.train_accuracy, data, folder)
     if out is not None:
-        settings = {"sampler": sampler, "bandwidth": bandwidth, "anchors": anchors, "select": select, "finetune": finetune, "seed": seed}
-        settings |= {} if select == "none" else {"candidates": candidates or 4 * samples, "rounds": rounds}
-        settings |= {"backend": backend}
-        provenance = {"made_by": "wslfast.generate", "run": str(run), "zoo": folder, **settings}
-        provenance["dataset"] = dataset_record(folder)  # so that the new models can be evaluated, and trained on
-        dealt: Any = Split(seed=seed) if split == "drawn" else [split] * len(population)
-        save_zoo(population, out, splits=dealt, provenance=provenance)
+        settings = {"samples": samples, "sampler": sampler, "bandwidth": bandwidth, "anchors": anchors, "select": select, "seed": seed}
+        settings |= {"candidates": candidates, "rounds": rounds, "finetune": finetune, "backend": backend}
+        _store(out, {train.architecture.name: population}, loaded, folder, split, settings)
     return population
+
+
+def generate_each(
+    run: str | Path | Run, zoo: str | Path | None = None, *, out: str | Path | None = None, split: str = "test", **settings: Any
+) -> dict[str, Population]:
+    """New models of every architecture of a run's zoo, by label: :func:`generate` for each, with ``samples`` models of each.
+
+    Args:
+        run, zoo, split, settings: as :func:`generate` has them.
+        out: folder to store all of them in, as one zoo.
+    """
+    require("architecture" not in settings, "architecture: generate makes models of one")
+    defaults = {n: own.default for n, own in inspect.signature(generate).parameters.items() if own.kind is own.KEYWORD_ONLY}
+    unknown = sorted(set(settings) - set(defaults))
+    require(not unknown, f"generate_each: unknown arguments {unknown}")
+    given = {**defaults, **settings, "split": split}
+    _check(given)
+    if out is not None:
+        _free(out)
+    loaded = run if isinstance(run, Run) else load_run(run, device=settings.get("device", "cpu"))
+    folder = str(zoo if zoo is not None else loaded.zoo)
+    labels = training_architectures(folder)
+    require(len(labels) > 0, lambda: f"{folder}: no row is in split 'train'{dealt('train')}")
+    made = {label: generate(loaded, zoo, architecture=label, split=split, **settings) for label in labels}
+    if out is not None:
+        left_out = ("out", "split", "architecture", "device", "skip_bad")
+        _store(out, made, loaded, folder, split, {n: v for n, v in given.items() if n not in left_out})
+    return made
+
+
+def _check(given: Mapping[str, Any]) -> None:
+    """Raise WslfastError for arguments of :func:`generate` that are out of range, before anything is loaded."""
+    samples, bandwidth, finetune, candidates = (given[name] for name in ("samples", "bandwidth", "finetune", "candidates"))
+    require(isinstance(samples, int) and samples >= 1, f"samples: expected a positive integer, got {samples!r}")
+    require(0 <= bandwidth < float("inf"), f"bandwidth: expected a non-negative number, got {bandwidth!r}")
+    require(given["sampler"] in SAMPLERS, f"sampler: expected one of {SAMPLERS}, got {given['sampler']!r}")
+    require(type(finetune) is int and finetune >= 0, f"finetune: expected a number of epochs >= 0, got {finetune!r}")
+    check_seed(given["seed"])
+    engine.check_backend(given["backend"])
+    drawn = candidates is None or (type(candidates) is int and candidates >= 1)
+    require(drawn, f"candidates: expected a positive integer, got {candidates!r}")
+    known = given["split"] in ("train", "val", "test", "drawn")
+    require(known, f"split: expected train, val, test or drawn, got {given['split']!r}")
+
+
+def training_architectures(zoo: str | Path) -> dict[str, int]:
+    """The architectures of a zoo's training models by label, with the number of models of each."""
+    manifest = read_manifest(zoo)
+    label = str(manifest.architecture.get("name"))
+    labels = manifest.properties[KIND] if manifest.kinds else [label] * manifest.rows
+    rows = zip(manifest.properties["model"], labels, manifest.properties["split"], strict=True)
+    models = {(model, own) for model, own, split in rows if split == "train"}
+    return {label: count for label in dict.fromkeys(labels) if (count := sum(own == label for _, own in models))}
+
+
+def _free(out: str | Path) -> None:
+    """Raise WslfastError where a zoo is already, or something else."""
+    check_folder(Path(out), "zoo")
+    require(not (Path(out) / MANIFEST).exists(), f"out: {out}: there is a zoo already; name another folder")
+
+
+def _store(out: str | Path, made: Mapping[str, Population], run: Run, folder: str, split: str, settings: Mapping[str, Any]) -> None:
+    """Write generated models, by architecture, as one zoo on the data set of the zoo that they were made from."""
+    known = dict(settings)
+    if known["select"] == "none":
+        known = {name: value for name, value in known.items() if name not in ("candidates", "rounds")}
+    else:
+        known["candidates"] = known["candidates"] or 4 * known["samples"]
+    provenance = {"made_by": "wslfast.generate", "run": str(run.out), "zoo": folder, **known}
+    provenance["dataset"] = dataset_record(folder)  # so that the new models can be evaluated, and trained on
+    drawn = Split(seed=known["seed"])
+    if len(made) == 1:
+        (population,) = made.values()
+        save_zoo(population, out, splits=drawn if split == "drawn" else [split] * len(population), provenance=provenance)
+        return
+    own = ((p, drawn.assign(p.properties["model"]) if split == "drawn" else [split] * len(p)) for p in made.values())
+    save_zoo(made, out, splits=[name for _, names in own for name in names], provenance=provenance)
 
 
 def _properties(source: Source, weights: Tensor, samples: int, of: Tensor | None) -> dict[str, tuple[Any, ...]]:

@@ -44,7 +44,10 @@ def jacobian(weights: Tensor, queries: Tensor, architecture: Architecture) -> Te
     n times the numbers of one answer."""
     _check(weights, queries, architecture)
     single = model_function(architecture)
-    each = torch.func.vmap(torch.func.jacrev(lambda w, x: single(w, x.unsqueeze(0)).squeeze(0)), in_dims=(None, 0))
+    one = torch.func.jacrev(lambda w, x: single(w, x.unsqueeze(0)).squeeze(0))
+    if architecture.graph is None:  # its forward may look at numbers, which have no value inside vmap
+        return torch.stack([one(weights, x) for x in queries.to(weights)]).flatten(0, -2)
+    each = torch.func.vmap(one, in_dims=(None, 0))
     return torch.cat([each(weights, part) for part in queries.to(weights).split(_QUERIES)]).flatten(0, -2)
 
 

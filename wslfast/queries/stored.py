@@ -18,12 +18,24 @@ def save_queries(path: str | Path, images: Tensor) -> None:
     """Write query images ``[n, ...]`` to an ``.npz`` file, under the key ``queries``."""
     path = Path(path)
     require(path.suffix == ".npz", f"queries: expected a path ending in .npz, got {str(path)!r}")
+    require(_is_ours(path), f"queries: {path} is something else already; choose another name")
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:
             np.savez_compressed(file, queries=images.detach().float().cpu().numpy())
 
     write_atomically(path, write)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file may be replaced: there is none, or one of query images alone."""
+    if not path.exists():
+        return True
+    try:
+        with zipfile.ZipFile(path) as file:
+            return file.namelist() == ["queries.npy"]
+    except (OSError, zipfile.BadZipFile):
+        return False
 
 
 def load_queries(path: str | Path, architecture: Architecture) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..engine.ranks import World, apart, joined
 from ..errors import WslfastError, check_device, require
-from ..files import sha256_of, write_text
+from ..files import check_folder, sha256_of, write_text
 from ..measure.evaluation import Code, compare_models, embeddings, reconstruct
 from ..measure.recorded import check_recorded
 from ..measure.results import HEADER, Row, Unit, figures, kept_unit, single, update_csv, write_unit
@@ -135,6 +135,7 @@ def run_ablation(
     """
     out, known = Path(out), {"core": core, **(systems or {})}
     wanted = {settings.get("semantics", "core") for settings in ablation.variants.values()}
+    check_folder(out, "results")
     unknown = sorted(wanted - set(known))
     require(not unknown, f"ablation {ablation.name}: semantics: expected one of {sorted(known)}, got {unknown}")
     with joined(_device(ablation), patient=True) as (world, _):
@@ -258,5 +259,5 @@ def _zoo(ablation: Ablation, out: Path, given: str | Path | None) -> Path:
     described = json.dumps(dict(ablation.zoo), sort_keys=True)
     folder = out / f"zoo-{hashlib.sha256(described.encode()).hexdigest()[:8]}"
     if not (folder / MANIFEST).exists():
-        build_zoo(out=folder, **dict(ablation.zoo))
+        build_zoo(**{"resume": True, **ablation.zoo, "out": folder})  # goes on with one that was interrupted
     return folder

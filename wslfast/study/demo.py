@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import require
+from ..files import check_folder
 from ..measure.evaluation import evaluate_code
 from ..training import TrainConfig
 from ..zoo import build_zoo, dataset_of, load_zoo, read_manifest
@@ -60,11 +61,13 @@ def demo(config: DemoConfig, *, progress: bool = False, on_stage: Callable[[str]
     say = on_stage or logger.info
     out = Path(config.out)
     require(not (out / "report.html").exists(), f"{out} already holds a demo; remove it, or choose another folder with --out")
+    check_folder(out, "results")
     require(len(config.lrs) > 0, "lrs: expected at least one learning rate")
     zoo = out / "zoo"
     if not (zoo / MANIFEST).exists():
         say(f"training a zoo of {config.models} CNNs on digits, all at once")
-        build_zoo("digits", zoo, models=config.models, epochs=config.epochs, seed=config.seed, device=config.device, progress=progress)
+        sizes = {"models": config.models, "epochs": config.epochs, "seed": config.seed}
+        build_zoo("digits", zoo, **sizes, device=config.device, progress=progress, resume=True)  # type: ignore[arg-type]
     made = len(set(read_manifest(zoo).properties["model"]))
     require(made == config.models, f"{zoo} holds {made} models, not the {config.models} asked for; choose another folder with --out")
     val = load_zoo(zoo, "val").to(config.device)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..engine.ranks import ALONE, World
-from ..errors import WslfastError
+from ..errors import WslfastError, require
 from ..training import Run, TrainConfig, load_run, train
 from ..training.hooks import LogTo
 from .loaded_zoo import LoadedZoo
@@ -32,8 +32,11 @@ def trained(config: TrainConfig, say: Callable[[str], None], stage: str, log_to:
         run: Run | None = load_run(config.out, device=config.device)
     except WslfastError:
         run = None
-    same = run is not None and run.config == config
-    if run is not None and same and run.finished:
+    own = {} if run is None else replace(run.config, out=config.out).to_dict()  # a folder that was moved is the same run
+    other = [f"{n} {own[n]!r}, not {v!r}" for n, v in config.to_dict().items() if own.get(n, v) != v]
+    require(not other, f"{config.out}: holds a run of other settings ({', '.join(other[:3])}); remove it, or choose another folder")
+    same = run is not None
+    if run is not None and run.finished:
         return run
     say(stage)
     with torch.enable_grad():

@@ -1,7 +1,8 @@
 """From a module to a graph of operations and back, and what a module must be to be run as a population."""
 
+from . import untraced
 from .graph import Untraceable, trace
-from .module import check_template, innermost, prepared, queries_for, with_frozen_norms
+from .module import check_template, innermost, output_of, prepared, queries_for, with_frozen_norms
 from .rebuilt import rebuilt
 from .state import effective_state
 
@@ -10,9 +11,11 @@ __all__ = [
     "check_template",
     "effective_state",
     "innermost",
+    "output_of",
     "prepared",
     "queries_for",
     "rebuilt",
     "trace",
+    "untraced",
     "with_frozen_norms",
 ]

@@ -210,6 +210,11 @@ def innermost(module: nn.Module) -> nn.Module:
     return innermost(module._inner[0]) if isinstance(module, _Output) else module
 
 
+def output_of(module: nn.Module | None) -> str | int | None:
+    """Which part of its answer counts, as :func:`prepared` was told; None where all of it does."""
+    return module.part if isinstance(module, _Output) else None
+
+
 def check_template(template: nn.Module, input_shape: tuple[int, ...], name: str) -> Tensor:
     """Outputs of the template on a few queries.
 

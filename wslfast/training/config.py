@@ -120,7 +120,8 @@ class TrainConfig:
     token_size: int = 0
     """Token size; 0 finds it from the architecture."""
     window: int = 0
-    """Tokens that attend to each other; 0 is the whole sequence. For networks of thousands of tokens, as ResNets are."""
+    """Tokens that attend to each other. 0: all of a network, and of one with more than 2,048, as ResNets have, windows of 512 (the
+    published way; the number of tokens itself is all of them at once)."""
 
     gather_negatives: bool = True
     """Under torchrun, contrast every model with those of all processes; without, with those of its own process alone."""
@@ -138,7 +139,7 @@ class TrainConfig:
     """Steps between checkpoints; one is always written at the end."""
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
+        hints = get_type_hints(TrainConfig)  # the command adds fields of its own, which its parser has checked
         for name, hint in hints.items():
             value = _coerce(name, getattr(self, name), hint)
             object.__setattr__(self, name, value)

@@ -39,6 +39,7 @@ from .models import TrainingModels
 
 logger = logging.getLogger("wslfast")
 
+_ALL, _WINDOW = 2048, 512  # tokens that attend all to all, and windows of more than those
 _BLOCK = 1024  # models whose targets are computed at once
 _CHEAP = 1 << 20  # targets, a model and an image each: computed once without a thought
 _PAYS = 4  # targets computed for one looked up; a zoo that a run sees a small part of is not run whole ahead of it
@@ -80,8 +81,11 @@ class Trainer:
         self.step_index = 0
         self.kernels: dict[tuple[str, str, str], verdicts.Decision] = {}  # what the run holds to, see engine/verdicts.py
         if config.views and world.writes:
-            for name, why in kept_channels(self.architecture).items():
-                logger.info("views: outputs of %s keep their order: %s", name, why)
+            kept = kept_channels(self.architecture)
+            for why in dict.fromkeys(kept.values()):
+                names = [name for name, own in kept.items() if own == why]
+                few = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+                logger.info("views: outputs of %s keep their order: %s", few, why)
 
         root = torch.Generator().manual_seed(config.seed)
         seeds = torch.randint(2**62, (3,), generator=root).tolist()
@@ -138,7 +142,7 @@ class Trainer:
             "layers": config.layers,
             "projection": config.projection,
             "dropout": config.dropout,
-            "window": config.window,
+            "window": self._window(),
         }
         if config.start == "random":
             return Autoencoder(self.layout, latent=config.latent, **sizes)
@@ -153,6 +157,15 @@ class Trainer:
         )
         logger.info("%s start: %d latent numbers for %d parameters", config.start, codec.latent_size, self.architecture.num_weights)
         return Autoencoder(self.layout, start=config.start, codec=codec, **sizes)
+
+    def _window(self) -> int:
+        """Tokens that attend to each other; attention takes time by the square of that."""
+        tokens, window = self.layout.num_tokens, self.config.window
+        if window == 0 and tokens > _ALL:
+            window = _WINDOW
+            if self.world.writes:
+                logger.info("window: %d tokens attend in windows of %d (--window %d: all at once, slower)", tokens, window, tokens)
+        return window
 
     def next_rows(self) -> Tensor:
         """Zoo rows of the next batch, of all processes: every model once an epoch, the incomplete last batch dropped."""

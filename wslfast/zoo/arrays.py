@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Union
 
@@ -24,6 +25,10 @@ from .manifest import SPLITS
 Raw = dict[str, tuple[Tensor, Tensor]]  # numbers [N, ...] float32 and labels [N] int64, by split, or "" where the file has one part
 Read = dict[str, tuple[Tensor, Union[Tensor, None]]]  # the same; None where labels are no classes
 ENDINGS = (".npz", ".pt", ".pth")
+_CALLED = {
+    **dict.fromkeys(("images", "image", "x", "data", "inputs"), "images"),
+    **dict.fromkeys(("labels", "label", "y", "targets", "target"), "labels"),
+}
 _SETS = {"trainset": "train", "valset": "val", "testset": "test"}
 
 
@@ -49,11 +54,29 @@ def _npz(path: Path, unlabelled: bool) -> Read:
     try:
         with np.load(path, allow_pickle=False) as file:
             require(isinstance(file, np.lib.npyio.NpzFile), f"{path}: expected an .npz archive")
-            return {p: _pair(file, f"{p}_" if p else "", path) for p in _layout(list(file.files), path, unlabelled)}
+            names = _names(file.files)
+            parts = _layout(list(names), path, unlabelled)  # no other array is read
+            arrays = {own: file[theirs] for own, theirs in names.items() if own.rpartition("_")[0] in parts}
+            return {p: _pair(arrays, f"{p}_" if p else "", path) for p in parts}
     except WslfastError:
         raise
     except Exception as error:  # zipfile, zlib and numpy each have their own for a damaged or pickled file
         raise WslfastError(f"{path}: cannot be read as .npz without pickle: {type(error).__name__}: {error}") from None
+
+
+def _names(keys: Iterable[str]) -> dict[str, str]:
+    """What the arrays are called here, and in the file: ``x_train``, ``trainX``, ``X``, ``test_y``, ``val_targets`` and the like are the
+    images and labels of a split, unless there is an array of our own name."""
+    given = list(keys)
+    ours = {f"{p}{what}" for p in ("", *(f"{split}_" for split in SPLITS)) for what in ("images", "labels")}
+    names = {key: key for key in given if key in ours}
+    for key in given:
+        words = [w for w in re.split(r"[_\W]+|(?<=[a-z])(?=[A-Z])", key.replace("validation", "val").replace("valid", "val")) if w]
+        what = [_CALLED[w.lower()] for w in words if w.lower() in _CALLED]
+        split = [w.lower() for w in words if w.lower() in SPLITS]
+        if len(what) == 1 and len(what) + len(split) == len(words) <= 2:
+            names.setdefault("_".join((*split, what[0])), key)
+    return {**names, **{key: key for key in given if key not in names.values()}}
 
 
 def _layout(keys: Sequence[str], path: Path, unlabelled: bool) -> tuple[str, ...]:
@@ -89,18 +112,32 @@ def _checked(pixels: Tensor, where: str) -> Tensor:
 
 
 def _labels(labels: np.ndarray, count: int, where: str) -> Tensor | None:
-    """Labels ``[N]``; None where they are no classes but what a regression is to give."""
-    if labels.dtype.kind == "f" and len(labels) == count and not (labels.ndim == 1 and bool((labels == labels.round()).all())):
+    """Labels ``[N]``, whole numbers in any dtype, a column, or one-hot rows; None where they are no classes but what a regression is to
+    give."""
+    if labels.dtype.kind in "fiub" and labels.ndim == 2 and len(labels) == count and labels.shape[1] > 1 and _one_hot(labels):
+        labels = labels.argmax(1)
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]  # a column, as some archives have it
+    if (
+        labels.dtype.kind == "f"
+        and labels.shape == (count,)
+        and bool(((labels == labels.round()) & (labels >= 0) & (labels < 1 << 20)).all())
+    ):
+        labels = labels.astype(np.int64)
+    if labels.dtype.kind == "f" and len(labels) == count:
         text = "labels are no whole numbers: there are no classes, and models are compared by their outputs"
         say_once(f"wslfast: {where.rpartition(': ')[0]}: {text}", logging.INFO)  # once for all splits
         return None
-    if labels.ndim == 2 and labels.shape[1] == 1:
-        labels = labels[:, 0]  # a column, as some archives have it
-    require(labels.dtype.kind in "iu", f"{where}: expected integers, got {labels.dtype}")
+    hint = " (numpy.unique(labels, return_inverse=True)[1] makes them of names)" if labels.dtype.kind in "US" else ""
+    require(labels.dtype.kind in "iu", f"{where}: expected integers, got {labels.dtype}{hint}")
     require(labels.shape == (count,), f"{where}: expected [{count}] like the images, got {list(labels.shape)}")
     low, high = int(labels.min()), int(labels.max())
     require(low >= 0 and high < 1 << 20, f"{where}: expected labels from 0 upwards, got {low} to {high}")
     return torch.from_numpy(labels.astype(np.int64))
+
+
+def _one_hot(rows: np.ndarray) -> bool:
+    return bool(((rows == 0) | (rows == 1)).all()) and bool((rows.sum(1) == 1).all())
 
 
 # -- dataset.pt --------------------------------------------------------------------------------------------------------
@@ -118,7 +155,8 @@ def _pt(path: Path, unlabelled: bool) -> Read:
                 require("train" in sets and "test" in sets, f"expected trainset and testset, got {sorted(map(str, root))[:8]}")
                 found = {split: _members(stub, f"{split}set") for split, stub in sets.items()}
                 return {split: pair for split, pair in found.items() if pair is not None}
-            arrays = {str(k): v.tensor().numpy() for k, v in root.items() if isinstance(v, StoredTensor)}
+            stored = {str(k): v for k, v in root.items() if isinstance(v, StoredTensor)}
+            arrays = {own: stored[theirs].tensor().numpy() for own, theirs in _names(stored).items()}
             return {p: _pair(arrays, f"{p}_" if p else "", path) for p in _layout(list(arrays), path, unlabelled)}
         except WslfastError as error:
             raise WslfastError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None

@@ -18,6 +18,7 @@ from .. import engine
 from ..architecture import Architecture
 from ..engine.ranks import joined
 from ..errors import WslfastError, logger, require
+from ..files import check_folder
 from ..population import Population
 from ..profiling import region
 from ..proof import proved
@@ -115,6 +116,7 @@ def build_zoo(
     engine.check_backend(backend)
     require(out is not None or not resume, "resume: expected out=, the folder of what is to be gone on with")
     if out is not None:
+        check_folder(Path(out), "zoo")
         exists = (Path(out) / MANIFEST).exists()
         require(overwrite or not exists, f"out: {out}: there is a zoo already; overwrite=True (--overwrite) replaces it")
         try:

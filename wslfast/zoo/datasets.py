@@ -95,6 +95,7 @@ def load_dataset(
     std: Sequence[float] | None = None,
     unlabelled: bool = False,
     grey: bool = False,
+    first_label: int = 0,
 ) -> Dataset:
     """Images and labels in an architecture's shape.
 
@@ -105,8 +106,9 @@ def load_dataset(
             and "stl10" with the splits and the normalisation of the published zoos; "grid:28x28" and the like, the coordinates of
             pixels (:mod:`wslfast.zoo.grids`), the same points in every split, never standardised. An ``.npz`` file has ``train_images``,
             ``train_labels``, ``test_images``, ``test_labels`` and maybe ``val_images``, ``val_labels`` (without them one eighth of train is
-            held out), or one pair ``images`` and ``labels`` (split 0.7 / 0.1 / 0.2). Images are uint8 or floats ``[N, H, W]``,
-            ``[N, C, H, W]``, ``[N, H, W, C]`` or any ``[N, *input_shape]``; labels integers ``[N]`` from 0. A ``.pt`` file is the
+            held out), or one pair ``images`` and ``labels`` (split 0.7 / 0.1 / 0.2); ``x_train`` and ``y_train``, ``X`` and ``y``, ``data``
+            and ``targets`` are read as these. Images are uint8 or floats ``[N, H, W]``, ``[N, C, H, W]``, ``[N, H, W, C]`` or any
+            ``[N, *input_shape]``; labels whole numbers ``[N]`` from 0, or one-hot rows. A ``.pt`` file is the
             ``dataset.pt`` that model-zoo code writes (a dict of ``trainset``, ``valset``, ``testset``), read without running any of it.
         input_shape: of one query: ``(C, H, W)``, ``(features,)`` or any other. Images are resized bilinearly, one channel is repeated
             where C are wanted; for a flat architecture they are flattened, after resizing to a square where sizes differ.
@@ -119,6 +121,7 @@ def load_dataset(
         unlabelled: a file without labels, or with ones that are no whole numbers, has no classes: models are compared by their outputs.
             Otherwise it is an error.
         grey: three channels are averaged where one is wanted.
+        first_label: what the owner calls the first class, 0 or 1.
 
     Raises:
         WslfastError: naming file and key, what was expected and what came; for a package that is missing, how to install it.
@@ -141,6 +144,11 @@ def load_dataset(
         drawn = {"split": "drawn"} if set(raw) == {""} and name not in NAMES else {}
         source = Source(_split(raw, name, seed), facts)
     parts, provenance = source.parts, source.provenance
+    require(first_label in (0, 1), f"first_label: expected 0 or 1, got {first_label!r}")
+    if first_label:
+        lowest = min(int(labels.min()) for _, labels in parts.values())
+        require(lowest >= first_label, f"{name}: labels: expected {first_label} upwards, got {lowest}")
+        parts = {key: (pixels, labels - first_label) for key, (pixels, labels) in parts.items()}
     images = {key: fitted(pixels, shape, f"{name}: images", grey) for key, (pixels, _) in parts.items()}
     center, scale = _normalisation(images["train"], source.normalisation if given is None else given, name)
     standardise = standardise or given is not None
@@ -154,6 +162,7 @@ def load_dataset(
     sizes = [len(labels) for _, labels in parts.values()]
     made: dict[str, Any] = {"seed": seed, "sizes": sizes, **drawn, "mean": center.reshape(-1).tolist(), "std": scale.reshape(-1).tolist()}
     made |= {**({} if given is None else {"given": True}), **({"grey": True} if grey else {})}
+    made |= {"first_label": first_label} if first_label else {}
     if str(name_or_path) not in NAMES or given is not None:
         _say(name, standardise, made["mean"], made["std"], given is not None)
     return Dataset(name, **arrays, classes=classes, provenance={**provenance, **made, "standardise": standardise})  # type: ignore[arg-type]

@@ -32,7 +32,7 @@ def bar(show: bool, steps: int) -> Iterator[Advance]:
     if not show:
         yield lambda epoch, epochs, losses: None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(12), MofNCompleteColumn(), TimeRemainingColumn())  # whole at 60 columns
     with Progress(*columns) as shown:
         task = shown.add_task("zoo", total=steps)
         done = 0
@@ -41,9 +41,7 @@ def bar(show: bool, steps: int) -> Iterator[Advance]:
             nonlocal done
             done += 1
             if done % 10 == 0 or done == steps:  # reading the losses waits for the device
-                shown.update(
-                    task, completed=done, description=f"zoo: epoch {epoch} of {epochs}, median loss {losses.nanmedian().item():.3f}"
-                )
+                shown.update(task, completed=done, description=f"epoch {epoch}/{epochs} loss {losses.nanmedian().item():.3f}")
 
         yield advance
 

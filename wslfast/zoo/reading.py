@@ -179,7 +179,9 @@ def agree(architecture: Architecture, manifest: Manifest, where: str) -> None:
 
 def dealt(split: str | None) -> str:
     """What to do where a zoo has no model in a split."""
-    return " (wslfast generate --split drawn deals new models out to all three)" if split == "train" else ""
+    if split == "train":
+        return " (wslfast generate --split drawn deals new models out to all three)"
+    return " (split='train', --split train, takes the models that are trained on)" if split == "test" else ""
 
 
 def summarize(path: str | Path) -> dict[str, Any]:

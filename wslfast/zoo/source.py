@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..architecture import Architecture
-from ..errors import WslfastError, describe, require
+from ..errors import WslfastError, describe, logger, require
 from ..files import sha256_of, write_atomically
 from .catalogue import NAMES
 from .datasets import Dataset, load_dataset
@@ -68,10 +68,14 @@ def described(
     Raises WslfastError for images that cannot be read or do not fit, and more classes than a network has outputs.
     """
     data = dataset
+    done: dict[str, Any] = {"standardise": standardise, "mean": mean, "std": std, "grey": grey, "unlabelled": True}
     for architecture in architectures:
         if not isinstance(dataset, Dataset):
-            done = {"standardise": standardise, "mean": mean, "std": std, "grey": grey}
-            data = load_dataset(dataset, architecture.input_shape, unlabelled=True, **done)  # type: ignore[arg-type]
+            data = load_dataset(dataset, architecture.input_shape, **done)
+            if data.classes == architecture.num_classes + 1 and min(int(data.split(split)[1].min()) for split in SPLITS) == 1:
+                done["first_label"] = 1  # as the network cannot have been trained on its owner's labels as they are
+                logger.info("wslfast: %s: labels go from 1 to %d, and are counted from 0 here", data.name, data.classes - 1)
+                data = load_dataset(dataset, architecture.input_shape, **done)
         assert isinstance(data, Dataset)
         came = tuple(data.train_images.shape[1:])
         fits = came == architecture.input_shape
@@ -79,7 +83,8 @@ def described(
         require(fits, f"data set {data.name!r}: {wanted}, got {list(came)}")
         most = architecture.num_classes
         what = f"data set {data.name!r}: {data.classes} classes, and architecture {architecture.name!r} has {most} outputs"
-        require(data.classes <= most, what)
+        remedy = f"labels go up to {data.classes - 1}; where they are no classes, leave them out of the file"
+        require(data.classes <= most, f"{what} ({remedy})")
     assert isinstance(data, Dataset)
     record = {"name": data.name, "classes": data.classes, **data.provenance, **further}
     if record["name"] in NAMES or is_grid(data.name) or "sha256" in record:
@@ -115,6 +120,7 @@ def dataset_of(zoo: str | Path, architecture: Architecture) -> Dataset:
     require(type(standardise) is bool, f"zoo {zoo}: its manifest says standardise {describe(standardise)}; expected true or false")
     given = {name: record[name] for name in ("mean", "std") if record.get("given") is True and isinstance(record.get(name), list)}
     given |= {"grey": record.get("grey") is True, "unlabelled": record.get("labels") == "none"}
+    given |= {"first_label": 1} if record.get("first_label") == 1 else {}
     seed = record.get("seed", 0)
     try:
         data = load_dataset(str(source), architecture.input_shape, seed=seed, root=root, standardise=standardise, **given)

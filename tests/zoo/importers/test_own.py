@@ -22,7 +22,6 @@ from wslfast.cli import main
 from wslfast.measure.reconstruction import compare
 from wslfast.measure.recorded import check_recorded
 from wslfast.zoo import dataset_of, export_zoo, import_zoo, load_dataset, load_parts, read_manifest
-from wslfast.zoo.importers.own import module_of
 from wslfast.zoo.importers.tables import read_table
 
 NET = '''
@@ -105,6 +104,8 @@ def _write(state: dict[str, Tensor], file: Path, form: str) -> Path:
             np.savez(file.with_suffix(".npz"), **{k: v.numpy() for k, v in state.items()})  # type: ignore[arg-type]
         case "parallel":
             torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}, "epoch": 3}, file.with_suffix(".pt"))
+        case "tar":
+            torch.save({"state_dict": state, "epoch": 2, "best_acc1": 0.5}, file.with_suffix(".pth.tar"))
         case "compiled":
             torch.save({"model": {f"_orig_mod.{k}": v for k, v in state.items()}, "optimizer": {"lr": 0.1}}, file.with_suffix(".pt"))
         case "lightning":
@@ -115,7 +116,7 @@ def _write(state: dict[str, Tensor], file: Path, form: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    "form", ["bare", "safetensors", "npz", "parallel", "compiled", "lightning", "model", "state_dict", "model_state_dict", "params"]
+    "form", ["bare", "safetensors", "npz", "tar", "parallel", "compiled", "lightning", "model", "state_dict", "model_state_dict", "params"]
 )
 def test_every_form_of_a_state_dict_is_read_to_the_bit(tmp_path: Path, nets: list[nn.Module], form: str) -> None:
     (tmp_path / "models").mkdir()
@@ -131,6 +132,14 @@ def test_every_form_of_a_state_dict_is_read_to_the_bit(tmp_path: Path, nets: lis
         for key in theirs:
             assert key.endswith("num_batches_tracked") or torch.equal(mine[key], theirs[key]), key
     torch.testing.assert_close(wslfast.batched_forward(zoo.weights, x, zoo.architecture), own_answers(nets, x), rtol=FP32_DEEP, atol=FP32)
+
+
+def test_a_folder_without_networks_says_what_is_there(tmp_path: Path, nets: list[nn.Module]) -> None:
+    (tmp_path / "models" / "deep").mkdir(parents=True)
+    for name in ("a.onnx", "deep/b.h5", "deep/README"):
+        (tmp_path / "models" / name).write_text("")
+    with pytest.raises(WslfastError, match=r"end in \.pt, .*; there are \.h5, \.onnx, README"):
+        import_zoo(tmp_path / "models", tmp_path / "zoo", network=f"{tmp_path}/net.py:Net", input_shape=SHAPE)
 
 
 def test_a_pickled_module_is_read_and_not_run(tmp_path: Path) -> None:
@@ -235,27 +244,6 @@ def test_what_is_not_there_is_said(tmp_path: Path, nets: list[nn.Module]) -> Non
     assert dict(zip(zoo.properties["name"], zoo.properties["acc"], strict=True)) == {"a": "0,5", "b": 0.25}
 
 
-def test_a_network_that_cannot_be_traced_is_said_to_be_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """No next command that would fail; what is named instead works."""
-    code = "from torch import nn\n\nclass Net(nn.Linear):\n    def forward(self, x):\n        y = super().forward(x)\n"
-    (tmp_path / "net.py").write_text(code + "        return y * 2 if y.sum().item() > 1e9 else y\n")
-    (tmp_path / "net.py").open("a").write("\n\ndef make():\n    return Net(3, 2)\n")
-    (tmp_path / "models").mkdir()
-    for i in range(8):
-        torch.save(nn.Linear(3, 2).state_dict(), tmp_path / "models" / f"{i}.pt")
-    main(["zoo", "import", str(tmp_path / "models"), str(tmp_path / "zoo"), "--network", f"{tmp_path}/net.py:make", "--input-shape", "3"])
-    said = capsys.readouterr().out
-    assert "make cannot be traced" in said
-    assert "next:" not in said
-    arch = wslfast.Architecture.from_module(module_of(f"{tmp_path}/net.py:make"), (3,), "make")
-    zoo = load_zoo(tmp_path / "zoo", architecture=arch)
-    config = wslfast.TrainConfig(zoo=str(tmp_path / "zoo"), out=str(tmp_path / "run"), steps=1, layers=1, d_model=16, heads=2)
-    run = wslfast.train(config, population=zoo, images=torch.randn(20, 3))
-    assert run.step == 1
-    assert len(repr(run)) < 400
-    assert "step 1 of 1" in repr(run)
-
-
 def test_checkpoints_of_one_model_stay_together(tmp_path: Path, nets: list[nn.Module]) -> None:
     (tmp_path / "models").mkdir()
     lines = ["file,model,epoch"]
@@ -288,6 +276,26 @@ def test_images_as_the_models_saw_them(tmp_path: Path) -> None:
     for mean, std in (([0.5, 0.5], [1.0, 1.0]), ([0.5], [0.0]), ([0.5], None), (["a"], [1.0])):
         with pytest.raises(WslfastError, match="mean, std"):
             load_dataset(file, SHAPE, mean=mean, std=std)  # type: ignore[arg-type]
+
+
+def test_labels_that_go_from_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of a network with as many outputs as there are labels, the first class is 0; of one with one more, labels are what they say."""
+    code = "from torch import nn\n\n\ndef three():\n    return nn.Sequential(nn.Flatten(), nn.Linear(16, 3))\n\n\n"
+    (tmp_path / "net.py").write_text(code + "def four():\n    return nn.Sequential(nn.Flatten(), nn.Linear(16, 4))\n")
+    pixels, labels = np.random.default_rng(0).random((40, 4, 4), dtype=np.float32), np.arange(40) % 3 + 1
+    np.savez(tmp_path / "images.npz", train_images=pixels[:20], train_labels=labels[:20], test_images=pixels[20:], test_labels=labels[20:])
+    for name, outputs, first in (("three", 3, 1), ("four", 4, 0)):
+        (tmp_path / name).mkdir()
+        torch.save({"1.weight": torch.randn(outputs, 16), "1.bias": torch.randn(outputs)}, tmp_path / name / "a.pt")
+        with caplog.at_level("INFO", logger="wslfast"):
+            import_zoo(tmp_path / name, tmp_path / f"zoo-{name}", network=f"{tmp_path}/net.py:{name}", dataset=tmp_path / "images.npz")
+        data = dataset_of(tmp_path / f"zoo-{name}", load_zoo(tmp_path / f"zoo-{name}").architecture)
+        assert torch.equal(data.test_labels, torch.from_numpy(labels[20:] - first))
+        assert ("labels go from 1 to 3" in caplog.text) == (first == 1)
+        caplog.clear()
+    np.savez(tmp_path / "images.npz", images=pixels, labels=labels + 3)
+    with pytest.raises(WslfastError, match=r"7 classes, and architecture 'three' has 3 outputs .*leave them out of the file"):
+        import_zoo(tmp_path / "three", tmp_path / "zoo", network=f"{tmp_path}/net.py:three", dataset=tmp_path / "images.npz")
 
 
 def test_a_zoo_remembers_mean_and_deviation(tmp_path: Path, nets: list[nn.Module]) -> None:

@@ -16,11 +16,11 @@ from ...files import check_folder, write_text
 from ...profiling import region
 from ..build import LARGEST_WEIGHT
 from ..datasets import image_shape
-from ..manifest import MANIFEST, SPLITS, Manifest, Shard, normalised
+from ..manifest import KIND, MANIFEST, SPLITS, Manifest, Shard, normalised
 from ..source import described
 from ..splits import Split
 from ..store import described_by, write_shards
-from . import inr, own, pickled, ray, small_cnn
+from . import inr, network_files, own, pickled, ray, small_cnn
 from .files import ENDINGS, state_files
 from .found import UNKNOWN, Skips
 from .rows import IDENTICAL, Reader, Rows
@@ -114,7 +114,7 @@ def import_zoo(
     require(architecture is None or network is None, "network: expected None beside architecture= (only one of the two is used)")
     plan = Split(tuple(split), seed)  # type: ignore[arg-type]
     named = [] if network is None else [network] if isinstance(network, str) else list(network)
-    networks = [(name.rpartition(":")[2], own.architecture_of(name, input_shape, dataset, output)) for name in named]
+    networks = [(name.rpartition(":")[2], network_files.architecture_of(name, input_shape, dataset, output)) for name in named]
     chosen = _Source.of(folder, networks, own.Table.read(table), architecture, kept, padding, omega, dataset)
     rows = Rows(chosen.read, chosen.architecture or architecture, threshold, chosen.stated)
     first = next(iter(rows), None)
@@ -159,7 +159,7 @@ def import_zoo(
     with region("import"):
         manifest = write_shards(place, rows, describe)
     write_text(place / SKIPPED, json.dumps(rows.skips.entries, indent=1, ensure_ascii=False) + "\n")
-    _say(place / SKIPPED, rows, manifest.provenance["identical"])
+    _say(place / SKIPPED, rows, manifest)
     every = {label: manifest.rebuild(str(place), label) for label in manifest.kinds} or {rows.kinds[0].name: rows.kinds[0]}
     return Imported(len(rows.models), len(set(rows.numbers())), rows.kinds[0], rows.skips.counts(), every, "dataset" in provenance)
 
@@ -240,8 +240,9 @@ def _nothing(source: str | Path, folder: Path, rows: Rows, networks: Sequence[An
     remedy = ""
     if not networks and rows.skips.counts().get("unreadable checkpoint") and "no known network" in why:
         remedy = "; networks of your own: --network FILE.py:NAME (network=)"
-    elif not networks and not reasons:
-        remedy = f"; files of state dicts end in {', '.join(ENDINGS)}"
+    elif not reasons:
+        other = sorted({path.suffix or path.name for path in folder.rglob("*") if path.is_file()})[:6] if folder.is_dir() else []
+        remedy = f"; files of state dicts end in {', '.join(ENDINGS)}" + (f"; there are {', '.join(other)}" if other else "")
     return f"source: {source}: no usable checkpoint ({nothing}){why}{remedy}"
 
 
@@ -280,9 +281,13 @@ def _together(given: Sequence[str | None], rows: Rows) -> tuple[str, ...]:
     return tuple(first.setdefault(rows.identical.family(model), str(split)) for model, split in zip(rows.models, given, strict=True))
 
 
-def _say(file: Path, rows: Rows, identical: Mapping[str, int]) -> None:
+def _say(file: Path, rows: Rows, manifest: Manifest) -> None:
     """What a user has to know of an import, a line each."""
-    counts = rows.skips.counts()
+    counts, identical = rows.skips.counts(), manifest.provenance["identical"]
+    tested = {label for label, split in zip(manifest.properties.get(KIND, ()), manifest.properties["split"]) if split == "test"}
+    if untested := len(manifest.kinds) - len(tested):
+        what = "zoo import: %d of %d architectures have too few models to hold some back for a test: evaluate --split train measures those"
+        logger.warning(what, untested, len(manifest.kinds))
     if UNKNOWN in counts:
         what = "zoo import: nothing says which results are those of %d checkpoints; their accuracies stay empty (%s)"
         logger.warning(what, counts[UNKNOWN], file)

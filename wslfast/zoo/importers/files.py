@@ -16,7 +16,7 @@ from ...errors import WslfastError, require
 from ...safe.inert import InertFile
 from .found import Skips, State, folders, state_of, unwrapped
 
-TORCH = (".pt", ".pth", ".bin", ".ckpt")
+TORCH = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".th", ".model", ".pkl")  # model_best.pth.tar, as torch's own examples call it
 ENDINGS = (*TORCH, ".safetensors", ".npz")
 
 
@@ -46,6 +46,12 @@ def _natural(text: str) -> list[tuple[int, int, str]]:
     """``model_2`` before ``model_10``."""
     parts = (part for part in re.split(r"(\d+)", text) if part)
     return [(0, int(part), part) if part.isdigit() and part.isascii() else (1, 0, part) for part in parts]
+
+
+def name_of(path: Path) -> str:
+    """A file's name without its ending (``net.pth.tar``: net)."""
+    first = Path(path.stem)
+    return first.stem if path.suffix.lower() == ".tar" and first.suffix.lower() in TORCH else path.stem
 
 
 def load(path: Path) -> Loaded:

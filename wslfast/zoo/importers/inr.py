@@ -18,7 +18,7 @@ from ...architecture import Architecture
 from ...errors import WslfastError, require
 from ..grids import grid_name
 from .files import Loaded, load, state_files
-from .found import Found, Skips, State, unreadable
+from .found import Found, Skips, State, folders, unreadable
 from .modules import inr
 
 OMEGA = 30.0
@@ -125,21 +125,26 @@ def _properties(file: Path, held: Loaded) -> dict[str, Any]:
 
 
 def _splits(source: Path, skips: Skips) -> Mapping[str, str]:
-    """Splits by ``FOLDER/FILE``, from the owner's ``splits.json`` (whose paths are those of another machine)."""
-    file = source / "splits.json"
-    if not file.is_file():
-        return {}
-    try:
-        table = json.loads(file.read_text("utf-8-sig"))
-        pairs = ((split, table[split]) for split in ("train", "val", "test") if split in table)
-        listed = [(split, p) for split, paths in pairs for p in (paths["path"] if isinstance(paths, dict) else paths)]
-        return {"/".join(Path(p).parts[-2:]): split for split, p in listed}
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        skips.add(file.name, "unreadable splits.json", str(error))
-        return {}
+    """Splits by :func:`_key`, from its owner's ``splits.json`` (``mnist_splits.json`` and the like), at ``source`` or in a folder below it;
+    its paths are those of another machine."""
+    found: dict[str, str] = {}
+    for folder, names, _ in folders(source, Skips(), lambda names: "checkpoints" in names):
+        for name in sorted(name for name in names if name.endswith("splits.json")):
+            try:
+                table = json.loads((folder / name).read_text("utf-8-sig"))
+                pairs = ((split, table[split]) for split in ("train", "val", "test") if split in table)
+                found |= {_key(Path(p)): split for split, paths in pairs for p in (paths["path"] if isinstance(paths, dict) else paths)}
+            except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+                skips.add(str((folder / name).relative_to(source)), f"unreadable {name}", str(error))
+    return found
+
+
+def _key(file: Path) -> str:
+    """A network's file by what tells it apart on any machine: its folder and name, and the folder above where all are called alike."""
+    return "/".join(file.parts[-3 if _FINAL.fullmatch(file.stem) else -2 :])
 
 
 def _split(file: Path, splits: Mapping[str, str]) -> str | None:
     if splits:
-        return splits.get(f"{file.parent.name}/{file.name}")
+        return splits.get(_key(file))
     return "test" if any("_testing_" in f"{part}_" for part in file.parts[-3:]) else None

@@ -1,99 +1,25 @@
-"""A user's own networks: a folder of state dicts, a table of what is known of each, and the module that they are of.
-
-``FILE.py:NAME`` names the module. That file is the only code that runs in an import, because its user named it; the files of the weights
-are read and never run (``safe/inert.py``).
-"""
+"""A user's own networks: a folder of state dicts, and a table of what is known of each. The files of the weights are read and never run
+(``safe/inert.py``); the module that they are of is named (``network_files.py``)."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from ...architecture import Architecture
-from ...errors import WslfastError, describe, require
+from ...errors import WslfastError, require
 from ...tracing import effective_state
-from ..datasets import input_shapes
-from ..export import PUBLISHED
 from ..manifest import KIND, SPLITS, plain
-from .files import Loaded, load, state_files
+from .files import Loaded, load, name_of, state_files
 from .found import Found, Skips, State, unreadable
 from .recognise import fits
 from .tables import read_table
 
 INDEX = "index.json"  # of zoo export --format state-dicts
 _RESERVED = ("model", "epoch", "split", "file")  # columns of a table that are no properties
-
-
-# -- the network -------------------------------------------------------------------------------------------------------
-
-
-def module_of(network: str) -> nn.Module:
-    """The module that ``FILE.py:NAME`` gives: NAME called without arguments, or NAME itself where it is a module already.
-
-    Raises WslfastError for a file that is not there or does not run, a name that it has not, and what gives no module.
-    """
-    file, colon, name = network.rpartition(":")
-    require(bool(colon) and file.endswith(".py") and name.isidentifier(), f"network: expected FILE.py:NAME, got {network!r}")
-    path = Path(file)
-    require(path.is_file(), f"network: {file}: no such file")
-    spec = importlib.util.spec_from_file_location(f"_wslfast_network_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    code = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = code  # dataclasses and the like look their module up
-    sys.path.insert(0, str(path.resolve().parent))  # for what it imports from beside it
-    try:
-        spec.loader.exec_module(code)
-    except (Exception, SystemExit) as error:
-        raise WslfastError(f"network: {file} does not run: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.remove(str(path.resolve().parent))
-    made = getattr(code, name, None)
-    modules = [
-        n for n, value in vars(code).items() if isinstance(value, type) and issubclass(value, nn.Module) and value.__module__ == spec.name
-    ]
-    require(made is not None, f"network: {file} has no {name!r}; its modules are {modules[:8]}")
-    if not isinstance(made, nn.Module):
-        require(callable(made), f"network: {network}: expected a class or a function that gives the module, got {describe(made)}")
-        try:
-            made = made()  # type: ignore[misc]
-        except Exception as error:
-            need = f"{type(error).__name__}: {error} (it is called without arguments; a function that gives the module will do)"
-            raise WslfastError(f"network: {network}: {need}") from error
-    require(isinstance(made, nn.Module), f"network: {network}: expected a torch.nn.Module, got {describe(made)}")
-    return made
-
-
-def architecture_of(network: str, input_shape: Sequence[int] | None, dataset: str | Path | None, output: str | int | None) -> Architecture:
-    """The architecture of ``FILE.py:NAME``; the shape of a query comes from the images of ``dataset`` where it is not given.
-
-    Raises WslfastError where neither is given, or the module takes none of the shapes that the images may have.
-    """
-    module = module_of(network)
-    if input_shape is not None:
-        shapes: list[tuple[int, ...]] = [tuple(input_shape)]
-    else:
-        need = "input shape: expected --dataset (the shape of its images counts) or --input-shape, as --input-shape 3 32 32"
-        require(dataset is not None, need)
-        assert dataset is not None
-        shapes, _ = input_shapes(dataset)
-    name = network.rpartition(":")[2]
-    label = None if name in PUBLISHED else name  # a function resnet18() gives its author's network, not the published one
-    failed = []
-    for shape in shapes:
-        try:
-            return Architecture.from_module(module, shape, label, output=output)
-        except Exception as error:  # a module has errors of its own for inputs that it does not take
-            words = str(error) if isinstance(error, WslfastError) else f"{type(error).__name__}: {error}"
-            failed.append(f"{list(shape)}: {words}")
-    raise WslfastError(f"network: {network} does not take the images: {'; '.join(failed)[:600]}")
 
 
 # -- the networks' files -----------------------------------------------------------------------------------------------
@@ -123,7 +49,8 @@ class Table:
         """The row of a file, by its path below the source, its name, or either without the ending; and how it is called there."""
         whole = file.name if source.is_file() else file.relative_to(source).as_posix()
         keys = (whole, file.name, str(file))
-        return self.under(*(form for key in keys for form in (key, key.removesuffix(file.suffix))))
+        ending = file.name.removeprefix(name_of(file))
+        return self.under(*(form for key in keys for form in (key, key.removesuffix(file.suffix), key.removesuffix(ending))))
 
     def under(self, *names: str) -> tuple[str, Mapping[str, Any]] | None:
         """The row that is called one of these, and how it is called."""
@@ -194,7 +121,7 @@ def checkpoints(
         if epochs is not None and (epoch or 0) not in epochs:
             continue
         split = known.get("split") if known.get("split") in SPLITS else None
-        properties = {"name": file.stem, **{k: plain(v, k) for k, v in known.items() if k not in _RESERVED}}
+        properties = {"name": name_of(file), **{k: plain(v, k) for k, v in known.items() if k not in _RESERVED}}
         if len(networks) > 1 and properties.pop("network", None) == properties.get(KIND):
             properties.pop(KIND, None)  # the zoo has that column of its own
         if stated is not None and type(stated) is not int:

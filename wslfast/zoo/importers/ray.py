@@ -131,12 +131,19 @@ def _weights(folder: Path, where: str, skips: Skips) -> dict[int, Path]:
 
 
 def _is_trial(names: Collection[str]) -> bool:
-    return bool({*_CONFIGS, "result.json"} & set(names)) or any(_CHECKPOINT.fullmatch(n) for n in names)
+    return _is_leaf(names) or bool({*_CONFIGS} & set(names))
+
+
+def _is_leaf(names: Collection[str]) -> bool:
+    """Whether a folder is a trial whatever lies below it. One with settings alone may be the root of a zoo, whose ``config.json`` is the
+    grid that its trials were drawn from."""
+    return "result.json" in names or any(_CHECKPOINT.fullmatch(n) for n in names)
 
 
 def _trials(source: Path, skips: Skips) -> Iterator[Path]:
-    for folder, names, below in folders(source, skips, _is_trial):
-        if _is_trial(names):
+    nothing = Skips()
+    for folder, names, below in folders(source, skips, _is_leaf):
+        if _is_leaf(names) or (_is_trial(names) and not any(_is_trial(listing(path, "", nothing)) for path in below)):
             yield folder
         elif not below and folder.name.startswith(_TRIAL):
             skips.add(str(folder.relative_to(source)), "no checkpoints", "an empty trial")

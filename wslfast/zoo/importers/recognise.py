@@ -7,7 +7,7 @@ from typing import Any
 
 from ...architecture import Architecture
 from ...errors import WslfastError, describe
-from ...kernels.layers import ACTIVATIONS, Activation
+from ...kernels.layers import ACTIVATIONS
 from .modules import slim_resnet
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -53,11 +53,25 @@ def fits(architecture: Architecture, shapes: Shapes) -> bool:
 
 def contradiction(architecture: Architecture, config: Mapping[str, Any]) -> str | None:
     """What in a trial's settings says that it is another network of the same shapes (its activation), or None."""
-    stated = str(config.get("model::nlin")).replace("_", "")
-    used = {layer.function for layer in architecture.layers if isinstance(layer, Activation)}
-    if stated not in ACTIVATIONS or not used or stated in used:
+    stated = str(config.get("model::nlin")).replace("_", "").lower()
+    used = {name.replace("_", "") for name in activations(architecture)}
+    known = {*ACTIVATIONS, *(name.replace("_", "") for name in _ACTIVATIONS)}
+    if stated not in known or not used or stated in used or architecture.name == "resnet18":  # whose class does not look at the setting
         return None
     return f"expected activation {' or '.join(sorted(used))}, got {stated!r}"
+
+
+_ACTIVATIONS = (
+    "relu", "tanh", "sigmoid", "gelu", "selu", "elu", "celu", "silu", "leaky_relu", "hardswish", "hardtanh", "softplus", "sin", "relu6",
+)  # fmt: skip
+
+
+def activations(architecture: Architecture) -> list[str]:
+    """The activations of a network by torch's names, in the order in which they come."""
+    if architecture.graph is None:
+        return []
+    names = (node.operation.partition(".")[0].rstrip("_") for node in architecture.graph.nodes)
+    return list(dict.fromkeys(name for name in names if name in _ACTIVATIONS))
 
 
 def _cnns(makers: Mapping[str, Callable[..., Architecture]], config: Mapping[str, Any], shapes: Shapes) -> list[Architecture | None]:

@@ -15,7 +15,7 @@ from ..identical import Identical, digest
 from ..manifest import KIND, Kind, normalised, plain
 from ..store import SHARD_BYTES
 from .found import UNKNOWN, Found, Skips, State, unreadable
-from .recognise import contradiction, fits, recognise
+from .recognise import activations, contradiction, fits, recognise
 
 IDENTICAL = "identical weights"
 ANOTHER = "another architecture"
@@ -53,13 +53,16 @@ class Rows:
     def __iter__(self) -> Iterator[Union[Tensor, Sequence[Tensor]]]:
         self._begin()
         waiting: list[Tensor] = []
+        labels: dict[int, int] = {}
         size = 0
         for found in self._read(self.skips, self.seen):
             made = self._row(found)
             if made is None:
                 continue
             architecture, row = made
-            first = self.identical.add(digest(row), found.model, found.epoch, found.where)
+            # the same numbers under another activation are another network
+            key = digest(row) + str(labels.setdefault(id(architecture), len(labels))).encode()
+            first = self.identical.add(key, found.model, found.epoch, found.where)
             if first is not None and first.model == found.model and first.epoch != found.epoch:
                 self.repeated += 1
             elif first is not None:
@@ -119,7 +122,7 @@ class Rows:
         labels: dict[int, str] = {}
         several = {a.name for a in every if sum(b.name == a.name for b in every) > 1}
         for kind in every:
-            name = " ".join((kind.name, *used)) if kind.name in several and (used := _activations(kind)) else kind.name
+            name = " ".join((kind.name, *used)) if kind.name in several and (used := activations(kind)) else kind.name
             names[name] = names.get(name, 0) + 1
             labels[id(kind)] = name if names[name] == 1 else f"{name} ({names[name]})"
         return labels
@@ -194,27 +197,3 @@ def weights_of(architecture: Architecture, state: State) -> Tensor:
         whole = name.endswith("num_batches_tracked") or name in architecture.constants
         require(whole or value.is_floating_point(), "weights that are not floating-point numbers")
     return Population.from_state_dicts(architecture, [state]).weights[0]
-
-
-def _activations(architecture: Architecture) -> list[str]:
-    """The activations of a network by name, for a label."""
-    if architecture.graph is None:
-        return []
-    names = (node.operation.partition(".")[0].rstrip("_") for node in architecture.graph.nodes)
-    known = (
-        "relu",
-        "tanh",
-        "sigmoid",
-        "gelu",
-        "selu",
-        "elu",
-        "celu",
-        "silu",
-        "leaky_relu",
-        "hardswish",
-        "hardtanh",
-        "softplus",
-        "sin",
-        "relu6",
-    )
-    return list(dict.fromkeys(name for name in names if name in known))
