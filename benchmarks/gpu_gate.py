@@ -14,6 +14,7 @@ whole way without one: small pieces in Triton's interpreter and on the CPU, and 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gzip
 import importlib.util
 import json
@@ -21,7 +22,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,9 @@ class Gate:
         """What :func:`run_all` tells of every job of a part."""
 
         def said(done: Done) -> None:
-            if done.status:
+            if done.cut:  # by the end of the part's time, which says nothing of the job
+                self.undone.append(f"{part}: {done.job.name} ({done.words})")
+            elif done.status:
                 self.wrong.append(f"{part}: {done.job.name}: {done.words}")
             lines = [line for line in done.output.splitlines() if line.strip()]
             tail = lines[-1:] if done.status == 0 else lines[-12:]
@@ -142,7 +145,7 @@ def run_tests(gate: Gate, deadline: float, command: tuple[str, ...] = (), proces
     processes = processes or (1 if gate.rehearse else min(6, gate.processes))
     with tempfile.TemporaryDirectory() as folder:
         journals = [Path(folder) / f"{i}.jsonl" for i in range(processes)]
-        pending = list(range(processes))
+        pending, cut = list(range(processes)), set[Path]()
         for _ in range(20):  # a device that is lost twenty times is told of often enough
             jobs = [
                 Job(f"share {i + 1} of {processes}", command, 600.0,
@@ -153,18 +156,20 @@ def run_tests(gate: Gate, deadline: float, command: tuple[str, ...] = (), proces
             ended: list[Done] = []
             run_all(jobs, processes, deadline, ended.append)
             again = [d for d in ended if d.status == LOST or d.status < 0]
+            cut |= {journals[int(d.job.name.split()[1]) - 1] for d in ended if d.cut}
             for done in ended:
                 if done.status not in (0, 1, 5):
                     gate.note("tests", f"{done.job.name}: {done.words}", status=done.status, output=done.output.splitlines()[-12:])
             pending = [int(d.job.name.split()[1]) - 1 for d in again]
             if not pending or time.monotonic() >= deadline:
                 break
-        _results(gate, journals)
+        _results(gate, journals, cut)
 
 
-def _results(gate: Gate, journals: list[Path]) -> None:
-    """What the journals of the tests hold: failures as notes, and what has no result."""
+def _results(gate: Gate, journals: list[Path], cut: set[Path]) -> None:
+    """What the journals of the tests hold: failures as notes, and what has no result, in journals that were cut off for want of time."""
     results: dict[str, str] = {}
+    last: dict[Path, str] = {}  # test to begin in a journal
     waiting: dict[str, None] = {}
     for journal in journals:
         for line in journal.read_text().splitlines() if journal.exists() else []:
@@ -173,11 +178,15 @@ def _results(gate: Gate, journals: list[Path]) -> None:
                 waiting[entry["waiting"]] = None
                 continue
             results[entry["test"]] = entry["outcome"] if entry["outcome"] != "begun" else results.get(entry["test"], "begun")
+            if entry["outcome"] == "begun":
+                last[journal] = entry["test"]
             if entry["outcome"] == "failed":
                 gate.note("tests", f"FAILED {entry['test']}", why=entry["why"])
     counts = {outcome: sum(o == outcome for o in results.values()) for outcome in ("passed", "failed", "skipped", "begun")}
-    gate.wrong += [f"tests: {test}: {'died in it' if o == 'begun' else o}" for test, o in results.items() if o in ("failed", "begun")]
-    gate.undone += [f"tests: {test}" for test in waiting if test not in results]
+    late = {test for journal, test in last.items() if journal in cut and results[test] == "begun"}
+    ill = {test: o for test, o in results.items() if o in ("failed", "begun") and test not in late}
+    gate.wrong += [f"tests: {test}: {'died in it' if o == 'begun' else o}" for test, o in ill.items()]
+    gate.undone += [f"tests: {test}" for test in (*late, *(w for w in waiting if w not in results))]
     gate.note("tests", ", ".join(f"{count} {'without an end' if o == 'begun' else o}" for o, count in counts.items()), **counts)
 
 
@@ -189,24 +198,44 @@ def run_section(gate: Gate, name: str, deadline: float) -> None:
     gate.jobs(name, [job], 1, deadline)
 
 
+def rehearsed_cells(part: str) -> list[Cell]:
+    """Small cells that run on a CPU: a peer, and the kernels in both modes in Triton's interpreter."""
+    kernels = {"core": ["wslfast-triton-layerwise"], "nets": ["wslfast-triton-network"]}.get(part, [])
+    return [Cell(name, "cnn", 1, 2) for name in ("loop", *kernels)]
+
+
 def run_cells(gate: Gate, name: str, deadline: float) -> None:
     """The gate and the clocks for the cells of a part."""
     path = gate.out / "gpu.csv"
-    cells = suites.GPU_CELLS[name]()
-    if gate.rehearse:
-        cells = [Cell("loop", "cnn", 2, 4), Cell("wslfast-triton", "cnn", 2, 4)]
+    cells = rehearsed_cells(name) if gate.rehearse else suites.GPU_CELLS[name]()
     best = [row for row in (read_rows(path) if path.exists() else []) if row.provider == "ceiling"]
 
     def emit(rows: list[Row]) -> None:
         merge(path, rows)
         clock = next((r for r in rows if r.metric == "gpu_ms"), rows[0])
         said = f"{clock.median} ms, error {clock.relative_error}" if clock.value is not None else clock.details
-        gate.note(name, f"{clock.provider} {clock.architecture} k={clock.k} n={clock.n} {clock.precision} {clock.variant}: {said}")
+        what = f"{clock.provider} {clock.architecture} k={clock.k} n={clock.n} {clock.precision} {clock.variant}"
+        gate.note(name, f"{what}: {said}")
         if "not run: out of time" in clock.details:
-            gate.undone.append(f"{name}: {clock.provider} {clock.architecture} k={clock.k} n={clock.n} {clock.precision} {clock.variant}")
+            gate.undone.append(f"{name}: {what}")
+        elif clock.value is None and clock.provider in suites.KERNELS and not any(w in clock.details for w in ("not run", "out of memory")):
+            gate.wrong.append(f"{name}: {what}: {clock.details}")
 
     device = "cpu" if gate.rehearse else "cuda"
-    workers.run(cells, emit, device=device, deadline=deadline, cell_s=CELL_S, provider_s=allowance, figure_s=0.4, best=best)
+    with environment(TRITON_INTERPRET="1", WSLFAST_REHEARSE="1") if gate.rehearse else contextlib.nullcontext():
+        workers.run(cells, emit, device=device, deadline=deadline, cell_s=CELL_S, provider_s=allowance, figure_s=0.4, best=best)
+
+
+@contextlib.contextmanager
+def environment(**values: str) -> Iterator[None]:
+    """Processes that are started inside have these variables."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
 
 
 def pack_trace(out: Path) -> None:

@@ -32,12 +32,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Done:
-    """How a job ended: its exit status (negative: a signal), seconds, and what it printed."""
+    """How a job ended: its exit status (negative: a signal), seconds, and what it printed; ``cut``: stopped by the deadline of all, within
+    its own time."""
 
     job: Job
     status: int
     seconds: float
     output: str
+    cut: bool = False
 
     @property
     def words(self) -> str:
@@ -71,6 +73,7 @@ class _Running:
         status = self.process.poll()
         if status is None and time.monotonic() < min(deadline, self.began + self.job.seconds):
             return None
+        cut = status is None and time.monotonic() < self.began + self.job.seconds
         if status is None:
             self.stop()
             status = LATE
@@ -78,7 +81,7 @@ class _Running:
         self.out.seek(0)
         output = self.out.read().decode(errors="replace")
         self.out.close()
-        return Done(self.job, status, seconds, output)
+        return Done(self.job, status, seconds, output, cut)
 
     def stop(self) -> None:
         if self.process.poll() is None:

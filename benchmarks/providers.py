@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable
 from functools import lru_cache
 from math import gcd
@@ -381,8 +382,9 @@ def wslfast_torch(weights: Tensor, original: Tensor, queries: Tensor, targets: T
 
 
 def _kernels(weights: Tensor) -> tuple[Any, str]:
-    """The kernels' module, and the precision they are asked for: that of autocast, else of torch's float32 products."""
-    if not weights.is_cuda:
+    """The kernels' module, and the precision they are asked for: that of autocast, else of torch's float32 products. A rehearsal without a
+    GPU runs them in Triton's interpreter."""
+    if not weights.is_cuda and "WSLFAST_REHEARSE" not in os.environ:
         raise Unavailable("Triton kernels need a GPU")
     if importlib.util.find_spec("triton") is None:
         raise Unavailable("triton is not installed")

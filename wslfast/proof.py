@@ -25,12 +25,12 @@ import torch
 import torch.distributed as dist
 
 from .architecture import Architecture
-from .engine import ranks, verdicts
+from .engine import device_errors, ranks, verdicts
 from .engine.choice import why_not_triton
 from .engine.precision import PRECISIONS, kernel_precision
 from .engine.preference import preferred
 from .engine.trial import MARK
-from .engine.verdicts import FAILED, FORMS, RIGHT, UNKNOWN, Decision, Verdict
+from .engine.verdicts import FAILED, FORMS, RIGHT, UNKNOWN, WRONG, Decision, Verdict
 from .errors import check_device, require, say_once
 
 LIMIT_S = 120.0
@@ -231,7 +231,7 @@ def ensure(
         return {}
     device, (k, n) = _numbered(device), verdicts.slice_of(k, n)
     asked = list(dict.fromkeys((form, precision or kernel_precision()) for form, precision in wanted))
-    many = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and not ranks.is_apart()
+    many = _many()
     if why_not_triton(architecture, "cuda", torch.float32, device.index) is not None:
         found: list[Verdict | None] = [None] * len(asked)  # choose() says why
         if not many:
@@ -249,11 +249,40 @@ def ensure(
     return decisions
 
 
-def proved(
-    architecture: Architecture, device: torch.device, forms: Iterable[str], k: int, n: int
-) -> contextlib.AbstractContextManager[None]:
-    """A block whose calls of these forms take one path from beginning to end: the kernels where they are proved, see :func:`ensure`."""
-    return verdicts.holding(ensure(architecture, device, [(form, None) for form in forms], k, n))
+@contextlib.contextmanager
+def proved(architecture: Architecture, device: torch.device, forms: Iterable[str], k: int, n: int) -> Iterator[None]:
+    """A block whose calls of these forms take one path from beginning to end: the kernels where they are proved, see :func:`ensure`. A
+    device error that comes up in it turns them off for the next time."""
+    decisions = ensure(architecture, device, [(form, None) for form in forms], k, n)
+    with verdicts.holding(decisions), device_errors.watched():
+        yield
+
+
+def standing(
+    architecture: Architecture, device: torch.device, decisions: dict[tuple[str, str, str], Decision]
+) -> dict[tuple[str, str, str], Decision]:
+    """Decisions that a checkpoint holds, without kernels that this machine has found wrong or failed since: a run that died of them is not
+    to go on with them. Under torchrun what one process has found counts for all."""
+    device, found = _numbered(device), {}
+    for key, decision in decisions.items():
+        graph, precision, form = key
+        if not decision.on or device.type != "cuda" or graph != verdicts.graph_digest(architecture):
+            continue
+        verdict = verdicts.read(verdicts.key_of(architecture, precision, form, device.index))
+        if verdict is not None and verdict.status in (WRONG, FAILED):
+            found[key] = verdicts.judge(verdict, None, None)
+    if _many():
+        everybody: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everybody, found)
+        found = {key: theirs[key] for theirs in reversed(everybody) for key in theirs}
+    for (_, precision, form), decision in found.items():
+        say_once(f"wslfast: this run leaves the kernels for {architecture.name!r}, {form} in {precision}: {decision.reason}")
+    return {**decisions, **found}
+
+
+def _many() -> bool:
+    """Whether this process shares its work with others."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and not ranks.is_apart()
 
 
 def _known_or_made(

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ import triton
 from wslfast.kernels.layers import Activation, Conv2d, Dropout, Flatten, Layers, Linear, Pool2d, Unplannable
 from wslfast.kernels.triton import launch
 from wslfast.kernels.triton.head import MOST_QUERIES, fits
+from wslfast.kernels.triton.query_gradient import gradients, layers_on_queries
 from wslfast.kernels.triton.schedule import PRECISIONS
 from wslfast.kernels.triton.schedule import schedule as schedule_of
 from wslfast.kernels.triton.stages import Schedule
@@ -38,6 +40,9 @@ FIELDS = (
     "kernel", "role", "architecture", "precision", "target",
     "registers", "spill_bytes", "shared_bytes", "dots", "mma", "seconds",
 )  # fmt: skip
+# What the gradient to the queries adds (query_gradient.py), by its name in the network behind the identity: copying the queries, reading
+# them each model's own, and the gradient itself. The other kernels are the network's.
+TO_QUERIES = {"forward 0": "queries", "forward 1": "forward 0 of queries", "dw 1": "dw 0 of queries", "dx 1": "dx 0 to queries"}
 MMA = ("HGMMA", "UTCHMMA", "UTCQMMA", "HMMA")  # Hopper's, Blackwell's (data centre), everybody's
 
 
@@ -141,6 +146,18 @@ def listings(
                 for seconds, launched in seen.new():
                     yield _row(launched, architecture, precision, target, seconds)
 
+            def added(name: str, role: str) -> bool:
+                return name in TO_QUERIES and (not roles or role in roles) and wanted(TO_QUERIES[name])
+
+            behind = schedule_of(layers_on_queries(layers, shape), shape)
+            seen.began = time.perf_counter()
+            with standing_in(target, behind, seen.to_queries, added):
+                gradients(
+                    torch.zeros(1, schedule.parameters), torch.zeros(2, *shape), torch.zeros(1, 2, schedule.classes), layers, precision
+                )
+            for seconds, launched in seen.new():
+                yield _row(launched, architecture, precision, target, seconds)
+
 
 class _Seen:
     """The kernels of one network and precision as they are first launched, and the seconds that each took to compile."""
@@ -155,6 +172,10 @@ class _Seen:
             self.names.add(launched.name)
             self.waiting.append((time.perf_counter() - self.began, launched))
         self.began = time.perf_counter()
+
+    def to_queries(self, launched: Launch) -> None:
+        """The same for kernels of a network behind the identity whose gradient is the queries'."""
+        self(replace(launched, name=TO_QUERIES[launched.name]))
 
     def new(self) -> list[tuple[float, Launch]]:
         """Those since the last time."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import astuple, dataclass
 
-from wslfast.kernels.triton.schedule import element_size, splits
+from wslfast.kernels.triton.schedule import Configuration, element_size, splits
 from wslfast.kernels.triton.stages import Stage, blocks
 
 SMS, GIGAHERTZ, TERABYTES = 132, 1.7, 3.0
@@ -92,13 +92,13 @@ def tile_clocks(sass: str, inner: int = 1, warps: int = WARPS) -> Clocks:
     return total
 
 
-def tiles_per_query(stage: Stage, role: str, rows: int) -> tuple[float, int]:
+def tiles_per_query(stage: Stage, role: str, config: Configuration) -> tuple[float, int]:
     """(row tiles a query of all programs of a model, turns of the loop inside a tile where weights are not held)."""
     if role == "forward":
-        return stage.POSITIONS / rows * stage.NB, stage.NCH
+        return stage.POSITIONS / config.BM * stage.NB, stage.NCH
     if role == "dw":
-        return stage.POSITIONS / rows * stage.PASSES, 1
-    return stage.HB * stage.WB / rows * stage.CB, stage.NB
+        return stage.POSITIONS / config.BM * stage.PASSES * config.TURNS, 1
+    return stage.HB * stage.WB / config.BM * stage.CB, stage.NB
 
 
 def query_traffic(stage: Stage, role: str, precision: str) -> float:

@@ -68,7 +68,11 @@ def _lines(module: str, *arguments: str, interpret: bool = False) -> list[dict[s
 def resources(architecture: str, precision: str, target: str, part: str) -> list[dict[str, Any]]:
     """Rows of a part's kernels of a network in one precision for one target."""
     given = ("--target", target, "--precision", precision, "--architecture", architecture, "--role", *PARTS[part], "--json")
-    return [{"kind": "resources", **row} for row in _lines("benchmarks.kernels.inspect", *given)]
+    # without the seconds, which are the machine's
+    made = _lines("benchmarks.kernels.inspect", *given)
+    for row in made:
+        del row["seconds"]
+    return [{"kind": "resources", **row} for row in made]
 
 
 def races(architecture: str, precision: str) -> list[dict[str, Any]]:

@@ -116,10 +116,25 @@ def rounded(v, PREC: tl.constexpr):
 
 
 @triton.jit
+def high_part(v):
+    """The TF32 number nearest to an fp32 number; what is left, v - high_part(v), is then at most half a digit, of either sign. NaN leaves
+    NaN, whatever its high part is."""
+    return ((v.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def matmul(a, b, acc, PREC: tl.constexpr):
     """acc + a @ b, accumulated in fp32."""
     if PREC == "fp16" or PREC == "bf16":
         return tl.dot(a, b, acc, input_precision="ieee")
+    elif PREC == "tf32x3":
+        # Each operand is the sum of two TF32 numbers; the product of the two small ones is below fp32's own rounding. Small terms come
+        # first. Triton's "tf32x3" needs an accumulator of its own for them, and registers are what these kernels lack.
+        ah = high_part(a)
+        bh = high_part(b)
+        acc = tl.dot(a - ah, bh, acc, input_precision="tf32")
+        acc = tl.dot(ah, b - bh, acc, input_precision="tf32")
+        return tl.dot(ah, bh, acc, input_precision="tf32")
     elif PREC == "bf16_emulated":
         # The interpreter's bf16 product is wrong: widen first, which is exact.
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")

@@ -30,10 +30,12 @@ from .tiles import between, held, patches, pool_and_store, query, share, weights
 
 @triton.jit
 def _convolve(x, w, ws, acc0, acc1, q, oy, ox, mask, ch, s: tl.constexpr, c: tl.constexpr, INDEXED: tl.constexpr):
-    """acc[dy] += A[a] @ W[a - dy * S] over the patch rows a, for run ``ch``; A, a tile of patches, is read once."""
+    """acc[dy] += A[a] @ W[a - dy * S] over the patch rows a, for run ``ch``; A, a tile of patches, is read once, in ``c.CUT`` parts."""
     S: tl.constexpr = s.S
-    ND: tl.constexpr = s.ND
     KD: tl.constexpr = s.KD
+    CUT: tl.constexpr = c.CUT
+    PART: tl.constexpr = s.KD // c.CUT
+    SIZE: tl.constexpr = s.KD * s.ND // c.CUT
     KR: tl.constexpr = s.KR
     NCH: tl.constexpr = s.NCH
     TILES: tl.constexpr = s.TILES
@@ -43,11 +45,12 @@ def _convolve(x, w, ws, acc0, acc1, q, oy, ox, mask, ch, s: tl.constexpr, c: tl.
     PREC: tl.constexpr = c.PREC
     HOIST: tl.constexpr = c.HOIST
     for a in tl.static_range(TILES):
-        A = patches(x, q, oy, ox, mask, a, ch * KD, s, PATCH, KD, EXACT, False, INDEXED)
-        if between(a, 0, KR):
-            acc0 = matmul(A, weights(w, ws, a * NCH + ch, KD * ND, HOIST), acc0, PREC)
-        if ACCS == 2 and between(a - S, 0, KR):
-            acc1 = matmul(A, weights(w, ws, (a - S) * NCH + ch, KD * ND, HOIST), acc1, PREC)
+        for part in tl.static_range(CUT):
+            A = patches(x, q, oy, ox, mask, a, ch * KD + part * PART, s, PATCH, PART, EXACT, False, INDEXED)
+            if between(a, 0, KR):
+                acc0 = matmul(A, weights(w, ws, (a * NCH + ch) * CUT + part, SIZE, HOIST), acc0, PREC)
+            if ACCS == 2 and between(a - S, 0, KR):
+                acc1 = matmul(A, weights(w, ws, ((a - S) * NCH + ch) * CUT + part, SIZE, HOIST), acc1, PREC)
     return acc0, acc1
 
 
@@ -75,16 +78,16 @@ def forward_rows(
     WO: tl.constexpr = s.WO
     BN: tl.constexpr = s.BN
     ND: tl.constexpr = s.ND
-    KD: tl.constexpr = s.KD
     NCH: tl.constexpr = s.NCH
-    TILE: tl.constexpr = s.KD * s.ND
-    COUNT: tl.constexpr = s.KR * s.NCH
+    PART: tl.constexpr = s.KD // c.CUT
+    SIZE: tl.constexpr = s.KD * s.ND // c.CUT
+    COUNT: tl.constexpr = s.KR * s.NCH * c.CUT
     NOUT: tl.constexpr = s.NOUT
     HOIST: tl.constexpr = c.HOIST
     BM: tl.constexpr = c.BM
     nd = tl.arange(0, ND)
-    wp = w + block * (COUNT * TILE) + tl.arange(0, KD)[:, None] * ND + nd[None, :]  # [KD, ND]
-    ws = held(wp, COUNT, TILE, HOIST)
+    wp = w + block * (COUNT * SIZE) + tl.arange(0, PART)[:, None] * ND + nd[None, :]  # [KD / CUT, ND]
+    ws = held(wp, COUNT, SIZE, HOIST)
     b = tl.zeros([ND], tl.float32)
     if s.BIAS:
         channel = block * BN + nd % BN

@@ -59,7 +59,7 @@ def dw_rows(
     KD: tl.constexpr = s.KDW
     KR: tl.constexpr = s.KRW
     FLAT: tl.constexpr = s.FLAT > 0
-    NI: tl.constexpr = s.NI
+    NI: tl.constexpr = s.NI // c.TURNS
     NCH: tl.constexpr = s.NCHW
     P: tl.constexpr = s.P
     ACCS: tl.constexpr = s.ACCS
@@ -144,7 +144,7 @@ def dw_kernel(
 ):
     """Program (model, pass, split): a partial of its own."""
     POSITIONS: tl.constexpr = s.POSITIONS
-    PASSES: tl.constexpr = s.PASSES
+    PASSES: tl.constexpr = s.PASSES * c.TURNS
     INPUTS: tl.constexpr = s.INPUTS
     CODES: tl.constexpr = s.CODES
     SLOPES: tl.constexpr = s.SLOPES
@@ -328,7 +328,7 @@ def stage_dw(
     per_split = blocks(blocks(n * stage.POSITIONS, count), config.BM) * config.BM
     launch(
         dw_kernel,
-        k * stage.PASSES * count,
+        k * stage.PASSES * config.TURNS * count,
         x,
         given(index, x),
         g,

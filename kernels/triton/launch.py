@@ -369,7 +369,7 @@ def loss_and_gradient(
                     count,
                     n,
                     schedule,
-                    launch_configuration("forward", schedule.stages[-2], precision, device),
+                    launch_configuration("head", schedule.stages[-2], precision, device),
                     criterion,
                     temperature,
                 )

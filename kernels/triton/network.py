@@ -140,7 +140,7 @@ def _backward_stage(
     CODES: tl.constexpr = entry(net, "codes", i)
     SLOPES: tl.constexpr = entry(net, "slopes", i)
     SUMS: tl.constexpr = entry(net, "sums", i)
-    PASSES: tl.constexpr = s.PASSES
+    PASSES: tl.constexpr = s.PASSES * c.TURNS
     POSITIONS: tl.constexpr = s.POSITIONS
     for turn in tl.range(0, PASSES, num_stages=1):
         dw_rows(

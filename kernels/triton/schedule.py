@@ -23,6 +23,7 @@ ACTIVATIONS = (*MONOTONE, "silu", "gelu", "softplus")  # those of activations.py
 PRECISIONS = ("fp16", "bf16", "tf32", "tf32x3", "ieee")
 MAX_CHANNELS, MAX_FEATURES, MAX_KERNEL = 64, 16384, 7
 GRADIENT_ACCUMULATORS = 96 * 128  # fp32 numbers a dW program holds: 96 registers in each of 128 threads
+PRECISE_ACCUMULATORS = 64 * 128  # the same where operands of tf32x3 take the other registers
 
 
 @dataclass(frozen=True)
@@ -275,7 +276,8 @@ def schedule(layers: Layers, input_shape: tuple[int, ...]) -> Schedule:
 @dataclass(frozen=True)
 class Configuration(Hashed):
     """How one kernel is launched: rows a tile, warps, pipeline stages, whether weights stay in shared memory, the precision, row
-    tiles a program, and a limit to registers a thread (0: the compiler's own)."""
+    tiles a program, a limit to registers a thread (0: the compiler's own), the parts in which a product of the forward pass takes its
+    sum, and the programs that share the weight gradient's tiles which are one program's otherwise."""
 
     BM: int
     WARPS: int
@@ -284,6 +286,8 @@ class Configuration(Hashed):
     PREC: str
     TILES: int = 8
     REGISTERS: int = 0
+    CUT: int = 1
+    TURNS: int = 1
 
     __hash__ = hash_once
 
@@ -299,21 +303,29 @@ def element_size(precision: str) -> int:
 
 @lru_cache(maxsize=1024)
 def _default(role: str, stage: Stage, precision: str, unit: str) -> Configuration:
-    """Hopper's matrix instruction takes 64 rows a warpgroup. Before it, and for the three products of tf32x3, operands pass
-    through registers and the rows are as few as keep them from spilling; tf32x3, which holds every operand twice, still spills (16 to
-    320 bytes for CNN3). On eight warps it spills less, and takes half as long again by the static model."""
-    size, hopper = element_size(precision), unit == WARPGROUP
-    if precision == "tf32x3":
-        rows = 16 if not stage.PATCH else 64 if hopper else 32  # a patch is one product, others are many
+    """Hopper's matrix instruction takes 64 rows a warpgroup. Before it operands pass through registers, and the rows are as few as keep
+    them from spilling. tf32x3 holds every operand twice: its gradients' sums are as short as products of one warp are everywhere, and its
+    forward products take their sums in two parts."""
+    size, hopper, precise = element_size(precision), unit == WARPGROUP, precision == "tf32x3"
+    if role == "dw":
+        rows = 32 if hopper or size == 2 else 16
+        rows = (32 if stage.PATCH else 16) if precise else rows
+    elif precise and (role == "head" or not hopper):
+        rows = 32 if stage.PATCH else 16
     elif hopper:
-        rows = 32 if role == "dw" else 64
+        rows = 64
     else:
-        rows = 32 if role == "forward" or size == 2 else 16
-    weights = 0 if role == "dw" else stage.WSIZE // stage.NB if role == "forward" else stage.XSIZE // stage.CB
+        rows = 16 if role == "dx" and size == 4 else 32
+    weights = 0 if role == "dw" else stage.XSIZE // stage.CB if role == "dx" else stage.WSIZE // stage.NB
     # Held weights take shared memory and, in dX, where wide gradients are live as well, registers.
-    held = role != "dw" and precision != "tf32x3" and (hopper or size == 2 or role == "dx")
-    hoist = held and weights * size <= (49152 if role == "forward" or stage.JX < stage.P else 32768)
-    return Configuration(BM=rows, WARPS=4, STAGES=1, HOIST=hoist, PREC=precision)
+    held = role != "dw" and (hopper or size == 2 or role == "dx") and (not precise or stage.PATCH)
+    hoist = held and weights * size <= (49152 if role != "dx" or stage.JX < stage.P else 32768)
+    cut = 2 if precise and hopper and role == "forward" and not stage.PATCH and stage.KD >= 32 else 1
+    turns = 1
+    if precise and not hopper and role == "dw":
+        fit = PRECISE_ACCUMULATORS // (stage.KDW * stage.ND)
+        turns = next(t for t in range(1, stage.NI + 1) if stage.NI % t == 0 and stage.NI // t <= max(1, fit))
+    return Configuration(BM=rows, WARPS=4, STAGES=1, HOIST=hoist, PREC=precision, CUT=cut, TURNS=turns)
 
 
 SPLIT_ROWS = 4096  # of a weight gradient's sum
@@ -329,11 +341,11 @@ class Tuning:
 
 
 def _pipelined(role: str, stage: Stage, precision: str, default: Configuration) -> Configuration:
-    return replace(default, STAGES=2) if role in ("forward", "dx") else default
+    return replace(default, STAGES=2) if role != "dw" else default
 
 
 def _long(role: str, stage: Stage, precision: str, default: Configuration) -> Configuration:
-    return replace(default, TILES=16) if role in ("forward", "dx") else default
+    return replace(default, TILES=16) if role != "dw" else default
 
 
 # What a machine may find fastest when it proves the kernels. They move loads and rows between programs and no term of a sum: whichever
@@ -358,7 +370,7 @@ def tuned(choice: Tuning) -> Iterator[None]:
 
 
 def configuration(role: str, stage: Stage, precision: str, unit: str = WARPGROUP) -> Configuration:
-    """Launch parameters of ``role`` (forward | dx | dw): a pure function, so that no first call tunes."""
+    """Launch parameters of ``role`` (forward | dx | dw | head): a pure function, so that no first call tunes."""
     default = _default(role, stage, precision, unit)
     return tuning().choose(role, stage, precision, default)
 

@@ -216,6 +216,88 @@ def test_a_kernel_that_is_wrong_is_found(role: str, step: str, monkeypatch: pyte
     assert diagnose.run("cnn", "tf32", step, "cpu") > diagnose.bound("tf32", step)
 
 
+STARTS = """
+import importlib, sys
+for name in ("tyro", "rich", "nvtx", "matplotlib", "sklearn", "jax", "pandas", "torchvision", "huggingface_hub", "tensorboard", "hypothesis"):
+    sys.modules[name] = None
+for name in ("gpu_gate", "workers", "__main__", "training_step", "zoo_building", "tune", "kernels.compile", "kernels.diagnose"):
+    importlib.import_module("benchmarks." + name)
+import wslfast.engine.trial
+from wslfast import doctor
+print(doctor())
+"""
+
+
+def test_what_it_starts_needs_torch_and_triton_alone() -> None:
+    """On the machine with the GPU nothing can be installed: all parts begin without what is only convenient elsewhere."""
+    pytest.importorskip("triton")
+    done = subprocess.run([sys.executable, "-c", STARTS], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": "."})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "kernels" in done.stdout
+
+
+def _install(name: str, monkeypatch: pytest.MonkeyPatch, jobs: list[Job]) -> None:
+    monkeypatch.setattr(gpu_gate, f"{name}_jobs", lambda rehearse: jobs)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_faults_at_every_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the first part to the last with something wrong in each: every fault is written with its part and reason, nothing that comes after
+    it is lost, what had no time is listed as not done and not as wrong, and the exit status says so."""
+    segfault = "import os, signal; print('LLVM ERROR', flush=True); os.kill(os.getpid(), signal.SIGSEGV)"
+    _install("compile", monkeypatch, [
+        _job("compiler dies", segfault), _job("compiler hangs", "import time; time.sleep(600)", 1.0), _job("compiled", "print('12 kernels')"),
+        *[_job(f"late {i}", "import time; time.sleep(600)") for i in range(4)],
+    ])  # fmt: skip
+    _install("diagnose", monkeypatch, [
+        _job("dx 1", "import sys; print('cnn3 tf32 dx 1: error 0.3, bound 0.02'); sys.exit(1)"),
+        _job("dw 1", "raise RuntimeError('CUDA error: an illegal memory access was encountered')"), _job("fold", "print('fold: 1e-7')"),
+    ])  # fmt: skip
+    _install("proof", monkeypatch, [_job("no verdict", "import os; os._exit(70)"), _job("verdict", "print('loss: kernels on')")])
+    folder = tmp_path / "gpu"
+    folder.mkdir()
+    shutil.copy(ROOT / "tests" / "gpu" / "conftest.py", folder)
+    (folder / "test_some.py").write_text(TESTS + "def test_hangs():\n    import time; time.sleep(600)\ndef test_last(): pass\n")
+    (folder / "pytest.ini").write_text("[pytest]\nmarkers = gpu: needs a GPU\n")
+    command = ("-m", "pytest", "-m", "gpu", "-q", "--tb=short", "-p", "no:cacheprovider", "-c", str(folder / "pytest.ini"), str(folder))
+    real = gpu_gate.run_tests
+    monkeypatch.setattr(gpu_gate, "run_tests", lambda gate, deadline: real(gate, deadline, command, 1))
+    monkeypatch.setattr(workers, "_Worker", _Fake)
+    own = [Cell("wslfast-triton-layerwise", "cnn3", k, 4, precision="tf32") for k in (2, 3, 4)]
+    monkeypatch.setattr(gpu_gate, "rehearsed_cells", lambda part: own)
+
+    def section(gate: Gate, name: str, deadline: float) -> None:
+        if name == "step":
+            raise OSError(28, "No space left on device")
+        gate.note(name, "rehearsed")
+
+    monkeypatch.setattr(gpu_gate, "run_section", section)
+    monkeypatch.setattr(gpu_gate, "PARTS", {part: {"compile": 4.0, "tests": 45.0}.get(part, 4.0) for part in gpu_gate.PARTS})
+    monkeypatch.setattr(gpu_gate, "TOTAL_S", 90.0)
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    assert gpu_gate.main(["--rehearse"]) == 1
+    lines = [json.loads(line) for line in (tmp_path / "out" / gpu_gate.LOG).read_text().splitlines()]
+    wrong, undone = lines[-2]["what"], lines[-1]["what"]
+    for expected in (
+        "compile: compiler dies: died (SIGSEGV)", "compile: compiler hangs: stopped after",
+        "diagnose: dx 1: failed (1): cnn3 tf32 dx 1: error 0.3, bound 0.02", "diagnose: dw 1: failed (1): RuntimeError: CUDA error: an illegal",
+        "test_wrong: failed", "test_lost: failed", "test_dies: died in it", "the device was lost", "proof: no verdict: failed (70)",
+        "step: OSError: [Errno 28] No space left on device",
+    ):  # fmt: skip
+        assert any(expected in line for line in wrong), (expected, wrong)
+    assert not any("late" in line or "test_hangs" in line for line in wrong), wrong
+    assert sum(line.startswith("compile: late") for line in undone) >= 2, undone
+    assert any("test_hangs" in line for line in undone), undone
+    said = {part: [line["what"] for line in lines if line["part"] == part] for part in gpu_gate.PARTS}
+    assert any("compiled: well" in what for what in said["compile"])
+    assert any("fold: well" in what for what in said["diagnose"])
+    assert any("passed" in what for what in said["tests"])
+    assert any("verdict: well" in what for what in said["proof"])
+    assert said["zoo"][0] == "rehearsed"
+    assert all(any(what.endswith(" s") for what in said[part]) for part in gpu_gate.PARTS), "every part says how long it took"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: make gpu")
@@ -233,7 +315,9 @@ def test_the_rehearsal(tmp_path: Path) -> None:
     assert said["compile"][0].startswith("test:mlp fp16: well")
     assert sum(": well" in what for what in said["diagnose"]) == 3
     assert any("passed" in what for what in said["tests"])
-    assert any("wslfast-triton cnn k=2" in what for what in said["core"])
+    for part, name in (("core", "wslfast-triton-layerwise"), ("nets", "wslfast-triton-network")):
+        (cell,) = (what for what in said[part] if name in what)
+        assert " ms, error " in cell, cell  # the kernels themselves, in the interpreter
     assert any("well" in what for what in said["proof"])
     assert any("well" in what for what in said["step"])
     assert lines[-2] == {"part": "wrong", "what": []}

@@ -25,7 +25,7 @@ from ..errors import first_line
 from ..kernels.criteria import CRITERIA
 from ..kernels.layers import Conv2d, Linear
 from ..kernels.triton.schedule import CHOICES
-from . import Call, choose
+from . import Call, choose, device_errors
 from .paths import Path
 from .precision import at_precision
 from .triton_path import Triton, Unbuildable, reaches_queries, unbuildable
@@ -323,6 +323,7 @@ def _said(form: str, verdict: Verdict) -> dict[str, Any]:
 
 def main() -> None:
     """Read a job, print findings."""
+    device_errors.on_trial()
     job = json.loads(sys.stdin.readline())
     run(job, lambda finding: print(MARK + json.dumps(finding), flush=True))
 

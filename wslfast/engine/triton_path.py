@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from ..architecture import Architecture
-from ..errors import WslfastError, say_once
+from ..errors import say_once
 from ..kernels.criteria import Named
 from ..kernels.layers import Unplannable
 from ..kernels.triton import budget
 from ..kernels.triton.folding import Chain, chain
 from ..kernels.triton.schedule import CHOICES, schedule, tuned
-from . import verdicts
+from . import device_errors
 from .memory import memory_budget
 from .paths import by_autograd, gathered, per_model
 from .precision import kernel_precision
@@ -95,50 +95,36 @@ class Triton:
     def _built(self, run: Callable[[], _T], form: str, weights: Tensor) -> _T:
         """What ``run`` gives. Raises Unbuildable where its kernels cannot be built on this machine, and WslfastError where the device
         failed: from then on they are off for this network here."""
+        device_errors.ran(self.architecture, kernel_precision(), form, weights.device.index)
         try:
             with tuned(CHOICES[self.choice]):
                 return run()
         except Exception as error:
-            failed = failure(error)
-            if failed is None:
+            better = device_errors.explained(error)
+            if better is not None:
+                raise better from error
+            words = build_failure(error)
+            if words is None:
                 raise
-            kind, words = failed
-            if kind == "device":
-                verdicts.device_failed(self.architecture, kernel_precision(), form, words, weights.device.index)
-                raise WslfastError(
-                    f"a device error came up while the kernels ran {self.architecture.name!r}: {words}. This process can no longer use its "
-                    "GPU: start it again. The kernels are off for this network on this GPU until wslfast.doctor(architecture) finds them "
-                    "right again; WSLFAST_KERNELS=auto|on|off decides for all networks"
-                ) from error
             unbuildable[self.architecture] = f"they cannot be built here: {words}"
         raise Unbuildable
 
 
-def failure(error: BaseException) -> tuple[str, str] | None:
-    """(``build`` | ``device``, words) of an error that came out of a call of the kernels; None for one that is not the kernels' own: wrong
-    arguments, or memory that ran out.
+def build_failure(error: BaseException) -> str | None:
+    """Why kernels could not be built, of an error that came out of a call of them; None for one that is not the compiler's: wrong
+    arguments, a device error, or memory that ran out.
 
     Triton's compiler ends in whatever exception its parts have: its own, RuntimeError of a pass, IndexError of a C++ map, an assertion.
     So what counts is whether one of its frames raised it.
     """
     text = str(error)
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "out of memory" in text:
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "out of memory" in text or device_errors.kind_of(error) is not None:
         return None
-    last = f"{type(error).__name__}: {_words(text)}"
-    launched = "Triton Error [CUDA]" in text or "CUDA error" in text or type(error).__name__ == "AcceleratorError"
-    if launched and any(mark in text.lower() for mark in _DEVICE):
-        return "device", last
     raised_by = {module.partition(".")[0] for module in _modules(error)}
     system = isinstance(error, (ImportError, OSError, subprocess.CalledProcessError))  # a broken install, a read-only cache, gcc
     if "triton" in raised_by or type(error).__module__.partition(".")[0] == "triton" or system or "C compiler" in text:
-        return "build", last
+        return f"{type(error).__name__}: {_words(text)}"
     return None
-
-
-_DEVICE = (  # what CUDA says of a kernel that ran and went wrong, after which a process's context is lost
-    "illegal memory access", "illegal instruction", "illegal address", "misaligned address", "unspecified launch failure",
-    "device-side assert", "launch timed out", "hardware stack error", "uncorrectable", "invalid program counter", "launch failed",
-)  # fmt: skip
 
 
 def _modules(error: BaseException) -> Iterator[str]:

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from .. import engine
-from ..engine import verdicts
+from ..engine import device_errors, verdicts
 from ..engine.ranks import World, joined
 from ..errors import WslfastError, require
 from ..files import check_folder, remove_leftovers, write_text
 from ..population import Population
-from ..proof import ensure
+from ..proof import ensure, standing
 from ..queries import load_queries, save_queries
 from ..zoo import MappedZoo
 from ..zoo.mapped import mapped_parts
@@ -104,7 +104,7 @@ def train(
         require(not mixed or world.size == 1, "a zoo of several architectures is trained on by one process")
         kernels = _kernels(config, population, device, saved) if population is not None else {}
         state = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])  # the caller's random state is not touched
-        with verdicts.holding(kernels), state:
+        with verdicts.holding(kernels), device_errors.watched(), state:
             torch.manual_seed(config.seed)
             trainer: Union[Trainer, MixedTrainer]
             if population is None:
@@ -158,10 +158,11 @@ def _queries(config: TrainConfig, source: Union[Population, MappedZoo], resumed:
 def _kernels(
     config: TrainConfig, models: Union[Population, MappedZoo], device: torch.device, saved: dict[str, Any] | None
 ) -> dict[tuple[str, str, str], verdicts.Decision]:
-    """Whether the run's losses and targets are computed by the kernels: what its checkpoint says, so that a run keeps its path, else what
-    this machine has proved, or proves now."""
+    """Whether the run's losses and targets are computed by the kernels: what its checkpoint says, so that a run keeps its path unless they
+    failed here since, else what this machine has proved, or proves now."""
     if saved is not None and saved.get("kernels"):
-        return {(str(g), str(p), str(f)): verdicts.decision_from(record) for g, p, f, record in saved["kernels"]}
+        kept = {(str(g), str(p), str(f)): verdicts.decision_from(record) for g, p, f, record in saved["kernels"]}
+        return standing(models.architecture, device, kept)
     if not config.uses_behavior:
         return {}
     k = min(config.batch_size, len(models)) * (2 if config.gamma > 0 else 1)

@@ -19,8 +19,8 @@ from wslfast.kernels.triton.schedule import schedule
 
 ROOT = Path(__file__).parents[3]
 SHARED_LIMIT = 99 * 1024  # what a block gets on the smaller GPUs of sm_80's family
-# Bytes. dw: of the last layer of LeNet-5 in tf32 on sm_86 and sm_89, none elsewhere.
-SPILLS = {"forward": 0, "dx": 0, "dw": 8, "layout": 0, "tail": 512, "network_forward": 512, "network_loss": 2048}
+# Bytes of stack: none on Hopper; elsewhere up to 16 in kernels that have registers left, which are no spills.
+SPILLS = {"forward": 0, "dx": 0, "dw": 0, "layout": 0, "tail": 512, "network_forward": 512, "network_loss": 2048}
 LAYERS, WHOLE = ("forward", "dx", "dw", "tail"), ("network_forward", "network_loss")
 
 
@@ -48,7 +48,7 @@ def test_refuses_to_run_interpreted() -> None:
 
 def _check(row: dict[str, Any]) -> list[str]:
     wrong = []
-    if row["spill_bytes"] > SPILLS[row["role"]] + 16 * (row["target"] == "sm_120"):  # forward 0: a stack with 55 registers, no spill
+    if row["spill_bytes"] > max(SPILLS[row["role"]], 16 if row["target"] != "sm_90" and row["registers"] <= 168 else 0):
         wrong.append(f"{row['spill_bytes']} bytes of spills")
     if row["shared_bytes"] > SHARED_LIMIT:
         wrong.append(f"{row['shared_bytes']} bytes of shared memory")
@@ -63,6 +63,15 @@ def _rows(*arguments: str) -> list[dict[str, Any]]:
     wrong = {(r["architecture"], r["precision"], r["kernel"]): _check(r) for r in rows if _check(r)}
     assert not wrong, wrong
     return rows
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("architecture", list(inspect.ARCHITECTURES))
+def test_three_products_of_tf32_spill_nothing_on_hopper(architecture: str) -> None:
+    rows = _rows("--architecture", architecture, "--precision", "tf32x3", "--role", "forward", "dx", "dw", "tail")
+    assert {r["role"] for r in rows} == {"forward", "dx", "dw", "tail"}
+    assert not [r for r in rows if r["spill_bytes"] and r["role"] != "tail"]
 
 
 def test_a_whole_network_compiles() -> None:

@@ -13,6 +13,7 @@ if not triton.knobs.runtime.interpret:
 import triton.language as tl
 
 from benchmarks.kernels.races import exercise, watching
+from wslfast.kernels.triton import launcher
 
 ALL = {"small": SMALL, **HEADS, **CASES}
 
@@ -58,6 +59,15 @@ def test_clean(name: str) -> None:
 def test_clean_with_many_programs(name: str) -> None:
     """One tile a program and several splits: what programs share is seen."""
     _clean(ALL[name], "tf32", many=True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+def test_clean_in_three_products(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """tf32x3, whose weight gradients several programs share on one kind of matrix unit, and whose sums are taken in parts on the other."""
+    monkeypatch.setattr(launcher, "capability_of", lambda device: capability)
+    _clean(CASES["channels_17_in"], "tf32x3", many=capability == (9, 0))
 
 
 @pytest.mark.slow

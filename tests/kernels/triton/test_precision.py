@@ -1,15 +1,18 @@
 """What rounding costs: emulated TF32, fp16 and bf16 operands against float64, with and without the maxima pinned.
 
-In the interpreter fp16 storage is real, TF32 operands are rounded where the kernels round them and then multiplied exactly,
-bf16 operands are rounded and widened. Sums are fp32. Tolerances are those of docs/kernels.md.
+In the interpreter fp16 storage is real, TF32 operands are rounded where the kernels round them and, in the fixture ``tensor_core``, cut
+off where a tensor core cuts them; bf16 operands are rounded and widened. Sums are fp32. Tolerances are those of docs/kernels.md.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_cases import Net, cnn3, cnn28, count, error, gradient_errors, lenet5, make, oracle
+from kernel_cases import CASES, Net, cnn3, cnn28, count, error, gradient_errors, lenet5, make, oracle
 from tolerances import BARS, allowed
 from torch import Tensor
 
@@ -20,8 +23,12 @@ triton = pytest.importorskip("triton")
 if not triton.knobs.runtime.interpret:
     pytest.skip("needs TRITON_INTERPRET=1 when triton is first imported", allow_module_level=True)
 
+from triton.runtime import interpreter
+
 from wslfast.kernels.triton import launch as kernels
-from wslfast.kernels.triton.schedule import schedule
+from wslfast.kernels.triton import launcher
+from wslfast.kernels.triton.devices import matrix_unit
+from wslfast.kernels.triton.schedule import configuration, schedule
 
 pytestmark = pytest.mark.slow
 
@@ -32,9 +39,27 @@ def _data(case: Net, k: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
     return weights, queries, targets
 
 
-@pytest.mark.parametrize("precision", ["ieee", "tf32", "fp16", "bf16"])
+@pytest.fixture
+def tensor_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products in TF32 read what a tensor core reads of an fp32 number: sign, exponent and ten bits."""
+    builder = interpreter.InterpreterBuilder
+    real = builder.create_dot
+
+    def cut(handle: Any) -> Any:
+        bits = handle.data.view(np.int32) & -0x2000
+        return interpreter.TensorHandle(bits.view(np.float32), handle.dtype)
+
+    def dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, *rest: Any) -> Any:
+        if "TF32" in str(input_precision).upper():
+            a, b = cut(a), cut(b)
+        return real(self, a, b, d, input_precision, *rest)
+
+    monkeypatch.setattr(builder, "create_dot", dot)
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32", "tf32x3", "fp16", "bf16"])
 @pytest.mark.parametrize("name", ["cnn3", "cnn28", "lenet5"])
-def test_precision(name: str, precision: str) -> None:
+def test_precision(name: str, precision: str, tensor_core: None) -> None:
     case = {"cnn3": cnn3("tanh"), "cnn28": cnn28(), "lenet5": lenet5()}[name]
     weights, queries, targets = _data(case, 1, 16)
     outputs = kernels.forward(weights, queries, case.layers, precision)
@@ -124,3 +149,43 @@ def test_rounding_where_it_is_stored_beats_truncation() -> None:
         else:
             x = truncated(reference.activation(x, layer)) if hasattr(layer, "function") else x
     assert error(x[None], expected) > 3 * rounded
+
+
+def test_what_a_tensor_core_cuts_off_of_tf32_is_nothing(request: pytest.FixtureRequest) -> None:
+    """Every operand was rounded before, so that the products are those of exact multiplication, to the bit."""
+    case = cnn28()
+    weights, queries, targets = _data(case, 1, 8)
+    exact = kernels.loss_and_gradient(weights, queries, targets, case.layers, "mse", 2.0, "tf32")
+    request.getfixturevalue("tensor_core")
+    cut = kernels.loss_and_gradient(weights, queries, targets, case.layers, "mse", 2.0, "tf32")
+    assert all(torch.equal(a, b) for a, b in zip(exact, cut, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "capability"),
+    [
+        ("cnn28", "layers", (9, 0)),
+        ("channels_17_in", "layers", (8, 0)),
+        ("cnn28", "network", (9, 0)),
+        ("channels_17_in", "network", (12, 0)),
+    ],
+)
+def test_three_products_of_tf32_are_as_near_as_fp32(
+    name: str, mode: str, capability: tuple[int, int], tensor_core: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """tf32x3 on tensor cores that cut their operands off, beside fp32's own products: at most three times as far from float64. With the
+    tiles of both kinds of matrix units, whose sums are taken in parts or shared between programs."""
+    case = {"cnn28": cnn28(), **CASES}[name]
+    monkeypatch.setattr(launcher, "capability_of", lambda device: capability)
+    unit = matrix_unit(capability)
+    stages = schedule(case.layers, case.shape).stages
+    parts = [configuration("forward", s, "tf32x3", unit).CUT for s in stages]
+    turns = [configuration("dw", s, "tf32x3", unit).TURNS for s in stages]
+    assert max(parts if unit == "warpgroup" else turns) > 1
+    weights, queries, targets = _data(case, 1, 8)
+    _, expected = oracle(weights, queries, targets, case.layers, "mse")
+    errors = {}
+    for precision in ("ieee", "tf32x3"):
+        _, gradient = kernels.loss_and_gradient(weights, queries, targets, case.layers, "mse", 2.0, precision, mode=mode)
+        errors[precision] = gradient_errors(gradient, expected, case.layers)
+    assert max(errors["tf32x3"].values()) < 3 * max(errors["ieee"].values()), errors
