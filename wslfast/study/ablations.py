@@ -38,6 +38,7 @@ from .protocol import discriminative, generative
 COLUMNS = (*HEADER, "ablation", "axis", "value")
 _VERSION = 1  # of what a cell is; part of its hash
 _NO_RESULT = ("zoo", "out", "log_every", "checkpoint_every", "memory_gb", "backend")  # settings that change no result but by rounding
+_LATER = {"behavior_of": "outputs", "structure_unit": "zoo"}  # settings that came later, and what cells had before: not part of their hash
 _CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "process": time.process_time}
 
 
@@ -212,7 +213,7 @@ def rows_file(ablation: Ablation) -> str:
 def _key(zoo: str, system: str, config: TrainConfig, ablation: Ablation) -> str:
     """A hash of all that a cell's figures depend on; query files by content, not by name."""
     # settings that are no more count as they did, or every cell that there is would be computed again
-    settings = RETIRED | {name: value for name, value in config.to_dict().items() if name not in _NO_RESULT}
+    settings = RETIRED | {n: v for n, v in config.to_dict().items() if n not in _NO_RESULT and _LATER.get(n, ...) != v}
     files = {}
     for name in set_names(config.query_set):
         if name.endswith(".npz"):
