@@ -456,7 +456,10 @@ def test_a_config_survives_toml(tmp_path: Path) -> None:
         ("beta = 1.5", "beta: expected a number in [0, 1]"),
         ("behavior_from = 1.0", "behavior_from, behavior_ramp: expected shares of less than 1 in all, got 1"),
         ("behavior_from = 0.6\nbehavior_ramp = 0.5", "behavior_from, behavior_ramp: expected shares of less than 1 in all, got 1.1"),
-        ("behavior_of = 'deviations'\ncriterion = 'distillation'", "behavior_of: deviations are those of criterion mse, got 'distillation'"),
+        (
+            "behavior_of = 'deviations'\ncriterion = 'distillation'",
+            "behavior_of: deviations are those of criterion mse, got 'distillation'",
+        ),
         ("restart = true", "unknown keys ['restart']"),
         ("d_model = 30\nheads = 4", "d_model: expected a multiple of"),
         ("steps = ", "Invalid value"),

@@ -95,7 +95,7 @@ class JointCodec:
 
     @torch.no_grad()
     def encode(self, weights: Tensor) -> Tensor:
-        """``[k, P] -> [k, latent_size]``: the base code's numbers, then those of the network as a whole. NaN for a model that is not finite."""
+        """``[k, P] -> [k, latent_size]``: the base code's numbers, then those of the whole network. NaN for a model that is not finite."""
         return self._encoded(weights)[0]
 
     @torch.no_grad()
@@ -152,7 +152,7 @@ class JointCodec:
         groups, moved, at = self.base.groups, [], 0
         for members, half in zip(groups.members, left, strict=True):
             wide = half.shape[1]
-            moved.append(half @ leading[at : at + members * wide].view(members, wide, -1))
+            moved.append(half @ leading[at : at + members * wide].view(members, wide, leading.shape[1]))
             at += members * wide
         whole = [torch.cat(moved[s.first : s.first + s.chunks], 1).flatten(0, 1) for s in groups.spans]
         directions = torch.cat(whole)
