@@ -35,7 +35,8 @@ class Ablation:
         axis: name of what is varied; joined by ``*`` where there are several, and ``variant`` where variants have names.
         seeds: each variant is trained with each.
         split: whose models are measured: ``"test"``, or ``"val"`` to choose by.
-        models: how many of them at most, evenly spaced; None is all. For codes whose encoding takes seconds a model.
+        models: how many of them at most, evenly spaced, and without probes, which need all models encoded; None is all of them. For codes
+            whose encoding takes seconds a model.
         seconds: budget of a cell; None is ``steps`` alone.
         clock: ``"wall"``, or ``"process"``, the CPU time of this process, for machines that are shared.
         generate: whether new models are sampled from every cell's autoencoder and measured, too (test split).

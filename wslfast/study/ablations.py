@@ -44,11 +44,11 @@ _CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "process":
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """What a cell has trained: maps ``[k, P] -> [k, P]`` and ``[k, P] -> [k, features]`` (None: no probes), latent numbers a model, steps
-    taken, and the code to sample new models from, where it is one."""
+    """What a cell has trained: maps ``[k, P] -> [k, P]`` and ``[k, P] -> [k, features]``, latent numbers a model, steps taken, and the
+    code to sample new models from, where it is one."""
 
     reconstruct: Callable[[Tensor], Tensor]
-    embed: Callable[[Tensor], Tensor] | None
+    embed: Callable[[Tensor], Tensor]
     latent_numbers: int
     steps: int
     code: Code | None = None
@@ -120,7 +120,8 @@ def run_ablation(
     Rows have :data:`COLUMNS`: median, mean and standard deviation over held-out models of every metric of
     :class:`~wslfast.measure.Reconstruction`, for one variant and seed, and figures of the cell as a whole (``probe_r2`` of test
     accuracy, ``probe_r2_ggap``, ``latent_numbers``, ``steps``, ``seconds``, and ``coding_seconds``, the CPU time that encoding and
-    decoding a model takes); with ``generate`` those of new models as well, for systems that can be sampled from (:func:`~wslfast.study.protocol.generative`). Rows of other ablations, and of other zoos, that are in the
+    decoding a model takes); with ``generate`` those of new models as well, for systems that can be sampled from
+    (:func:`~wslfast.study.protocol.generative`). Rows of other ablations, and of other zoos, that are in the
     file stay. Under torchrun cells are dealt out to the processes, each trained by one of them alone.
 
     Args:
@@ -247,7 +248,9 @@ def _measured(key: str, system: System, config: TrainConfig, ablation: Ablation,
         coding = (time.process_time() - begun) / len(held_out)
         result = compare_models(held_out, rebuilt, *zoo.data.split(ablation.split))
         new = {} if sampled is None or trained.code is None else generative(sampled, trained.code, full=True)[0]
-        probes = {} if trained.embed is None else discriminative(zoo, {split: trained.embed(p.weights) for split, p in zoo.splits.items()})
+        probes = {}
+        if ablation.models is None:
+            probes = discriminative(zoo, {split: trained.embed(p.weights) for split, p in zoo.splits.items()})
     if ablation.split == "test":  # validation models are measured on validation images
         check_recorded(held_out, result.accuracy_original, zoo.data, zoo.folder)
     alone = {"steps": trained.steps, "seconds": stop.seconds, "latent_numbers": trained.latent_numbers, "non_finite": result.non_finite}

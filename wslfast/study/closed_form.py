@@ -41,7 +41,7 @@ def _fitted(name: str, cell: Cell) -> Trained:
         assert images is not None
         joint = JointCodec(zoo, queries=images, latent=config.share, token_size=config.token_size, seed=config.seed)
         cell.stop(config.steps)
-        return Trained(joint.reconstruct, None, joint.latent_size, 0)  # to encode all training models for probes would take half an hour
+        return Trained(joint.reconstruct, joint.encode, joint.latent_size, 0)
     code = closed_form(_CODES[name], zoo, config.share, images, config.token_size, config.seed)
     cell.stop(config.steps)  # the seconds it took
     if name == "refined":
