@@ -21,6 +21,7 @@ from .errors import describe, require
 from .kernels.criteria import CRITERIA, criterion_values
 from .population import Population
 from .queries import TargetCache
+from .tokens import TokenLayout
 
 Parts = dict[str, Tensor]
 
@@ -146,6 +147,20 @@ class Normalizers:
         names = {"structural", "behavioral", "contrastive"}
         require(isinstance(record, Mapping) and set(record) == names, f"normalizers: expected {sorted(names)}, got {record!r}")
         return cls(**record)
+
+
+def layer_units(population: Population, layout: TokenLayout) -> Tensor:
+    """Factor ``[T]`` of each token's squared differences that gives every layer one unit: the variance of each weight over models,
+    averaged over all weights, over its average within the token's layer. So :attr:`Normalizers.structural` stays the value of answering
+    every model with the population's mean. 1 for a layer that never varies."""
+    variance = population.weights.double().var(0, unbiased=False)
+    tokens, mask, _ = layout.tokenize(variance[None])
+    layer = layout.token_layer.to(variance.device)
+    total, count = (torch.zeros(len(layout.layers), dtype=torch.float64, device=variance.device) for _ in range(2))
+    total.index_add_(0, layer, torch.where(mask, tokens[0], 0).sum(1))
+    count.index_add_(0, layer, mask.sum(1).double())
+    own = total / count
+    return torch.where(own > 0, variance.mean() / own, 1.0)[layer].float()
 
 
 def uninformed_behavior(outputs: Tensor, criterion: str = "mse", temperature: float = 2.0) -> float:

@@ -22,6 +22,8 @@ from training_runs import ARCH, config, records, same
 
 from wslfast import Population, TrainConfig, WslfastError, engine, train
 from wslfast.kernels.criteria import CRITERIA
+from wslfast.kernels.reference import forward
+from wslfast.losses import layer_units, structural_loss
 from wslfast.testing import oracle_loss, oracle_outputs
 from wslfast.training import load_run
 from wslfast.training.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
@@ -58,8 +60,9 @@ class Killed(Exception):
         {"precision": "bf16", "views": False},
         SCHEDULED,
         {**SCHEDULED, "start": "paths"},
+        {"behavior_of": "deviations", "structure_unit": "layer"},
     ],
-    ids=["default", "dropout-onecycle", "random-one-view", "structure", "bf16-no-views", "scheduled", "paths"],
+    ids=["default", "dropout-onecycle", "random-one-view", "structure", "bf16-no-views", "scheduled", "paths", "deviations-layer"],
 )
 @pytest.mark.parametrize("killed_at", [3, 6, 9])
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
@@ -311,6 +314,53 @@ def test_the_objective_is_the_papers_composition(tmp_path: Path, population: Pop
     assert n.structural == pytest.approx(float(population.weights.double().var(0, unbiased=False).mean()))
 
 
+def test_behavior_of_deviations_is_that_objective_with_its_whole_gradient(tmp_path: Path, population: Population, images: Tensor) -> None:
+    """Against float64 autograd through the mean error, which the trainer holds; a diverged model takes no part in the mean."""
+    trainer = Trainer(config(tmp_path, behavior_of="deviations", gamma=0.0, beta=0.0, views=False), population, images)
+    rows, queries = torch.arange(6), torch.arange(8)
+    parameters = [p for name, p in trainer.model.named_parameters() if "projection" not in name]
+    with torch.no_grad():
+        for p in parameters:
+            p.add_(0.02 * torch.randn_like(p))
+    total, _ = trainer.losses(rows, queries)
+    found = torch.autograd.grad(total, parameters, allow_unused=True)
+    weights = trainer.layout.detokenize(trainer.model.decode(trainer.model.encode(trainer.layout.tokenize(population.weights[:6]).tokens)))
+    seen = images_of(trainer)[:8].double()
+    error = forward(weights.double(), seen, ARCH.layers) - forward(population.weights[:6].double(), seen, ARCH.layers)
+    value = (error - error.mean(0)).square().sum(2).mean() / 2 / trainer.normalizers.behavioral
+    assert float(total) == pytest.approx(float(value), rel=1e-5)
+    for ours, expected in zip(found, torch.autograd.grad(value, parameters, allow_unused=True), strict=True):
+        assert (ours is None) == (expected is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, expected, rtol=FP32_DEEP, atol=FP32_DEEP * float(expected.abs().max()))
+
+    targets = trainer._targets(rows, population.weights[:6], queries)
+    broken = weights.detach().clone()
+    broken[2] *= 1e30
+    moved = trainer._moved(broken, targets, queries) - targets
+    sound = error.detach()[[0, 1, 3, 4, 5]].mean(0).expand_as(moved)
+    torch.testing.assert_close(moved.double(), sound, rtol=FP32_DEEP, atol=FP32_DEEP * float(sound.abs().max()))
+
+
+def test_structure_in_units_of_each_layer(tmp_path: Path, population: Population, images: Tensor) -> None:
+    """Against a loop over parameters; answering with the mean model still costs 1."""
+    trainer = Trainer(config(tmp_path, structure_unit="layer", beta=1.0, gamma=0.0, views=False), population, images)
+    with torch.no_grad():
+        value, _ = trainer.losses(torch.arange(6), torch.arange(8))
+        tokens = trainer.layout.tokenize(population.weights[:6]).tokens
+        rebuilt = trainer.layout.detokenize(trainer.model.decode(trainer.model.encode(tokens))).double()
+    wide, spans = population.weights.double(), {"0": (0, 40), "4": (40, 262), "6": (262, 283)}
+    assert ARCH.num_weights == 283
+    total = 0.0
+    for start, stop in spans.values():
+        variance = wide[:, start:stop].var(0, unbiased=False).mean()
+        total += float((rebuilt - wide[:6])[:, start:stop].square().sum() / variance)
+    assert float(value) == pytest.approx(total / 6 / 283, rel=1e-5)
+    units, tokens = layer_units(population, trainer.layout), trainer.layout.tokenize(population.weights).tokens
+    mean = structural_loss(tokens.mean(0).expand_as(tokens), tokens, trainer.layout.mask, units)
+    assert float(mean) / trainer.normalizers.structural == pytest.approx(1.0, rel=1e-5)
+
+
 def images_of(trainer: Trainer) -> Tensor:
     return trainer.pool.images
 
@@ -406,6 +456,10 @@ def test_a_config_survives_toml(tmp_path: Path) -> None:
         ("beta = 1.5", "beta: expected a number in [0, 1]"),
         ("behavior_from = 1.0", "behavior_from, behavior_ramp: expected shares of less than 1 in all, got 1"),
         ("behavior_from = 0.6\nbehavior_ramp = 0.5", "behavior_from, behavior_ramp: expected shares of less than 1 in all, got 1.1"),
+        (
+            "behavior_of = 'deviations'\ncriterion = 'distillation'",
+            "behavior_of: deviations are those of criterion mse, got 'distillation'",
+        ),
         ("restart = true", "unknown keys ['restart']"),
         ("d_model = 30\nheads = 4", "d_model: expected a multiple of"),
         ("steps = ", "Invalid value"),

@@ -112,8 +112,8 @@ class AdaptiveCodec(LinearCodec):
         super()._place(place)
         architecture = self.architecture
         require(architecture.planned, f"architecture {architecture.name!r}: not a plain chain of layers; use LinearCodec(metric='plain')")
-        self._head, self._weighted = weighted_layers(architecture)
-        grouped = [w.layer.name for w in self._weighted if w.groups > 1]
+        self.head, self.weighted = weighted_layers(architecture)
+        grouped = [w.layer.name for w in self.weighted if w.groups > 1]
         require(not grouped, f"architecture {architecture.name!r}: expected no grouped convolutions, got {grouped}")
 
     @staticmethod
@@ -123,7 +123,7 @@ class AdaptiveCodec(LinearCodec):
 
     def _opening(self) -> Tensor:
         """Patches ``[1, R, width]`` that the rows of the first layer meet: the same in every model."""
-        return self._weighted[0].patches(without_weights(self.queries, self._head))
+        return self.weighted[0].patches(without_weights(self.queries, self.head))
 
     def __repr__(self) -> str:
         return super().__repr__().replace("LinearCodec", "AdaptiveCodec", 1)
@@ -180,6 +180,19 @@ class AdaptiveCodec(LinearCodec):
 
         return torch.cat(latents), decoder
 
+    @torch.no_grad()
+    def left_open(self, latents: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Weights ``[k, P]`` that latents ``[k, T, W]`` decode to, and of every group ``L [k, n, n - width]`` (float64), so that ``L L^T``
+        is the covariance of its rows that the latents leave open (of a code without compensation, which changes what they say)."""
+        self._check_latents(latents)
+        latents = torch.where(self.mask, latents.detach().float(), 0)
+        first, tokens, left = self._opening(), [], []
+        for part in latents.split(self._chunk()):
+            maps: list[_Map] = []
+            tokens.append(self._walk(first, part, None, maps)[1])
+            left.append([m.left.expand(len(part), -1, -1) for m in maps])
+        return self.layout.detokenize(torch.cat(tokens)), [torch.cat(same) for same in zip(*left, strict=True)]
+
     def _walk(
         self, first: Tensor, latents: Tensor | None, tokens: Tensor | None, maps: list[_Map] | None = None, known: int = 0
     ) -> tuple[Tensor, Tensor]:
@@ -194,7 +207,7 @@ class AdaptiveCodec(LinearCodec):
         out = torch.zeros(k, *self.layout.mask.shape, device=device)
         rows = None if tokens is None else self.groups.rows(given)
         inputs = true = first  # every model sees the same images, so one moment serves the first layer of all
-        for index, (layer, span) in enumerate(zip(self._weighted, self.groups.spans, strict=True)):
+        for index, (layer, span) in enumerate(zip(self.weighted, self.groups.spans, strict=True)):
             moment = layer.moment(inputs, inputs)
             sound = moment.isfinite().all(-1).all(-1)  # weights that overflow leave nothing to code the rest in
             finite = finite & sound
@@ -213,17 +226,17 @@ class AdaptiveCodec(LinearCodec):
                 n, width = self.groups.sizes[group], self.widths[group]
                 channels = slice(span.start + piece, span.stop, span.chunks)
                 center, deviation = self.center[group, :n].double(), self.deviation[group, :width]
-                basis = self._basis(group, half)
+                basis, rest = self._basis(group, half)
                 if encoding is not None:
                     t = (target[..., start : start + n] - center) @ half
                     z[:, channels, :width] = (t @ basis / deviation).float()
                 coded = z[:, channels, :width].double() * deviation
                 out[:, channels, :n] = (coded @ basis.mT @ back + center).float()
                 if maps is not None:
-                    maps.append(_Map(channels, (deviation[:, None] * (basis.mT @ back)).float(), center.float()))
+                    maps.append(_Map(channels, (deviation[:, None] * (basis.mT @ back)).float(), center.float(), back @ rest))
                 start += n
-            if index + 1 < len(self._weighted):
-                above = self._weighted[index + 1]
+            if index + 1 < len(self.weighted):
+                above = self.weighted[index + 1]
                 inputs = above.patches(layer(self.groups.rows(out)[index], inputs), k)
                 if rows is not None and self.compensate:
                     true = above.patches(layer(rows[index], true), k)
@@ -240,13 +253,14 @@ class AdaptiveCodec(LinearCodec):
         ridge = scale[:, None, None] * torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
         return rows @ (cross + ridge) @ inverse @ inverse
 
-    def _basis(self, group: int, half: Tensor) -> Tensor:
-        """``[k, n, width]``: the leading directions in each model's own metric, turned towards the average code's."""
+    def _basis(self, group: int, half: Tensor) -> tuple[Tensor, Tensor]:
+        """``[k, n, width]``: the leading directions in each model's own metric, turned towards the average code's; and the others
+        ``[k, n, n - width]``, each as long as rows deviate along it."""
         n, width = self.groups.sizes[group], self.widths[group]
-        _, vectors = torch.linalg.eigh(half @ self.prior[group, :n, :n] @ half)
-        leading = vectors[..., n - width :]
+        values, vectors = torch.linalg.eigh(half @ self.prior[group, :n, :n] @ half)
+        leading, others = vectors[..., n - width :], vectors[..., : n - width]
         left, _, right = torch.linalg.svd(leading.mT @ self.reference[group, :n, :width])
-        return leading @ left @ right
+        return leading @ left @ right, others * values[..., None, : n - width].clamp_min(0).sqrt()
 
     def _own_moments(self, weights: Tensor) -> list[Tensor]:
         """``E[x x^T]`` of every layer's inputs in every model, ``[k, width, width]`` float64 (``[1, ...]`` for the first layer)."""
@@ -254,9 +268,9 @@ class AdaptiveCodec(LinearCodec):
         first = self._opening()
         for tokens in self.layout.tokenize(weights).tokens.split(self._chunk()):
             inputs, moments = first, []
-            for index, layer in enumerate(self._weighted):
+            for index, layer in enumerate(self.weighted):
                 if index > 0:
-                    below = self._weighted[index - 1]
+                    below = self.weighted[index - 1]
                     inputs = layer.patches(below(self.groups.rows(tokens)[index - 1], inputs), len(tokens))
                 moments.append(layer.moment(inputs, inputs).double())
             parts.append(moments)
@@ -264,7 +278,7 @@ class AdaptiveCodec(LinearCodec):
 
     def _chunk(self) -> int:
         """Models whose patches are held at once."""
-        sizes = [4 * len(self.queries) * layer.width * layer.positions for layer in self._weighted]
+        sizes = [4 * len(self.queries) * layer.width * layer.positions for layer in self.weighted]
         return max(1, _CHUNK_BYTES // max(sizes))
 
     # -- persistence ---------------------------------------------------------------------------------------------------
@@ -307,11 +321,12 @@ def _grouped(layer: Layer) -> bool:
 
 
 class _Map(NamedTuple):
-    """How one piece of a layer's rows was decoded: ``z[:, tokens, :width] @ matrix + center``."""
+    """How one piece of a layer's rows was decoded: ``z[:, tokens, :width] @ matrix + center``, and what that leaves open."""
 
     tokens: slice
     matrix: Tensor  # [k, width, n], or [1, width, n]
     center: Tensor  # [n]
+    left: Tensor  # [k, n, n - width] float64, or [1, ...]; times its transpose: the covariance of a row given its latent
 
 
 def _pieces(groups: TokenGroups, layer: int, moment: Tensor) -> Iterator[Tensor]:

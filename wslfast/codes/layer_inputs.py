@@ -94,10 +94,13 @@ class WeightedLayer:
             places[:width] = places[:width].view(self.layer.weight_shape[1:]).permute(1, 2, 0).flatten()
         return places
 
+    def ordered(self, x: Tensor) -> Tensor:
+        """``x [..., width]``, numbers as in a patch, in the order of the rows."""
+        return x[..., self._order(x.device).argsort()]
+
     def sums(self, patches: Tensor, others: Tensor) -> Tensor:
         """``x y^T`` summed over queries and positions, ``[k, width, width]``, in the order of the rows."""
-        back = self._order(patches.device).argsort()
-        return (patches.mT @ others)[:, back][:, :, back]
+        return self.ordered(self.ordered(patches.mT @ others).mT).mT
 
     def moment(self, patches: Tensor, others: Tensor) -> Tensor:
         """``E[x y^T]`` over queries and positions, ``[k, width, width]``, in the order of the rows."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..tokens import TokenLayout
@@ -72,6 +73,14 @@ class TokenGroups:
         widths = [sum(self.sizes[s.first : s.first + s.chunks]) for s in self.spans]
         rows = [tokens[:, s.start : s.stop].reshape(len(tokens), s.channels, -1) for s in self.spans]
         return [r[..., :w] for r, w in zip(rows, widths, strict=True)]
+
+    def join(self, rows: list[Tensor]) -> Tensor:
+        """The inverse of :meth:`rows`: ``[k, channels, width]`` of every layer -> tokens ``[k, T, D]``, zero where there is no weight."""
+        wide, parts = self.layout.token_size, []
+        for span, own in zip(self.spans, rows, strict=True):
+            padded = F.pad(own, (0, span.chunks * wide - own.shape[-1]))
+            parts.append(padded.reshape(len(own), span.stop - span.start, wide))
+        return torch.cat(parts, 1)
 
     def cut(self, layers: list[Tensor]) -> list[Tensor]:
         """A vector ``[width]`` or matrix ``[width, width]`` of every layer's rows -> its (diagonal) part for every group."""

@@ -17,7 +17,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-_KEYS = ("about", "zoo", "seeds", "split", "seconds", "clock", "generate", "base", "axis", "variants")
+_KEYS = ("about", "zoo", "seeds", "split", "models", "seconds", "clock", "generate", "base", "axis", "variants")
 _KINDS = {"base": dict, "axis": dict, "variants": dict, "seeds": list, "split": str, "clock": str, "generate": bool}
 _ZOO_KEYS = ("dataset", "models", "epochs", "grid", "batch_size", "seed")
 _FIXED = ("zoo", "out", "seed")  # of TrainConfig; not a variant's to set
@@ -35,6 +35,8 @@ class Ablation:
         axis: name of what is varied; joined by ``*`` where there are several, and ``variant`` where variants have names.
         seeds: each variant is trained with each.
         split: whose models are measured: ``"test"``, or ``"val"`` to choose by.
+        models: how many of them at most, evenly spaced, and without probes, which need all models encoded; None is all of them. For codes
+            whose encoding takes seconds a model.
         seconds: budget of a cell; None is ``steps`` alone.
         clock: ``"wall"``, or ``"process"``, the CPU time of this process, for machines that are shared.
         generate: whether new models are sampled from every cell's autoencoder and measured, too (test split).
@@ -49,12 +51,13 @@ class Ablation:
     seconds: float | None = None
     clock: str = "wall"
     generate: bool = False
+    models: int | None = None
 
     @classmethod
     def from_toml(cls, path: str | Path) -> Ablation:
         """From a file: ``zoo`` (a folder, or a table of what to build), ``[base]`` settings of training, and either ``[axis]`` with a
-        list of values for each setting varied (all combinations) or ``[variants.NAME]`` tables; maybe ``seeds``, ``split``, ``seconds``,
-        ``clock``, ``generate``. Raises WslfastError, one line, for anything else."""
+        list of values for each setting varied (all combinations) or ``[variants.NAME]`` tables; maybe ``seeds``, ``split``, ``models``,
+        ``seconds``, ``clock``, ``generate``. Raises WslfastError, one line, for anything else."""
         path = Path(path)
         try:
             values = tomllib.loads(path.read_bytes().decode("utf-8"))
@@ -84,10 +87,12 @@ class Ablation:
         require(len(seeds) > 0 and len(set(seeds)) == len(seeds), f"seeds: expected distinct integers, got {list(seeds)}")
         require(split in ("test", "val"), f"split: expected test or val, got {split!r}")
         require(clock in ("wall", "process"), f"clock: expected wall or process, got {clock!r}")
+        models = values.get("models")
+        require(models is None or (type(models) is int and models >= 1), f"models: expected a positive integer, got {models!r}")
         number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and 0 < seconds < float("inf")
         require(seconds is None or number, f"seconds: expected a positive number, got {seconds!r}")
         budget = None if seconds is None else float(seconds)
-        made = cls(name, zoo, variants, axis, seeds, split, budget, clock, values.get("generate", False))
+        made = cls(name, zoo, variants, axis, seeds, split, budget, clock, values.get("generate", False), models)
         for variant in variants:  # every wrong setting is found before anything is trained
             try:
                 _, config = settings_of(made, variant, "zoo", seeds[0])

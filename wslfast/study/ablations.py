@@ -32,12 +32,13 @@ from ..training.query_sets import set_names
 from ..zoo import build_zoo
 from ..zoo.manifest import MANIFEST
 from .ablation_file import Ablation, settings_of
-from .loaded_zoo import LoadedZoo, Protocol
+from .loaded_zoo import LoadedZoo, Protocol, evenly
 from .protocol import discriminative, generative
 
 COLUMNS = (*HEADER, "ablation", "axis", "value")
 _VERSION = 1  # of what a cell is; part of its hash
 _NO_RESULT = ("zoo", "out", "log_every", "checkpoint_every", "memory_gb", "backend")  # settings that change no result but by rounding
+_LATER = {"behavior_of": "outputs", "structure_unit": "zoo"}  # settings that came later, and what cells had before: not part of their hash
 _CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "process": time.process_time}
 
 
@@ -118,8 +119,9 @@ def run_ablation(
 
     Rows have :data:`COLUMNS`: median, mean and standard deviation over held-out models of every metric of
     :class:`~wslfast.measure.Reconstruction`, for one variant and seed, and figures of the cell as a whole (``probe_r2`` of test
-    accuracy, ``probe_r2_ggap``, ``latent_numbers``, ``steps``, ``seconds``); with ``generate`` those of new models as well, for systems
-    that can be sampled from (:func:`~wslfast.study.protocol.generative`). Rows of other ablations, and of other zoos, that are in the
+    accuracy, ``probe_r2_ggap``, ``latent_numbers``, ``steps``, ``seconds``, and ``coding_seconds``, the CPU time that encoding and
+    decoding a model takes); with ``generate`` those of new models as well, for systems that can be sampled from
+    (:func:`~wslfast.study.protocol.generative`). Rows of other ablations, and of other zoos, that are in the
     file stay. Under torchrun cells are dealt out to the processes, each trained by one of them alone.
 
     Args:
@@ -170,7 +172,8 @@ def _all_cells(
     require(held_out, f"zoo {folder} has no {ablation.split} models")
     sampled = {d: LoadedZoo(folder, samples, device=d) for d in devices if ablation.generate and ablation.split == "test"}
     # one training serves validation models, test models and several protocols
-    file = f"figures-{ablation.split}{f'-{samples.digest}' if sampled else ''}.json"
+    few = "" if ablation.models is None else f"-{ablation.models}"
+    file = f"figures-{ablation.split}{few}{f'-{samples.digest}' if sampled else ''}.json"
     mine = set(world.dealt(list(dict.fromkeys(key for *_, key in cells))))  # cells of one key are one training
     rows: list[Row] = []
     for final in (False, True) if world.size > 1 else (True,):
@@ -213,7 +216,7 @@ def rows_file(ablation: Ablation) -> str:
 def _key(zoo: str, system: str, config: TrainConfig, ablation: Ablation) -> str:
     """A hash of all that a cell's figures depend on; query files by content, not by name."""
     # settings that are no more count as they did, or every cell that there is would be computed again
-    settings = RETIRED | {name: value for name, value in config.to_dict().items() if name not in _NO_RESULT}
+    settings = RETIRED | {n: v for n, v in config.to_dict().items() if n not in _NO_RESULT and _LATER.get(n, ...) != v}
     files = {}
     for name in set_names(config.query_set):
         if name.endswith(".npz"):
@@ -238,13 +241,21 @@ def _measured(key: str, system: System, config: TrainConfig, ablation: Ablation,
     stop = Stop(Path(config.out), ablation.clock, ablation.seconds, config.checkpoint_every, config.steps)
     trained = system(Cell(config, zoo.train, stop))
     held_out = zoo.splits[ablation.split]
+    if ablation.models is not None:
+        held_out = evenly(held_out, ablation.models)
     with torch.no_grad():
-        result = compare_models(held_out, trained.reconstruct(held_out.weights), *zoo.data.split(ablation.split))
+        begun = time.process_time()
+        rebuilt = trained.reconstruct(held_out.weights)
+        coding = (time.process_time() - begun) / len(held_out)
+        result = compare_models(held_out, rebuilt, *zoo.data.split(ablation.split))
         new = {} if sampled is None or trained.code is None else generative(sampled, trained.code, full=True)[0]
-        probes = discriminative(zoo, {split: trained.embed(p.weights) for split, p in zoo.splits.items()})
+        probes = {}
+        if ablation.models is None:
+            probes = discriminative(zoo, {split: trained.embed(p.weights) for split, p in zoo.splits.items()})
     if ablation.split == "test":  # validation models are measured on validation images
         check_recorded(held_out, result.accuracy_original, zoo.data, zoo.folder)
     alone = {"steps": trained.steps, "seconds": stop.seconds, "latent_numbers": trained.latent_numbers, "non_finite": result.non_finite}
+    alone["coding_seconds"] = coding
     metrics = {name: figures(values) for name, values in result.metrics().items()}
     metrics |= {name: single(float(value)) for name, value in alone.items()}
     suffix = "" if ablation.split == "test" else f"_{ablation.split}"

@@ -1,4 +1,4 @@
-"""Closed-form codes as systems of an ablation: what a query set is worth to a code that is fitted, not trained."""
+"""Codes that are fitted, not trained, as systems of an ablation: what query sets are worth to them, and what is to be passed."""
 
 from __future__ import annotations
 
@@ -8,30 +8,47 @@ from functools import partial
 import torch
 
 from ..codes.adaptive import AdaptiveCodec
+from ..codes.joint import JointCodec
+from ..codes.layer_inputs import spaced
 from ..errors import require
-from ..measure.evaluation import closed_form, embeddings, reconstruct
+from ..measure.evaluation import closed_form, decode, embeddings, reconstruct
+from ..measure.refinement import refine
 from ..training.query_sets import query_images
 from .ablations import Cell, System, Trained
 
 _QUERIES = 512  # images at most; TrainConfig.query_pool or the set may hold fewer
-_CODES = {"linear": "linear-views", "metric": "linear-metric", "adaptive": "adaptive"}
+_JOINT = 1024  # of the code that also encodes on them
+_REFINED = 4096  # for the refinement of latents at test time
+_CODES = {"linear": "linear-views", "metric": "linear-metric", "adaptive": "adaptive", "refined": "adaptive"}
 
 
 def systems() -> Mapping[str, System]:
-    """``"linear"`` (no queries), ``"metric"`` and ``"adaptive"``, of size ``share``, with the images of ``query_set``; settings of
-    training are ignored."""
-    return {name: partial(_fitted, name) for name in _CODES}
+    """``"linear"`` (no queries), ``"metric"``, ``"adaptive"``, ``"refined"`` (the adaptive code with latents refined at test time, for as
+    many ``steps``) and ``"joint"``, of size ``share``, with the images of ``query_set``; other settings of training are ignored."""
+    return {name: partial(_fitted, name) for name in (*_CODES, "joint")}
 
 
 def _fitted(name: str, cell: Cell) -> Trained:
     zoo, config = cell.zoo, cell.config
-    fits = name != "adaptive" or AdaptiveCodec.supports(zoo.architecture)
-    require(fits, f"semantics: the adaptive code does not fit {zoo.architecture.name!r}")
-    images = None
+    fits = name in ("linear", "metric") or AdaptiveCodec.supports(zoo.architecture)
+    require(fits, f"semantics: the {name} code does not fit {zoo.architecture.name!r}")
+    images = everything = None
     if name != "linear":  # a random part of the query set, drawn with the seed
-        images = query_images(config.query_set, config.zoo, zoo, seed=config.seed)
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(config.seed))
-        images = images[order[: min(_QUERIES, config.query_pool)]]
+        everything = query_images(config.query_set, config.zoo, zoo, seed=config.seed)
+        order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(config.seed))
+        images = everything[order[: min(_JOINT if name == "joint" else _QUERIES, config.query_pool)]]
+    if name == "joint":
+        assert images is not None
+        joint = JointCodec(zoo, queries=images, latent=config.share, token_size=config.token_size, seed=config.seed)
+        cell.stop(config.steps)
+        return Trained(joint.reconstruct, joint.encode, joint.latent_size, 0)
     code = closed_form(_CODES[name], zoo, config.share, images, config.token_size, config.seed)
     cell.stop(config.steps)  # the seconds it took
+    if name == "refined":
+        assert everything is not None
+        seen = spaced(everything, _REFINED)
+        steps, seed = config.steps, config.seed
+        return Trained(
+            lambda w: decode(code, refine(code, w, seen, steps=steps, seed=seed)), lambda w: embeddings(code, w), code.latent_size, 0
+        )
     return Trained(lambda w: reconstruct(code, w), lambda w: embeddings(code, w), code.latent_size, 0)

@@ -77,6 +77,12 @@ class TrainConfig:
     behavior in it from the first step finds one good network and answers every model with it; after structure it keeps models apart."""
     behavior_ramp: float = 0.0
     """Share of the steps, after those, over which behavior's weight rises evenly to 1 - beta."""
+    behavior_of: Literal["outputs", "deviations"] = "outputs"
+    """What of a network's outputs behavior compares (criterion mse alone): outputs, or deviations from the mean outputs of the step's
+    batch, originals and reconstructions each from their own. An error that all models of the batch share then costs nothing."""
+    structure_unit: Literal["zoo", "layer"] = "zoo"
+    """What structure's squared errors are divided by: the variance of the zoo's weights, or that of the layer's each. With layer, a number
+    of a layer of small weights counts as much as one of a layer of large weights."""
     criterion: CriterionName = "mse"
     """Behavioral criterion."""
     distillation_temperature: float = 2.0
@@ -160,6 +166,8 @@ class TrainConfig:
         require(0 <= self.memory_gb < float("inf"), f"memory_gb: expected a non-negative number, got {self.memory_gb}")
         require(self.clip is None or self.clip > 0, f"clip: expected a positive number or none, got {self.clip}")
         require(self.d_model % (2 * self.heads) == 0, f"d_model: expected a multiple of 2 * heads = {2 * self.heads}, got {self.d_model}")
+        deviations = self.behavior_of == "deviations"
+        require(not deviations or self.criterion == "mse", f"behavior_of: deviations are those of criterion mse, got {self.criterion!r}")
         set_names(self.query_set)
 
     @property

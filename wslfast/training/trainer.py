@@ -114,6 +114,7 @@ class Trainer:
         self.normalizers = losses.Normalizers.from_data(
             sample, known, batch_size=self.batch, criterion=config.criterion, temperature=config.distillation_temperature
         )
+        self.layer_units = losses.layer_units(sample, self.layout) if config.structure_unit == "layer" else None
         # DistributedDataParallel hooks a module's forward: here the whole objective. The projection head is idle without a contrast.
         self.objective: nn.Module = _Objective(self)
         if world.size > 1:
@@ -203,7 +204,7 @@ class Trainer:
             else:
                 contrastive = losses.nt_xent(a, b, config.contrast_temperature)
         if beta > 0 and config.uses_structure:
-            structural = losses.structural_loss(reconstructed, tokens, mask)
+            structural = losses.structural_loss(reconstructed, tokens, mask, self.layer_units)
         if beta < 1 and config.uses_behavior:
             with region("detokenise"):
                 weights = self.layout.detokenize(reconstructed)
@@ -212,6 +213,8 @@ class Trainer:
             else:  # every view of a model is the same function: one row of targets serves them all
                 targets = torch.cat([self._targets(rows[mine], originals, queries)] * len(views))
             with behavior_precision(config, self.device):
+                if config.behavior_of == "deviations":
+                    targets = self._moved(weights, targets, queries)
                 values = batched_behavioral_loss(
                     weights,
                     None,
@@ -240,6 +243,14 @@ class Trainer:
     def _outputs(self, weights: Tensor, queries: Tensor) -> Tensor:
         with torch.no_grad(), region("targets"):
             return batched_forward(weights, self.pool[queries], self.architecture).float()
+
+    def _moved(self, weights: Tensor, targets: Tensor, queries: Tensor) -> Tensor:
+        """Targets plus the batch's mean error, so that a model's error is its deviation from the mean one. That the mean is held costs no
+        gradient: deviations from it add up to zero."""
+        error = self._outputs(weights, queries) - targets
+        finite = error.isfinite().flatten(1).all(1)
+        total = self.world.total(error.masked_fill(~finite.view(-1, *[1] * (error.ndim - 1)), 0).sum(0))
+        return targets + total / self.world.total(finite.sum()).clamp_min(1)
 
     def _view(self, originals: Tensor, batch: int, mine: slice) -> Tensor:
         """One view of each of this process' models, out of permutations drawn for the whole batch."""
