@@ -85,6 +85,8 @@ def _relu_gradient(g: Tensor, y: Tensor, _: Activation) -> Tensor:
 
 def tanh(x: Tensor) -> Tensor:
     """tanh(x), within three units of the last place."""
+    if x.dtype not in (torch.float32, torch.float64):  # whose digits the steps between would use up
+        return x.tanh()
     t = (x * 2).clamp_(-_LARGE, _LARGE).expm1_()
     return t.div_(t + 2)
 

@@ -86,6 +86,18 @@ def test_tanh_is_exact_to_three_units(scale: float) -> None:
     assert ((tanh(x).double() - wanted).abs() <= 3 * 2**-24 * wanted.abs() * 2).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_activations_in_few_digits(dtype: torch.dtype) -> None:
+    """Each is a rounding or two away from that of the same numbers in float64."""
+    x = (torch.randn(64 * 20, generator=torch.Generator().manual_seed(2)) * 8).to(dtype)
+    for record in RECORDS:
+        entry = function_of(record)
+        assert entry is not None
+        y, _ = entry.forward(x.clone(), record, False)
+        wanted = _plain(record, x.double())
+        assert ((y.double() - wanted).norm() / wanted.norm()) < 4 * torch.finfo(dtype).eps, record
+
+
 def test_tanh_at_the_ends() -> None:
     ends = tanh(torch.tensor([float("inf"), -float("inf"), 0.0, -0.0, float("nan")]))
     assert ends[:4].tolist() == [1, -1, 0, 0]
