@@ -25,7 +25,7 @@ GROUPS = {
     "Networks and their weights": ["Architecture", "Population", "TokenLayout"],
     "Running many networks": ["batched_forward", "batched_behavioral_loss", "QueryPool", "TargetCache", "doctor"],
     "Zoos": ["build_zoo", "load_zoo", "save_zoo"],
-    "Codes and training": ["LinearCodec", "AdaptiveCodec", "Autoencoder", "TrainConfig", "train"],
+    "Codes and training": ["LinearCodec", "AdaptiveCodec", "JointCodec", "Autoencoder", "TrainConfig", "train"],
     "What comes of it": ["evaluate", "generate", "profiling", "WslfastError"],
 }
 _SECTIONS = ("Args:", "Returns:", "Raises:", "Attributes:", "Yields:")

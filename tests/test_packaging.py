@@ -15,7 +15,7 @@ import wslfast
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = {
-    "AdaptiveCodec", "Architecture", "Autoencoder", "LinearCodec", "Population", "QueryPool", "TargetCache", "TokenLayout", "TrainConfig", "WslfastError",
+    "AdaptiveCodec", "Architecture", "Autoencoder", "JointCodec", "LinearCodec", "Population", "QueryPool", "TargetCache", "TokenLayout", "TrainConfig", "WslfastError",
     "batched_behavioral_loss", "batched_forward", "build_zoo", "doctor", "evaluate", "generate", "load_zoo", "profiling", "save_zoo", "train",
 }  # fmt: skip
 

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from .behavior import batched_behavioral_loss, batched_forward
     from .codes.adaptive import AdaptiveCodec
     from .codes.autoencoder import Autoencoder
+    from .codes.joint import JointCodec
     from .codes.linear import LinearCodec
     from .errors import WslfastError
     from .measure import evaluate, generate
@@ -54,6 +55,7 @@ _HOME = {
     "AdaptiveCodec": "codes.adaptive",
     "Architecture": "architecture",
     "Autoencoder": "codes.autoencoder",
+    "JointCodec": "codes.joint",
     "LinearCodec": "codes.linear",
     "Population": "population",
     "QueryPool": "queries",
@@ -75,6 +77,7 @@ __all__ = [
     "AdaptiveCodec",
     "Architecture",
     "Autoencoder",
+    "JointCodec",
     "LinearCodec",
     "Population",
     "QueryPool",

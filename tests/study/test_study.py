@@ -293,7 +293,7 @@ def test_a_run_of_the_study_itself_is_trained_once_and_to_its_end(root: Path, tm
     assert all(torch.equal(a, b) for a, b in same)  # it went on from its checkpoint
     assert trained(config, said.append, "training").step == 4
     assert len(said) == 2
-    with pytest.raises(WslfastError, match="already holds a run"):
+    with pytest.raises(WslfastError, match=r"holds a run of other settings \(lr 0.0005, not 0.0001\)"):
         trained(replace(config, lr=1e-4), said.append, "training")
 
 

@@ -100,7 +100,7 @@ class JointCodec:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """``[k, latent_size] -> [k, P]``."""
+        """``[k, latent_size] -> [k, P]``. Raises WslfastError for latents of another shape or without a fraction."""
         fits = isinstance(latents, Tensor) and latents.ndim == 2 and latents.shape[1] == self.latent_size and latents.is_floating_point()
         require(fits, f"latents: expected floating [k, {self.latent_size}], got {describe(latents)}")
         latents = latents.float()

@@ -130,9 +130,10 @@ class _Follower(LayerRules):
 
         return moved(self.names, move, values, node.operation in _APART)
 
+    def _einsum(self, name: str, given: dict[str, Any], shapes: Any) -> Any:
+        return self.einsum(given["equation"], given["tensors"])
+
     def _vmap(self, name: str, given: dict[str, Any], shapes: Any) -> Any:
-        if name == "einsum":
-            return self.einsum(given["equation"], given["tensors"])
         if name == "bilinear":
             a, b, w = given["input1"].axes, given["input2"].axes, given["weight"].axes
             self.meet(a[-1], w[1])
