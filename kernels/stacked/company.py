@@ -41,26 +41,39 @@ def group_size(count: int, most: int, full: int, key: Hashable, trial: Trial) ->
     return next((size for size in candidates if size == full or _agrees(size, full, key, trial)), full)
 
 
-def split(count: int, full: int, key: Hashable, trial: Trial) -> tuple[int, int]:
+def split(count: int, full: int, key: Hashable, trial: Trial, threads: int = 1, least: int = 2) -> tuple[int, int]:
     """How many models to run at once, and how many in the last group, where some may be idle; ``full``, ``key``, ``trial`` as above.
 
-    Full groups where there are as many models. Of fewer, those sizes are tried first with which the least is run, a group costing as much
-    as two models more.
+    Of the sizes that give a full group's bits, those are tried first with which the last thread is done soonest, a group costing as much as
+    two models more.
+
+    Args:
+        threads: that take groups side by side.
+        least: models of the smallest group that is worth a thread of its own.
     """
     if full <= 2:
         return full, full
     trial = _with_one_full_group(trial, full)
-    if count >= full:
-        return full, group_size(count % full, full, full, key, trial) if count % full else full
     sizes = [size for size in SIZES if size < full]
 
+    def rest_of(size: int) -> int:
+        """Models of the last group, filled up."""
+        rest = count % size if count > size else 0
+        return next((other for other in sizes if other >= rest), full) if rest else 0
+
     def cost(size: int) -> tuple[int, int]:
-        whole, rest = divmod(count, size) if size < count else (1, 0)
-        last = next((other for other in sizes if other >= rest), size) if rest else 0
+        groups = -(-count // size)
+        if threads > 1 and groups > 1:
+            return -(-groups // threads) * (size + _A_GROUP), -size
+        whole, last = max(1, count // size), rest_of(size)
         return whole * (size + _A_GROUP) + (last + _A_GROUP if last else 0), -size
 
-    size = next((size for size in sorted((*sizes, full), key=cost) if size == full or _agrees(size, full, key, trial)), full)
-    if size > count or count % size == 0:
+    if threads == 1 and count >= full:
+        size = full
+    else:
+        worth = [size for size in (*sizes, full) if size >= least or size >= count or size == full] if threads > 1 else [*sizes, full]
+        size = next((size for size in sorted(worth, key=cost) if size == full or _agrees(size, full, key, trial)), full)
+    if size >= count or count % size == 0:
         return size, size
     return size, group_size(count % size, size, full, key, trial)
 

@@ -42,6 +42,7 @@ _ROWS = 64 << 20  # of a group's weights
 _PACKED = 1 << 15  # numbers of one model's parameter
 _FILL = 16  # queries: every model's numbers then begin on 64 bytes
 _FEW = 1000  # numbers of a product: so few could agree by chance, and a group is always filled
+_WORTH = 500_000, 25_000_000  # of a group, one of which is worth a thread of its own
 _ALONE = 2_000_000, 100_000_000  # activations and operations of a call: below both, one thread is done before another has joined in
 
 
@@ -119,6 +120,15 @@ class Call:
         one = self.plain and self.n <= self.slab
         self.large = [(p, s) for p, s in zip(self.program.places, graph.slots, strict=True) if s.size >= _PACKED] if one else []
 
+    def shared_among(self) -> tuple[int, int]:
+        """Threads that take groups side by side, and models of the smallest group that is worth one."""
+        threads = 1 if jobs.controls() is None or _alone(self) else torch.get_num_threads()
+        numbers, work = _WORTH
+        made, models = sizes(self.graph)[0], 2
+        while models < _MODELS and models * self.n * made < numbers and operations(self.graph, models, self.n) < work:
+            models *= 2
+        return threads, models
+
     def filled(self, group: int) -> int:
         """Models that run in a group: those that it has, and idle ones."""
         return self.models if self.weights.shape[0] - group >= self.models else self.last
@@ -134,7 +144,7 @@ class Call:
         def trial(size: int, order: Sequence[int]) -> Sequence[Tensor]:
             return _trial(graph, n, self.own, full, dtype, order[:size])
 
-        return split(k, full, key, trial)
+        return split(k, full, key, trial, *self.shared_among())
 
     def starts(self) -> range:
         return range(0, self.n, self.slab)

@@ -100,7 +100,7 @@ class _Training(Call):
             return loss_and_gradient_of(call, targets[rows], "mse", 1.0)
 
         key = "training", graph, n, self.own, dtype, torch.is_autocast_enabled("cpu"), jobs.threads_inside()
-        return split(len(self.weights), full, key, trial)
+        return split(len(self.weights), full, key, trial, *self.shared_among())
 
     def values(self, shared: dict[int, list[Any]], group: int, start: int) -> list[Any]:
         values = list(super().values(shared, group, start))

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from wslfast.kernels.stacked import company
+from wslfast import Architecture
+from wslfast.kernels.stacked import company, engine
 
 
 def _library(alike: Callable[[int], bool], log: list[int]) -> company.Trial:
@@ -44,6 +45,47 @@ def test_models_that_make_a_size_are_one_group_of_it() -> None:
     assert company.split(64, 64, "full", _library(lambda s: True, [])) == (64, 64)
     assert company.split(65, 64, "more", _library(lambda s: True, [])) == (64, 2)
     assert company.split(16, 64, "fours", _library(lambda s: s in (4, 64), [])) == (4, 4)
+
+
+def test_groups_are_shared_among_threads() -> None:
+    """As soon done as may be: groups of equal size, as many as threads, but none smaller than what is worth one."""
+    every = _library(lambda s: True, [])
+    assert company.split(16, 64, "two", every, threads=2) == (8, 8)
+    assert company.split(64, 64, "four", every, threads=4) == (16, 16)
+    assert company.split(256, 64, "many", every, threads=4) == (64, 64)
+    assert company.split(16, 64, "worth", every, threads=16, least=8) == (8, 8)
+    assert company.split(16, 64, "not worth", every, threads=16, least=32) == (16, 16)
+    assert company.split(16, 64, "only full", _library(lambda s: s == 64, []), threads=2) == (64, 64)
+
+
+@pytest.mark.parametrize("k", [5, 16, 40])
+@pytest.mark.parametrize("kind", ["wide", "attention", "images"])
+def test_bits_are_the_same_at_any_number_of_threads(kind: str, k: int) -> None:
+    torch.manual_seed(0)
+    shape = (1, 12, 12) if kind == "images" else (6, 16) if kind == "attention" else (64,)
+    net: nn.Module
+    if kind == "wide":
+        net = nn.Sequential(nn.Linear(64, 300), nn.Tanh(), nn.Linear(300, 200), nn.GELU(), nn.Linear(200, 3))
+    elif kind == "attention":
+        net = nn.Sequential(nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True), nn.Flatten(), nn.Linear(96, 3))
+    else:
+        net = nn.Sequential(
+            nn.Conv2d(1, 8, 3), nn.InstanceNorm2d(8), nn.PReLU(8), nn.ConvTranspose2d(8, 4, 4, 2, 1), nn.ELU(), nn.Flatten()
+        )
+        net = nn.Sequential(net, nn.Linear(1600, 3))
+    arch = Architecture.from_module(net.eval(), shape)
+    assert arch.graph is not None
+    weights, queries, targets = torch.randn(k, arch.num_weights) * 0.1, torch.randn(48, *shape), torch.randn(k, 48, 3)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            found.append(engine.loss_and_gradient(weights, queries, targets, arch.graph, "mse"))
+    finally:
+        torch.set_num_threads(before)
+    for losses, gradient in found[1:]:
+        assert torch.equal(losses, found[0][0])
+        assert torch.equal(gradient, found[0][1])
 
 
 def test_a_full_group_is_tried_once_and_a_size_once_a_process() -> None:
