@@ -328,7 +328,7 @@ def test_behavior_of_deviations_is_that_objective_with_its_whole_gradient(tmp_pa
     seen = images_of(trainer)[:8].double()
     error = forward(weights.double(), seen, ARCH.layers) - forward(population.weights[:6].double(), seen, ARCH.layers)
     value = (error - error.mean(0)).square().sum(2).mean() / 2 / trainer.normalizers.behavioral
-    assert float(total) == pytest.approx(float(value), rel=1e-5)
+    assert float(total.detach()) == pytest.approx(float(value.detach()), rel=1e-5)
     for ours, expected in zip(found, torch.autograd.grad(value, parameters, allow_unused=True), strict=True):
         assert (ours is None) == (expected is None)
         if ours is not None:
