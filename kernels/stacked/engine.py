@@ -43,7 +43,7 @@ _PACKED = 1 << 15  # numbers of one model's parameter
 _FILL = 16  # queries: every model's numbers then begin on 64 bytes
 _FEW = 1000  # numbers of a product: so few could agree by chance, and a group is always filled
 _WORTH = 500_000, 25_000_000  # of a group, one of which is worth a thread of its own
-_ALONE = 2_000_000, 100_000_000  # activations and operations of a call: below both, one thread is done before another has joined in
+_ALONE = 2_000_000, 350_000_000  # activations and operations of a call: below both, one thread is done before another has joined in
 
 
 @lru_cache(maxsize=256)
