@@ -7,17 +7,16 @@ rule is in ``image_rules.py``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .calls import Call, Layout, Values
-from .forms import FORMS
+from .forms import FORMS, by_form
 from .layouts import ranked
 from .product_forms import attention_shares, einsum_letters
-from .rules import Gradients, Maker, Rule, reduced
+from .rules import Gradients, Maker, Rule, Shaped, reduced
 
 _aten = torch.ops.aten
 
@@ -25,41 +24,27 @@ _aten = torch.ops.aten
 # -- shapes ------------------------------------------------------------------------------------------------------------
 
 
-class Reverse:
-    """A call whose gradient is another view of the same numbers: ``backward`` gets it and the shape that was."""
-
-    def __init__(self, call: Call, name: str, backward: Callable[[Tensor, torch.Size], Tensor]) -> None:
-        self.call, self.form, self._name, self._backward = call, FORMS[call.operation.form], name, backward
-
-    def forward(self, a: Values, models: int) -> tuple[Tensor, Any]:
-        shape = a[self._name].shape
-        return self.form(self.call, a, models), shape
-
-    def backward(self, g: Tensor, saved: Any, models: int) -> Gradients:
-        return {self._name: self._backward(g, saved)}
-
-
 def _reshaped(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> Rule | None:
     """Calls that change the shape alone."""
-    return Reverse(call, "self", lambda g, shape: g.reshape(shape)) if list(call.layouts) == ["self"] else None
+    return Shaped(*call.layouts, by_form(call), lambda g, shape: g.reshape(shape)) if len(call.layouts) == 1 else None
 
 
 def _expand(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> Rule | None:
-    return Reverse(call, "self", reduced) if list(call.layouts) == ["self"] and call.layout is Layout.MODELS else None
+    return Shaped("self", by_form(call), reduced) if list(call.layouts) == ["self"] and call.layout is Layout.MODELS else None
 
 
 def _transpose(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> Rule | None:
-    return Reverse(call, "self", lambda g, _: g.transpose(known["dim0"], known["dim1"]))
+    return Shaped("self", by_form(call), lambda g, _: g.transpose(known["dim0"], known["dim1"]))
 
 
 def _permute(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> Rule | None:
     order = [d % call.rank for d in known["dims"]]
     back = [0, *(order.index(axis) + 1 for axis in range(call.rank))]
-    return Reverse(call, "self", lambda g, _: g.permute(back)) if call.layout is Layout.MODELS else None
+    return Shaped("self", by_form(call), lambda g, _: g.permute(back)) if call.layout is Layout.MODELS else None
 
 
 def _flip(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> Rule | None:
-    return Reverse(call, "self", lambda g, _: g.flip(known["dims"]))
+    return Shaped("self", by_form(call), lambda g, _: g.flip(known["dims"]))
 
 
 class Pieces:
@@ -139,20 +124,6 @@ def _beside(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> R
 # -- reductions ----------------------------------------------------------------------------------------------------------
 
 
-class Sum:
-    """The sum over some axes, which are counted from the end."""
-
-    def __init__(self, axes: tuple[int, ...], keep: bool) -> None:
-        self.axes, self.keep = axes, keep
-
-    def forward(self, a: Values, models: int) -> tuple[Tensor, Any]:
-        x = a["self"]
-        return x.sum(self.axes, self.keep), x.shape
-
-    def backward(self, g: Tensor, saved: Any, models: int) -> Gradients:
-        return {"self": _behind_axes(g, self.axes, self.keep, len(saved)).expand(saved)}
-
-
 class Extreme:
     """The largest or smallest along some axes; equal ones share the gradient, as torch has it."""
 
@@ -179,12 +150,20 @@ def _behind_axes(x: Tensor, axes: tuple[int, ...], kept: bool, rank: int) -> Ten
 
 
 def _reduction(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> Rule | None:
+    """Sums, means and extremes over axes that are counted from the end."""
     axes = known.get("dim")
     axes = (axes,) if type(axes) is int else tuple(axes or ())
     if not axes or not all(type(axis) is int and axis < 0 for axis in axes) or known.get("dtype") is not None:
         return None
-    keep = bool(known.get("keepdim"))
-    return Sum(axes, keep) if call.operation.name == "sum.dim_IntList" else Extreme(call, axes, keep)
+    keep, name = bool(known.get("keepdim")), call.operation.name
+    if name in ("amax", "amin"):
+        return Extreme(call, axes, keep)
+
+    def backward(g: Tensor, shape: torch.Size) -> Tensor:
+        g = _behind_axes(g, axes, keep, len(shape))
+        return (g / math.prod(shape[axis] for axis in axes) if name == "mean.dim" else g).expand(shape)
+
+    return Shaped("self", by_form(call), backward)
 
 
 # -- products --------------------------------------------------------------------------------------------------------------
@@ -309,14 +288,14 @@ PARTS = frozenset({"split.Tensor", "split_with_sizes", "chunk", "unbind.int"})  
 MAKERS: dict[str, Maker] = {
     **dict.fromkeys(PARTS, _apart),
     "getitem": _part,
-    **dict.fromkeys(("unsqueeze", "squeeze.dim", "squeeze.dims", "unflatten.int", "reshape"), _reshaped),
+    **dict.fromkeys(("unsqueeze", "squeeze.dim", "squeeze.dims", "unflatten.int", "reshape", "flatten.using_ints"), _reshaped),
     "expand": _expand,
     "transpose.int": _transpose,
     "permute": _permute,
     "flip": _flip,
     "stack": _beside,
     "cat": _beside,
-    **dict.fromkeys(("sum.dim_IntList", "amax", "amin"), _reduction),
+    **dict.fromkeys(("sum.dim_IntList", "mean.dim", "amax", "amin"), _reduction),
     **dict.fromkeys(("matmul", "mm", "bmm"), _matmul),
     "einsum": _einsum,
     "scaled_dot_product_attention": _attention,

@@ -13,6 +13,7 @@ when the program was made (``program.py``). Every form is a plain function of te
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -264,3 +265,8 @@ FORMS: dict[str, Form] = {
     "instance_norm": instance_norm, "group_norm": group_norm, "layer_norm": layer_norm, "rms_norm": rms_norm, "prelu": prelu,
     "recurrent": recurrent, "cell": cell, "grid": grid, "einsum": einsum,
 }  # fmt: skip
+
+
+def by_form(call: Call) -> Callable[[Values, int], Any]:
+    """The call by its form: ``(arguments, models) -> value``."""
+    return partial(FORMS[call.operation.form], call)

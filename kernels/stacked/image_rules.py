@@ -7,15 +7,14 @@ twins are the forms (``forms.py``).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .calls import Call, Layout, Values
-from .forms import joined_channels, spread
-from .rules import Gradients, Maker, Rule
+from .forms import by_form, joined_channels, spread
+from .rules import Gradients, Maker, Rule, Shaped
 
 _aten = torch.ops.aten
 
@@ -167,27 +166,11 @@ def _joined(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> R
     return Joined(call, known, wanted) if call.layout is Layout.CHANNELS and call.operation.name == "cat" else None
 
 
-class Cut:
-    """A part of the numbers: ``forward`` is the call itself, ``backward`` puts a gradient into zeros of the shape that was."""
-
-    def __init__(self, call: Call, backward: Callable[[Tensor, torch.Size], Tensor]) -> None:
-        self.call, self._backward = call, backward
-
-    def forward(self, a: Values, models: int) -> tuple[Tensor, Any]:
-        x = a["self"]
-        if x.ndim == 3 and x.stride(1) == 1 and self.call.operation.name == "constant_pad_nd":  # torch keeps that order of images alone
-            return self.call.operation.invoke({**a, "self": x.unsqueeze(2)}).squeeze(2), x.shape
-        return self.call.operation.invoke(a), x.shape
-
-    def backward(self, g: Tensor, saved: Any, models: int) -> Gradients:
-        return {"self": self._backward(g, saved)}
-
-
 def _select(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> Rule | None:
     axis, index = known.get("dim"), known.get("index")
     if type(axis) is not int or axis >= 0 or type(index) is not int or list(call.layouts) != ["self"]:
         return None
-    return Cut(call, lambda g, shape: _aten.select_backward(g, shape, axis, index))
+    return Shaped("self", by_form(call), lambda g, shape: _aten.select_backward(g, shape, axis, index))
 
 
 def _slice(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> Rule | None:
@@ -199,61 +182,49 @@ def _slice(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> Ru
         first, last, _ = slice(start, end).indices(shape[axis])
         return _aten.slice_backward(g, shape, axis, first, last, step)  # type: ignore[no-any-return]
 
-    return Cut(call, backward)
+    return Shaped("self", by_form(call), backward)
 
 
 def _pad(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> Rule | None:
-    around = known["pad"]
+    around, run = known["pad"], by_form(call)
     if any(type(width) is not int or width < 0 for width in around):
         return None
+
+    def forward(a: Values, models: int) -> Tensor:
+        x = a["self"]
+        if x.ndim == 3 and x.stride(1) == 1:  # torch keeps the order in memory of images alone
+            return run({**a, "self": x.unsqueeze(2)}, models).squeeze(2)  # type: ignore[no-any-return]
+        return run(a, models)  # type: ignore[no-any-return]
 
     def backward(g: Tensor, shape: torch.Size) -> Tensor:
         for i in range(len(around) // 2):
             g = g.narrow(-1 - i, around[2 * i], shape[-1 - i])
         return g
 
-    return Cut(call, backward)
-
-
-class Average:
-    """Over all pixels, which are one afterwards."""
-
-    def __init__(self, call: Call) -> None:
-        self.call = call
-
-    def forward(self, a: Values, models: int) -> tuple[Tensor, Any]:
-        return self.call.operation.invoke(a), a["self"].shape
-
-    def backward(self, g: Tensor, saved: Any, models: int) -> Gradients:
-        return {"self": (g / math.prod(saved[2:])).expand(saved)}
+    return Shaped("self", forward, backward)
 
 
 def _average(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> Rule | None:
+    """Over all pixels, which are one afterwards."""
     sizes = known["output_size"]
     whole = all(size == 1 for size in (sizes if isinstance(sizes, (tuple, list)) else (sizes,)))
-    return Average(call) if whole and call.layout is Layout.CHANNELS else None
-
-
-class Nearest:
-    """Images enlarged by their nearest pixels; whole times, the gradient is a sum over tiles, which an average pooling adds up."""
-
-    def __init__(self, call: Call) -> None:
-        self.call = call
-
-    def forward(self, a: Values, models: int) -> tuple[Tensor, Any]:
-        return self.call.operation.invoke(a), a["input"].shape
-
-    def backward(self, g: Tensor, saved: Any, models: int) -> Gradients:
-        (height, width), (tall, wide) = saved[2:], g.shape[2:]
-        if tall % height == 0 and wide % width == 0:
-            tile = [tall // height, wide // width]
-            return {"input": _aten.avg_pool2d(g, tile, tile, [0, 0], False, False, 1)}
-        return {"input": _aten.upsample_nearest2d_backward(g, [tall, wide], saved)}
+    if not whole or call.layout is not Layout.CHANNELS:
+        return None
+    return Shaped("self", by_form(call), lambda g, shape: (g / math.prod(shape[2:])).expand(shape))
 
 
 def _nearest(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> Rule | None:
+    """Images enlarged by their nearest pixels; whole times, the gradient is a sum over tiles, which an average pooling adds up."""
     whole = known.get("output_size") is not None or all(float(f).is_integer() for f in known["scale_factors"])
-    return Nearest(call) if whole and call.layout is Layout.CHANNELS else None
+
+    def backward(g: Tensor, shape: torch.Size) -> Tensor:
+        (height, width), (tall, wide) = shape[2:], g.shape[2:]
+        if tall % height == 0 and wide % width == 0:
+            tile = [tall // height, wide // width]
+            return _aten.avg_pool2d(g, tile, tile, [0, 0], False, False, 1)  # type: ignore[no-any-return]
+        return _aten.upsample_nearest2d_backward(g, [tall, wide], shape)  # type: ignore[no-any-return]
+
+    return Shaped("input", by_form(call), backward) if whole and call.layout is Layout.CHANNELS else None
 
 
 MAKERS: dict[str, Maker] = {

@@ -34,6 +34,7 @@ def behind(x: Tensor, rank: int, of: int, models: int) -> Tensor:
 
 
 def everyone(x: Tensor, models: int, stacked: bool) -> Tensor:
+    """The value ``[M, ...]``: what all models share, seen once for each."""
     return x if stacked else x.expand(models, *x.shape)
 
 

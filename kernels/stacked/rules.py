@@ -280,21 +280,21 @@ def _layer_norm(call: Call, known: Values, wanted: frozenset[str], owned: bool) 
     return LayerNorm(call, known, wanted) if plain and call.ranks.get("weight", 1) == len(known["normalized_shape"]) else None
 
 
-# -- views and means --------------------------------------------------------------------------------------------------------
+# -- views --------------------------------------------------------------------------------------------------------
 
 
-class View:
-    """Another shape of the same numbers, and the first shape again in the backward pass."""
+class Shaped:
+    """A call of one tensor whose gradient is made of its value's and of the shape that the tensor had: views, cuts, sums."""
 
-    def __init__(self, forward: Callable[[Tensor, int], Tensor], name: str) -> None:
-        self._forward, self._name = forward, name
+    def __init__(self, name: str, forward: Callable[[Values, int], Tensor], backward: Callable[[Tensor, torch.Size], Tensor]) -> None:
+        self._name, self._forward, self._backward = name, forward, backward
 
     def forward(self, a: Values, models: int) -> tuple[Tensor, Any]:
-        x = a[self._name]
-        return self._forward(x, models), x.shape
+        shape = a[self._name].shape
+        return self._forward(a, models), shape
 
     def backward(self, g: Tensor, saved: Any, models: int) -> Gradients:
-        return {self._name: g.reshape(saved)}
+        return {self._name: self._backward(g, saved)}
 
 
 class Moved:
@@ -314,43 +314,8 @@ TO_MODELS = Moved(models_first, lambda g, models: channels_first(g, True))
 TO_CHANNELS = Moved(lambda x, models: channels_first(x, True), models_first)
 
 
-class Mean:
-    """The mean over some axes, which are counted from the end."""
-
-    def __init__(self, axes: tuple[int, ...], keep: bool) -> None:
-        self.axes, self.keep = axes, keep
-
-    def forward(self, a: Values, models: int) -> tuple[Tensor, Any]:
-        x = a["self"]
-        return x.mean(self.axes, self.keep), x.shape
-
-    def backward(self, g: Tensor, saved: Any, models: int) -> Gradients:
-        count = 1
-        for axis in self.axes:
-            count *= saved[axis]
-        if not self.keep:
-            for axis in sorted(axis + len(saved) for axis in self.axes):
-                g = g.unsqueeze(axis)
-        return {"self": (g / count).expand(saved)}
-
-
-def _shape(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> Rule | None:
-    """``flatten`` and ``view``."""
-    name = "input" if "input" in call.layouts else "self"
-    if call.layout is not Layout.MODELS or not call.stacked(name) or len(call.layouts) != 1:
-        return None
-    if call.operation.name == "flatten.using_ints":
-        return View(lambda x, models: call.operation.invoke({**known, name: x}), name)
-    return None
-
-
-def _mean(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> Rule | None:
-    axes = known.get("dim")
-    return Mean(tuple(axes), bool(known.get("keepdim"))) if axes and known.get("dtype") is None else None
-
-
 def _identity(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> Rule | None:
-    return View(lambda x, models: x, "input") if "input" in call.layouts else None
+    return Shaped("input", lambda a, models: a["input"], lambda g, shape: g) if "input" in call.layouts else None
 
 
 # By form, then by name.
@@ -359,11 +324,9 @@ FORM_MAKERS: dict[str, Maker] = {
     "elementwise": _function,
     "layer_norm": _layer_norm,
     "identity": _identity,
-    "shape": _shape,
 }
 NAME_MAKERS: dict[str, Maker] = {
     **{f"{kind}.{overload}": _arithmetic for kind in ("add", "sub", "mul", "div") for overload in ("Tensor", "Scalar")},
     "softmax.int": _function,
     "log_softmax.int": _function,
-    "mean.dim": _mean,
 }
