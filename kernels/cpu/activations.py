@@ -8,7 +8,7 @@ correctly rounded arithmetic; a test runs them all at odd offsets). torch's ``er
 the contiguous view of a channels-last tensor.
 
     sigmoid s = 1 / (1 + exp(-x))        silu' = s (1 + x (1 - s))
-    tanh = t / (t + 2) with t = expm1(2 x): two thirds of the time of torch's, which is as exact
+    tanh = t / (t + 2) with t = expm1(2 x): two thirds of the time of torch's, exact to three units where that is to one
     elu, celu y = max(x, 0) + a expm1(min(x, 0) / b)   with b = 1 and b = a; derivative 1, or (y + a) / b for x <= 0
     softplus = (max(u, 0) + log1p(exp(-|u|))) / b with u = b x; derivative 1 / (1 + exp(-u))
     gelu' = (1 + t) / 2 + x / 2 (1 - t^2) u',  t = tanh(u),  u = c (x + 0.044715 x^3),  c = sqrt(2 / pi)

@@ -26,7 +26,8 @@ _aten = torch.ops.aten
 
 def _reshaped(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> Rule | None:
     """Calls that change the shape alone."""
-    return Shaped(*call.layouts, by_form(call), lambda g, shape: g.reshape(shape)) if len(call.layouts) == 1 else None
+    names = list(call.layouts)
+    return Shaped(names[0], by_form(call), lambda g, shape: g.reshape(shape)) if len(names) == 1 else None
 
 
 def _expand(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> Rule | None:

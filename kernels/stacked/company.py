@@ -17,6 +17,7 @@ logger = logging.getLogger("wslfast")
 SIZES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192)
 _A_GROUP = 2  # models' time that the calls of a group cost beside their numbers
 _agree: dict[tuple[Hashable, int, int], bool] = {}
+_split: dict[tuple[Hashable, int, int, int, int], tuple[int, int]] = {}
 
 # Results of the first ``size`` of random models in an order; first axis models.
 Trial = Callable[[int, Sequence[int]], Sequence[Tensor]]
@@ -53,7 +54,14 @@ def split(count: int, full: int, key: Hashable, trial: Trial, threads: int = 1, 
     """
     if full <= 2:
         return full, full
-    trial = _with_one_full_group(trial, full)
+    asked = key, count, full, threads, least
+    if asked not in _split:
+        _split[asked] = _chosen(count, full, key, _with_one_full_group(trial, full), threads, least)
+    return _split[asked]
+
+
+def _chosen(count: int, full: int, key: Hashable, trial: Trial, threads: int, least: int) -> tuple[int, int]:
+    """What :func:`split` returns, when it is asked for the first time."""
     sizes = [size for size in SIZES if size < full]
 
     def rest_of(size: int) -> int:
@@ -71,7 +79,7 @@ def split(count: int, full: int, key: Hashable, trial: Trial, threads: int = 1, 
     if threads == 1 and count >= full:
         size = full
     else:
-        worth = [size for size in (*sizes, full) if size >= least or size >= count or size == full] if threads > 1 else [*sizes, full]
+        worth = [size for size in (*sizes, full) if threads == 1 or size >= min(least, count) or size == full]
         size = next((size for size in sorted(worth, key=cost) if size == full or _agrees(size, full, key, trial)), full)
     if size >= count or count % size == 0:
         return size, size

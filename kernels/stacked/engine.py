@@ -2,7 +2,8 @@
 
 A group of M models runs on a slab of q queries: forward, the criterion's share and its gradient written out, and one backward through
 torch's graph, which then is gone. Which M and q is a pure function of the graph and of the number of queries, never of k: the last
-group is filled up with idle models, or run in a smaller size that gives the same bits on this machine (``company.py``). On a CPU the
+group is filled up with idle models. Where they give the same bits on this machine, smaller groups run instead: of fewer models, and of as
+many as leave no thread without a group (``company.py``). On a CPU the
 number of queries is filled up to a multiple of 16, so that every model's numbers lie alike in memory whatever its place in the group.
 
 Groups are jobs of one thread each (``cpu/jobs.py``) where there is enough work for more than one.
@@ -11,7 +12,7 @@ Groups are jobs of one thread each (``cpu/jobs.py``) where there is enough work 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import lru_cache, partial
 from typing import Any
@@ -94,6 +95,15 @@ def operations(graph: Graph, models: int, queries: int) -> int:
     return 6 * models * queries * (convolved + products)
 
 
+@lru_cache(maxsize=256)
+def _least_worth(graph: Graph, n: int) -> int:
+    """Models of the smallest group that is worth a thread of its own, for n queries."""
+    (numbers, work), made, models = _WORTH, sizes(graph)[0], 2
+    while models < _MODELS and models * n * made < numbers and operations(graph, models, n) < work:
+        models *= 2
+    return models
+
+
 class Call:
     """What holds for all groups of one call."""
 
@@ -115,19 +125,17 @@ class Call:
         full, self.slab = group_shape(graph, self.n)
         if weights.device.type != "cpu":  # the caller has cut models into chunks that fit its memory
             full, self.slab = max(1, weights.shape[0]), max(1, self.n)
-        sizes = (size, size) if size else self._sizes(full) if self.plain and weights.shape[0] else (full, full)
-        self.models, self.last = sizes  # of a group, and of the last one
-        one = self.plain and self.n <= self.slab
+        chosen = (size, size) if size else self._sizes(full) if self.plain and weights.shape[0] else (full, full)
+        self.models, self.last = chosen  # of a group, and of the last one
+        # parameters whose gradients may be written where the result is: with several slabs they are sums
+        one = self.plain and self.n <= self.slab and graph.parameters >= _PACKED
         self.large = [(p, s) for p, s in zip(self.program.places, graph.slots, strict=True) if s.size >= _PACKED] if one else []
 
     def shared_among(self) -> tuple[int, int]:
         """Threads that take groups side by side, and models of the smallest group that is worth one."""
-        threads = 1 if jobs.controls() is None or _alone(self) else torch.get_num_threads()
-        numbers, work = _WORTH
-        made, models = sizes(self.graph)[0], 2
-        while models < _MODELS and models * self.n * made < numbers and operations(self.graph, models, self.n) < work:
-            models *= 2
-        return threads, models
+        if jobs.controls() is None or _alone(self):
+            return 1, 2
+        return torch.get_num_threads(), _least_worth(self.graph, self.n)
 
     def filled(self, group: int) -> int:
         """Models that run in a group: those that it has, and idle ones."""
@@ -193,11 +201,11 @@ def leaves_of(rows: Tensor, graph: Graph) -> list[Tensor]:
 
 def _copies_of(rows: Tensor, graph: Graph) -> list[Tensor]:
     """The same in memory of their own, as how small operands lie there decides a BLAS's bits; large ones it packs, and they stay."""
-    sizes = [slot.size for slot in graph.slots]
-    if max(sizes) >= _PACKED:
-        parts: Any = [part if part.shape[1] >= _PACKED else part.contiguous() for part in rows.split(sizes, 1)]
+    counts = [slot.size for slot in graph.slots]
+    if max(counts) >= _PACKED:
+        parts: Any = [part if part.shape[1] >= _PACKED else part.contiguous() for part in rows.split(counts, 1)]
     else:
-        parts = torch.split_with_sizes_copy(rows, sizes, 1)  # type: ignore[func-returns-value]
+        parts = torch.split_with_sizes_copy(rows, counts, 1)  # type: ignore[func-returns-value]
     return [part.view(rows.shape[0], *slot.shape) for part, slot in zip(parts, graph.slots, strict=True)]
 
 
@@ -250,14 +258,7 @@ def loss_and_gradient_of(call: Call, targets: Tensor, criterion: Named, temperat
     with torch.no_grad(), autocast():
         shared = call.shared()
 
-    losses, gradient = weights.new_empty(k), torch.empty_like(weights, memory_format=torch.contiguous_format)
-
-    def large(start: int) -> dict[int, Tensor]:
-        """Memory of the result for the gradients of large parameters of a group."""
-        rows = gradient[start : start + call.models]
-        return {place: rows[:, slot.offset : slot.stop].view(-1, *slot.shape) for place, slot in call.large}
-
-    def group(start: int) -> tuple[Tensor, list[Tensor]]:
+    def group(start: int, into: Mapping[int, Tensor]) -> tuple[Tensor, list[Tensor]]:
         rows = call.rows(start)
         models, real = rows.shape[0], min(k - start, call.models)
         wanted = targets if real == k else targets[start : start + real]
@@ -280,7 +281,6 @@ def loss_and_gradient_of(call: Call, targets: Tensor, criterion: Named, temperat
         slabs = ((at, prepared(at)) for at in call.starts())
         leaves = _copies_of(rows, graph)
         if call.plain and autocast is nullcontext:
-            into = large(start) if real == models else {}
             value, slopes = by_tape(call.program, leaves, slabs, share, into)
         else:
             value, slopes = by_graph(call.program, leaves, slabs, share, autocast)
@@ -289,14 +289,16 @@ def loss_and_gradient_of(call: Call, targets: Tensor, criterion: Named, temperat
 
     if call.models >= k and not call.large:  # one group: what it gives is the result
         results: list[tuple[Tensor, list[Tensor]]] = []
-        _jobs(k, call, lambda start: results.append(group(start)))
+        _jobs(k, call, lambda start: results.append(group(start, {})))
         ((losses, slopes),) = results
         return losses, torch.cat(slopes, 1)
+    losses, gradient = weights.new_empty(k), torch.empty_like(weights, memory_format=torch.contiguous_format)
 
     def keep(start: int) -> None:
-        value, flat = group(start)
-        losses[start : start + value.shape[0]] = value
-        rows = gradient[start : start + value.shape[0]]
+        rows = gradient[start : start + call.models]
+        whole = rows.shape[0] == call.filled(start)  # no idle models, whose gradients would have no place
+        into = {place: rows[:, slot.offset : slot.stop].view(-1, *slot.shape) for place, slot in call.large if whole}
+        losses[start : start + rows.shape[0]], flat = group(start, into)
         if not call.large:
             torch.cat(flat, 1, out=rows)
             return
