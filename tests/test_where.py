@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TABLE = """
 benchmarks/kernels/test_record.py    kernels/triton/sources
 cli/test_cli.py                      wslfast/__main__ wslfast/cli/analysis wslfast/cli/console wslfast/cli/doctor wslfast/cli/evaluation
-                                     wslfast/cli/training wslfast/cli/zoo wslfast/study/demo
+                                     wslfast/cli/options wslfast/cli/training wslfast/cli/zoo wslfast/study/demo
 cli/test_first_minutes.py            wslfast/training/progress wslfast/zoo/progress
 codes/test_autoencoder.py            wslfast/codes/transformer
 codes/test_linear.py                 wslfast/codes/token_groups

@@ -19,6 +19,7 @@ from ..study.loaded_zoo import Protocol
 from ..training.query_sets import query_images
 from ..zoo import MappedZoo
 from .console import console, stacked_table
+from .options import Networks
 
 _SHOWN = (
     "agreement", "agreement_others", "identified", "accuracy_reconstructed", "explained_variance", "l2_masked", "probe_r2", "seconds",
@@ -47,8 +48,7 @@ class Queries:
     """Seed of what is drawn."""
     architecture: str | None = None
     """Of a zoo of several architectures, which one (wslfast zoo show lists them)."""
-    network: tuple[str, ...] = ()
-    """FILE.py:NAME of networks that cannot be traced, as they were given to zoo import: no file holds their code. FILE.py is run."""
+    network: Networks = ()
 
     def run(self) -> None:
         source = MappedZoo(self.zoo, "train", architecture=self.architecture)
@@ -78,8 +78,7 @@ class Ablate:
     """Where the file samples new models: fewer of them, on fewer images."""
     split: Literal["test", "val"] | None = None
     """Whose models are measured, instead of the file's; val to choose by (rows go to ablations-val.csv). Nothing is trained twice."""
-    network: tuple[str, ...] = ()
-    """FILE.py:NAME of networks that cannot be traced, as they were given to zoo import: no file holds their code. FILE.py is run."""
+    network: Networks = ()
 
     def run(self) -> None:
         from ..sane import ablation as published
@@ -131,8 +130,7 @@ class Gradients(GradientSettings):
     """What to call the run in the rows (default: its folder's name)."""
     architecture: str | None = None
     """Of a zoo of several architectures, which one (wslfast zoo show lists them)."""
-    network: tuple[str, ...] = ()
-    """FILE.py:NAME of networks that cannot be traced, as they were given to zoo import: no file holds their code. FILE.py is run."""
+    network: Networks = ()
 
     def run(self) -> None:
         require(bool(self.run_folder), "run: expected the folder of a run (--run DIR)")

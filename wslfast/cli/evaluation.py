@@ -22,6 +22,7 @@ from ..study.demo import DemoConfig, demo
 from ..study.study import study
 from ..training import load_run
 from .console import console, figures_table
+from .options import Networks
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,7 @@ class Evaluate:
     figures, into RUN/tensorboard)."""
     json: bool = False
     """Print JSON instead of a table."""
-    network: tuple[str, ...] = ()
-    """FILE.py:NAME of networks that cannot be traced, as they were given to zoo import: no file holds their code. FILE.py is run."""
+    network: Networks = ()
 
     def run(self) -> None:
         require(len(self.run_folders) > 0, "run: expected at least one folder")
@@ -202,8 +202,7 @@ class Generate:
     """Of a zoo of several architectures, which one (wslfast zoo show lists them; default: models of each)."""
     split: Literal["test", "train", "val", "drawn"] = "test"
     """Of the models in --out: all in one (test is what evaluate measures), or dealt out to all three, to train on them."""
-    network: tuple[str, ...] = ()
-    """FILE.py:NAME of networks that cannot be traced, as they were given to zoo import: no file holds their code. FILE.py is run."""
+    network: Networks = ()
 
     def run(self) -> None:
         settings: dict[str, Any] = {

@@ -9,6 +9,7 @@ from typing import Literal
 from ..training import TrainConfig, train
 from ..training.progress import shown
 from .console import console
+from .options import Networks
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,7 @@ class Train(TrainConfig):
     """Record 20 steps: profile/trace.json, profile/phases.json and a table of phases."""
     log_to: Literal["tensorboard"] | None = None
     """Also write every record, and the phases of 20 steps, for TensorBoard, into OUT/tensorboard (pip install 'wslfast[tensorboard]')."""
-    network: tuple[str, ...] = ()
-    """FILE.py:NAME of networks that cannot be traced, as they were given to zoo import: no file holds their code. FILE.py is run."""
+    network: Networks = ()
 
     def run(self) -> None:
         settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(TrainConfig)}

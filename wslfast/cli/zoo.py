@@ -11,6 +11,7 @@ from ..architecture import Architecture
 from ..errors import require
 from ..zoo import Signals, build_zoo, export_zoo, image_shape, image_signals, import_zoo, load_dataset, network, read_manifest, summarize
 from .console import console, show
+from .options import Networks
 
 
 @dataclass(frozen=True)
@@ -244,8 +245,7 @@ class ZooExport:
     """Which models."""
     skip_bad: bool = False
     """Leave out shards that are missing or damaged, with a count, instead of stopping."""
-    network: tuple[str, ...] = ()
-    """FILE.py:NAME of networks that cannot be traced, as they were given to zoo import: no file holds their code. FILE.py is run."""
+    network: Networks = ()
 
     def run(self) -> None:
         split = None if self.split == "all" else self.split
