@@ -2,7 +2,7 @@
 
     PYTHONPATH=. python3 benchmarks/tune.py [--architecture cnn3 cnn lenet5] [--precision fp16 tf32] [--seconds 420]
 
-Every attempt goes through one hook, ``schedule.tuned``; docs/notes/tuning.md lists the levers in order, with what each is expected to give.
+Every attempt goes through one hook, ``configurations.tuned``; docs/notes/tuning.md lists the levers in order, with what each is expected to give.
 A lever's result has to agree with the default's before its time counts. Rows go to ``${OUT:-benchmarks/data}/tune.csv`` as they are
 measured: what fails to compile or to launch is a row that says so. Needs torch and triton alone.
 """
@@ -30,7 +30,8 @@ from benchmarks.kernels.inspect import ARCHITECTURES
 from wslfast.kernels import criteria, reference
 from wslfast.kernels.layers import Layers
 from wslfast.kernels.triton import launch
-from wslfast.kernels.triton.schedule import Configuration, Tuning, schedule, tuned
+from wslfast.kernels.triton.configurations import Configuration, Tuning, tuned
+from wslfast.kernels.triton.schedule import schedule
 from wslfast.kernels.triton.stages import Stage
 
 DATA = Path(__file__).resolve().parent / "data"
@@ -42,17 +43,18 @@ CRITERION = "mse"
 
 @dataclass(frozen=True)
 class Lever:
-    """One attempt: another configuration for some roles, or another number of rows a split."""
+    """One attempt: another configuration for some roles, another number of rows a split, or two gradients in one launch."""
 
     name: str
     roles: tuple[str, ...]
     change: Callable[[Configuration], Configuration]
     split_rows: int = 0
+    joint: bool = False
 
     def tuning(self) -> Tuning:
         """The hook's argument: the change for this lever's roles on every stage."""
         base = Tuning(lambda role, stage, precision, c: self.change(c) if role in self.roles else c)
-        return replace(base, split_rows=self.split_rows) if self.split_rows else base
+        return replace(base, split_rows=self.split_rows or base.split_rows, joint=self.joint)
 
 
 def _set(**values: Any) -> Callable[[Configuration], Configuration]:
@@ -62,7 +64,6 @@ def _set(**values: Any) -> Callable[[Configuration], Configuration]:
 # In the order of docs/notes/tuning.md.
 LEVERS = (
     Lever("stages 2", ("forward", "dx"), _set(STAGES=2)),
-    Lever("stages 2 in dw", ("dw",), _set(STAGES=2)),
     Lever("registers 128", ("forward", "dw", "dx"), _set(REGISTERS=128)),
     Lever("registers 168", ("dx", "dw"), _set(REGISTERS=168)),
     Lever("other hoist", ("forward", "dx"), lambda c: replace(c, HOIST=not c.HOIST)),
@@ -73,6 +74,7 @@ LEVERS = (
     Lever("tiles 32", ("forward", "dx"), _set(TILES=32)),
     Lever("split rows 2048", ("dw",), _set(), 2048),
     Lever("split rows 16384", ("dw",), _set(), 16384),
+    Lever("joint", (), _set(), joint=True),  # of whole steps alone
 )
 
 

@@ -27,7 +27,6 @@ settings.load_profile("wslfast")
 THOROUGH = (
     "benchmarks/kernels/test_inspect.py",
     "benchmarks/kernels/test_races.py",
-    "benchmarks/kernels/test_record.py",
     "kernels/test_operations.py",
     "kernels/test_random_graphs.py",
     "kernels/triton/test_query_gradient.py",

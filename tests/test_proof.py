@@ -177,9 +177,34 @@ def test_the_kernels_themselves_in_the_interpreter(gpu: Path, monkeypatch: pytes
     assert max(found["loss"].errors.values()) < 1
 
 
+def test_configurations_that_are_the_default_for_a_network_are_not_tried() -> None:
+    """Two gradients in one launch: no matter of outputs, and not written for LeNet-5."""
+    counts = {"loss": 3, "indexed": 3, "forward": 2}
+    for form, count in counts.items():
+        choices = trial.Trial(Architecture.cnn3(), form, "tf32", torch.device("cpu")).choices
+        assert choices == ["default", "pipelined", "joint"][:count]
+    assert trial.Trial(Architecture.lenet5(), "loss", "tf32", torch.device("cpu")).choices == ["default", "pipelined"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["loss", "indexed"])
+def test_the_joint_launch_is_put_to_the_proof(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("triton")
+    if not triton.knobs.runtime.interpret:
+        pytest.skip("needs TRITON_INTERPRET=1 when triton is first imported")
+    first = [Conv2d("a", 1, 3, (3, 3)), Pool2d("b"), Activation("c", "tanh")]
+    arch = Architecture.from_layers([*first, Conv2d("d", 3, 2, (2, 2)), Flatten("e"), Linear("f", 8, 3)], (1, 8, 8), "joined")
+    stub_trial.install("interpreter", monkeypatch.setattr)
+    tried = trial.Trial(arch, form, "tf32", torch.device("cpu"))
+    assert "joint" in tried.choices
+    errors = tried.errors("joint")
+    assert max(errors.values()) < 1
+    assert any(name.endswith("a.weight") for name in errors)
+
+
 # -- what is kept ------------------------------------------------------------------------------------------------------
 
-GOOD = Verdict(RIGHT, "well", {"mse loss": 0.1}, (Speed(128, 256, 10.0, 2.0, "long"),))
+GOOD = Verdict(RIGHT, "well", {"mse loss": 0.1}, (Speed(128, 256, 10.0, 2.0, "joint"),))
 
 
 def test_files(gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,9 +248,9 @@ def test_another_network_precision_or_form_has_none(gpu: Path) -> None:
 
 
 def test_the_nearest_size_counts() -> None:
-    verdict = Verdict(RIGHT, "", {}, (Speed(4, 64, 1.0, 2.0, "default"), Speed(1024, 256, 10.0, 2.0, "long")))
+    verdict = Verdict(RIGHT, "", {}, (Speed(4, 64, 1.0, 2.0, "default"), Speed(1024, 256, 10.0, 2.0, "joint")))
     assert not verdicts.judge(verdict, 8, 64).on
-    assert verdicts.judge(verdict, 500, 256) == Decision(True, verdicts.judge(verdict, 1024, 256).reason, "long")
+    assert verdicts.judge(verdict, 500, 256) == Decision(True, verdicts.judge(verdict, 1024, 256).reason, "joint")
     fresh = Verdict(RIGHT, "", {}, (Speed(5, 60, 5.0, 1.0, "default"),))
     assert {(s.k, s.n) for s in fresh.merged(verdict).speeds} == {(5, 60), (1024, 256)}
     assert fresh.merged(Verdict(WRONG)).speeds == fresh.speeds
@@ -266,7 +291,7 @@ def test_auto_follows_the_verdict(gpu: Path, caplog: pytest.LogCaptureFixture, m
     assert "`wslfast doctor`" in caplog.messages[0]
     verdicts.keep(verdicts.key_of(ARCH, "tf32x3", "loss"), GOOD)
     path = _path()
-    assert (path.name, path.choice) == ("triton", "long")
+    assert (path.name, path.choice) == ("triton", "joint")
     assert "2 ms against torch's 10" in path.reason
     assert engine.choose(ARCH, "cuda", torch.float32, call=engine.Call("forward", 128, 256)).name == "stacked"
     assert engine.choose(ARCH, "cuda", torch.float32, "torch").name == "stacked"
@@ -294,8 +319,8 @@ def test_a_verdict_is_frozen_for_the_process(gpu: Path) -> None:
 
 def test_held_decisions_win(gpu: Path) -> None:
     graph = verdicts.graph_digest(ARCH)
-    with verdicts.holding({(graph, "tf32", "loss"): Decision(True, "of the run", "long")}):
-        assert verdicts.decide(ARCH, "tf32", "loss", 3, 3) == Decision(True, "of the run", "long")
+    with verdicts.holding({(graph, "tf32", "loss"): Decision(True, "of the run", "joint")}):
+        assert verdicts.decide(ARCH, "tf32", "loss", 3, 3) == Decision(True, "of the run", "joint")
         assert not verdicts.decide(ARCH, "fp16", "loss", 3, 3).on
     assert not verdicts.decide(ARCH, "tf32", "loss", 3, 3).on
 
@@ -411,7 +436,7 @@ from wslfast.engine.verdicts import RIGHT, WRONG, Speed, Verdict, judge
 dist.init_process_group("gloo")
 rank = dist.get_rank()
 os.environ["LOCAL_RANK"] = "0" if rank < 2 else "1"  # two nodes, the second with two processes
-mine = [Verdict(RIGHT, "", {}, (Speed(4, 4, 2.0, 1.0 + rank * 0.95, "default"),)), Verdict(RIGHT, "", {}, (Speed(4, 4, 2.0, 1.0, "long"),))]
+mine = [Verdict(RIGHT, "", {}, (Speed(4, 4, 2.0, 1.0 + rank * 0.95, "default"),)), Verdict(RIGHT, "", {}, (Speed(4, 4, 2.0, 1.0, "joint"),))]
 agreed = proof._agreed(mine if rank < 2 else [None, None])
 print("said", [(v.status, judge(v, 4, 4).on) for v in agreed], flush=True)
 dist.destroy_process_group()
@@ -442,7 +467,7 @@ def test_a_run_keeps_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     images = torch.randn(48, *population.architecture.input_shape)
     graph = verdicts.graph_digest(population.architecture)
     held: list[Any] = []
-    began = {(graph, "tf32", "loss"): Decision(True, "proved", "long")}
+    began = {(graph, "tf32", "loss"): Decision(True, "proved", "joint")}
     monkeypatch.setattr(loop, "ensure", lambda *_: held.append("asked") or began)
     wslfast.train(config(tmp_path, steps=1), population=population, images=images)
     assert held == ["asked"]

@@ -36,11 +36,12 @@ kernels/test_hostile_graphs.py       kernels/graph
 kernels/test_operations.py           kernels/reference kernels/stacked/calls kernels/stacked/forms kernels/stacked/layouts kernels/stacked/product_forms
 kernels/test_random_graphs.py        kernels/stacked/compiler kernels/stacked/engine kernels/stacked/program
 kernels/triton/test_differentiable.py kernels/once
-kernels/triton/test_interpreter.py   kernels/triton/activations kernels/triton/convolution kernels/triton/criterion kernels/triton/gradients
-                                     kernels/triton/head kernels/triton/stages kernels/triton/tiles
-kernels/triton/test_launch.py        kernels/triton/devices kernels/triton/launcher
-kernels/triton/test_network.py       kernels/triton/budget kernels/triton/network_layout
-kernels/triton/test_schedule.py      kernels/triton/packing kernels/triton/tables
+kernels/triton/test_interpreter.py   kernels/triton/activations kernels/triton/convolution kernels/triton/criterion kernels/triton/head
+                                     kernels/triton/input_gradients kernels/triton/stages kernels/triton/tiles
+                                     kernels/triton/weight_gradients
+kernels/triton/test_launch.py        kernels/triton/buffers kernels/triton/devices kernels/triton/launcher
+kernels/triton/test_network.py       kernels/triton/budget kernels/triton/network_launch kernels/triton/network_layout
+kernels/triton/test_schedule.py      kernels/triton/configurations kernels/triton/packing kernels/triton/tables
 measure/test_gradients.py            wslfast/measure/first_order
 measure/test_recorded.py             wslfast/zoo/source
 page/test_page.py                    wslfast/page/drawing wslfast/page/extras wslfast/page/figures wslfast/page/html wslfast/page/published

@@ -23,12 +23,14 @@ from wslfast.kernels import reference
 from wslfast.kernels.layers import Layers, Unplannable
 from wslfast.kernels.triton import launch, packing, tables
 from wslfast.kernels.triton.convolution import launch_configuration, stage_forward
-from wslfast.kernels.triton.gradients import stage_dw, stage_dx
+from wslfast.kernels.triton.input_gradients import stage_dx
+from wslfast.kernels.triton.joint_gradient import stage_joint
 from wslfast.kernels.triton.network_layout import network
 from wslfast.kernels.triton.packing import storage
-from wslfast.kernels.triton.schedule import schedule
+from wslfast.kernels.triton.schedule import joins, schedule
 from wslfast.kernels.triton.stages import Stage
 from wslfast.kernels.triton.tables import fold_tables
+from wslfast.kernels.triton.weight_gradients import stage_dw
 
 K, N = 3, 5
 # what a kernel alone may be off by: a maximum that is nearly tied goes another way now and then
@@ -213,6 +215,25 @@ def step_dx(net: Network, i: int) -> float:
     return _error(x.view(shape)[..., : below.NOUT], expected.view(shape)[..., : below.NOUT])
 
 
+def step_joint(net: Network, i: int) -> float:
+    """The first stage's weight gradient, made where the second's input gradient is."""
+    s, below, place = net.schedule.stages[i], net.schedule.stages[i - 1], net.schedule.placements[i]
+    g, code, y = _gradient_case(net, i)
+    _, below_code, x = _forward(net, i - 1)
+    made = fold_tables(net.schedule, N, torch.device(net.device))
+    partials = torch.zeros(K, made.row, device=net.device)
+    config = launch_configuration("joint", s, net.precision, partials.device)
+    packed = net.packed()[:, place.backward :]
+    stage_joint(g, code, None, packed, y, below_code, None, x, None, partials[:, made.bases[0] :], K, N, s, below, config, shared=True)
+    found = fold_twin(partials, made)
+    _, between = net.gradients(i, y.cpu(), g.cpu())
+    between = between * SLOPES[below.ACT](y.cpu().double())
+    expected, _ = net.gradients(i - 1, x.cpu(), between.view(K, N * below.POSITIONS, below.N))
+    first = net.schedule.placements[i - 1]
+    slots = [slot for slot in (first.weight, first.bias) if slot is not None]
+    return max(_error(found[:, slot.offset : slot.stop], expected[:, slot.offset : slot.stop]) for slot in slots)
+
+
 def fold_twin(partials: Tensor, made: tables.FoldTables) -> Tensor:
     """``[k, P]`` sums of a row of partials, in plain torch."""
     total = torch.zeros(len(partials), len(made.places), dtype=torch.float64, device=partials.device)
@@ -254,7 +275,8 @@ def steps(name: str, precision: str) -> list[str]:
     planned = schedule(*ARCHITECTURES[name])
     count = len(planned.stages)
     found = ["pack", "stack", *(f"forward {i}" for i in range(count)), "head"]
-    found += [f"{role} {i}" for i in range(count - 1, -1, -1) for role in ("dw", "dx") if i or role == "dw"] + ["fold"]
+    found += [f"{role} {i}" for i in range(count - 1, -1, -1) for role in ("dw", "dx") if i or role == "dw"]
+    found += ["joint 1", "fold"] if joins(planned) else ["fold"]
     for gradient, step in ((False, "network forward"), (True, "network loss")):
         try:
             network(planned, precision, gradient)
@@ -268,8 +290,8 @@ def run(name: str, precision: str, step: str, device: str) -> float:
     """Relative error of one step."""
     net = Network(name, precision, device)
     kind, _, number = step.partition(" ")
-    if kind in ("forward", "dw", "dx"):
-        return {"forward": step_forward, "dw": step_dw, "dx": step_dx}[kind](net, int(number))
+    if kind in ("forward", "dw", "dx", "joint"):
+        return {"forward": step_forward, "dw": step_dw, "dx": step_dx, "joint": step_joint}[kind](net, int(number))
     simple: dict[str, Callable[[], float]] = {
         "pack": lambda: step_pack(net),
         "stack": lambda: step_stack(net),

@@ -27,6 +27,7 @@ import triton
 
 from wslfast.kernels.layers import Activation, Conv2d, Dropout, Flatten, Layers, Linear, Pool2d, Unplannable
 from wslfast.kernels.triton import launch
+from wslfast.kernels.triton.configurations import CHOICES, tuned
 from wslfast.kernels.triton.head import MOST_QUERIES, fits
 from wslfast.kernels.triton.query_gradient import gradients, layers_on_queries
 from wslfast.kernels.triton.schedule import PRECISIONS
@@ -101,18 +102,27 @@ def disassemble(cubin: bytes, flag: str) -> str:
 
 def make_calls(layers: Layers, shape: tuple[int, ...], schedule: Schedule, precision: str) -> Iterator[Callable[[], object]]:
     """Calls that between them launch every kernel of a network: outputs, losses and gradients, layer by layer and as a whole, the
-    head in one launch and not, shared queries and rows of a pool."""
+    head in one launch and not, two gradients in one and not, shared queries and rows of a pool."""
     weights, queries = torch.zeros(1, schedule.parameters), torch.zeros(2, *shape)
     targets, index = torch.zeros(1, 2, schedule.classes), torch.zeros(1, 2, dtype=torch.long)
 
     def loss(criterion: str, queries: torch.Tensor, targets: torch.Tensor, **options: Any) -> Callable[[], object]:
         return lambda: launch.loss_and_gradient(weights, queries, targets, layers, criterion, 2.0, precision, **options)
 
+    def joint(call: Callable[[], object]) -> Callable[[], object]:
+        def run() -> None:
+            with tuned(CHOICES["joint"]):
+                call()
+
+        return run
+
     many = MOST_QUERIES + 1 if fits(schedule, 1) else 2
     for criterion in ("mse", "softmax_mse", "distillation"):
         yield loss(criterion, queries, targets, mode="layers")
         yield loss(criterion, torch.zeros(many, *shape), torch.zeros(1, many, schedule.classes), mode="layers")
     yield loss("mse", queries, targets, mode="layers", index=index)
+    yield joint(loss("mse", queries, targets, mode="layers"))
+    yield joint(loss("mse", queries, targets, mode="layers", index=index))
     yield lambda: launch.forward(weights, queries, layers, precision, mode="layers")
     yield lambda: launch.forward(weights, queries, layers, precision, mode="network")
     yield loss("mse", queries, targets, mode="network")
@@ -220,13 +230,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--precision", choices=PRECISIONS, nargs="+", default=["fp16", "tf32"])
     parser.add_argument("--architecture", choices=sorted(ARCHITECTURES), nargs="+", default=list(ARCHITECTURES))
     parser.add_argument("--role", choices=ROLES, nargs="+", default=[])
+    parser.add_argument("--kernel", nargs="+", default=[], help="by name, as it is printed (default: all)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     options = parser.parse_args(arguments)
     if triton.knobs.runtime.interpret:
         print("inspect compiles; unset TRITON_INTERPRET", file=sys.stderr)
         return 2
     listed = []
-    for row in rows(options.target, tuple(options.precision), tuple(options.architecture), tuple(options.role)):
+    asked = options.target, tuple(options.precision), tuple(options.architecture), tuple(options.role)
+    for row, _ in listings(*asked, wanted=lambda name: not options.kernel or name in options.kernel):
         listed.append(row)
         if options.json:
             print(json.dumps(row), flush=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import astuple, dataclass
 
-from wslfast.kernels.triton.schedule import Configuration, element_size, splits
+from wslfast.kernels.triton.configurations import Configuration, element_size, splits
 from wslfast.kernels.triton.stages import Stage, blocks
 
 SMS, GIGAHERTZ, TERABYTES = 132, 1.7, 3.0
@@ -98,7 +98,7 @@ def tiles_per_query(stage: Stage, role: str, config: Configuration) -> tuple[flo
         return stage.POSITIONS / config.BM * stage.NB, stage.NCH
     if role == "dw":
         return stage.POSITIONS / config.BM * stage.PASSES * config.TURNS, 1
-    return stage.HB * stage.WB / config.BM * stage.CB, stage.NB
+    return stage.HB * stage.WB / config.BM * stage.CB, stage.NB  # dx, joint
 
 
 def query_traffic(stage: Stage, role: str, precision: str) -> float:
@@ -112,6 +112,14 @@ def query_traffic(stage: Stage, role: str, precision: str) -> float:
     if role == "dw":
         return inputs + given + 2 * 4 * stage.GSIZE * splits(stage, QUERIES) / QUERIES
     return given + 2 * inputs
+
+
+def joint_traffic(stage: Stage, below: Stage, precision: str) -> float:
+    """The same for the input gradient of ``stage`` and the weight gradient of the first stage, ``below``, in one launch: what lies between
+    is neither written nor read."""
+    size = element_size(precision)
+    apart = query_traffic(stage, "dx", precision) + query_traffic(below, "dw", precision)
+    return apart - (stage.INPUTS + below.CODES) * size
 
 
 def nanoseconds(clocks: Clocks, traffic: float) -> tuple[float, str]:

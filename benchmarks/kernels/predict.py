@@ -1,8 +1,8 @@
 """Resources and predictions of docs/kernels.md: compiled for sm_90, counted by the model of pipes.py, written as tables.
 
-    python -m benchmarks.kernels.predict [--network] [--write docs/kernels.md]
+    python -m benchmarks.kernels.predict [--write docs/kernels.md]
 
-Takes some minutes; ``--network``, which adds the resources of the whole network in one launch, as many more. ``--write`` replaces
+Takes some minutes; the resources of whole networks are those of ``make kernels`` (record.py). ``--write`` replaces
 what stands between ``<!-- NAME: generated -->`` and ``<!-- end -->``.
 """
 
@@ -18,13 +18,15 @@ from typing import Any
 
 import triton
 
-from benchmarks.kernels import inspect, pipes
-from wslfast.kernels.triton.schedule import configuration, executed_multiply_adds, needed_multiply_adds
+from benchmarks.kernels import inspect, pipes, record
+from wslfast.kernels.triton.configurations import configuration
+from wslfast.kernels.triton.schedule import executed_multiply_adds, needed_multiply_adds
 from wslfast.kernels.triton.schedule import schedule as schedule_of
 from wslfast.kernels.triton.stages import Schedule
 
 PRECISIONS = ("fp16", "tf32", "tf32x3")
 _COUNTED = re.compile(r"(forward|dw|dx) (\d+)")
+_JOINT = "joint 1"
 _LISTED = ("pack", "stack", "criterion mse", "head mse", "fold")
 TITLES = {"cnn3": "CNN3", "lenet5": "LeNet-5", "cnn": "CNN (28 x 28)"}
 
@@ -46,22 +48,25 @@ class Prediction:
 
 
 def _wanted(kernel: str) -> bool:
-    return _COUNTED.fullmatch(kernel) is not None or kernel in _LISTED
+    return _COUNTED.fullmatch(kernel) is not None or kernel in (*_LISTED, _JOINT)
 
 
 def predict(schedule: Schedule, row: dict[str, Any], sass: str) -> Prediction | None:
-    """The prediction behind a row of inspect, None for kernels outside the sum (layouts, the criterion, the head)."""
-    counted = _COUNTED.fullmatch(row["kernel"])
-    if not counted:
+    """The prediction behind a row of inspect, None for kernels that are not counted (layouts, the criterion, the head)."""
+    joint, counted = row["kernel"] == _JOINT, _COUNTED.fullmatch(row["kernel"])
+    if not (joint or counted):
         return None
-    role, i = counted[1], int(counted[2])
+    role, i = ("joint", 1) if counted is None else (counted[1], int(counted[2]))
     stage, precision = schedule.stages[i], row["precision"]
     config = configuration(role, stage, precision)
     tiles, turns = pipes.tiles_per_query(stage, role, config)
     clocks = pipes.tile_clocks(sass, 1 if config.HOIST else turns, config.WARPS) * tiles
     held = pipes.programs_per_sm(row["registers"], row["shared_bytes"], config.WARPS)
-    needed, executed = needed_multiply_adds(stage, schedule.placements[i], role), executed_multiply_adds(stage, role)
-    return Prediction(row["kernel"], held, needed, executed, clocks, pipes.query_traffic(stage, role, precision))
+    pieces = [("dx", 1), ("dw", 0)] if joint else [(role, i)]
+    needed = sum(needed_multiply_adds(schedule.stages[at], schedule.placements[at], part) for part, at in pieces)
+    executed = sum(executed_multiply_adds(schedule.stages[at], part) for part, at in pieces)
+    traffic = pipes.joint_traffic(stage, schedule.stages[0], precision) if joint else pipes.query_traffic(stage, role, precision)
+    return Prediction(row["kernel"], held, needed, executed, clocks, traffic)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -118,30 +123,71 @@ def summary_table(predictions: dict[tuple[str, str], list[Prediction]]) -> str:
     return _table(header, lines)
 
 
+def joint_table(apart: dict[tuple[str, str], list[Prediction]], joint: dict[tuple[str, str], tuple[dict[str, Any], Prediction]]) -> str:
+    """One line a network and precision that has the launch: what it takes, beside the two that it stands for."""
+    lines = []
+    for (architecture, precision), (row, one) in joint.items():
+        kernels = apart[architecture, precision]
+        two = [p for p in kernels if p.kernel in ("dx 1", "dw 0")]
+        step, before, (ns, why) = sum(p.time[0] for p in kernels), sum(p.time[0] for p in two), one.time
+        clk = " / ".join(str(round(value)) for value in (one.clocks.tensor, one.clocks.issue, one.clocks.memory))
+        lines.append(
+            (
+                f"{TITLES[architecture]} {precision}",
+                f"{row['registers']} / {row['spill_bytes']} / {row['shared_bytes']}",
+                one.programs,
+                clk,
+                f"{sum(p.traffic for p in two) / 1e3:.1f} / {one.traffic / 1e3:.1f}",
+                f"{before:.2f} / {ns:.2f}",
+                why,
+                f"{step:.1f} / {step - before + ns:.1f}",
+            )
+        )
+    header = (
+        "network",
+        "registers / spill_bytes / shared_bytes",
+        "CTAs/SM",
+        "clk tensor / issue / load/store",
+        "KB, two launches / one",
+        "ns, two launches / one",
+        "bound by",
+        "step ns, two launches / one",
+    )
+    return _table(header, lines)
+
+
 def network_table() -> str:
-    """Registers, spills and shared memory of the whole network in one launch: a line a network and target."""
+    """Registers, spills and shared memory of the whole network in one launch, as recorded: a line a network and target."""
     lines, roles = [], ("network_forward", "network_loss")
+    recorded = {
+        (row["architecture"], row["target"], row["role"], row["precision"]): row
+        for row in record.read()[1]
+        if row["kind"] == "resources" and row["role"] in roles
+    }
     for architecture in TITLES:
-        for target in ("sm_90", "sm_80"):
-            rows = inspect.rows(target, PRECISIONS[:2], (architecture,), roles)
-            cells = {(row["role"], row["precision"]): f"{row['registers']} / {row['spill_bytes']} / {row['shared_bytes']}" for row in rows}
-            lines.append((TITLES[architecture], target, *(cells[role, p] for role in roles for p in PRECISIONS[:2])))
-    return _table(("network", "target", *(f"{what} {p}" for what in ("forward", "loss") for p in PRECISIONS[:2])), lines)
+        for target in inspect.TARGETS:
+            rows = [recorded.get((architecture, target, role, p)) for role in roles for p in PRECISIONS]
+            cells = ("-" if row is None else f"{row['registers']} / {row['spill_bytes']} / {row['shared_bytes']}" for row in rows)
+            lines.append((TITLES[architecture], target, *cells))
+    return _table(("network", "target", *(f"{what} {p}" for what in ("forward", "loss") for p in PRECISIONS)), lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels.predict", description=__doc__.split("\n", 1)[0])
     parser.add_argument("--write", type=Path, help="a page with places for the tables")
-    parser.add_argument("--network", action="store_true", help="the whole network in one launch as well")
     options = parser.parse_args(arguments)
     if triton.knobs.runtime.interpret:
         print("predict compiles; unset TRITON_INTERPRET", file=sys.stderr)
         return 2
     resources: list[dict[str, Any]] = []
     predictions: dict[tuple[str, str], list[Prediction]] = {(a, p): [] for a in TITLES for p in PRECISIONS}
+    joint: dict[tuple[str, str], tuple[dict[str, Any], Prediction]] = {}
     for row, sass in inspect.listings("sm_90", PRECISIONS, tuple(TITLES), wanted=_wanted):
         prediction = predict(schedule_of(*inspect.ARCHITECTURES[row["architecture"]]), row, sass)
+        if prediction and row["kernel"] == _JOINT:
+            joint[row["architecture"], row["precision"]] = row, prediction
+            continue
         if row["architecture"] == "cnn3":
             resources.append(row)
         if prediction:
@@ -150,10 +196,10 @@ def main(arguments: list[str] | None = None) -> int:
     tables = {
         "resources": _table(columns, [[row[c] for c in columns] for row in resources]),
         "summary": summary_table(predictions),
+        "joint": joint_table(predictions, joint),
+        "network": network_table(),
         **{f"cnn3 {p}": kernel_table(predictions["cnn3", p]) for p in PRECISIONS},
     }
-    if options.network:
-        tables["network"] = network_table()
     if options.write is None:
         print("\n\n".join(f"{name}\n\n{table}" for name, table in tables.items()))
         return 0

@@ -28,7 +28,8 @@ from triton.runtime import interpreter
 
 from wslfast.kernels.layers import Layers, Unplannable
 from wslfast.kernels.triton import launch, network_layout
-from wslfast.kernels.triton.schedule import Tuning, schedule, tuned
+from wslfast.kernels.triton.configurations import Tuning, tuned
+from wslfast.kernels.triton.schedule import joins, schedule
 
 
 @dataclass
@@ -194,8 +195,8 @@ MANY = Tuning(lambda role, stage, precision, c: replace(c, TILES=1, BM=16), 32) 
 
 
 def exercise(layers: Layers, shape: tuple[int, ...], precision: str = "fp16", many: bool = False, k: int = 2, n: int = 5) -> None:
-    """Every launch that calls of one network make: outputs, losses, rows of a pool, layer by layer and as a whole, the latter with blocks
-    of two queries, so that programs walk over several."""
+    """Every launch that calls of one network make: outputs, losses, rows of a pool, layer by layer, with two gradients in one launch, and as
+    a whole, the latter with blocks of two queries, so that programs walk over several."""
     planned = schedule(layers, shape)
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(k, planned.parameters, generator=generator) * 0.3
@@ -203,16 +204,24 @@ def exercise(layers: Layers, shape: tuple[int, ...], precision: str = "fp16", ma
     targets = torch.randn(k, n, planned.classes, generator=generator)
     rows = torch.randint(0, n, (k, 3), generator=generator)
     small = mock.patch.object(network_layout, "query_block", return_value=2), mock.patch.object(network_layout, "PART", 4)
-    with small[0], small[1], tuned(MANY if many else Tuning()):
+    tuning = MANY if many else Tuning()
+
+    def losses(mode: str) -> None:
+        launch.loss_and_gradient(weights, queries, targets, layers, "mse", 2.0, precision, mode=mode)
+        launch.loss_and_gradient(weights, queries, targets[:, :3], layers, "softmax_mse", 2.0, precision, index=rows, mode=mode)
+
+    with small[0], small[1], tuned(tuning):
         network_layout.network.cache_clear()
         try:
             for mode in ("layers", "network"):
                 try:
-                    launch.loss_and_gradient(weights, queries, targets, layers, "mse", 2.0, precision, mode=mode)
-                    launch.loss_and_gradient(weights, queries, targets[:, :3], layers, "softmax_mse", 2.0, precision, index=rows, mode=mode)
+                    losses(mode)
                     launch.forward(weights, queries, layers, precision, mode=mode)
                 except Unplannable:
                     continue
+            if joins(planned):
+                with tuned(replace(tuning, joint=True)):
+                    losses("layers")
         finally:
             network_layout.network.cache_clear()
 

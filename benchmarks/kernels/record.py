@@ -25,7 +25,7 @@ from wslfast.kernels.triton import sources
 ROOT = Path(__file__).resolve().parents[2]
 FILE = ROOT / "benchmarks" / "data" / "kernels.jsonl"
 KEY = ("architecture", "precision", "target")
-PARTS = {"layers": ("forward", "dx", "dw", "tail", "layout"), "network": ("network_forward", "network_loss")}  # by role
+PARTS = {"layers": ("forward", "dx", "dw", "joint", "tail", "layout"), "network": ("network_forward", "network_loss")}  # by role
 
 
 def read(path: Path = FILE) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -23,7 +23,7 @@ from triton.runtime.jit import JITFunction
 from wslfast.kernels.triton import launcher
 from wslfast.kernels.triton.stages import Schedule
 
-ROLES = ("forward", "dx", "dw", "tail", "network_forward", "network_loss", "layout")
+ROLES = ("forward", "dx", "dw", "joint", "tail", "network_forward", "network_loss", "layout")
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Launch:
     new: bool
 
 
-class _Driver:
+class Driver:
     """What Triton's launch path asks of a GPU."""
 
     launcher_cls = None
@@ -71,6 +71,8 @@ def named(kernel: str, constants: dict[str, Any], schedule: Schedule) -> tuple[s
         return f"{kind} {constants['CRITERION']}", "tail"
     if kind in ("network_forward", "network_loss"):
         return kind + _way(constants) + (f" {constants['CRITERION']}" if kind == "network_loss" else ""), kind
+    if kind == "joint":
+        return f"joint {schedule.stages.index(constants['s'])}{_way(constants)}", kind
     if kind in ("forward", "dw", "dx"):
         alone = " alone" if constants.get("GRAD") is False else ""
         first = _way(constants) if constants["s"].INPUT else ""
@@ -102,7 +104,7 @@ def standing_in(
         schedule: of the network; it gives launches their names.
         wanted: which kernels to compile, by name and role; the others are passed over.
     """
-    driver, run = _Driver(number(target)), JITFunction.run
+    driver, run = Driver(number(target)), JITFunction.run
     names: dict[int, tuple[str, str]] = {}
 
     def bind(self: JITFunction, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:

@@ -7,8 +7,8 @@ from __future__ import annotations
 from functools import lru_cache
 
 from ..layers import Unplannable
+from .configurations import element_size, splits
 from .network_layout import network
-from .schedule import element_size, splits
 from .stages import Schedule
 
 MEMORY = 2**33  # bytes of activations in flight unless the caller says otherwise: no device query, and graphs can capture

@@ -1,4 +1,4 @@
-"""A stage of every model in one launch: convolution (or linear layer), pooling, activation. Its gradients: gradients.py.
+"""A stage of every model in one launch: convolution (or linear layer), pooling, activation. Its gradients: *_gradients.py.
 
 Layouts (C, N padded channels, see stages.py; k models, n queries):
 
@@ -21,9 +21,9 @@ from torch import Tensor
 
 from . import launcher
 from .activations import matmul
+from .configurations import Configuration, configuration
 from .devices import matrix_unit
 from .launcher import launch
-from .schedule import Configuration, configuration
 from .stages import Stage, blocks
 from .tiles import between, held, patches, pool_and_store, query, share, weights, wide
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ..layers import Layers
 from ..once import once
+from .configurations import tuned, tuning
 from .launch import forward, loss_and_gradient
 from .query_gradient import gradients
-from .schedule import tuned, tuning
 
 
 def differentiable_forward(

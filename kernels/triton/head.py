@@ -18,9 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate, matmul, rounded, slope_of_input, slope_of_output
+from .configurations import Configuration
 from .criterion import criterion_terms, gain_for, loss_scale, read_targets, target_strides
 from .launcher import launch
-from .schedule import Configuration
 from .stages import Schedule
 from .tiles import synchronise, wide
 

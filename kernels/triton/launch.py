@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,16 +20,20 @@ from torch import Tensor
 
 from ..layers import Layers
 from .budget import MEMORY, choose_mode, models_per_chunk
+from .buffers import Activations, Queries, axes_of
+from .configurations import tuning
 from .convolution import launch_configuration, stage_forward
 from .criterion import CRITERIA, criterion_forward_backward, gradient_scale
-from .gradients import stage_dw, stage_dx
 from .head import fits, head_loss_and_gradient
-from .network import network_forward, network_loss
-from .packing import fold, pack, stack, stack_pool, storage
-from .schedule import PRECISIONS
+from .input_gradients import stage_dx
+from .joint_gradient import stage_joint
+from .network_launch import network_forward, network_loss
+from .packing import fold, pack
+from .schedule import PRECISIONS, joins
 from .schedule import schedule as schedule_of
 from .stages import Schedule
 from .tables import FoldTables, fold_tables
+from .weight_gradients import stage_dw
 
 OFFSETS = 2**31  # in-model offsets are 32-bit
 # Layers that were seen, by identity: hashing some twenty records at every call takes longer than a launch.
@@ -41,59 +45,9 @@ def _device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-class _Activations:
-    """Buffers of one chunk of ``k`` models; allocated once and used by every chunk."""
-
-    def __init__(self, schedule: Schedule, k: int, n: int, precision: str, gradient: bool, device: torch.device) -> None:
-        kind = storage(precision)
-        self.outputs: list[Tensor] = []
-        self.codes: list[Tensor | None] = []
-        self.slopes: list[Tensor | None] = []
-        for stage in schedule.stages:
-            stored = torch.float32 if stage.LAST else kind
-            self.outputs.append(torch.empty(k * n * stage.OUTPUTS, dtype=stored, device=device))
-            code = gradient and stage.POOL == "max"
-            self.codes.append(torch.empty(k * n * stage.CODES, dtype=torch.int8, device=device) if code else None)
-            slope = gradient and stage.SLOPE in ("pooled", "window")
-            self.slopes.append(torch.empty(k * n * stage.SLOPES, dtype=kind, device=device) if slope else None)
-        if gradient:
-            last = schedule.stages[-1]
-            self.gradient = torch.empty(k * n * last.CODES, dtype=kind, device=device)
-
-
-class _Queries:
-    """Queries as the first stage reads them, and how a model finds its own."""
-
-    def __init__(self, queries: Tensor, index: Tensor | None, schedule: Schedule, k: int, precision: str) -> None:
-        rank = _axes(queries)
-        if index is not None and queries.ndim != rank + 1:
-            raise ValueError(f"expected a pool of {rank + 1} axes with an index, got {queries.ndim}")
-        self.shared = queries.ndim == rank + 1 and index is None
-        self.n = queries.shape[0] if self.shared else queries.shape[1] if index is None else index.shape[1]
-        self.queries, self.rank, self.layout = queries, rank, (schedule, rank, precision)
-        self.index = None if index is None else index.long().contiguous()
-        self.per_model = 0 if self.shared else self.n
-        if self.n < 1:
-            raise ValueError("expected at least one query")
-        if index is not None and (index.ndim != 2 or index.shape[0] != k or index.is_floating_point()):
-            raise ValueError(f"expected an index [{k}, n] of integers, got {list(index.shape)} {index.dtype}")
-        if index is None and not self.shared and queries.shape[0] != k:
-            raise ValueError(f"expected queries for {k} models, got {queries.shape[0]}")
-
-    @cached_property
-    def images(self) -> Tensor:
-        return (stack if self.index is None else stack_pool)(self.queries, *self.layout)
-
-    def of(self, start: int, count: int) -> tuple[Tensor, Tensor | None]:
-        """(images, index) of the chunk of ``count`` models that begins at model ``start``."""
-        if self.index is not None:
-            return self.images, self.index[start:]
-        return (self.images if self.shared else stack(self.queries[start : start + count], *self.layout)), None
-
-
 def _forward(
     schedule: Schedule,
-    held: _Activations,
+    held: Activations,
     weights: Tensor,
     packed: Tensor,
     images: Tensor,
@@ -127,7 +81,7 @@ def _forward(
 
 def _backward(
     schedule: Schedule,
-    held: _Activations,
+    held: Activations,
     packed: Tensor,
     images: Tensor,
     index: Tensor | None,
@@ -144,6 +98,7 @@ def _backward(
 ) -> None:
     """Weight-gradient partials of stages ``lowest`` to ``stages`` - 1, down from ``g``, the gradient of the last one's output.
     Overwrites the activations: a stage's weight gradient reads its input before the input gradient is written over it."""
+    joint = lowest == 0 and tuning().joint and joins(schedule)
     for i in range(stages - 1, -1, -1):
         stage = schedule.stages[i]
         if i < lowest:
@@ -161,6 +116,26 @@ def _backward(
             launch_configuration("dw", stage, precision, packed.device),
             shared=shared and i == 0,
         )
+        if i == 1 and joint:
+            stage_joint(
+                g,
+                held.codes[1],
+                held.slopes[1],
+                packed[:, schedule.placements[1].backward :],
+                held.outputs[0],
+                held.codes[0],
+                held.slopes[0],
+                images,
+                index,
+                partials[:, tables.bases[0] :],
+                k,
+                n,
+                stage,
+                schedule.stages[0],
+                launch_configuration("joint", stage, precision, packed.device),
+                shared=shared,
+            )
+            break
         if i:
             below = held.outputs[i - 1]
             stage_dx(
@@ -195,15 +170,8 @@ def _widest(schedule: Schedule) -> int:
     return max(max(s.INPUTS, s.CODES, s.OUTPUTS, s.SLOPES, s.HB * s.WB * s.PS**2 * s.C) for s in schedule.stages)
 
 
-def _axes(queries: Tensor) -> int:
-    """Axes of one query, three or one. Told by the queries, not by the layers: a network that begins by flattening takes both."""
-    if not 2 <= queries.ndim <= 5:
-        raise ValueError(f"expected queries [n, C, H, W] or [n, features], or with a leading axis over models, got {list(queries.shape)}")
-    return 1 if queries.ndim < 4 else 3
-
-
 def _schedule(layers: Layers, queries: Tensor) -> Schedule:
-    shape = tuple(queries.shape[-_axes(queries) :])
+    shape = tuple(queries.shape[-axes_of(queries) :])
     known = _schedules.get((id(layers), shape))
     if known is None or known[0] is not layers:
         if len(_schedules) >= 256:
@@ -236,7 +204,7 @@ def forward(
     schedule, k = _schedule(layers, queries), weights.shape[0]
     memory = memory or MEMORY
     with torch.no_grad(), _device(weights):
-        source = _Queries(queries, index, schedule, k, precision)
+        source = Queries(queries, index, schedule, k, precision)
         n = source.n
         _check(weights, schedule, n, precision)
         outputs = torch.empty(k, n, schedule.classes, device=weights.device)
@@ -246,7 +214,7 @@ def forward(
             network_forward(weights, queries, source.index, outputs, schedule, precision, source.rank, memory, shared=source.shared)
             return outputs
         chunk = models_per_chunk(schedule, k, n, precision, False, memory)
-        held = _Activations(schedule, chunk, n, precision, False, weights.device)
+        held = Activations(schedule, chunk, n, precision, False, weights.device)
         direct = chunk == k or chunk % 8 == 0  # else a chunk's outputs may begin anywhere, for which there is another kernel
         for start in range(0, k, chunk):
             part = weights[start : start + chunk]
@@ -295,7 +263,7 @@ def loss_and_gradient(
     schedule, k = _schedule(layers, queries), weights.shape[0]
     memory = memory or MEMORY
     with torch.no_grad(), _device(weights):
-        source = _Queries(queries, index, schedule, k, precision)
+        source = Queries(queries, index, schedule, k, precision)
         n, device = source.n, weights.device
         _check(weights, schedule, n, precision)
         if not targets.is_floating_point():
@@ -329,7 +297,7 @@ def loss_and_gradient(
             )
             return losses, gradient
         chunk = models_per_chunk(schedule, k, n, precision, True, memory)
-        held = _Activations(schedule, chunk, n, precision, True, device)
+        held = Activations(schedule, chunk, n, precision, True, device)
         tables = fold_tables(schedule, n, device)
         partials = torch.empty(chunk, tables.row, device=device)
         gain = torch.empty(chunk, device=device)

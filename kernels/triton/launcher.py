@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .schedule import launch_options
+from .configurations import launch_options
 
 _compiled: dict[tuple[Any, ...], Any] = {}
 _MOST = 4096  # kinds of launches: more means that something in the keys never repeats
@@ -49,7 +49,7 @@ def launch(kernel: Any, programs: int, *arguments: Any, warps: int = 4, register
     Args:
         kernel: a ``triton.jit`` function.
         arguments: tensors, whole numbers and floats, in the order of its signature.
-        warps, registers: see ``schedule.launch_options``.
+        warps, registers: see ``configurations.launch_options``.
         constants: the ``constexpr`` arguments, which come last, in the order of its signature.
     """
     values = tuple(constants.values())

@@ -13,8 +13,8 @@ from functools import lru_cache
 from itertools import accumulate
 
 from ..layers import Unplannable
+from .configurations import Configuration, configuration, element_size
 from .devices import WARPGROUP
-from .schedule import Configuration, configuration, element_size
 from .stages import Hashed, Schedule, Stage, blocks, hash_once, power_of_two
 from .tables import step
 

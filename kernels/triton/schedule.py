@@ -1,29 +1,24 @@
 """The schedule of a network: a layer list becomes stages, or a layer is refused by name.
 
 ``schedule(layers, input_shape)`` folds the layers into stages (stages.py), each one convolution or linear layer with the
-pooling and the activation behind it, decides how each is tiled and where its numbers lie. ``configuration`` gives a
-kernel's launch parameters. All pure functions of shapes: no tensors and no Triton here.
+pooling and the activation behind it, decides how each is tiled and where its numbers lie. How a kernel is launched: configurations.py.
+All pure functions of shapes: no tensors and no Triton here.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ..layers import Activation, Conv2d, Dropout, Flatten, Layer, Layers, Linear, Pool2d, Slot, Unplannable, layer_slots, shapes
-from .devices import WARPGROUP
-from .stages import Hashed, Placement, Schedule, Stage, blocks, hash_once, power_of_two
+from .stages import Placement, Schedule, Stage, blocks, power_of_two
 
 MONOTONE = ("identity", "relu", "leakyrelu", "tanh", "sigmoid", "elu", "celu")  # their slope can be read off their output
 ACTIVATIONS = (*MONOTONE, "silu", "gelu", "softplus")  # those of activations.py
 PRECISIONS = ("fp16", "bf16", "tf32", "tf32x3", "ieee")
 MAX_CHANNELS, MAX_FEATURES, MAX_KERNEL = 64, 16384, 7
 GRADIENT_ACCUMULATORS = 96 * 128  # fp32 numbers a dW program holds: 96 registers in each of 128 threads
-PRECISE_ACCUMULATORS = 64 * 128  # the same where operands of tf32x3 take the other registers
 
 
 @dataclass(frozen=True)
@@ -273,111 +268,15 @@ def schedule(layers: Layers, input_shape: tuple[int, ...]) -> Schedule:
     return Schedule(tuple(stages), tuple(placements), parameters, offset, stages[-1].NOUT, isinstance(collected[0].layer, Linear))
 
 
-@dataclass(frozen=True)
-class Configuration(Hashed):
-    """How one kernel is launched: rows a tile, warps, pipeline stages, whether weights stay in shared memory, the precision, row
-    tiles a program, a limit to registers a thread (0: the compiler's own), the parts in which a product of the forward pass takes its
-    sum, and the programs that share the weight gradient's tiles which are one program's otherwise."""
-
-    BM: int
-    WARPS: int
-    STAGES: int
-    HOIST: bool
-    PREC: str
-    TILES: int = 8
-    REGISTERS: int = 0
-    CUT: int = 1
-    TURNS: int = 1
-
-    __hash__ = hash_once
-
-
-def launch_options(warps: int = 4, registers: int = 0) -> dict[str, int | bool]:
-    """Options of every launch. Fused multiply-adds are asked for by name: Triton's default is about to change."""
-    return {"num_warps": warps, "enable_fp_fusion": True, **({"maxnreg": registers} if registers else {})}
-
-
-def element_size(precision: str) -> int:
-    return 2 if precision in ("fp16", "bf16") else 4
-
-
-@lru_cache(maxsize=1024)
-def _default(role: str, stage: Stage, precision: str, unit: str) -> Configuration:
-    """Hopper's matrix instruction takes 64 rows a warpgroup. Before it operands pass through registers, and the rows are as few as keep
-    them from spilling. tf32x3 holds every operand twice: its gradients' sums are as short as products of one warp are everywhere, and its
-    forward products take their sums in two parts."""
-    size, hopper, precise = element_size(precision), unit == WARPGROUP, precision == "tf32x3"
-    if role == "dw":
-        rows = 32 if hopper or size == 2 else 16
-        rows = (32 if stage.PATCH else 16) if precise else rows
-    elif precise and (role == "head" or not hopper):
-        rows = 32 if stage.PATCH else 16
-    elif hopper:
-        rows = 64
-    else:
-        rows = 16 if role == "dx" and size == 4 else 32
-    weights = 0 if role == "dw" else stage.XSIZE // stage.CB if role == "dx" else stage.WSIZE // stage.NB
-    # Held weights take shared memory and, in dX, where wide gradients are live as well, registers.
-    held = role != "dw" and (hopper or size == 2 or role == "dx") and (not precise or stage.PATCH)
-    hoist = held and weights * size <= (49152 if role != "dx" or stage.JX < stage.P else 32768)
-    cut = 2 if precise and hopper and role == "forward" and not stage.PATCH and stage.KD >= 32 else 1
-    turns = 1
-    if precise and not hopper and role == "dw":
-        fit = PRECISE_ACCUMULATORS // (stage.KDW * stage.ND)
-        turns = next(t for t in range(1, stage.NI + 1) if stage.NI % t == 0 and stage.NI // t <= max(1, fit))
-    return Configuration(BM=rows, WARPS=4, STAGES=1, HOIST=hoist, PREC=precision, CUT=cut, TURNS=turns)
-
-
-SPLIT_ROWS = 4096  # of a weight gradient's sum
-Choice = Callable[[str, Stage, str, Configuration], Configuration]
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """What a measurement tries in place of the defaults: ``choose(role, stage, precision, default)``, and rows a split."""
-
-    choose: Choice = lambda role, stage, precision, default: default
-    split_rows: int = SPLIT_ROWS
-
-
-def _pipelined(role: str, stage: Stage, precision: str, default: Configuration) -> Configuration:
-    return replace(default, STAGES=2) if role != "dw" else default
-
-
-def _long(role: str, stage: Stage, precision: str, default: Configuration) -> Configuration:
-    return replace(default, TILES=16) if role != "dw" else default
-
-
-# What a machine may find fastest when it proves the kernels. They move loads and rows between programs and no term of a sum: whichever
-# is taken, the bits are the same.
-CHOICES = {"default": Tuning(), "pipelined": Tuning(_pipelined), "long": Tuning(_long)}
-_tuning: ContextVar[Tuning | None] = ContextVar("wslfast_tuning", default=None)
-
-
-def tuning() -> Tuning:
-    """What :func:`tuned` set for this call, to be set again where autograd's own thread goes on with it."""
-    return _tuning.get() or CHOICES["default"]
-
-
-@contextmanager
-def tuned(choice: Tuning) -> Iterator[None]:
-    """Inside, every launch takes its configuration from ``choice``: one of CHOICES, or what ``benchmarks/tune.py`` tries."""
-    token = _tuning.set(choice)
-    try:
-        yield
-    finally:
-        _tuning.reset(token)
-
-
-def configuration(role: str, stage: Stage, precision: str, unit: str = WARPGROUP) -> Configuration:
-    """Launch parameters of ``role`` (forward | dx | dw | head): a pure function, so that no first call tunes."""
-    default = _default(role, stage, precision, unit)
-    return tuning().choose(role, stage, precision, default)
-
-
-def splits(stage: Stage, n: int) -> int:
-    """Parts of the rows that a weight gradient is summed over; never a function of k, so a model's sum keeps its order."""
-    return min(16, blocks(n * stage.POSITIONS, tuning().split_rows))
+@lru_cache(maxsize=256)
+def joins(schedule: Schedule) -> bool:
+    """Whether the first two stages have the form that joint_gradient.py knows: a first patch of one tile and one block of channels, whose maxima are
+    pooled, below a stage that takes all of its input's channels and one or two pixels a step."""
+    if len(schedule.stages) < 2:
+        return False
+    below, stage = schedule.stages[:2]
+    whole = below.PATCH and below.NB == 1 and stage.CB == 1 and stage.BC == stage.C == below.N
+    return whole and below.POOL == "max" and stage.PS in (1, 2) and (stage.H, stage.W) == (below.HO, below.WO)
 
 
 def needed_multiply_adds(stage: Stage, placement: Placement, role: str) -> int:

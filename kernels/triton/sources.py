@@ -7,7 +7,17 @@ from functools import lru_cache
 from pathlib import Path
 
 # What decides how kernels are launched on the host, and not what is compiled.
-HOST = ("__init__.py", "budget.py", "differentiable.py", "folding.py", "launch.py", "query_gradient.py", "sources.py")
+HOST = (
+    "__init__.py",
+    "budget.py",
+    "buffers.py",
+    "differentiable.py",
+    "folding.py",
+    "launch.py",
+    "network_launch.py",
+    "query_gradient.py",
+    "sources.py",
+)
 
 
 @lru_cache(maxsize=2)

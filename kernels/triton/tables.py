@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .schedule import splits
+from .configurations import splits
 from .stages import Placement, Schedule, Stage, blocks
 
 

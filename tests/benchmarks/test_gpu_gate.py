@@ -178,6 +178,7 @@ def test_every_step_of_every_network_is_diagnosed() -> None:
         "dx 1",
         "dx 4",
         "head",
+        "joint 1",
         "fold",
         "network forward",
         "network loss",
@@ -189,7 +190,7 @@ def test_every_step_of_every_network_is_diagnosed() -> None:
     assert "test:stride_2 bf16" in compiled
 
 
-@pytest.mark.parametrize("step", ["pack", "stack", "forward 2", "dw 3", "dx 3", "fold"])
+@pytest.mark.parametrize("step", ["pack", "stack", "forward 2", "dw 3", "dx 3", "joint 1", "fold"])
 def test_a_kernel_alone_is_right_in_the_interpreter(step: str) -> None:
     triton = pytest.importorskip("triton")
     if not triton.knobs.runtime.interpret:
@@ -199,14 +200,14 @@ def test_a_kernel_alone_is_right_in_the_interpreter(step: str) -> None:
     assert diagnose.run("cnn", "tf32", step, "cpu") < 1e-3
 
 
-@pytest.mark.parametrize(("role", "step"), [("stage_forward", "forward 2"), ("stage_dw", "dw 3"), ("stage_dx", "dx 3")])
+@pytest.mark.parametrize(("role", "step"), [("stage_forward", "forward 2"), ("stage_dw", "dw 3"), ("stage_dx", "dx 3"), ("stage_joint", "joint 1")])
 def test_a_kernel_that_is_wrong_is_found(role: str, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
     triton = pytest.importorskip("triton")
     if not triton.knobs.runtime.interpret:
         pytest.skip("needs TRITON_INTERPRET=1")
     from benchmarks.kernels import diagnose
 
-    real, output = getattr(diagnose, role), {"stage_forward": 4, "stage_dw": 5, "stage_dx": 4}[role]
+    real, output = getattr(diagnose, role), {"stage_forward": 4, "stage_dw": 5, "stage_dx": 4, "stage_joint": 9}[role]
 
     def wrong(*arguments: Any, **options: Any) -> None:
         real(*arguments, **options)

@@ -14,7 +14,7 @@ if not triton.knobs.runtime.interpret:
     pytest.skip("needs TRITON_INTERPRET=1 when triton is first imported", allow_module_level=True)
 
 from benchmarks import tune
-from wslfast.kernels.triton import schedule as module
+from wslfast.kernels.triton import configurations as module
 
 
 def _job() -> tune.Job:

@@ -110,7 +110,7 @@ def test_a_run_that_died_of_its_kernels_goes_on_without_them(tmp_path: Path, mon
     population = Population(ARCH, ARCH.initial_weights(["kaiming_normal"] * 20, range(20)))
     images = torch.randn(48, *ARCH.input_shape)
     graph = verdicts.graph_digest(ARCH)
-    on = {(graph, "tf32", form): Decision(True, "proved", "long") for form in ("loss", "forward")}
+    on = {(graph, "tf32", form): Decision(True, "proved", "joint") for form in ("loss", "forward")}
     monkeypatch.setattr(loop, "ensure", lambda *_: on)
     wslfast.train(config(tmp_path, steps=1), population=population, images=images)
 

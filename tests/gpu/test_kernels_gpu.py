@@ -26,6 +26,7 @@ if not torch.cuda.is_available() and not INTERPRET:
 
 from wslfast.kernels.triton import budget
 from wslfast.kernels.triton import launch as kernels
+from wslfast.kernels.triton.configurations import CHOICES, tuned
 from wslfast.kernels.triton.criterion import CRITERIA
 from wslfast.kernels.triton.differentiable import differentiable_forward
 from wslfast.kernels.triton.schedule import schedule
@@ -68,6 +69,13 @@ def _check(case: Net, k: int, n: int, precision: str, criterion: str = "mse") ->
 @pytest.mark.parametrize("name", NETWORKS)
 def test_against_float64(name: str, precision: str) -> None:
     _check(NETWORKS[name], *size((3, 37), (2, 3)), precision)
+
+
+@pytest.mark.parametrize("precision", ["tf32x3", "tf32", "fp16", "bf16"])
+@pytest.mark.parametrize("choice", [name for name in CHOICES if name != "default"])
+def test_what_a_machine_may_choose_against_float64(choice: str, precision: str) -> None:
+    with tuned(CHOICES[choice]):
+        _check(CNN3_TANH, *size((3, 37), (2, 3)), precision)
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)

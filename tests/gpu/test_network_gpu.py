@@ -19,7 +19,7 @@ if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 
 from wslfast.kernels.triton import launch as kernels
-from wslfast.kernels.triton import network as whole
+from wslfast.kernels.triton import network_launch as whole
 from wslfast.kernels.triton import network_layout
 from wslfast.kernels.triton.criterion import CRITERIA
 from wslfast.kernels.triton.schedule import schedule

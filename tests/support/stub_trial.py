@@ -80,7 +80,7 @@ def install(mode: str, put: Callable[[Any, str, Any], None] = setattr) -> None:
     def kernels(architecture: Any, choice: str) -> Any:
         if mode == "interpreter":
             return Triton(architecture, "a test", choice)
-        seconds = {"default": 3.0, "pipelined": 2.0, "long": 5.0}[choice] * (10 if mode == "slow" else 1)
+        seconds = {"default": 3.0, "pipelined": 2.0, "joint": 5.0}[choice] * (10 if mode == "slow" else 1)
         return Stub(architecture, choice, seconds, mode)
 
     put(trial, "kernels", kernels)

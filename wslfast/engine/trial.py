@@ -24,7 +24,9 @@ from ..architecture import Architecture
 from ..errors import first_line
 from ..kernels.criteria import CRITERIA
 from ..kernels.layers import Conv2d, Linear
-from ..kernels.triton.schedule import CHOICES
+from ..kernels.triton.configurations import CHOICES
+from ..kernels.triton.folding import chain
+from ..kernels.triton.schedule import joins, schedule
 from . import Call, choose, device_errors
 from .paths import Path
 from .precision import at_precision
@@ -243,13 +245,20 @@ class Trial:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
+    @property
+    def choices(self) -> list[str]:
+        """The configurations that differ for this network and form."""
+        graph = self.architecture.graph
+        joint = self.form != "forward" and graph is not None and joins(schedule(chain(graph).layers, self.architecture.input_shape))
+        return [name for name, tuning in CHOICES.items() if joint or not tuning.joint]
+
     def speed(self, k: int, n: int) -> tuple[Speed, list[str]]:
         """The best configuration's time beside torch's, and what configurations could not run. A configuration other than the default
         has to be right, too, before its time counts."""
         with at_precision(self.precision):
             peer = torch_path(self.architecture, self.device, self.form)
         reference_ms, best, left_out = self.milliseconds(peer, k, n), None, []
-        for choice in CHOICES:
+        for choice in self.choices:
             try:
                 if choice != "default" and not max(self._errors(choice, 0).values()) < 1:
                     raise Wrong("not right")

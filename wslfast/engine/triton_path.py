@@ -19,8 +19,9 @@ from ..errors import say_once
 from ..kernels.criteria import Named
 from ..kernels.layers import Unplannable
 from ..kernels.triton import budget
+from ..kernels.triton.configurations import CHOICES, tuned
 from ..kernels.triton.folding import Chain, chain
-from ..kernels.triton.schedule import CHOICES, schedule, tuned
+from ..kernels.triton.schedule import schedule
 from . import device_errors
 from .memory import memory_budget
 from .paths import by_autograd, gathered, per_model
@@ -37,7 +38,7 @@ class Unbuildable(Exception):
 @dataclass(frozen=True)
 class Triton:
     """Chains on a GPU, norms and averages folded into them: all models in one launch a layer, or in one launch. ``choice`` is one of
-    ``schedule.CHOICES``."""
+    ``configurations.CHOICES``."""
 
     architecture: Architecture
     reason: str

@@ -31,7 +31,7 @@ from ..architecture import Architecture
 from ..errors import WslfastError, require, say_once
 from ..files import write_json
 from ..kernels.triton import sources
-from ..kernels.triton.schedule import CHOICES
+from ..kernels.triton.configurations import CHOICES
 
 FORMS = ("forward", "loss", "indexed")  # outputs and their graph; loss and gradient; the same with rows of a pool
 RIGHT, WRONG, FAILED, UNKNOWN = "right", "wrong", "failed", "unknown"

@@ -46,6 +46,15 @@ def test_one_network_of_every_role() -> None:
     assert not found.races, dict(found.races)
 
 
+def test_two_gradients_in_one_launch() -> None:
+    """Nothing is written but its own partials, by as many programs as there are splits."""
+    case = CASES["cropped"]
+    with watching(same_thread=False) as found:
+        exercise(case.layers, case.shape, "tf32", many=True)
+    assert found.launches["joint_kernel"] == 2
+    assert not [race for race in found.races if race.startswith("joint_kernel")]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", ALL)

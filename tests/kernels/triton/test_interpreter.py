@@ -19,8 +19,8 @@ triton = pytest.importorskip("triton")
 if not triton.knobs.runtime.interpret:
     pytest.skip("needs TRITON_INTERPRET=1 when triton is first imported", allow_module_level=True)
 
-from wslfast.kernels.triton import gradients
 from wslfast.kernels.triton import launch as kernels
+from wslfast.kernels.triton.configurations import splits
 from wslfast.kernels.triton.schedule import schedule
 
 QUICK = (
@@ -94,7 +94,7 @@ def test_many_rows_are_split(poisoned_empty: None) -> None:
     """More rows than one split and than one program's tiles: partial sums and the tail of the last tile."""
     case = NETWORKS["kernel_1"]
     n = 130
-    assert max(gradients.splits(s, n) for s in schedule(case.layers, case.shape).stages) > 1
+    assert max(splits(s, n) for s in schedule(case.layers, case.shape).stages) > 1
     _compare(case, 2, n)
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from wslfast.kernels.triton import devices
-from wslfast.kernels.triton.schedule import CHOICES, configuration, schedule
+from wslfast.kernels.triton.configurations import CHOICES, configuration
+from wslfast.kernels.triton.schedule import schedule
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[3]
@@ -28,8 +29,9 @@ from benchmarks.kernels.standin import standing_in
 from kernel_cases import SMALL, count
 from wslfast.kernels.triton import launch
 from wslfast.kernels.triton.budget import model_bytes
+from wslfast.kernels.triton.configurations import CHOICES, tuned
 from wslfast.kernels.triton.differentiable import differentiable_forward
-from wslfast.kernels.triton.schedule import CHOICES, schedule, tuned
+from wslfast.kernels.triton.schedule import schedule
 
 layers, shape = SMALL.layers, SMALL.shape
 P, planned = count(layers), schedule(layers, shape)
@@ -129,4 +131,4 @@ def test_hopper_and_the_others_get_tiles_of_their_own() -> None:
     stage = schedule(cnn3().layers, (3, 32, 32)).stages[1]
     hopper, others = (configuration("dx", stage, "tf32", unit) for unit in ("warpgroup", "warp"))
     assert hopper.BM > others.BM
-    assert set(CHOICES) == {"default", "pipelined", "long"}
+    assert set(CHOICES) == {"default", "pipelined", "joint"}

@@ -24,7 +24,7 @@ if not triton.knobs.runtime.interpret:
 
 from wslfast.kernels.triton import budget, network_layout
 from wslfast.kernels.triton import launch as kernels
-from wslfast.kernels.triton import network as whole
+from wslfast.kernels.triton import network_launch as whole
 from wslfast.kernels.triton.differentiable import differentiable_forward
 
 SCALES = {"mlp": MLP, "small": SMALL, "cnn3": cnn3(), "cnn28": cnn28(), "lenet5": lenet5()}

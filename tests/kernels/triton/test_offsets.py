@@ -26,8 +26,20 @@ if not triton.knobs.runtime.interpret or not sys.platform.startswith("linux"):
 import triton.language as tl  # noqa: F401 (triton must be there; the interpreter looks for tl beside a kernel)
 from triton.runtime import interpreter
 
-from wslfast.kernels.triton import convolution, criterion, gradients, head, network, packing, tables, tiles
-from wslfast.kernels.triton.schedule import configuration, schedule
+from wslfast.kernels.triton import (
+    convolution,
+    criterion,
+    head,
+    input_gradients,
+    joint_gradient,
+    network,
+    packing,
+    tables,
+    tiles,
+    weight_gradients,
+)
+from wslfast.kernels.triton.configurations import configuration
+from wslfast.kernels.triton.schedule import joins, schedule
 
 CPU = torch.device("cpu")
 N = 3
@@ -179,9 +191,9 @@ def _dw() -> None:
     config = configuration("dw", CONV, PRECISION)
 
     def launch(b: Buffers) -> None:
-        gradients.stage_dw(b["x"], None, b["y"], b["code"], None, b["part"], 2, N, CONV, config, shared=False)
+        weight_gradients.stage_dw(b["x"], None, b["y"], b["code"], None, b["part"], 2, N, CONV, config, shared=False)
 
-    parts = {"part": torch.full((2, gradients.splits(CONV, N) * tables.step(CONV)), -7.0)}
+    parts = {"part": torch.full((2, weight_gradients.splits(CONV, N) * tables.step(CONV)), -7.0)}
     _probe(launch, {"x": torch.randn(2, N * CONV.INPUTS), **_activations(CONV)}, parts, N * CONV.CODES)
 
 
@@ -189,10 +201,26 @@ def _dx() -> None:
     place, config = SCHEDULE.placements[1], configuration("dx", CONV, PRECISION)
 
     def launch(b: Buffers) -> None:
-        gradients.stage_dx(b["y"], b["code"], None, b["packed"][:, place.backward :], b["xg"], None, 2, N, CONV, BELOW, config)
+        input_gradients.stage_dx(b["y"], b["code"], None, b["packed"][:, place.backward :], b["xg"], None, 2, N, CONV, BELOW, config)
 
     inputs = {**_activations(CONV), "packed": tables.pack(make(SMALL, 2, N)[0], SCHEDULE, PRECISION)}
     _probe(launch, inputs, {"xg": torch.rand(2, N * CONV.INPUTS)}, N * CONV.CODES)
+
+
+def _joint() -> None:
+    """Both stages' own numbers, the queries' and the partials'."""
+    assert joins(SCHEDULE)
+    place, config = SCHEDULE.placements[1], configuration("joint", CONV, PRECISION)
+
+    def launch(b: Buffers) -> None:
+        packed = b["packed"][:, place.backward :]
+        given = b["y"], b["code"], None, packed, b["below"], b["below_code"], None, b["x"], None, b["part"]
+        joint_gradient.stage_joint(*given, 2, N, CONV, BELOW, config, shared=False)
+
+    parts = {"part": torch.full((2, weight_gradients.splits(BELOW, N) * tables.step(BELOW)), -7.0)}
+    below = {"below": torch.rand(2, N * CONV.INPUTS), "below_code": torch.randint(0, 4, (2, N * BELOW.CODES), dtype=torch.int8)}
+    inputs = {"x": torch.randn(2, N * BELOW.INPUTS), **_activations(CONV), **below}
+    _probe(launch, {**inputs, "packed": tables.pack(make(SMALL, 2, N)[0], SCHEDULE, PRECISION)}, parts, N * CONV.CODES)
 
 
 def _criterion() -> None:
@@ -314,7 +342,7 @@ def _fold() -> None:
 
 
 PROBES = {
-    "forward": _forward, "forward indexed": _forward_indexed, "dw": _dw, "dx": _dx, "criterion": _criterion, "head": _head,
+    "forward": _forward, "forward indexed": _forward_indexed, "dw": _dw, "dx": _dx, "joint": _joint, "criterion": _criterion, "head": _head,
     "pack": _pack, "pack wide rows": _pack_wide_rows, "stack": _stack, "fold": _fold,
 }  # fmt: skip
 
@@ -332,7 +360,7 @@ def _narrow(x):  # type: ignore[no-untyped-def]
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", PROBES)
 def test_the_probe_fails_without_the_cast(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (convolution, criterion, gradients, head, network, packing, tiles):
+    for module in (convolution, criterion, head, input_gradients, joint_gradient, network, packing, tiles, weight_gradients):
         if hasattr(module, "wide"):
             monkeypatch.setattr(module, "wide", _narrow)
     with pytest.raises((AssertionError, interpreter.InterpreterError)) as caught:

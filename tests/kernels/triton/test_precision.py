@@ -27,8 +27,9 @@ from triton.runtime import interpreter
 
 from wslfast.kernels.triton import launch as kernels
 from wslfast.kernels.triton import launcher
+from wslfast.kernels.triton.configurations import configuration
 from wslfast.kernels.triton.devices import matrix_unit
-from wslfast.kernels.triton.schedule import configuration, schedule
+from wslfast.kernels.triton.schedule import schedule
 
 pytestmark = pytest.mark.slow
 
@@ -100,14 +101,14 @@ def test_precision_with_the_maxima_pinned(precision: str, monkeypatch: pytest.Mo
     """What is left of the convolutions' error when near-ties cannot flip is that of the products."""
     case = cnn3("tanh")
     weights, queries, targets = _data(case, 1, 8)
-    held: list[kernels._Activations] = []
-    make_buffers = kernels._Activations.__init__
+    held: list[kernels.Activations] = []
+    make_buffers = kernels.Activations.__init__
 
-    def keep(self: kernels._Activations, *arguments: object) -> None:
+    def keep(self: kernels.Activations, *arguments: object) -> None:
         make_buffers(self, *arguments)  # type: ignore[arg-type]
         held.append(self)
 
-    monkeypatch.setattr(kernels._Activations, "__init__", keep)
+    monkeypatch.setattr(kernels.Activations, "__init__", keep)
     _, gradient = kernels.loss_and_gradient(weights, queries, targets, case.layers, "mse", 2.0, precision)
     scheduled = schedule(case.layers, case.shape)
     picks = [

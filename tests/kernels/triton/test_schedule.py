@@ -16,7 +16,8 @@ from kernel_cases import CASES, MLP, Net, cnn3, cnn28, count, lenet5, make_weigh
 from wslfast.kernels.layers import ACTIVATIONS, Activation, Conv2d, Flatten, Linear, Pool2d, Unplannable
 from wslfast.kernels.triton import schedule as module
 from wslfast.kernels.triton import tables
-from wslfast.kernels.triton.schedule import CHOICES, configuration, executed_multiply_adds, needed_multiply_adds, schedule, splits, tuned
+from wslfast.kernels.triton.configurations import CHOICES, configuration, splits, tuned
+from wslfast.kernels.triton.schedule import executed_multiply_adds, joins, needed_multiply_adds, schedule
 
 NETWORKS = {"cnn3": cnn3(), "cnn28": cnn28(), "lenet5": lenet5(), "mlp": MLP, **CASES}
 CPU = torch.device("cpu")
@@ -177,7 +178,7 @@ def test_pack_rounds_to_nearest() -> None:
 def test_splits_know_nothing_of_k_and_cover_every_row() -> None:
     for stage in schedule(cnn3().layers, (3, 32, 32)).stages:
         for n in (1, 5, 256, 4096):
-            assert 1 <= module.splits(stage, n) <= 16
+            assert 1 <= splits(stage, n) <= 16
 
 
 @pytest.mark.parametrize(("name", "most"), [("cnn3", 1.8), ("lenet5", 2.35), ("cnn28", 2.5)])
@@ -213,16 +214,24 @@ def test_what_the_new_cases_are_for() -> None:
             assert stage.KH * stage.KW == 1 or (stage.H, stage.W) == (below.HO, below.WO)
 
 
-def test_configurations_that_a_machine_may_choose_change_no_sum() -> None:
+def test_loads_that_a_machine_may_move_change_no_sum() -> None:
     """They move rows and loads; what is summed over, and in what order, is the default's: so they change no bit."""
-    for choice in CHOICES.values():
-        with tuned(choice):
+    for name in ("default", "pipelined"):
+        with tuned(CHOICES[name]):
             for stage in schedule(cnn3().layers, (3, 32, 32)).stages:
                 assert configuration("dw", stage, "tf32") == configuration_of_the_default("dw", stage, "tf32")
                 for role in ("forward", "dx"):
                     mine, default = configuration(role, stage, "tf32"), configuration_of_the_default(role, stage, "tf32")
                     assert (mine.BM, mine.WARPS, mine.PREC) == (default.BM, default.WARPS, default.PREC)
                 assert splits(stage, 100_000) == min(16, -(-100_000 * stage.POSITIONS // 4096))
+
+
+def test_which_networks_join_two_gradients() -> None:
+    """A first patch that is one tile, maxima, no channels split: CNN3 and CNN do, LeNet-5 (5 x 5 x 3 patches) does not."""
+    joined = {"cnn3": cnn3(), "cnn28": cnn28(), "lenet5": lenet5(), **CASES}
+    names = {name for name, case in joined.items() if joins(schedule(case.layers, case.shape))}
+    assert {"cnn3", "cnn28", "cropped", "silu_after_max", "elu_celu"} <= names
+    assert not names & {"lenet5", "average_then_act", "same_padding", "linear_wide", "channels_17_in"}
 
 
 def configuration_of_the_default(role: str, stage: Any, precision: str) -> Any:
