@@ -2,7 +2,8 @@
 
     PYTHONPATH=. python3 benchmarks/tune.py [--architecture cnn3 cnn lenet5] [--precision fp16 tf32] [--seconds 420]
 
-Every attempt goes through one hook, ``configurations.tuned``; docs/notes/tuning.md lists the levers in order, with what each is expected to give.
+Every attempt goes through one hook, ``configurations.tuned``; docs/notes/tuning.md lists the levers in order, with what each is expected to
+give.
 A lever's result has to agree with the default's before its time counts. Rows go to ``${OUT:-benchmarks/data}/tune.csv`` as they are
 measured: what fails to compile or to launch is a row that says so. Needs torch and triton alone.
 """

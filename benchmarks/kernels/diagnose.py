@@ -21,13 +21,15 @@ from torch import Tensor
 from benchmarks.kernels.inspect import ARCHITECTURES
 from wslfast.kernels import reference
 from wslfast.kernels.layers import Layers, Unplannable
-from wslfast.kernels.triton import launch, packing, tables
+from wslfast.kernels.triton import launch, launcher, packing, tables
+from wslfast.kernels.triton.configurations import joins
 from wslfast.kernels.triton.convolution import launch_configuration, stage_forward
+from wslfast.kernels.triton.devices import matrix_unit
 from wslfast.kernels.triton.input_gradients import stage_dx
 from wslfast.kernels.triton.joint_gradient import stage_joint
 from wslfast.kernels.triton.network_layout import network
 from wslfast.kernels.triton.packing import storage
-from wslfast.kernels.triton.schedule import joins, schedule
+from wslfast.kernels.triton.schedule import schedule
 from wslfast.kernels.triton.stages import Stage
 from wslfast.kernels.triton.tables import fold_tables
 from wslfast.kernels.triton.weight_gradients import stage_dw
@@ -276,7 +278,8 @@ def steps(name: str, precision: str) -> list[str]:
     count = len(planned.stages)
     found = ["pack", "stack", *(f"forward {i}" for i in range(count)), "head"]
     found += [f"{role} {i}" for i in range(count - 1, -1, -1) for role in ("dw", "dx") if i or role == "dw"]
-    found += ["joint 1", "fold"] if joins(planned) else ["fold"]
+    unit = matrix_unit(launcher.capability_of(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+    found += ["joint 1", "fold"] if joins(planned, precision, unit) else ["fold"]
     for gradient, step in ((False, "network forward"), (True, "network loss")):
         try:
             network(planned, precision, gradient)

@@ -88,7 +88,7 @@ def without_launches() -> Iterator[None]:
     """The rest of a call: nothing is launched at all."""
     with ExitStack() as stack:
         for module in LAUNCHING:
-            stack.enter_context(mock.patch.object(module, "launch", lambda *_, **__: None))
+            stack.enter_context(mock.patch.object(module, "launch", return_value=None))
         yield
 
 
@@ -142,7 +142,8 @@ class Cost:
     def __str__(self) -> str:
         return (
             f"{self.launches} launches; a launch by the short key {self.short_us:.1f} us and {self.short_functions:.0f} functions, "
-            f"by Triton's own way {self.triton_us:.1f} us and {self.triton_functions:.0f} functions: {self.triton_us / self.short_us:.1f} times"
+            f"by Triton's own way {self.triton_us:.1f} us and {self.triton_functions:.0f} functions: "
+            f"{self.triton_us / self.short_us:.1f} times"
         )
 
 

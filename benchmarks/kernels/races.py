@@ -28,8 +28,8 @@ from triton.runtime import interpreter
 
 from wslfast.kernels.layers import Layers, Unplannable
 from wslfast.kernels.triton import launch, network_layout
-from wslfast.kernels.triton.configurations import Tuning, tuned
-from wslfast.kernels.triton.schedule import joins, schedule
+from wslfast.kernels.triton.configurations import Tuning, joins, tuned
+from wslfast.kernels.triton.schedule import schedule
 
 
 @dataclass
@@ -195,8 +195,8 @@ MANY = Tuning(lambda role, stage, precision, c: replace(c, TILES=1, BM=16), 32) 
 
 
 def exercise(layers: Layers, shape: tuple[int, ...], precision: str = "fp16", many: bool = False, k: int = 2, n: int = 5) -> None:
-    """Every launch that calls of one network make: outputs, losses, rows of a pool, layer by layer, with two gradients in one launch, and as
-    a whole, the latter with blocks of two queries, so that programs walk over several."""
+    """Every launch that calls of one network make: outputs, losses, rows of a pool, layer by layer, with two gradients in one launch, and
+    as a whole, the latter with blocks of two queries, so that programs walk over several."""
     planned = schedule(layers, shape)
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(k, planned.parameters, generator=generator) * 0.3
@@ -219,7 +219,7 @@ def exercise(layers: Layers, shape: tuple[int, ...], precision: str = "fp16", ma
                     launch.forward(weights, queries, layers, precision, mode=mode)
                 except Unplannable:
                     continue
-            if joins(planned):
+            if joins(planned, precision):
                 with tuned(replace(tuning, joint=True)):
                     losses("layers")
         finally:

@@ -14,8 +14,10 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from .devices import WARPGROUP
-from .stages import Hashed, Stage, blocks, hash_once
+from .stages import Hashed, Schedule, Stage, blocks, hash_once
 
+MOST_REGISTERS = 255  # a thread's
+JOINT_NUMBERS = 40 * 128  # fp32 numbers of sums that a program of two gradients holds beside TF32 operands
 PRECISE_ACCUMULATORS = 64 * 128  # the same where operands of tf32x3 take the other registers
 
 
@@ -74,7 +76,9 @@ def _default(role: str, stage: Stage, precision: str, unit: str) -> Configuratio
         fit = PRECISE_ACCUMULATORS // (stage.KDW * stage.ND)
         fit = min(fit, 2) if stage.FLAT else fit  # those tiles have addresses of their own, which take registers, too
         turns = next(t for t in range(1, stage.NI + 1) if stage.NI % t == 0 and stage.NI // t <= max(1, fit))
-    return Configuration(BM=rows, WARPS=4, STAGES=1, HOIST=hoist, PREC=precision, CUT=cut, TURNS=turns)
+    # Left to itself, the assembler spills a few bytes where that makes room for one more program on a multiprocessor.
+    limit = MOST_REGISTERS if precise and role != "head" and (not hopper or role == "dx" or (role == "forward" and not stage.PATCH)) else 0
+    return Configuration(BM=rows, WARPS=4, STAGES=1, HOIST=hoist, PREC=precision, REGISTERS=limit, CUT=cut, TURNS=turns)
 
 
 SPLIT_ROWS = 4096  # of a weight gradient's sum
@@ -120,6 +124,19 @@ def configuration(role: str, stage: Stage, precision: str, unit: str = WARPGROUP
     """Launch parameters of ``role`` (forward | dx | dw | head | joint): a pure function, so that no first call tunes."""
     default = _default(role, stage, precision, unit)
     return tuning().choose(role, stage, precision, default)
+
+
+@lru_cache(maxsize=256)
+def joins(schedule: Schedule, precision: str, unit: str = WARPGROUP) -> bool:
+    """Whether joint_gradient.py serves the first two stages: a first patch that is one tile, maxima, no channels split, and sums of both
+    that leave registers for the operands. They do on units that take 64 rows, with operands of two bytes or few channels."""
+    if len(schedule.stages) < 2 or unit != WARPGROUP or precision == "tf32x3":
+        return False
+    below, stage = schedule.stages[:2]
+    whole = below.PATCH and below.NB == 1 and stage.CB == 1 and stage.BC == stage.C == below.N
+    numbers = stage.PS**2 * 64 * stage.BC + below.KDW * below.ND + 64 * stage.BC
+    fits = precision != "tf32" or numbers <= JOINT_NUMBERS
+    return whole and fits and below.POOL == "max" and stage.PS in (1, 2) and (stage.H, stage.W) == (below.HO, below.WO)
 
 
 def splits(stage: Stage, n: int) -> int:

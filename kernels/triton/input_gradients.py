@@ -57,9 +57,7 @@ def _gather(g, code, slope, w, ws, accs, q, by, bx, mask, nb, s: tl.constexpr, c
                         A = spread(G, at, slope, m, col, inside[:, None], kx // BN + (dy * P + dx), s)
                         for ry in tl.static_range(PS):
                             if between(ry + ny * PS - dy * S, 0, KH):
-                                B = weights(
-                                    w, ws, ((((ry + ny * PS - dy * S) * NX + nx) * NB + nb) * TURNS + dx) * CUT + part, TILE, HOIST
-                                )
+                                B = weights(w, ws, ((((ry + ny * PS - dy * S) * NX + nx) * NB + nb) * TURNS + dx) * CUT + part, TILE, HOIST)
                                 accs = replace(accs, ry, matmul(A, B, accs[ry], PREC), PS)
     return accs
 

@@ -11,7 +11,8 @@ pixels, and multiplies each pixel's column of blocks with the image patches behi
         | (2by+1, 2bx)| ...         |
         +-------------+-------------+
 
-The partials are those of weight_gradients.py, as many and where it puts them, summed in another order. ``schedule.joins`` says which networks can.
+The partials are those of weight_gradients.py, as many and where it puts them, summed in another order. ``configurations.joins`` says
+for which networks it is.
 Twin: ``stage_dx`` of the second stage, then ``stage_dw`` of the first.
 """
 # mypy: allow-untyped-defs

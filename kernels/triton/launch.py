@@ -19,17 +19,19 @@ import torch
 from torch import Tensor
 
 from ..layers import Layers
+from . import launcher
 from .budget import MEMORY, choose_mode, models_per_chunk
 from .buffers import Activations, Queries, axes_of
-from .configurations import tuning
+from .configurations import joins, tuning
 from .convolution import launch_configuration, stage_forward
 from .criterion import CRITERIA, criterion_forward_backward, gradient_scale
+from .devices import matrix_unit
 from .head import fits, head_loss_and_gradient
 from .input_gradients import stage_dx
 from .joint_gradient import stage_joint
 from .network_launch import network_forward, network_loss
 from .packing import fold, pack
-from .schedule import PRECISIONS, joins
+from .schedule import PRECISIONS
 from .schedule import schedule as schedule_of
 from .stages import Schedule
 from .tables import FoldTables, fold_tables
@@ -98,7 +100,8 @@ def _backward(
 ) -> None:
     """Weight-gradient partials of stages ``lowest`` to ``stages`` - 1, down from ``g``, the gradient of the last one's output.
     Overwrites the activations: a stage's weight gradient reads its input before the input gradient is written over it."""
-    joint = lowest == 0 and tuning().joint and joins(schedule)
+    unit = matrix_unit(launcher.capability_of(packed.device))
+    joint = lowest == 0 and tuning().joint and joins(schedule, precision, unit)
     for i in range(stages - 1, -1, -1):
         stage = schedule.stages[i]
         if i < lowest:

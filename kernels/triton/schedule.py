@@ -268,17 +268,6 @@ def schedule(layers: Layers, input_shape: tuple[int, ...]) -> Schedule:
     return Schedule(tuple(stages), tuple(placements), parameters, offset, stages[-1].NOUT, isinstance(collected[0].layer, Linear))
 
 
-@lru_cache(maxsize=256)
-def joins(schedule: Schedule) -> bool:
-    """Whether the first two stages have the form that joint_gradient.py knows: a first patch of one tile and one block of channels, whose maxima are
-    pooled, below a stage that takes all of its input's channels and one or two pixels a step."""
-    if len(schedule.stages) < 2:
-        return False
-    below, stage = schedule.stages[:2]
-    whole = below.PATCH and below.NB == 1 and stage.CB == 1 and stage.BC == stage.C == below.N
-    return whole and below.POOL == "max" and stage.PS in (1, 2) and (stage.H, stage.W) == (below.HO, below.WO)
-
-
 def needed_multiply_adds(stage: Stage, placement: Placement, role: str) -> int:
     """Multiply-adds a (model, query) pair that the maths needs, rows that nobody reads left out."""
     if stage.INPUT and role == "dx":

@@ -200,7 +200,9 @@ def test_a_kernel_alone_is_right_in_the_interpreter(step: str) -> None:
     assert diagnose.run("cnn", "tf32", step, "cpu") < 1e-3
 
 
-@pytest.mark.parametrize(("role", "step"), [("stage_forward", "forward 2"), ("stage_dw", "dw 3"), ("stage_dx", "dx 3"), ("stage_joint", "joint 1")])
+@pytest.mark.parametrize(
+    ("role", "step"), [("stage_forward", "forward 2"), ("stage_dw", "dw 3"), ("stage_dx", "dx 3"), ("stage_joint", "joint 1")]
+)
 def test_a_kernel_that_is_wrong_is_found(role: str, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
     triton = pytest.importorskip("triton")
     if not triton.knobs.runtime.interpret:

@@ -24,9 +24,11 @@ from ..architecture import Architecture
 from ..errors import first_line
 from ..kernels.criteria import CRITERIA
 from ..kernels.layers import Conv2d, Linear
-from ..kernels.triton.configurations import CHOICES
+from ..kernels.triton.configurations import CHOICES, joins
+from ..kernels.triton.devices import matrix_unit
 from ..kernels.triton.folding import chain
-from ..kernels.triton.schedule import joins, schedule
+from ..kernels.triton.launcher import capability_of
+from ..kernels.triton.schedule import schedule
 from . import Call, choose, device_errors
 from .paths import Path
 from .precision import at_precision
@@ -249,7 +251,10 @@ class Trial:
     def choices(self) -> list[str]:
         """The configurations that differ for this network and form."""
         graph = self.architecture.graph
-        joint = self.form != "forward" and graph is not None and joins(schedule(chain(graph).layers, self.architecture.input_shape))
+        joint = self.form != "forward" and graph is not None
+        if joint:
+            unit = matrix_unit(capability_of(self.device))
+            joint = joins(schedule(chain(graph).layers, self.architecture.input_shape), self.precision, unit)
         return [name for name, tuning in CHOICES.items() if joint or not tuning.joint]
 
     def speed(self, k: int, n: int) -> tuple[Speed, list[str]]:

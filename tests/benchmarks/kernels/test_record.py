@@ -15,8 +15,7 @@ HEADER, ROWS = record.read()
 RESOURCES = [row for row in ROWS if row["kind"] == "resources"]
 # bytes of stack a thread may hold: none in the products of a layer, some where a whole network is unrolled
 SPILLS = {"forward": 0, "dx": 0, "dw": 0, "joint": 0, "layout": 0, "tail": 512, "network_forward": 512, "network_loss": 2048}
-TF32X3 = {"dx": 40, "dw": 24}  # before Hopper, where every operand is there twice, in registers
-FRAME = 16  # bytes of stack of kernels on other GPUs than Hopper's that have registers left: no spills
+FRAME = 16  # bytes that the assembler spills elsewhere than on Hopper to fit one more program on a multiprocessor; none in tf32x3
 SHARED = 99 * 1024  # what a block gets on the smaller GPUs
 
 
@@ -25,11 +24,10 @@ def test_the_record_is_of_these_sources() -> None:
 
 
 def _allowed(row: dict[str, Any]) -> int:
-    """Bytes of stack: none on Hopper."""
+    """Bytes of stack: none on Hopper, and none in tf32x3 anywhere."""
     if row["target"] == "sm_90" or SPILLS[row["role"]]:
         return SPILLS[row["role"]]
-    frame = FRAME if row["registers"] <= 168 else 0
-    return max(frame, TF32X3.get(row["role"], 0) if row["precision"] == "tf32x3" else 0)
+    return FRAME if row["registers"] <= 168 and row["precision"] != "tf32x3" else 0
 
 
 def test_no_recorded_kernel_is_over_its_bounds() -> None:
@@ -71,7 +69,8 @@ def test_two_rows_a_role_are_made_again(architecture: str) -> None:
     kept = {
         row["kernel"]: row
         for row in RESOURCES
-        if (row["architecture"], row["precision"], row["target"]) == (architecture, "fp16", "sm_90") and row["kernel"] in AGAIN[architecture]
+        if (row["architecture"], row["precision"], row["target"]) == (architecture, "fp16", "sm_90")
+        and row["kernel"] in AGAIN[architecture]
     }
     assert set(kept) == set(AGAIN[architecture])
     asked = ("--target", "sm_90", "--precision", "fp16", "--architecture", architecture, "--json", "--kernel", *AGAIN[architecture])

@@ -38,8 +38,8 @@ from wslfast.kernels.triton import (
     tiles,
     weight_gradients,
 )
-from wslfast.kernels.triton.configurations import configuration
-from wslfast.kernels.triton.schedule import joins, schedule
+from wslfast.kernels.triton.configurations import configuration, joins
+from wslfast.kernels.triton.schedule import schedule
 
 CPU = torch.device("cpu")
 N = 3
@@ -209,7 +209,7 @@ def _dx() -> None:
 
 def _joint() -> None:
     """Both stages' own numbers, the queries' and the partials'."""
-    assert joins(SCHEDULE)
+    assert joins(SCHEDULE, PRECISION)
     place, config = SCHEDULE.placements[1], configuration("joint", CONV, PRECISION)
 
     def launch(b: Buffers) -> None:

@@ -16,8 +16,8 @@ from kernel_cases import CASES, MLP, Net, cnn3, cnn28, count, lenet5, make_weigh
 from wslfast.kernels.layers import ACTIVATIONS, Activation, Conv2d, Flatten, Linear, Pool2d, Unplannable
 from wslfast.kernels.triton import schedule as module
 from wslfast.kernels.triton import tables
-from wslfast.kernels.triton.configurations import CHOICES, configuration, splits, tuned
-from wslfast.kernels.triton.schedule import executed_multiply_adds, joins, needed_multiply_adds, schedule
+from wslfast.kernels.triton.configurations import CHOICES, configuration, joins, splits, tuned
+from wslfast.kernels.triton.schedule import executed_multiply_adds, needed_multiply_adds, schedule
 
 NETWORKS = {"cnn3": cnn3(), "cnn28": cnn28(), "lenet5": lenet5(), "mlp": MLP, **CASES}
 CPU = torch.device("cpu")
@@ -229,8 +229,12 @@ def test_loads_that_a_machine_may_move_change_no_sum() -> None:
 def test_which_networks_join_two_gradients() -> None:
     """A first patch that is one tile, maxima, no channels split: CNN3 and CNN do, LeNet-5 (5 x 5 x 3 patches) does not."""
     joined = {"cnn3": cnn3(), "cnn28": cnn28(), "lenet5": lenet5(), **CASES}
-    names = {name for name, case in joined.items() if joins(schedule(case.layers, case.shape))}
+    planned = {name: schedule(case.layers, case.shape) for name, case in joined.items()}
+    names = {name for name in planned if joins(planned[name], "fp16")}
     assert {"cnn3", "cnn28", "cropped", "silu_after_max", "elu_celu"} <= names
+    assert joins(planned["cnn28"], "tf32")
+    assert not joins(planned["cnn3"], "tf32")  # registers: docs/notes/tuning.md
+    assert not any(joins(p, "tf32x3") or joins(p, "fp16", "warp") for p in planned.values())
     assert not names & {"lenet5", "average_then_act", "same_padding", "linear_wide", "channels_17_in"}
 
 
