@@ -92,12 +92,12 @@ def _tool(name: str) -> str:
     return str(bundled) if bundled.exists() else name
 
 
-def disassemble(cubin: bytes, flag: str) -> str:
-    """What cuobjdump says of a compiled kernel: its machine code (``-sass``) or its resources (``-res-usage``)."""
+def disassemble(cubin: bytes, *flags: str) -> str:
+    """What cuobjdump says of a compiled kernel: its machine code (``-sass``), its resources (``-res-usage``), or both."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        return subprocess.run([_tool("cuobjdump"), flag, str(path)], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([_tool("cuobjdump"), *flags, str(path)], capture_output=True, text=True, check=True).stdout
 
 
 def make_calls(layers: Layers, shape: tuple[int, ...], schedule: Schedule, precision: str) -> Iterator[Callable[[], object]]:
@@ -195,11 +195,11 @@ class _Seen:
 
 def _row(launched: Launch, architecture: str, precision: str, target: str, seconds: float) -> tuple[dict[str, Any], str]:
     compiled = launched.compiled
-    usage = disassemble(compiled.asm["cubin"], "-res-usage")
-    numbers = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    assert numbers is not None, usage
     dots = len(re.findall(r"\btt\.dot\b", compiled.asm["ttir"]))
-    sass = disassemble(compiled.asm["cubin"], "-sass") if dots else ""
+    said = disassemble(compiled.asm["cubin"], "-res-usage", *(["-sass"] if dots else []))
+    numbers = re.search(r"REG:(\d+) STACK:(\d+)", said)
+    assert numbers is not None, said
+    sass = said if dots else ""
     mma = next((op for op in MMA if re.search(rf"\b{op}\b", sass)), None)
     values = (
         launched.name,

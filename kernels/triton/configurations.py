@@ -76,8 +76,8 @@ def _default(role: str, stage: Stage, precision: str, unit: str) -> Configuratio
         fit = PRECISE_ACCUMULATORS // (stage.KDW * stage.ND)
         fit = min(fit, 2) if stage.FLAT else fit  # those tiles have addresses of their own, which take registers, too
         turns = next(t for t in range(1, stage.NI + 1) if stage.NI % t == 0 and stage.NI // t <= max(1, fit))
-    # Left to itself, the assembler spills a few bytes where that makes room for one more program on a multiprocessor.
-    limit = MOST_REGISTERS if precise and role != "head" and (not hopper or role == "dx" or (role == "forward" and not stage.PATCH)) else 0
+    # Left to itself, the assembler spills a few bytes of long tiles where that makes room for one more program on a multiprocessor.
+    limit = MOST_REGISTERS if precise and stage.R > 4 and role != ("dw" if hopper else "head") else 0
     return Configuration(BM=rows, WARPS=4, STAGES=1, HOIST=hoist, PREC=precision, REGISTERS=limit, CUT=cut, TURNS=turns)
 
 
