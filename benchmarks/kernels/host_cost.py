@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -83,13 +84,18 @@ def through_triton() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def without_launches() -> Iterator[None]:
-    """The rest of a call: nothing is launched at all."""
+def launches_of(call: Callable[[], Any]) -> list[Callable[[], None]]:
+    """The launches that a call makes, in order, each to be made again by itself."""
+    made: list[Callable[[], None]] = []
+
+    def record(*arguments: Any, **options: Any) -> None:
+        made.append(partial(launcher.launch, *arguments, **options))
+
     with ExitStack() as stack:
         for module in LAUNCHING:
-            stack.enter_context(mock.patch.object(module, "launch", return_value=None))
-        yield
+            stack.enter_context(mock.patch.object(module, "launch", record))
+        call()
+    return made
 
 
 @contextmanager
@@ -148,28 +154,28 @@ class Cost:
 
 
 def measure(call: Callable[[], Any], repeats: int = 200) -> Cost:
-    """Inside :func:`idle`. Medians of ``repeats`` calls of each side and of a call without launches, taking turns."""
-    with counting_launches() as seen, through_triton():
-        call()
-    call()  # fills the launcher's table
-    sides: dict[str, tuple[Any, list[float]]] = {
-        "short": (ExitStack, []), "triton": (through_triton, []), "rest": (without_launches, []),
-    }  # fmt: skip
+    """Inside :func:`idle`: medians of ``repeats`` turns, in each of which all launches of a call are made by either side."""
+    launches = launches_of(call)
+
+    def launch_all() -> None:
+        for again in launches:
+            again()
+
+    launch_all()  # compiles, and fills the launcher's table
+    sides: dict[str, tuple[Any, list[float]]] = {"short": (ExitStack, []), "triton": (through_triton, [])}
     functions = {}
     for name, (side, _) in sides.items():
         with side():
-            call()
-            functions[name] = functions_called(call)
+            launch_all()
+            functions[name] = functions_called(launch_all) / len(launches)
     for _ in range(repeats):
         for side, times in sides.values():
             with side():
                 began = time.perf_counter()
-                call()
+                launch_all()
                 times.append(time.perf_counter() - began)
-    count = len(seen)
-    us = {name: 1e6 * statistics.median(times) for name, (_, times) in sides.items()}
-    each = {name: ((us[name] - us["rest"]) / count, (functions[name] - functions["rest"]) / count) for name in ("short", "triton")}
-    return Cost(count, each["short"][0], each["triton"][0], each["short"][1], each["triton"][1])
+    us = {name: 1e6 * statistics.median(times) / len(launches) for name, (_, times) in sides.items()}
+    return Cost(len(launches), us["short"], us["triton"], functions["short"], functions["triton"])
 
 
 def main() -> int:

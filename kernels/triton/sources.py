@@ -14,6 +14,7 @@ HOST = (
     "differentiable.py",
     "folding.py",
     "launch.py",
+    "launcher.py",
     "network_launch.py",
     "query_gradient.py",
     "sources.py",
