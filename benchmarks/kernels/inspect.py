@@ -44,7 +44,8 @@ FIELDS = (
 # What the gradient to the queries adds (query_gradient.py), by its name in the network behind the identity: copying the queries, reading
 # them each model's own, and the gradient itself. The other kernels are the network's.
 TO_QUERIES = {"forward 0": "queries", "forward 1": "forward 0 of queries", "dw 1": "dw 0 of queries", "dx 1": "dx 0 to queries"}
-MMA = ("HGMMA", "UTCHMMA", "UTCQMMA", "HMMA")  # Hopper's, Blackwell's (data centre), everybody's
+# PTX's instructions for tensor cores and what each becomes in machine code: Hopper's, Blackwell's (data centre), everybody's
+MMA = {"wgmma.mma_async": "HGMMA", "tcgen05.mma": "UTCHMMA", "mma.sync": "HMMA"}
 
 
 def _name(i: int) -> str:
@@ -130,7 +131,7 @@ def make_calls(layers: Layers, shape: tuple[int, ...], schedule: Schedule, preci
 
 def rows(target: str, precisions: tuple[str, ...], architectures: tuple[str, ...], roles: tuple[str, ...] = ()) -> Iterator[dict[str, Any]]:
     """One row a kernel, see FIELDS; of some roles, or of all."""
-    return (row for row, _ in listings(target, precisions, architectures, roles))
+    return (row for row, _ in listings(target, precisions, architectures, roles, code=False))
 
 
 def listings(
@@ -139,8 +140,10 @@ def listings(
     architectures: tuple[str, ...],
     roles: tuple[str, ...] = (),
     wanted: Callable[[str], bool] = lambda name: True,
+    code: bool = True,
 ) -> Iterator[tuple[dict[str, Any], str]]:
-    """The same with the kernel's machine code, empty for one without matrix products; ``wanted`` picks kernels by name."""
+    """The same with the kernel's machine code, empty for one without matrix products or without ``code``; ``wanted`` picks kernels by
+    name."""
     for architecture in architectures:
         layers, shape = ARCHITECTURES[architecture]
         schedule = schedule_of(layers, shape)
@@ -154,7 +157,7 @@ def listings(
                 ):
                     call()
                 for seconds, launched in seen.new():
-                    yield _row(launched, architecture, precision, target, seconds)
+                    yield _row(launched, architecture, precision, target, seconds, code)
 
             def added(name: str, role: str) -> bool:
                 return name in TO_QUERIES and (not roles or role in roles) and wanted(TO_QUERIES[name])
@@ -166,7 +169,7 @@ def listings(
                     torch.zeros(1, schedule.parameters), torch.zeros(2, *shape), torch.zeros(1, 2, schedule.classes), layers, precision
                 )
             for seconds, launched in seen.new():
-                yield _row(launched, architecture, precision, target, seconds)
+                yield _row(launched, architecture, precision, target, seconds, code)
 
 
 class _Seen:
@@ -193,14 +196,15 @@ class _Seen:
         return found
 
 
-def _row(launched: Launch, architecture: str, precision: str, target: str, seconds: float) -> tuple[dict[str, Any], str]:
+def _row(launched: Launch, architecture: str, precision: str, target: str, seconds: float, code: bool) -> tuple[dict[str, Any], str]:
     compiled = launched.compiled
     dots = len(re.findall(r"\btt\.dot\b", compiled.asm["ttir"]))
-    said = disassemble(compiled.asm["cubin"], "-res-usage", *(["-sass"] if dots else []))
+    said = disassemble(compiled.asm["cubin"], "-res-usage", *(["-sass"] if dots and code else []))
     numbers = re.search(r"REG:(\d+) STACK:(\d+)", said)
     assert numbers is not None, said
-    sass = said if dots else ""
-    mma = next((op for op in MMA if re.search(rf"\b{op}\b", sass)), None)
+    sass = said if dots and code else ""
+    mma = next((became for op, became in MMA.items() if f"{op}." in compiled.asm["ptx"]), None)
+    assert mma is None or not sass or re.search(rf"\b{mma}\b", sass), f"{launched.name}: no {mma} in its machine code"
     values = (
         launched.name,
         launched.role,
@@ -238,7 +242,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     listed = []
     asked = options.target, tuple(options.precision), tuple(options.architecture), tuple(options.role)
-    for row, _ in listings(*asked, wanted=lambda name: not options.kernel or name in options.kernel):
+    for row, _ in listings(*asked, wanted=lambda name: not options.kernel or name in options.kernel, code=False):
         listed.append(row)
         if options.json:
             print(json.dumps(row), flush=True)

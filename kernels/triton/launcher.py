@@ -1,10 +1,10 @@
 """Launching a kernel with little work on the host.
 
 Triton's own launch looks a kernel up by the value of every constant, and a stage has thirty: twice the time on the host of what is here
-(benchmarks/kernels/host_cost.py), twelve times a call, which is what a small call costs on a GPU. Here the compiled kernel is found again by a short key and handed its arguments. The key
-holds all that Triton specialises on (types, alignment, ones and multiples of 16), whether or not a kernel asks for it, so that a
-compiled kernel never meets an argument it was not made for. Twin: ``kernel[(programs,)](...)``, which also serves the first call and
-the interpreter.
+(benchmarks/kernels/host_cost.py), twelve times a call, which is what a small call costs on a GPU. Here the compiled kernel is found again
+by a short key and handed its arguments. The key holds all that Triton specialises on (types, alignment, ones and multiples of 16), whether
+or not a kernel asks for it, so that a compiled kernel never meets an argument it was not made for. Twin: ``kernel[(programs,)](...)``,
+which also serves the first call and the interpreter.
 """
 
 from __future__ import annotations

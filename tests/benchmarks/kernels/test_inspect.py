@@ -55,7 +55,7 @@ def _check(row: dict[str, Any]) -> list[str]:
         wrong.append(f"{row['spill_bytes']} bytes of spills")
     if row["shared_bytes"] > SHARED_LIMIT:
         wrong.append(f"{row['shared_bytes']} bytes of shared memory")
-    if row["dots"] and row["mma"] not in inspect.MMA:
+    if row["dots"] and row["mma"] not in inspect.MMA.values():
         wrong.append("matrix products without tensor cores")
     return wrong
 
