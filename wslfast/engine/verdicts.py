@@ -38,6 +38,7 @@ RIGHT, WRONG, FAILED, UNKNOWN = "right", "wrong", "failed", "unknown"
 FASTER = 0.9  # of torch's time
 SETTINGS = ("auto", "on", "off")
 SCHEMA = 1
+FORMER = {"long": "default"}  # choices of earlier versions, in checkpoints, and what gives the same bits
 
 
 @dataclass(frozen=True)
@@ -318,6 +319,7 @@ def to_dict(decision: Decision) -> dict[str, Any]:
 def decision_from(record: Mapping[str, Any]) -> Decision:
     """The inverse of :func:`to_dict`. Raises WslfastError for anything else."""
     names = {f.name for f in fields(Decision)}
-    good = isinstance(record, Mapping) and set(record) == names and type(record["on"]) is bool and record["choice"] in CHOICES
+    good = isinstance(record, Mapping) and set(record) == names and type(record["on"]) is bool and record["choice"] in (*CHOICES, *FORMER)
     require(good, "kernels: expected a decision with on, reason, choice and proved")
-    return Decision(record["on"], str(record["reason"]), str(record["choice"]), bool(record["proved"]))
+    choice = FORMER.get(record["choice"], record["choice"])
+    return Decision(record["on"], str(record["reason"]), str(choice), bool(record["proved"]))
