@@ -17,7 +17,6 @@ from .devices import WARPGROUP
 from .stages import Hashed, Schedule, Stage, blocks, hash_once
 
 MOST_REGISTERS = 255  # a thread's
-JOINT_NUMBERS = 40 * 128  # fp32 numbers of sums that a program of two gradients holds beside TF32 operands
 PRECISE_ACCUMULATORS = 64 * 128  # the same where operands of tf32x3 take the other registers
 
 
@@ -129,14 +128,12 @@ def configuration(role: str, stage: Stage, precision: str, unit: str = WARPGROUP
 @lru_cache(maxsize=256)
 def joins(schedule: Schedule, precision: str, unit: str = WARPGROUP) -> bool:
     """Whether joint_gradient.py serves the first two stages: a first patch that is one tile, maxima, no channels split, and sums of both
-    that leave registers for the operands. They do on units that take 64 rows, with operands of two bytes or few channels."""
-    if len(schedule.stages) < 2 or unit != WARPGROUP or precision == "tf32x3":
+    that leave registers for the operands. They do on units that take 64 rows, with operands of two bytes ("ieee" is the interpreter's)."""
+    if len(schedule.stages) < 2 or unit != WARPGROUP or precision not in ("fp16", "bf16", "ieee"):
         return False
     below, stage = schedule.stages[:2]
     whole = below.PATCH and below.NB == 1 and stage.CB == 1 and stage.BC == stage.C == below.N
-    numbers = stage.PS**2 * 64 * stage.BC + below.KDW * below.ND + 64 * stage.BC
-    fits = precision != "tf32" or numbers <= JOINT_NUMBERS
-    return whole and fits and below.POOL == "max" and stage.PS in (1, 2) and (stage.H, stage.W) == (below.HO, below.WO)
+    return whole and below.POOL == "max" and stage.PS in (1, 2) and (stage.H, stage.W) == (below.HO, below.WO)
 
 
 def splits(stage: Stage, n: int) -> int:

@@ -183,7 +183,7 @@ def test_every_step_of_every_network_is_diagnosed() -> None:
         "network forward",
         "network loss",
     ):
-        assert f"cnn3 tf32 {step}" in names
+        assert f"cnn3 {'fp16' if step == 'joint 1' else 'tf32'} {step}" in names
     assert len(names) == len(set(names))
     compiled = [job.name for job in gpu_gate.compile_jobs(False)]
     assert compiled[:3] == ["cnn3 tf32", "lenet5 tf32", "cnn tf32"]
@@ -197,7 +197,8 @@ def test_a_kernel_alone_is_right_in_the_interpreter(step: str) -> None:
         pytest.skip("needs TRITON_INTERPRET=1")
     from benchmarks.kernels import diagnose
 
-    assert diagnose.run("cnn", "tf32", step, "cpu") < 1e-3
+    precision = "fp16" if step == "joint 1" else "tf32"
+    assert diagnose.run("cnn", precision, step, "cpu") < 1e-3
 
 
 @pytest.mark.parametrize(

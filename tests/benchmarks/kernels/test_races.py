@@ -50,7 +50,7 @@ def test_two_gradients_in_one_launch() -> None:
     """Nothing is written but its own partials, by as many programs as there are splits."""
     case = CASES["cropped"]
     with watching(same_thread=False) as found:
-        exercise(case.layers, case.shape, "tf32", many=True)
+        exercise(case.layers, case.shape, "fp16", many=True)
     assert found.launches["joint_kernel"] == 2
     assert not [race for race in found.races if race.startswith("joint_kernel")]
 

@@ -232,9 +232,8 @@ def test_which_networks_join_two_gradients() -> None:
     planned = {name: schedule(case.layers, case.shape) for name, case in joined.items()}
     names = {name for name in planned if joins(planned[name], "fp16")}
     assert {"cnn3", "cnn28", "cropped", "silu_after_max", "elu_celu"} <= names
-    assert joins(planned["cnn28"], "tf32")
-    assert not joins(planned["cnn3"], "tf32")  # registers: docs/notes/tuning.md
-    assert not any(joins(p, "tf32x3") or joins(p, "fp16", "warp") for p in planned.values())
+    for precision, unit in (("tf32", "warpgroup"), ("tf32x3", "warpgroup"), ("fp16", "warp")):  # registers: docs/notes/tuning.md
+        assert not any(joins(p, precision, unit) for p in planned.values())
     assert not names & {"lenet5", "average_then_act", "same_padding", "linear_wide", "channels_17_in"}
 
 
