@@ -168,7 +168,8 @@ def network_table() -> str:
         for target in inspect.TARGETS:
             rows = [recorded.get((architecture, target, role, p)) for role in roles for p in PRECISIONS]
             cells = ("-" if row is None else f"{row['registers']} / {row['spill_bytes']} / {row['shared_bytes']}" for row in rows)
-            lines.append((TITLES[architecture], target, *cells))
+            if any(rows):
+                lines.append((TITLES[architecture], target, *cells))
     return _table(("network", "target", *(f"{what} {p}" for what in ("forward", "loss") for p in PRECISIONS)), lines)
 
 

@@ -197,8 +197,9 @@ def test_a_kernel_alone_is_right_in_the_interpreter(step: str) -> None:
         pytest.skip("needs TRITON_INTERPRET=1")
     from benchmarks.kernels import diagnose
 
-    precision = "fp16" if step == "joint 1" else "tf32"
-    assert diagnose.run("cnn", precision, step, "cpu") < 1e-3
+    # between its two gradients it rounds to fp16
+    precision, bound = ("fp16", 5e-3) if step == "joint 1" else ("tf32", 1e-3)
+    assert diagnose.run("cnn", precision, step, "cpu") < bound
 
 
 @pytest.mark.parametrize(
