@@ -19,7 +19,32 @@ from .layouts import behind, channels_first, models_first, ranked
 from .product_forms import products
 
 _aten = torch.ops.aten
-Gradients = dict[str, Tensor]
+Gradients = dict[str, Any]  # tensors, :class:`Within`, or ``algebra.Pieces``
+
+
+class Within:
+    """A gradient that is zero outside of some parts of its tensor. Those of several readers are put together when somebody reads it.
+
+    Args:
+        shape: of the whole tensor.
+        parts: for each, where it is in a whole tensor (a view of it), and the gradient there. They may overlap.
+    """
+
+    def __init__(self, shape: torch.Size, *parts: tuple[Callable[[Tensor], Tensor], Tensor]) -> None:
+        self.shape, self.parts = shape, parts
+
+    def __add__(self, other: Within | Tensor) -> Within | Tensor:
+        return Within(self.shape, *self.parts, *other.parts) if isinstance(other, Within) else self._onto(other.clone())
+
+    __radd__ = __add__
+
+    def whole(self) -> Tensor:
+        return self._onto(self.parts[0][1].new_zeros(self.shape))
+
+    def _onto(self, made: Tensor) -> Tensor:
+        for place, value in self.parts:
+            place(made).add_(value)
+        return made
 
 
 class Rule(Protocol):
@@ -186,6 +211,7 @@ def reduced(slope: Tensor, shape: torch.Size) -> Tensor:
     """A gradient ``[M, ...]`` summed to the shape of a tensor that was broadcast: ones between its models and its other axes."""
     if slope.shape == shape:
         return slope
+    slope = slope.contiguous()  # models that lie between each other would be added up in an order that depends on how many
     return slope.sum_to_size((shape[0], *(1,) * (slope.ndim - len(shape)), *shape[1:])).reshape(shape)
 
 
@@ -263,13 +289,14 @@ class LayerNorm:
     def backward(self, g: Tensor, saved: Any, models: int) -> Gradients:
         x, mean, rstd, normed, scale = saved
         made: Gradients = {}
+        g = g.contiguous()  # for sums whose order does not depend on how many models there are
         over = tuple(range(1, g.ndim - len(self.axes)))
         if "weight" in self.wanted:
             made["weight"] = (g * normed).sum(over)
         if "bias" in self.wanted:
             made["bias"] = g.sum(over)
         if "input" in self.wanted:
-            g = (g if scale is None else g * scale).contiguous()
+            g = g if scale is None else g * scale
             made["input"] = _aten.native_layer_norm_backward(g, x, self.axes, mean, rstd, None, None, [True, False, False])[0]
         return made
 
@@ -286,7 +313,9 @@ def _layer_norm(call: Call, known: Values, wanted: frozenset[str], owned: bool) 
 class Shaped:
     """A call of one tensor whose gradient is made of its value's and of the shape that the tensor had: views, cuts, sums."""
 
-    def __init__(self, name: str, forward: Callable[[Values, int], Tensor], backward: Callable[[Tensor, torch.Size], Tensor]) -> None:
+    def __init__(
+        self, name: str, forward: Callable[[Values, int], Tensor], backward: Callable[[Tensor, torch.Size], Tensor | Within]
+    ) -> None:
         self._name, self._forward, self._backward = name, forward, backward
 
     def forward(self, a: Values, models: int) -> tuple[Tensor, Any]:
