@@ -22,7 +22,7 @@ from wslfast.kernels.triton.schedule import schedule
 
 ROOT = Path(__file__).parents[3]
 SHARED_LIMIT = 99 * 1024  # what a block gets on the smaller GPUs of sm_80's family
-# Bytes of stack: none on Hopper; elsewhere up to 16 where the assembler makes room for one more program on a multiprocessor.
+# Bytes of stack: none on Hopper; elsewhere up to 16 (joint: 24) where the assembler makes room for one more program on a multiprocessor.
 SPILLS = {"forward": 0, "dx": 0, "dw": 0, "joint": 0, "layout": 0, "tail": 512, "network_forward": 512, "network_loss": 2048}
 LAYERS, WHOLE = ("forward", "dx", "dw", "joint", "tail"), ("network_forward", "network_loss")
 
@@ -51,7 +51,9 @@ def test_refuses_to_run_interpreted() -> None:
 
 def _check(row: dict[str, Any]) -> list[str]:
     wrong = []
-    if row["spill_bytes"] > max(SPILLS[row["role"]], 16 if row["target"] != "sm_90" and row["registers"] <= 168 else 0):
+    room = row["target"] != "sm_90" and row["registers"] <= 168 and row["precision"] != "tf32x3"
+    frame = (24 if row["role"] == "joint" else 16) if room else 0
+    if row["spill_bytes"] > max(SPILLS[row["role"]], frame):
         wrong.append(f"{row['spill_bytes']} bytes of spills")
     if row["shared_bytes"] > SHARED_LIMIT:
         wrong.append(f"{row['shared_bytes']} bytes of shared memory")

@@ -15,7 +15,8 @@ HEADER, ROWS = record.read()
 RESOURCES = [row for row in ROWS if row["kind"] == "resources"]
 # bytes of stack a thread may hold: none in the products of a layer, some where a whole network is unrolled
 SPILLS = {"forward": 0, "dx": 0, "dw": 0, "joint": 0, "layout": 0, "tail": 512, "network_forward": 512, "network_loss": 2048}
-FRAME = 16  # bytes that the assembler spills elsewhere than on Hopper to fit one more program on a multiprocessor; none in tf32x3
+# elsewhere than on Hopper the assembler spills some to fit one more program on a multiprocessor; none in tf32x3
+FRAME, JOINT_FRAME = 16, 24
 SHARED = 99 * 1024  # what a block gets on the smaller GPUs
 
 
@@ -27,7 +28,8 @@ def _allowed(row: dict[str, Any]) -> int:
     """Bytes of stack: none on Hopper, and none in tf32x3 anywhere."""
     if row["target"] == "sm_90" or SPILLS[row["role"]]:
         return SPILLS[row["role"]]
-    return FRAME if row["registers"] <= 168 and row["precision"] != "tf32x3" else 0
+    frame = JOINT_FRAME if row["role"] == "joint" else FRAME
+    return frame if row["registers"] <= 168 and row["precision"] != "tf32x3" else 0
 
 
 def test_no_recorded_kernel_is_over_its_bounds() -> None:
