@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..architecture import Architecture
 from ..behavior import batched_forward
-from ..errors import check_seed, describe, require
+from ..errors import check_positive, check_seed, describe, require
 from ..population import Population
 from . import images as drawn
 
@@ -35,7 +35,7 @@ def synthetic_queries(
         WslfastError: naming the argument, what was expected and what came.
     """
     require(kind in SYNTHETIC, f"kind: expected one of {SYNTHETIC}, got {kind!r}")
-    require(isinstance(n, int) and not isinstance(n, bool) and n >= 1, f"n: expected a positive integer, got {n!r}")
+    check_positive("n", n)
     generator = torch.Generator().manual_seed(check_seed(seed))
     if kind != "optimised":
         return drawn.draw(kind, n, architecture.input_shape, generator)

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import random_split
 
 from ..errors import WslfastError, require, say_once
+from .manifest import SPLITS
 from .photos import photo_patches
 
 Parts = dict[str, tuple[Tensor, Tensor]]  # images [N, C, H, W] float32 in [0, 1] and labels [N] int64, by split
@@ -116,7 +117,7 @@ def _source(parts: Parts, provenance: dict[str, Any], normalisation: tuple[Seque
 def _cut(images: Tensor, labels: Tensor, sizes: Sequence[float], generator: torch.Generator) -> Parts:
     """Train, val (and test) as ``random_split`` of torch draws them."""
     parts: list[Any] = random_split(range(len(images)), sizes, generator)  # type: ignore[arg-type]
-    return {key: (images[part.indices], labels[part.indices]) for key, part in zip(("train", "val", "test"), parts, strict=False)}
+    return {key: (images[part.indices], labels[part.indices]) for key, part in zip(SPLITS, parts, strict=False)}
 
 
 def _pixels(images: np.ndarray) -> Tensor:

@@ -23,6 +23,7 @@ from ..population import Population
 from ..safe.state import load_plain
 from .datasets import Dataset
 from .grid import Cell
+from .manifest import SPLITS
 from .signals import Signals
 
 FOLDER = ".parts"
@@ -59,7 +60,7 @@ def trained_in_parts(
     else:
         logger.info("zoo: models %d to %d were trained before", span.start, span.stop - 1)
     weights, table = part
-    each = len(weights) // len(mine)  # rows a model
+    each = len(weights) // len(mine)  # rows per model
     whole = world.rows(weights.reshape(len(mine), -1), len(cells)).reshape(len(cells) * each, -1)
     columns: dict[str, list[Any]] = {name: [] for name in table}
     for rank, others in enumerate(world.collected(table)):
@@ -77,7 +78,7 @@ def discard_parts(folder: Path) -> None:
 def data_digest(data: Dataset | Signals) -> str:
     """SHA-256 of a data set's images and labels, or of inputs and targets."""
     digest = hashlib.sha256()
-    for split in ("train", "val", "test"):
+    for split in SPLITS:
         for tensor in data.split(split) or ():
             digest.update(tensor.cpu().contiguous().numpy().data)
     return digest.hexdigest()

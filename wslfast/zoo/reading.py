@@ -44,13 +44,14 @@ def load_zoo(
     verify: bool = True,
     skip_bad: bool = False,
 ) -> Population:
-    """The population stored in folder ``path``: every row in manifest order, or one split's rows.
+    """The population that is stored in the folder ``path``: every row, or the rows of one split, in the order of the manifest.
 
     Args:
         path: a folder written by :func:`save_zoo`.
         split: None for every row, or "train", "val", "test".
-        architecture: of a zoo of several architectures, which one: its label, or the architecture itself (:func:`load_parts` gives all).
-            Else what the models are, for a zoo whose architecture cannot be rebuilt from its manifest; where it can, both must agree.
+        architecture: in a zoo of several architectures, the one to load: its label, or the architecture itself (:func:`load_parts` loads
+            all). For a zoo whose architecture cannot be rebuilt from its manifest, what its models are. Otherwise it has to agree with the
+            manifest.
         verify: check every shard's SHA-256. The rest is always checked.
         skip_bad: leave out shards that are missing or damaged, with one warning that counts them and their rows, instead of raising.
 
@@ -73,8 +74,8 @@ def load_zoo(
 
 
 def load_parts(path: str | Path, split: str | None = None, *, skip_bad: bool = False) -> dict[str, Population]:
-    """The populations of a zoo by architecture (the label of its table; of a zoo of one, the architecture's name), those with a row of
-    the split alone."""
+    """The populations of a zoo, by the label of their architecture; in a zoo of one architecture the label is its name. Architectures
+    without a row in the split are left out."""
     return parts_of(path, split, lambda label: load_zoo(path, split, architecture=label, skip_bad=skip_bad))
 
 
@@ -98,20 +99,20 @@ def _load(
         manifest = sound_part(folder, manifest, verify)
     else:
         check_shards(folder, manifest)  # before anything is allocated
-    found, of_it = chosen_kind(manifest, architecture, str(folder / MANIFEST))
+    network, of_it = chosen_kind(manifest, architecture, str(folder / MANIFEST))
     chosen = chosen_rows(manifest, of_it, split, str(folder / MANIFEST))
-    weights = torch.empty(sum(chosen), found.num_weights)
+    weights = torch.empty(sum(chosen), network.num_weights)
     at = 0
     for shard, shape, kept, places in zip(manifest.shards, manifest.shapes, *in_shards(manifest, chosen), strict=True):
         if len(kept) == 0 and manifest.kinds:
             continue
-        part = rows_of(read_shard(folder, shard, shape, verify), places, found.num_weights)
+        part = rows_of(read_shard(folder, shard, shape, verify), places, network.num_weights)
         weights[at : at + len(part)] = part
         at += len(part)
     columns = {
         name: tuple(value for value, keep in zip(column, chosen, strict=True) if keep) for name, column in manifest.properties.items()
     }
-    return Population(found, weights, columns)
+    return Population(network, weights, columns)
 
 
 def chosen_kind(manifest: Manifest, architecture: Architecture | str | None, where: str) -> tuple[Architecture, list[bool]]:
@@ -166,7 +167,7 @@ def agree(architecture: Architecture, manifest: Manifest, where: str) -> None:
     require(isinstance(architecture, Architecture), f"architecture: expected an Architecture, got {type(architecture).__name__}")
     require(
         architecture.num_weights == manifest.num_weights,
-        f"{where}: architecture: the zoo has {manifest.num_weights} weights a model, architecture= has {architecture.num_weights}",
+        f"{where}: architecture: the zoo has {manifest.num_weights} weights per model, architecture= has {architecture.num_weights}",
     )
     recorded, ours = manifest.architecture, normalised(architecture.to_dict(), "architecture")
     if "parameters" in recorded and "parameters" in ours:

@@ -690,7 +690,7 @@ def test_export_refuses_what_would_be_lost(tmp_path: Path, tree: Path) -> None:
         export_zoo(tmp_path / "zoo", tmp_path / "x", format="onnx")
     twice = Population(ARCH, population(1).weights[:2], {"model": (0, 0), "epoch": (1, 1)})
     save_zoo(twice, tmp_path / "twice", splits=("train", "train"), provenance={})
-    with pytest.raises(WslfastError, match="one checkpoint an epoch"):
+    with pytest.raises(WslfastError, match="one checkpoint per epoch"):
         export_zoo(tmp_path / "twice", tmp_path / "x")
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ...architecture import Architecture
-from ...errors import WslfastError, describe, require
+from ...errors import WslfastError, describe, present, require
 from ..datasets import input_shapes
 from ..export import PUBLISHED
 
@@ -127,9 +127,8 @@ def architecture_of(network: str, input_shape: Sequence[int] | None, dataset: st
         shapes: list[tuple[int, ...]] = [tuple(input_shape)]
     else:
         need = "input shape: expected --dataset (the shape of its images counts) or --input-shape, as --input-shape 3 32 32"
-        require(dataset is not None, need)
-        assert dataset is not None
-        shapes, _ = input_shapes(dataset)
+        images: str | Path = present(dataset, need)
+        shapes, _ = input_shapes(images)
     name = network.rpartition(":")[2]
     label = None if name in PUBLISHED else name  # a function resnet18() gives its author's network, not the published one
     failed = []

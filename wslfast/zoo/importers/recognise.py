@@ -61,9 +61,7 @@ def contradiction(architecture: Architecture, config: Mapping[str, Any]) -> str 
     return f"expected activation {' or '.join(sorted(used))}, got {stated!r}"
 
 
-_ACTIVATIONS = (
-    "relu", "tanh", "sigmoid", "gelu", "selu", "elu", "celu", "silu", "leaky_relu", "hardswish", "hardtanh", "softplus", "sin", "relu6",
-)  # fmt: skip
+_ACTIVATIONS = {entry.operation for entry in ACTIVATIONS.values() if entry.operation} | {"selu", "hardswish", "hardtanh", "sin", "relu6"}
 
 
 def activations(architecture: Architecture) -> list[str]:
