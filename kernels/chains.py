@@ -68,7 +68,7 @@ def _node_of(layer: Layer, x: str, size: tuple[int, ...]) -> Node | None:
         raise TypeError("an affine step is part of a batch norm, not a layer of a network")
     if layer.function == "identity":
         return None
-    operation, argument, default = ACTIVATIONS[layer.function]
+    operation, _, argument, default = ACTIVATIONS[layer.function]
     given: tuple[tuple[str, Any], ...] = (("self", x),)
     if argument is not None and layer.parameter != default:
         given = (*given, (argument, float(layer.parameter)))
@@ -78,7 +78,7 @@ def _node_of(layer: Layer, x: str, size: tuple[int, ...]) -> Node | None:
 
 
 def chain_of(graph: Graph) -> Layers:
-    """The layer records of a graph that is a plain chain of them, to one number a class; no records for any other."""
+    """The layer records of a graph that is a plain chain of them, to one number per class; no records for any other."""
     x, layers, shape = QUERY, [], graph.input_shape
     for i, node in enumerate(graph.nodes):
         layer = _layer_of(node, i, x, graph, shape)

@@ -26,7 +26,7 @@ def activation(x: Tensor, layer: Activation) -> Tensor:
     """The layer's elementwise function of ``x``: the operation that the table of activations names."""
     if layer.function not in ACTIVATIONS:
         raise ValueError(f"unknown activation {layer.function!r}")
-    operation, argument, _ = ACTIVATIONS[layer.function]
+    operation, _, argument, _ = ACTIVATIONS[layer.function]
     if not operation:
         return x
     given = {argument: layer.parameter} if argument is not None else {"approximate": layer.approximate} if layer.function == "gelu" else {}
@@ -198,8 +198,8 @@ def _check_recurrence(node: Node, values: Mapping[str, Any], x: Tensor) -> None:
     for layer in range(layers):
         wanted += [(rows, x.shape[2] if layer == 0 else seen * directions), (rows, seen), *behind] * directions
     parameters = given["params"]
-    found = [tuple(p.shape) for p in parameters if isinstance(p, Tensor)]
-    check(len(found) == len(parameters) and found == wanted, "expected parameters of other shapes")
+    shapes = [tuple(p.shape) for p in parameters if isinstance(p, Tensor)]
+    check(len(shapes) == len(parameters) and shapes == wanted, "expected parameters of other shapes")
 
 
 def _without_memory(node: Node, values: dict[str, Any], n: int) -> Any:

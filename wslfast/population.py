@@ -24,7 +24,7 @@ Index = Union[int, slice, Sequence[int], Sequence[bool], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Population:
-    """Immutable stacked weights ``[k, P]`` (fp32) and one column of values a property.
+    """Immutable stacked weights ``[k, P]`` (fp32) and one column of values per property.
 
     Attributes:
         architecture: what every model is.
@@ -96,7 +96,8 @@ class Population:
     def from_state_dicts(
         cls, architecture: Architecture, state_dicts: Sequence[Mapping[str, Tensor]], properties: Mapping[str, Sequence[Any]] | None = None
     ) -> Population:
-        """Stack state dicts (any key order; batch norm's step counters are ignored). Raises WslfastError naming key and model."""
+        """The population of these state dicts, in any key order; step counters of batch norm are ignored. Raises WslfastError naming the
+        key and the model that do not fit."""
         require(len(state_dicts) > 0, "state_dicts: expected at least one model, got none")
         weights = torch.empty(len(state_dicts), architecture.num_weights)
         for j, state in enumerate(state_dicts):

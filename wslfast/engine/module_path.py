@@ -59,7 +59,7 @@ class _Bound:
                 self.recurrent.append((part, [order[name] for name in names]))
 
     def __call__(self, values: Sequence[Tensor], x: Tensor) -> Tensor:
-        """The module's outputs with ``values``, one tensor a slot."""
+        """The module's outputs with ``values``, one tensor per slot."""
         with self.lock:
             before = [held[leaf] for held, leaf, _ in self.places]
             lists = [part._flat_weights for part, _ in self.recurrent]
@@ -112,29 +112,29 @@ def _traits(architecture: Architecture) -> frozenset[str]:
     """What decides how the module is run: ``writes`` to its input, has ``convolutions`` or a ``recurrent`` part, ``slices`` channels,
     can be ``mapped``."""
     assert architecture.module is not None
-    found = set()
+    traits = set()
     parts = list(architecture.module.modules())
     if any(isinstance(part, nn.modules.conv._ConvNd) and part.weight.ndim == 4 for part in parts):
-        found.add("convolutions")
+        traits.add("convolutions")
     if any(isinstance(part, nn.RNNBase) for part in parts):
-        found.add("recurrent")
+        traits.add("recurrent")
     x = torch.zeros(2, *architecture.input_shape, dtype=torch.float32, device="cpu")
     with temporarily_clear_interpreter_stack(), torch.no_grad(), _Names() as names:
         architecture.module(x.clone())
     if _writes(architecture):
-        found.add("writes")
+        traits.add("writes")
     if names.seen & {"slice", "split", "split_with_sizes", "select", "cat", "index"}:
-        found.add("slices")
+        traits.add("slices")
     row = torch.zeros(2, architecture.num_weights, dtype=torch.float32, device="cpu")
     path = Module(architecture, "")
     try:
         with temporarily_clear_interpreter_stack(), torch.no_grad():
             for queries in (x, x.expand(2, *x.shape)):  # each model's own too: control flow may look at queries alone
-                path._mapped(_leaves(row, architecture), queries, "writes" in found)
-        found.add("mapped")
+                path._mapped(_leaves(row, architecture), queries, "writes" in traits)
+        traits.add("mapped")
     except Exception:  # whatever vmap cannot follow runs one model after another
         pass
-    return frozenset(found)
+    return frozenset(traits)
 
 
 class _Names(torch.utils._python_dispatch.TorchDispatchMode):
@@ -272,9 +272,9 @@ class Module:
                 values.append(value)
                 slopes.append(slope.to(answer.dtype))
             # models are independent: the gradient of the sum is each model's own
-            found = torch.autograd.grad(answers, leaves, slopes, materialize_grads=True)
+            gradients = torch.autograd.grad(answers, leaves, slopes, materialize_grads=True)
             losses[part] = torch.cat(values)[:real]
-            gradient[part] = torch.cat([slope.reshape(len(rows), -1) for slope in found], 1)[:real]
+            gradient[part] = torch.cat([slope.reshape(len(rows), -1) for slope in gradients], 1)[:real]
 
         in_chunks(k, size, piece)
         return losses, gradient

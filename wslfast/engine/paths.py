@@ -164,7 +164,7 @@ def _channels_last(queries: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Stacked:
-    """Any graph on any device: many models in one plain torch call an operation."""
+    """Any graph on any device: many models in one plain torch call per operation."""
 
     architecture: Architecture
     reason: str

@@ -66,17 +66,17 @@ class Triton:
         self._say_mode(queries.shape[int(per_model(queries, self.architecture))] if index is None else index.shape[1], precision)
 
         def run() -> tuple[Tensor, Tensor]:
-            made, found = kernels(), self._chain
-            if isinstance(criterion, str) and criterion in made.CRITERIA:
+            launch, folded = kernels(), self._chain
+            if isinstance(criterion, str) and criterion in launch.CRITERIA:
                 leaf, rows = weights, weights
-                if found.rows is not None:
+                if folded.rows is not None:
                     with torch.enable_grad():
                         leaf = weights.detach().requires_grad_()
-                        rows = found.rows(leaf)
-                losses, gradient = made.loss_and_gradient(
-                    rows.detach(), queries, targets, found.layers, criterion, temperature, precision, index=index, memory=memory
+                        rows = folded.rows(leaf)
+                losses, gradient = launch.loss_and_gradient(
+                    rows.detach(), queries, targets, folded.layers, criterion, temperature, precision, index=index, memory=memory
                 )
-                if found.rows is not None:  # through the fold, to the network's own numbers
+                if folded.rows is not None:  # through the fold, to the network's own numbers
                     (gradient,) = torch.autograd.grad(rows, leaf, gradient.to(rows.dtype))
                 return losses, gradient
             if index is not None:

@@ -141,9 +141,9 @@ def setting() -> str:
 def _driver() -> str:
     """The driver's version, as its own file or, where there is none, the CUDA version that it serves."""
     with suppress(OSError):
-        found = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", Path("/proc/driver/nvidia/version").read_text())
-        if found is not None:
-            return found[0]
+        match = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", Path("/proc/driver/nvidia/version").read_text())
+        if match is not None:
+            return match[0]
     ask = getattr(torch._C, "_cuda_getDriverVersion", None)
     return f"CUDA {ask()}" if ask is not None else "unknown"
 

@@ -61,11 +61,11 @@ class Value:
         """Names number by number: ids of the value's shape, a tensor for each id of a name, -1 for none."""
         if self._axes is None:
             return self._ids
-        found = []
+        layers = []
         for axis, columns in enumerate(self._axes):
             for column in self.names.resolved(columns.T) if columns.shape[1] else ():
-                found.append(column.view([-1 if a == axis else 1 for a in range(len(self.shape))]).expand(self.shape))
-        return found
+                layers.append(column.view([-1 if a == axis else 1 for a in range(len(self.shape))]).expand(self.shape))
+        return layers
 
     def fix(self) -> None:
         """Keep the order of every group that it is called by."""
@@ -138,12 +138,12 @@ def _single(names: Names, slot: Tensor, group: int) -> None:
 def _axes_of(names: Names, slot: Tensor, long: list[int]) -> dict[int, list[int]]:
     """Of every free group in one layer of ids: the axes along which its id changes."""
     groups, free = names.group(slot), names.free(slot)
-    found: dict[int, list[int]] = {}
+    changing: dict[int, list[int]] = {}
     for group in groups[free].unique().tolist():
         mine = groups == group
         high, low = torch.where(mine, slot, -1), torch.where(mine, slot, torch.iinfo(torch.long).max)
-        found[group] = [axis for axis in long if bool(((high.amax(axis) > low.amin(axis)) & mine.any(axis)).any())]
-    return found
+        changing[group] = [axis for axis in long if bool(((high.amax(axis) > low.amin(axis)) & mine.any(axis)).any())]
+    return changing
 
 
 def _separate(names: Names, slot: Tensor, group: int, axes: list[int]) -> None:
