@@ -100,15 +100,15 @@ class Ablate:
         console.print(f"means over models, mean ± standard deviation over seeds; rows in {rows_at}", soft_wrap=True)
 
     def _table(self, ablation: Ablation, rows: list[Row], zoo: str | None) -> None:
-        found = over_seeds(rows)
+        figures = over_seeds(rows)
         columns = {}
         for column in _SHOWN:
-            cells = (metrics.get(column) for metrics in found.values())
+            cells = (metrics.get(column) for metrics in figures.values())
             texts = ["-" if c is None else f"{c[0]:.3f}" + (f" ± {c[1]:.3f}" if c[1] is not None else "") for c in cells]
             columns[column.replace("_", "\n")] = texts
         if len(self.zoo) > 1:
             console.print(f"[bold]{zoo}[/bold]", soft_wrap=True)
-        stacked_table(ablation.axis, list(found), columns)
+        stacked_table(ablation.axis, list(figures), columns)
 
 
 @dataclass(frozen=True)

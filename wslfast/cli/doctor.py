@@ -51,7 +51,7 @@ class Doctor:
         here = torch.cuda.is_available()
         if here:
             check_device(self.device)
-        found = doctor(arch, k=self.k, n=self.n, precision=self.precision, device=self.device, limit_s=self.seconds)
+        lines = doctor(arch, k=self.k, n=self.n, precision=self.precision, device=self.device, limit_s=self.seconds)
         cpu = choose(arch, "cpu", torch.float32)
         values: dict[str, Any] = {
             "network": f"{arch.name}, {arch.num_weights:,} weights",
@@ -61,4 +61,4 @@ class Doctor:
             "WSLFAST_KERNELS": verdicts.setting(),
             "kept in": str(verdicts.folder()),
         }
-        show({**values, **found}, self.json)
+        show({**values, **lines}, self.json)

@@ -85,8 +85,8 @@ class ZooBuild:
             figures = "; ".join(f"{n} {', '.join(f'{v:.4g}' for v in saw[k])}" for n, k in (("mean", "mean"), ("deviation", "std")))
             console.print(f"images: standardised ({figures})", soft_wrap=True)
         column, what = ("test_acc", "test accuracy") if "test_acc" in population.properties else ("train_loss", "mean squared error")
-        found = population.column(column)
-        console.print(f"{self.out}: {len(population)} rows, {what} {found.mean():.3g} +- {found.std():.3g}", soft_wrap=True)
+        values = population.column(column)
+        console.print(f"{self.out}: {len(population)} rows, {what} {values.mean():.3g} +- {values.std():.3g}", soft_wrap=True)
 
     def _architecture(self) -> Architecture | None:
         if self.architecture in ("auto", "siren"):
@@ -124,7 +124,7 @@ class ZooShow:
 class ZooImport:
     """Read trained networks, your own or a published zoo, and store them as a zoo.
 
-    Your own: a folder with a file a network (.pt, .pth, .ckpt, .safetensors, .npz: state dicts, bare or under a key such as model or
+    Your own: a folder with a file per network (.pt, .pth, .ckpt, .safetensors, .npz: state dicts, bare or under a key such as model or
     state_dict), --network FILE.py:NAME for what they are, --dataset for what they were trained on, --table for what you know of each:
 
     Example: wslfast zoo import models/ runs/zoo --network net.py:Net --dataset images.npz --table accuracies.csv
@@ -155,7 +155,7 @@ class ZooImport:
     """The models saw its images standardised: mean 0 and deviation 1 of each channel (named sets: with the published figures). Without, as
     they are: bytes in [0, 1], other numbers unchanged."""
     mean: tuple[float, ...] = ()
-    """The models saw (image - mean) / std: a number a channel, or one for all (with --std)."""
+    """The models saw (image - mean) / std: a number per channel, or one for all (with --std)."""
     std: tuple[float, ...] = ()
     """See --mean."""
     input_shape: tuple[int, ...] = ()
@@ -240,7 +240,7 @@ class ZooExport:
     out: tyro.conf.Positional[str]
     """A new or empty folder."""
     format: Literal["ray", "state-dicts"] = "ray"
-    """ray: params.json, result.json, checkpoint_000020/checkpoints a model; state-dicts: 00000.pt ... and index.json."""
+    """ray: params.json, result.json, checkpoint_000020/checkpoints per model; state-dicts: 00000.pt ... and index.json."""
     split: Literal["all", "train", "val", "test"] = "all"
     """Which models."""
     skip_bad: bool = False

@@ -68,15 +68,15 @@ def small_agreement(results: Results, zoo: str) -> Verdict:
 def probe(results: Results, zoo: str) -> Verdict:
     """R2 of test accuracy of at least .95, or above weight statistics by more than the spread: of mean tokens, the published features,
     or of what decoded networks answer, whichever says more."""
-    found = []
+    scores = []
     for metric, features in (("probe_r2", "mean token"), ("probe_r2_decoded", "answers of decoded networks")):
         who = results.best(zoo, _judged(results, zoo), metric)
         value = results.mean(zoo, who, metric) if who else None
         if who and value is not None:
-            found.append((value, who, features, max([0.0, *results.value(zoo, who, metric, "spread")])))
-    if not found:
+            scores.append((value, who, features, max([0.0, *results.value(zoo, who, metric, "spread")])))
+    if not scores:
         return Verdict()
-    value, who, features, noise = max(found)
+    value, who, features, noise = max(scores)
     base = results.mean(zoo, STATISTICS, "probe_r2")
     return Verdict(who, value, base, value >= 0.95 or (base is not None and value > base + noise), features)
 

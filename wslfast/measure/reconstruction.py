@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..architecture import Architecture
 from ..behavior import batched_forward
-from ..errors import WslfastError, describe, require
+from ..errors import WslfastError, check_positive, describe, require
 from ..kernels.criteria import criterion_values
 
 Groups = Union[Sequence[Hashable], Tensor]
@@ -30,7 +30,7 @@ COLLAPSE = 0.01  # a mean margin below this is none
 
 @dataclass(frozen=True, eq=False)
 class Reconstruction:
-    """Originals against their reconstructions, one value a model (``[k]`` float64 on the CPU; NaN where undefined).
+    """Originals against their reconstructions, one value per model (``[k]`` float64 on the CPU; NaN where undefined).
 
     A *non-finite* reconstruction (a weight, or an output on any image, is NaN or infinite) is wrong on every image and
     agrees with nobody: accuracy, agreement, agreement_others and identified are 0; distances are NaN. Where the *original*
@@ -130,7 +130,7 @@ def compare(
     original, reconstructed = _check_weights(original, reconstructed, architecture)
     labels = None if labels is None else _check_labels(images, labels, architecture)
     _check_targets(targets, (len(original), len(images), *architecture.output_shape), original.device)
-    require(isinstance(block, int) and not isinstance(block, bool) and block > 0, f"block: expected a positive integer, got {block!r}")
+    check_positive("block", block)
     ids = _group_ids(groups, len(original)).to(original.device)
     # a surrounding autocast would blur the very differences that are measured
     with torch.no_grad(), torch.autocast(original.device.type, enabled=False):
@@ -328,7 +328,7 @@ def _check_labels(images: Any, labels: Any, architecture: Architecture) -> Tenso
     require(some, f"images: expected [n, ...] with n >= 1, got {describe(images)}")
     require(
         isinstance(labels, Tensor) and labels.shape == (len(images),) and not labels.is_floating_point() and not labels.is_complex(),
-        f"labels: expected integers [{len(images)}] (one an image), got {describe(labels)}",
+        f"labels: expected integers [{len(images)}] (one per image), got {describe(labels)}",
     )
     low, high = int(labels.min()), int(labels.max())
     top = architecture.num_classes - 1
@@ -347,7 +347,7 @@ def _group_ids(groups: Groups | None, k: int) -> Tensor:
     if groups is None:
         return torch.arange(k)
     values = groups.flatten().tolist() if isinstance(groups, Tensor) else list(groups)
-    require(len(values) == k, f"groups: expected {k} model ids (one a row), got {len(values)}")
+    require(len(values) == k, f"groups: expected {k} model ids (one per row), got {len(values)}")
     missing = [j for j, v in enumerate(values) if v is None or (isinstance(v, float) and math.isnan(v))]
     require(not missing, f"groups: rows {missing[:10]} have no model id")
     first: dict[Hashable, int] = {}

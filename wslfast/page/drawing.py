@@ -70,10 +70,10 @@ _pictures: ContextVar[dict[str, bytes] | None] = ContextVar("pictures", default=
 @contextmanager
 def collected() -> Iterator[dict[str, bytes]]:
     """The figures that are drawn in the block, as PNG by name; their SVG is left empty."""
-    found: dict[str, bytes] = {}
-    token = _pictures.set(found)
+    pictures: dict[str, bytes] = {}
+    token = _pictures.set(pictures)
     try:
-        yield found
+        yield pictures
     finally:
         _pictures.reset(token)
 
@@ -91,10 +91,10 @@ def sheet(height: float, width: float = _WIDTH, *, name: str = "figure") -> Iter
 
 
 def _drawn(figure: Figure, name: str) -> str:
-    found = _pictures.get()
-    if found is None:
+    pictures = _pictures.get()
+    if pictures is None:
         return to_svg(figure)
-    found[name] = to_png(figure)
+    pictures[name] = to_png(figure)
     return "<svg></svg>"
 
 
@@ -163,7 +163,7 @@ def errors(axes: Axes, points: Sequence[tuple[Any, float | None, float | None]],
 
 
 def training_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]], palette: Mapping[str, str], *, name: str = "training") -> str:
-    """Loss parts over steps, one panel a part, one line a variant; empty if no record holds a loss."""
+    """Loss parts over steps, one panel per part, one line per variant; empty if no record holds a loss."""
     parts = [key for key in _PARTS if any(_series(records, key)[0] for records in curves.values())]
     if not parts:
         return ""
@@ -189,7 +189,7 @@ def training_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]], palette: 
 
 
 def scatter_map(xy: np.ndarray, share: Sequence[float], level: np.ndarray, groups: Sequence[str], *, name: str = "map") -> str:
-    """Models at ``xy [k, 2]`` whose axes hold ``share`` per cent of variance, coloured by ``level [k]`` per cent, one marker a group."""
+    """Models at ``xy [k, 2]`` whose axes hold ``share`` per cent of variance, coloured by ``level [k]`` per cent, one marker per group."""
     with sheet(4.4, width=7.4, name=name) as (figure, svg):
         axes = figure.subplots()
         for mark, group in zip(_MARKERS * len(groups), dict.fromkeys(groups)):

@@ -78,7 +78,7 @@ def overview(results: Results, zoo: str, colors: Mapping[str, str]) -> str:
 
 
 def histograms(results: Results, zoo: str, variants: Sequence[str], colors: Mapping[str, str]) -> str:
-    """A column a variant: agreement with own (outline) and others' (grey) above, accuracy after (outline) and before (grey) below."""
+    """A column per variant: agreement with own (outline) and others' (grey) above, accuracy after (outline) and before (grey) below."""
     kept = [v for v in variants if results.table("models", zoo, v)][:6]
     if not kept:
         return ""
@@ -227,7 +227,7 @@ def _finetuning(axes: Axes, results: Results, zoo: str, runs: Sequence[str], col
 
 
 def latent_map(results: Results, zoo: str, variant: str) -> str:
-    """Mean-token latents on two principal components, coloured by accuracy, one mark a split."""
+    """Mean-token latents on two principal components, coloured by accuracy, one mark per split."""
     rows = [r for r in results.table("latents", zoo, variant, first_seed=True) if None not in (r["x"], r["y"])]
     if len(rows) < 3:
         return ""
@@ -244,7 +244,7 @@ def training(results: Results, zoo: str, colors: Mapping[str, str]) -> str:
 
 
 def against_beta(results: Results) -> str:
-    """Agreement, and diversity of new models, against beta; one line a zoo and choice of gamma."""
+    """Agreement, and diversity of new models, against beta; one line per zoo and choice of gamma."""
     series: dict[str, list[tuple[float, str, str]]] = {}
     for zoo in results.zoos:
         for variant in results.trained(zoo):

@@ -83,14 +83,14 @@ def headline(results: Results) -> str:
 
 def common_run(results: Results) -> tuple[str | None, dict[str, float]]:
     """The run that is on most zoos, of several the one with the highest mean, and its value on each zoo by the zoo's own measure."""
-    found: dict[str, dict[str, float]] = {}
+    values: dict[str, dict[str, float]] = {}
     for zoo in results.zoos:
         for run in results.trained(zoo):
             value = results.mean(zoo, run, results.measure(zoo))
             if value is not None:
-                found.setdefault(run, {})[zoo] = value
-    best = max(found, key=lambda run: (len(found[run]), statistics.fmean(found[run].values())), default=None)
-    return best, found.get(best or "", {})
+                values.setdefault(run, {})[zoo] = value
+    best = max(values, key=lambda run: (len(values[run]), statistics.fmean(values[run].values())), default=None)
+    return best, values.get(best or "", {})
 
 
 def _of_many(results: Results) -> str:

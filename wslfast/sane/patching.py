@@ -48,14 +48,14 @@ class Patch:
 
     def _check(self) -> list[Item]:
         """Everything of the loaded packages that is not replaced yet; raises before anything is touched."""
-        found: list[Item] = []
+        checked: list[Item] = []
         for package in PACKAGES:
             items = surface_of(package, self.semantics, self.strict)
             drift = [item.drift for item in items if item.drift is not None]
             known = "nothing was replaced, as signatures differ from those this version of wslfast knows"
             require(not drift, f"{package}: {known}: {'; '.join(drift)}")
-            found += items
-        return found
+            checked += items
+        return checked
 
     def _apply(self, items: list[Item]) -> None:
         try:

@@ -25,7 +25,7 @@ class Queries:
 
     Args:
         kind: ``"random"``, ``"data"`` or ``"union"``.
-        n: images a draw; of a union each half has ``(n + 1) // 2``.
+        n: images per draw; of a union each half has ``(n + 1) // 2``.
         shape: of one image.
         dump: for data and unions: images ``[Q, C, H, W]``, a data set of (image, label), or a file of either or of
             ``{"trainset": data set}``. Files are read with ``weights_only=True``; a ``TensorDataset`` in one, or ``Subset`` and

@@ -166,9 +166,9 @@ def _sampled(source: Source, protocol: Protocol, sampler: str, bandwidth: float 
         "novelty": nearest(weights, source.train.weights),
         "novelty_behavior": behavioral_novelty(outputs.argmax(-1), source.train_classes),
     }
-    found = {name: figures(value) for name, value in values.items()} | spreads(diversity(weights, outputs))
+    measured = {name: figures(value) for name, value in values.items()} | spreads(diversity(weights, outputs))
     settings: Row = {"sampler": sampler, "bandwidth": bandwidth, "select": select, "samples": protocol.samples}
-    return _Sampling(settings, weights, {name: value.cpu() for name, value in values.items()}, found)
+    return _Sampling(settings, weights, {name: value.cpu() for name, value in values.items()}, measured)
 
 
 def generative(zoo: LoadedZoo, code: Code, *, full: bool) -> tuple[Metrics, dict[str, list[Row]]]:

@@ -129,7 +129,7 @@ def _untrained(inputs: Inputs) -> Iterator[Task]:
 
 
 def _once(name: str, make: Callable[[LoadedZoo], Measured]) -> Callable[[Inputs], list[Task]]:
-    """One unit a zoo, computed from nothing else."""
+    """One unit per zoo, computed from nothing else."""
     return lambda inputs: [Task(make, (name,))]
 
 
@@ -175,7 +175,7 @@ def _refine_and_measure(zoo: LoadedZoo, name: str, numbers: int, sizes: Mapping[
     images = spaced(zoo.data.train_images, sizes["refine_images"]).to(zoo.device)
     latents = refine(code, zoo.test.weights, images, steps=sizes["refine_steps"], seed=zoo.protocol.seed)
     metrics, models = reconstructive(zoo, decode(code, latents))
-    note = {"baseline": f"{sizes['refine_steps']} steps a model", "code": name, **sizes}
+    note = {"baseline": f"{sizes['refine_steps']} steps per model", "code": name, **sizes}
     return with_sizes(zoo, code, Measured(metrics, {"models": models}, note))
 
 

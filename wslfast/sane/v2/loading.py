@@ -93,11 +93,11 @@ def _learn(path: str | Path, made: Any, reader: Any) -> _Program | None:
                 return None
             blocks = [_block(s, t) for s, t in zip(stored, leaves)]
         example = _filled(made, iter(torch.empty(0) for _ in leaves))
-        found = _Program(example, blocks)
+        learnt = _Program(example, blocks)
         again: list[Any] = []
-        _leaves(found.run(reader), again)
+        _leaves(learnt.run(reader), again)
         same = all(a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride() and _bits(a, b) for a, b in zip(leaves, again))
-        return found if same else None
+        return learnt if same else None
     except (WslfastError, RuntimeError, AttributeError, ValueError, TypeError):
         return None
 
