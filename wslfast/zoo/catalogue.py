@@ -74,7 +74,7 @@ def read_named(name: str, root: str | Path | None, seed: int) -> Source:
     Raises:
         WslfastError: files or packages are missing, and what to install or where to put them.
     """
-    published = (PUBLISHED_MEAN, PUBLISHED_STD)
+    published = (PUBLISHED_MEAN, PUBLISHED_STD) if _SHAPES[name][0] == 3 else None  # of gray images they are measured
     provenance: dict[str, Any] = {"source": f"torchvision {name}"}
     if name == "photos":
         arrays = photo_patches(seed)
@@ -96,14 +96,13 @@ def read_named(name: str, root: str | Path | None, seed: int) -> Source:
                 )
             )
             provenance["subsample"] = list(_SUBSAMPLE)
-        normalisation = None
     else:
-        folder, normalisation = Path(root or "data"), published
+        folder = Path(root or "data")
         (images, labels), (test_images, test_labels) = _read(name, folder, "train"), _read(name, folder, "test")
     kept = int(0.9 * len(images))
     train, val = _cut(images, labels, (kept, len(images) - kept), generator).values()
     parts = {"train": train, "val": val, "test": (test_images, test_labels)}
-    return _source(parts, {**provenance, "root": str(folder.resolve())}, normalisation)
+    return _source(parts, {**provenance, "root": str(folder.resolve())}, published)
 
 
 def _source(parts: Parts, provenance: dict[str, Any], normalisation: tuple[Sequence[float], Sequence[float]] | None = None) -> Source:
