@@ -185,7 +185,7 @@ class Generate:
     select: Literal["none", "subsampled", "bootstrapped"] = "none"
     """Keep every sample, the best of many by validation accuracy, or those of several rounds whose survivors are the next anchors."""
     candidates: int | None = None
-    """Draws a round to select from (default: 4 a sample)."""
+    """Draws per round, to select from (default: 4 per sample)."""
     rounds: int = 3
     """Rounds of --select bootstrapped."""
     finetune: int = 0

@@ -16,7 +16,7 @@ from .options import Networks
 class Train(TrainConfig):
     """Train a weight autoencoder on a zoo.
 
-    The folder receives config.toml, log.jsonl (one record a line) and checkpoint/. An interrupted run goes on with --resume,
+    The folder receives config.toml, log.jsonl (one record per line) and checkpoint/. An interrupted run goes on with --resume,
     to the bit on a CPU.
 
     Example: wslfast train --zoo runs/zoo --out runs/ae --steps 1000 --seed 0

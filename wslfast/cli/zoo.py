@@ -47,7 +47,7 @@ class ZooBuild:
     grid: Literal["auto", "small", "published", "signals"] = "auto"
     """Hyper-parameters that models are drawn from; published is the paper's (50 epochs), signals is for siren."""
     batch_size: int = 0
-    """Images a step, of each model (default: 32, and for siren every pixel)."""
+    """Images per step, for each model (default: 32, and for siren every pixel)."""
     seed: int = 0
     """Seed of the draw from the grid, of the split and of every model."""
     device: str = "cpu"

@@ -36,7 +36,7 @@ class Unbuildable(Exception):
 
 @dataclass(frozen=True)
 class Triton:
-    """Chains on a GPU, norms and averages folded into them: all models in one launch a layer, or in one launch. ``choice`` is one of
+    """Chains on a GPU, norms and averages folded into them: all models in one launch per layer, or in one launch. ``choice`` is one of
     ``schedule.CHOICES``."""
 
     architecture: Architecture
@@ -86,7 +86,7 @@ class Triton:
         return self._built(run, form_of(criterion, index), weights)
 
     def _say_mode(self, n: int, precision: str) -> None:
-        """Why the kernels leave their usual way, a launch a layer."""
+        """Why the kernels leave their usual way, one launch per layer."""
         planned = schedule(self._chain.layers, self.architecture.input_shape)
         mode, reason = budget.choose_mode(planned, n, precision, True, memory_budget("cuda"))
         if mode == "network":

@@ -134,7 +134,7 @@ class Source:
         Args:
             select: ``"none"``; ``"subsampled"``: the best of ``candidates`` by validation accuracy, best first; ``"bootstrapped"``:
                 that, ``rounds`` times over, the survivors being the next round's anchors.
-            candidates: draws per round; default: 4 a sample.
+            candidates: draws per round; default: 4 per sample.
         """
         require(select in SELECTIONS, f"select: expected one of {SELECTIONS}, got {select!r}")
         rated = select == "none" or labels_of(self.data, "val", self.train.architecture) is not None

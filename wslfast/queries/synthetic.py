@@ -22,7 +22,7 @@ def synthetic_queries(
     """Query images made without any data set: ``[n, *architecture.input_shape]`` float32 on the CPU.
 
     Args:
-        kind: ``"uniform"`` U[0, 1), the published code's ``random``; the others have mean 0 and standard deviation 1 a channel:
+        kind: ``"uniform"`` U[0, 1), the published code's ``random``; the others have mean 0 and standard deviation 1 in each channel:
             ``"noise"`` white; ``"smooth"`` noise with a spectrum like that of photographs; ``"strokes"`` curves of a soft pen;
             ``"blend"`` strokes over smooth noise; ``"optimised"`` smooth noise, strokes and blends, altered until the models of
             ``population`` disagree most, and distilled to the n that leave the least of the disagreement unsaid (their mean and
