@@ -28,7 +28,7 @@ class Patch:
 
     Attributes:
         semantics: what the replacements compute.
-        replaced: one record a replaced name: ``{"package", "name", "places"}`` with every ``module.attribute`` it was found under.
+        replaced: one record per replaced name: ``{"package", "name", "places"}`` with every ``module.attribute`` it was found under.
     """
 
     def __init__(self, semantics: Semantics, strict: bool) -> None:

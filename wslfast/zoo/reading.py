@@ -7,6 +7,7 @@ SHA-256, header, shape and dtype are checked before a row is used (``shards.py``
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import compress
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -95,12 +96,7 @@ def parts_of(path: str | Path, split: str | None, read: Callable[[str | None], P
 def _load(
     folder: Path, manifest: Manifest, split: str | None, architecture: Architecture | str | None, verify: bool, skip_bad: bool
 ) -> Population:
-    if skip_bad:
-        manifest = sound_part(folder, manifest, verify)
-    else:
-        check_shards(folder, manifest)  # before anything is allocated
-    network, of_it = chosen_kind(manifest, architecture, str(folder / MANIFEST))
-    chosen = chosen_rows(manifest, of_it, split, str(folder / MANIFEST))
+    manifest, network, chosen, properties = selection(folder, manifest, split, architecture, verify, skip_bad)
     weights = torch.empty(sum(chosen), network.num_weights)
     at = 0
     for shard, shape, kept, places in zip(manifest.shards, manifest.shapes, *in_shards(manifest, chosen), strict=True):
@@ -109,13 +105,25 @@ def _load(
         part = rows_of(read_shard(folder, shard, shape, verify), places, network.num_weights)
         weights[at : at + len(part)] = part
         at += len(part)
-    columns = {
-        name: tuple(value for value, keep in zip(column, chosen, strict=True) if keep) for name, column in manifest.properties.items()
-    }
-    return Population(network, weights, columns)
+    return Population(network, weights, properties)
 
 
-def chosen_kind(manifest: Manifest, architecture: Architecture | str | None, where: str) -> tuple[Architecture, list[bool]]:
+def selection(
+    folder: Path, manifest: Manifest, split: str | None, architecture: Architecture | str | None, verify: bool, skip_bad: bool
+) -> tuple[Manifest, Architecture, list[bool], dict[str, tuple[Any, ...]]]:
+    """The manifest (with ``skip_bad`` that of the sound shards), the architecture that is asked for, which rows are of it and in the
+    split, and the properties of these."""
+    if skip_bad:
+        manifest = sound_part(folder, manifest, verify)
+    else:
+        check_shards(folder, manifest)  # a hole is named now: before anything is allocated, not in the middle of an epoch
+    where = str(folder / MANIFEST)
+    network, of_it = _kind(manifest, architecture, where)
+    chosen = _rows(manifest, of_it, split, where)
+    return manifest, network, chosen, {name: tuple(compress(column, chosen)) for name, column in manifest.properties.items()}
+
+
+def _kind(manifest: Manifest, architecture: Architecture | str | None, where: str) -> tuple[Architecture, list[bool]]:
     """The architecture that is asked for, and which rows are of it. Raises WslfastError where a zoo of several is asked for none."""
     if not manifest.kinds:
         if isinstance(architecture, str):
@@ -124,7 +132,7 @@ def chosen_kind(manifest: Manifest, architecture: Architecture | str | None, whe
             architecture = None
         if architecture is None:
             return manifest.rebuild(where), [True] * manifest.rows
-        agree(architecture, manifest, where)
+        _agree(architecture, manifest, where)
         return architecture, [True] * manifest.rows
     need = f"{where}: it is a zoo of several architectures: {manifest.labels}"
     require(architecture is not None, f"{need}; choose one (architecture=, --architecture), or read all with wslfast.zoo.load_parts")
@@ -138,7 +146,7 @@ def chosen_kind(manifest: Manifest, architecture: Architecture | str | None, whe
     return manifest.rebuild(where, label), [own == label for own in manifest.properties[KIND]]
 
 
-def chosen_rows(manifest: Manifest, of_it: Sequence[bool], split: str | None, where: str) -> list[bool]:
+def _rows(manifest: Manifest, of_it: Sequence[bool], split: str | None, where: str) -> list[bool]:
     """Which rows are of an architecture (``of_it``) and in the split. Raises WslfastError if none is."""
     splits = [own for own, kept in zip(manifest.properties["split"], of_it, strict=True) if kept]
     chosen = [kept and split in (None, own) for own, kept in zip(manifest.properties["split"], of_it, strict=True)]
@@ -162,7 +170,7 @@ def in_shards(manifest: Manifest, chosen: Sequence[bool]) -> tuple[list[Tensor],
     return numbers, places
 
 
-def agree(architecture: Architecture, manifest: Manifest, where: str) -> None:
+def _agree(architecture: Architecture, manifest: Manifest, where: str) -> None:
     """``architecture`` is the manifest's network, where that can be rebuilt; else it has its P, and its names and shapes."""
     require(isinstance(architecture, Architecture), f"architecture: expected an Architecture, got {type(architecture).__name__}")
     require(
