@@ -47,7 +47,7 @@ class Queries:
     seed: int = 0
     """Seed of what is drawn."""
     architecture: str | None = None
-    """Of a zoo of several architectures, which one (wslfast zoo show lists them)."""
+    """Which architecture, in a zoo of several (wslfast zoo show lists them)."""
     network: Networks = ()
 
     def run(self) -> None:
@@ -59,7 +59,7 @@ class Queries:
 
 @dataclass(frozen=True)
 class Ablate:
-    """Train and measure every variant of an ablation file with every seed; what was finished before is not done again.
+    """Train and measure every variant of an ablation file with every seed. What is finished is not done again.
 
     Rows go to OUT/ablations.csv. A killed run goes on where it stopped. Examples of files: examples/ablations/.
 
@@ -77,7 +77,8 @@ class Ablate:
     quick: bool = False
     """Where the file samples new models: fewer of them, on fewer images."""
     split: Literal["test", "val"] | None = None
-    """Whose models are measured, instead of the file's; val to choose by (rows go to ablations-val.csv). Nothing is trained twice."""
+    """Split whose models are measured, instead of the file's; use val to choose settings (rows go to ablations-val.csv). Nothing is trained
+    twice."""
     network: Networks = ()
 
     def run(self) -> None:
@@ -113,7 +114,7 @@ class Ablate:
 
 @dataclass(frozen=True)
 class Gradients(GradientSettings):
-    """Where structure and behavior pull a run's reconstructions, the spectrum of what relates the two, and how far first order holds.
+    """Measure how the gradients of structure and behavior differ at a run's reconstructions, and how far a first-order model holds.
 
     Writes gradients.csv and gradients.json (docs/analysis.md says what is in them).
 
@@ -129,7 +130,7 @@ class Gradients(GradientSettings):
     name: str | None = None
     """What to call the run in the rows (default: its folder's name)."""
     architecture: str | None = None
-    """Of a zoo of several architectures, which one (wslfast zoo show lists them)."""
+    """Which architecture, in a zoo of several (wslfast zoo show lists them)."""
     network: Networks = ()
 
     def run(self) -> None:

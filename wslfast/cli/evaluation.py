@@ -189,7 +189,7 @@ class Generate:
     rounds: int = 3
     """Rounds of --select bootstrapped."""
     finetune: int = 0
-    """Epochs of training on of all samples at once; the figures after each are stored."""
+    """Epochs of further training, of all samples at once. The figures after each epoch are stored."""
     seed: int = 0
     """Seed of the draw."""
     device: str = "cpu"
