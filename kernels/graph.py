@@ -286,10 +286,10 @@ class Graph:
                 check(_is_node(r, i) or r in names, f"node {i} ({node.operation:.40}): it reads {r!r:.60}, which is not there")
         r = self.output
         check(_is_node(r, len(self.nodes)) or r in names, f"output: {r!r:.60} is not there")
-        known = {s.name for s in self.slots}
-        check(all(name in known for _, name in self.aliases), "aliases: a key of no parameter")
+        slot_names = {s.name for s in self.slots}
+        check(all(name in slot_names for _, name in self.aliases), "aliases: a key of no parameter")
         keys = [key for key, _ in self.aliases]
-        check(len(set(keys)) == len(keys) and not known & set(keys), "aliases: a key that is there twice")
+        check(len(set(keys)) == len(keys) and not slot_names & set(keys), "aliases: a key that is there twice")
 
 
 # -- reading JSON ------------------------------------------------------------------------------------------------------

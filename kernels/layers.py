@@ -279,14 +279,14 @@ def layer_from_dict(record: dict[str, Any]) -> Layer:
     cls = RECORDS.get(kind) if isinstance(kind, str) else None
     if cls is None:
         raise ValueError(f"unknown layer kind {kind!r:.40}; known: {sorted(RECORDS)}")
-    known = {f.name: f.type for f in fields(cls)}
+    types = {f.name: f.type for f in fields(cls)}
     values = {k: v for k, v in record.items() if k != "kind"}
-    if unknown := [k for k in values if k not in known]:
+    if unknown := [k for k in values if k not in types]:
         raise ValueError(f"layer {record.get('name')!r:.40} has unknown fields {unknown!r:.80}")
     for key, value in values.items():  # what JSON cannot tell apart
-        if known[key] == "Pair" and isinstance(value, list):
+        if types[key] == "Pair" and isinstance(value, list):
             values[key] = tuple(value)
-        elif known[key] == "float" and type(value) is int and abs(value) <= _LARGEST:
+        elif types[key] == "float" and type(value) is int and abs(value) <= _LARGEST:
             values[key] = float(value)
     try:
         layer: Layer = cls(**values)

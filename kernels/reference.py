@@ -66,8 +66,8 @@ def forward(weights: Tensor, queries: Tensor, layers: Layers) -> Tensor:
 
     Rows are copied: BLAS rounds differently at addresses of other alignment, and a row's would depend on its place among the models.
     """
-    own = per_model_queries(queries, layers)
-    return torch.stack([forward_one(w.clone(), queries[j].clone() if own else queries, layers) for j, w in enumerate(weights)])
+    own_queries = per_model_queries(queries, layers)
+    return torch.stack([forward_one(w.clone(), queries[j].clone() if own_queries else queries, layers) for j, w in enumerate(weights)])
 
 
 def loss_and_gradient(
@@ -79,11 +79,11 @@ def loss_and_gradient(
     """
     losses = weights.new_empty(weights.shape[0])
     gradient = torch.empty_like(weights, memory_format=torch.contiguous_format)
-    own = per_model_queries(queries, layers)
+    own_queries = per_model_queries(queries, layers)
     for j in range(weights.shape[0]):
         with torch.enable_grad():
             row = weights[j].detach().clone().requires_grad_()  # copies, as in forward
-            outputs = forward_one(row, queries[j].clone() if own else queries, layers)
+            outputs = forward_one(row, queries[j].clone() if own_queries else queries, layers)
             value = criterion_values(outputs[None].to(weights.dtype), targets[j][None], criterion, temperature)[0]
         losses[j] = value.detach()
         (gradient[j],) = torch.autograd.grad(value, row)

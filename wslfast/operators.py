@@ -124,13 +124,13 @@ def _forward_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of :func:`_forward` to weights and queries; a tensor of no elements for one that nobody asked for."""
     network = from_handle(architecture)
-    own = queries.ndim == len(network.input_shape) + 2
+    own_queries = queries.ndim == len(network.input_shape) + 2
     grad_weights = torch.empty_like(weights, memory_format=torch.contiguous_format) if to_weights else weights.new_empty(0)
     grad_queries = torch.zeros_like(queries, memory_format=torch.contiguous_format) if to_queries else queries.new_empty(0)
 
     def piece(part: slice) -> None:
         rows = weights[part].detach().requires_grad_(to_weights)
-        images = (queries[part] if own else queries).detach().requires_grad_(to_queries)
+        images = (queries[part] if own_queries else queries).detach().requires_grad_(to_queries)
         with torch.enable_grad(), _inside(weights, autocast):
             outputs = engine.forward(rows, images, network, backend=backend)
             wanted = [t for t, asked in ((rows, to_weights), (images, to_queries)) if asked]
@@ -138,9 +138,9 @@ def _forward_backward(
         if to_weights:
             grad_weights[part] = slopes.pop(0)
         if to_queries:
-            (grad_queries[part] if own else grad_queries).add_(slopes[0])
+            (grad_queries[part] if own_queries else grad_queries).add_(slopes[0])
 
-    n = queries.shape[int(own)]
+    n = queries.shape[int(own_queries)]
     in_chunks(weights.shape[0], engine.models_per_chunk(network, n, weights.device.type), piece)
     return grad_weights, grad_queries
 
@@ -237,8 +237,8 @@ class _Loss(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, queries: Tensor, targets: Tensor, options: Options) -> Tensor:
         values, bad, gradient = _evaluate(rows, queries, targets, options, True)
         ctx.save_for_backward(gradient)
-        kept = values.shape[0] if bad is None or options.reduction != "mean" else (~bad).sum()
-        ctx.divisor = kept if options.reduction == "mean" else None
+        count = values.shape[0] if bad is None or options.reduction != "mean" else (~bad).sum()
+        ctx.divisor = count if options.reduction == "mean" else None
         return reduce(values, bad, options.reduction, options.nan_policy)
 
     @staticmethod

@@ -183,8 +183,8 @@ def doctor(
         return {"kernels": f"not for {architecture.name!r} on this machine: {reason}; torch runs it"}
     precision = precision or kernel_precision()
     sizes = SIZES if k is None and n is None else (verdicts.slice_of(k or SIZES[0][0], n or SIZES[0][1]),)
-    made = _make(architecture, [(form, precision) for form in FORMS], sizes, where, limit_s)
-    return {form: verdicts.describe(architecture, precision, form, v, *sizes[0]) for (form, _), v in made.items()}
+    outcomes = _make(architecture, [(form, precision) for form in FORMS], sizes, where, limit_s)
+    return {form: verdicts.describe(architecture, precision, form, v, *sizes[0]) for (form, _), v in outcomes.items()}
 
 
 def _numbered(device: torch.device) -> torch.device:
@@ -289,21 +289,21 @@ def _many() -> bool:
 def _known_or_made(
     architecture: Architecture, asked: Sequence[tuple[str, str]], k: int, n: int, device: torch.device
 ) -> list[Verdict | None]:
-    known = {pair: verdicts.read(verdicts.key_of(architecture, pair[1], pair[0], device.index)) for pair in asked}
-    here = verdicts.bucket(k, n)
+    stored = {pair: verdicts.read(verdicts.key_of(architecture, pair[1], pair[0], device.index)) for pair in asked}
+    size = verdicts.bucket(k, n)
 
     def settled(verdict: Verdict | None) -> bool:
         if verdict is None or verdict.status == UNKNOWN:
             return False
-        return verdict.status != RIGHT or any(verdicts.bucket(s.k, s.n) == here for s in verdict.speeds)
+        return verdict.status != RIGHT or any(verdicts.bucket(s.k, s.n) == size for s in verdict.speeds)
 
-    missing = [pair for pair in asked if not settled(known[pair])]
+    missing = [pair for pair in asked if not settled(stored[pair])]
     if missing:
         forms = ", ".join(f"{form} in {precision}" for form, precision in missing)
         logger.info("checking the kernels for %r on %s: %s (%.0f s at most, once)", architecture.name,
                     verdicts.machine(device.index).gpu, forms, LIMIT_S)  # fmt: skip
-        known |= _make(architecture, missing, ((k, n),), device)
-    return [known[pair] for pair in asked]
+        stored |= _make(architecture, missing, ((k, n),), device)
+    return [stored[pair] for pair in asked]
 
 
 def _agreed(mine: list[Verdict | None]) -> list[Verdict | None]:

@@ -92,10 +92,10 @@ class Ablate:
             variants = {name: {**settings, "steps": self.steps} for name, settings in ablation.variants.items()}
             ablation = dataclasses.replace(ablation, variants=variants)
         say = lambda text: console.print(f"- {text}", soft_wrap=True)  # noqa: E731
-        known = {**closed_form.systems(), **published.systems()}
+        systems = {**closed_form.systems(), **published.systems()}
         protocol = Protocol.quick() if self.quick else Protocol()
         for zoo in self.zoo or (None,):
-            rows = run_ablation(ablation, self.out, zoo=zoo, systems=known, protocol=protocol, on_cell=say)
+            rows = run_ablation(ablation, self.out, zoo=zoo, systems=systems, protocol=protocol, on_cell=say)
             self._table(ablation, rows, zoo)
         rows_at = Path(self.out) / rows_file(ablation)
         console.print(f"means over models, mean ± standard deviation over seeds; rows in {rows_at}", soft_wrap=True)
@@ -138,9 +138,9 @@ class Gradients(GradientSettings):
         settings = GradientSettings(**{f.name: getattr(self, f.name) for f in dataclasses.fields(GradientSettings)})
         out = Path(self.out) if self.out is not None else Path(self.run_folder) / "gradients"
         rows = analyse(self.run_folder, out, settings, self.zoo, self.name, self.architecture)
-        own = [row for row in rows if not row["direction"]]
-        values = {c: ["-" if row[c] is None else f"{row[c]:.4g}" for row in own] for c in ("median", "mean", "spread")}
-        stacked_table("at the reconstruction", [row["metric"].replace("_", " ") for row in own], values)
+        at_reconstruction = [row for row in rows if not row["direction"]]
+        values = {c: ["-" if row[c] is None else f"{row[c]:.4g}" for row in at_reconstruction] for c in ("median", "mean", "spread")}
+        stacked_table("at the reconstruction", [row["metric"].replace("_", " ") for row in at_reconstruction], values)
         directions = list(dict.fromkeys(row["direction"] for row in rows if row["direction"]))
         ratios = [[r["median"] for r in rows if r["direction"] == d and r["metric"] == "ratio"] for d in directions]
         swept = {

@@ -48,16 +48,16 @@ class Doctor:
             arch = MappedZoo(self.zoo, None).architecture
         else:
             arch = network(self.architecture, 1 if self.architecture in ("cnn", "cnn2") else 3)
-        here = torch.cuda.is_available()
-        if here:
+        has_gpu = torch.cuda.is_available()
+        if has_gpu:
             check_device(self.device)
         lines = doctor(arch, k=self.k, n=self.n, precision=self.precision, device=self.device, limit_s=self.seconds)
         cpu = choose(arch, "cpu", torch.float32)
         values: dict[str, Any] = {
             "network": f"{arch.name}, {arch.num_weights:,} weights",
             "on the CPU": f"{cpu.name}: {cpu.reason}",
-            "gpu": torch.cuda.get_device_name(check_device(self.device)) if here else "none",
-            "precision": self.precision or (kernel_precision() if here else matmul_precision()),
+            "gpu": torch.cuda.get_device_name(check_device(self.device)) if has_gpu else "none",
+            "precision": self.precision or (kernel_precision() if has_gpu else matmul_precision()),
             "WSLFAST_KERNELS": verdicts.setting(),
             "kept in": str(verdicts.folder()),
         }

@@ -213,13 +213,13 @@ class Generate:
             )
         }  # fmt: skip
         if self.architecture is not None:
-            made = {"": generate(self.run_folder, self.zoo, architecture=self.architecture, **settings)}
+            populations = {"": generate(self.run_folder, self.zoo, architecture=self.architecture, **settings)}
         else:
-            made = generate_each(self.run_folder, self.zoo, **settings)
-        for label, population in made.items():
-            if len(made) > 1:
+            populations = generate_each(self.run_folder, self.zoo, **settings)
+        for label, population in populations.items():
+            if len(populations) > 1:
                 console.print(f"{label}: {self.samples} models", soft_wrap=True, markup=False)
-            self._told(population, "  " if len(made) > 1 else "")
+            self._told(population, "  " if len(populations) > 1 else "")
 
     def _told(self, made: Population, indent: str) -> None:
         epoch = made.column("epoch")

@@ -170,11 +170,11 @@ class Module:
 
     def _mapped(self, leaves: Sequence[Tensor], queries: Tensor, writes: bool) -> Tensor:
         bound = _bound(self.architecture, queries.device, queries.dtype)
-        own = per_model(queries, self.architecture)
+        own_queries = per_model(queries, self.architecture)
         x = queries.clone() if writes else queries
-        if writes and not own:  # vmap refuses to write what differs between models into what they share
-            x, own = x.expand(len(leaves[0]), *x.shape).clone(), True
-        return torch.vmap(lambda values, mine: bound(values, mine), in_dims=(0, 0 if own else None))(list(leaves), x)
+        if writes and not own_queries:  # vmap refuses to write what differs between models into what they share
+            x, own_queries = x.expand(len(leaves[0]), *x.shape).clone(), True
+        return torch.vmap(lambda values, mine: bound(values, mine), in_dims=(0, 0 if own_queries else None))(list(leaves), x)
 
     def _looped(self, leaves: Sequence[Tensor], queries: Tensor) -> list[Tensor]:
         """Outputs of each model. Values and own queries are copied, as in ``reference.forward``: bits do not depend on where rows stand."""
@@ -197,8 +197,8 @@ class Module:
     def _size(self, count: int, queries: Tensor, dtype: torch.dtype) -> int:
         """Models that are run at once."""
         architecture, device = self.architecture, queries.device.type
-        own = per_model(queries, architecture)
-        shape = tuple(queries.shape[int(own) :])
+        own_queries = per_model(queries, architecture)
+        shape = tuple(queries.shape[int(own_queries) :])
         most = models_per_chunk(architecture, shape[0], device)
         if not self._at_once(device):
             return min(_LOOPED, most)
@@ -212,11 +212,11 @@ class Module:
             generator = torch.Generator().manual_seed(0)
             kind: Any = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
             rows = torch.randn(full, architecture.num_weights, **kind) / math.sqrt(architecture.num_weights)
-            x = torch.randn(*((full,) if own else ()), *shape, **kind).to(dtype)
+            x = torch.randn(*((full,) if own_queries else ()), *shape, **kind).to(dtype)
             chosen = list(order)[:size]
-            return self._outputs_and_gradient(rows.to(dtype)[chosen], x[chosen] if own else x)
+            return self._outputs_and_gradient(rows.to(dtype)[chosen], x[chosen] if own_queries else x)
 
-        key = architecture, shape, own, dtype, torch.get_num_threads(), torch.is_autocast_enabled("cpu")
+        key = architecture, shape, own_queries, dtype, torch.get_num_threads(), torch.is_autocast_enabled("cpu")
         return group_size(count, most, full, key, trial)
 
     def _outputs_and_gradient(self, rows: Tensor, x: Tensor) -> Sequence[Tensor]:

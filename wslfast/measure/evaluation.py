@@ -195,14 +195,14 @@ def by_architecture(each: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict
     """Figures of a zoo of several architectures: of each variant the means over all models, and under ``architectures`` those of each."""
     results: dict[str, dict[str, Any]] = {}
     for variant in dict.fromkeys(name for figures in each.values() for name in figures):
-        own = {label: figures[variant] for label, figures in each.items() if variant in figures}
+        by_label = {label: figures[variant] for label, figures in each.items() if variant in figures}
         pooled: dict[str, Any] = {}
-        for name in dict.fromkeys(name for figures in own.values() for name in figures if name != "spread"):
-            known = [(f[name], f["n_models"]) for f in own.values() if isinstance(f.get(name), (int, float))]
+        for name in dict.fromkeys(name for figures in by_label.values() for name in figures if name != "spread"):
+            known = [(f[name], f["n_models"]) for f in by_label.values() if isinstance(f.get(name), (int, float))]
             counted = name in ("n_models", "non_finite", "non_finite_original")
             total = sum(count for _, count in known)
             pooled[name] = sum(v for v, _ in known) if counted else sum(v * c for v, c in known) / total if total else None
-        results[variant] = {**pooled, "architectures": own}
+        results[variant] = {**pooled, "architectures": by_label}
     return results
 
 

@@ -255,11 +255,11 @@ def generate_each(
     folder = str(zoo if zoo is not None else loaded.zoo)
     labels = training_architectures(folder)
     require(len(labels) > 0, lambda: f"{folder}: no row is in split 'train'{dealt('train')}")
-    made = {label: generate(loaded, zoo, architecture=label, split=split, **settings) for label in labels}
+    populations = {label: generate(loaded, zoo, architecture=label, split=split, **settings) for label in labels}
     if out is not None:
         left_out = ("out", "split", "architecture", "device", "skip_bad")
-        _store(out, made, loaded, folder, split, {n: v for n, v in given.items() if n not in left_out})
-    return made
+        _store(out, populations, loaded, folder, split, {n: v for n, v in given.items() if n not in left_out})
+    return populations
 
 
 def _check(given: Mapping[str, Any]) -> None:
@@ -273,8 +273,8 @@ def _check(given: Mapping[str, Any]) -> None:
     engine.check_backend(given["backend"])
     if candidates is not None:
         check_positive("candidates", candidates)
-    known = given["split"] in ("train", "val", "test", "drawn")
-    require(known, f"split: expected train, val, test or drawn, got {given['split']!r}")
+    valid = given["split"] in ("train", "val", "test", "drawn")
+    require(valid, f"split: expected train, val, test or drawn, got {given['split']!r}")
 
 
 def training_architectures(zoo: str | Path) -> dict[str, int]:
@@ -307,8 +307,8 @@ def _store(out: str | Path, made: Mapping[str, Population], run: Run, folder: st
         (population,) = made.values()
         save_zoo(population, out, splits=drawn if split == "drawn" else [split] * len(population), provenance=provenance)
         return
-    own = ((p, drawn.assign(p.properties["model"]) if split == "drawn" else [split] * len(p)) for p in made.values())
-    save_zoo(made, out, splits=[name for _, names in own for name in names], provenance=provenance)
+    parts = ((p, drawn.assign(p.properties["model"]) if split == "drawn" else [split] * len(p)) for p in made.values())
+    save_zoo(made, out, splits=[name for _, names in parts for name in names], provenance=provenance)
 
 
 def _properties(source: Source, weights: Tensor, samples: int, of: Tensor | None) -> dict[str, tuple[Any, ...]]:

@@ -35,11 +35,11 @@ def accuracy_kept(results: Results, zoo: str) -> Verdict:
     """Median change in accuracy within 1 point, either way: a decoder that answers with one good network gains accuracy over weak
     originals."""
     changes = {v: results.mean(zoo, v, "accuracy_change") for v in _judged(results, zoo)}
-    known = {v: change for v, change in changes.items() if change is not None}
-    if not known:
+    measured = {v: change for v, change in changes.items() if change is not None}
+    if not measured:
         return Verdict()
-    who = min(known, key=lambda v: abs(known[v]))
-    return Verdict(who, known[who], met=abs(known[who]) <= 0.01)
+    who = min(measured, key=lambda v: abs(measured[v]))
+    return Verdict(who, measured[who], met=abs(measured[who]) <= 0.01)
 
 
 def agreement(results: Results, zoo: str) -> Verdict:
@@ -98,5 +98,5 @@ def new_models(results: Results, zoo: str) -> Verdict:
 
 def _judged(results: Results, zoo: str, share: float = SHARE) -> list[str]:
     """Runs and codes of at most that size. One that has collapsed reaches no goal, whatever its figures."""
-    kept = [v for v in results.variants(zoo, "run", "code") if not results.collapsed(zoo, v)]
-    return [v for v in kept if (results.mean(zoo, v, "latent_share") or 0) <= share]
+    candidates = [v for v in results.variants(zoo, "run", "code") if not results.collapsed(zoo, v)]
+    return [v for v in candidates if (results.mean(zoo, v, "latent_share") or 0) <= share]

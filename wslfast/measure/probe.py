@@ -213,5 +213,5 @@ def _clean(features: Any, target: Any, argument: str) -> tuple[Tensor, Tensor]:
     y = torch.as_tensor(target, dtype=torch.float64, device=features.device).detach()
     require(y.shape == (len(features),), f"target: expected [{len(features)}] (one per model), got {describe(y)}")
     require(not bool(y.isinf().any()), "target: expected finite values or NaN, got an infinity")
-    kept = ~y.isnan()
-    return _design(features[kept], argument), y[kept]
+    labelled = ~y.isnan()
+    return _design(features[labelled], argument), y[labelled]

@@ -83,8 +83,8 @@ def figures(values: Tensor) -> Figures:
 
 def single(value: float, spread: float | None = None) -> Figures:
     """The figures of a metric that is one number."""
-    known = value if math.isfinite(value) else None
-    return known, known, spread
+    finite = value if math.isfinite(value) else None
+    return finite, finite, spread
 
 
 def fingerprint(*parts: Any) -> str:

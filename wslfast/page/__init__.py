@@ -165,10 +165,10 @@ def _probes(results: Results) -> str:
     if not any(shown):
         return ""
     titles = {"R2 of test accuracy": "probe_r2", "R2 of the generalisation gap": "probe_r2_ggap"}
-    theirs = {"probe_r2": published.PROBE_ACCURACY, "probe_r2_ggap": published.PROBE_GGAP}
+    paper_figures = {"probe_r2": published.PROBE_ACCURACY, "probe_r2_ggap": published.PROBE_GGAP}
     extra = {"untrained": "untrained-"}
     paper = _beside_the_paper(
-        *((title, tables.side_by_side(results, m, theirs[m], number, extra=extra)) for title, m in titles.items()),
+        *((title, tables.side_by_side(results, m, paper_figures[m], number, extra=extra)) for title, m in titles.items()),
         text="Its repeats of one setting differ by .03 on SVHN and .01 on the others.",
     )
     lead = "Ridge regression from a model's latents to what is known of it: fitted on training models, penalty chosen on validation models."

@@ -154,11 +154,11 @@ def histogram(axes: Axes, values: Sequence[float], color: str, filled: bool) -> 
 
 def errors(axes: Axes, points: Sequence[tuple[Any, float | None, float | None]], color: str, label: str, unit: float = 1.0) -> None:
     """Points with their spread over seeds where there is one, joined by a line; points without a value are left out."""
-    known = [(x, y, s) for x, y, s in points if y is not None and math.isfinite(y)]
-    if not known:
+    finite = [(x, y, s) for x, y, s in points if y is not None and math.isfinite(y)]
+    if not finite:
         return
-    xs, ys = [x for x, _, _ in known], [unit * y for _, y, _ in known]
-    bars = [unit * (s or 0.0) for _, _, s in known]
+    xs, ys = [x for x, _, _ in finite], [unit * y for _, y, _ in finite]
+    bars = [unit * (s or 0.0) for _, _, s in finite]
     axes.errorbar(xs, ys, bars, color=color, label=label, fmt="o-", markersize=4, linewidth=1.3, elinewidth=1.0)
 
 
@@ -233,8 +233,8 @@ def _decades(axes: Axes) -> None:
 
 def _color_scale(level: np.ndarray) -> dict[str, Any]:
     """Colour limits that a few broken models cannot stretch: the 2nd percentile up."""
-    known = level[np.isfinite(level)]
-    if len(known) == 0:
+    finite = level[np.isfinite(level)]
+    if len(finite) == 0:
         return {"cmap": "viridis", "vmin": 0.0, "vmax": 100.0}
-    low, high = float(np.quantile(known, 0.02)), float(known.max())
+    low, high = float(np.quantile(finite, 0.02)), float(finite.max())
     return {"cmap": "viridis", "vmin": min(low, high - 1.0), "vmax": high, "plotnonfinite": True}

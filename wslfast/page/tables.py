@@ -44,8 +44,8 @@ def by_kind(results: Results, zoo: str, metric: str, columns: int, line: Callabl
     """A line for each variant that has the metric, under a heading for each kind."""
     rows = []
     for kind, members in grouped(results, zoo).items():
-        own = [line(v) for v in members if results.value(zoo, v, metric)]
-        rows += [f'<tr class="group"><th colspan="{columns}">{KINDS[kind]}</th></tr>', *own] if own else []
+        lines = [line(v) for v in members if results.value(zoo, v, metric)]
+        rows += [f'<tr class="group"><th colspan="{columns}">{KINDS[kind]}</th></tr>', *lines] if lines else []
     return rows
 
 
@@ -242,9 +242,9 @@ def side_by_side(
     rows, told = [], set()
     for label, losses, by_zoo in lines:
         cells = [cell(shown(results.mean(z, by_zoo[z], metric)) if z in by_zoo else DASH) for z in ours]
-        theirs = paper.get(losses, (None, None, None)) if losses not in told else (None, None, None)
+        paper_values = paper.get(losses, (None, None, None)) if losses not in told else (None, None, None)
         told.add(losses)
-        cells += [cell(shown(v), kind="paper") for v in theirs]
+        cells += [cell(shown(v), kind="paper") for v in paper_values]
         rows.append(f"<tr>{row_head(label)}{''.join(cells)}</tr>")
     return _with_paper("Losses", ours, rows)
 

@@ -100,10 +100,10 @@ class Names:
         table = torch.full((self.sizes[group], names.shape[1]), -1)
         table[ids - self._first[group]] = names
         before = self._now[: self._ids]
-        mine = (before >= 0) & (self._group[before.clamp_min(0)] == group)
-        rows = mine.any(1).nonzero().flatten()
+        in_group = (before >= 0) & (self._group[before.clamp_min(0)] == group)
+        rows = in_group.any(1).nonzero().flatten()
         parts: list[Tensor] = []
-        for column, here in zip(before[rows].unbind(1), mine[rows].unbind(1), strict=True):
+        for column, here in zip(before[rows].unbind(1), in_group[rows].unbind(1), strict=True):
             new = torch.full((len(rows), table.shape[1]), -1)
             new[here] = table[column[here] - self._first[group]]
             new[:, 0] = torch.where(here, new[:, 0], column)
@@ -170,13 +170,13 @@ class Names:
         for c in reversed(range(rows.shape[1] if rows.shape[1] > 1 else 0)):
             changed = False
             for group in kinds[free[:, c], c].unique().tolist():
-                mine = (kinds[:, c] == group) & free[:, c]
-                ids = rows[mine, c]
+                in_group = (kinds[:, c] == group) & free[:, c]
+                ids = rows[in_group, c]
                 elsewhere = int(((kinds[:, :-1] == group) & free).sum()) > len(ids)
                 if elsewhere or len(ids) != self.sizes[group] or len(ids.unique()) != len(ids):
                     continue
-                others = torch.cat([rows[mine, :c], rows[mine, c + 1 :]], 1)
-                kind = torch.cat([kinds[mine, :c], kinds[mine, c + 1 :]], 1)
+                others = torch.cat([rows[in_group, :c], rows[in_group, c + 1 :]], 1)
+                kind = torch.cat([kinds[in_group, :c], kinds[in_group, c + 1 :]], 1)
                 if len(torch.unique(others, dim=0)) == 1:
                     continue
                 self.replace(ids, torch.cat([others, self._numbers(others, kind).unsqueeze(1)], 1))
@@ -196,8 +196,8 @@ class Names:
         _, which = torch.unique(torch.cat([kinds, often.unsqueeze(1)], 1), dim=0, return_inverse=True)
         numbers = torch.full_like(same, -1)
         for w in which[often > 1].unique().tolist():
-            mine = which == w
-            numbers[mine] = self.new(int(often[mine][0]))[rank[mine]]
+            members = which == w
+            numbers[members] = self.new(int(often[members][0]))[rank[members]]
         return numbers
 
     def _parted(self, rows: Tensor, which: Tensor, groups: list[int]) -> bool:

@@ -250,7 +250,7 @@ def run_facts(run: Run) -> dict[str, Any]:
 
 def curve_of(folder: Path) -> list[dict[str, Any]]:
     """Records of a run's log that hold a loss, at most 200, evenly spaced."""
-    kept = ("step", "loss", "structural", "behavioral", "contrastive")
+    columns = ("step", "loss", "structural", "behavioral", "contrastive")
     try:
         lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
@@ -262,6 +262,6 @@ def curve_of(folder: Path) -> list[dict[str, Any]]:
         except ValueError:  # the last line of a run that was killed
             continue
         if isinstance(record, dict) and "step" in record and "loss" in record:
-            records.append({name: record[name] for name in kept if name in record})
+            records.append({name: record[name] for name in columns if name in record})
     stride = -(-len(records) // 200) or 1
     return records[::stride]

@@ -76,11 +76,11 @@ def _with_children(module: nn.Module, changed: Callable[[nn.Module], nn.Module])
 def _effective(module: nn.Module) -> nn.Module:
     """A parametrised module with the tensors that it computes as parameters. (torch's own removal changes the class, which a copy shares
     with its original.)"""
-    made = {name: getattr(module, name).detach() for name in module.parametrizations}  # type: ignore[union-attr]
+    computed = {name: getattr(module, name).detach() for name in module.parametrizations}  # type: ignore[union-attr]
     plain: Any = object.__new__(type(module).__mro__[1])
     plain.__dict__.update(module.__dict__)
     plain._modules = {name: child for name, child in module._modules.items() if name != "parametrizations"}
-    plain._parameters = {**{name: nn.Parameter(value, False) for name, value in made.items()}, **module._parameters}
+    plain._parameters = {**{name: nn.Parameter(value, False) for name, value in computed.items()}, **module._parameters}
     return plain  # type: ignore[no-any-return]
 
 
@@ -156,20 +156,14 @@ def prepared(module: nn.Module, name: str, output: str | int | None = None) -> n
 def _parametrised(module: nn.Module) -> str:
     """Why a module cannot be trained on the weights that it computes; empty where it holds them itself."""
     for path, part in module.named_modules():
-        hooks = {type(hook).__name__ for hook in part._forward_pre_hooks.values()}
-        if (
-            parametrize.is_parametrized(part)
-            or hooks & {"WeightNorm", "SpectralNorm"}
-            or any(map(_prunes, part._forward_pre_hooks.values()))
-        ):
-            return (
-                f"its weights are computed from others (a parametrisation or pruning of {path!r}), which are what an optimiser would train"
-            )
+        older = any(
+            isinstance(hook, prune.BasePruningMethod) or type(hook).__name__ in ("WeightNorm", "SpectralNorm")
+            for hook in part._forward_pre_hooks.values()
+        )
+        if older or parametrize.is_parametrized(part):
+            others = f"its weights are computed from others (a parametrisation or pruning of {path!r})"
+            return f"{others}, which are what an optimiser would train"
     return ""
-
-
-def _prunes(hook: object) -> bool:
-    return isinstance(hook, prune.BasePruningMethod)
 
 
 def _computed(module: nn.Module) -> dict[int, Any]:

@@ -99,8 +99,8 @@ def read_named(name: str, root: str | Path | None, seed: int) -> Source:
     else:
         folder = Path(root or "data")
         (images, labels), (test_images, test_labels) = _read(name, folder, "train"), _read(name, folder, "test")
-    kept = int(0.9 * len(images))
-    train, val = _cut(images, labels, (kept, len(images) - kept), generator).values()
+    cut = int(0.9 * len(images))
+    train, val = _cut(images, labels, (cut, len(images) - cut), generator).values()
     parts = {"train": train, "val": val, "test": (test_images, test_labels)}
     return _source(parts, {**provenance, "root": str(folder.resolve())}, published)
 

@@ -160,12 +160,12 @@ def load_dataset(
         arrays[f"{key}_labels"] = labels
     classes = 0 if source.provenance.get("labels") == "none" else 1 + max(int(labels.max()) for _, labels in parts.values())
     sizes = [len(labels) for _, labels in parts.values()]
-    made: dict[str, Any] = {"seed": seed, "sizes": sizes, **drawn, "mean": center.reshape(-1).tolist(), "std": scale.reshape(-1).tolist()}
-    made |= {**({} if given is None else {"given": True}), **({"grey": True} if grey else {})}
-    made |= {"first_label": first_label} if first_label else {}
+    record: dict[str, Any] = {"seed": seed, "sizes": sizes, **drawn, "mean": center.reshape(-1).tolist(), "std": scale.reshape(-1).tolist()}
+    record |= {**({} if given is None else {"given": True}), **({"grey": True} if grey else {})}
+    record |= {"first_label": first_label} if first_label else {}
     if str(name_or_path) not in NAMES or given is not None:
-        _say(name, standardise, made["mean"], made["std"], given is not None)
-    return Dataset(name, **arrays, classes=classes, provenance={**provenance, **made, "standardise": standardise})  # type: ignore[arg-type]
+        _say(name, standardise, record["mean"], record["std"], given is not None)
+    return Dataset(name, **arrays, classes=classes, provenance={**provenance, **record, "standardise": standardise})  # type: ignore[arg-type]
 
 
 def _given(mean: Sequence[float] | None, std: Sequence[float] | None) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
@@ -234,8 +234,8 @@ def _grid(name: str, shape: tuple[int, ...]) -> Dataset:
         tuple(points.shape[1:]) == shape, f"data set {name!r}: expected points of {list(shape)} coordinates, got {list(points.shape[1:])}"
     )
     none = torch.zeros(len(points), dtype=torch.int64)
-    made = {"seed": 0, "sizes": [len(points)] * 3, "mean": [float(points.double().mean())], "std": [float(points.double().std())]}
-    provenance = {**facts, **made, "standardise": False}
+    record = {"seed": 0, "sizes": [len(points)] * 3, "mean": [float(points.double().mean())], "std": [float(points.double().std())]}
+    provenance = {**facts, **record, "standardise": False}
     return Dataset(name, points, none, points, none, points, none, classes=0, provenance=provenance)
 
 

@@ -163,10 +163,10 @@ class _Run:
 
     def state(self, epoch: int) -> dict[str, Any]:
         """What :meth:`load` goes on from, after an epoch."""
-        made = {"epoch": epoch, "weights": self.weights, "orders": _states(self.orders)}
+        state = {"epoch": epoch, "weights": self.weights, "orders": _states(self.orders)}
         if self.dropout:
-            made["dropout"] = _states(self.dropout)
-        return {**made, **{f"adam.{name}": value for name, value in self.adam.state().items()}}
+            state["dropout"] = _states(self.dropout)
+        return {**state, **{f"adam.{name}": value for name, value in self.adam.state().items()}}
 
     def load(self, state: Mapping[str, Any]) -> int:
         """Go on from a :meth:`state`; returns its epoch."""

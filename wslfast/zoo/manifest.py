@@ -183,8 +183,8 @@ class Manifest:
 
 
 def _rebuilt(fields: dict[str, Any]) -> Manifest:
-    made: dict[str, Any] = {name: MappingProxyType(value) if isinstance(value, dict) else value for name, value in fields.items()}
-    return Manifest(**made)
+    frozen: dict[str, Any] = {name: MappingProxyType(value) if isinstance(value, dict) else value for name, value in fields.items()}
+    return Manifest(**frozen)
 
 
 def plain(value: Any, what: str) -> Any:

@@ -233,10 +233,10 @@ def _kinds(manifest: Manifest) -> dict[str, Any]:
             "weights_per_model": manifest.num_weights,
         }
     labels = manifest.properties[KIND]
-    own = {label: [m for m, at in zip(manifest.properties["model"], labels, strict=True) if at == label] for label in manifest.kinds}
+    by_label = {label: [m for m, at in zip(manifest.properties["model"], labels, strict=True) if at == label] for label in manifest.kinds}
     return {
         "architectures": {
             label: {"rows": len(models), "models": len(set(models)), "weights_per_model": manifest.kinds[label].num_weights}
-            for label, models in own.items()
+            for label, models in by_label.items()
         }
     }

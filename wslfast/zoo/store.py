@@ -169,10 +169,10 @@ def _columns(populations: Mapping[str, Population]) -> dict[str, tuple[Any, ...]
     every: dict[str, list[Any]] = {"model": [], KIND: [], **{name: [] for name in names}}
     first = 0
     for label, p in populations.items():
-        own = p.properties.get("model", tuple(range(len(p))))
-        numbers = {model: first + i for i, model in enumerate(dict.fromkeys(own))}
+        models = p.properties.get("model", tuple(range(len(p))))
+        numbers = {model: first + i for i, model in enumerate(dict.fromkeys(models))}
         first += len(numbers)
-        every["model"] += [numbers[model] for model in own]
+        every["model"] += [numbers[model] for model in models]
         every[KIND] += [label] * len(p)
         for name in names:
             every[name] += [plain(v, f"properties[{name!r}]") for v in p.properties.get(name, (None,) * len(p))]

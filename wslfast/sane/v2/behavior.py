@@ -124,15 +124,15 @@ class Behavior:
         parts = [_view(tensors, suffix) for suffix in (("_i", "_j") if "x_i" in tensors and "x" not in tensors else ("",))]
         with torch.autocast(queries.device.type, enabled=False):
             values, units = self.values(parts, queries)
-        kept = values if self.nan_policy != "omit" else values[~values.detach().isnan()]
-        require(len(kept) > 0, "x_hat: no network of the batch has a finite value and gradient (nan_policy 'omit')")
-        loss = kept.mean() if self.reduction == "mean" else kept.sum()
+        counted = values if self.nan_policy != "omit" else values[~values.detach().isnan()]
+        require(len(counted) > 0, "x_hat: no network of the batch has a finite value and gradient (nan_policy 'omit')")
+        loss = counted.mean() if self.reduction == "mean" else counted.sum()
         out: dict[str, Tensor] = {}
         if units is not None:
             unit = units.mean()
             if self.normalize == "batch":
                 loss = loss / unit
-            out[f"{self.name}_rsq"] = 1 - kept.detach().mean() / unit
+            out[f"{self.name}_rsq"] = 1 - counted.detach().mean() / unit
         return {"loss": loss, self.name: loss, **out}
 
     def values(self, parts: Sequence[tuple[Tensor, Tensor, Tensor | None, Tensor | None]], queries: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -211,9 +211,9 @@ class Behavior:
                     layout = networks.layout(kind, masks.shape[2], classes)
                     if layout.num_tokens == masks.shape[1] and bool((layout.on(masks.device)[2] == masks).all()):
                         return networks, classes, layout
-        known = ", ".join(f"{n.architecture(n.classes).name} ({n.numbers:,} numbers with {n.classes} classes)" for n in self.networks)
+        names = ", ".join(f"{n.architecture(n.classes).name} ({n.numbers:,} numbers with {n.classes} classes)" for n in self.networks)
         raise WslfastError(
-            f"x: {masks.shape[1]} tokens of {masks.shape[2]} that hold {numbers:,} numbers are none of the zoo's networks: {known}. Is it "
+            f"x: {masks.shape[1]} tokens of {masks.shape[2]} that hold {numbers:,} numbers are none of the zoo's networks: {names}. Is it "
             "a window that does not cover the network, or are the tokens of another tokenizer?"
         )
 
@@ -235,8 +235,8 @@ def _alike(models: Sequence[Model], keep: Tensor) -> list[list[int]]:
     numbers = keep.sum((1, 2)).tolist()
     groups: dict[tuple[int, int], list[int]] = {}
     for j, model in enumerate(models):
-        own = numbers[model.row] if model.places is None else int(keep.flatten(0, 1)[model.places.to(keep.device)].sum())
-        groups.setdefault((model.tokens, own), []).append(j)
+        size = numbers[model.row] if model.places is None else int(keep.flatten(0, 1)[model.places.to(keep.device)].sum())
+        groups.setdefault((model.tokens, size), []).append(j)
     return list(groups.values())
 
 

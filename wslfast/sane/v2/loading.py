@@ -229,8 +229,8 @@ def network(config: dict[str, Any], state: dict[str, Tensor], build: Callable[..
     Building initialises every layer twice, and loading overwrites it. Only what follows depends on it: later draws do.
     """
     # learning rates and seeds, which each model of a zoo has its own of, are no part of a network
-    own = {name: value for name, value in config.items() if str(name).startswith("model::")}
-    key = json.dumps(own or config, sort_keys=True, default=str)
+    model_settings = {name: value for name, value in config.items() if str(name).startswith("model::")}
+    key = json.dumps(model_settings or config, sort_keys=True, default=str)
     if key not in _templates:
         if len(_templates) >= _REMEMBERED:
             _templates.clear()

@@ -148,8 +148,8 @@ def networks_of(source: Any, input_shape: Sequence[int] | None) -> tuple[Network
     for one in several:
         module, settings = _module(one)
         made = Networks(module, _shape(settings, input_shape))
-        known = next((n for n in distinct if n.classes_of(made.numbers) is not None and n.input_shape == made.input_shape), None)
-        if known is None or known.architecture(made.classes).layers != made.architecture(made.classes).layers:
+        equal = next((n for n in distinct if n.classes_of(made.numbers) is not None and n.input_shape == made.input_shape), None)
+        if equal is None or equal.architecture(made.classes).layers != made.architecture(made.classes).layers:
             distinct.append(made)
     return tuple(distinct)
 

@@ -107,18 +107,18 @@ def _architecture(state: State, family: str, omega: float) -> Architecture:
 
 
 def _properties(file: Path, loaded: Loaded) -> dict[str, Any]:
-    known: dict[str, Any] = {"name": file.stem if not _FINAL.fullmatch(file.stem) else file.parent.parent.name}
+    properties: dict[str, Any] = {"name": file.stem if not _FINAL.fullmatch(file.stem) else file.parent.parent.name}
     number = _NUMBERED.fullmatch(file.stem)
     if number:
-        known["image"] = int(number[1])
+        properties["image"] = int(number[1])
     for folder in (file.parent.name, file.parent.parent.name):
         if match := _LABELLED.fullmatch(folder):
-            known |= {"label": int(match[1]), "image": int(match[2])}
+            properties |= {"label": int(match[1]), "image": int(match[2])}
             break
         if match := _LABEL_S.fullmatch(folder):
-            known["label"] = int(match[1])
+            properties["label"] = int(match[1])
             break
-    return {**known, **{name: value for name, value in loaded.beside.items() if name not in ("name", "image", "model", "split")}}
+    return {**properties, **{name: value for name, value in loaded.beside.items() if name not in ("name", "image", "model", "split")}}
 
 
 def _splits(source: Path, skips: Skips) -> Mapping[str, str]:

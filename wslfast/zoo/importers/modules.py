@@ -23,8 +23,8 @@ _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def function(name: Any) -> Callable[[Tensor], Tensor]:
     """An activation by the name that a configuration has for it. Raises WslfastError for one that is not known."""
-    known = _FUNCTIONS.get(str(name).replace("_", "").lower())
-    return present(known, f"activation: expected one of {sorted(_FUNCTIONS)}, got {name!r:.40}")
+    function = _FUNCTIONS.get(str(name).replace("_", "").lower())
+    return present(function, f"activation: expected one of {sorted(_FUNCTIONS)}, got {name!r:.40}")
 
 
 class SmallCNN(nn.Module):

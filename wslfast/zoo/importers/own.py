@@ -100,19 +100,19 @@ def checkpoints(
             used.add(row[0])
         elif table.rows:
             skips.add(where, "not in the table", f"{table.where} has no row for it; what is known of it is empty")
-        known = dict(row[1]) if row is not None else {}
+        facts = dict(row[1]) if row is not None else {}
         try:
             loaded = load(file)
         except WslfastError as error:
             seen.add(models.setdefault(file, len(models)))
             skips.add(where, "unreadable checkpoint", unreadable(error))
             continue
-        beside = {name: value for name, value in loaded.beside.items() if name not in known and name not in ("model", "split", "name")}
-        known = {**beside, **known}
-        stated = known.get("model")
+        beside = {name: value for name, value in loaded.beside.items() if name not in facts and name not in ("model", "split", "name")}
+        facts = {**beside, **facts}
+        stated = facts.get("model")
         model = models.setdefault(file if stated is None else stated, len(models))
         seen.add(model)
-        epoch = known.get("epoch")
+        epoch = facts.get("epoch")
         if isinstance(epoch, float) and epoch.is_integer():
             epoch = int(epoch)
         if epoch is not None and (type(epoch) is not int or epoch < 0):
@@ -120,8 +120,8 @@ def checkpoints(
             continue
         if epochs is not None and (epoch or 0) not in epochs:
             continue
-        split = known.get("split") if known.get("split") in SPLITS else None
-        properties = {"name": name_of(file), **{k: plain(v, k) for k, v in known.items() if k not in _RESERVED}}
+        split = facts.get("split") if facts.get("split") in SPLITS else None
+        properties = {"name": name_of(file), **{k: plain(v, k) for k, v in facts.items() if k not in _RESERVED}}
         if len(networks) > 1 and properties.pop("network", None) == properties.get(KIND):
             properties.pop(KIND, None)  # the zoo has that column of its own
         if stated is not None and type(stated) is not int:
@@ -131,7 +131,7 @@ def checkpoints(
         state, chosen = loaded.state, None
         if networks:
             try:
-                state, chosen = _chosen(state, networks, known.get("network"))
+                state, chosen = _chosen(state, networks, facts.get("network"))
             except WslfastError as error:
                 skips.add(where, "another architecture", str(error))
                 continue
@@ -148,13 +148,13 @@ def of_trials(
     for checkpoint in trials:
         trial = checkpoint.where.rpartition("/")[0]
         row = table.under(checkpoint.where, trial, trial.rpartition("/")[2])
-        known = dict(row[1]) if row is not None else {}
+        properties = dict(row[1]) if row is not None else {}
         if row is not None:
             used.add(row[0])
         elif table.rows:
             skips.add(checkpoint.where, "not in the table", f"{table.where} has no row for it")
-        further = {k: plain(v, k) for k, v in known.items() if k not in _RESERVED and k != "network"}
-        split = known["split"] if known.get("split") in SPLITS else checkpoint.split
+        further = {k: plain(v, k) for k, v in properties.items() if k not in _RESERVED and k != "network"}
+        split = properties["split"] if properties.get("split") in SPLITS else checkpoint.split
         checkpoint = replace(checkpoint, properties={**checkpoint.properties, **further}, split=split)
         if not networks:
             yield checkpoint
@@ -165,7 +165,7 @@ def of_trials(
             yield checkpoint  # read once more where what is wrong with it is noted
             continue
         try:
-            state, architecture = _chosen(state, networks, known.get("network"))
+            state, architecture = _chosen(state, networks, properties.get("network"))
         except WslfastError as error:
             skips.add(checkpoint.where, "another architecture", str(error))
             continue

@@ -190,9 +190,9 @@ class _Models:
     def _recorded(self, j: int) -> list[Any] | None:
         """The training iterations that a model's properties are of, where they say so."""
         column = self._table.get("training_iteration")
-        mine = column[j] if isinstance(column, list) and len(column) == len(self.data) else None
-        mine = [mine] if type(mine) is int else mine
-        return mine if isinstance(mine, list) and len(mine) > 0 and all(type(n) is int for n in mine) else None
+        epochs = column[j] if isinstance(column, list) and len(column) == len(self.data) else None
+        epochs = [epochs] if type(epochs) is int else epochs
+        return epochs if isinstance(epochs, list) and len(epochs) > 0 and all(type(n) is int for n in epochs) else None
 
     def _stated(self) -> bool:
         """Whether anything says which epochs the checkpoints are of."""
@@ -211,10 +211,10 @@ class _Models:
         for key, column in self._table.items():
             if not isinstance(key, str) or not isinstance(column, list):
                 continue
-            mine = column[j] if len(column) == len(self.data) else []
+            values = column[j] if len(column) == len(self.data) else []
             if "::" in key:
                 value = _at(column, j, 0) if len(column) == len(self.data) else None
-            elif place is None or (isinstance(mine, list) and len(mine) != length):
+            elif place is None or (isinstance(values, list) and len(values) != length):
                 unknown.append(key)
                 continue
             else:

@@ -64,13 +64,13 @@ def checkpoints(source: Path, epochs: Collection[int] | None, skips: Skips, seen
                     skips.add(at, "epoch missing")
                 continue
             file, line, why = matched[epoch]
-            known = {"name": folder.name, **_properties(config, line or {})}
+            properties = {"name": folder.name, **_properties(config, line or {})}
             unknown = why if line is None and lines is not None else ""
             kind, beside = _park(file) if file.name == "checkpoint.pt" else (_recorded(config), {})
-            known |= {name: value for name, value in beside.items() if known.get(name) is None}
-            split = known.pop("split", None)  # a zoo export writes it
+            properties |= {name: value for name, value in beside.items() if properties.get(name) is None}
+            split = properties.pop("split", None)  # a zoo export writes it
             split = split if split in SPLITS else None
-            yield Checkpoint(at, model, epoch, known, config, partial(_read, file), split, "" if beside else unknown, kind)
+            yield Checkpoint(at, model, epoch, properties, config, partial(_read, file), split, "" if beside else unknown, kind)
 
 
 def _recorded(config: Mapping[str, Any]) -> Architecture | None:
@@ -98,8 +98,8 @@ def _park(file: Path) -> tuple[Architecture | None, dict[str, Any]]:
             config, last = plain_of(root.get("config")), plain_of(root.get("last_result"))
             results = _properties({}, last) if isinstance(last, dict) else {}
             config = config["model"] if isinstance(config, dict) and isinstance(config.get("model"), dict) else config
-            known = {name: value for name, value in results.items() if value is not None}
-            return (park_cnn(config) if config else None), known
+            properties = {name: value for name, value in results.items() if value is not None}
+            return (park_cnn(config) if config else None), properties
     except WslfastError:
         return None, {}
 

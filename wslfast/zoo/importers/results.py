@@ -37,11 +37,11 @@ def match(lines: Sequence[Line], files: Mapping[int, Path]) -> tuple[dict[int, M
     place = {line[_FOLDER]: i for i, line in enumerate(lines) if isinstance(line.get(_FOLDER), str)}
     if place:
         return _by_folder(lines, files, place)
-    known = {number: line for line in lines for number in _numbers(line)[:1]}
-    why = _undecided(lines, files, known)
+    by_epoch = {number: line for line in lines for number in _numbers(line)[:1]}
+    why = _undecided(lines, files, by_epoch)
     matched = {}
     for number, file in files.items():
-        line = None if why else known.get(number)
+        line = None if why else by_epoch.get(number)
         matched[number] = Match(file, line, why or f"no line records number {number}")
     return matched, []
 

@@ -84,16 +84,18 @@ def checkpoints(
         except WslfastError as error:
             skips.add(where, "another architecture", str(error))
             continue
-        known = {"name": str(folder or row), **_properties(line)}
-        yield Checkpoint(where, model, epoch, known, {}, partial(layers.state, matrix, row), architecture=architecture)
+        properties = {"name": str(folder or row), **_properties(line)}
+        yield Checkpoint(where, model, epoch, properties, {}, partial(layers.state, matrix, row), architecture=architecture)
 
 
 def _properties(line: Mapping[str, Any]) -> dict[str, Any]:
-    known = {_COLUMNS.get(name, name.removeprefix("config.")): value for name, value in line.items() if name not in ("modeldir", "step")}
-    train, test = known.get("train_acc"), known.get("test_acc")
+    properties = {
+        _COLUMNS.get(name, name.removeprefix("config.")): value for name, value in line.items() if name not in ("modeldir", "step")
+    }
+    train, test = properties.get("train_acc"), properties.get("test_acc")
     if isinstance(train, (int, float)) and isinstance(test, (int, float)):
-        known["ggap"] = train - test
-    return known
+        properties["ggap"] = train - test
+    return properties
 
 
 def _matrix(path: Path) -> np.ndarray:
