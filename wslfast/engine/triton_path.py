@@ -36,7 +36,7 @@ class Unbuildable(Exception):
 
 @dataclass(frozen=True)
 class Triton:
-    """Chains on a GPU, norms and averages folded into them: all models in one launch per layer, or in one launch. ``choice`` is one of
+    """Chains on a GPU, norms and averages folded into them: all models in one launch a layer, or in one launch. ``choice`` is one of
     ``schedule.CHOICES``."""
 
     architecture: Architecture
@@ -66,17 +66,17 @@ class Triton:
         self._say_mode(queries.shape[int(per_model(queries, self.architecture))] if index is None else index.shape[1], precision)
 
         def run() -> tuple[Tensor, Tensor]:
-            launch, folded = kernels(), self._chain
-            if isinstance(criterion, str) and criterion in launch.CRITERIA:
+            made, found = kernels(), self._chain
+            if isinstance(criterion, str) and criterion in made.CRITERIA:
                 leaf, rows = weights, weights
-                if folded.rows is not None:
+                if found.rows is not None:
                     with torch.enable_grad():
                         leaf = weights.detach().requires_grad_()
-                        rows = folded.rows(leaf)
-                losses, gradient = launch.loss_and_gradient(
-                    rows.detach(), queries, targets, folded.layers, criterion, temperature, precision, index=index, memory=memory
+                        rows = found.rows(leaf)
+                losses, gradient = made.loss_and_gradient(
+                    rows.detach(), queries, targets, found.layers, criterion, temperature, precision, index=index, memory=memory
                 )
-                if folded.rows is not None:  # through the fold, to the network's own numbers
+                if found.rows is not None:  # through the fold, to the network's own numbers
                     (gradient,) = torch.autograd.grad(rows, leaf, gradient.to(rows.dtype))
                 return losses, gradient
             if index is not None:
@@ -86,7 +86,7 @@ class Triton:
         return self._built(run, form_of(criterion, index), weights)
 
     def _say_mode(self, n: int, precision: str) -> None:
-        """Why the kernels leave their usual way, one launch per layer."""
+        """Why the kernels leave their usual way, a launch a layer."""
         planned = schedule(self._chain.layers, self.architecture.input_shape)
         mode, reason = budget.choose_mode(planned, n, precision, True, memory_budget("cuda"))
         if mode == "network":
