@@ -24,7 +24,6 @@ engine/test_ranks.py                 wslfast/zoo/parts
 faults/test_backends.py              wslfast/engine/triton_path
 faults/test_fuzz.py                  wslfast/safe/state
 faults/test_memory.py                wslfast/engine/chunks wslfast/engine/memory
-faults/test_refused_writes.py        wslfast/files
 kernels/cpu/test_engine.py           kernels/cpu/program kernels/cpu/queries kernels/cpu/rewrites kernels/cpu/steps
 kernels/stacked/test_image_rules.py  kernels/stacked/sub_pixels kernels/stacked/transposed
 kernels/stacked/test_recurrence.py   kernels/stacked/recurrent

@@ -106,9 +106,10 @@ def npz_archive(path: Path) -> Iterator[Any]:
     """An open ``.npz`` archive, read without pickle. Raises WslfastError naming the file if it is none, or if what is read of it is
     damaged."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            require(isinstance(file, np.lib.npyio.NpzFile), f"{path}: expected an .npz archive")
-            yield file
+        archive = np.load(path, allow_pickle=False)
+        require(isinstance(archive, np.lib.npyio.NpzFile), f"{path}: expected an .npz archive")
+        with archive:
+            yield archive
     except WslfastError:
         raise
     except Exception as error:  # zipfile, zlib and numpy each have their own for a damaged or pickled file
