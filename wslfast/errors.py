@@ -57,8 +57,8 @@ def check_device(device: torch.device | str) -> torch.device:
     except (RuntimeError, TypeError):
         raise WslfastError(f"device: expected cpu, cuda or cuda:N, got {device!r}") from None
     require(checked.type in ("cpu", "cuda"), f"device: expected cpu, cuda or cuda:N, got {device!r}")
-    present = checked.type == "cpu" or (torch.cuda.is_available() and (checked.index or 0) < torch.cuda.device_count())
-    require(present, f"device: {device!r} was asked for, and this machine does not have it")
+    available = checked.type == "cpu" or (torch.cuda.is_available() and (checked.index or 0) < torch.cuda.device_count())
+    require(available, f"device: {device!r} was asked for, and this machine does not have it")
     return checked
 
 
