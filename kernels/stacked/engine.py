@@ -217,6 +217,7 @@ def loss_and_gradient_of(call: Call, targets: Tensor, criterion: Named, temperat
             target = wanted if call.slab >= n else wanted[:, at : at + call.slab]
             q = target.shape[1]
             outputs = made if q == made.shape[1] else made[:, :q]
+            outputs = outputs.contiguous()  # models that lie between each other would be added up in an order that depends on how many
             value, slope = share_of_loss(outputs.to(weights.dtype), target, n, criterion, temperature)
             if made.shape[1] > q:
                 slope = torch.cat((slope, slope.new_zeros(models, made.shape[1] - q, *slope.shape[2:])), 1)
