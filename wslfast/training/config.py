@@ -80,9 +80,14 @@ class TrainConfig:
     behavior_of: Literal["outputs", "deviations"] = "outputs"
     """What of a network's outputs behavior compares (criterion mse alone): outputs, or deviations from the mean outputs of the step's
     batch, originals and reconstructions each from their own. An error that all models of the batch share then costs nothing."""
-    structure_unit: Literal["zoo", "layer"] = "zoo"
-    """What structure's squared errors are divided by: the variance of the zoo's weights, or that of the layer's each. With layer, a number
-    of a layer of small weights counts as much as one of a layer of large weights."""
+    structure_metric: Literal["plain", "activation"] = "plain"
+    """What structure measures of an error in the weights: plain, its square. activation: what it does to the responses of its layer, on the
+    mean second moment of the layer's inputs over training models and query images. Layers that are neither linear nor ungrouped
+    convolutions (norms, their statistics) count as they are."""
+    structure_unit: Literal["zoo", "layer", "outputs"] = "zoo"
+    """What structure's squared errors are divided by: the variance over the zoo, or that of the layer's each. With layer, a number of a
+    layer of small weights counts as much as one of a layer of large weights. outputs (structure_metric activation alone): a layer's error
+    counts as much as it moves the networks' outputs, measured."""
     criterion: CriterionName = "mse"
     """Behavioral criterion."""
     distillation_temperature: float = 2.0
@@ -106,7 +111,10 @@ class TrainConfig:
     """linear: begin as a closed-form linear code of the zoo, the transformer as a zero-started correction. random: as published. paths:
     random, too, with linear maps of each layer's own beside the transformer, and latent widths by layer (from the zoo's spectra)."""
     metric: Literal["plain", "activation"] = "plain"
-    """The linear start's metric on weights."""
+    """The metric on weights of the linear code that a start is, or takes its latent widths from."""
+    coordinates: Literal["plain", "activation"] = "plain"
+    """What the autoencoder sees and makes: weights, or each layer's weights times the root of its inputs' second moment, in which the
+    activation metric is the plain one."""
     start_views: bool = True
     """Fit the linear start on every permuted view of the zoo, in closed form; without, on the models as stored."""
     share: float = 0.55
@@ -168,6 +176,8 @@ class TrainConfig:
         require(self.d_model % (2 * self.heads) == 0, f"d_model: expected a multiple of 2 * heads = {2 * self.heads}, got {self.d_model}")
         deviations = self.behavior_of == "deviations"
         require(not deviations or self.criterion == "mse", f"behavior_of: deviations are those of criterion mse, got {self.criterion!r}")
+        outputs = self.structure_unit == "outputs"
+        require(not outputs or self.structure_metric == "activation", "structure_unit: outputs is one of structure_metric activation")
         set_names(self.query_set)
 
     @property

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Union
 
 import torch
@@ -22,6 +23,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from .. import losses
 from ..architecture import Architecture
 from ..behavior import batched_behavioral_loss, batched_forward
+from ..codes.activation_metric import ActivationMetric
 from ..codes.autoencoder import Autoencoder
 from ..codes.linear import LinearCodec
 from ..engine import verdicts
@@ -102,6 +104,11 @@ class Trainer:
         sample = self.models.sample(config.seed)
         self.cache = self._targets_of_all(limit) if config.uses_behavior else None
         self.permutation, self.position = self.models.shuffle(self.order), 0
+        self.metric: ActivationMetric | None = None
+        if "activation" in (config.structure_metric, config.coordinates):
+            self.metric = ActivationMetric(
+                sample, self.pool.images, self.layout, unit=config.structure_unit, views=config.start_views, seed=config.seed
+            )
 
         if sizes is None:
             self.model = self._new_autoencoder(sample).to(self.device)
@@ -114,6 +121,9 @@ class Trainer:
         self.normalizers = losses.Normalizers.from_data(
             sample, known, batch_size=self.batch, criterion=config.criterion, temperature=config.distillation_temperature
         )
+        self.responses = self.metric if config.structure_metric == "activation" else None
+        if self.responses is not None:
+            self.normalizers = replace(self.normalizers, structural=self.responses.spread)
         self.layer_units = losses.layer_units(sample, self.layout) if config.structure_unit == "layer" else None
         # DistributedDataParallel hooks a module's forward: here the whole objective. The projection head is idle without a contrast.
         self.objective: nn.Module = _Objective(self)
@@ -145,6 +155,8 @@ class Trainer:
             "dropout": config.dropout,
             "window": self._window(),
         }
+        if config.coordinates == "activation" and self.metric is not None:
+            sizes["coordinates"] = self.metric.coordinates(sample)
         if config.start == "random":
             return Autoencoder(self.layout, latent=config.latent, **sizes)
         codec = LinearCodec(
@@ -204,7 +216,10 @@ class Trainer:
             else:
                 contrastive = losses.nt_xent(a, b, config.contrast_temperature)
         if beta > 0 and config.uses_structure:
-            structural = losses.structural_loss(reconstructed, tokens, mask, self.layer_units)
+            if self.responses is not None:
+                structural = self.responses.loss(reconstructed, tokens)
+            else:
+                structural = losses.structural_loss(reconstructed, tokens, mask, self.layer_units)
         if beta < 1 and config.uses_behavior:
             with region("detokenise"):
                 weights = self.layout.detokenize(reconstructed)
