@@ -96,7 +96,6 @@ class Step:
         adam = torch.optim.Adam([self.down, self.on], 5e-3)
         cycle = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
         targets, unit, architecture = models.targets, models.unit, models.code.architecture
-        maps = models.code
         for _ in range(steps):
             with torch.enable_grad():
                 step = self(slopes, models.previous)

@@ -61,9 +61,25 @@ class Killed(Exception):
         SCHEDULED,
         {**SCHEDULED, "start": "paths"},
         {"behavior_of": "deviations", "structure_unit": "layer"},
-        {"structure_metric": "activation", "structure_unit": "outputs", "coordinates": "activation", "start": "paths", "metric": "activation"},
+        {
+            "structure_metric": "activation",
+            "structure_unit": "outputs",
+            "coordinates": "activation",
+            "start": "paths",
+            "metric": "activation",
+        },
     ],
-    ids=["default", "dropout-onecycle", "random-one-view", "structure", "bf16-no-views", "scheduled", "paths", "deviations-layer", "activation"],
+    ids=[
+        "default",
+        "dropout-onecycle",
+        "random-one-view",
+        "structure",
+        "bf16-no-views",
+        "scheduled",
+        "paths",
+        "deviations-layer",
+        "activation",
+    ],
 )
 @pytest.mark.parametrize("killed_at", [3, 6, 9])
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
