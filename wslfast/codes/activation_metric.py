@@ -63,9 +63,9 @@ class ActivationMetric:
             convolutions (norms, their statistics) count as they are.
         images: ``[n, *input_shape]``, of which at most 512, evenly spaced, are used.
         layout: how models become tokens.
-        unit: what a layer's error counts. ``"zoo"``: its change of responses as it is. ``"layer"``: in units of the responses' variance
-            over the zoo, layers by their numbers of weights. ``"outputs"``: what it does to the networks' outputs, measured (a unit of random
-            error in that layer alone).
+        unit: what a layer's error counts. ``"zoo"``: its change of responses as it is. ``"layer"``: in units of the responses'
+            variance over the zoo, layers by their numbers of weights. ``"outputs"``: what it does to the networks' outputs, measured
+            (a unit of random error in that layer alone).
         views: whether coordinates are centred on the mean row over all permuted views.
         models: training models whose activations make C, drawn from the better half.
         damping: added to C, as a share of its mean eigenvalue.
