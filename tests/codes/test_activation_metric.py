@@ -106,7 +106,7 @@ def test_the_loss_is_the_mean_squared_change_of_responses(zoo: Population, image
     assert float(metric.loss(mean, place.tokenize(zoo.weights).tokens)) == pytest.approx(metric.spread, rel=FP32_DEEP)
 
 
-def test_in_its_coordinates_the_metric_is_the_plain_one(zoo: Population, images: Tensor) -> None:
+def test_coordinates_are_principal_and_of_unit_variance(zoo: Population, images: Tensor) -> None:
     place = TokenLayout(ARCH)
     metric = ActivationMetric(zoo, images, place)
     coordinates = metric.coordinates(zoo)
@@ -114,17 +114,21 @@ def test_in_its_coordinates_the_metric_is_the_plain_one(zoo: Population, images:
     seen = coordinates(tokens)
     torch.testing.assert_close(torch.where(place.mask, coordinates.inverse(seen), 0), tokens, rtol=FP32_DEEP, atol=FP32)
     assert bool((seen[:, ~place.mask] == 0).all())
-    for own in metric.groups.split(seen):  # about unit variance, over all permuted views
-        assert 0.5 < float(own.square().mean()) < 2
+    stored = ActivationMetric(zoo, images, place, views=False).coordinates(zoo)
+    for rows, n in zip(metric.groups.split(stored(tokens)), metric.groups.sizes, strict=True):
+        flat = rows.flatten(0, 1).double()
+        if len(flat) > n:  # else the zoo does not fill the space
+            torch.testing.assert_close(flat.mT @ flat / len(flat), torch.eye(n, dtype=torch.float64), rtol=0, atol=FP32_DEEP)
+    # the metric is diagonal in them: each coordinate's part of the loss is its square times a variance
     difference = metric.groups.split(seen[:1] - seen[1:2])
-    alone = [layer_values(zoo, images, zoo.weights[0] - zoo.weights[1])[i] for i in range(3)]
-    ratios = []
-    for layer in range(3):  # one scale a group
-        ratios.append(float(difference[layer].square().sum()) / alone[layer])
-    other = metric.groups.split(seen[2:3] - seen[3:4])
-    again = layer_values(zoo, images, zoo.weights[2] - zoo.weights[3])
-    for layer in range(3):
-        assert float(other[layer].square().sum()) / again[layer] == pytest.approx(ratios[layer], rel=FP32_DEEP)
+    alone = layer_values(zoo, images, zoo.weights[0] - zoo.weights[1])
+    for layer, (rows, back) in enumerate(zip(difference, coordinates.inverse_map.double(), strict=True)):
+        n = rows.shape[-1]
+        moment = input_second_moments(zoo.weights, images, ARCH)[layer]
+        damped = moment + DAMPING * moment.diagonal().mean() * torch.eye(n, dtype=torch.float64)
+        variances = back[:n, :n] @ damped @ back[:n, :n].mT
+        torch.testing.assert_close(variances, variances.diagonal().diag(), rtol=0, atol=FP32_DEEP * float(variances.max()))
+        assert float((rows.double().square() @ variances.diagonal()).sum()) == pytest.approx(alone[layer], rel=FP32_DEEP)
 
 
 @pytest.mark.parametrize("token_size", [0, 7], ids=["whole rows", "cut rows"])

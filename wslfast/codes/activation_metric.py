@@ -3,7 +3,7 @@
 A row e of weights (one output channel and its bias) changes its layer's responses to inputs x by ``e x``. With C the second moment of
 the layer's inputs, ``E |e x|^2 = e C e^T``: the layer-wise Gauss-Newton approximation of behavior, quadratic in the weights, so that a
 decoder that descends it has one best answer a model and no way to answer all models alike. C is an average over training models and
-query images, made once. In coordinates ``t = w C^(1/2)`` it is the plain squared distance, which an optimiser descends faster.
+query images, made once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..population import Population
 from ..tokens import TokenLayout
 from .graph_inputs import graph_second_moments
 from .layer_inputs import good_models, input_second_moments, output_sensitivity, root, spaced
-from .linear import check_fitted, row_moments
+from .linear import check_fitted, deviations, principal, row_moments
 from .token_groups import TokenGroups
 
 UNITS = ("zoo", "layer", "outputs")
@@ -45,7 +45,7 @@ class Coordinates(nn.Module):
         self.register_buffer("of_token", groups.of_token, persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Weights ``[k, T, D]`` in these coordinates, float32: about unit variance in every group."""
+        """Weights ``[k, T, D]`` in these coordinates, float32."""
         with torch.autocast(tokens.device.type, enabled=False):  # 1 % of error in the weights already costs agreement
             return self.groups.linear(tokens.float() - self.shift[self.of_token], self.forward_map)
 
@@ -134,14 +134,15 @@ class ActivationMetric:
         return torch.stack(parts).sum() / len(target)
 
     def coordinates(self, population: Population) -> Coordinates:
-        """``t = (w - mean row) C^(1/2) / s``, s so that t has about unit variance in every group. What couples two pieces of a cut
-        row is left out."""
+        """``t = (w - mean row) C^(1/2) V / s``: the principal coordinates of a group's rows in the metric, each of unit variance (those
+        that hardly vary, less). So a random map sees all of them, and an optimiser's step is one size for all, where their variances differ
+        by a factor of thousands. What couples two pieces of a cut row is left out."""
         center, covariance = row_moments(population.weights, self.groups, self.views)
+        roots = [root(moment, self.damping) for moment in self.groups.cut(self._moments)]
         made = Coordinates(self.groups, self.layout.token_size).to(population.weights.device)
-        for g, (moment, n) in enumerate(zip(self.groups.cut(self._moments), self.groups.sizes, strict=True)):
-            half, inverse = root(moment, self.damping)
-            scale = float((half @ covariance[g] @ half).diagonal().mean().sqrt()) or 1.0
+        for g, (values, vectors) in enumerate(zip(*principal(covariance, roots), strict=True)):
+            (half, inverse), n, deviation = roots[g], self.groups.sizes[g], deviations(values)
             made.shift[g, :n] = center[g].float()
-            made.forward_map[g, :n, :n] = (half / scale).float()
-            made.inverse_map[g, :n, :n] = (inverse * scale).float()
+            made.forward_map[g, :n, :n] = (half @ vectors / deviation).float()
+            made.inverse_map[g, :n, :n] = (deviation[:, None] * vectors.mT @ inverse).float()
         return made

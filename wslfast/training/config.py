@@ -113,8 +113,8 @@ class TrainConfig:
     metric: Literal["plain", "activation"] = "plain"
     """The metric on weights of the linear code that a start is, or takes its latent widths from."""
     coordinates: Literal["plain", "activation"] = "plain"
-    """What the autoencoder sees and makes: weights, or each layer's weights times the root of its inputs' second moment, in which the
-    activation metric is the plain one."""
+    """What the autoencoder sees and makes: weights, or the principal coordinates of each layer's rows in the activation metric, all of unit
+    variance (a fixed linear map, made from the zoo; nothing that is trained begins from it)."""
     start_views: bool = True
     """Fit the linear start on every permuted view of the zoo, in closed form; without, on the models as stored."""
     share: float = 0.55
