@@ -26,7 +26,8 @@ DAMPING = 1e-3
 
 @pytest.fixture(scope="module")
 def zoo() -> Population:
-    return Population(ARCH, ARCH.initial_weights(["kaiming_normal"] * 5, range(5)))
+    weights = ARCH.initial_weights(["kaiming_normal"] * 5, range(5))  # without biases, which are to vary as well
+    return Population(ARCH, weights + 0.1 * torch.randn(weights.shape, generator=torch.Generator().manual_seed(2)))
 
 
 @pytest.fixture(scope="module")
