@@ -65,6 +65,8 @@ class Killed(Exception):
             "structure_metric": "activation",
             "structure_unit": "outputs",
             "coordinates": "activation",
+            "maps_lr": 10.0,
+            "schedule": "onecycle",
             "start": "paths",
             "metric": "activation",
         },

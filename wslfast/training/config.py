@@ -56,6 +56,8 @@ class TrainConfig:
     """Models a step; each gives two views where gamma > 0, one otherwise."""
     lr: float = 5e-4
     """Learning rate of AdamW (the peak, under a one-cycle schedule)."""
+    maps_lr: float = 1.0
+    """Rate of the linear maps that each layer has beside the transformer (starts linear and paths), as a multiple of lr."""
     weight_decay: float = 3e-9
     """AdamW's decay on parameters with two or more dimensions."""
     schedule: Literal["constant", "onecycle"] = "constant"
@@ -168,7 +170,7 @@ class TrainConfig:
         require(0 <= self.dropout < 1, f"dropout: expected a number in [0, 1), got {self.dropout}")
         for name in ("seed", "layers", "token_size", "window"):
             require(getattr(self, name) >= 0, f"{name}: expected a non-negative integer, got {getattr(self, name)}")
-        for name in ("lr", "distillation_temperature", "contrast_temperature"):
+        for name in ("lr", "maps_lr", "distillation_temperature", "contrast_temperature"):
             require(0 < getattr(self, name) < float("inf"), f"{name}: expected a positive number, got {getattr(self, name)}")
         require(0 <= self.weight_decay < float("inf"), f"weight_decay: expected a non-negative number, got {self.weight_decay}")
         require(0 <= self.memory_gb < float("inf"), f"memory_gb: expected a non-negative number, got {self.memory_gb}")

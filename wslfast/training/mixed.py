@@ -22,7 +22,8 @@ from ..errors import require
 from ..tokens import TokenLayout
 from ..zoo import MappedZoo
 from .config import TrainConfig
-from .trainer import Trainer, check_resumed, cycle, descend, optimizer_of
+from .descent import cycle, descend, optimizer_of
+from .trainer import Trainer, check_resumed
 
 _SHARED = ("tokenizer", "transformer_encoder", "encoder_comp", "detokenizer", "transformer_decoder", "decoder_comp", "pe")
 

@@ -18,7 +18,6 @@ from typing import Any, Union
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.lr_scheduler import OneCycleLR
 
 from .. import losses
 from ..architecture import Architecture
@@ -37,6 +36,7 @@ from ..queries import QueryPool, TargetCache
 from ..tokens import TokenLayout
 from ..zoo import MappedZoo
 from .config import TrainConfig
+from .descent import cycle, descend, optimizer_of
 from .models import TrainingModels
 
 logger = logging.getLogger("wslfast")
@@ -332,43 +332,6 @@ class Trainer:
         if self.device.type == "cuda" and "cuda" in rng:
             torch.cuda.set_rng_state(rng["cuda"].cpu(), self.device)
         self.permutation, self.position = sampler["permutation"].cpu(), int(sampler["position"])
-
-
-def optimizer_of(model: nn.Module, config: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW, whose decay is for parameters with two or more dimensions."""
-    parameters = list(model.parameters())
-    matrices, vectors = [p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    # one pass over each parameter where torch loops over operators: a quarter of the time (a GPU has its own default)
-    return torch.optim.AdamW(groups, lr=config.lr, fused=True if device.type == "cpu" else None)
-
-
-def cycle(config: TrainConfig, optimizer: torch.optim.Optimizer) -> OneCycleLR | None:
-    """The learning rate's schedule over the whole run, None for a constant one."""
-    if config.schedule != "onecycle":
-        return None
-    return OneCycleLR(optimizer, max_lr=config.lr, total_steps=config.steps, pct_start=0.3)
-
-
-def descend(
-    total: Tensor,
-    parts: dict[str, Tensor],
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    schedule: OneCycleLR | None,
-    clip: float | None,
-) -> None:
-    """One optimiser step down the gradient of ``total``. With ``clip`` the gradient's norm is at most that; what it was before is
-    written to ``parts`` as ``gradient_norm``."""
-    with region("backward"):
-        optimizer.zero_grad(set_to_none=True)
-        total.backward()
-    with region("optimise"):
-        if clip is not None:
-            parts["gradient_norm"] = nn.utils.clip_grad_norm_(model.parameters(), clip)
-        optimizer.step()
-    if schedule is not None:
-        schedule.step()
 
 
 def check_resumed(config: TrainConfig, state: Mapping[str, Any]) -> None:
