@@ -4,9 +4,11 @@ torch shares every operator out among its threads, which then wait for each othe
 little for that. Groups of models have nothing to tell each other, so each is a job of its own, computed by one thread from first layer to
 last. What a job computes then depends on nothing but the job: the bits are the same at any number of threads.
 
-How many threads torch uses inside a thread is told to OpenMP and MKL, for that thread alone, by the functions of theirs that torch
-itself was linked with (``torch.set_num_threads`` would speak for the whole process). Where they are not to be found (another
-threading library, a static build), jobs run one after another on all of torch's threads.
+The threads are those that torch has already: one parallel region of the OpenMP that torch was linked with, whose threads wait for work
+(25 us a call here, where a pool of our own took 200 us, and its threads had to wait for cores that OpenMP's were spinning on). How many
+threads torch uses inside one of them is told to OpenMP and MKL, for that thread alone (``torch.set_num_threads`` would speak for the
+whole process). Where these functions are not to be found (another threading library, a static build), jobs run one after another
+on all of torch's threads.
 """
 
 from __future__ import annotations
@@ -15,26 +17,26 @@ import ctypes
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
-from typing import NamedTuple
+from threading import get_ident
+from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["controls", "keep_freed_memory", "run", "threads_inside"]
-
-_MOST = 256  # threads that may ever be started; they are, as jobs ask for them
+__all__ = ["controls", "keep_freed_memory", "run", "run_here", "threads_inside"]
 
 Setter = Callable[[int], "int | None"]
+_Body = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_forked = False  # OpenMP's threads do not survive a fork, and it waits for them: a forked process works alone
 
 
 class Controls(NamedTuple):
-    """What OpenMP and MKL are told, all of it about the calling thread alone."""
+    """What OpenMP and MKL are told; the first two about the calling thread alone."""
 
     openmp: Setter  # threads of its parallel regions
     mkl: Setter  # threads of MKL's routines; returns what was set, 0 for "as everybody"
-    rest: Setter  # 1: its pool of threads may go (they are made again when needed)
+    region: Callable[[Any, None, int, int], None]  # calls a body once on each of so many threads, of which this is one, and waits for them
 
 
 @lru_cache(maxsize=1)
@@ -46,10 +48,12 @@ def controls() -> Controls | None:
     try:
         linked = ctypes.CDLL(torch._C.__file__)  # a search through what torch is linked with
         openmp, mkl = linked.omp_set_num_threads, linked.MKL_Set_Num_Threads_Local if torch.backends.mkl.is_available() else nothing
+        region = linked.GOMP_parallel  # what a compiler makes of "omp parallel"; GCC's, LLVM's and Intel's libraries all have it
     except (AttributeError, OSError):
         return None
-    openmp.restype = None
-    return Controls(openmp, mkl, getattr(linked, "omp_pause_resource_all", nothing))
+    openmp.restype = region.restype = None
+    region.argtypes = (_Body, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    return Controls(openmp, mkl, region)
 
 
 def threads_inside() -> int:
@@ -58,10 +62,10 @@ def threads_inside() -> int:
 
 
 @contextmanager
-def _alone(library: Controls, threads: int) -> Iterator[None]:
-    """One torch thread in this thread; ``threads`` again afterwards."""
+def _alone(library: Controls, threads: int, products: int = 1) -> Iterator[None]:
+    """One torch thread in this thread, ``products`` in MKL; ``threads`` again afterwards."""
     library.openmp(1)
-    before = library.mkl(1)
+    before = library.mkl(products)
     try:
         yield
     finally:
@@ -69,22 +73,13 @@ def _alone(library: Controls, threads: int) -> Iterator[None]:
         library.openmp(threads)
 
 
-def _begin(library: Controls) -> None:
-    """A worker's first act. torch sets a thread's number when it is first asked for: ask, then overrule it."""
-    torch.get_num_threads()
-    library.openmp(1)
-    library.mkl(1)
-
-
-@lru_cache(maxsize=1)
-def _pool() -> ThreadPoolExecutor:
-    library = controls()
-    assert library is not None
-    return ThreadPoolExecutor(_MOST, thread_name_prefix="wslfast", initializer=_begin, initargs=(library,))
+def _note_fork() -> None:
+    global _forked
+    _forked = True
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked process has none of its parent's threads
+    os.register_at_fork(after_in_child=_note_fork)
 
 
 def _next(waiting: deque[Callable[[], None]]) -> Callable[[], None] | None:
@@ -106,43 +101,53 @@ def run(jobs: Sequence[Callable[[], None]]) -> None:
     jobs set their own.
     """
     library, threads = controls(), torch.get_num_threads()
-    if library is None or threads == 1:
-        for job in jobs:
-            job()
-        return
-    if len(jobs) == 1:  # this thread has its own modes already
-        with _alone(library, threads):
-            jobs[0]()
+    if library is None or threads == 1 or len(jobs) == 1 or _forked:
+        run_here(jobs)
         return
     waiting = deque(jobs)
-    inference, flushed = torch.is_inference_mode_enabled(), _flushes_denormals()
+    errors: list[BaseException] = []
+    caller, inference, flushed = get_ident(), torch.is_inference_mode_enabled(), _flushes_denormals()
 
     def work() -> None:
-        try:
-            if _flushes_denormals() != flushed:  # which belongs to a thread, as the modes do
-                torch.set_flush_denormal(flushed)
-            with torch.inference_mode(inference):
-                while (job := _next(waiting)) is not None:
-                    job()
-        except BaseException:
-            waiting.clear()
-            raise
+        with _alone(library, threads):
+            while (job := _next(waiting)) is not None:
+                job()
 
-    with _alone(library, threads):
-        # OpenMP's threads spin for milliseconds after torch's last call, on the cores that the others are to run on
-        library.rest(1)
-        others = []
+    def work_elsewhere() -> None:
+        """The same with the caller's modes, which belong to a thread, and which torch's thread gets back."""
+        torch.get_num_threads()  # torch sets a thread's number when it is first asked for: ask, then overrule it
+        before = _flushes_denormals()
+        if before != flushed:
+            torch.set_flush_denormal(flushed)
         try:
-            for _ in range(min(threads, len(jobs)) - 1):
-                others.append(_pool().submit(work))
-        except RuntimeError:
-            pass  # no thread can be started any more: the interpreter is on its way out, or the system refuses. This one does it all
-        try:
-            work()
+            with torch.inference_mode() if inference else nullcontext():
+                work()
         finally:
-            wait(others)
-    for other in others:
-        other.result()
+            if before != flushed:
+                torch.set_flush_denormal(before)
+
+    def body(_: object) -> None:  # nothing can be raised through a library that is not Python
+        try:
+            work() if get_ident() == caller else work_elsewhere()
+        except BaseException as error:
+            waiting.clear()
+            errors.append(error)
+
+    library.region(_Body(body), None, min(threads, len(jobs)), 0)
+    if errors:
+        raise errors[0]
+    work()  # whatever is left, if an interrupt came before a thread's first act
+
+
+def run_here(jobs: Sequence[Callable[[], None]], share_products: bool = False) -> None:
+    """Call every job once, one after another, in this thread, by one torch thread.
+
+    ``share_products``: MKL's matrix products alone may use all threads, where the caller has seen that they then give the same bits.
+    """
+    library, threads = controls(), torch.get_num_threads()
+    with _alone(library, threads, threads if share_products and not _forked else 1) if library is not None else nullcontext():
+        for job in jobs:
+            job()
 
 
 @lru_cache(maxsize=1)

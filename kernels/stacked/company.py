@@ -17,6 +17,7 @@ logger = logging.getLogger("wslfast")
 SIZES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192)
 _A_GROUP = 2  # models' time that the calls of a group cost beside their numbers
 _agree: dict[tuple[Hashable, int, int], bool] = {}
+_shared: dict[tuple[Hashable, int], bool] = {}
 _split: dict[tuple[Hashable, int, int, int, int], tuple[int, int]] = {}
 
 # Results of the first ``size`` of random models in an order; first axis models.
@@ -98,6 +99,17 @@ def _with_one_full_group(trial: Trial, full: int) -> Trial:
         return kept[0]
 
     return run
+
+
+def alone_or_shared(size: int, key: Hashable, run: Callable[[int, Sequence[int], bool], Sequence[Tensor]]) -> bool:
+    """Whether a group of this size gives the same bits with its products on all threads as on one.
+
+    ``run``: results of random models, ``(size, order, whether products are shared)``; ``key``: all that the bits may depend on.
+    """
+    if (key, size) not in _shared:
+        alone, shared = run(size, range(size), False), run(size, range(size), True)
+        _shared[key, size] = all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
+    return _shared[key, size]
 
 
 def _agrees(size: int, full: int, key: Hashable, trial: Trial) -> bool:

@@ -12,7 +12,7 @@ Groups are jobs of one thread each (``cpu/jobs.py``) where there is enough work 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import lru_cache, partial
 from typing import Any
@@ -23,91 +23,20 @@ from torch import Tensor
 from ..cpu import jobs
 from ..criteria import Named, share_of_loss
 from ..graph import Graph
-from ..operations import TABLE
 from ..reference import value_shapes
-from .company import split
+from .company import alone_or_shared, split
 from .compiler import compile_program
+from .costs import FILL, group_shape, least_worth, sizes
 from .passes import by_graph, by_tape
 
-_MODELS = 256  # of a group: more leave the caches, fewer spend their time on calls
-_PAIRS = 16_384  # of models and queries in a group and slab, for the same reasons
-_CONVOLVED = 8  # models of a group whose time goes into convolutions (cpu/engine.py has the reasons)
-_MOST_CONVOLVED = 64  # where activations are so few that calls, not numbers, take the time:
-_CACHED = 20 << 20  # their bytes, of such a group's forward pass
-_QUERIES = 128  # of a slab
-_FEWEST = 32  # of a slab, where there are as many: with fewer, reading weights takes as long as using them
-_WORK = 40_000_000  # operations a call of the graph in a group's products: smaller groups then cost nothing, keep weights in the cache
-# and share threads
-_BYTES = 64 << 20  # of what a group's forward pass leaves for its backward
-_ROWS = 64 << 20  # of a group's weights
 _PACKED = 1 << 15  # numbers of one model's parameter
-_FILL = 16  # queries: every model's numbers then begin on 64 bytes
 _FEW = 1000  # numbers of a product: so few could agree by chance, and a group is always filled
-_WORTH = 500_000, 25_000_000  # of a group, one of which is worth a thread of its own
-_ALONE = 2_000_000, 350_000_000  # activations and operations of a call: below both, one thread is done before another has joined in
-
-
-@lru_cache(maxsize=256)
-def sizes(graph: Graph) -> tuple[int, int, int]:
-    """Counts for one model and one query: numbers that a forward pass makes, multiply-adds in convolutions, multiply-adds elsewhere."""
-    two, three = value_shapes(graph, 2), value_shapes(graph, 3)
-    made = convolved = products = 0
-    for i, node in enumerate(graph.nodes):
-        shape = three[f"@{i}"]
-        shape = shape[0] if isinstance(shape, list) else shape
-        before = two[f"@{i}"]
-        numbers = math.prod(shape) - math.prod(before[0] if isinstance(before, list) else before)
-        form = TABLE[node.operation].form
-        made += 0 if form == "batch_norm" and not node.argument("training") else numbers  # folded into the layer beside it
-        if form in ("convolution", "transposed", "linear"):
-            weight = str(node.argument("weight"))
-            work = numbers * math.prod(three[weight][1:]) if weight in three else 0
-            convolved += work if form != "linear" else 0
-            products += work if form == "linear" else 0
-    return max(made, 1), convolved, products
-
-
-def group_shape(graph: Graph, n: int) -> tuple[int, int]:
-    """Models in a group and queries in a slab, for n queries. They do not depend on k: else a model's bits would depend on its company."""
-    made, convolved, products = sizes(graph)
-    queries = min(_QUERIES, -(-n // _FILL) * _FILL)
-    models = min(_MODELS, 1 << (_PAIRS // queries).bit_length() - 1)
-    if convolved > products:
-        models = _CONVOLVED
-        while models < _MOST_CONVOLVED and 8 * models * made * queries <= _CACHED:
-            models *= 2
-    else:
-        while models > 2 and operations(graph, models // 2, queries) >= _WORK * len(graph.nodes):
-            models //= 2
-    while models > 1 and 4 * models * graph.parameters > _ROWS:
-        models //= 2
-    few = min(queries, _FEWEST)
-    while models > 2 and 4 * models * made * few > _BYTES:
-        models //= 2
-    while queries > few and 4 * models * made * queries > _BYTES:
-        queries = max(few, queries // 2 // _FILL * _FILL)
-    return models, queries
-
-
-def operations(graph: Graph, models: int, queries: int) -> int:
-    """Floating-point operations in products and convolutions, of a loss and its gradients with respect to both factors."""
-    _, convolved, products = sizes(graph)
-    return 6 * models * queries * (convolved + products)
-
-
-@lru_cache(maxsize=256)
-def _least_worth(graph: Graph, n: int) -> int:
-    """Models of the smallest group that is worth a thread of its own, for n queries."""
-    (numbers, work), made, models = _WORTH, sizes(graph)[0], 2
-    while models < _MODELS and models * n * made < numbers and operations(graph, models, n) < work:
-        models *= 2
-    return models
 
 
 class Call:
     """What holds for all groups of one call."""
 
-    fill = _FILL
+    fill = FILL
 
     def __init__(
         self, weights: Tensor, queries: Tensor, graph: Graph, index: Tensor | None, size: int | None = None, once: bool = True
@@ -123,6 +52,7 @@ class Call:
         segmented = self.plain and once and weights.dtype == torch.float32
         self.program = compile_program(graph, self.own, self.plain, segmented)
         full, self.slab = group_shape(graph, self.n)
+        self.share: bool | None = None  # whether products take all threads; None: not decided
         if weights.device.type != "cpu":  # the caller has cut models into chunks that fit its memory
             full, self.slab = max(1, weights.shape[0]), max(1, self.n)
         chosen = (size, size) if size else self._sizes(full) if self.plain and weights.shape[0] else (full, full)
@@ -133,26 +63,49 @@ class Call:
 
     def shared_among(self) -> tuple[int, int]:
         """Threads that take groups side by side, and models of the smallest group that is worth one."""
-        if jobs.controls() is None or _alone(self):
-            return 1, 2
-        return torch.get_num_threads(), _least_worth(self.graph, self.n)
+        least = least_worth(self.graph, self.n)
+        return (1, 2) if jobs.controls() is None or self.weights.shape[0] < 2 * least else (torch.get_num_threads(), least)
 
     def filled(self, group: int) -> int:
         """Models that run in a group: those that it has, and idle ones."""
         return self.models if self.weights.shape[0] - group >= self.models else self.last
 
+    @property
+    def tried(self) -> int:
+        """Queries of a trial: those of a full slab and of the last one."""
+        return self.n if self.n < self.slab else self.slab + self.n % self.slab
+
     def _sizes(self, full: int) -> tuple[int, int]:
-        graph, k = self.graph, self.weights.shape[0]
-        n = self.n if self.n < self.slab else self.slab + self.n % self.slab
-        if graph.parameters * n < _FEW:
+        if self.graph.parameters * self.tried < _FEW:
             return full, full
-        dtype = self.weights.dtype
-        key = graph, n, self.own, dtype, torch.is_autocast_enabled("cpu"), jobs.threads_inside()
+        return split(self.weights.shape[0], full, self._key(), partial(self.trial, full), *self.shared_among())
 
-        def trial(size: int, order: Sequence[int]) -> Sequence[Tensor]:
-            return _trial(graph, n, self.own, full, dtype, order[:size])
+    def _key(self) -> Hashable:
+        """All that the bits of a group's results may depend on."""
+        enabled = torch.is_autocast_enabled("cpu")
+        return type(self), self.graph, self.tried, self.own, self.weights.dtype, enabled, jobs.threads_inside()
 
-        return split(k, full, key, trial, *self.shared_among())
+    def trial(self, full: int, size: int, order: Sequence[int], share: bool = False) -> Sequence[Tensor]:
+        """Losses and gradients of the first ``size`` of random models in an order, run in one group; ``share``: products on all threads."""
+        weights, queries, targets = random_models(self.graph, self.tried, self.own, full, self.weights.dtype)
+        rows = list(order[:size])
+        call = self.again(weights[rows], queries[rows] if self.own else queries, rows)
+        call.share = share
+        return loss_and_gradient_of(call, targets[rows], "mse", 1.0)
+
+    def again(self, weights: Tensor, queries: Tensor, rows: list[int]) -> Call:
+        """A call like this one for other models, numbered ``rows``, in one group."""
+        return Call(weights, queries, self.graph, None, size=len(rows))
+
+    def shares_products(self) -> bool:
+        """Whether matrix products take all threads: where groups run in one thread, there is little else than products, and bits stay."""
+        if self.share is None:
+            _, convolved, products = sizes(self.graph)
+            few = convolved > products or self.graph.parameters * self.tried < _FEW
+            threads = 1 if few or jobs.controls() is None or not self.plain else torch.get_num_threads()
+            key, both = (self._key(), threads), {self.models, self.last}
+            self.share = threads > 1 and in_one_thread(self) and all(alone_or_shared(m, key, partial(self.trial, m)) for m in both)
+        return self.share
 
     def starts(self) -> range:
         return range(0, self.n, self.slab)
@@ -215,21 +168,16 @@ def _jobs(count: int, call: Call, run: Callable[[int], None]) -> None:
     if call.weights.device.type != "cpu":
         for group in groups:
             group()
-    elif len(groups) > 1 and _alone(call):
-
-        def every() -> None:
-            for group in groups:
-                group()
-
-        jobs.run([every])
+    elif in_one_thread(call):
+        jobs.run_here(groups, call.shares_products())
     else:
         jobs.run(groups)
 
 
-def _alone(call: Call) -> bool:
-    """Whether one thread does a call sooner than several."""
-    models, (numbers, work) = call.weights.shape[0], _ALONE
-    return models * call.n * sizes(call.graph)[0] < numbers and operations(call.graph, models, call.n) < work
+def in_one_thread(call: Call) -> bool:
+    """Whether a call's groups run one after another, which is done sooner than the same by several threads."""
+    k = call.weights.shape[0]
+    return k <= call.models or k < 2 * least_worth(call.graph, call.n)
 
 
 def loss_and_gradient(
@@ -269,6 +217,7 @@ def loss_and_gradient_of(call: Call, targets: Tensor, criterion: Named, temperat
             target = wanted if call.slab >= n else wanted[:, at : at + call.slab]
             q = target.shape[1]
             outputs = made if q == made.shape[1] else made[:, :q]
+            outputs = outputs.contiguous()  # models that lie between each other would be added up in an order that depends on how many
             value, slope = share_of_loss(outputs.to(weights.dtype), target, n, criterion, temperature)
             if made.shape[1] > q:
                 slope = torch.cat((slope, slope.new_zeros(models, made.shape[1] - q, *slope.shape[2:])), 1)
@@ -287,6 +236,8 @@ def loss_and_gradient_of(call: Call, targets: Tensor, criterion: Named, temperat
         flat = [s if s.ndim == 2 else s.reshape(models, -1) for s in slopes]
         return (value, flat) if real == models else (value[:real], [s[:real] for s in flat])
 
+    if call.shares_products():
+        call.large = []  # a product that all threads share is slow where it writes into rows of a matrix
     if call.models >= k and not call.large:  # one group: what it gives is the result
         results: list[tuple[Tensor, list[Tensor]]] = []
         _jobs(k, call, lambda start: results.append(group(start, {})))
@@ -379,14 +330,6 @@ def random_models(graph: Graph, n: int, own: bool, full: int, dtype: torch.dtype
     queries = torch.rand(*((full,) if own else ()), n, *graph.input_shape, **kind)
     out = value_shapes(graph, n)[graph.output][1:]
     return weights, queries, torch.randn(full, n, *out, **kind)
-
-
-def _trial(graph: Graph, n: int, own: bool, full: int, dtype: torch.dtype, order: Sequence[int]) -> Sequence[Tensor]:
-    """Losses and gradients of random models, those of ``order``, run in one group."""
-    weights, queries, targets = random_models(graph, n, own, full, dtype)
-    rows = list(order)
-    call = Call(weights[rows], queries[rows] if own else queries, graph, None, size=len(rows))
-    return loss_and_gradient_of(call, targets[rows], "mse", 1.0)
 
 
 __all__ = ["differentiable", "forward", "group_shape", "loss_and_gradient", "plain", "sizes"]

@@ -54,9 +54,9 @@ class GroupNorm:
         made: Gradients = {}
         if "weight" in self.wanted:
             of_scale = torch.addcmul(along, of_shift, mean.repeat_interleave(each, 1), value=-1) * root.repeat_interleave(each, 1)
-            made["weight"] = of_scale.sum(0).view(models, -1)
+            made["weight"] = _over_queries(of_scale, models)
         if "bias" in self.wanted:
-            made["bias"] = of_shift.sum(0).view(models, -1)
+            made["bias"] = _over_queries(of_shift, models)
         if "input" in self.wanted:  # root (w g - mean of w g - normal * mean of w g normal), as a factor of g, one of x and a shift
             count = each * math.prod(pixels)
             even = by_group(of_shift) / count
@@ -95,6 +95,11 @@ def _over_pixels(x: Tensor) -> Tensor:
     return x.flatten(2).sum(2) if x.ndim > 2 else x
 
 
+def _over_queries(x: Tensor, models: int) -> Tensor:
+    """Sums ``[M, C]`` of ``[n, M * C]``: model by model, as in which order torch adds depends on how many numbers lie side by side."""
+    return x.view(len(x), models, -1).transpose(0, 1).contiguous().sum(1)
+
+
 class Prelu:
     """x, or a slope of the channel's own times x where x is negative."""
 
@@ -119,7 +124,7 @@ class Prelu:
         if "weight" in self.wanted:
             of_slopes = below.mul_(x)
             if self.call.layout is Layout.CHANNELS:
-                summed = _over_pixels(of_slopes).sum(0).view(models, -1)
+                summed = _over_queries(_over_pixels(of_slopes), models)
             else:
                 summed = of_slopes.flatten(3).sum((1, 3)) if of_slopes.ndim > 3 else of_slopes.sum(1)
             made["weight"] = summed if summed.shape == shape else summed.sum(1, keepdim=True)

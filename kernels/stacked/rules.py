@@ -186,6 +186,7 @@ def reduced(slope: Tensor, shape: torch.Size) -> Tensor:
     """A gradient ``[M, ...]`` summed to the shape of a tensor that was broadcast: ones between its models and its other axes."""
     if slope.shape == shape:
         return slope
+    slope = slope.contiguous()  # models that lie between each other would be added up in an order that depends on how many
     return slope.sum_to_size((shape[0], *(1,) * (slope.ndim - len(shape)), *shape[1:])).reshape(shape)
 
 
@@ -263,13 +264,14 @@ class LayerNorm:
     def backward(self, g: Tensor, saved: Any, models: int) -> Gradients:
         x, mean, rstd, normed, scale = saved
         made: Gradients = {}
+        g = g.contiguous()  # for sums whose order does not depend on how many models there are
         over = tuple(range(1, g.ndim - len(self.axes)))
         if "weight" in self.wanted:
             made["weight"] = (g * normed).sum(over)
         if "bias" in self.wanted:
             made["bias"] = g.sum(over)
         if "input" in self.wanted:
-            g = (g if scale is None else g * scale).contiguous()
+            g = g if scale is None else g * scale
             made["input"] = _aten.native_layer_norm_backward(g, x, self.axes, mean, rstd, None, None, [True, False, False])[0]
         return made
 

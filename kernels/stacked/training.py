@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..cpu import jobs
 from ..criteria import Named
 from ..graph import Graph, Node
 from ..operations import TABLE
 from ..reference import value_shapes
 from .calls import Layout
 from .company import split
-from .engine import Call, loss_and_gradient_of, random_models, sizes
+from .engine import Call, loss_and_gradient_of, sizes
 from .layouts import channels_first
 from .training_forms import Statistics, factors, noise_shape, probability
 
@@ -87,20 +87,18 @@ class _Training(Call):
         super().__init__(weights, queries, graph, index, size)
         self.slab = self.n
 
+    @property
+    def tried(self) -> int:
+        return self.n
+
     def _sizes(self, full: int) -> tuple[int, int]:
-        graph, n, dtype = self.graph, self.n, self.weights.dtype
-        while full > 2 and 4 * full * sizes(graph)[0] * n > _BYTES:
+        while full > 2 and 4 * full * sizes(self.graph)[0] * self.n > _BYTES:
             full //= 2
+        return split(len(self.weights), full, self._key(), partial(self.trial, full), *self.shared_among())
 
-        def trial(size: int, order: Sequence[int]) -> Sequence[Tensor]:
-            weights, queries, targets = random_models(graph, n, self.own, full, dtype)
-            rows = list(order[:size])
-            own = [torch.Generator().manual_seed(row) for row in rows]
-            call = _Training(weights[rows], queries[rows] if self.own else queries, graph, None, own, len(rows))
-            return loss_and_gradient_of(call, targets[rows], "mse", 1.0)
-
-        key = "training", graph, n, self.own, dtype, torch.is_autocast_enabled("cpu"), jobs.threads_inside()
-        return split(len(self.weights), full, key, trial, *self.shared_among())
+    def again(self, weights: Tensor, queries: Tensor, rows: list[int]) -> _Training:
+        own = [torch.Generator().manual_seed(row) for row in rows]
+        return _Training(weights, queries, self.graph, None, own, len(rows))
 
     def values(self, shared: dict[int, list[Any]], group: int, start: int) -> list[Any]:
         values = list(super().values(shared, group, start))

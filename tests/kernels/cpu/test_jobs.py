@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -93,16 +94,91 @@ def test_callers_on_several_threads_do_not_meet() -> None:
     assert all(torch.equal(x, expected[i % 4]) for i, x in enumerate(found))
 
 
+def test_a_job_differentiates_in_whatever_thread() -> None:
+    """torch's graph is built and run back in threads that torch made itself."""
+    x = torch.randn(12, 5)
+    made: dict[int, torch.Tensor] = {}
+
+    def job(i: int) -> None:
+        time.sleep(0.002)
+        leaf = x[i].clone().requires_grad_()
+        with torch.enable_grad():
+            made[i] = torch.autograd.grad(leaf.pow(3).sum(), leaf)[0]
+
+    with torch.no_grad():
+        jobs.run([lambda i=i: job(i) for i in range(12)])  # type: ignore[misc]
+    assert torch.allclose(torch.stack([made[i] for i in range(12)]), 3 * x.square())
+
+
+def test_jobs_within_jobs() -> None:
+    done: list[tuple[int, int]] = []
+    inner = lambda i: jobs.run([lambda j=j: done.append((i, j)) for j in range(3)])  # type: ignore[misc] # noqa: E731
+    jobs.run([lambda i=i: inner(i) for i in range(5)])  # type: ignore[misc]
+    assert sorted(done) == [(i, j) for i in range(5) for j in range(3)]
+
+
+def test_a_threads_modes_are_its_own_afterwards() -> None:
+    """A caller that flushes denormals has them flushed in all jobs, and torch's threads have what they had before."""
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush denormals")
+    try:
+        seen: list[float] = []
+        small = torch.full((1,), 1e-30)
+        jobs.run([lambda: (time.sleep(0.002), seen.append(float(small * 1e-10))) for _ in range(9)])  # type: ignore[misc, list-item]
+    finally:
+        torch.set_flush_denormal(False)
+    assert seen == [0.0] * 9
+    seen.clear()
+    jobs.run([lambda: (time.sleep(0.002), seen.append(float(small * 1e-10))) for _ in range(9)])  # type: ignore[misc, list-item]
+    assert all(value > 0 for value in seen)
+
+
+def test_an_interrupt_reaches_the_caller() -> None:
+    """Ctrl-C while jobs run: no further job begins, and the caller gets it."""
+    begun: list[int] = []
+
+    def job(i: int) -> None:
+        begun.append(i)
+        time.sleep(0.02)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    timer = threading.Timer(0.1, signal.raise_signal, [signal.SIGINT])
+    timer.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            jobs.run([lambda i=i: job(i) for i in range(300)])  # type: ignore[misc]
+    finally:
+        timer.join()
+        signal.signal(signal.SIGINT, before)
+    assert 3 <= len(begun) < 100
+    assert torch.get_num_threads() == 3
+
+
+def test_shared_products_use_mkls_threads_and_nothing_else() -> None:
+    """Bits of a sum that MKL cuts in three: those of three threads where products are shared, of one where they are not."""
+    a, b = torch.randn(64, 40_000), torch.randn(40_000, 64)
+    together = a @ b
+    made: list[torch.Tensor] = []
+    jobs.run_here([lambda: made.append(a @ b)], share_products=True)
+    jobs.run_here([lambda: made.append(a @ b)])
+    torch.set_num_threads(1)
+    alone = a @ b
+    torch.set_num_threads(3)
+    assert torch.equal(made[1], alone)
+    assert torch.equal(made[0], together) or not torch.backends.mkl.is_available()
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_a_forked_process_starts_its_own_threads() -> None:
+def test_a_forked_process_works_alone() -> None:
+    """OpenMP's threads do not survive a fork, and it would wait for them."""
     jobs.run([lambda: None] * 6)
     reader, writer = os.pipe()
     child = os.fork()
-    if child == 0:  # nothing that torch would share out among threads: OpenMP's did not survive the fork either
-        names: set[str] = set()
-        jobs.run([lambda: (time.sleep(0.01), names.add(threading.current_thread().name)) for _ in range(9)])  # type: ignore[misc, list-item]
-        os.write(writer, str(len(names)).encode())
+    if child == 0:
+        done: list[int] = []
+        jobs.run([lambda i=i: done.append(i) for i in range(9)])  # type: ignore[misc]
+        os.write(writer, str(len(done)).encode())
         os._exit(0)
     assert select.select([reader], [], [], 30)[0], "the child hangs"
-    assert os.read(reader, 10) == b"3"
+    assert os.read(reader, 10) == b"9"
     os.waitpid(child, 0)

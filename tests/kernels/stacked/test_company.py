@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from wslfast import Architecture
+from wslfast.kernels.cpu import jobs
 from wslfast.kernels.stacked import company, engine
 
 
@@ -59,13 +60,15 @@ def test_groups_are_shared_among_threads() -> None:
 
 
 @pytest.mark.parametrize("k", [5, 16, 40])
-@pytest.mark.parametrize("kind", ["wide", "attention", "images"])
+@pytest.mark.parametrize("kind", ["wide", "narrow", "attention", "images"])
 def test_bits_are_the_same_at_any_number_of_threads(kind: str, k: int) -> None:
     torch.manual_seed(0)
-    shape = (1, 12, 12) if kind == "images" else (6, 16) if kind == "attention" else (64,)
+    shape = {"images": (1, 12, 12), "attention": (6, 16), "wide": (64,), "narrow": (7,)}[kind]
     net: nn.Module
     if kind == "wide":
         net = nn.Sequential(nn.Linear(64, 300), nn.Tanh(), nn.Linear(300, 200), nn.GELU(), nn.Linear(200, 3))
+    elif kind == "narrow":
+        net = nn.Sequential(nn.Linear(7, 33), nn.Tanh(), nn.Linear(33, 33), nn.ReLU(), nn.Linear(33, 3))
     elif kind == "attention":
         net = nn.Sequential(nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True), nn.Flatten(), nn.Linear(96, 3))
     else:
@@ -80,12 +83,47 @@ def test_bits_are_the_same_at_any_number_of_threads(kind: str, k: int) -> None:
     try:
         for threads in (1, 2, 3, 8):
             torch.set_num_threads(threads)
-            found.append(engine.loss_and_gradient(weights, queries, targets, arch.graph, "mse"))
+            outputs = engine.forward(weights, queries, arch.graph)
+            found.append((*engine.loss_and_gradient(weights, queries, targets, arch.graph, "mse"), outputs))
     finally:
         torch.set_num_threads(before)
-    for losses, gradient in found[1:]:
-        assert torch.equal(losses, found[0][0])
-        assert torch.equal(gradient, found[0][1])
+    for results in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results, found[0], strict=True))
+
+
+def test_products_take_all_threads_only_where_bits_stay() -> None:
+    asked: list[tuple[int, bool]] = []
+
+    def library(same: bool) -> Callable[[int, Sequence[int], bool], Sequence[Tensor]]:
+        def run(size: int, order: Sequence[int], share: bool) -> Sequence[Tensor]:
+            asked.append((size, share))
+            return [torch.arange(float(size)) + (1e-3 if share and not same else 0)]
+
+        return run
+
+    assert company.alone_or_shared(16, "stays", library(True))
+    assert not company.alone_or_shared(16, "moves", library(False))
+    assert asked == [(16, False), (16, True)] * 2
+    assert company.alone_or_shared(16, "stays", library(False))  # known by now
+    assert len(asked) == 4
+
+
+@pytest.mark.skipif(jobs.controls() is None or not torch.backends.mkl.is_available(), reason="no MKL that could share")
+def test_a_group_by_itself_shares_products_and_several_do_not() -> None:
+    arch = Architecture.from_module(nn.Sequential(nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, 3)), (64,))
+    assert arch.graph is not None
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        few = engine.Call(torch.randn(8, arch.num_weights), torch.randn(32, 64), arch.graph, None)
+        many = engine.Call(torch.randn(512, arch.num_weights), torch.randn(256, 64), arch.graph, None)
+        assert (engine.in_one_thread(few), engine.in_one_thread(many)) == (True, False)
+        assert not many.shares_products()
+        torch.set_num_threads(1)
+        alone = engine.Call(torch.randn(8, arch.num_weights), torch.randn(32, 64), arch.graph, None)
+        assert not alone.shares_products()
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_full_group_is_tried_once_and_a_size_once_a_process() -> None:

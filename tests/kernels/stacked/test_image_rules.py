@@ -8,10 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from graph_oracle import close, criterion_value, loop, queries_like, rows_near
+from tolerances import FP32
 from torch import Tensor, nn
 
 from wslfast import Architecture
 from wslfast.kernels import stacked
+from wslfast.kernels.stacked import image_rules
 from wslfast.kernels.stacked.compiler import compile_program
 from wslfast.kernels.stacked.passes import tapes_of
 from wslfast.kernels.stacked.tape import Island
@@ -87,3 +89,15 @@ def test_no_call_is_left_to_torchs_graph(name: str) -> None:
     assert arch.graph is not None
     _, tape = tapes_of(compile_program(arch.graph, False, True, True))
     assert not [call for call in tape.calls if isinstance(call, Island)]
+
+
+@pytest.mark.parametrize("channels", [1, 5, 16, 24])
+@pytest.mark.parametrize("n", [1, 16, 33])
+def test_a_models_sum_over_queries_does_not_depend_on_its_company(n: int, channels: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 8 * channels, generator=generator)
+    every = image_rules._over_queries(x, 8)
+    torch.testing.assert_close(every.double(), x.double().view(n, 8, channels).sum(0), rtol=FP32, atol=FP32)
+    for models in (1, 2, 3, 4, 6):
+        assert torch.equal(image_rules._over_queries(x[:, : models * channels].contiguous(), models), every[:models])
+        assert torch.equal(image_rules._over_queries(x[:, -models * channels :].contiguous(), models), every[-models:])

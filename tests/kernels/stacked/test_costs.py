@@ -1,0 +1,42 @@
+"""What a graph costs: sizes of groups and slabs, and how many models are worth a thread."""
+
+from __future__ import annotations
+
+import pytest
+from torch import nn
+
+from wslfast import Architecture
+from wslfast.kernels.graph import Graph
+from wslfast.kernels.stacked import costs
+
+
+def _graph(*layers: nn.Module, shape: tuple[int, ...] = (64,)) -> Graph:
+    graph = Architecture.from_module(nn.Sequential(*layers).eval(), shape).graph
+    assert graph is not None
+    return graph
+
+
+def test_sizes_count_numbers_and_products() -> None:
+    assert costs.sizes(_graph(nn.Linear(64, 10), nn.ReLU(), nn.Linear(10, 3))) == (10 + 10 + 3, 0, 64 * 10 + 10 * 3)
+    made, convolved, products = costs.sizes(_graph(nn.Conv2d(2, 5, 3), nn.Flatten(), nn.Linear(5 * 16, 3), shape=(2, 6, 6)))
+    assert (convolved, products) == (5 * 16 * 2 * 9, 80 * 3)
+    assert made >= 5 * 16 + 3
+
+
+@pytest.mark.parametrize("n", [1, 16, 100, 5000])
+def test_a_group_fits_memory_and_a_slab_its_filling(n: int) -> None:
+    for graph in (_graph(nn.Linear(64, 4000), nn.Tanh(), nn.Linear(4000, 4000)), _graph(nn.Linear(64, 3))):
+        models, queries = costs.group_shape(graph, n)
+        assert models >= 1
+        assert queries % costs.FILL == 0
+        assert models == 1 or models * graph.parameters * 4 <= 64 << 20
+
+
+def test_more_work_makes_smaller_groups_worth_a_thread() -> None:
+    narrow, wide = (
+        _graph(nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 3)),
+        _graph(nn.Linear(64, 800), nn.Tanh(), nn.Linear(800, 800), nn.Tanh()),
+    )
+    assert costs.least_worth(wide, 512) < costs.least_worth(wide, 1) < costs.least_worth(narrow, 64)
+    deep = _graph(*(layer for _ in range(20) for layer in (nn.Linear(64, 64), nn.Tanh())))
+    assert costs.least_worth(deep, 64) >= costs.least_worth(_graph(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh()), 64)
