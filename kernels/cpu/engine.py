@@ -31,6 +31,7 @@ from ..criteria import criterion as criterion_of
 from ..layers import Conv2d, Layers, Linear, Unplannable, layer_slots, shapes
 from ..reference import per_model_queries
 from . import jobs
+from .memory import fresh_like, keep_freed_memory
 from .program import Program, compile_program
 from .queries import own_slab, shared_slabs
 from .rewrites import blocked, flattened, in_blocks, paired
@@ -94,7 +95,7 @@ def _compile(weights: Tensor, queries: Tensor, layers: Layers, indexed: bool = F
     for tensor in (weights, queries):
         if tensor.device.type != "cpu" or tensor.dtype != torch.float32:
             raise _refuse(layers, f"takes float32 on the CPU, got {tensor.dtype} on {tensor.device}")
-    jobs.keep_freed_memory()
+    keep_freed_memory()
     own = not indexed and per_model_queries(queries, layers)
     first = next((layer for layer in layers if isinstance(layer, (Conv2d, Linear))), None)
     if not own and not indexed and isinstance(first, Conv2d) and first.groups > 1:
@@ -236,7 +237,7 @@ class _Group:
 def _loss_and_gradient(call: _Call, targets: Tensor, criterion: Named, temperature: float) -> tuple[Tensor, Tensor]:
     k, models = call.weights.shape[0], call.models
     losses = call.weights.new_empty(k)
-    gradient = torch.empty_like(call.weights, memory_format=torch.contiguous_format)
+    gradient = fresh_like(call.weights)
     groups = range(0, k, models)
     if call.n == 0:  # the mean over no queries, as the reference has it
         return losses.fill_(float("nan")), gradient.zero_()

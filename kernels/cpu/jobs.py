@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["controls", "keep_freed_memory", "run", "run_here", "threads_inside"]
+__all__ = ["controls", "run", "run_here", "threads_inside"]
 
 Setter = Callable[[int], "int | None"]
 _Body = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
@@ -148,13 +148,3 @@ def run_here(jobs: Sequence[Callable[[], None]], share_products: bool = False) -
     with _alone(library, threads, threads if share_products and not _forked else 1) if library is not None else nullcontext():
         for job in jobs:
             job()
-
-
-@lru_cache(maxsize=1)
-def keep_freed_memory() -> None:
-    """Let glibc keep what slabs free, once a process: without this, a third of the time goes into fresh pages.
-
-    glibc hands freed memory back to the system above a threshold that follows the largest block it has seen released, up to
-    32 MiB; one untouched block of nearly that size raises it. Elsewhere this is one allocation.
-    """
-    torch.empty(31 << 20, dtype=torch.uint8, device="cpu")

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import Any
 
 from ..graph import Graph
 from ..operations import TABLE
 from ..reference import value_shapes
 
+_VIEWS = frozenset({"axes", "getitem", "identity"})  # forms that read a tensor's numbers where they are
+_MOVED = frozenset({"permute"})  # operations of other forms that do
 _MODELS = 256  # of a group: more leave the caches, fewer spend their time on calls
 _PAIRS = 16_384  # of models and queries in a group and slab, for the same reasons
 _CONVOLVED = 8  # models of a group whose time goes into convolutions (cpu/engine.py has the reasons)
 _MOST_CONVOLVED = 64  # where activations are so few that calls, not numbers, take the time:
 _CACHED = 20 << 20  # their bytes, of such a group's forward pass
+_SOME = 16  # models of a group that are enough for its calls to be worth their while
 _QUERIES = 128  # of a slab
 _FEWEST = 32  # of a slab, where there are as many: with fewer, reading weights takes as long as using them
 _WORK = 40_000_000  # operations a call of the graph in a group's products: smaller groups then cost nothing, keep weights in the cache
@@ -36,18 +40,25 @@ def sizes(graph: Graph) -> tuple[int, int, int]:
     two, three = value_shapes(graph, 2), value_shapes(graph, 3)
     made = convolved = products = 0
     for i, node in enumerate(graph.nodes):
-        shape = three[f"@{i}"]
-        shape = shape[0] if isinstance(shape, list) else shape
-        before = two[f"@{i}"]
-        numbers = math.prod(shape) - math.prod(before[0] if isinstance(before, list) else before)
+        numbers = _size(three[f"@{i}"]) - _size(two[f"@{i}"])
         form = TABLE[node.operation].form
-        made += 0 if form == "batch_norm" and not node.argument("training") else numbers  # folded into the layer beside it
+        folded = form == "batch_norm" and not node.argument("training")  # into the layer beside it
+        if not folded and form not in _VIEWS and node.operation not in _MOVED:
+            made += numbers
+        if form == "attention":  # scores, and shares of them
+            query, key = (str(node.argument(name)) for name in ("query", "key"))
+            made += 2 * (_size(three[query][:-1]) * three[key][-2] - _size(two[query][:-1]) * two[key][-2])
         if form in ("convolution", "transposed", "linear"):
             weight = str(node.argument("weight"))
             work = numbers * math.prod(three[weight][1:]) if weight in three else 0
             convolved += work if form != "linear" else 0
             products += work if form == "linear" else 0
     return max(made, 1), convolved, products
+
+
+def _size(shape: Any) -> int:
+    """Numbers of a tensor, or of the first of several."""
+    return math.prod(shape[0] if isinstance(shape, list) else shape)
 
 
 def group_shape(graph: Graph, n: int) -> tuple[int, int]:
@@ -63,6 +74,8 @@ def group_shape(graph: Graph, n: int) -> tuple[int, int]:
         while models > 2 and operations(graph, models // 2, queries) >= _WORK * len(graph.nodes):
             models //= 2
     while models > 1 and 4 * models * graph.parameters > _ROWS:
+        models //= 2
+    while models > _SOME and 4 * models * made * queries > _BYTES:  # rather than queries: a few models then take fewer slabs
         models //= 2
     few = min(queries, _FEWEST)
     while models > 2 and 4 * models * made * few > _BYTES:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..cpu import jobs
+from ..cpu.memory import fresh_like, keep_freed_memory
 from ..criteria import Named, share_of_loss
 from ..graph import Graph
 from ..reference import value_shapes
@@ -48,7 +49,7 @@ class Call:
         self.n = index.shape[1] if index is not None else queries.shape[int(self.own)]
         self.plain = weights.device.type == "cpu"
         if self.plain:
-            jobs.keep_freed_memory()
+            keep_freed_memory()
         segmented = self.plain and once and weights.dtype == torch.float32
         self.program = compile_program(graph, self.own, self.plain, segmented)
         full, self.slab = group_shape(graph, self.n)
@@ -242,8 +243,8 @@ def loss_and_gradient_of(call: Call, targets: Tensor, criterion: Named, temperat
         results: list[tuple[Tensor, list[Tensor]]] = []
         _jobs(k, call, lambda start: results.append(group(start, {})))
         ((losses, slopes),) = results
-        return losses, torch.cat(slopes, 1)
-    losses, gradient = weights.new_empty(k), torch.empty_like(weights, memory_format=torch.contiguous_format)
+        return losses, torch.cat(slopes, 1, out=fresh_like(weights))
+    losses, gradient = weights.new_empty(k), fresh_like(weights)
 
     def keep(start: int) -> None:
         rows = gradient[start : start + call.models]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .calls import Call, Layout, Values
 from .forms import by_form, joined_channels, spread
-from .rules import Gradients, Maker, Rule, Shaped
+from .rules import Gradients, Maker, Rule, Shaped, Within
 
 _aten = torch.ops.aten
 
@@ -175,7 +175,7 @@ def _select(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> R
     axis, index = known.get("dim"), known.get("index")
     if type(axis) is not int or axis >= 0 or type(index) is not int or list(call.layouts) != ["self"]:
         return None
-    return Shaped("self", by_form(call), lambda g, shape: _aten.select_backward(g, shape, axis, index))
+    return Shaped("self", by_form(call), lambda g, shape: Within(shape, (lambda whole: whole.select(axis, index), g)))
 
 
 def _slice(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> Rule | None:
@@ -183,9 +183,8 @@ def _slice(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> Ru
     if type(axis) is not int or axis >= 0 or type(step) is not int or list(call.layouts) != ["self"]:
         return None
 
-    def backward(g: Tensor, shape: torch.Size) -> Tensor:
-        first, last, _ = slice(start, end).indices(shape[axis])
-        return _aten.slice_backward(g, shape, axis, first, last, step)  # type: ignore[no-any-return]
+    def backward(g: Tensor, shape: torch.Size) -> Within:
+        return Within(shape, (lambda whole: _aten.slice(whole, axis, start, end, step), g))
 
     return Shaped("self", by_form(call), backward)
 

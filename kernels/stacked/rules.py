@@ -19,7 +19,32 @@ from .layouts import behind, channels_first, models_first, ranked
 from .product_forms import products
 
 _aten = torch.ops.aten
-Gradients = dict[str, Tensor]
+Gradients = dict[str, Any]  # tensors, :class:`Within`, or ``algebra.Pieces``
+
+
+class Within:
+    """A gradient that is zero outside of some parts of its tensor. Those of several readers are put together when somebody reads it.
+
+    Args:
+        shape: of the whole tensor.
+        parts: for each, where it is in a whole tensor (a view of it), and the gradient there. They may overlap.
+    """
+
+    def __init__(self, shape: torch.Size, *parts: tuple[Callable[[Tensor], Tensor], Tensor]) -> None:
+        self.shape, self.parts = shape, parts
+
+    def __add__(self, other: Within | Tensor) -> Within | Tensor:
+        return Within(self.shape, *self.parts, *other.parts) if isinstance(other, Within) else self._onto(other.clone())
+
+    __radd__ = __add__
+
+    def whole(self) -> Tensor:
+        return self._onto(self.parts[0][1].new_zeros(self.shape))
+
+    def _onto(self, made: Tensor) -> Tensor:
+        for place, value in self.parts:
+            place(made).add_(value)
+        return made
 
 
 class Rule(Protocol):
@@ -288,7 +313,9 @@ def _layer_norm(call: Call, known: Values, wanted: frozenset[str], owned: bool) 
 class Shaped:
     """A call of one tensor whose gradient is made of its value's and of the shape that the tensor had: views, cuts, sums."""
 
-    def __init__(self, name: str, forward: Callable[[Values, int], Tensor], backward: Callable[[Tensor, torch.Size], Tensor]) -> None:
+    def __init__(
+        self, name: str, forward: Callable[[Values, int], Tensor], backward: Callable[[Tensor, torch.Size], Tensor | Within]
+    ) -> None:
         self._name, self._forward, self._backward = name, forward, backward
 
     def forward(self, a: Values, models: int) -> tuple[Tensor, Any]:

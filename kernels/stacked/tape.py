@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .program import Step
-from .rules import Linear, Rule
+from .rules import Linear, Rule, Within
 
 Into = Mapping[int, Tensor]  # memory for gradients, by place
 NOWHERE: Into = {}
@@ -38,10 +38,9 @@ class Ruled:
         return saved
 
     def backward(self, gradients: list[Tensor | None], saved: Any, models: int, into: Into) -> None:
-        g = gradients[self.step.out]
+        g = _taken(gradients, self.step.out)
         if g is None:
             return
-        gradients[self.step.out] = None
         fresh = getattr(self.rule, "fresh", False)
         place = self.places.get("weight", -1)
         if place in into and gradients[place] is None and isinstance(self.rule, Linear):
@@ -82,7 +81,7 @@ class Island:
 
     def backward(self, gradients: list[Tensor | None], saved: Any, models: int, into: Into) -> None:
         cut, made = saved
-        given = [(value, gradients[place]) for place, value in made]
+        given = [(value, _taken(gradients, place)) for place, value in made]
         for place in self.outputs:
             gradients[place] = None
         given = [(value, g) for value, g in given if g is not None]
@@ -107,12 +106,18 @@ class Constant:
         gradients[self.step.out] = None
 
 
-def _add(gradients: list[Tensor | None], place: int, part: Tensor, fresh: bool = False) -> None:
-    """``fresh``: nobody else holds ``part``, which may be written over."""
+def _taken(gradients: list[Any], place: int) -> Tensor | None:
+    """The gradient at a place, where none is left."""
+    g, gradients[place] = gradients[place], None
+    return g.whole() if isinstance(g, Within) else g
+
+
+def _add(gradients: list[Any], place: int, part: Any, fresh: bool = False) -> None:
+    """``fresh``: nobody else holds ``part``, a tensor that may be written over."""
     known = gradients[place]
     if known is None:
         gradients[place] = part
-    elif fresh and part.stride() == known.stride():
+    elif fresh and isinstance(known, Tensor) and part.stride() == known.stride():
         gradients[place] = part.add_(known)
     else:
         gradients[place] = known + part
@@ -149,7 +154,7 @@ class Tape:
             gradients[place] = slope
         for call in reversed(self.calls):
             call.backward(gradients, saved.pop(), models, into)
-        return [gradients[place] for place in self.inputs]
+        return [_taken(gradients, place) for place in self.inputs]
 
 
 def tape_of(steps: Sequence[Step], inputs: Sequence[int], outputs: Sequence[int]) -> Tape:

@@ -28,6 +28,10 @@ CASES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[int, ...]]] = {
     "a part that nobody reads": (lambda x, w: (x * w).chunk(3, 1)[1] + 1, (WIDTH,)),
     "a part twice": (lambda x, w: (lambda a, b: a * a.sin() + b)(*(x * w).split(3, 1)), (WIDTH,)),
     "uneven parts": (lambda x, w: torch.cat((x * w).split((1, 2, 3), 1)[::2], 1), (WIDTH,)),
+    "three selected": (lambda x, w: (lambda y: y[..., 0] * y[..., 1].sin() + y[..., 2])((x * w).unflatten(1, (2, 3))), (WIDTH,)),
+    "selected twice, and whole": (lambda x, w: (lambda y: y[..., 1:2] * y[..., 1:2].cos() + y.sin() * y[..., -1:])(x * w), (WIDTH,)),
+    "cuts that overlap, with a step": (lambda x, w: (lambda y: y[..., 0:4:2] * y[..., 1:3] + y[..., 4:])(x * w), (WIDTH,)),
+    "cuts of a parameter": (lambda x, w: x[..., :3] * w[..., :3] + x[..., 3:] * w[..., 2:5] - w[..., 0], (WIDTH,)),
     "unbind": (lambda x, w: (lambda q, k, v: q * k + v)(*(x * w).view(-1, 2, 3).unbind(2)), (WIDTH,)),
     "sum": (lambda x, w: (x * w).unflatten(1, (2, 3)).sum((1, 2), keepdim=True) + w.sum(-1), (WIDTH,)),
     "sum without its axis": (lambda x, w: (x * w).unflatten(1, (2, 3)).sum(1), (WIDTH,)),
@@ -64,6 +68,7 @@ def test_values_and_gradients_without_an_island(name: str) -> None:
 
 
 ISLANDS = {
+    "a cut before what has no rule": (lambda x, w: (x * w)[..., 1:4].sort(-1)[0], (WIDTH,)),
     "einsum of a diagonal": (lambda x, w: torch.einsum("bi,oo->bio", x, w), (4, 4)),
     "einsum with a letter that is summed alone": (lambda x, w: torch.einsum("bi,ok->bi", x, w), TWO),
     "einsum with dots": (lambda x, w: torch.einsum("...i,io->...o", x, w), TWO),
