@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-NUMERIC := tests/test_behavior.py tests/test_silent_values.py tests/test_operators.py tests/test_tokens.py tests/permutation \
+NUMERIC := tests/test_behavior.py tests/test_nan_policy.py tests/test_silent_values.py tests/test_operators.py tests/test_tokens.py tests/permutation \
   tests/engine tests/kernels/cpu tests/kernels/stacked tests/kernels/test_operations.py tests/codes/test_linear.py tests/codes/test_adaptive.py tests/faults/test_determinism.py
 
 .PHONY: help demo test lint types quick slow thorough faults avx2 ci gpu kernels bench clean

@@ -13,8 +13,8 @@ from wslfast import engine
 from wslfast.population import Population
 from wslfast.testing import relative_error
 from wslfast.zoo.adam import StackedAdam
+from wslfast.zoo.coordinates import grid_points
 from wslfast.zoo.fitting import dropout_generator
-from wslfast.zoo.grids import grid_points
 
 from .networks import NETWORKS, architecture_of_network
 from .recording import Row, digits, environment, with_values

@@ -58,8 +58,8 @@ def _node_of(layer: Layer, x: str, size: tuple[int, ...]) -> Node | None:
         )
         return Node("conv2d", (*arguments, *((name, value) for name, value, default in further if value != default)))
     if isinstance(layer, Pool2d):
-        own = () if layer.stride == layer.kernel_size else (("stride", layer.stride),)
-        return Node(f"{layer.mode}_pool2d", (("self", x), ("kernel_size", layer.kernel_size), *own))
+        stride = () if layer.stride == layer.kernel_size else (("stride", layer.stride),)
+        return Node(f"{layer.mode}_pool2d", (("self", x), ("kernel_size", layer.kernel_size), *stride))
     if isinstance(layer, Flatten):
         return Node("flatten.using_ints", (("self", x), ("start_dim", -len(size)), ("end_dim", -1)))
     if isinstance(layer, Dropout):
@@ -68,7 +68,7 @@ def _node_of(layer: Layer, x: str, size: tuple[int, ...]) -> Node | None:
         raise TypeError("an affine step is part of a batch norm, not a layer of a network")
     if layer.function == "identity":
         return None
-    operation, argument, default = ACTIVATIONS[layer.function]
+    operation, _, argument, default = ACTIVATIONS[layer.function]
     given: tuple[tuple[str, Any], ...] = (("self", x),)
     if argument is not None and layer.parameter != default:
         given = (*given, (argument, float(layer.parameter)))
@@ -78,7 +78,7 @@ def _node_of(layer: Layer, x: str, size: tuple[int, ...]) -> Node | None:
 
 
 def chain_of(graph: Graph) -> Layers:
-    """The layer records of a graph that is a plain chain of them, to one number a class; no records for any other."""
+    """The layer records of a graph that is a plain chain of them, to one number per class; no records for any other."""
     x, layers, shape = QUERY, [], graph.input_shape
     for i, node in enumerate(graph.nodes):
         layer = _layer_of(node, i, x, graph, shape)
@@ -86,10 +86,10 @@ def chain_of(graph: Graph) -> Layers:
             return ()
         layers.append(layer)
         x, shape = f"@{i}", output_shape(layer, shape)
-    made = tuple(layers)
-    slots = [s.name for pair in layer_slots(made) for s in (pair.weight, pair.bias) if s is not None]
+    records = tuple(layers)
+    slots = [s.name for pair in layer_slots(records) for s in (pair.weight, pair.bias) if s is not None]
     plain = graph.output == x and len(shape) == 1 and slots == [s.name for s in graph.slots] and bool(slots)
-    return made if plain and not graph.constants and not graph.aliases else ()
+    return records if plain and not graph.constants and not graph.aliases else ()
 
 
 def _layer_of(node: Node, i: int, x: str, graph: Graph, shape: tuple[int, ...]) -> Layer | None:

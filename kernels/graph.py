@@ -8,7 +8,7 @@ An argument is a number, a text, a tuple, or a *reference*, a text that begins w
 
     @x        the queries ``[n, *input_shape]``
     @3        the output of node 3
-    @w:NAME   the parameter of that name, one a model
+    @w:NAME   the parameter of that name, one per model
     @c:NAME   a constant, the same for all models
     @n, @n*4  the number of queries, or a multiple of it, where a size is meant
     @inf      infinity, which JSON has not; and @-inf, @nan
@@ -220,10 +220,10 @@ class Graph:
     @cached_property
     def per_model(self) -> tuple[bool, ...]:
         """Of each node: whether its output differs between models that see the same queries."""
-        found: list[bool] = []
+        differs: list[bool] = []
         for node in self.nodes:
-            found.append(any(r.startswith("@w:") or (r[1:].isdigit() and found[int(r[1:])]) for r in node.references()))
-        return tuple(found)
+            differs.append(any(r.startswith("@w:") or (r[1:].isdigit() and differs[int(r[1:])]) for r in node.references()))
+        return tuple(differs)
 
     # -- JSON ----------------------------------------------------------------------------------------------------------
 
@@ -286,10 +286,10 @@ class Graph:
                 check(_is_node(r, i) or r in names, f"node {i} ({node.operation:.40}): it reads {r!r:.60}, which is not there")
         r = self.output
         check(_is_node(r, len(self.nodes)) or r in names, f"output: {r!r:.60} is not there")
-        known = {s.name for s in self.slots}
-        check(all(name in known for _, name in self.aliases), "aliases: a key of no parameter")
+        slot_names = {s.name for s in self.slots}
+        check(all(name in slot_names for _, name in self.aliases), "aliases: a key of no parameter")
         keys = [key for key, _ in self.aliases]
-        check(len(set(keys)) == len(keys) and not known & set(keys), "aliases: a key that is there twice")
+        check(len(set(keys)) == len(keys) and not slot_names & set(keys), "aliases: a key that is there twice")
 
 
 # -- reading JSON ------------------------------------------------------------------------------------------------------

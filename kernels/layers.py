@@ -23,10 +23,11 @@ _LONGEST_NAME = 500
 
 
 class Elementwise(NamedTuple):
-    """What an activation is: its operation in operations.py (none for the identity), the argument that a record's ``parameter`` is, and
-    torch's default for it."""
+    """What an activation is: its operation in operations.py (none for the identity), its class in torch.nn, the argument that a record's
+    ``parameter`` is, and torch's default for it."""
 
     operation: str
+    module: str
     argument: str | None = None
     default: float = 0.0
 
@@ -34,16 +35,16 @@ class Elementwise(NamedTuple):
 # ONE table of the activations that a record may name. The wings for chains may have an entry of their own (``cpu/activations.py``,
 # ``triton/activations.py``): a network with an activation that a wing does not know runs elsewhere.
 ACTIVATIONS: dict[str, Elementwise] = {
-    "relu": Elementwise("relu"),
-    "leakyrelu": Elementwise("leaky_relu", "negative_slope", 0.01),
-    "tanh": Elementwise("tanh"),
-    "sigmoid": Elementwise("sigmoid"),
-    "silu": Elementwise("silu"),
-    "gelu": Elementwise("gelu"),
-    "elu": Elementwise("elu", "alpha", 1.0),
-    "celu": Elementwise("celu", "alpha", 1.0),
-    "softplus": Elementwise("softplus", "beta", 1.0),
-    "identity": Elementwise(""),
+    "relu": Elementwise("relu", "ReLU"),
+    "leakyrelu": Elementwise("leaky_relu", "LeakyReLU", "negative_slope", 0.01),
+    "tanh": Elementwise("tanh", "Tanh"),
+    "sigmoid": Elementwise("sigmoid", "Sigmoid"),
+    "silu": Elementwise("silu", "SiLU"),
+    "gelu": Elementwise("gelu", "GELU"),
+    "elu": Elementwise("elu", "ELU", "alpha", 1.0),
+    "celu": Elementwise("celu", "CELU", "alpha", 1.0),
+    "softplus": Elementwise("softplus", "Softplus", "beta", 1.0),
+    "identity": Elementwise("", "Identity"),
 }
 
 
@@ -231,11 +232,6 @@ def shapes(layers: Layers, input_shape: tuple[int, ...]) -> tuple[tuple[int, ...
     return tuple(out)
 
 
-def activation_elements(layers: Layers, input_shape: tuple[int, ...]) -> int:
-    """Numbers that autograd keeps for one (model, query) pair: every layer's output."""
-    return sum(math.prod(s) for s in shapes(layers, input_shape)[1:])
-
-
 def layer_to_dict(layer: Layer) -> dict[str, Any]:
     """JSON-able form; the inverse of :func:`layer_from_dict`."""
     return {"kind": layer.kind, **asdict(layer)}
@@ -283,14 +279,14 @@ def layer_from_dict(record: dict[str, Any]) -> Layer:
     cls = RECORDS.get(kind) if isinstance(kind, str) else None
     if cls is None:
         raise ValueError(f"unknown layer kind {kind!r:.40}; known: {sorted(RECORDS)}")
-    known = {f.name: f.type for f in fields(cls)}
+    types = {f.name: f.type for f in fields(cls)}
     values = {k: v for k, v in record.items() if k != "kind"}
-    if unknown := [k for k in values if k not in known]:
+    if unknown := [k for k in values if k not in types]:
         raise ValueError(f"layer {record.get('name')!r:.40} has unknown fields {unknown!r:.80}")
     for key, value in values.items():  # what JSON cannot tell apart
-        if known[key] == "Pair" and isinstance(value, list):
+        if types[key] == "Pair" and isinstance(value, list):
             values[key] = tuple(value)
-        elif known[key] == "float" and type(value) is int and abs(value) <= _LARGEST:
+        elif types[key] == "float" and type(value) is int and abs(value) <= _LARGEST:
             values[key] = float(value)
     try:
         layer: Layer = cls(**values)
@@ -298,8 +294,3 @@ def layer_from_dict(record: dict[str, Any]) -> Layer:
         raise ValueError(f"layer {record.get('name')!r:.40}: {error}") from None
     check_layer(layer)
     return layer
-
-
-# -- chains and graphs -------------------------------------------------------------------------------------------------
-
-# records of elementwise functions and the operations that they are: name, and the argument that ``parameter`` is

@@ -156,9 +156,9 @@ def by_running_statistics(a: Mapping[str, Any]) -> Tensor:
         None if a.get(name) is None else a[name].view(-1, *(1,) * (x.ndim - 2))
         for name in ("running_mean", "running_var", "weight", "bias")
     )
-    made = (x - mean) * torch.rsqrt(variance + a["eps"])
-    made = made if scale is None else made * scale
-    return made if shift is None else made + shift
+    normed = (x - mean) * torch.rsqrt(variance + a["eps"])
+    normed = normed if scale is None else normed * scale
+    return normed if shift is None else normed + shift
 
 
 class Parameter(NamedTuple):

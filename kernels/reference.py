@@ -26,7 +26,7 @@ def activation(x: Tensor, layer: Activation) -> Tensor:
     """The layer's elementwise function of ``x``: the operation that the table of activations names."""
     if layer.function not in ACTIVATIONS:
         raise ValueError(f"unknown activation {layer.function!r}")
-    operation, argument, _ = ACTIVATIONS[layer.function]
+    operation, _, argument, _ = ACTIVATIONS[layer.function]
     if not operation:
         return x
     given = {argument: layer.parameter} if argument is not None else {"approximate": layer.approximate} if layer.function == "gelu" else {}
@@ -66,8 +66,8 @@ def forward(weights: Tensor, queries: Tensor, layers: Layers) -> Tensor:
 
     Rows are copied: BLAS rounds differently at addresses of other alignment, and a row's would depend on its place among the models.
     """
-    own = per_model_queries(queries, layers)
-    return torch.stack([forward_one(w.clone(), queries[j].clone() if own else queries, layers) for j, w in enumerate(weights)])
+    own_queries = per_model_queries(queries, layers)
+    return torch.stack([forward_one(w.clone(), queries[j].clone() if own_queries else queries, layers) for j, w in enumerate(weights)])
 
 
 def loss_and_gradient(
@@ -79,11 +79,11 @@ def loss_and_gradient(
     """
     losses = weights.new_empty(weights.shape[0])
     gradient = torch.empty_like(weights, memory_format=torch.contiguous_format)
-    own = per_model_queries(queries, layers)
+    own_queries = per_model_queries(queries, layers)
     for j in range(weights.shape[0]):
         with torch.enable_grad():
             row = weights[j].detach().clone().requires_grad_()  # copies, as in forward
-            outputs = forward_one(row, queries[j].clone() if own else queries, layers)
+            outputs = forward_one(row, queries[j].clone() if own_queries else queries, layers)
             value = criterion_values(outputs[None].to(weights.dtype), targets[j][None], criterion, temperature)[0]
         losses[j] = value.detach()
         (gradient[j],) = torch.autograd.grad(value, row)
@@ -198,8 +198,8 @@ def _check_recurrence(node: Node, values: Mapping[str, Any], x: Tensor) -> None:
     for layer in range(layers):
         wanted += [(rows, x.shape[2] if layer == 0 else seen * directions), (rows, seen), *behind] * directions
     parameters = given["params"]
-    found = [tuple(p.shape) for p in parameters if isinstance(p, Tensor)]
-    check(len(found) == len(parameters) and found == wanted, "expected parameters of other shapes")
+    shapes = [tuple(p.shape) for p in parameters if isinstance(p, Tensor)]
+    check(len(shapes) == len(parameters) and shapes == wanted, "expected parameters of other shapes")
 
 
 def _without_memory(node: Node, values: dict[str, Any], n: int) -> Any:

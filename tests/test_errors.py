@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from wslfast import errors
-from wslfast.errors import WslfastError, describe, first_line, require, say_once
+from wslfast.errors import WslfastError, check_positive, describe, first_line, present, require, say_once
 
 
 def test_is_a_value_error() -> None:
@@ -19,6 +19,20 @@ def test_require() -> None:
     require(True, "never seen")
     with pytest.raises(WslfastError, match=r"^expected this, got that$"):
         require(False, "expected this, got that")
+
+
+def test_present() -> None:
+    assert present(0, "never seen") == 0
+    with pytest.raises(WslfastError, match=r"^expected this$"):
+        present(None, "expected this")
+
+
+def test_check_positive() -> None:
+    check_positive("k", 1)
+    for value in (0, -3, 1.0, True, "1", None):
+        with pytest.raises(WslfastError) as caught:
+            check_positive("k", value)
+        assert str(caught.value) == f"k: expected a positive integer, got {value!r}"
 
 
 def test_say_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

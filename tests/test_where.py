@@ -23,9 +23,7 @@ engine/test_paths.py                 wslfast/engine/choice wslfast/engine/module
 engine/test_ranks.py                 wslfast/zoo/parts
 faults/test_backends.py              wslfast/engine/triton_path
 faults/test_fuzz.py                  wslfast/safe/state
-faults/test_hostile.py               wslfast/safe/inert
 faults/test_memory.py                wslfast/engine/chunks wslfast/engine/memory
-faults/test_refused_writes.py        wslfast/files
 kernels/cpu/test_engine.py           kernels/cpu/program kernels/cpu/queries kernels/cpu/rewrites kernels/cpu/steps
 kernels/stacked/test_image_rules.py  kernels/stacked/sub_pixels kernels/stacked/transposed
 kernels/stacked/test_recurrence.py   kernels/stacked/recurrent
@@ -42,17 +40,14 @@ kernels/triton/test_launch.py        kernels/triton/devices kernels/triton/launc
 kernels/triton/test_network.py       kernels/triton/budget kernels/triton/network_layout
 kernels/triton/test_schedule.py      kernels/triton/packing kernels/triton/tables
 measure/test_gradients.py            wslfast/measure/first_order
-measure/test_recorded.py             wslfast/zoo/source
-page/test_page.py                    wslfast/page/drawing wslfast/page/extras wslfast/page/figures wslfast/page/html wslfast/page/published
+page/test_page.py                    wslfast/page/drawing wslfast/page/analysis wslfast/page/figures wslfast/page/html wslfast/page/published
                                      wslfast/page/tables
 page/test_in_a_browser.py            wslfast/page/finding
-study/test_kinds_of_zoos.py          wslfast/page/outputs
 permutation/test_groups.py           wslfast/permutation/following wslfast/permutation/layer_rules wslfast/permutation/names
                                      wslfast/permutation/trial wslfast/permutation/values
 permutation/test_views.py            wslfast/permutation/axes
 sane/test_autoencoder.py             wslfast/sane/feedforward wslfast/sane/state
-sane/test_losses.py                  wslfast/sane/behavior wslfast/sane/loss_scale wslfast/sane/queries wslfast/sane/structure
-                                     wslfast/sane/views
+sane/test_losses.py                  wslfast/sane/behavior wslfast/sane/loss_scale wslfast/sane/structure
 sane/test_multizoo.py                wslfast/sane/package_sane
 sane/test_patching.py                wslfast/sane/__main__ wslfast/sane/hook wslfast/sane/module wslfast/sane/semantics wslfast/sane/surface
 sane/test_tokens.py                  wslfast/sane/checkpoints wslfast/sane/permutations wslfast/sane/probe wslfast/sane/sampling
@@ -60,12 +55,12 @@ sane/v2/test_loading.py              wslfast/sane/v2/images wslfast/sane/v2/netw
 sane/v2/test_patching.py             wslfast/sane/pytest_patch wslfast/sane/v2/classes wslfast/sane/v2/surface wslfast/sane/v2/trainers
 sane/v2/test_permutations.py         wslfast/sane/rebasin wslfast/sane/v2/augmentation wslfast/sane/v2/modules
 sane/v2/test_tokenizers.py           wslfast/sane/v2/layout wslfast/sane/v2/windows
-study/test_ablations.py              wslfast/sane/ablation wslfast/study/ablation_file wslfast/study/closed_form
-study/test_kinds_of_zoos.py          wslfast/page/outputs
+study/test_ablations.py              wslfast/sane/ablation
+study/test_kinds_of_zoos.py          wslfast/page/psnr
 study/test_study.py                  wslfast/measure/evaluation wslfast/measure/goals wslfast/study/loaded_zoo wslfast/study/protocol
                                      wslfast/study/trained wslfast/study/units
-test_architecture.py                 wslfast/networks wslfast/tracing/rebuilt wslfast/tracing/state
-test_behavior.py                     kernels/criteria wslfast/nan_policy wslfast/testing
+test_architecture.py                 wslfast/tracing/rebuilt wslfast/tracing/state
+test_behavior.py                     kernels/criteria wslfast/testing
 test_hub.py                          wslfast/page/card
 test_proof.py                        wslfast/engine/trial wslfast/engine/verdicts
 test_silent_values.py                wslfast/engine/transforms
@@ -74,17 +69,17 @@ tracing/test_tracing.py              wslfast/tracing/convert wslfast/tracing/gra
 training/test_query_sets.py          wslfast/queries/images wslfast/queries/stored wslfast/queries/synthetic
 training/test_trainer.py             wslfast/training/checkpoint wslfast/training/config wslfast/training/descent wslfast/training/loop
                                      wslfast/training/records
-zoo/importers/test_importers.py      wslfast/zoo/importers/files wslfast/zoo/importers/found wslfast/zoo/importers/pickled
-                                     wslfast/zoo/importers/ray wslfast/zoo/importers/recognise wslfast/zoo/importers/rows
-zoo/importers/test_own.py            wslfast/zoo/export wslfast/zoo/importers/tables
+zoo/importers/test_importers.py      wslfast/zoo/importers/checkpoint wslfast/zoo/importers/files wslfast/zoo/importers/ray
+                                     wslfast/zoo/importers/rows
+zoo/importers/test_own.py            wslfast/zoo/export
 zoo/test_build.py                    wslfast/zoo/adam wslfast/zoo/grid
 zoo/test_catalogue.py                wslfast/zoo/photos
 zoo/test_datasets.py                 wslfast/zoo/arrays
 zoo/test_fitting.py                  kernels/stacked/training kernels/stacked/training_forms wslfast/engine/training
                                      wslfast/tracing/training wslfast/zoo/signals wslfast/zoo/unfinished
 zoo/test_mapped.py                   wslfast/training/models
-zoo/test_public_zoos.py              wslfast/zoo/grids wslfast/zoo/importers/inr wslfast/zoo/importers/modules wslfast/zoo/importers/small_cnn
-zoo/test_store.py                    wslfast/zoo/manifest wslfast/zoo/reading wslfast/zoo/shards wslfast/zoo/splits
+zoo/test_public_zoos.py              wslfast/zoo/coordinates wslfast/zoo/importers/inr wslfast/zoo/importers/modules wslfast/zoo/importers/small_cnn
+zoo/test_store.py                    wslfast/zoo/reading wslfast/zoo/splits
 """
 
 

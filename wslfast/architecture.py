@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from . import networks, tracing
-from .errors import WslfastError, describe, require
+from .errors import WslfastError, describe, present, require
 from .kernels.chains import chain_of, graph_of
 from .kernels.graph import Graph, Node, Slot, slots_of
 from .kernels.layers import RECORDS, Layer, Layers, check_layer, layer_from_dict
@@ -45,7 +45,7 @@ class Architecture:
         module: the template of a module that cannot be traced, in evaluation mode; None otherwise.
         reason: why it cannot be traced.
         num_weights: P, numbers in one row of weights (trainable parameters, and running statistics where there are any).
-        output_shape: of the answer to one query.
+        output_shape: shape of the answer to one query.
         handle: what torch operators take in its place, see :func:`from_handle`.
     """
 
@@ -237,22 +237,22 @@ class Architecture:
     @classmethod
     def cnn(cls, channels_in: int = 1, activation: str = "relu", dropout: float = 0.0, num_classes: int = 10) -> Architecture:
         """The published 28x28 ``CNN``: 2,464 parameters for one input channel and ten classes."""
-        return cls._published("cnn", networks.cnn28(channels_in, (8, 6, 4), activation, dropout, num_classes), (channels_in, 28, 28))
+        return cls.from_layers(networks.cnn28(channels_in, (8, 6, 4), activation, dropout, num_classes), (channels_in, 28, 28), "cnn")
 
     @classmethod
     def cnn2(cls, channels_in: int = 1, activation: str = "relu", dropout: float = 0.0, num_classes: int = 10) -> Architecture:
         """The published 28x28 ``CNN2``: 3,047 parameters for one input channel and ten classes."""
-        return cls._published("cnn2", networks.cnn28(channels_in, (6, 9, 6), activation, dropout, num_classes), (channels_in, 28, 28))
+        return cls.from_layers(networks.cnn28(channels_in, (6, 9, 6), activation, dropout, num_classes), (channels_in, 28, 28), "cnn2")
 
     @classmethod
     def cnn3(cls, channels_in: int = 3, activation: str = "relu", dropout: float = 0.0, num_classes: int = 10) -> Architecture:
         """The published 32x32 ``CNN3``: 10,853 parameters for three input channels and ten classes."""
-        return cls._published("cnn3", networks.cnn3(channels_in, activation, dropout, num_classes), (channels_in, 32, 32))
+        return cls.from_layers(networks.cnn3(channels_in, activation, dropout, num_classes), (channels_in, 32, 32), "cnn3")
 
     @classmethod
     def lenet5(cls, channels_in: int = 3, activation: str = "relu", dropout: float = 0.0, num_classes: int = 10) -> Architecture:
         """The published 32x32 ``LeNet5`` (activation before pooling): 62,006 parameters for three input channels and ten classes."""
-        return cls._published("lenet5", networks.lenet5(channels_in, activation, dropout, num_classes), (channels_in, 32, 32))
+        return cls.from_layers(networks.lenet5(channels_in, activation, dropout, num_classes), (channels_in, 32, 32), "lenet5")
 
     @classmethod
     def mlp(
@@ -265,7 +265,7 @@ class Architecture:
         use_bias: bool = True,
     ) -> Architecture:
         """The published ``MLP`` on flat inputs: 1,075 parameters with the defaults."""
-        return cls._published("mlp", networks.mlp(i_dim, h_dim, o_dim, activation, dropout, use_bias), (i_dim,))
+        return cls.from_layers(networks.mlp(i_dim, h_dim, o_dim, activation, dropout, use_bias), (i_dim,), "mlp")
 
     @classmethod
     def siren(
@@ -280,10 +280,6 @@ class Architecture:
         """ResNet-18 for 32x32 images (3x3 stem, no stem pooling), torchvision's key names: 11,173,962 parameters (He et al. 2016)."""
         return cls("resnet18", (channels_in, 32, 32), networks.resnet18(channels_in, num_classes, width))
 
-    @classmethod
-    def _published(cls, name: str, layers: Sequence[Layer], input_shape: Sequence[int]) -> Architecture:
-        return cls.from_layers(layers, input_shape, name)
-
     def with_classes_last(self, axis: int) -> Architecture:
         """The same network with an axis of its answer moved to the end, for criteria over classes. A module must be traceable."""
         return _with_classes_last(self, axis)
@@ -291,16 +287,16 @@ class Architecture:
     # -- weights -------------------------------------------------------------------------------------------------------
 
     def initial_weights(self, initialisations: Sequence[str], seeds: Sequence[int]) -> Tensor:
-        """Fresh weights ``[k, P]`` of k models, each from its own initialisation and seed (reference: the zoo code's ``init_type``).
+        """Fresh weights ``[k, P]`` of k models, each from its own initialisation and seed (the zoo code calls it ``init_type``).
 
-        ``uniform`` is U[0, 1] and ``normal`` N(0, 1), as published; ``default`` is torch's own layer initialisation with its biases,
-        ``siren`` that of sine networks (Sitzmann et al. 2020; as ``default`` where there is no sine).
-        Norms start as the identity. A model's row depends on its own initialisation and seed alone. Raises WslfastError for an unknown
-        name, another number of seeds, or a module that cannot be traced.
+        ``uniform`` is U[0, 1] and ``normal`` N(0, 1), as published. ``default`` is torch's own initialisation of each layer, biases
+        included. ``siren`` is that of sine networks (Sitzmann et al. 2020), and ``default`` where there is no sine. Norms start as the
+        identity. A model's row depends on nothing but its own initialisation and seed.
+
+        Raises WslfastError for an unknown name, for another number of seeds than names, and for a module that cannot be traced.
         """
-        require(self.graph is not None, f"initial_weights: architecture {self.name!r} cannot be traced; initialise its module instead")
-        assert self.graph is not None
-        return initial_weights(self.graph, initialisations, seeds)
+        graph = present(self.graph, f"initial_weights: architecture {self.name!r} cannot be traced; initialise its module instead")
+        return initial_weights(graph, initialisations, seeds)
 
     # -- JSON ----------------------------------------------------------------------------------------------------------
 
@@ -314,9 +310,14 @@ class Architecture:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Architecture:
-        """Rebuild from :meth:`to_dict`'s form, of this version or of the one before; a module that could not be traced is the one that this
-        process holds an architecture of. Raises WslfastError where it holds none, and for what is no architecture; nothing is run and
-        nothing large allocated."""
+        """The architecture of a record that :meth:`to_dict` made, in this version or in the one before. No code is run, and nothing large
+        is allocated.
+
+        The code of a module that cannot be traced is in no record: what is returned is the architecture of that module which this process
+        holds already.
+
+        Raises WslfastError for anything that is no such record, and for a module that this process does not hold.
+        """
         require(isinstance(record, Mapping), f"architecture: expected an object, got {type(record).__name__}")
         shape = record.get("input_shape")
         sizes = isinstance(shape, (list, tuple)) and 1 <= len(shape) <= 8 and all(type(s) is int and 0 < s < 1 << 20 for s in shape)
@@ -349,17 +350,14 @@ class Architecture:
         own = tracing.untraced.of_record(record)
         why = f"cannot be traced ({record.get('untraceable')}), so no file holds it"
         remedy = "name its code again with --network FILE.py:NAME; in Python keep Architecture.from_module of it, or pass architecture="
-        require(own is not None, f"architecture {name!r} {why if 'untraceable' in record else 'has no graph'}; {remedy}")
-        return own  # type: ignore[return-value]
+        return present(own, f"architecture {name!r} {why if 'untraceable' in record else 'has no graph'}; {remedy}")
 
 
 @lru_cache(maxsize=64)
 def _with_classes_last(architecture: Architecture, axis: int) -> Architecture:
-    graph, rank = architecture.graph, len(architecture.output_shape)
-    require(
-        graph is not None, f"class_axis: architecture {architecture.name!r} cannot be traced; let its forward move the classes to the end"
-    )
-    assert graph is not None
+    remedy = "let its forward move the classes to the end"
+    graph = present(architecture.graph, f"class_axis: architecture {architecture.name!r} cannot be traced; {remedy}")
+    rank = len(architecture.output_shape)
     move = Node("movedim.int", (("self", graph.output), ("source", axis - rank if axis >= 0 else axis), ("destination", -1)))
     moved = Graph(graph.input_shape, (*graph.nodes, move), f"@{len(graph.nodes)}", graph.slots, graph.constants, graph.aliases)
     return Architecture(architecture.name, architecture.input_shape, moved)

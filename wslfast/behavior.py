@@ -213,9 +213,9 @@ def _queries(queries: Any, architecture: Architecture, rows: Tensor) -> Tensor:
         return f"{came} with n >= 1, got {describe(queries)}"
 
     require(isinstance(queries, Tensor) and queries.is_floating_point(), expected)
-    own = queries.ndim == len(shape) + 2
-    fits = tuple(queries.shape[1 + own :]) == shape and queries.ndim in (len(shape) + 1, len(shape) + 2)
-    require(fits and queries.shape[int(own)] > 0 and (not own or queries.shape[0] == rows.shape[0]), expected)
+    own_queries = queries.ndim == len(shape) + 2
+    fits = tuple(queries.shape[1 + own_queries :]) == shape and queries.ndim in (len(shape) + 1, len(shape) + 2)
+    require(fits and queries.shape[int(own_queries)] > 0 and (not own_queries or queries.shape[0] == rows.shape[0]), expected)
     require(queries.device == rows.device, lambda: f"queries: expected device {rows.device} (the weights'), got {queries.device}")
     if not torch.compiler.is_compiling() and queries.is_inference() and not torch.is_inference_mode_enabled():
         queries = queries.clone()  # autograd may not save what inference mode made

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 logger = logging.getLogger("wslfast")
 _said: set[str] = set()
+T = TypeVar("T")
 
 
 class WslfastError(ValueError):
@@ -21,6 +22,13 @@ def require(condition: bool, message: str | Callable[[], str]) -> None:
     compiler needs where it names sizes."""
     if not condition:
         raise WslfastError(message if isinstance(message, str) else message())
+
+
+def present(value: T | None, message: str) -> T:
+    """``value``, which is not None. Raises :class:`WslfastError` with ``message`` if it is."""
+    if value is None:
+        raise WslfastError(message)
+    return value
 
 
 def say_once(message: str, level: int = logging.WARNING) -> None:
@@ -49,9 +57,15 @@ def check_device(device: torch.device | str) -> torch.device:
     except (RuntimeError, TypeError):
         raise WslfastError(f"device: expected cpu, cuda or cuda:N, got {device!r}") from None
     require(checked.type in ("cpu", "cuda"), f"device: expected cpu, cuda or cuda:N, got {device!r}")
-    present = checked.type == "cpu" or (torch.cuda.is_available() and (checked.index or 0) < torch.cuda.device_count())
-    require(present, f"device: {device!r} was asked for, and this machine does not have it")
+    available = checked.type == "cpu" or (torch.cuda.is_available() and (checked.index or 0) < torch.cuda.device_count())
+    require(available, f"device: {device!r} was asked for, and this machine does not have it")
     return checked
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raise :class:`WslfastError` with the argument's name unless ``value`` is a positive integer."""
+    whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
+    require(whole, f"{name}: expected a positive integer, got {value!r:.40}")
 
 
 def check_seed(seed: Any) -> int:

@@ -1,4 +1,4 @@
-"""Writing files so that a reader, or a crash, sees the old content or the new, never a mix; and a file's SHA-256."""
+"""Writing files so that a reader, or a crash, sees the old content or the new, never a mix; a file's SHA-256; ``.npz`` archives."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from .errors import WslfastError
+from .errors import WslfastError, require
 
 
 def sync_folder(folder: Path) -> None:
@@ -41,7 +42,7 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_atomically(path: Path, write: Callable[[Path], None], need: int = 0) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object], need: int = 0) -> None:
     """Call ``write(temporary)`` beside ``path``, flush it to disk, then rename it into place.
 
     Args:
@@ -86,9 +87,48 @@ def check_folder(folder: Path, kind: str) -> None:
         raise WslfastError(f"out: {folder} holds {article[others[0]]} already; choose another folder")
 
 
+def make_folder(out: str | Path) -> None:
+    """Make a folder, and those that it is in. Raises WslfastError where it cannot be made."""
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WslfastError(f"out: {out}: cannot be made: {error.strerror or error}") from None
+
+
+def check_empty(out: str | Path) -> None:
+    """Raise WslfastError for a folder that has something in it, and for what is no folder."""
+    folder = Path(out)
+    require(not folder.exists() or (folder.is_dir() and not any(folder.iterdir())), f"out: {out}: expected a new or an empty folder")
+
+
+@contextlib.contextmanager
+def npz_archive(path: Path) -> Iterator[Any]:
+    """An open ``.npz`` archive, read without pickle. Raises WslfastError naming the file if it is none, or if what is read of it is
+    damaged."""
+    try:
+        archive = np.load(path, allow_pickle=False)
+        require(isinstance(archive, np.lib.npyio.NpzFile), f"{path}: expected an .npz archive")
+        with archive:
+            yield archive
+    except WslfastError:
+        raise
+    except Exception as error:  # zipfile, zlib and numpy each have their own for a damaged or pickled file
+        raise WslfastError(f"{path}: cannot be read as .npz without pickle: {type(error).__name__}: {error}") from None
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], *, compressed: bool = True) -> None:
+    """:func:`write_atomically` for numpy arrays by name, as an ``.npz`` archive."""
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            (np.savez_compressed if compressed else np.savez)(file, **arrays)  # type: ignore[arg-type]  # their stubs take no mapping
+
+    write_atomically(path, write)
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """:func:`write_atomically` for bytes."""
-    write_atomically(path, lambda temporary: _put(temporary, content), len(content))
+    write_atomically(path, lambda temporary: temporary.write_bytes(content), len(content))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -137,10 +177,6 @@ def remove_leftovers(*paths: Path) -> None:
                 (path.parent / stray).unlink()
 
 
-def _put(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
-
-
 def _tensor_bytes(value: Any) -> int:
     if isinstance(value, torch.Tensor):
         return value.numel() * value.element_size()
@@ -150,10 +186,10 @@ def _tensor_bytes(value: Any) -> int:
 
 def _reason(error: BaseException) -> BaseException:
     """What the system said, if it did: torch.save's own error hides it."""
-    found: BaseException | None = error
-    while found is not None and not isinstance(found, OSError):
-        found = found.__context__
-    return found or error
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__context__
+    return cause or error
 
 
 def _room(folder: Path, need: int) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import WslfastError, logger, require
-from .files import sha256_of
+from .files import check_empty, sha256_of
 from .page.card import PICTURE, zoo_card, zoo_picture
 from .zoo import read_manifest
 from .zoo.manifest import MANIFEST, Manifest
@@ -100,7 +100,7 @@ def pull_zoo(
         WslfastError: huggingface_hub is missing, no network, the Hub refuses, no such repository, or what is there is no sound zoo.
     """
     hub, name, folder = _client(), _checked(repository), Path(out)
-    require(not folder.exists() or (folder.is_dir() and not any(folder.iterdir())), f"out: {out}: expected a new or an empty folder")
+    check_empty(out)
     staging = folder.resolve().parent / f".{folder.resolve().name}.pull"
     api = hub.HfApi(endpoint=endpoint, token=token, library_name="wslfast")
     with _asked(f"pull {name}", f"; what has come is kept in {staging}, and the same call goes on with it"):

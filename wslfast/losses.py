@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import describe, require
+from .errors import check_positive, describe, present, require
 from .kernels.criteria import CRITERIA, criterion_values
 from .population import Population
 from .queries import TargetCache
@@ -32,7 +32,7 @@ def structural_loss(reconstructed: Tensor, target: Tensor, mask: Tensor, layer_s
     Args:
         reconstructed, target: tokens ``[k, T, D]``.
         mask: ``[T, D]`` bool, True on real weights.
-        layer_scale: factor of every squared difference, one a token ``[T]`` or an entry ``[T, D]``; for instance the inverse
+        layer_scale: factor of every squared difference, one per token ``[T]`` or an entry ``[T, D]``; for instance the inverse
             variance of the token's layer. None is 1. The divisor stays the number of real weights.
 
     Returns:
@@ -131,7 +131,7 @@ class Normalizers:
         Raises:
             WslfastError: where a unit would be zero or not finite, as for models that are all alike.
         """
-        require(isinstance(batch_size, int) and batch_size >= 1, f"batch_size: expected a positive integer, got {batch_size!r}")
+        check_positive("batch_size", batch_size)
         weights = population.weights
         structural = float((weights.var(0, unbiased=False).double() if len(weights) > 1 else weights.double().square()).mean())
         behavioral = 1.0 if cache is None else uninformed_behavior(cache.outputs, criterion, temperature)
@@ -207,8 +207,7 @@ def compose(
             parts[name] = term.detach()
         if weight == 0:
             continue
-        require(term is not None, f"{name}: has weight {weight:g} (gamma={gamma:g}, beta={beta:g}) but is None")
-        assert term is not None
+        term = present(term, f"{name}: has weight {weight:g} (gamma={gamma:g}, beta={beta:g}) but is None")
         total = weight * term if total is None else total + weight * term
     assert total is not None  # the weights add up to one
     return total, {"loss": total.detach(), **parts}

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .errors import require
+from .errors import check_positive, require
 from .kernels.graph import QUERY, Graph, Node, Slot, slots_of
 from .kernels.layers import ACTIVATIONS, Activation, Conv2d, Dropout, Flatten, Layer, Linear, Pool2d
 from .kernels.operations import TABLE
@@ -76,42 +76,31 @@ class _Layers:
     def __init__(self) -> None:
         self.layers: list[Layer] = []
 
-    @property
-    def _name(self) -> str:
-        return f"module_list.{len(self.layers)}"
+    def _add(self, record: Callable[..., Layer], *settings: Any) -> _Layers:
+        self.layers.append(record(f"module_list.{len(self.layers)}", *settings))
+        return self
 
     def conv(self, channels_in: int, channels_out: int, kernel: int) -> _Layers:
-        _positive("channels_in", channels_in)
-        self.layers.append(Conv2d(self._name, channels_in, channels_out, (kernel, kernel)))
-        return self
+        check_positive("channels_in", channels_in)
+        return self._add(Conv2d, channels_in, channels_out, (kernel, kernel))
 
     def linear(self, features_in: int, features_out: int, bias: bool = True) -> _Layers:
-        _positive("num_classes", features_out)
-        self.layers.append(Linear(self._name, features_in, features_out, bias))
-        return self
+        check_positive("num_classes", features_out)
+        return self._add(Linear, features_in, features_out, bias)
 
     def pool(self) -> _Layers:
-        self.layers.append(Pool2d(self._name))
-        return self
+        return self._add(Pool2d)
 
     def act(self, function: str) -> _Layers:
         function = str(function).replace("_", "")
         require(function in ACTIVATIONS, f"activation: expected one of {tuple(ACTIVATIONS)}, got {function!r}")
-        self.layers.append(Activation(self._name, function))
-        return self
+        return self._add(Activation, function)
 
     def flatten(self) -> _Layers:
-        self.layers.append(Flatten(self._name))
-        return self
+        return self._add(Flatten)
 
     def dropout(self, p: float) -> _Layers:
-        self.layers.append(Dropout(self._name, _probability(p)))
-        return self
-
-
-def _positive(argument: str, value: object) -> None:
-    whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
-    require(whole, f"{argument}: expected a positive integer, got {value!r:.40}")
+        return self._add(Dropout, _probability(p))
 
 
 def _probability(p: float) -> float:
@@ -159,7 +148,7 @@ class _Nodes:
 def siren(in_features: int, hidden: Sequence[int], out_features: int, omega: float, offset: float) -> Graph:
     """Linear layers with sin(omega x) between them (Sitzmann et al. 2020)."""
     for size in (in_features, *hidden, out_features):
-        _positive("hidden", size)
+        check_positive("hidden", size)
     build, x, features = _Nodes(), QUERY, in_features
     for i, size in enumerate((*hidden, out_features)):
         x = build.linear(x, f"seq.{i}", features, size)
@@ -174,7 +163,7 @@ def siren(in_features: int, hidden: Sequence[int], out_features: int, omega: flo
 def resnet18(channels_in: int, num_classes: int, width: int) -> Graph:
     """3x3 stem without pooling, four stages of two blocks, global average pooling, one linear layer (He et al. 2016)."""
     for argument, value in (("channels_in", channels_in), ("num_classes", num_classes), ("width", width)):
-        _positive(argument, value)
+        check_positive(argument, value)
     build = _Nodes()
 
     def block(x: str, name: str, channels: int, out: int, stride: int) -> str:

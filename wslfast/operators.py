@@ -106,9 +106,9 @@ def _forward(weights: Tensor, queries: Tensor, architecture: str, backend: str, 
 
 @_forward.register_fake
 def _(weights: Tensor, queries: Tensor, architecture: str, backend: str, autocast: str, graph: bool) -> Tensor:
-    found = from_handle(architecture)
-    n = queries.shape[queries.ndim - len(found.input_shape) - 1]
-    return weights.new_empty(weights.shape[0], n, *found.output_shape, dtype=_AUTOCAST[autocast] or weights.dtype)
+    network = from_handle(architecture)
+    n = queries.shape[queries.ndim - len(network.input_shape) - 1]
+    return weights.new_empty(weights.shape[0], n, *network.output_shape, dtype=_AUTOCAST[autocast] or weights.dtype)
 
 
 @torch.library.custom_op("wslfast::forward_backward", mutates_args=())
@@ -123,25 +123,25 @@ def _forward_backward(
     to_queries: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of :func:`_forward` to weights and queries; a tensor of no elements for one that nobody asked for."""
-    found = from_handle(architecture)
-    own = queries.ndim == len(found.input_shape) + 2
+    network = from_handle(architecture)
+    own_queries = queries.ndim == len(network.input_shape) + 2
     grad_weights = torch.empty_like(weights, memory_format=torch.contiguous_format) if to_weights else weights.new_empty(0)
     grad_queries = torch.zeros_like(queries, memory_format=torch.contiguous_format) if to_queries else queries.new_empty(0)
 
     def piece(part: slice) -> None:
         rows = weights[part].detach().requires_grad_(to_weights)
-        images = (queries[part] if own else queries).detach().requires_grad_(to_queries)
+        images = (queries[part] if own_queries else queries).detach().requires_grad_(to_queries)
         with torch.enable_grad(), _inside(weights, autocast):
-            outputs = engine.forward(rows, images, found, backend=backend)
+            outputs = engine.forward(rows, images, network, backend=backend)
             wanted = [t for t, asked in ((rows, to_weights), (images, to_queries)) if asked]
             slopes = list(torch.autograd.grad(outputs, wanted, grad[part].to(outputs.dtype)))
         if to_weights:
             grad_weights[part] = slopes.pop(0)
         if to_queries:
-            (grad_queries[part] if own else grad_queries).add_(slopes[0])
+            (grad_queries[part] if own_queries else grad_queries).add_(slopes[0])
 
-    n = queries.shape[int(own)]
-    in_chunks(weights.shape[0], engine.models_per_chunk(found, n, weights.device.type), piece)
+    n = queries.shape[int(own_queries)]
+    in_chunks(weights.shape[0], engine.models_per_chunk(network, n, weights.device.type), piece)
     return grad_weights, grad_queries
 
 
@@ -170,8 +170,8 @@ def _keep_forward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _differentiate_forward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     weights, queries = ctx.saved_tensors
     needs = ctx.needs_input_grad[:2]
-    found = _forward_backward(grad, weights, queries, *ctx.options, *needs)
-    return *(slope if asked else None for slope, asked in zip(found, needs, strict=True)), None, None, None, None
+    slopes = _forward_backward(grad, weights, queries, *ctx.options, *needs)
+    return *(slope if asked else None for slope, asked in zip(slopes, needs, strict=True)), None, None, None, None
 
 
 _forward.register_autograd(_differentiate_forward, setup_context=_keep_forward)
@@ -237,8 +237,8 @@ class _Loss(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, queries: Tensor, targets: Tensor, options: Options) -> Tensor:
         values, bad, gradient = _evaluate(rows, queries, targets, options, True)
         ctx.save_for_backward(gradient)
-        kept = values.shape[0] if bad is None or options.reduction != "mean" else (~bad).sum()
-        ctx.divisor = kept if options.reduction == "mean" else None
+        count = values.shape[0] if bad is None or options.reduction != "mean" else (~bad).sum()
+        ctx.divisor = count if options.reduction == "mean" else None
         return reduce(values, bad, options.reduction, options.nan_policy)
 
     @staticmethod

@@ -24,7 +24,7 @@ Index = Union[int, slice, Sequence[int], Sequence[bool], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Population:
-    """Immutable stacked weights ``[k, P]`` (fp32) and one column of values a property.
+    """Immutable stacked weights ``[k, P]`` (fp32) and one column of values per property.
 
     Attributes:
         architecture: what every model is.
@@ -60,12 +60,12 @@ class Population:
         """The models at ``index`` (an integer keeps a population of one; slices, masks and index lists as in torch)."""
         rows = torch.arange(len(self))
         try:
-            kept = rows[index if isinstance(index, (int, slice)) else torch.as_tensor(index, device="cpu")].reshape(-1)
+            chosen = rows[index if isinstance(index, (int, slice)) else torch.as_tensor(index, device="cpu")].reshape(-1)
         except (IndexError, TypeError, ValueError, RuntimeError) as error:
             raise WslfastError(f"population[{index!r}]: {error}") from None
-        picked = kept.tolist()
+        picked = chosen.tolist()
         columns = {name: tuple(column[i] for i in picked) for name, column in self.properties.items()}
-        return Population(self.architecture, self.weights[kept.to(self.weights.device)], columns)
+        return Population(self.architecture, self.weights[chosen.to(self.weights.device)], columns)
 
     def __iter__(self) -> Iterator[Population]:
         return (self[j] for j in range(len(self)))
@@ -96,15 +96,16 @@ class Population:
     def from_state_dicts(
         cls, architecture: Architecture, state_dicts: Sequence[Mapping[str, Tensor]], properties: Mapping[str, Sequence[Any]] | None = None
     ) -> Population:
-        """Stack state dicts (any key order; batch norm's step counters are ignored). Raises WslfastError naming key and model."""
+        """The population of these state dicts, in any key order; step counters of batch norm are ignored. Raises WslfastError naming the
+        key and the model that do not fit."""
         require(len(state_dicts) > 0, "state_dicts: expected at least one model, got none")
         weights = torch.empty(len(state_dicts), architecture.num_weights)
         for j, state in enumerate(state_dicts):
             require(isinstance(state, Mapping), f"state_dicts[{j}]: expected a mapping of names to tensors, got {describe(state)}")
             state = effective_state(state, architecture.known)
             constants = architecture.constants
-            known = architecture.slots.keys() | architecture.aliases.keys() | constants.keys()
-            extra = [key for key in state if key not in known and not str(key).endswith("num_batches_tracked")]
+            expected = architecture.slots.keys() | architecture.aliases.keys() | constants.keys()
+            extra = [key for key in state if key not in expected and not str(key).endswith("num_batches_tracked")]
             require(not extra, f"state_dicts[{j}]: unknown keys {extra[:5]}; expected {list(architecture.slots)[:5]} ...")
             for key in constants.keys() & state.keys():
                 same = isinstance(state[key], Tensor) and torch.equal(state[key].cpu(), constants[key])
@@ -172,8 +173,8 @@ class Population:
             module = rebuilt(self.architecture.graph)
         else:
             module = copy.deepcopy(self.architecture.module)  # type: ignore[assignment]
-        known = module.state_dict()
-        module.load_state_dict({key: value for key, value in self.state_dict(model).items() if key in known})
+        state = module.state_dict()
+        module.load_state_dict({key: value for key, value in self.state_dict(model).items() if key in state})
         return module.to(self.weights.device).eval()
 
     def state_dict(self, model: int) -> dict[str, Tensor]:

@@ -39,7 +39,7 @@ class Profile:
         self.calls[name] = self.calls.get(name, 0) + 1
 
     def rows(self) -> list[dict[str, Any]]:
-        """``{"phase", "share", "calls", "ms"}``: share of the profiled wall time, own milliseconds a call."""
+        """``{"phase", "share", "calls", "ms"}``: share of the profiled wall time, own milliseconds per call."""
         rest = max(self.total - sum(self.seconds.values()), 0.0)
         times = dict(sorted(self.seconds.items(), key=lambda item: -item[1]))
         rows = [
@@ -50,7 +50,7 @@ class Profile:
 
     def table(self) -> str:
         """The rows as fixed-width text."""
-        lines = [f"{'phase':<24}{'share':>8}{'calls':>8}{'ms a call':>12}"]
+        lines = [f"{'phase':<24}{'share':>8}{'calls':>8}{'ms per call':>12}"]
         lines += [f"{r['phase']:<24}{r['share']:>8.1%}{r['calls']:>8}{r['ms']:>12.3f}" for r in self.rows()]
         return "\n".join(lines)
 

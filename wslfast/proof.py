@@ -31,7 +31,7 @@ from .engine.precision import PRECISIONS, kernel_precision
 from .engine.preference import preferred
 from .engine.trial import MARK
 from .engine.verdicts import FAILED, FORMS, RIGHT, UNKNOWN, WRONG, Decision, Verdict
-from .errors import check_device, require, say_once
+from .errors import check_device, check_positive, require, say_once
 
 LIMIT_S = 120.0
 COMMAND = (sys.executable, "-m", "wslfast.engine.trial")
@@ -118,7 +118,7 @@ def prove(
         limit_s: seconds for all forms together.
         command: what reads the job.
     """
-    left, found, deadline = list(forms), {}, time.monotonic() + limit_s
+    left, made, deadline = list(forms), {}, time.monotonic() + limit_s
     times = [list(size) for size in sizes]
     while left and time.monotonic() < deadline:
         job = {"architecture": architecture.to_dict(), "device": str(device), "precision": precision, "forms": left, "sizes": times}
@@ -127,7 +127,7 @@ def prove(
             for finding in child.findings(deadline):
                 current = finding["form"]
                 if "verdict" in finding:
-                    found[current] = verdicts.from_dict(finding["verdict"])
+                    made[current] = verdicts.from_dict(finding["verdict"])
             why = child.ended()
         except TimeoutError:
             why = f"not finished after {limit_s:.0f} s"
@@ -135,12 +135,12 @@ def prove(
             child.stop()
         if not why:
             break
-        earlier = found.get(current)
+        earlier = made.get(current)
         if earlier is None or earlier.status == RIGHT:  # what broke off in the timing is no kernel to run, however right it was
             timed = earlier is not None and earlier.speeds
-            found[current] = earlier if timed and "not finished" in why and earlier is not None else Verdict(FAILED, why)
+            made[current] = earlier if timed and "not finished" in why and earlier is not None else Verdict(FAILED, why)
         left = left[left.index(current) + 1 :]
-    return {form: found.get(form, Verdict(UNKNOWN, f"no time was left in {limit_s:.0f} s")) for form in forms}
+    return {form: made.get(form, Verdict(UNKNOWN, f"no time was left in {limit_s:.0f} s")) for form in forms}
 
 
 def doctor(
@@ -152,9 +152,9 @@ def doctor(
     device: torch.device | str = "cuda",
     limit_s: float = LIMIT_S,
 ) -> dict[str, str]:
-    """Whether the kernels run a network right and faster on this machine, in one line a form of call; ``backend="auto"`` follows at once.
+    """One line for each form of call: whether the kernels compute it right, and faster than torch, on this machine.
 
-    A verdict that is there is replaced. Two minutes at most; the work is done in another process.
+    ``backend="auto"`` follows this at once, and an earlier verdict is replaced. It takes two minutes at most, in another process.
 
     Args:
         architecture: by default the published ``cnn3``.
@@ -173,7 +173,8 @@ def doctor(
     require(isinstance(architecture, Architecture), f"architecture: expected an Architecture, got {type(architecture).__name__}")
     require(precision is None or precision in PRECISIONS, f"precision: expected one of {PRECISIONS}, got {precision!r}")
     for name, value in (("k", k), ("n", n)):
-        require(value is None or (type(value) is int and value > 0), f"{name}: expected a positive integer, got {value!r}")
+        if value is not None:
+            check_positive(name, value)
     if not torch.cuda.is_available():
         return {"kernels": "there is no CUDA device here: networks run on the CPU engine or on torch"}
     where = _numbered(check_device(device))
@@ -182,8 +183,8 @@ def doctor(
         return {"kernels": f"not for {architecture.name!r} on this machine: {reason}; torch runs it"}
     precision = precision or kernel_precision()
     sizes = SIZES if k is None and n is None else (verdicts.slice_of(k or SIZES[0][0], n or SIZES[0][1]),)
-    made = _make(architecture, [(form, precision) for form in FORMS], sizes, where, limit_s)
-    return {form: verdicts.describe(architecture, precision, form, v, *sizes[0]) for (form, _), v in made.items()}
+    outcomes = _make(architecture, [(form, precision) for form in FORMS], sizes, where, limit_s)
+    return {form: verdicts.describe(architecture, precision, form, v, *sizes[0]) for (form, _), v in outcomes.items()}
 
 
 def _numbered(device: torch.device) -> torch.device:
@@ -205,8 +206,8 @@ def _make(
         by_precision.setdefault(precision, []).append(form)
     made, deadline = {}, time.monotonic() + limit_s
     for precision, forms in by_precision.items():
-        found = prove(architecture, forms, precision, sizes, device, limit_s=max(deadline - time.monotonic(), 1.0), command=COMMAND)
-        for form, verdict in found.items():
+        by_form = prove(architecture, forms, precision, sizes, device, limit_s=max(deadline - time.monotonic(), 1.0), command=COMMAND)
+        for form, verdict in by_form.items():
             key = verdicts.key_of(architecture, precision, form, device.index)
             earlier = verdicts.read(key)
             whole = verdict.merged(earlier) if earlier is not None else verdict
@@ -233,16 +234,16 @@ def ensure(
     asked = list(dict.fromkeys((form, precision or kernel_precision()) for form, precision in wanted))
     many = _many()
     if why_not_triton(architecture, "cuda", torch.float32, device.index) is not None:
-        found: list[Verdict | None] = [None] * len(asked)  # choose() says why
+        outcomes: list[Verdict | None] = [None] * len(asked)  # choose() says why
         if not many:
             return {}
     else:
         looks = not many or int(os.environ.get("LOCAL_RANK", "0")) == 0
-        found = _known_or_made(architecture, asked, k, n, device) if looks else [None] * len(asked)
+        outcomes = _known_or_made(architecture, asked, k, n, device) if looks else [None] * len(asked)
     if many:
-        found = _agreed(found)
+        outcomes = _agreed(outcomes)
     decisions = {}
-    for (form, precision), verdict in zip(asked, found, strict=True):
+    for (form, precision), verdict in zip(asked, outcomes, strict=True):
         decision = verdicts.judge(verdict, k, n)
         decisions[verdicts.graph_digest(architecture), precision, form] = decision
         say_once(f"wslfast: {verdicts.describe(architecture, precision, form, verdict, k, n)}", logging.INFO)
@@ -263,21 +264,21 @@ def standing(
 ) -> dict[tuple[str, str, str], Decision]:
     """Decisions that a checkpoint holds, without kernels that this machine has found wrong or failed since: a run that died of them is not
     to go on with them. Under torchrun what one process has found counts for all."""
-    device, found = _numbered(device), {}
+    device, refused = _numbered(device), {}
     for key, decision in decisions.items():
         graph, precision, form = key
         if not decision.on or device.type != "cuda" or graph != verdicts.graph_digest(architecture):
             continue
         verdict = verdicts.read(verdicts.key_of(architecture, precision, form, device.index))
         if verdict is not None and verdict.status in (WRONG, FAILED):
-            found[key] = verdicts.judge(verdict, None, None)
+            refused[key] = verdicts.judge(verdict, None, None)
     if _many():
         everybody: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everybody, found)
-        found = {key: theirs[key] for theirs in reversed(everybody) for key in theirs}
-    for (_, precision, form), decision in found.items():
+        dist.all_gather_object(everybody, refused)
+        refused = {key: theirs[key] for theirs in reversed(everybody) for key in theirs}
+    for (_, precision, form), decision in refused.items():
         say_once(f"wslfast: this run leaves the kernels for {architecture.name!r}, {form} in {precision}: {decision.reason}")
-    return {**decisions, **found}
+    return {**decisions, **refused}
 
 
 def _many() -> bool:
@@ -288,21 +289,21 @@ def _many() -> bool:
 def _known_or_made(
     architecture: Architecture, asked: Sequence[tuple[str, str]], k: int, n: int, device: torch.device
 ) -> list[Verdict | None]:
-    known = {pair: verdicts.read(verdicts.key_of(architecture, pair[1], pair[0], device.index)) for pair in asked}
-    here = verdicts.bucket(k, n)
+    stored = {pair: verdicts.read(verdicts.key_of(architecture, pair[1], pair[0], device.index)) for pair in asked}
+    size = verdicts.bucket(k, n)
 
     def settled(verdict: Verdict | None) -> bool:
         if verdict is None or verdict.status == UNKNOWN:
             return False
-        return verdict.status != RIGHT or any(verdicts.bucket(s.k, s.n) == here for s in verdict.speeds)
+        return verdict.status != RIGHT or any(verdicts.bucket(s.k, s.n) == size for s in verdict.speeds)
 
-    missing = [pair for pair in asked if not settled(known[pair])]
+    missing = [pair for pair in asked if not settled(stored[pair])]
     if missing:
         forms = ", ".join(f"{form} in {precision}" for form, precision in missing)
         logger.info("checking the kernels for %r on %s: %s (%.0f s at most, once)", architecture.name,
                     verdicts.machine(device.index).gpu, forms, LIMIT_S)  # fmt: skip
-        known |= _make(architecture, missing, ((k, n),), device)
-    return [known[pair] for pair in asked]
+        stored |= _make(architecture, missing, ((k, n),), device)
+    return [stored[pair] for pair in asked]
 
 
 def _agreed(mine: list[Verdict | None]) -> list[Verdict | None]:

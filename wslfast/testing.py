@@ -11,16 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .architecture import Architecture
-from .errors import require
+from .errors import present
 from .population import unstack
 from .tracing import rebuilt
 
 
 def as_module(architecture: Architecture) -> nn.Module:
     """An architecture as an ordinary module in evaluation mode, its state-dict keys the architecture's."""
-    require(architecture.graph is not None, f"architecture {architecture.name!r} could not be traced; its template is .module")
-    assert architecture.graph is not None
-    return rebuilt(architecture.graph)
+    return rebuilt(present(architecture.graph, f"architecture {architecture.name!r} could not be traced; its template is .module"))
 
 
 def oracle_outputs(weights: Tensor, queries: Tensor, architecture: Architecture) -> Tensor:

@@ -8,7 +8,7 @@ state-dict key order (of the parameter, not of its bias). Which axes of a parame
    layers; ``groups * shape[1]`` rows of a transposed convolution; all axes but the one that is summed over of a matrix in a product.
 2. A key that holds ``weight``, ``running_mean`` or ``running_var``: the first axis. For the published networks that is the whole rule.
 3. Anything else (a position table, a class token, a scale): the first axis that is left after leading axes of length one are dropped,
-   of which two axes always remain. A vector is a row a number, a scalar one row.
+   of which two axes always remain. A vector is a row per number, a scalar one row.
 
 A bias is the entry whose key is the layer's with ``bias`` for ``weight``, or the one that the graph adds. One whose numbers are no multiple
 of the rows, or that belongs to no layer, is a layer of its own.
@@ -321,8 +321,8 @@ def _turned(node: Node, given: dict[str, Any]) -> Any:
 def _discover(layers: tuple[Layer, ...]) -> int:
     """The published token-size discovery: bias-free layers take no part, running statistics do (and count one column more)."""
     with_bias = [layer.width for layer in layers if layer.bias is not None]
-    found = max([*with_bias, *(layer.width + 1 for layer in layers if "running" in layer.slot.name)], default=0)
-    return found if found > 2 else max(layer.width for layer in layers)
+    longest = max([*with_bias, *(layer.width + 1 for layer in layers if "running" in layer.slot.name)], default=0)
+    return longest if longest > 2 else max(layer.width for layer in layers)
 
 
 def num_tokens(architecture: Architecture, token_size: int) -> int:

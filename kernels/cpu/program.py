@@ -60,7 +60,7 @@ def _needed(layers: Sequence[Layer], sizes: Sequence[tuple[int, ...]]) -> tuple[
                 continue
             reach = (d * (k - 1) + 1 for d, k in zip(layer.spacing, layer.kernel_size, strict=True))
             need = (full[0], *((n - 1) * s + r for n, s, r in zip(need[1:], layer.stride, reach, strict=True)))
-        elif isinstance(layer, (Flatten, Linear)):
+        elif not isinstance(layer, (Activation, Affine, Dropout)):  # which leave an image's size as it is
             need = full
     return need
 

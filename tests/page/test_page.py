@@ -16,7 +16,7 @@ from html_audit import Audit
 from wslfast.errors import WslfastError
 from wslfast.measure.reconstruction import collapse
 from wslfast.measure.results import Unit, read_results, to_csv, write_tables
-from wslfast.page import drawing, extras, headline, published, report
+from wslfast.page import analysis, drawing, headline, published, report
 
 pytest.importorskip("matplotlib")
 RECONSTRUCTED = (
@@ -212,7 +212,7 @@ def test_notes_of_a_study_are_at_the_foot_of_its_page(tmp_path: Path, undrawn: N
 
 def test_the_page_draws_and_measures_nothing() -> None:
     """Its modules import no torch, and of what is measured only rows, what they mean, and goals."""
-    package = Path(extras.__file__).parent
+    package = Path(analysis.__file__).parent
     for path in package.glob("*.py"):
         imports = re.findall(r"^\s*(?:from|import) ([\w.]+)", path.read_text(), flags=re.MULTILINE)
         assert "torch" not in {name.partition(".")[0] for name in imports}, path
@@ -343,7 +343,7 @@ WORDS = [
 
 def test_ablations_beside_the_rows_are_shown(tmp_path: Path) -> None:
     write_tables(tmp_path, [], {})
-    assert extras.ablations(read_results(tmp_path)) == ""
+    assert analysis.ablations(read_results(tmp_path)) == ""
     (tmp_path / "ablations.csv").write_text(to_csv(ABLATION + WORDS, ("zoo", "variant", "seed")))
     page = _page(tmp_path)
     audit = Audit(page)

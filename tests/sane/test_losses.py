@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from loss_cases import NETS, case
 from tolerances import FP32, FP32_AMPLIFIED, FP32_DEEP, FP32_ROUNDING, FP32_SMALL
 
 from wslfast import engine
@@ -18,7 +16,6 @@ from wslfast.architecture import Architecture
 from wslfast.engine import paths
 from wslfast.errors import WslfastError
 from wslfast.kernels import reference
-from wslfast.permutation import random_views
 from wslfast.population import unstack
 from wslfast.sane import (
     AEModule,
@@ -30,24 +27,7 @@ from wslfast.sane import (
     ReconDistillationLoss,
     package_sane,
 )
-from wslfast.sane.queries import Queries
-from wslfast.sane.views import same_functions, shared_functions
 from wslfast.tokens import TokenLayout
-
-NETS = {
-    "CNN": (Architecture.cnn(), 1, 0), "CNN-dropout": (Architecture.cnn(3, "gelu", 0.3), 3, 0.3),
-    "CNN3": (Architecture.cnn3(3, "tanh"), 3, 0), "LeNet5": (Architecture.lenet5(1), 1, 0),
-}  # fmt: skip
-
-
-def _case(name: str, k: int = 3) -> tuple[dict[str, torch.Tensor], dict[str, Any], torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A checkpoint, params, originals ``[k, T, D]``, mask and positions as a script has them."""
-    arch, channels, dropout = NETS[name]
-    weights = arch.initial_weights(["kaiming_uniform"] * k, list(range(k)))
-    nlin = {"CNN-dropout": "gelu", "CNN3": "tanh"}.get(name, "relu")
-    params = {"model::type": name.partition("-")[0], "model::channels_in": channels, "model::nlin": nlin, "model::dropout": dropout}
-    x, mask, positions = TokenLayout(arch).tokenize(weights)
-    return {n: v[0] for n, v in unstack(weights, arch).items()}, params, x, mask.expand_as(x), positions.int().expand(k, -1, -1)
 
 
 def _published(loss: str, output: torch.Tensor, target: torch.Tensor, reduction: str = "mean", t: float = 2.0) -> torch.Tensor:
@@ -78,7 +58,7 @@ def _by_hand(arch: Architecture, y: torch.Tensor, x: torch.Tensor, queries: torc
 @pytest.mark.parametrize("loss", ["l2", "cross_entropy", "distillation"])
 @pytest.mark.parametrize("net", NETS)
 def test_values_and_gradients_are_the_published_ones(net: str, loss: str, reduction: str) -> None:
-    checkpoint, params, x, mask, p = _case(net)
+    checkpoint, params, x, mask, p = case(net)
     x = (4 if loss == "l2" else 1) * x  # logits that differ: squares of tiny differences of probabilities are rounding
     mine = DistillationLoss(checkpoint, params, n_queries=5, loss=loss, reduction=reduction)
     assert mine.scale is None
@@ -107,7 +87,7 @@ def test_values_and_gradients_are_the_published_ones(net: str, loss: str, reduct
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_raw_cross_entropy_is_the_same_on_every_path(reduction: str, nan_gradients: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine gets the criterion as a function: the CPU's, and torch's with a graph; a model that is not finite included."""
-    checkpoint, params, x, mask, p = _case("CNN3")
+    checkpoint, params, x, mask, p = case("CNN3")
     results = []
     for path in (paths.Cpu, paths.Loop, paths.Stacked):
         monkeypatch.setattr(engine, "choose", lambda architecture, *_, path=path, **__: path(architecture, "test"))
@@ -179,7 +159,7 @@ _KEYS = {"loss/loss", "loss/loss_contrast", "loss/loss_recon", "loss/loss_struct
     ids=["all", "behavior", "contrast-structure", "contrast"],
 )  # fmt: skip
 def test_composition_and_keys(gamma: float, beta: float, kind: type, rsq: bool) -> None:
-    checkpoint, params, x, mask, p = _case("CNN", 4)
+    checkpoint, params, x, mask, p = case("CNN", 4)
     loss = GammaContrastReconLoss(
         gamma, "mean", 2, 0.1, beta=beta, n_queries_distillation=3, reference_checkpoint=checkpoint, reference_params=params
     )
@@ -225,136 +205,6 @@ def test_explained_variance_against_a_loop() -> None:
     assert MaskedReconLoss("mean")(y, x, torch.ones_like(x))["rsq"].item() == pytest.approx(float(torch.stack(scores).mean()), abs=FP32)
 
 
-# -- queries -----------------------------------------------------------------------------------------------------------
-
-
-def test_data_queries_are_the_images_a_fresh_loader_would_give(tmp_path: Path) -> None:
-    checkpoint, params, *_ = _case("CNN")
-    images = torch.randn(23, 1, 28, 28)
-    data = torch.utils.data.TensorDataset(images, torch.arange(23))
-    torch.save({"trainset": data, "valset": data, "testset": data, "dataset_seed": 2020}, tmp_path / "dataset.pt")
-    for dump in (tmp_path / "dataset.pt", str(tmp_path / "dataset.pt"), data, images, [(image, 0) for image in images]):
-        for kind, n in (("data", 6), ("union", 3)):
-            loss = DistillationLoss(checkpoint, params, kind, dump, 6)
-            loader = torch.utils.data.DataLoader(data, batch_size=n, shuffle=True)
-            for step in range(2):
-                torch.manual_seed(step)
-                mine = loss.generate_queries()
-                torch.manual_seed(step)
-                noise = [torch.rand(n, 1, 28, 28)] if kind == "union" else []
-                assert torch.equal(mine, torch.cat([*noise, next(iter(loader))[0]]))
-    assert DistillationLoss(checkpoint, params, "union", images, 5).n_queries == 3  # of each half
-    torch.save({"trainset": torch.utils.data.Subset(data, [3, 5, 7])}, tmp_path / "split.pt")
-    drawn = DistillationLoss(checkpoint, params, "data", tmp_path / "split.pt", 64).generate_queries()
-    assert {float(image.sum()) for image in drawn} == {float(images[i].sum()) for i in (3, 5, 7)}
-
-
-def test_settings_may_be_numpys() -> None:
-    checkpoint, params, x, mask, p = _case("CNN")
-    plain, grid = (
-        GammaContrastReconLoss(
-            g, "mean", len(x) // 2, 0.1, beta=b, n_queries_distillation=n, reference_checkpoint=checkpoint, reference_params=params
-        )
-        for g, b, n in ((0.25, 0.5, 3), (np.float32(0.25), np.float32(0.5), np.int64(3)))
-    )
-    z = torch.randn(4, 5)
-    values = []
-    for loss in (plain, grid):
-        torch.manual_seed(0)
-        values.append(loss(z, z + 1, 1.1 * x, x, mask, p)["loss/loss"])
-    assert values[0] == values[1]
-
-
-class Unknown(torch.utils.data.TensorDataset):
-    """A data set whose class is the script's own."""
-
-
-def test_the_published_dump_of_several_data_sets_is_read(tmp_path: Path) -> None:
-    """A ConcatDataset of Subsets whose indices are numpy arrays or ranges, as the multi-zoo script stores it."""
-    sets = torch.utils.data
-    pictures = [torch.rand(6, 1, 28, 28) for _ in range(2)]
-    parts = [sets.TensorDataset(p, torch.zeros(6)) for p in pictures]
-    file = tmp_path / "dump.pt"
-    torch.save({"trainset": sets.ConcatDataset([sets.Subset(parts[0], np.array([4, 0])), sets.Subset(parts[1], range(1, 4))])}, file)
-    found = Queries("data", 3, (1, 28, 28), file).images
-    assert found is not None
-    assert torch.equal(found, torch.cat([pictures[0][[4, 0]], pictures[1][1:4]]))
-
-
-def test_bad_arguments_say_what_was_expected(tmp_path: Path) -> None:
-    checkpoint, params, x, mask, p = _case("CNN")
-    other, _, *_ = _case("LeNet5")
-    (tmp_path / "noise.pt").write_bytes(b"no file of torch's")
-    torch.save({"trainset": torch.utils.data.ConcatDataset([Unknown(torch.zeros(2))])}, tmp_path / "objects.pt")
-    cases: list[tuple[dict[str, Any], str]] = [
-        ({"loss": "kl"}, "loss: expected one of"),
-        ({"reduction": "none"}, "reduction: expected one of"),
-        ({"queryset": "stl10"}, "queryset: expected one of"),
-        ({"queryset": "data"}, "dump: expected"),
-        ({"queryset": "data", "dump": tmp_path / "none.pt"}, "dump: expected a file"),
-        ({"queryset": "data", "dump": tmp_path / "noise.pt"}, "dump: cannot be read from .*expected tensors, a TensorDataset"),
-        ({"queryset": "data", "dump": tmp_path / "objects.pt"}, "dump: cannot be read from .*expected tensors, a TensorDataset"),
-        ({"queryset": "data", "dump": iter([])}, "data set that can be indexed"),
-        ({"queryset": "data", "dump": torch.randn(4, 3, 32, 32)}, r"dump: expected floating images \[Q, 1, 28, 28\]"),
-        ({"n_queries": 0}, "n_queries: expected"),
-        ({"semantics": "right"}, "'published' or 'corrected'"),
-        ({"unmasked": True}, "expected a flag of"),
-        ({"reference_params": params | {"model::type": "ResCNN"}}, "model::type: expected one of"),
-        ({"reference_params": None}, "reference_params: expected"),
-        ({"reference_checkpoint": other}, "reference_checkpoint: 'module_list"),
-        ({"reference_params": {"model::type": "CNN", "model::nlin": "relu"}}, "model::channels_in"),
-    ]
-    for change, message in cases:
-        with pytest.raises(WslfastError, match=message):
-            DistillationLoss(**{"reference_checkpoint": checkpoint, "reference_params": params} | change)
-    loss = DistillationLoss(checkpoint, params, n_queries=2)
-    with pytest.raises(WslfastError, match="pos: expected the layers of all 48 tokens"):
-        loss(x[:, :7], x[:, :7], mask[:, :7], p[:, :7])
-    with pytest.raises(WslfastError, match="mask: expected the shape"):
-        MaskedReconLoss("mean")(x, x, mask[:, :7])
-
-
-def test_tokens_in_another_order_follow_their_positions() -> None:
-    checkpoint, params, x, _, p = _case("CNN3")
-    queries = torch.randn(3, 3, 32, 32)
-    plain = DistillationLoss(checkpoint, params).values(x * 1.2, x, queries, p)
-    blocks = torch.cat([torch.arange(16, 93), torch.arange(16)])  # the layers' order changes, that within a layer does not
-    moved = DistillationLoss(checkpoint, params).values((x * 1.2)[:, blocks], x[:, blocks], queries, p[:, blocks])
-    assert torch.equal(plain, moved)
-
-
-# -- views -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "arch", [Architecture.cnn(3), Architecture.cnn3(), Architecture.lenet5(), Architecture.mlp()], ids=lambda a: a.name
-)
-def test_views_of_one_model_are_found_and_no_others(arch: Architecture) -> None:
-    weights = arch.initial_weights(["kaiming_uniform"] * 4, [0, 1, 2, 3])
-    views = random_views(weights, arch)
-    assert same_functions(torch.cat([weights, views]), arch).all()
-    views[2] = random_views(weights[3:], arch)[0]  # another model's
-    views[3, 7] += 1e-6  # and nearly the same
-    first, of = shared_functions(torch.cat([weights, views]), arch)
-    assert first is not None
-    assert of is not None
-    assert first.tolist() == [0, 1, 2, 3, 6, 7]
-    assert of.tolist() == [0, 1, 2, 3, 0, 1, 4, 5]
-    assert shared_functions(weights[:3], arch) == (None, None)
-    assert shared_functions(torch.full((2, arch.num_weights), float("nan")), arch) == (None, None)
-
-
-def test_sharing_targets_changes_no_value() -> None:
-    checkpoint, params, *_ = _case("CNN3")
-    arch = Architecture.cnn3(3, "tanh")
-    weights = arch.initial_weights(["kaiming_uniform"] * 3, [5, 6, 7])
-    x, *_ = TokenLayout(arch).tokenize(torch.cat([weights, random_views(weights, arch)]))
-    queries = torch.randn(4, 3, 32, 32)
-    together = DistillationLoss(checkpoint, params).values(x * 1.2, x, queries)
-    alone = [DistillationLoss(checkpoint, params).values(row[None] * 1.2, row[None], queries) for row in x]
-    torch.testing.assert_close(together, torch.cat(alone), rtol=FP32_DEEP, atol=1e-8)
-
-
 # -- the departures, one flag each -------------------------------------------------------------------------------------
 
 
@@ -382,13 +232,13 @@ def test_defect_4_first_value_scale() -> None:
     assert [corrected(s * y, x, mask)["loss_recon"].item() for s in (2, 4)] == [4, 16]
     assert (published.scale, corrected.scale) == (4, 1)
     # the published division by a negative first value turns minimisation into maximisation
-    checkpoint, params, x, mask, p = _case("CNN3")
+    checkpoint, params, x, mask, p = case("CNN3")
     loss = DistillationLoss(checkpoint, params, loss="cross_entropy", n_queries=4)
     assert loss(-3 * x, x, mask, p)["loss_recon"].item() == pytest.approx(1)
 
 
 def test_defect_5_raw_logit_cross_entropy() -> None:
-    checkpoint, params, x, _, p = _case("CNN3", 2)
+    checkpoint, params, x, _, p = case("CNN3", 2)
     arch = NETS["CNN3"][0]
     queries = torch.randn(4, 3, 32, 32)
     place = TokenLayout(arch)
@@ -403,7 +253,7 @@ def test_defect_5_raw_logit_cross_entropy() -> None:
 
 @pytest.mark.parametrize("loss", ["l2", "cross_entropy", "distillation"])
 def test_defect_6_nan_gradients(loss: str) -> None:
-    checkpoint, params, x, _, p = _case("CNN", 3)
+    checkpoint, params, x, _, p = case("CNN", 3)
     queries = torch.randn(4, 1, 28, 28)
 
     def run(flag: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -427,7 +277,7 @@ def test_defect_6_nan_gradients(loss: str) -> None:
 
 @pytest.mark.parametrize("loss", ["l2", "distillation"])
 def test_an_original_that_is_not_finite_leaves_its_reconstruction_a_gradient(loss: str) -> None:
-    checkpoint, params, x, _, p = _case("CNN", 3)
+    checkpoint, params, x, _, p = case("CNN", 3)
     arch, queries = NETS["CNN"][0], torch.randn(4, 1, 28, 28)
     lost = x.clone()
     lost[1, 0, 0] = float("nan")
@@ -452,7 +302,7 @@ def test_an_original_that_is_not_finite_leaves_its_reconstruction_a_gradient(los
 
 
 def test_flags_combine() -> None:
-    checkpoint, params, x, _, p = _case("CNN", 3)
+    checkpoint, params, x, _, p = case("CNN", 3)
     y = (1.5 * x).clone()
     y[1] = float("nan")
     y.requires_grad_()
@@ -467,7 +317,7 @@ def test_flags_combine() -> None:
 
 
 def test_published_l2_of_a_model_that_is_not_finite_counts() -> None:
-    checkpoint, params, x, _, p = _case("CNN3", 2)
+    checkpoint, params, x, _, p = case("CNN3", 2)
     queries = torch.randn(4, 3, 32, 32)
     y = x.clone()
     y[0] = float("nan")
@@ -478,7 +328,7 @@ def test_published_l2_of_a_model_that_is_not_finite_counts() -> None:
 
 
 def test_softmax_mse_flag_is_the_papers_formula_when_off() -> None:
-    checkpoint, params, x, _, p = _case("CNN3", 2)
+    checkpoint, params, x, _, p = case("CNN3", 2)
     arch, queries = NETS["CNN3"][0], torch.randn(4, 3, 32, 32)
     outputs, targets = (reference.forward(TokenLayout(arch).detokenize(t), queries, arch.layers) for t in (x * 1.5, x))
     value = DistillationLoss(checkpoint, params, softmax_mse=False).values(x * 1.5, x, queries, p)
@@ -486,7 +336,7 @@ def test_softmax_mse_flag_is_the_papers_formula_when_off() -> None:
 
 
 def test_half_precision_rounds_queries_and_weights() -> None:
-    checkpoint, params, x, mask, p = _case("CNN3", 2)
+    checkpoint, params, x, mask, p = case("CNN3", 2)
     loss = DistillationLoss(checkpoint, params, n_queries=4)
     y = (1.5 * x).half().requires_grad_()
     out = loss(y, x.half(), mask, p)["loss_recon"]

@@ -1,4 +1,4 @@
-"""Ablations: files, cells that are computed once and go on where they stopped, paired seeds, systems."""
+"""Ablations: cells that are computed once and go on where they stopped, paired seeds, systems."""
 
 from __future__ import annotations
 
@@ -10,49 +10,22 @@ from typing import Any
 
 import pytest
 import torch
+from ablation_cases import BASE, counted, read_rows, write
 from tolerances import FP32
 from torch import Tensor
 
-from wslfast import LinearCodec, TrainConfig, WslfastError, build_zoo, load_zoo
-from wslfast.codes.joint import JointCodec
-from wslfast.measure.evaluation import compare_models, evaluate_code
-from wslfast.measure.results import NAMES, from_csv, read_unit
+from wslfast import TrainConfig, WslfastError, load_zoo
+from wslfast.measure.results import read_unit
 from wslfast.page import report
 from wslfast.sane.ablation import systems
 from wslfast.study import ablations, closed_form
 from wslfast.study.ablation_file import Ablation, settings_of
 from wslfast.study.ablations import COLUMNS, Cell, Stop, Trained, run_ablation
-from wslfast.study.loaded_zoo import Protocol, evenly
+from wslfast.study.loaded_zoo import Protocol
 from wslfast.training import load_run
 from wslfast.training.query_sets import query_images
-from wslfast.zoo import dataset_of
 
-BASE = "steps = 3\nbatch_size = 4\nqueries = 8\nd_model = 16\nheads = 2\nlayers = 1\nlatent = 4\ncheckpoint_every = 2\ngamma = 0.0\n"
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "ablations").glob("*.toml"))
-
-
-@pytest.fixture(scope="module")
-def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("zoo") / "zoo"
-    build_zoo("digits", folder, models=10, epochs=1, seed=0)
-    return folder
-
-
-def write(path: Path, zoo: Path | str, rest: str, seeds: str = "[0, 1]", base: str = BASE, top: str = "") -> Path:
-    path.write_text(f'zoo = "{zoo}"\nseeds = {seeds}\n{top}\n[base]\n{base}\n{rest}\n')
-    return path
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    return from_csv(path, COLUMNS, names=(*NAMES, "ablation", "axis", "value"))
-
-
-def counted(log: list[tuple[str, int]], like: ablations.System = ablations.core) -> ablations.System:
-    def system(cell: Cell) -> Trained:
-        log.append((cell.config.out, cell.config.seed))
-        return like(cell)
-
-    return system
 
 
 def test_cells_are_computed_once_and_rows_are_theirs(tmp_path: Path, zoo: Path) -> None:
@@ -278,81 +251,7 @@ def test_the_clock_goes_on_where_a_killed_cell_stopped(tmp_path: Path, monkeypat
     assert not Stop(tmp_path, "wall", 10.0, 2, 99).resume(5)
 
 
-# -- files ---------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("zoo = [", "ablation"),
-        ("[axis]\nbeta = [1]", "zoo: expected"),
-        ('zoo = "z"', r"either \[axis\]"),
-        ('zoo = "z"\n[axis]\nbeta = [1]\n[variants.a]\nbeta = 1', r"either \[axis\]"),
-        ('zoo = "z"\n[axis]\nbeta = 1', "axis: beta: expected a list"),
-        ('zoo = "z"\n[axis]\nbeta = []', "axis: beta: expected a list"),
-        ('zoo = "z"\n[axis]\nbeta = [1, 1]', "distinct values"),
-        ('zoo = "z"\n[axis]\nbeat = [1]', "beat"),
-        ('zoo = "z"\n[axis]\nbeta = [2]', "beta=2: beta: expected a number in"),
-        ('zoo = "z"\n[axis]\nseed = [1]', "seed: not a setting to vary"),
-        ('zoo = "z"\n[base]\nout = "x"\n[axis]\nbeta = [1]', "out: not a setting"),
-        ('zoo = "z"\nseeds = []\n[axis]\nbeta = [1]', "seeds: expected distinct"),
-        ('zoo = "z"\nseeds = [1, 1]\n[axis]\nbeta = [1]', "seeds: expected distinct"),
-        ('zoo = "z"\nseeds = ["a"]\n[axis]\nbeta = [1]', "seeds: expected integers"),
-        ('zoo = "z"\nseeds = 3\n[axis]\nbeta = [1]', "seeds: expected a list"),
-        ('zoo = "z"\nsplit = "train"\n[axis]\nbeta = [1]', "split: expected"),
-        ('zoo = "z"\nmodels = 0\n[axis]\nbeta = [1]', "models: expected a positive integer, got 0"),
-        ('zoo = "z"\nclock = "sun"\n[axis]\nbeta = [1]', "clock: expected"),
-        ('zoo = "z"\nseconds = 0\n[axis]\nbeta = [1]', "seconds: expected a positive"),
-        ('zoo = "z"\nseconds = 9\n[base]\nschedule = "onecycle"\n[axis]\nbeta = [1]', "schedule: expected constant"),
-        ('zoo = "z"\ncolour = 1\n[axis]\nbeta = [1]', "unknown keys"),
-        ("[zoo]\nsize = 3\n[axis]\nbeta = [1]", "zoo: unknown keys"),
-        ('zoo = "z"\n[variants]\na = 3', "variants: expected tables"),
-        ('zoo = "z"\nvariants = 3', "variants: expected a dict"),
-        ('zoo = "z"\n[variants.a]\nsemantics = 3', "semantics: expected a name"),
-        ("seeds = [{a = 1}]\nzoo = 'z'\n[axis]\nbeta = [1]", "seeds: expected integers"),
-        ("[zoo]\ndataset = 3\n[axis]\nbeta = [1]", "zoo: dataset: expected str"),
-        ("[zoo]\nmodels = 2.5\n[axis]\nbeta = [1]", "zoo: models: expected int"),
-    ],
-)
-def test_a_bad_file_is_one_clear_error(tmp_path: Path, text: str, words: str) -> None:
-    (tmp_path / "bad.toml").write_text(text)
-    with pytest.raises(WslfastError, match=words) as error:
-        Ablation.from_toml(tmp_path / "bad.toml")
-    assert "bad.toml" in str(error.value)
-
-
-def test_what_only_running_can_tell_is_told_before_training(tmp_path: Path, zoo: Path) -> None:
-    with pytest.raises(WslfastError, match="such file"):
-        Ablation.from_toml(tmp_path / "no.toml")
-    unknown = Ablation.from_toml(write(tmp_path / "a.toml", zoo, '[axis]\nsemantics = ["core", "greek"]'))
-    with pytest.raises(WslfastError, match="semantics: expected one of"):
-        run_ablation(unknown, tmp_path)
-    absent = Ablation.from_toml(write(tmp_path / "a.toml", tmp_path / "none", "[axis]\nbeta = [1]"))
-    with pytest.raises(WslfastError, match="none"):
-        run_ablation(absent, tmp_path)
-    for axis, words in (('query_set = ["data", "nofile.npz"]', "nofile.npz"), ('device = ["cpu", "cuda:99"]', "does not have it")):
-        late = Ablation.from_toml(write(tmp_path / "a.toml", zoo, f"[axis]\n{axis}"))
-        with pytest.raises(WslfastError, match=words):
-            run_ablation(late, tmp_path)
-    assert not (tmp_path / "cells").exists()
-
-
-def test_a_zoo_that_a_file_describes_is_built_once(tmp_path: Path) -> None:
-    (tmp_path / "a.toml").write_text(
-        f'seeds = [0]\n[zoo]\ndataset = "digits"\nmodels = 10\nepochs = 1\n[base]\n{BASE}\n[axis]\nbeta = [1.0]\n'
-    )
-    run_ablation(Ablation.from_toml(tmp_path / "a.toml"), tmp_path / "out")
-    (folder,) = (tmp_path / "out").glob("zoo-*")
-    before = (folder / "manifest.json").stat().st_mtime_ns
-    run_ablation(Ablation.from_toml(tmp_path / "a.toml"), tmp_path / "out")
-    assert (folder / "manifest.json").stat().st_mtime_ns == before
-
-
-def test_values_that_are_told_apart_have_names_that_are(tmp_path: Path, zoo: Path) -> None:
-    text = '[axis]\nlr = [1.2345678e-4, 1.2345679e-4]\nquery_set = ["my file.npz", "data"]'
-    ablation = Ablation.from_toml(write(tmp_path / "a.toml", zoo, text))
-    assert len(ablation.variants) == 4
-    assert sorted({ablation.value(v).split("*")[1] for v in ablation.variants}) == ["data", "my_file.npz"]
+# -- the files of examples/ --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
@@ -445,57 +344,7 @@ def test_published_cells_through_a_file(tmp_path: Path, zoo: Path) -> None:
         run_ablation(Ablation.from_toml(linear), tmp_path, systems=systems())
 
 
-# -- closed-form codes -----------------------------------------------------------------------------------------------------
-
-
-def test_closed_form_codes_are_systems(tmp_path: Path, zoo: Path) -> None:
-    """A cell is the code itself, fitted on the query set's images: only codes that look at queries depend on them."""
-    axis = '[axis]\nsemantics = ["linear", "metric", "adaptive"]\nquery_set = ["data", "noise"]'
-    file = write(tmp_path / "codes.toml", zoo, axis, seeds="[0]", base="share = 0.3")
-    rows = run_ablation(Ablation.from_toml(file), tmp_path, systems=closed_form.systems())
-    found = {r["variant"]: r["mean"] for r in rows if r["metric"] == "agreement"}
-    assert found["semantics=linear query_set=data"] == found["semantics=linear query_set=noise"]
-    for name in ("metric", "adaptive"):
-        assert found[f"semantics={name} query_set=data"] != found[f"semantics={name} query_set=noise"]
-    train, test = load_zoo(zoo, "train"), load_zoo(zoo, "test")
-    images, labels = dataset_of(zoo, train.architecture).split("test")
-    expected = evaluate_code(LinearCodec(train, latent=0.3), test, images, labels).summary()["agreement"]
-    assert found["semantics=linear query_set=data"] == pytest.approx(expected)
-
-
-def test_codes_that_encode_by_descent_are_systems_of_a_few_models(tmp_path: Path, zoo: Path) -> None:
-    """The cell of ``joint`` is that code itself; models are those that the file asks for, evenly spaced, and no probes are made."""
-    axis = '[axis]\nsemantics = ["adaptive", "joint", "refined"]'
-    file = write(tmp_path / "codes.toml", zoo, axis, seeds="[0]", base="share = 0.3\nsteps = 60", top="models = 1")
-    rows = run_ablation(Ablation.from_toml(file), tmp_path, systems=closed_form.systems())
-    found = {(r["variant"].partition("=")[2], r["metric"]): r["mean"] for r in rows}
-    train, test = load_zoo(zoo, "train"), load_zoo(zoo, "test")
-    data = dataset_of(zoo, train.architecture)
-    order = torch.randperm(len(data.train_images), generator=torch.Generator().manual_seed(0))
-    code = JointCodec(train, queries=data.train_images[order[:1024]], latent=0.3)
-    few = evenly(test, 1)
-    expected = compare_models(few, code.reconstruct(few.weights), *data.split("test")).summary()
-    assert found["joint", "agreement"] == pytest.approx(expected["agreement"])
-    assert found["joint", "latent_numbers"] == code.latent_size
-    assert found["adaptive", "agreement"] != found["refined", "agreement"]
-    assert all(found[name, "coding_seconds"] > 0 for name in ("adaptive", "joint", "refined"))
-    assert not any(metric.startswith("probe") for _, metric in found)
-    whole = write(tmp_path / "codes.toml", zoo, axis, seeds="[0]", base="share = 0.3\nsteps = 60")
-    again = run_ablation(Ablation.from_toml(whole), tmp_path, systems=closed_form.systems())
-    assert len(test) > 1
-    assert {(r["variant"], r["mean"]) for r in again if r["metric"] == "agreement"} != {
-        (r["variant"], r["mean"]) for r in rows if r["metric"] == "agreement"
-    }
-
-
-def test_rows_of_other_zoos_stay(tmp_path: Path, zoo: Path) -> None:
-    file = write(tmp_path / "codes.toml", zoo, '[axis]\nsemantics = ["linear"]', seeds="[0]", base="share = 0.3")
-    rows = run_ablation(Ablation.from_toml(file), tmp_path, systems=closed_form.systems())
-    path = tmp_path / "ablations.csv"
-    path.write_text(path.read_text().replace("\ndigits,", "\nelsewhere,"))
-    run_ablation(Ablation.from_toml(file), tmp_path, systems=closed_form.systems())
-    assert {r["zoo"] for r in read_rows(path)} == {"digits", "elsewhere"}
-    assert len(read_rows(path)) == 2 * len(rows)
+# -- new models, and the paper -----------------------------------------------------------------------------------------
 
 
 def test_new_models_are_measured_where_the_file_asks(tmp_path: Path, zoo: Path) -> None:

@@ -300,7 +300,7 @@ def test_signals_that_are_none(parts: dict[str, Tensor], message: str) -> None:
 
 def test_a_zoo_wants_signals_that_fit() -> None:
     signals = image_signals(torch.rand(3, 1, 4, 4))
-    with pytest.raises(WslfastError, match="at most 3, one a signal"):
+    with pytest.raises(WslfastError, match="at most 3, one per signal"):
         build_zoo(signals, models=4, epochs=1)
     with pytest.raises(WslfastError, match="expected targets"):
         build_zoo(signals, models=1, epochs=1, architecture=Architecture.siren(2, out_features=3))

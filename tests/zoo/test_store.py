@@ -1,15 +1,11 @@
-"""The zoo on disk: round trips, damage of every kind, hostile manifests, interrupted and concurrent writing."""
+"""The zoo on disk: round trips, splits, what cannot be stored, interrupted and concurrent writing."""
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
-import pickle
-import random
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,48 +15,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from zoo_cases import ARCH, make, names, same, save
 
 from wslfast.architecture import Architecture
 from wslfast.errors import WslfastError
 from wslfast.population import Population
 from wslfast.tracing import untraced
-from wslfast.zoo import Split, load_zoo, read_manifest, save_zoo, summarize
-from wslfast.zoo.manifest import Manifest, Shard
-
-ARCH = Architecture.mlp(5, (4,), 3)
-
-
-def make(models: int = 7, epochs: int = 3, seed: int = 0, architecture: Architecture = ARCH) -> Population:
-    generator = torch.Generator().manual_seed(seed)
-    k = models * epochs
-    weights = torch.randn(k, architecture.num_weights, generator=generator)
-    accuracy = torch.rand(k, 2, generator=generator, dtype=torch.float64)
-    return Population(
-        architecture,
-        weights,
-        {
-            "model": [j for j in range(models) for _ in range(epochs)],
-            "epoch": [e for _ in range(models) for e in range(1, epochs + 1)],
-            "train_acc": accuracy[:, 0].tolist(),
-            "test_acc": accuracy[:, 1].tolist(),
-            "ggap": (accuracy[:, 0] - accuracy[:, 1]).tolist(),
-            "init_type": ["kaiming_uniform"] * k,
-            "lr": [1e-05] * k,
-            "note": [None, True, "é\n"] * (k // 3) + [None] * (k % 3),
-        },
-    )
-
-
-def save(population: Population, path: Path, **options: Any) -> Manifest:
-    return save_zoo(population, path, **{"splits": Split(seed=3), "provenance": {"dataset": "made up"}, **options})
-
-
-def same(a: Population, b: Population) -> bool:
-    return torch.equal(a.weights, b.weights) and dict(a.properties) == dict(b.properties) and a.architecture == b.architecture
-
-
-def names(path: Path) -> list[str]:
-    return sorted(os.listdir(path))
+from wslfast.zoo import Split, load_zoo, read_manifest, summarize
 
 
 @pytest.mark.parametrize(("models", "epochs", "shard_rows"), [(1, 1, None), (3, 1, 1), (7, 3, 5), (5, 3, 15), (21, 3, 63), (7, 3, 64)])
@@ -221,236 +182,6 @@ def test_a_published_network_with_batch_norm_rebuilds_itself(tmp_path: Path) -> 
     loaded = load_zoo(tmp_path)
     assert torch.equal(loaded.weights, population.weights)
     assert [s.name for s in loaded.architecture.parameters] == [s.name for s in population.architecture.parameters]
-
-
-# -- damage --------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def zoo(tmp_path: Path) -> Path:
-    save(make(), tmp_path / "zoo", shard_rows=8)
-    return tmp_path / "zoo"
-
-
-def flip(path: Path, bit: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[bit // 8] ^= 1 << bit % 8
-    path.write_bytes(data)
-
-
-def test_every_bit_of_a_manifest_is_guarded(zoo: Path) -> None:
-    data = (zoo / "manifest.json").read_bytes()
-    rng = random.Random(0)
-    for byte in range(len(data)):
-        for bit in rng.sample(range(8), 2):
-            damaged = bytearray(data)
-            damaged[byte] ^= 1 << bit
-            with pytest.raises(WslfastError, match=r"manifest\.json"):
-                Manifest.parse(bytes(damaged), "manifest.json")
-
-
-def test_flipped_bits_of_shards_are_found_and_named(zoo: Path) -> None:
-    rng = random.Random(1)
-    for name in names(zoo)[1:]:
-        bits = 8 * (zoo / name).stat().st_size
-        for bit in [*range(0, 8 * 80, 37), *(rng.randrange(bits) for _ in range(20)), bits - 1]:
-            flip(zoo / name, bit)
-            with pytest.raises(WslfastError, match=name):
-                load_zoo(zoo)
-            with pytest.raises(WslfastError, match=name):
-                load_zoo(zoo, "val")
-            flip(zoo / name, bit)
-    assert len(load_zoo(zoo)) == 21
-
-
-def test_without_verification_the_rest_is_still_checked(zoo: Path) -> None:
-    shard = zoo / "shard-00001.safetensors"
-    flip(shard, 8 * shard.stat().st_size - 8)
-    assert len(load_zoo(zoo, verify=False)) == 21
-    flip(shard, 8 * 20)
-    with pytest.raises(WslfastError, match="shard-00001"):
-        load_zoo(zoo, verify=False)
-
-
-def swap(zoo: Path) -> None:
-    a, b, c = (zoo / f"{n}.safetensors" for n in ("shard-00000", "shard-00001", "spare"))
-    a.rename(c), b.rename(a), c.rename(b)
-
-
-def replace(zoo: Path, make_it: Callable[[Path], object]) -> None:
-    (zoo / "shard-00001.safetensors").unlink()
-    make_it(zoo / "shard-00001.safetensors")
-
-
-@pytest.mark.parametrize(
-    ("harm", "named"),
-    [
-        pytest.param(lambda z: (z / "shard-00001.safetensors").unlink(), "shard-00001.*no such file", id="missing"),
-        pytest.param(lambda z: os.truncate(z / "shard-00001.safetensors", 300), "shard-00001.*expected .* bytes, got 300", id="truncated"),
-        pytest.param(lambda z: os.truncate(z / "shard-00001.safetensors", 0), "shard-00001.*bytes, got 0", id="empty"),
-        pytest.param(lambda z: os.truncate(z / "shard-00001.safetensors", 1 << 40), "shard-00001.*expected", id="a terabyte"),
-        pytest.param(swap, "shard-00000.*damaged or not the manifest's", id="swapped"),
-        pytest.param(lambda z: (z / "shard-00007.safetensors").write_bytes(b"x"), "shard-00007.*extra shard", id="extra"),
-        pytest.param(lambda z: replace(z, lambda p: p.symlink_to("/etc/hostname")), "shard-00001.*link", id="link out"),
-        pytest.param(lambda z: replace(z, lambda p: p.symlink_to("absent")), "shard-00001.*no such file", id="dangling link"),
-        pytest.param(lambda z: replace(z, lambda p: p.symlink_to(p.name)), "shard-00001", id="circular link"),
-        pytest.param(lambda z: replace(z, Path.mkdir), "shard-00001.*regular file", id="a folder"),
-        pytest.param(lambda z: replace(z, os.mkfifo), "shard-00001.*regular file", id="a pipe"),
-        pytest.param(lambda z: (z / "manifest.json").unlink(), r"manifest\.json.*no such file", id="no manifest"),
-        pytest.param(lambda z: os.truncate(z / "manifest.json", 0), r"manifest\.json.*JSON", id="empty manifest"),
-        pytest.param(lambda z: os.truncate(z / "manifest.json", 500), r"manifest\.json.*JSON", id="truncated manifest"),
-        pytest.param(lambda z: (z / "manifest.json").write_text("[" * 10**5), r"manifest\.json", id="deep manifest"),
-        pytest.param(lambda z: (z / "manifest.json").write_text('{"schema": ' + "9" * 5000 + "}"), r"manifest\.json", id="long number"),
-        pytest.param(lambda z: (z / "manifest.json").write_bytes(b"\xff\xfe{}"), r"manifest\.json", id="not UTF-8"),
-        pytest.param(
-            lambda z: (z / "manifest.json").write_text((z / "manifest.json").read_text().replace('"rows": 21', '"rows": 21, "rows": 21')),
-            "appears twice",
-            id="a key twice",
-        ),
-        pytest.param(lambda z: (z / "manifest.json").write_text("[]"), r"manifest\.json.*object", id="a list"),
-    ],
-)
-def test_damage_is_a_typed_error_that_names_the_file(zoo: Path, harm: Callable[[Path], object], named: str) -> None:
-    harm(zoo)
-    with pytest.raises(WslfastError, match=named):
-        load_zoo(zoo)
-
-
-def test_no_zoo_there(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("x")
-    for path in (tmp_path / "absent", tmp_path, tmp_path / "file", "a\0b"):
-        with pytest.raises(WslfastError, match="manifest"):
-            load_zoo(path)
-
-
-# -- manifests from strangers --------------------------------------------------------------------------------------------
-
-
-def rewrite(zoo: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    record = json.loads((zoo / "manifest.json").read_text())
-    change(record)
-    (zoo / "manifest.json").write_text(json.dumps(record))
-
-
-def test_unknown_fields_are_ignored_and_newer_schemas_refused(zoo: Path) -> None:
-    before = load_zoo(zoo)
-    rewrite(zoo, lambda r: r.update(future={"x": [1]}))
-    rewrite(zoo, lambda r: r["shards"][0].update(future=1))
-    assert same(load_zoo(zoo), before)
-    rewrite(zoo, lambda r: r.update(schema=3))
-    with pytest.raises(WslfastError, match="schema 3 is newer"):
-        load_zoo(zoo)
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["../zoo/shard-00000.safetensors", "/etc/passwd", "..", ".", "", "a/b.safetensors", "a\\b.safetensors", "a\0.safetensors",
-     "shard-00000.pt",
-     "shard-00001.safetensors", "SHARD-00001.safetensors", ".safetensors", "~.safetensors", "a..safetensors", "C:.safetensors",
-     "x" * 300 + ".safetensors",
-     "shard.safetensors\n", None, 3, ["shard-00000.safetensors"]],
-)  # fmt: skip
-def test_hostile_file_names(zoo: Path, name: Any) -> None:
-    rewrite(zoo, lambda r: r["shards"][0].update(file=name))
-    with pytest.raises(WslfastError, match=r"shards\[[01]\]"):
-        load_zoo(zoo)
-
-
-JUNK = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.integers(10**30, 10**40) | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
-    max_leaves=6,
-)
-
-
-@settings(max_examples=300)
-@given(st.randoms(use_true_random=False), JUNK, st.integers(1, 6))
-def test_any_other_manifest_is_a_typed_error(rng: random.Random, junk: Any, depth: int) -> None:
-    record = json.loads(_example().to_json())
-    node, key = record, rng.choice(list(record))
-    for _ in range(depth):
-        below = node[key]
-        if not isinstance(below, (dict, list)) or not below:
-            break
-        node, key = below, rng.choice(list(below) if isinstance(below, dict) else range(len(below)))
-    if rng.random() < 0.2:
-        del node[key]
-    else:
-        node[key] = junk
-    try:
-        parsed = Manifest.parse(json.dumps(record).encode(), "manifest.json")
-    except WslfastError:
-        return
-    assert parsed == _example()
-
-
-@settings(max_examples=300)
-@given(st.randoms(use_true_random=False), JUNK)
-def test_any_other_architecture_is_a_typed_error(rng: random.Random, junk: Any) -> None:
-    """Past the checksum, as a stranger who writes one would be."""
-    record = json.loads(json.dumps(ARCH.to_dict()))
-    node = rng.choice([record, record["graph"], rng.choice(record["graph"]["nodes"])])
-    node[rng.choice(list(node))] = junk
-    if rng.random() < 0.2:
-        record = junk if isinstance(junk, dict) else {"layers": junk, "input_shape": [5]}
-    example = _example()
-    try:
-        Manifest(record, example.num_weights, example.rows, example.properties, example.split, {}, example.shards).rebuild("manifest.json")
-    except WslfastError:
-        return
-
-
-@settings(max_examples=200)
-@given(st.binary(max_size=200) | JUNK.map(lambda v: json.dumps(v).encode()))
-def test_any_bytes_are_a_typed_error(data: bytes) -> None:
-    with pytest.raises(WslfastError):
-        Manifest.parse(data, "manifest.json")
-
-
-def _example() -> Manifest:
-    properties = {"model": (0, 0, 1), "epoch": (1, 2, 1), "lr": (1e-05, 0.5, None), "split": ("train", "train", "test")}
-    split = {"by": "model", "seed": 0, "fractions": None}
-    return Manifest(ARCH.to_dict(), ARCH.num_weights, 3, properties, split, {}, (Shard("shard-00000.safetensors", 3, 9000, "0" * 64),))
-
-
-class _Canary:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return Path.touch, (self.path,)
-
-
-def test_a_shard_with_the_right_digest_and_the_wrong_content(zoo: Path, tmp_path: Path) -> None:
-    canary, width = tmp_path / "canary", ARCH.num_weights
-    good = torch.zeros(8, width)
-    contents = {
-        "a pickle": pickle.dumps([_Canary(canary)] * 300) + bytes(9000),
-        "another name": safetensors.torch.save({"weight": good}),
-        "two tensors": safetensors.torch.save({"weights": good, "more": good + 1}),
-        "float16": safetensors.torch.save({"weights": torch.zeros(16, width).half()}),
-        "transposed": safetensors.torch.save({"weights": good.t().contiguous()}),
-        "a row too many": safetensors.torch.save({"weights": torch.zeros(9, width)}),
-        "a row too few": safetensors.torch.save({"weights": torch.zeros(7, width), "pad": torch.zeros(100)}),
-        "a huge header": (2**62).to_bytes(8, "little") + bytes(9000),
-    }
-    manifest = read_manifest(zoo)
-    for blob in contents.values():
-        (zoo / "shard-00000.safetensors").write_bytes(blob)
-        shard = Shard("shard-00000.safetensors", 8, len(blob), hashlib.sha256(blob).hexdigest())
-        changed = Manifest(**{**vars(manifest), "shards": (shard, *manifest.shards[1:])})
-        (zoo / "manifest.json").write_bytes(changed.to_json())
-        with pytest.raises(WslfastError, match="shard-00000"):
-            load_zoo(zoo)
-    assert not canary.exists()
-
-
-def test_a_manifest_that_promises_more_than_its_shards_hold_allocates_nothing(zoo: Path) -> None:
-    manifest = read_manifest(zoo)
-    huge = Manifest(**{**vars(manifest), "num_weights": 1 << 50})
-    (zoo / "manifest.json").write_bytes(huge.to_json())
-    with pytest.raises(WslfastError, match=r"shard-00000.*cannot hold"):
-        load_zoo(zoo)
 
 
 # -- interrupted and concurrent writing ----------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ class Queries:
     seed: int = 0
     """Seed of what is drawn."""
     architecture: str | None = None
-    """Of a zoo of several architectures, which one (wslfast zoo show lists them)."""
+    """Which architecture, in a zoo of several (wslfast zoo show lists them)."""
     network: Networks = ()
 
     def run(self) -> None:
@@ -59,7 +59,7 @@ class Queries:
 
 @dataclass(frozen=True)
 class Ablate:
-    """Train and measure every variant of an ablation file with every seed; what was finished before is not done again.
+    """Train and measure every variant of an ablation file with every seed. What is finished is not done again.
 
     Rows go to OUT/ablations.csv. A killed run goes on where it stopped. Examples of files: examples/ablations/.
 
@@ -77,7 +77,8 @@ class Ablate:
     quick: bool = False
     """Where the file samples new models: fewer of them, on fewer images."""
     split: Literal["test", "val"] | None = None
-    """Whose models are measured, instead of the file's; val to choose by (rows go to ablations-val.csv). Nothing is trained twice."""
+    """Split whose models are measured, instead of the file's; use val to choose settings (rows go to ablations-val.csv). Nothing is trained
+    twice."""
     network: Networks = ()
 
     def run(self) -> None:
@@ -91,29 +92,29 @@ class Ablate:
             variants = {name: {**settings, "steps": self.steps} for name, settings in ablation.variants.items()}
             ablation = dataclasses.replace(ablation, variants=variants)
         say = lambda text: console.print(f"- {text}", soft_wrap=True)  # noqa: E731
-        known = {**closed_form.systems(), **published.systems()}
+        systems = {**closed_form.systems(), **published.systems()}
         protocol = Protocol.quick() if self.quick else Protocol()
         for zoo in self.zoo or (None,):
-            rows = run_ablation(ablation, self.out, zoo=zoo, systems=known, protocol=protocol, on_cell=say)
+            rows = run_ablation(ablation, self.out, zoo=zoo, systems=systems, protocol=protocol, on_cell=say)
             self._table(ablation, rows, zoo)
         rows_at = Path(self.out) / rows_file(ablation)
         console.print(f"means over models, mean ± standard deviation over seeds; rows in {rows_at}", soft_wrap=True)
 
     def _table(self, ablation: Ablation, rows: list[Row], zoo: str | None) -> None:
-        found = over_seeds(rows)
+        figures = over_seeds(rows)
         columns = {}
         for column in _SHOWN:
-            cells = (metrics.get(column) for metrics in found.values())
+            cells = (metrics.get(column) for metrics in figures.values())
             texts = ["-" if c is None else f"{c[0]:.3f}" + (f" ± {c[1]:.3f}" if c[1] is not None else "") for c in cells]
             columns[column.replace("_", "\n")] = texts
         if len(self.zoo) > 1:
             console.print(f"[bold]{zoo}[/bold]", soft_wrap=True)
-        stacked_table(ablation.axis, list(found), columns)
+        stacked_table(ablation.axis, list(figures), columns)
 
 
 @dataclass(frozen=True)
 class Gradients(GradientSettings):
-    """Where structure and behavior pull a run's reconstructions, the spectrum of what relates the two, and how far first order holds.
+    """Measure how the gradients of structure and behavior differ at a run's reconstructions, and how far a first-order model holds.
 
     Writes gradients.csv and gradients.json (docs/analysis.md says what is in them).
 
@@ -129,7 +130,7 @@ class Gradients(GradientSettings):
     name: str | None = None
     """What to call the run in the rows (default: its folder's name)."""
     architecture: str | None = None
-    """Of a zoo of several architectures, which one (wslfast zoo show lists them)."""
+    """Which architecture, in a zoo of several (wslfast zoo show lists them)."""
     network: Networks = ()
 
     def run(self) -> None:
@@ -137,9 +138,9 @@ class Gradients(GradientSettings):
         settings = GradientSettings(**{f.name: getattr(self, f.name) for f in dataclasses.fields(GradientSettings)})
         out = Path(self.out) if self.out is not None else Path(self.run_folder) / "gradients"
         rows = analyse(self.run_folder, out, settings, self.zoo, self.name, self.architecture)
-        own = [row for row in rows if not row["direction"]]
-        values = {c: ["-" if row[c] is None else f"{row[c]:.4g}" for row in own] for c in ("median", "mean", "spread")}
-        stacked_table("at the reconstruction", [row["metric"].replace("_", " ") for row in own], values)
+        at_reconstruction = [row for row in rows if not row["direction"]]
+        values = {c: ["-" if row[c] is None else f"{row[c]:.4g}" for row in at_reconstruction] for c in ("median", "mean", "spread")}
+        stacked_table("at the reconstruction", [row["metric"].replace("_", " ") for row in at_reconstruction], values)
         directions = list(dict.fromkeys(row["direction"] for row in rows if row["direction"]))
         ratios = [[r["median"] for r in rows if r["direction"] == d and r["metric"] == "ratio"] for d in directions]
         swept = {

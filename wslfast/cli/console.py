@@ -34,7 +34,7 @@ def show(values: dict[str, Any], as_json: bool) -> None:
 
 
 def figures_table(results: dict[str, dict[str, Any]]) -> None:
-    """Figures that anything has a value of, a row a variant; where they are more than fit the terminal, a table below another."""
+    """Figures that anything has a value of, a row per variant; where they are more than fit the terminal, a table below another."""
     shown = {
         _FIGURES[f]: [_figure(f, figures.get(f)) for figures in results.values()]
         for f in _FIGURES
@@ -47,7 +47,7 @@ def figures_table(results: dict[str, dict[str, Any]]) -> None:
 
 
 def stacked_table(head: str, names: Sequence[str], columns: Mapping[str, Sequence[str]], title: str | None = None) -> None:
-    """A table with a row a name, whole at any width: columns that do not fit the terminal are in a table below, with the names again."""
+    """A table with a row per name, whole at any width: columns that do not fit the terminal are in a table below, with the names again."""
     left = dict(columns)
     width = {header: max(map(len, (*header.split("\n"), *cells))) + 1 for header, cells in left.items()}
     first = max(map(len, (head, *names)), default=len(head))

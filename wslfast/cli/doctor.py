@@ -17,17 +17,17 @@ from .console import show
 
 @dataclass(frozen=True)
 class Doctor:
-    """Look whether the GPU kernels are right and faster on this machine; --backend auto follows what is found, from then on.
+    """Test whether the GPU kernels are right, and faster than torch, on this machine. From then on --backend auto follows the result.
 
-    They are compiled, compared with float64 and timed beside torch in another process, two minutes at most. What is found is kept for
-    this GPU, driver, torch, Triton and network. Training, zoo building, evaluation and generation do the same by themselves where nothing
-    is known yet. WSLFAST_KERNELS=auto|on|off overrides it.
+    The kernels are compiled, compared with float64 and timed beside torch in another process, in two minutes at most. The result is kept
+    for this GPU, driver, torch, Triton and network. Training, zoo building, evaluation and generation do the same by themselves where
+    there is no result yet. WSLFAST_KERNELS=auto|on|off overrides it.
 
     Example: wslfast doctor --zoo runs/zoo --k 128 --n 256
     """
 
     zoo: str | None = None
-    """Folder of a zoo: its network is tried."""
+    """Folder of a zoo: its network is tested."""
     architecture: Literal["cnn", "cnn2", "cnn3", "lenet5"] = "cnn3"
     """Without a zoo: a published network."""
     k: int | None = None
@@ -35,11 +35,11 @@ class Doctor:
     n: int | None = None
     """Queries of the call that is timed (default: 256)."""
     precision: Literal["tf32", "tf32x3", "fp16", "bf16"] | None = None
-    """Default: what torch's settings make of a call (tf32x3 unless a program asks for less; the trainer asks for tf32)."""
+    """Precision of the kernels (default: that of torch's settings: tf32x3 unless a program asks for less; the trainer asks for tf32)."""
     device: str = "cuda"
     """cuda or cuda:N."""
     seconds: float = LIMIT_S
-    """For everything."""
+    """Time limit for all of it."""
     json: bool = False
     """Print JSON."""
 
@@ -48,17 +48,17 @@ class Doctor:
             arch = MappedZoo(self.zoo, None).architecture
         else:
             arch = network(self.architecture, 1 if self.architecture in ("cnn", "cnn2") else 3)
-        here = torch.cuda.is_available()
-        if here:
+        has_gpu = torch.cuda.is_available()
+        if has_gpu:
             check_device(self.device)
-        found = doctor(arch, k=self.k, n=self.n, precision=self.precision, device=self.device, limit_s=self.seconds)
+        lines = doctor(arch, k=self.k, n=self.n, precision=self.precision, device=self.device, limit_s=self.seconds)
         cpu = choose(arch, "cpu", torch.float32)
         values: dict[str, Any] = {
             "network": f"{arch.name}, {arch.num_weights:,} weights",
             "on the CPU": f"{cpu.name}: {cpu.reason}",
-            "gpu": torch.cuda.get_device_name(check_device(self.device)) if here else "none",
-            "precision": self.precision or (kernel_precision() if here else matmul_precision()),
+            "gpu": torch.cuda.get_device_name(check_device(self.device)) if has_gpu else "none",
+            "precision": self.precision or (kernel_precision() if has_gpu else matmul_precision()),
             "WSLFAST_KERNELS": verdicts.setting(),
             "kept in": str(verdicts.folder()),
         }
-        show({**values, **found}, self.json)
+        show({**values, **lines}, self.json)

@@ -185,11 +185,11 @@ class Generate:
     select: Literal["none", "subsampled", "bootstrapped"] = "none"
     """Keep every sample, the best of many by validation accuracy, or those of several rounds whose survivors are the next anchors."""
     candidates: int | None = None
-    """Draws a round to select from (default: 4 a sample)."""
+    """Draws per round, to select from (default: 4 per sample)."""
     rounds: int = 3
     """Rounds of --select bootstrapped."""
     finetune: int = 0
-    """Epochs of training on of all samples at once; the figures after each are stored."""
+    """Epochs of further training, of all samples at once. The figures after each epoch are stored."""
     seed: int = 0
     """Seed of the draw."""
     device: str = "cpu"
@@ -213,13 +213,13 @@ class Generate:
             )
         }  # fmt: skip
         if self.architecture is not None:
-            made = {"": generate(self.run_folder, self.zoo, architecture=self.architecture, **settings)}
+            populations = {"": generate(self.run_folder, self.zoo, architecture=self.architecture, **settings)}
         else:
-            made = generate_each(self.run_folder, self.zoo, **settings)
-        for label, population in made.items():
-            if len(made) > 1:
+            populations = generate_each(self.run_folder, self.zoo, **settings)
+        for label, population in populations.items():
+            if len(populations) > 1:
                 console.print(f"{label}: {self.samples} models", soft_wrap=True, markup=False)
-            self._told(population, "  " if len(made) > 1 else "")
+            self._told(population, "  " if len(populations) > 1 else "")
 
     def _told(self, made: Population, indent: str) -> None:
         epoch = made.column("epoch")

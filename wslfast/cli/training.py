@@ -16,7 +16,7 @@ from .options import Networks
 class Train(TrainConfig):
     """Train a weight autoencoder on a zoo.
 
-    The folder receives config.toml, log.jsonl (one record a line) and checkpoint/. An interrupted run goes on with --resume,
+    The folder receives config.toml, log.jsonl (one record per line) and checkpoint/. An interrupted run goes on with --resume,
     to the bit on a CPU.
 
     Example: wslfast train --zoo runs/zoo --out runs/ae --steps 1000 --seed 0
@@ -26,7 +26,7 @@ class Train(TrainConfig):
     """TOML file of settings; flags win over it."""
     preset: Literal["small", "paper"] = "small"
     """What settings are that neither flags nor --config give: small, the defaults shown here, a CPU's; paper, the published ones (arXiv
-    2503.17138: d 256, 8 + 8 blocks, 64 models and 256 queries a step, lr 1e-5, 30,000 steps)."""
+    2503.17138: d 256, 8 + 8 blocks, 64 models and 256 queries per step, lr 1e-5, 30,000 steps)."""
     resume: bool = False
     """Continue from the folder's checkpoint (starts afresh where there is none)."""
     profile: bool = False

@@ -33,7 +33,7 @@ class ZooBuild:
     dataset-fashion-mnist puts it; digits and photos need none)."""
     architecture: Literal["auto", "cnn", "cnn2", "cnn3", "lenet5", "resnet18", "siren"] = "auto"
     """The published networks; auto takes the one that fits the images. siren makes a zoo of implicit neural representations: one network
-    an image, fitted to its pixels."""
+    per image, fitted to its pixels."""
     dropout: float = 0.0
     """Probability of dropout in a published CNN; every model draws its own."""
     width: int = 16
@@ -47,7 +47,7 @@ class ZooBuild:
     grid: Literal["auto", "small", "published", "signals"] = "auto"
     """Hyper-parameters that models are drawn from; published is the paper's (50 epochs), signals is for siren."""
     batch_size: int = 0
-    """Images a step, of each model (default: 32, and for siren every pixel)."""
+    """Images per step, for each model (default: 32, and for siren every pixel)."""
     seed: int = 0
     """Seed of the draw from the grid, of the split and of every model."""
     device: str = "cpu"
@@ -85,8 +85,8 @@ class ZooBuild:
             figures = "; ".join(f"{n} {', '.join(f'{v:.4g}' for v in saw[k])}" for n, k in (("mean", "mean"), ("deviation", "std")))
             console.print(f"images: standardised ({figures})", soft_wrap=True)
         column, what = ("test_acc", "test accuracy") if "test_acc" in population.properties else ("train_loss", "mean squared error")
-        found = population.column(column)
-        console.print(f"{self.out}: {len(population)} rows, {what} {found.mean():.3g} +- {found.std():.3g}", soft_wrap=True)
+        values = population.column(column)
+        console.print(f"{self.out}: {len(population)} rows, {what} {values.mean():.3g} +- {values.std():.3g}", soft_wrap=True)
 
     def _architecture(self) -> Architecture | None:
         if self.architecture in ("auto", "siren"):
@@ -124,7 +124,7 @@ class ZooShow:
 class ZooImport:
     """Read trained networks, your own or a published zoo, and store them as a zoo.
 
-    Your own: a folder with a file a network (.pt, .pth, .ckpt, .safetensors, .npz: state dicts, bare or under a key such as model or
+    Your own: a folder with a file per network (.pt, .pth, .ckpt, .safetensors, .npz: state dicts, bare or under a key such as model or
     state_dict), --network FILE.py:NAME for what they are, --dataset for what they were trained on, --table for what you know of each:
 
     Example: wslfast zoo import models/ runs/zoo --network net.py:Net --dataset images.npz --table accuracies.csv
@@ -143,19 +143,19 @@ class ZooImport:
     out: tyro.conf.Positional[str]
     """Folder of the new zoo."""
     network: tuple[str, ...] = ()
-    """FILE.py:NAME of your own networks' module: a class or a function that is called without arguments. Several make a zoo of several
-    architectures: the table's column network says which is whose, else the first that fits."""
+    """FILE.py:NAME of the module of your own networks: a class, or a function, that is called without arguments. Several of them make a zoo
+    of several architectures. The column network of --table says which network a file is of; without it, the first that fits is taken."""
     table: str | None = None
     """CSV file with a column file (names of the models' files) and what is known of each, such as test_acc, val_acc, lr. The columns model,
-    epoch and split are what they say."""
+    epoch and split say which model, epoch and split a file is of."""
     dataset: str | None = None
     """What the models were trained on: a name (as for zoo build), an .npz file of images and labels, a dataset.pt, or grid:28x28, the
-    coordinates that implicit representations are asked. Training, evaluation and generation find their images by it."""
+    coordinates at which implicit representations are evaluated. Training, evaluation and generation find their images by it."""
     standardise: bool = False
-    """The models saw its images standardised: mean 0 and deviation 1 of each channel (named sets: with the published figures). Without, as
-    they are: bytes in [0, 1], other numbers unchanged."""
+    """The models saw its images standardised: mean 0 and deviation 1 of each channel (named sets: with the published figures). Without
+    this flag they saw bytes as numbers in [0, 1], and other numbers unchanged."""
     mean: tuple[float, ...] = ()
-    """The models saw (image - mean) / std: a number a channel, or one for all (with --std)."""
+    """The models saw (image - mean) / std: a number per channel, or one for all (with --std)."""
     std: tuple[float, ...] = ()
     """See --mean."""
     input_shape: tuple[int, ...] = ()
@@ -177,7 +177,7 @@ class ZooImport:
     seed: int = 0
     """Seed of the split."""
     padding: Literal["valid", "same"] = "valid"
-    """Of the Small CNN Zoo's convolutions (docs/zoos.md argues the default)."""
+    """Padding of the Small CNN Zoo's convolutions (docs/zoos.md says why this is the default)."""
     omega: float = 30.0
     """Frequency of implicit representations of DWSNets and NFN."""
     overwrite: bool = False
@@ -230,7 +230,7 @@ class ZooImport:
 
 @dataclass(frozen=True)
 class ZooExport:
-    """Write a zoo's checkpoints for other code: as a ray-tune tree that the published loaders read, or one .pt a checkpoint.
+    """Write a zoo's checkpoints for other code: as a ray-tune tree that the published loaders read, or one .pt file per checkpoint.
 
     Example: wslfast zoo export runs/zoo exported --format ray
     """
@@ -240,7 +240,7 @@ class ZooExport:
     out: tyro.conf.Positional[str]
     """A new or empty folder."""
     format: Literal["ray", "state-dicts"] = "ray"
-    """ray: params.json, result.json, checkpoint_000020/checkpoints a model; state-dicts: 00000.pt ... and index.json."""
+    """ray: params.json, result.json, checkpoint_000020/checkpoints per model; state-dicts: 00000.pt ... and index.json."""
     split: Literal["all", "train", "val", "test"] = "all"
     """Which models."""
     skip_bad: bool = False

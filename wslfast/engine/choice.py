@@ -62,7 +62,7 @@ def choose(
         return Module(architecture, f"run as a module, with each model's weights in place of its own, as {architecture.reason}")
     convolved = any(isinstance(layer, Conv2d) for layer in architecture.layers)
     if device != "cpu" or not architecture.planned or (backend == "auto" and dtype == torch.float32 and not convolved):
-        return Stacked(architecture, "many models in one torch call an operation")
+        return Stacked(architecture, "many models in one torch call per operation")
     if backend == "auto" and dtype == torch.float32 and _cpu_plans(architecture):
         return Cpu(architecture, "hand-written forward and backward, no graph over models")
     return Loop(architecture, "one model after another, channels-last" if not autocast else "one model after another, under autocast")

@@ -59,7 +59,7 @@ class _Bound:
                 self.recurrent.append((part, [order[name] for name in names]))
 
     def __call__(self, values: Sequence[Tensor], x: Tensor) -> Tensor:
-        """The module's outputs with ``values``, one tensor a slot."""
+        """The module's outputs with ``values``, one tensor per slot."""
         with self.lock:
             before = [held[leaf] for held, leaf, _ in self.places]
             lists = [part._flat_weights for part, _ in self.recurrent]
@@ -112,29 +112,29 @@ def _traits(architecture: Architecture) -> frozenset[str]:
     """What decides how the module is run: ``writes`` to its input, has ``convolutions`` or a ``recurrent`` part, ``slices`` channels,
     can be ``mapped``."""
     assert architecture.module is not None
-    found = set()
+    traits = set()
     parts = list(architecture.module.modules())
     if any(isinstance(part, nn.modules.conv._ConvNd) and part.weight.ndim == 4 for part in parts):
-        found.add("convolutions")
+        traits.add("convolutions")
     if any(isinstance(part, nn.RNNBase) for part in parts):
-        found.add("recurrent")
+        traits.add("recurrent")
     x = torch.zeros(2, *architecture.input_shape, dtype=torch.float32, device="cpu")
     with temporarily_clear_interpreter_stack(), torch.no_grad(), _Names() as names:
         architecture.module(x.clone())
     if _writes(architecture):
-        found.add("writes")
+        traits.add("writes")
     if names.seen & {"slice", "split", "split_with_sizes", "select", "cat", "index"}:
-        found.add("slices")
+        traits.add("slices")
     row = torch.zeros(2, architecture.num_weights, dtype=torch.float32, device="cpu")
     path = Module(architecture, "")
     try:
         with temporarily_clear_interpreter_stack(), torch.no_grad():
             for queries in (x, x.expand(2, *x.shape)):  # each model's own too: control flow may look at queries alone
-                path._mapped(_leaves(row, architecture), queries, "writes" in found)
-        found.add("mapped")
+                path._mapped(_leaves(row, architecture), queries, "writes" in traits)
+        traits.add("mapped")
     except Exception:  # whatever vmap cannot follow runs one model after another
         pass
-    return frozenset(found)
+    return frozenset(traits)
 
 
 class _Names(torch.utils._python_dispatch.TorchDispatchMode):
@@ -170,11 +170,11 @@ class Module:
 
     def _mapped(self, leaves: Sequence[Tensor], queries: Tensor, writes: bool) -> Tensor:
         bound = _bound(self.architecture, queries.device, queries.dtype)
-        own = per_model(queries, self.architecture)
+        own_queries = per_model(queries, self.architecture)
         x = queries.clone() if writes else queries
-        if writes and not own:  # vmap refuses to write what differs between models into what they share
-            x, own = x.expand(len(leaves[0]), *x.shape).clone(), True
-        return torch.vmap(lambda values, mine: bound(values, mine), in_dims=(0, 0 if own else None))(list(leaves), x)
+        if writes and not own_queries:  # vmap refuses to write what differs between models into what they share
+            x, own_queries = x.expand(len(leaves[0]), *x.shape).clone(), True
+        return torch.vmap(lambda values, mine: bound(values, mine), in_dims=(0, 0 if own_queries else None))(list(leaves), x)
 
     def _looped(self, leaves: Sequence[Tensor], queries: Tensor) -> list[Tensor]:
         """Outputs of each model. Values and own queries are copied, as in ``reference.forward``: bits do not depend on where rows stand."""
@@ -197,8 +197,8 @@ class Module:
     def _size(self, count: int, queries: Tensor, dtype: torch.dtype) -> int:
         """Models that are run at once."""
         architecture, device = self.architecture, queries.device.type
-        own = per_model(queries, architecture)
-        shape = tuple(queries.shape[int(own) :])
+        own_queries = per_model(queries, architecture)
+        shape = tuple(queries.shape[int(own_queries) :])
         most = models_per_chunk(architecture, shape[0], device)
         if not self._at_once(device):
             return min(_LOOPED, most)
@@ -212,11 +212,11 @@ class Module:
             generator = torch.Generator().manual_seed(0)
             kind: Any = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
             rows = torch.randn(full, architecture.num_weights, **kind) / math.sqrt(architecture.num_weights)
-            x = torch.randn(*((full,) if own else ()), *shape, **kind).to(dtype)
+            x = torch.randn(*((full,) if own_queries else ()), *shape, **kind).to(dtype)
             chosen = list(order)[:size]
-            return self._outputs_and_gradient(rows.to(dtype)[chosen], x[chosen] if own else x)
+            return self._outputs_and_gradient(rows.to(dtype)[chosen], x[chosen] if own_queries else x)
 
-        key = architecture, shape, own, dtype, torch.get_num_threads(), torch.is_autocast_enabled("cpu")
+        key = architecture, shape, own_queries, dtype, torch.get_num_threads(), torch.is_autocast_enabled("cpu")
         return group_size(count, most, full, key, trial)
 
     def _outputs_and_gradient(self, rows: Tensor, x: Tensor) -> Sequence[Tensor]:
@@ -272,9 +272,9 @@ class Module:
                 values.append(value)
                 slopes.append(slope.to(answer.dtype))
             # models are independent: the gradient of the sum is each model's own
-            found = torch.autograd.grad(answers, leaves, slopes, materialize_grads=True)
+            gradients = torch.autograd.grad(answers, leaves, slopes, materialize_grads=True)
             losses[part] = torch.cat(values)[:real]
-            gradient[part] = torch.cat([slope.reshape(len(rows), -1) for slope in found], 1)[:real]
+            gradient[part] = torch.cat([slope.reshape(len(rows), -1) for slope in gradients], 1)[:real]
 
         in_chunks(k, size, piece)
         return losses, gradient

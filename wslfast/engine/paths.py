@@ -70,8 +70,8 @@ def _named(architecture: Architecture, queries: Tensor) -> Iterator[None]:
 def in_pieces(run: Run, weights: Tensor, queries: Tensor, architecture: Architecture, graph: bool, size: int | None = None) -> Tensor:
     """Outputs of ``run(weights, queries)``, models cut into chunks of ``size`` (default: as many as fit the memory budget). With a graph
     that does not fit as a whole, chunks are recomputed in the backward pass."""
-    own = per_model(queries, architecture)
-    n, k = queries.shape[int(own)], weights.shape[0]
+    own_queries = per_model(queries, architecture)
+    n, k = queries.shape[int(own_queries)], weights.shape[0]
     if k == 0:
         return run(weights, queries)
     pieces: list[Tensor] = []
@@ -79,7 +79,7 @@ def in_pieces(run: Run, weights: Tensor, queries: Tensor, architecture: Architec
     planned = min(k, fitting if size is None else size)
 
     def piece(part: slice) -> None:
-        arguments = weights[part], queries[part] if own else queries
+        arguments = weights[part], queries[part] if own_queries else queries
         scarce = part.stop - part.start < planned and part.stop < k  # memory ran out, and the chunk was halved
         again = graph and (fitting < k or scarce)
         pieces.append(checkpoint(run, *arguments, use_reentrant=False) if again else run(*arguments))
@@ -92,14 +92,14 @@ def by_autograd(
     run: Run, weights: Tensor, queries: Tensor, targets: Tensor, architecture: Architecture, criterion: Named, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Values and gradients of ``run`` through torch's graph, one chunk of models after another."""
-    own = per_model(queries, architecture)
-    n = queries.shape[int(own)]
+    own_queries = per_model(queries, architecture)
+    n = queries.shape[int(own_queries)]
     losses, gradient = weights.new_empty(weights.shape[0]), torch.empty_like(weights, memory_format=torch.contiguous_format)
 
     def piece(part: slice) -> None:
         with torch.enable_grad():
             rows = weights[part].detach().requires_grad_()
-            outputs = run(rows, queries[part] if own else queries)
+            outputs = run(rows, queries[part] if own_queries else queries)
         losses[part], slope = share_of_loss(outputs.detach().to(weights.dtype), targets[part], n, criterion, temperature)
         # models are independent: the gradient of the sum is each model's own
         (gradient[part],) = torch.autograd.grad(outputs, rows, slope.to(outputs.dtype))
@@ -164,7 +164,7 @@ def _channels_last(queries: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Stacked:
-    """Any graph on any device: many models in one plain torch call an operation."""
+    """Any graph on any device: many models in one plain torch call per operation."""
 
     architecture: Architecture
     reason: str

@@ -66,9 +66,9 @@ class World:
         """Every process's ``value``, anything that pickles, in the order of ranks."""
         if self.size == 1:
             return [value]
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value)
-        return found
+        everybody: list[Any] = [None] * self.size
+        dist.all_gather_object(everybody, value)
+        return everybody
 
     def rows(self, part: Tensor, count: int) -> Tensor:
         """All ``count`` rows; ``part`` holds this process's, those of :meth:`span`. No gradient flows. Memory holds the whole once."""

@@ -63,7 +63,7 @@ def training_step(
 
     Args:
         weights, queries, targets, architecture, criterion, index: as in :func:`wslfast.engine.loss_and_gradient`.
-        generators: one a model, on the CPU, from which its dropout draws; each model's numbers are its own.
+        generators: one per model, on the CPU, from which its dropout draws; each model's numbers are its own.
     """
     from . import loss_and_gradient
 

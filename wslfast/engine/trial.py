@@ -118,11 +118,11 @@ class Trial:
 
     def errors(self, choice: str) -> dict[str, float]:
         """Relative errors as shares of their bounds, by name: above one is wrong. Raises Wrong for what is no matter of precision."""
-        found = self._errors(choice, 0)
-        if max(found.values()) < 1:
-            return found
+        first = self._errors(choice, 0)
+        if max(first.values()) < 1:
+            return first
         others = [self._errors(choice, seed) for seed in range(1, SEEDS)]
-        return {name: statistics.median([value, *(o[name] for o in others)]) for name, value in found.items()}
+        return {name: statistics.median([value, *(o[name] for o in others)]) for name, value in first.items()}
 
     def _errors(self, choice: str, seed: int) -> dict[str, float]:
         architecture, path = self.architecture, kernels(self.architecture, choice)
@@ -194,23 +194,23 @@ class Trial:
             raise Wrong(f"{what}: two runs differ")
         return tuple(first)
 
-    def _error(self, what: str, found: Tensor, truth: Tensor) -> float:
+    def _error(self, what: str, actual: Tensor, truth: Tensor) -> float:
         """Relative error of the models whose weights are finite. Raises Wrong if the model with NaN weights has no NaN in its result."""
-        if found.shape != truth.shape:
-            raise Wrong(f"{what}: expected {list(truth.shape)}, got {list(found.shape)}")
-        if not bool(found[BROKEN].isnan().any()):
+        if actual.shape != truth.shape:
+            raise Wrong(f"{what}: expected {list(truth.shape)}, got {list(actual.shape)}")
+        if not bool(actual[BROKEN].isnan().any()):
             raise Wrong(f"{what}: a model whose weights are NaN got numbers")
         well = [j for j in range(K) if j != BROKEN]
-        if not bool(found[well].isfinite().all()):
+        if not bool(actual[well].isfinite().all()):
             raise Wrong(f"{what}: not finite for models whose weights are")
-        return float((found[well].double() - truth[well]).norm() / truth[well].norm().clamp(min=1e-30))
+        return float((actual[well].double() - truth[well]).norm() / truth[well].norm().clamp(min=1e-30))
 
-    def _gradient(self, what: str, found: Tensor, truth: Tensor) -> dict[str, float]:
-        self._error(f"{what} gradient", found, truth)
+    def _gradient(self, what: str, actual: Tensor, truth: Tensor) -> dict[str, float]:
+        self._error(f"{what} gradient", actual, truth)
         well = [j for j in range(K) if j != BROKEN]
         errors = {}
         for p in self.architecture.parameters:
-            a, b = found[well, p.offset : p.stop].double(), truth[well, p.offset : p.stop]
+            a, b = actual[well, p.offset : p.stop].double(), truth[well, p.offset : p.stop]
             errors[f"{what} {p.name}"] = float((a - b).norm() / b.norm().clamp(min=1e-30)) / bar(self.architecture, p.name, self.bars)
         return errors
 

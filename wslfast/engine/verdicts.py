@@ -105,9 +105,9 @@ class Verdict:
 
     def merged(self, other: Verdict) -> Verdict:
         """This one with the speeds of an earlier one at other sizes."""
-        mine = {bucket(s.k, s.n) for s in self.speeds}
-        kept = tuple(s for s in other.speeds if bucket(s.k, s.n) not in mine) if other.status == self.status == RIGHT else ()
-        return Verdict(self.status, self.reason, self.errors, self.speeds + kept)
+        sizes = {bucket(s.k, s.n) for s in self.speeds}
+        older = tuple(s for s in other.speeds if bucket(s.k, s.n) not in sizes) if other.status == self.status == RIGHT else ()
+        return Verdict(self.status, self.reason, self.errors, self.speeds + older)
 
 
 @dataclass(frozen=True)
@@ -141,9 +141,9 @@ def setting() -> str:
 def _driver() -> str:
     """The driver's version, as its own file or, where there is none, the CUDA version that it serves."""
     with suppress(OSError):
-        found = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", Path("/proc/driver/nvidia/version").read_text())
-        if found is not None:
-            return found[0]
+        match = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", Path("/proc/driver/nvidia/version").read_text())
+        if match is not None:
+            return match[0]
     ask = getattr(torch._C, "_cuda_getDriverVersion", None)
     return f"CUDA {ask()}" if ask is not None else "unknown"
 
@@ -155,8 +155,8 @@ def machine(index: int | None = None) -> Machine:
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         triton = "unknown"
-    here = torch.cuda.is_available()
-    name, capability = (torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)) if here else ("no GPU", (0, 0))
+    has_gpu = torch.cuda.is_available()
+    name, capability = (torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)) if has_gpu else ("no GPU", (0, 0))
     return Machine(name, f"{capability[0]}.{capability[1]}", _driver(), str(torch.__version__), triton, sources.digest())
 
 
@@ -180,9 +180,9 @@ _known: dict[Key, Verdict | None] = {}  # what this process has read or made
 
 def folder() -> Path:
     """Where verdicts are kept."""
-    own = os.environ.get("WSLFAST_CACHE")
-    if own:
-        return Path(own) / "kernels"
+    chosen = os.environ.get("WSLFAST_CACHE")
+    if chosen:
+        return Path(chosen) / "kernels"
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "wslfast" / "kernels"
 
@@ -289,19 +289,19 @@ def combined(verdicts: Sequence[Verdict | None]) -> Verdict:
     """One verdict for all processes of a job: right only if all are right, as fast as the slowest, unknown if one is unknown.
     The same on every process, whatever its own GPU is."""
     order = (WRONG, FAILED, UNKNOWN)
-    known = [v if v is not None else Verdict(UNKNOWN, "a process of this job has no verdict") for v in verdicts]
+    outcomes = [v if v is not None else Verdict(UNKNOWN, "a process of this job has no verdict") for v in verdicts]
     for status in order:
-        for verdict in known:
+        for verdict in outcomes:
             if verdict.status == status:
                 return Verdict(status, verdict.reason)
-    sizes = [(s.k, s.n) for s in known[0].speeds]
+    sizes = [(s.k, s.n) for s in outcomes[0].speeds]
     speeds = []
     for k, n in sizes:
-        of_all = [v.at(k, n) for v in known]
+        of_all = [v.at(k, n) for v in outcomes]
         if all(s is not None for s in of_all):
             worst = max((s for s in of_all if s is not None), key=lambda s: s.kernels_ms / s.torch_ms)
             speeds.append(Speed(k, n, worst.torch_ms, worst.kernels_ms, worst.choice))
-    return Verdict(RIGHT, known[0].reason, known[0].errors, tuple(speeds))
+    return Verdict(RIGHT, outcomes[0].reason, outcomes[0].errors, tuple(speeds))
 
 
 def describe(architecture: Architecture, precision: str, form: str, verdict: Verdict | None, k: int | None, n: int | None) -> str:

@@ -76,6 +76,11 @@ def accuracy(outputs: Tensor, labels: Tensor | None) -> Tensor:
     return torch.where(outputs.isfinite().all(-1).all(-1), right, 0.0)
 
 
+def accuracy_of_classes(classes: Tensor, labels: Tensor) -> Tensor:
+    """Share of images for which ``classes [k, n]`` of :func:`classes_of` are the labels ``[n]``; ``[k]`` float64 on the CPU."""
+    return (classes == labels.to(classes.device)).double().mean(1).cpu()
+
+
 @dataclass(frozen=True, eq=False)
 class Diversity:
     """Every pair of models of a set, once, ``[k (k - 1) / 2]`` float64 each.
@@ -121,7 +126,7 @@ def behavioral_novelty(classes: Tensor, others: Tensor) -> Tensor:
 def matched_rows(wanted: Tensor, available: Tensor) -> tuple[Tensor, Tensor]:
     """Distinct rows of ``available [m]`` whose values match ``wanted [k]`` as closely as they can, in total absolute difference.
 
-    For one number a row, the best assignment keeps the order of both, so a dynamic program over the sorted values finds it.
+    For one number per row, the best assignment keeps the order of both, so a dynamic program over the sorted values finds it.
 
     Returns:
         Rows of ``wanted`` (all, or an even sub-sample where there are more than m) and their partners in ``available``.

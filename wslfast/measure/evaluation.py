@@ -25,7 +25,7 @@ from ..tokens import layout
 from ..training import Run, load_run
 from ..training.hooks import LogTo, hook_of
 from ..zoo import Dataset, dataset_of, load_parts, read_manifest
-from ..zoo.manifest import MANIFEST
+from ..zoo.manifest import MANIFEST, SPLITS
 from .diversity import labels_of, outputs_of
 from .reconstruction import Reconstruction, compare
 from .recorded import check_recorded
@@ -130,16 +130,16 @@ def evaluate(
             :class:`~wslfast.training.hooks.LogHook`, the figures as a table.
 
     Returns:
-        Figures by variant (``"run"`` and the baselines): means over models of accuracy of original and reconstruction,
-        agreement with the own original and with others, the margin between them, identified, explained variance, masked L2, latent
-        numbers a model; medians and spreads beside them. Where there are no classes (coordinates, observations without labels) the
-        accuracies are None, and ``psnr`` says how near the outputs are. Of a zoo of several architectures, the means over all models, and
-        under ``architectures`` the figures of each.
+        Figures by variant (``"run"`` and the baselines), means over models: accuracy of original and of reconstruction, agreement with the
+        own original and with others' originals, the margin between the two, identified, explained variance, masked L2, latent numbers per
+        model; medians and spreads are beside them. Where there are no classes (coordinates, observations without labels) the accuracies
+        are None, and ``psnr`` says how near the outputs are. For a zoo of several architectures these are means over all models, and
+        ``architectures`` holds the figures of each one.
 
     Raises:
         WslfastError: unreadable run or zoo, an empty split.
     """
-    require(split in ("train", "val", "test"), f"split: expected train, val or test, got {split!r}")
+    require(split in SPLITS, f"split: expected train, val or test, got {split!r}")
     engine.check_backend(backend)
     with joined(device, patient=True) as (world, _):
         loaded = load_run(run, device=device)
@@ -150,8 +150,8 @@ def evaluate(
         collected = world.collected(own)
         each: dict[str, dict[str, Any]] = {}
         for label in own:
-            found = {name: figures for part in collected for name, figures in part[label].items()}
-            each[label] = {name: found[name] for name in ("run", *BASELINES) if name in found}
+            by_name = {name: figures for part in collected for name, figures in part[label].items()}
+            each[label] = {name: by_name[name] for name in ("run", *BASELINES) if name in by_name}
         results = Figures(next(iter(each.values())) if len(each) == 1 else by_architecture(each))
     if not world.writes:
         return results
@@ -195,14 +195,14 @@ def by_architecture(each: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict
     """Figures of a zoo of several architectures: of each variant the means over all models, and under ``architectures`` those of each."""
     results: dict[str, dict[str, Any]] = {}
     for variant in dict.fromkeys(name for figures in each.values() for name in figures):
-        own = {label: figures[variant] for label, figures in each.items() if variant in figures}
+        by_label = {label: figures[variant] for label, figures in each.items() if variant in figures}
         pooled: dict[str, Any] = {}
-        for name in dict.fromkeys(name for figures in own.values() for name in figures if name != "spread"):
-            known = [(f[name], f["n_models"]) for f in own.values() if isinstance(f.get(name), (int, float))]
+        for name in dict.fromkeys(name for figures in by_label.values() for name in figures if name != "spread"):
+            known = [(f[name], f["n_models"]) for f in by_label.values() if isinstance(f.get(name), (int, float))]
             counted = name in ("n_models", "non_finite", "non_finite_original")
             total = sum(count for _, count in known)
             pooled[name] = sum(v for v, _ in known) if counted else sum(v * c for v, c in known) / total if total else None
-        results[variant] = {**pooled, "architectures": own}
+        results[variant] = {**pooled, "architectures": by_label}
     return results
 
 
@@ -237,7 +237,7 @@ def _evaluated(
 def linear_baselines(
     train: Population, dataset: Dataset, latent: int, token_size: int = 0, seed: int = 0, only: Sequence[str] = BASELINES
 ) -> dict[str, LinearCodec]:
-    """The closed-form codes of a zoo with ``latent`` numbers a model: what any trained autoencoder has to beat; ``only`` some of them.
+    """The closed-form codes of a zoo with ``latent`` numbers per model: what any trained autoencoder has to beat; ``only`` some of them.
 
     See :func:`closed_form` for what they are. ``linear-metric`` and ``adaptive`` are left out where they do not fit the architecture.
     """
@@ -256,7 +256,7 @@ def closed_form(
     :mod:`wslfast.codes.adaptive`).
 
     Args:
-        latent: numbers a model, or as a float their share of the parameters.
+        latent: numbers per model, or as a float their share of the parameters.
         images: ``[n, *input_shape]`` that activations are on; None for ``linear`` and ``linear-views``.
     """
     sizes: dict[str, Any] = {"latent": latent, "token_size": token_size, "seed": seed}

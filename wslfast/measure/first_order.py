@@ -76,10 +76,10 @@ def error_directions(
     strong = basis if len(basis) < p else basis[: max(0, p - _TOP)]
     bottom = noise[2] - strong.T @ (strong @ noise[2])
     bottom = bottom - strong.T @ (strong @ bottom)  # twice is enough: what is left is exact to rounding
-    found = {"random": noise[1], "layer": layer, "top": top, "bottom": bottom}
+    named = {"random": noise[1], "layer": layer, "top": top, "bottom": bottom}
     if reconstructed is not None:
-        found["reconstruction"] = reconstructed.double() - weights.double()
-    return {name: v * (size / v.norm().clamp_min(1e-300)) for name, v in found.items()}
+        named["reconstruction"] = reconstructed.double() - weights.double()
+    return {name: v * (size / v.norm().clamp_min(1e-300)) for name, v in named.items()}
 
 
 @torch.no_grad()

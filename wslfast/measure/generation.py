@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import engine
-from ..errors import check_seed, logger, require
+from ..errors import check_positive, check_seed, logger, require
 from ..files import check_folder
 from ..population import Population
 from ..profiling import region
@@ -23,8 +23,8 @@ from ..zoo import Dataset, Split, dataset_of, load_zoo, read_manifest, save_zoo
 from ..zoo.build import fine_tune
 from ..zoo.manifest import KIND, MANIFEST
 from ..zoo.reading import dealt
-from ..zoo.source import dataset_record
-from .diversity import accuracy, answers, behavioral_novelty, classes_of, labels_of, nearest, outputs_of
+from ..zoo.trained_on import dataset_record
+from .diversity import accuracy, accuracy_of_classes, answers, behavioral_novelty, classes_of, labels_of, nearest, outputs_of
 from .evaluation import Code, decode, encode
 from .recorded import check_recorded
 from .sampling import SAMPLERS, bootstrapped, draw, subsampled
@@ -40,7 +40,7 @@ def val_accuracy(population: Population, data: Dataset) -> Tensor:
     labels = labels_of(data, "val", population.architecture)
     if labels is None:
         return torch.full((len(population),), float("nan"), dtype=torch.float64)
-    return (classes_of(population.weights, data.val_images, population.architecture).cpu() == labels.cpu()).double().mean(1)
+    return accuracy_of_classes(classes_of(population.weights, data.val_images, population.architecture), labels)
 
 
 def best_rows(value: Tensor, share: float) -> Tensor:
@@ -98,7 +98,7 @@ class Source:
         labels = labels_of(self.data, "test", self.train.architecture)
         if labels is None:
             return torch.full((len(self.train),), float("nan"), dtype=torch.float64)
-        return (self.train_classes == labels.to(self.train_classes.device)).double().mean(1).cpu()
+        return accuracy_of_classes(self.train_classes, labels)
 
     def outputs(self, weights: Tensor, split: str) -> Tensor:
         """Raw outputs ``[k, n, *out]`` on a split's images."""
@@ -134,7 +134,7 @@ class Source:
         Args:
             select: ``"none"``; ``"subsampled"``: the best of ``candidates`` by validation accuracy, best first; ``"bootstrapped"``:
                 that, ``rounds`` times over, the survivors being the next round's anchors.
-            candidates: draws a round; default: 4 a sample.
+            candidates: draws per round; default: 4 per sample.
         """
         require(select in SELECTIONS, f"select: expected one of {SELECTIONS}, got {select!r}")
         rated = select == "none" or labels_of(self.data, "val", self.train.architecture) is not None
@@ -189,15 +189,15 @@ def generate(
         device: where to run.
         backend: what runs the networks: ``"auto"``, ``"triton"`` or ``"torch"``.
         skip_bad: leave out shards of the zoo that are missing or damaged, with a count, instead of raising.
-        architecture: of a zoo of several architectures, which one (its label); by default the one that most training models are of.
-        split: of all models in ``out``: ``"test"``, as what :func:`evaluate` measures, ``"train"`` or ``"val"``; ``"drawn"``: dealt out to
-            all three, as what is trained on.
+        architecture: label of one of a zoo's several architectures; by default the one that most training models are of.
+        split: which split all models in ``out`` are in. ``"test"``: :func:`evaluate` measures them. ``"train"`` or ``"val"``. ``"drawn"``:
+            they are dealt out to all three, so that they can be trained on.
 
     Returns:
-        A population with, a model: ``epoch`` of fine-tuning (0: as decoded), ``anchor`` (the zoo's ``model`` it was drawn around) and
-        ``anchor_epoch`` (None where a sample has no one anchor), ``val_acc`` and ``test_acc`` on the zoo's data set, ``novelty``, the
-        L2 distance in weights to the nearest training model, and ``novelty_behavior``, the share of test images on which it differs
-        from the training model that is most like it. With ``finetune``, ``finetune + 1`` rows a sample.
+        A population, with ``finetune + 1`` rows per sample. Properties: ``epoch`` of fine-tuning (0: as decoded); ``anchor``, the zoo's
+        ``model`` that the sample was drawn around, and ``anchor_epoch`` (None where there is no single one); ``val_acc`` and ``test_acc``
+        on the zoo's data set; ``novelty``, the L2 distance in weights to the nearest training model; ``novelty_behavior``, the share of
+        test images on which it differs from the training model that is most like it.
 
     Raises:
         WslfastError: unreadable run or zoo, arguments out of range.
@@ -255,26 +255,26 @@ def generate_each(
     folder = str(zoo if zoo is not None else loaded.zoo)
     labels = training_architectures(folder)
     require(len(labels) > 0, lambda: f"{folder}: no row is in split 'train'{dealt('train')}")
-    made = {label: generate(loaded, zoo, architecture=label, split=split, **settings) for label in labels}
+    populations = {label: generate(loaded, zoo, architecture=label, split=split, **settings) for label in labels}
     if out is not None:
         left_out = ("out", "split", "architecture", "device", "skip_bad")
-        _store(out, made, loaded, folder, split, {n: v for n, v in given.items() if n not in left_out})
-    return made
+        _store(out, populations, loaded, folder, split, {n: v for n, v in given.items() if n not in left_out})
+    return populations
 
 
 def _check(given: Mapping[str, Any]) -> None:
     """Raise WslfastError for arguments of :func:`generate` that are out of range, before anything is loaded."""
     samples, bandwidth, finetune, candidates = (given[name] for name in ("samples", "bandwidth", "finetune", "candidates"))
-    require(isinstance(samples, int) and samples >= 1, f"samples: expected a positive integer, got {samples!r}")
+    check_positive("samples", samples)
     require(0 <= bandwidth < float("inf"), f"bandwidth: expected a non-negative number, got {bandwidth!r}")
     require(given["sampler"] in SAMPLERS, f"sampler: expected one of {SAMPLERS}, got {given['sampler']!r}")
     require(type(finetune) is int and finetune >= 0, f"finetune: expected a number of epochs >= 0, got {finetune!r}")
     check_seed(given["seed"])
     engine.check_backend(given["backend"])
-    drawn = candidates is None or (type(candidates) is int and candidates >= 1)
-    require(drawn, f"candidates: expected a positive integer, got {candidates!r}")
-    known = given["split"] in ("train", "val", "test", "drawn")
-    require(known, f"split: expected train, val, test or drawn, got {given['split']!r}")
+    if candidates is not None:
+        check_positive("candidates", candidates)
+    valid = given["split"] in ("train", "val", "test", "drawn")
+    require(valid, f"split: expected train, val, test or drawn, got {given['split']!r}")
 
 
 def training_architectures(zoo: str | Path) -> dict[str, int]:
@@ -307,8 +307,8 @@ def _store(out: str | Path, made: Mapping[str, Population], run: Run, folder: st
         (population,) = made.values()
         save_zoo(population, out, splits=drawn if split == "drawn" else [split] * len(population), provenance=provenance)
         return
-    own = ((p, drawn.assign(p.properties["model"]) if split == "drawn" else [split] * len(p)) for p in made.values())
-    save_zoo(made, out, splits=[name for _, names in own for name in names], provenance=provenance)
+    parts = ((p, drawn.assign(p.properties["model"]) if split == "drawn" else [split] * len(p)) for p in made.values())
+    save_zoo(made, out, splits=[name for _, names in parts for name in names], provenance=provenance)
 
 
 def _properties(source: Source, weights: Tensor, samples: int, of: Tensor | None) -> dict[str, tuple[Any, ...]]:

@@ -35,11 +35,11 @@ def accuracy_kept(results: Results, zoo: str) -> Verdict:
     """Median change in accuracy within 1 point, either way: a decoder that answers with one good network gains accuracy over weak
     originals."""
     changes = {v: results.mean(zoo, v, "accuracy_change") for v in _judged(results, zoo)}
-    known = {v: change for v, change in changes.items() if change is not None}
-    if not known:
+    measured = {v: change for v, change in changes.items() if change is not None}
+    if not measured:
         return Verdict()
-    who = min(known, key=lambda v: abs(known[v]))
-    return Verdict(who, known[who], met=abs(known[who]) <= 0.01)
+    who = min(measured, key=lambda v: abs(measured[v]))
+    return Verdict(who, measured[who], met=abs(measured[who]) <= 0.01)
 
 
 def agreement(results: Results, zoo: str) -> Verdict:
@@ -68,15 +68,15 @@ def small_agreement(results: Results, zoo: str) -> Verdict:
 def probe(results: Results, zoo: str) -> Verdict:
     """R2 of test accuracy of at least .95, or above weight statistics by more than the spread: of mean tokens, the published features,
     or of what decoded networks answer, whichever says more."""
-    found = []
+    scores = []
     for metric, features in (("probe_r2", "mean token"), ("probe_r2_decoded", "answers of decoded networks")):
         who = results.best(zoo, _judged(results, zoo), metric)
         value = results.mean(zoo, who, metric) if who else None
         if who and value is not None:
-            found.append((value, who, features, max([0.0, *results.value(zoo, who, metric, "spread")])))
-    if not found:
+            scores.append((value, who, features, max([0.0, *results.value(zoo, who, metric, "spread")])))
+    if not scores:
         return Verdict()
-    value, who, features, noise = max(found)
+    value, who, features, noise = max(scores)
     base = results.mean(zoo, STATISTICS, "probe_r2")
     return Verdict(who, value, base, value >= 0.95 or (base is not None and value > base + noise), features)
 
@@ -98,5 +98,5 @@ def new_models(results: Results, zoo: str) -> Verdict:
 
 def _judged(results: Results, zoo: str, share: float = SHARE) -> list[str]:
     """Runs and codes of at most that size. One that has collapsed reaches no goal, whatever its figures."""
-    kept = [v for v in results.variants(zoo, "run", "code") if not results.collapsed(zoo, v)]
-    return [v for v in kept if (results.mean(zoo, v, "latent_share") or 0) <= share]
+    candidates = [v for v in results.variants(zoo, "run", "code") if not results.collapsed(zoo, v)]
+    return [v for v in candidates if (results.mean(zoo, v, "latent_share") or 0) <= share]

@@ -124,7 +124,7 @@ def weight_statistics(weights: Tensor, architecture: Architecture) -> Tensor:
 
 
 def behavior_statistics(outputs: Tensor, consensus: Tensor) -> Tensor:
-    """What networks' answers on *unlabelled* images say of them, a few numbers a network.
+    """What networks' answers on *unlabelled* images say of them, a few numbers per network.
 
     Labels do not enter: how sure a network is, and how far it answers as the others do, tell its accuracy nearly as well. Where the outputs
     are those of networks decoded from latents, these are features of the latents, read through their decoder.
@@ -144,7 +144,7 @@ def behavior_statistics(outputs: Tensor, consensus: Tensor) -> Tensor:
         f"outputs: expected floating [k, n, K], got {describe(outputs)}",
     )
     fits = isinstance(consensus, Tensor) and consensus.shape == outputs.shape[1:] and consensus.is_floating_point()
-    require(fits, f"consensus: expected floating {list(outputs.shape[1:])} (one row an image), got {describe(consensus)}")
+    require(fits, f"consensus: expected floating {list(outputs.shape[1:])} (one row per image), got {describe(consensus)}")
     consensus = consensus.detach().to(outputs.device, torch.float64)
     rows = max(1, _ELEMENTS // outputs[0].numel()) if len(outputs) else 1
     return torch.cat([_answers(part, consensus) for part in outputs.detach().split(rows)])
@@ -211,7 +211,7 @@ def _clean(features: Any, target: Any, argument: str) -> tuple[Tensor, Tensor]:
     """Design matrix and float64 target of the models whose target is known (a model without one may have any features)."""
     require(isinstance(features, Tensor) and features.ndim == 2, f"{argument}: expected [m, d] features, got {describe(features)}")
     y = torch.as_tensor(target, dtype=torch.float64, device=features.device).detach()
-    require(y.shape == (len(features),), f"target: expected [{len(features)}] (one a model), got {describe(y)}")
+    require(y.shape == (len(features),), f"target: expected [{len(features)}] (one per model), got {describe(y)}")
     require(not bool(y.isinf().any()), "target: expected finite values or NaN, got an infinity")
-    kept = ~y.isnan()
-    return _design(features[kept], argument), y[kept]
+    labelled = ~y.isnan()
+    return _design(features[labelled], argument), y[labelled]

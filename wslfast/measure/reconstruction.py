@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..architecture import Architecture
 from ..behavior import batched_forward
-from ..errors import WslfastError, describe, require
+from ..errors import WslfastError, check_positive, describe, require
 from ..kernels.criteria import criterion_values
 
 Groups = Union[Sequence[Hashable], Tensor]
@@ -30,7 +30,7 @@ COLLAPSE = 0.01  # a mean margin below this is none
 
 @dataclass(frozen=True, eq=False)
 class Reconstruction:
-    """Originals against their reconstructions, one value a model (``[k]`` float64 on the CPU; NaN where undefined).
+    """Originals against their reconstructions, one value per model (``[k]`` float64 on the CPU; NaN where undefined).
 
     A *non-finite* reconstruction (a weight, or an output on any image, is NaN or infinite) is wrong on every image and
     agrees with nobody: accuracy, agreement, agreement_others and identified are 0; distances are NaN. Where the *original*
@@ -130,7 +130,7 @@ def compare(
     original, reconstructed = _check_weights(original, reconstructed, architecture)
     labels = None if labels is None else _check_labels(images, labels, architecture)
     _check_targets(targets, (len(original), len(images), *architecture.output_shape), original.device)
-    require(isinstance(block, int) and not isinstance(block, bool) and block > 0, f"block: expected a positive integer, got {block!r}")
+    check_positive("block", block)
     ids = _group_ids(groups, len(original)).to(original.device)
     # a surrounding autocast would blur the very differences that are measured
     with torch.no_grad(), torch.autocast(original.device.type, enabled=False):
@@ -243,10 +243,10 @@ def _nearest_outputs(
         )
         far += torch.cdist(r.flatten(1), o.flatten(1)).square()
     far = far.masked_fill(~finite_o, float("inf"))
-    own = ids.unsqueeze(1) == ids
-    nearest = own.gather(1, far.nan_to_num(float("inf")).argmin(1, keepdim=True)).squeeze(1).double()
+    same_group = ids.unsqueeze(1) == ids
+    nearest = same_group.gather(1, far.nan_to_num(float("inf")).argmin(1, keepdim=True)).squeeze(1).double()
     nearest = torch.where(far.isfinite().any(1) & reconstructed.isfinite().all(1), nearest, 0.0)
-    return torch.where((~own & finite_o).any(1), nearest, float("nan"))
+    return torch.where((~same_group & finite_o).any(1), nearest, float("nan"))
 
 
 def _agreement(
@@ -260,14 +260,14 @@ def _agreement(
         own_group = (ids[rows].unsqueeze(1) == ids) & finite_o
         other = ~own_group & finite_o
         count = other.sum(1)
-        own = (classes_r[rows] == classes_o[rows]).double().mean(1)
+        own_agreement = (classes_r[rows] == classes_o[rows]).double().mean(1)
         others = (matches * other).sum(1) / (count * n)  # 0 / 0 = NaN without others, as it should be
         best = (matches == matches.masked_fill(~finite_o, -1).amax(1, keepdim=True)) & finite_o
         identified = (best & own_group).sum(1).double() / best.sum(1)
         identified = torch.where(matches.amax(1) > 0, identified, 0.0)  # what agrees with nobody is not identified by a tie at 0
-        columns.append((own, others, torch.where(count > 0, identified, torch.full_like(identified, float("nan")))))
-    own, others, identified = (torch.cat(parts) for parts in zip(*columns))
-    return own, others, identified
+        columns.append((own_agreement, others, torch.where(count > 0, identified, torch.full_like(identified, float("nan")))))
+    own_agreement, others, identified = (torch.cat(parts) for parts in zip(*columns))
+    return own_agreement, others, identified
 
 
 def _matches(a: Tensor, b: Tensor, num_classes: int) -> Tensor:
@@ -284,26 +284,26 @@ def _matches(a: Tensor, b: Tensor, num_classes: int) -> Tensor:
 
 def _distances(original: Tensor, reconstructed: Tensor, finite_o: Tensor, block: int) -> tuple[Tensor, Tensor, float]:
     """L2 distance ``[k]``, the originals' norms ``[k]``, and their mean squared distance from their mean, in float64."""
-    kept = max(int(finite_o.sum()), 1)
+    count = max(int(finite_o.sum()), 1)
     norm, l2 = (torch.empty(len(original), dtype=torch.float64, device=original.device) for _ in range(2))
     total = torch.zeros(original.shape[1], dtype=torch.float64, device=original.device)
     for b in _blocks(len(original), block):  # float64 a block at a time: a copy of everything would cost three populations
         rows = original[b].double()
         norm[b], l2[b] = rows.norm(dim=1), (reconstructed[b] - rows).norm(dim=1)
         total += rows[finite_o[b]].sum(0)
-    mean = total / kept
-    energy = sum(float((original[b][finite_o[b]] - mean).square().sum()) for b in _blocks(len(original), block)) / kept
+    mean = total / count
+    energy = sum(float((original[b][finite_o[b]] - mean).square().sum()) for b in _blocks(len(original), block)) / count
     return l2, norm, energy
 
 
 def spread_of(values: Tensor) -> dict[str, float | None]:
     """Mean, median, std (of a sample; None for one value) and 20th and 80th percentile of the values that are defined."""
-    kept = values[values.isfinite()]
-    if len(kept) == 0:
+    finite = values[values.isfinite()]
+    if len(finite) == 0:
         return dict.fromkeys(_SPREAD)
-    low, middle, high = torch.quantile(kept, torch.tensor([0.2, 0.5, 0.8], dtype=kept.dtype)).tolist()
-    std = float(kept.std()) if len(kept) > 1 else None
-    return dict(zip(_SPREAD, (float(kept.mean()), middle, std, low, high)))
+    low, middle, high = torch.quantile(finite, torch.tensor([0.2, 0.5, 0.8], dtype=finite.dtype)).tolist()
+    std = float(finite.std()) if len(finite) > 1 else None
+    return dict(zip(_SPREAD, (float(finite.mean()), middle, std, low, high)))
 
 
 # -- validation --------------------------------------------------------------------------------------------------------
@@ -328,7 +328,7 @@ def _check_labels(images: Any, labels: Any, architecture: Architecture) -> Tenso
     require(some, f"images: expected [n, ...] with n >= 1, got {describe(images)}")
     require(
         isinstance(labels, Tensor) and labels.shape == (len(images),) and not labels.is_floating_point() and not labels.is_complex(),
-        f"labels: expected integers [{len(images)}] (one an image), got {describe(labels)}",
+        f"labels: expected integers [{len(images)}] (one per image), got {describe(labels)}",
     )
     low, high = int(labels.min()), int(labels.max())
     top = architecture.num_classes - 1
@@ -347,7 +347,7 @@ def _group_ids(groups: Groups | None, k: int) -> Tensor:
     if groups is None:
         return torch.arange(k)
     values = groups.flatten().tolist() if isinstance(groups, Tensor) else list(groups)
-    require(len(values) == k, f"groups: expected {k} model ids (one a row), got {len(values)}")
+    require(len(values) == k, f"groups: expected {k} model ids (one per row), got {len(values)}")
     missing = [j for j, v in enumerate(values) if v is None or (isinstance(v, float) and math.isnan(v))]
     require(not missing, f"groups: rows {missing[:10]} have no model id")
     first: dict[Hashable, int] = {}

@@ -49,7 +49,7 @@ def refine(
 ) -> Tensor:
     """Latents ``[k, T, W]`` of rows of weights ``[k, P]``, refined on ``images [n, *input_shape]``.
 
-    Every model is refined on its own (Adam, ``queries`` of the images a step, the rate falling along a cosine to zero), ``block`` of
+    Every model is refined on its own (Adam, ``queries`` of the images per step, the rate falling along a cosine to zero), ``block`` of
     them at a time. A quarter of the images is kept back: a model whose refined latent is not better on them keeps the encoder's.
 
     Args:
@@ -78,10 +78,10 @@ def refine(
             if steps == 0:
                 parts.append(start)
                 continue
-            found = _descended(code, part, start, taught, draws, lr, criterion)
+            refined = _descended(code, part, start, taught, draws, lr, criterion)
             targets = batched_forward(part, kept_back, architecture)
-            before, after = (_loss(decode(code, z), kept_back, architecture, targets, criterion) for z in (start, found))
-            parts.append(torch.where((after < before)[:, None, None], found, start))
+            before, after = (_loss(decode(code, z), kept_back, architecture, targets, criterion) for z in (start, refined))
+            parts.append(torch.where((after < before)[:, None, None], refined, start))
         return torch.cat(parts)
 
 

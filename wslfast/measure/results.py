@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..errors import WslfastError, require
 from ..files import json_ready, write_text
+from ..zoo.importers.tables import number_of
 from .reconstruction import collapse, spread_of
 
 SCHEMA = 1
@@ -75,15 +76,15 @@ def column_of(metric: str) -> str:
 
 
 def figures(values: Tensor) -> Figures:
-    """Median, mean and standard deviation of the defined values of a metric, one a model."""
+    """Median, mean and standard deviation of the defined values of a metric, one per model."""
     s = spread_of(values.double().cpu())
     return s["median"], s["mean"], s["std"]
 
 
 def single(value: float, spread: float | None = None) -> Figures:
     """The figures of a metric that is one number."""
-    known = value if math.isfinite(value) else None
-    return known, known, spread
+    finite = value if math.isfinite(value) else None
+    return finite, finite, spread
 
 
 def fingerprint(*parts: Any) -> str:
@@ -287,7 +288,7 @@ def from_csv(path: Path, expected: Sequence[str] = (), *, names: Sequence[str] =
         raise WslfastError(f"{path}: not a CSV table: {error}") from None
     missing = [c for c in expected if table and c not in table[0]]
     require(not missing, f"{path}: columns {missing} are missing; expected {','.join(expected)}")
-    return [{name: cell or None if name in names else _value(cell) for name, cell in row.items()} for row in table]
+    return [{name: cell or None if name in names else number_of(cell or "") for name, cell in row.items()} for row in table]
 
 
 def update_csv(path: Path, columns: Sequence[str], rows: Sequence[Row], key: Sequence[str]) -> None:
@@ -301,16 +302,6 @@ def _cell(value: Any) -> str:
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return ""
     return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def _value(cell: str | None) -> Any:
-    for kind in (int, float):
-        try:
-            number = kind(cell or "")
-        except ValueError:
-            continue
-        return number if math.isfinite(number) else None
-    return cell or None
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import describe, require
+from ..errors import check_positive, describe, require
 
 MODES = ("joint", "token", "individual")
 SAMPLERS = (*MODES, "uniform", "neighbours")
@@ -154,7 +154,7 @@ def bootstrapped(
 
     (The published loop returns its first survivors unsorted, so not the best; here the last round's are sorted like any.)
     """
-    require(isinstance(rounds, int) and rounds >= 1, f"rounds: expected a positive integer, got {rounds!r}")
+    check_positive("rounds", rounds)
     # survivors grow alike; the kernel keeps the first anchors' unit, so that it does not shrink with them
     scale = anchors.std(0, unbiased=False)
     settings: dict[str, Any] = {"sampler": sampler, "bandwidth": bandwidth, "scale": scale, "candidates": candidates}

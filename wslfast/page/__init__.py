@@ -11,7 +11,7 @@ from ..errors import WslfastError
 from ..files import write_text
 from ..measure.results import Results, read_results
 from ..training.hooks import LogTo, hook_of
-from . import drawing, extras, figures, outputs, published, tables
+from . import analysis, drawing, figures, psnr, published, tables
 from .finding import MANY, headline, joined, named, small_samples, title
 from .html import beside, document, figure, note, number, percent, section
 
@@ -72,9 +72,9 @@ class Inline:
 
 def pictures(results: Results) -> dict[str, bytes]:
     """The page's figures by name (``"digits/overview"``), as PNG files. Raises WslfastError if matplotlib is missing."""
-    with drawing.collected() as found:
+    with drawing.collected() as collected:
         render(results)
-    return found
+    return collected
 
 
 def render(results: Results) -> str:
@@ -89,8 +89,8 @@ def render(results: Results) -> str:
         _generation(results),
         _maps(results),
         _training(results),
-        extras.ablations(results),
-        extras.gradients(results),
+        analysis.ablations(results),
+        analysis.gradients(results),
     ]
     several = len(results.zoos) > MANY
     topic = "Weight-space autoencoders on " + (f"{len(results.zoos)} zoos" if several else joined(results.zoos))
@@ -121,7 +121,7 @@ def _reconstruction(results: Results) -> str:
     def parts(zoo: str) -> list[str]:
         colors = figures.palette(results, zoo)
         if results.measure(zoo) == "psnr":
-            return outputs.parts(results, zoo, colors)
+            return psnr.parts(results, zoo, colors)
         code = results.best(zoo, results.variants(zoo, "code"), "agreement")
         shown = [*results.trained(zoo)[:4], *([code] if code else [])]
         return [
@@ -165,10 +165,10 @@ def _probes(results: Results) -> str:
     if not any(shown):
         return ""
     titles = {"R2 of test accuracy": "probe_r2", "R2 of the generalisation gap": "probe_r2_ggap"}
-    theirs = {"probe_r2": published.PROBE_ACCURACY, "probe_r2_ggap": published.PROBE_GGAP}
+    paper_figures = {"probe_r2": published.PROBE_ACCURACY, "probe_r2_ggap": published.PROBE_GGAP}
     extra = {"untrained": "untrained-"}
     paper = _beside_the_paper(
-        *((title, tables.side_by_side(results, m, theirs[m], number, extra=extra)) for title, m in titles.items()),
+        *((title, tables.side_by_side(results, m, paper_figures[m], number, extra=extra)) for title, m in titles.items()),
         text="Its repeats of one setting differ by .03 on SVHN and .01 on the others.",
     )
     lead = "Ridge regression from a model's latents to what is known of it: fitted on training models, penalty chosen on validation models."
@@ -208,7 +208,7 @@ def _generation(results: Results) -> str:
 def _maps(results: Results) -> str:
     def parts(zoo: str) -> list[str]:
         run = results.best_run(zoo)
-        caption = f"{named(run or '')}: one mark a model, its mean latent token on the two directions in which these vary most."
+        caption = f"{named(run or '')}: one mark per model, its mean latent token on the two directions in which these vary most."
         return [figure(figures.latent_map(results, zoo, run), caption, narrow=True)] if run else []
 
     return section("Latent maps", *_by_zoo(results, parts))

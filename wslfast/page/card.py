@@ -111,7 +111,7 @@ def _facts(summary: Mapping[str, Any]) -> list[Sequence[Any]]:
         for name, own in summary["architectures"].items():
             rows.append((f"architecture {name}", f"{own['models']:,} models, {own['weights_per_model']:,} weights"))
     else:
-        rows.append(("architecture", f"{summary['architecture']}, {summary['weights_per_model']:,} weights a model"))
+        rows.append(("architecture", f"{summary['architecture']}, {summary['weights_per_model']:,} weights per model"))
     rows += [("input", " x ".join(map(str, shape)))] if isinstance(shape, (list, tuple)) else []
     rows += [("splits, by model", ", ".join(f"{name} {s['models']:,}" for name, s in summary["splits"].items() if s["models"]))]
     rows += [("epochs kept", ", ".join(map(str, summary["epochs"])))] if summary["epochs"] else []

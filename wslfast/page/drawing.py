@@ -70,10 +70,10 @@ _pictures: ContextVar[dict[str, bytes] | None] = ContextVar("pictures", default=
 @contextmanager
 def collected() -> Iterator[dict[str, bytes]]:
     """The figures that are drawn in the block, as PNG by name; their SVG is left empty."""
-    found: dict[str, bytes] = {}
-    token = _pictures.set(found)
+    pictures: dict[str, bytes] = {}
+    token = _pictures.set(pictures)
     try:
-        yield found
+        yield pictures
     finally:
         _pictures.reset(token)
 
@@ -91,10 +91,10 @@ def sheet(height: float, width: float = _WIDTH, *, name: str = "figure") -> Iter
 
 
 def _drawn(figure: Figure, name: str) -> str:
-    found = _pictures.get()
-    if found is None:
+    pictures = _pictures.get()
+    if pictures is None:
         return to_svg(figure)
-    found[name] = to_png(figure)
+    pictures[name] = to_png(figure)
     return "<svg></svg>"
 
 
@@ -154,16 +154,16 @@ def histogram(axes: Axes, values: Sequence[float], color: str, filled: bool) -> 
 
 def errors(axes: Axes, points: Sequence[tuple[Any, float | None, float | None]], color: str, label: str, unit: float = 1.0) -> None:
     """Points with their spread over seeds where there is one, joined by a line; points without a value are left out."""
-    known = [(x, y, s) for x, y, s in points if y is not None and math.isfinite(y)]
-    if not known:
+    finite = [(x, y, s) for x, y, s in points if y is not None and math.isfinite(y)]
+    if not finite:
         return
-    xs, ys = [x for x, _, _ in known], [unit * y for _, y, _ in known]
-    bars = [unit * (s or 0.0) for _, _, s in known]
+    xs, ys = [x for x, _, _ in finite], [unit * y for _, y, _ in finite]
+    bars = [unit * (s or 0.0) for _, _, s in finite]
     axes.errorbar(xs, ys, bars, color=color, label=label, fmt="o-", markersize=4, linewidth=1.3, elinewidth=1.0)
 
 
 def training_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]], palette: Mapping[str, str], *, name: str = "training") -> str:
-    """Loss parts over steps, one panel a part, one line a variant; empty if no record holds a loss."""
+    """Loss parts over steps, one panel per part, one line per variant; empty if no record holds a loss."""
     parts = [key for key in _PARTS if any(_series(records, key)[0] for records in curves.values())]
     if not parts:
         return ""
@@ -189,7 +189,7 @@ def training_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]], palette: 
 
 
 def scatter_map(xy: np.ndarray, share: Sequence[float], level: np.ndarray, groups: Sequence[str], *, name: str = "map") -> str:
-    """Models at ``xy [k, 2]`` whose axes hold ``share`` per cent of variance, coloured by ``level [k]`` per cent, one marker a group."""
+    """Models at ``xy [k, 2]`` whose axes hold ``share`` per cent of variance, coloured by ``level [k]`` per cent, one marker per group."""
     with sheet(4.4, width=7.4, name=name) as (figure, svg):
         axes = figure.subplots()
         for mark, group in zip(_MARKERS * len(groups), dict.fromkeys(groups)):
@@ -233,8 +233,8 @@ def _decades(axes: Axes) -> None:
 
 def _color_scale(level: np.ndarray) -> dict[str, Any]:
     """Colour limits that a few broken models cannot stretch: the 2nd percentile up."""
-    known = level[np.isfinite(level)]
-    if len(known) == 0:
+    finite = level[np.isfinite(level)]
+    if len(finite) == 0:
         return {"cmap": "viridis", "vmin": 0.0, "vmax": 100.0}
-    low, high = float(np.quantile(known, 0.02)), float(known.max())
+    low, high = float(np.quantile(finite, 0.02)), float(finite.max())
     return {"cmap": "viridis", "vmin": min(low, high - 1.0), "vmax": high, "plotnonfinite": True}

@@ -49,9 +49,9 @@ def placed(results: Results, zoo: str, metric: str) -> list[tuple[float, str]]:
     """A height for each variant that has the metric, a gap between kinds."""
     places, y = [], 0.0
     for members in grouped(results, zoo).values():
-        known = [v for v in members if results.value(zoo, v, metric)]
-        places += [(y + i, v) for i, v in enumerate(known)]
-        y += len(known) + (0.6 if known else 0)
+        measured = [v for v in members if results.value(zoo, v, metric)]
+        places += [(y + i, v) for i, v in enumerate(measured)]
+        y += len(measured) + (0.6 if measured else 0)
     return places
 
 
@@ -78,25 +78,25 @@ def overview(results: Results, zoo: str, colors: Mapping[str, str]) -> str:
 
 
 def histograms(results: Results, zoo: str, variants: Sequence[str], colors: Mapping[str, str]) -> str:
-    """A column a variant: agreement with own (outline) and others' (grey) above, accuracy after (outline) and before (grey) below."""
-    kept = [v for v in variants if results.table("models", zoo, v)][:6]
-    if not kept:
+    """A column per variant: agreement with own (outline) and others' (grey) above, accuracy after (outline) and before (grey) below."""
+    shown = [v for v in variants if results.table("models", zoo, v)][:6]
+    if not shown:
         return ""
     with sheet(4.0, name=f"{zoo}/histograms") as (figure, svg):
-        grid = figure.subplots(2, max(4, len(kept)), sharex=True, sharey="row", squeeze=False)
+        grid = figure.subplots(2, max(4, len(shown)), sharex=True, sharey="row", squeeze=False)
         for axes in grid.flat:
             axes.set_visible(False)
         pairs = (
             ("agreement_others", "agreement", "agreement (% of images)"),
             ("accuracy_original", "accuracy_reconstructed", "accuracy (%)"),
         )
-        for at, variant in enumerate(kept):
-            own = results.table("models", zoo, variant)
+        for at, variant in enumerate(shown):
+            rows = results.table("models", zoo, variant)
             for row, (grey, hue, label) in enumerate(pairs):
                 axes = grid[row, at]
                 axes.set_visible(True)
-                histogram(axes, column(own, grey), ORIGINAL, filled=True)
-                histogram(axes, column(own, hue), colors.get(variant, INK), filled=False)
+                histogram(axes, column(rows, grey), ORIGINAL, filled=True)
+                histogram(axes, column(rows, hue), colors.get(variant, INK), filled=False)
                 axes.set_xlim(0, 100)
                 axes.set_xticks(range(0, 101, 25))
                 axes.tick_params(labelbottom=True)
@@ -111,8 +111,8 @@ def probes(results: Results, zoo: str, colors: Mapping[str, str]) -> str:
     """R2 of every probe on test models, with the standard deviation over resamples of them (or over seeds)."""
     places = placed(results, zoo, "probe_r2")
     variants, bottom = [v for _, v in places], max([y for y, _ in places], default=0.0)
-    known = {"": "test accuracy", "_decoded": "the same, decoded", "_ggap": "generalisation gap", "_epoch": "epoch"}
-    targets = [(f"probe_r2{m}", t) for m, t in known.items() if any(results.value(zoo, v, f"probe_r2{m}") for v in variants)]
+    titles = {"": "test accuracy", "_decoded": "the same, decoded", "_ggap": "generalisation gap", "_epoch": "epoch"}
+    targets = [(f"probe_r2{m}", t) for m, t in titles.items() if any(results.value(zoo, v, f"probe_r2{m}") for v in variants)]
     if not targets:
         return ""
     with sheet(0.9 + 0.29 * (bottom + 1), name=f"{zoo}/probes") as (figure, svg):
@@ -147,12 +147,12 @@ def generation(results: Results, zoo: str, colors: Mapping[str, str]) -> str:
         ("zoo: anchors", column(results.table("samples", zoo, "zoo"), "test_acc"), SOFT),
     ]
     for v in runs:
-        own = results.table("samples", zoo, v)
-        last = max((r["epoch"] for r in own if r["set"] == "finetuned"), default=None)
+        rows = results.table("samples", zoo, v)
+        last = max((r["epoch"] for r in rows if r["set"] == "finetuned"), default=None)
         strips.append((f"{v}: reconstructed", column(results.table("models", zoo, v), "accuracy_reconstructed"), colors[v]))
-        strips.append((f"{v}: generated", column([r for r in own if r["set"] == "generated"], "test_acc"), colors[v]))
+        strips.append((f"{v}: generated", column([r for r in rows if r["set"] == "generated"], "test_acc"), colors[v]))
         if last is not None:
-            strips.append((f"{v}: fine-tuned", column([r for r in own if r["epoch"] == last], "test_acc"), colors[v]))
+            strips.append((f"{v}: fine-tuned", column([r for r in rows if r["epoch"] == last], "test_acc"), colors[v]))
     with sheet(max(3.4, 0.8 + 0.3 * len(strips)), name=f"{zoo}/generation") as (figure, svg):
         left, middle, right = figure.subplots(1, 3, width_ratios=(1.25, 1.0, 0.8))
         for y, (_, values, color) in enumerate(strips):
@@ -227,7 +227,7 @@ def _finetuning(axes: Axes, results: Results, zoo: str, runs: Sequence[str], col
 
 
 def latent_map(results: Results, zoo: str, variant: str) -> str:
-    """Mean-token latents on two principal components, coloured by accuracy, one mark a split."""
+    """Mean-token latents on two principal components, coloured by accuracy, one mark per split."""
     rows = [r for r in results.table("latents", zoo, variant, first_seed=True) if None not in (r["x"], r["y"])]
     if len(rows) < 3:
         return ""
@@ -244,7 +244,7 @@ def training(results: Results, zoo: str, colors: Mapping[str, str]) -> str:
 
 
 def against_beta(results: Results) -> str:
-    """Agreement, and diversity of new models, against beta; one line a zoo and choice of gamma."""
+    """Agreement, and diversity of new models, against beta; one line per zoo and choice of gamma."""
     series: dict[str, list[tuple[float, str, str]]] = {}
     for zoo in results.zoos:
         for variant in results.trained(zoo):

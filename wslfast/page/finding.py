@@ -53,14 +53,14 @@ def headline(results: Results) -> str:
         codes = [v for v in results.variants(zoo, "code") if share is None or (results.mean(zoo, v, "latent_share") or 0) <= share + 0.005]
         structure = [v for v in runs if v != run and results.losses(zoo, v) and "B" not in results.losses(zoo, v)]
         others = {"structure alone": results.best(zoo, structure, measure), "best closed form": results.best(zoo, codes, measure)}
-        known = [] if identified is None else [f"{percent(identified)} % identified"]
+        words = [] if identified is None else [f"{percent(identified)} % identified"]
         value = {v: worth(measure, results.mean(zoo, v, measure)) for v in (run, *others.values()) if v}
         networks = test_networks(results, zoo)
         few = [f"{networks} test networks, a small sample"] if networks is not None and networks < SMALL else []
         fallen = bool(results.collapsed(zoo, run))
         if alone:
             size = f" at {100 * share:.0f} % of the numbers" if share else ""
-            about = f" ({', '.join(known + few)})" if known + few else ""
+            about = f" ({', '.join(words + few)})" if words + few else ""
             without, code = others.values()
             to = "to" if measure == "psnr" else "on"
             rest = f"; by {named(without)}, without behavior, {to} {value[without]}" if without else ""
@@ -75,22 +75,22 @@ def headline(results: Results) -> str:
                 )
                 return f"On {zoo}, {first} as with their own ({value[run]}{', ' + few[0] if few else ''}){rest}."
             return f"On {zoo}, reconstructions by {named(run)} agree with their originals on {value[run]} of images{size}{about}{rest}."
-        known += [f"{named(run)} has collapsed: as much agreement with other models' originals"] if fallen else []
-        known += [f"{what} {value[v]}" for what, v in others.items() if v] + few
-        parts.append(f"{value[run]} {'PSNR' if measure == 'psnr' else 'of images'} on {zoo}" + (f" ({'; '.join(known)})" if known else ""))
+        words += [f"{named(run)} has collapsed: as much agreement with other models' originals"] if fallen else []
+        words += [f"{what} {value[v]}" for what, v in others.items() if v] + few
+        parts.append(f"{value[run]} {'PSNR' if measure == 'psnr' else 'of images'} on {zoo}" + (f" ({'; '.join(words)})" if words else ""))
     return f"Agreement of reconstructions with their originals: {joined(parts)}." if parts else "Nothing was evaluated yet."
 
 
 def common_run(results: Results) -> tuple[str | None, dict[str, float]]:
     """The run that is on most zoos, of several the one with the highest mean, and its value on each zoo by the zoo's own measure."""
-    found: dict[str, dict[str, float]] = {}
+    values: dict[str, dict[str, float]] = {}
     for zoo in results.zoos:
         for run in results.trained(zoo):
             value = results.mean(zoo, run, results.measure(zoo))
             if value is not None:
-                found.setdefault(run, {})[zoo] = value
-    best = max(found, key=lambda run: (len(found[run]), statistics.fmean(found[run].values())), default=None)
-    return best, found.get(best or "", {})
+                values.setdefault(run, {})[zoo] = value
+    best = max(values, key=lambda run: (len(values[run]), statistics.fmean(values[run].values())), default=None)
+    return best, values.get(best or "", {})
 
 
 def _of_many(results: Results) -> str:
@@ -126,8 +126,8 @@ def small_samples(results: Results) -> str:
             continue
         classes = results.measure(zoo) == "agreement"
         error = _standard_error(results.table("models", zoo, run, first_seed=True)) if run and classes else None
-        known = "" if error is None else f", so that the agreement of {named(str(run))} is known to about ±{200 * error:.1f} points"
-        sentences.append(f"{zoo} has {networks} test network{'s' if networks != 1 else ''}{known}")
+        uncertainty = "" if error is None else f", so that the agreement of {named(str(run))} is known to about ±{200 * error:.1f} points"
+        sentences.append(f"{zoo} has {networks} test network{'s' if networks != 1 else ''}{uncertainty}")
     if not sentences:
         return ""
     text = "; ".join(sentences[:MANY]) + (f"; and {len(sentences) - MANY} more have few" if len(sentences) > MANY else "")

@@ -156,11 +156,11 @@ def figure(svg: str, caption: str, narrow: bool = False) -> str:
 
 def section(heading: str, *parts: str, lead: str = "") -> str:
     """A section of the parts that are not empty, or nothing."""
-    kept = [p for p in parts if p]
-    if not kept:
+    filled = [p for p in parts if p]
+    if not filled:
         return ""
     opening = f'<p class="lead">{lead}</p>' if lead else ""
-    return f"<section><h2>{escape(heading)}</h2>{opening}{''.join(kept)}</section>"
+    return f"<section><h2>{escape(heading)}</h2>{opening}{''.join(filled)}</section>"
 
 
 def document(title: str, topic: str, headline: str, body: str, facts: Mapping[str, str]) -> str:

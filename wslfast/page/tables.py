@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from html import escape
 from typing import Any
 
@@ -43,8 +44,8 @@ def by_kind(results: Results, zoo: str, metric: str, columns: int, line: Callabl
     """A line for each variant that has the metric, under a heading for each kind."""
     rows = []
     for kind, members in grouped(results, zoo).items():
-        own = [line(v) for v in members if results.value(zoo, v, metric)]
-        rows += [f'<tr class="group"><th colspan="{columns}">{KINDS[kind]}</th></tr>', *own] if own else []
+        lines = [line(v) for v in members if results.value(zoo, v, metric)]
+        rows += [f'<tr class="group"><th colspan="{columns}">{KINDS[kind]}</th></tr>', *lines] if lines else []
     return rows
 
 
@@ -172,19 +173,14 @@ def _reconstruction_row(results: Results, zoo: str, variant: str, palette: Mappi
     def get(metric: str) -> float | None:
         return results.mean(zoo, variant, metric)
 
-    def both(metric: str, shown: Callable[..., str] = percent, **options: Any) -> str:
-        value, spread = results.over_seeds(zoo, variant, metric)
-        return cell(shown(value, **options), plus_minus(spread, shown))
-
-    numbers, share = get("latent_numbers"), get("latent_share")
-    latent = cell(number(numbers, 0), f"{100 * share:.0f} % of weights" if share is not None else "") if numbers else cell(DASH)
+    both = partial(figure_cell, results, zoo, variant)
     seeds = len(results.value(zoo, variant, "agreement"))
     small = str(about.get("baseline") or settings(about)) + (f"; {seeds} seeds" if seeds > 1 else "")
     broken = sum(results.value(zoo, variant, "non_finite"))
     lost = f"{number(broken, 0)} reconstruction{'s' if broken > 1 else ''} not finite: wrong everywhere" if broken else ""
     small = "; ".join(filter(None, (small, results.collapsed(zoo, variant), lost)))
     cells = (
-        latent,
+        latent_cell(results, zoo, variant),
         both("agreement"),
         both("agreement_others"),
         both("agreement_margin"),
@@ -196,6 +192,18 @@ def _reconstruction_row(results: Results, zoo: str, variant: str, palette: Mappi
         both("softmax_l2", shown=number),
     )
     return f"<tr>{row_head(variant, palette.get(variant), small)}{''.join(cells)}</tr>"
+
+
+def latent_cell(results: Results, zoo: str, variant: str) -> str:
+    """The cell with a variant's latent numbers and their share of the parameters."""
+    numbers, share = (results.mean(zoo, variant, name) for name in ("latent_numbers", "latent_share"))
+    return cell(number(numbers, 0), f"{100 * share:.0f} % of weights" if share is not None else "") if numbers else cell(DASH)
+
+
+def figure_cell(results: Results, zoo: str, variant: str, metric: str, shown: Callable[..., str] = percent, **options: Any) -> str:
+    """The cell with a metric's mean over seeds, and its spread in small print."""
+    value, spread = results.over_seeds(zoo, variant, metric)
+    return cell(shown(value, **options), plus_minus(spread, shown))
 
 
 def settings(about: Mapping[str, Any]) -> str:
@@ -234,9 +242,9 @@ def side_by_side(
     rows, told = [], set()
     for label, losses, by_zoo in lines:
         cells = [cell(shown(results.mean(z, by_zoo[z], metric)) if z in by_zoo else DASH) for z in ours]
-        theirs = paper.get(losses, (None, None, None)) if losses not in told else (None, None, None)
+        paper_values = paper.get(losses, (None, None, None)) if losses not in told else (None, None, None)
         told.add(losses)
-        cells += [cell(shown(v), kind="paper") for v in theirs]
+        cells += [cell(shown(v), kind="paper") for v in paper_values]
         rows.append(f"<tr>{row_head(label)}{''.join(cells)}</tr>")
     return _with_paper("Losses", ours, rows)
 
@@ -333,9 +341,8 @@ def probe_table(results: Results, zoo: str, palette: Mapping[str, str]) -> str:
     names = [("Features", ""), *((f"R2 of {what}", "mean token") for _, what in targets), *(("R2 of test accuracy", w) for _, w in more)]
 
     def line(variant: str) -> str:
-        figures = (results.over_seeds(zoo, variant, metric) for metric, _ in (*targets, *more))
         small = str(results.about(zoo, variant).get("baseline") or "")
-        cells = "".join(cell(number(value), plus_minus(spread, number)) for value, spread in figures)
+        cells = "".join(figure_cell(results, zoo, variant, metric, number) for metric, _ in (*targets, *more))
         return f"<tr>{row_head(variant, palette.get(variant), small)}{cells}</tr>"
 
     rows = by_kind(results, zoo, "probe_r2", len(names), line)
@@ -343,7 +350,7 @@ def probe_table(results: Results, zoo: str, palette: Mapping[str, str]) -> str:
 
 
 def ablation_table(figures: Mapping[str, Mapping[str, OverSeeds]], metrics: Sequence[tuple[str, str, str]]) -> str:
-    """One ablation: a row a variant, mean over seeds ± their standard deviation; metrics are (name, heading, unit)."""
+    """One ablation: a row per variant, mean over seeds ± their standard deviation; metrics are (name, heading, unit)."""
     lines = []
     for variant, own in figures.items():
         cells, seeds = [], max((count for *_, count in own.values()), default=0)

@@ -40,10 +40,10 @@ class Part:
 
     def source(self, permutations: Permutations) -> Tensor:
         """``[k, R]``: where along the axis what comes to each place is read from."""
-        found = self.base
+        index = self.base
         for i, (group, stride) in enumerate(zip(self.groups, self.strides, strict=True)):
-            found = found + permutations[group].index_select(1, self.channels[:, i]) * stride
-        return self.at[found]
+            index = index + permutations[group].index_select(1, self.channels[:, i]) * stride
+        return self.at[index]
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,10 @@ class Axis:
         if len(self.parts) == 1 and len(self.parts[0].places) == self.size:
             return self.parts[0].source(permutations)
         k, device = len(permutations[0]), permutations[0].device
-        found = torch.arange(self.size, device=device).repeat(k, 1)
+        index = torch.arange(self.size, device=device).repeat(k, 1)
         for part in self.parts:
-            found[:, part.places] = part.source(permutations)
-        return found
+            index[:, part.places] = part.source(permutations)
+        return index
 
 
 @dataclass(frozen=True, eq=False)

@@ -95,16 +95,16 @@ class _Follower(LayerRules):
         """The value of a node, or a tuple of them."""
         form, name = TABLE[node.operation].form, node.operation
         given = {key: substitute(value, self.values.__getitem__, 1) for key, value in node.arguments}
-        made: Any = None
+        result: Any = None
         if form == "identity":
-            made = given["input"]
+            result = given["input"]
         elif form == "getitem":
-            made = given["self"][given["index"]]
+            result = given["self"][given["index"]]
         elif name in _MOVES or name in _APART or (name in _BY_CONSTANTS and self._constant_index(node)):
-            made = self._move(node)
+            result = self._move(node)
         elif (rule := getattr(self, f"_{form}", None)) is not None:
-            made = rule(name, given, self.shapes[here])
-        return self._unknown(given, self.shapes[here]) if made is None else made
+            result = rule(name, given, self.shapes[here])
+        return self._unknown(given, self.shapes[here]) if result is None else result
 
     # -- moves and what is not known -----------------------------------------------------------------------------------
 

@@ -54,8 +54,8 @@ def _derived(architecture: Architecture) -> ChannelGroups:
             kept = _kept(architecture, graph, axes, kept_by, _TRIED)
             groups = ChannelGroups(tuple(names.sizes[group] for group in free), axes, kept)
             wrong = failing(graph, groups)
-        except _Open as found:
-            wrong = found.groups
+        except _Open as unclear:
+            wrong = unclear.groups
         if not wrong:
             return groups
         free = [group for i, group in enumerate(free) if i not in wrong]
@@ -63,11 +63,11 @@ def _derived(architecture: Architecture) -> ChannelGroups:
 
 def _free(architecture: Architecture, names: Names, called: Mapping[str, list[Tensor]]) -> list[int]:
     """Every group that may be permuted, in the order of the parameters."""
-    found: dict[int, None] = {}
+    groups: dict[int, None] = {}
     for slot in architecture.parameters:
         for columns in called[slot.name]:
-            found.update(dict.fromkeys(names.group(columns)[names.free(columns)].tolist()))
-    return list(found)
+            groups.update(dict.fromkeys(names.group(columns)[names.free(columns)].tolist()))
+    return list(groups)
 
 
 def _of_chain(architecture: Architecture, names: Names, called: Mapping[str, list[Tensor]]) -> tuple[dict[int, int], tuple[int, ...]]:
@@ -95,9 +95,9 @@ def _axes(
     rows = {layer.slot.name: layer.axes for layer in layers_of(architecture)}
     axes = {}
     for slot in architecture.parameters:
-        found = tuple(_axis(names, c, a in rows.get(slot.name, (0,)), chosen) for a, c in enumerate(called[slot.name]))
-        if any(axis is not None for axis in found):
-            axes[slot.name] = found
+        moving = tuple(_axis(names, c, a in rows.get(slot.name, (0,)), chosen) for a, c in enumerate(called[slot.name]))
+        if any(axis is not None for axis in moving):
+            axes[slot.name] = moving
     return axes
 
 
@@ -157,7 +157,7 @@ def _kept(
     otherwise: str,
 ) -> dict[str, str]:
     """Layers whose outputs, or some of them, keep their order though nobody outside asks for one, and what asks for it."""
-    found: dict[str, str] = {}
+    kept: dict[str, str] = {}
     for layer in layers_of(architecture):
         if not layer.multiplies:
             continue
@@ -174,5 +174,5 @@ def _kept(
                 why = " and ".join(dict.fromkeys(otherwise if i < 0 else f"operation {i} ({graph.nodes[i].operation})" for i in at))
                 reasons.append(f"{int(stays.sum())} of {size}: {why}")
         if reasons:
-            found[name] = "; ".join(reasons)
-    return found
+            kept[name] = "; ".join(reasons)
+    return kept

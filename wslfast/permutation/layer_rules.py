@@ -217,11 +217,11 @@ class LayerRules:
         terms = inputs.split(",")
         if "." in equation or not arrow or any(len(t) != len(v.shape) for t, v in zip(terms, tensors, strict=True)):
             return None
-        found: dict[str, list[Tensor]] = {}
+        by_letter: dict[str, list[Tensor]] = {}
         for term, value in zip(terms, tensors, strict=True):
             for letter, columns in zip(term, value.axes, strict=True):
-                found.setdefault(letter, []).append(columns)
-        met = {letter: self.meet(*columns) for letter, columns in found.items()}
+                by_letter.setdefault(letter, []).append(columns)
+        met = {letter: self.meet(*columns) for letter, columns in by_letter.items()}
         return self.made([met[letter] for letter in output])
 
 

@@ -82,7 +82,7 @@ class Names:
     def resolved(self, columns: Tensor | list[Tensor], constant: bool = False) -> Tensor:
         """Names ``[m, N]`` by what their ids are now, ``[m', N]``, columns that say nothing left out (``constant``: those kept that say
         the same everywhere). One id of a group that may be permuted does say something: that it is not another."""
-        found: list[Tensor] = []
+        telling: list[Tensor] = []
         for column in columns:
             now = self._now[column.clamp_min(0)]
             for c in range(now.shape[1]):
@@ -91,8 +91,8 @@ class Names:
                     continue
                 varies = bool((ids != ids[0]).any())
                 if varies or (int(ids[0]) >= 0 and (constant or bool(self.free(ids[:1])))):
-                    found.append(ids)
-        return torch.stack(found) if found else torch.empty(0, columns[0].shape[0] if len(columns) else 0, dtype=torch.long)
+                    telling.append(ids)
+        return torch.stack(telling) if telling else torch.empty(0, columns[0].shape[0] if len(columns) else 0, dtype=torch.long)
 
     def replace(self, ids: Tensor, names: Tensor) -> None:
         """From now on the ids ``[size]`` of one group are called ``names [size, q]``."""
@@ -100,10 +100,10 @@ class Names:
         table = torch.full((self.sizes[group], names.shape[1]), -1)
         table[ids - self._first[group]] = names
         before = self._now[: self._ids]
-        mine = (before >= 0) & (self._group[before.clamp_min(0)] == group)
-        rows = mine.any(1).nonzero().flatten()
+        in_group = (before >= 0) & (self._group[before.clamp_min(0)] == group)
+        rows = in_group.any(1).nonzero().flatten()
         parts: list[Tensor] = []
-        for column, here in zip(before[rows].unbind(1), mine[rows].unbind(1), strict=True):
+        for column, here in zip(before[rows].unbind(1), in_group[rows].unbind(1), strict=True):
             new = torch.full((len(rows), table.shape[1]), -1)
             new[here] = table[column[here] - self._first[group]]
             new[:, 0] = torch.where(here, new[:, 0], column)
@@ -168,20 +168,20 @@ class Names:
         """A group whose every id is in one row, and one column, is called by the rest of its rows: the columns of a weight by the
         features that they are multiplied with. Where that rest is there several times, by its number among them as well."""
         for c in reversed(range(rows.shape[1] if rows.shape[1] > 1 else 0)):
-            found = False
+            changed = False
             for group in kinds[free[:, c], c].unique().tolist():
-                mine = (kinds[:, c] == group) & free[:, c]
-                ids = rows[mine, c]
+                in_group = (kinds[:, c] == group) & free[:, c]
+                ids = rows[in_group, c]
                 elsewhere = int(((kinds[:, :-1] == group) & free).sum()) > len(ids)
                 if elsewhere or len(ids) != self.sizes[group] or len(ids.unique()) != len(ids):
                     continue
-                others = torch.cat([rows[mine, :c], rows[mine, c + 1 :]], 1)
-                kind = torch.cat([kinds[mine, :c], kinds[mine, c + 1 :]], 1)
+                others = torch.cat([rows[in_group, :c], rows[in_group, c + 1 :]], 1)
+                kind = torch.cat([kinds[in_group, :c], kinds[in_group, c + 1 :]], 1)
                 if len(torch.unique(others, dim=0)) == 1:
                     continue
                 self.replace(ids, torch.cat([others, self._numbers(others, kind).unsqueeze(1)], 1))
-                found = True
-            if found:
+                changed = True
+            if changed:
                 return True
         return False
 
@@ -196,15 +196,15 @@ class Names:
         _, which = torch.unique(torch.cat([kinds, often.unsqueeze(1)], 1), dim=0, return_inverse=True)
         numbers = torch.full_like(same, -1)
         for w in which[often > 1].unique().tolist():
-            mine = which == w
-            numbers[mine] = self.new(int(often[mine][0]))[rank[mine]]
+            members = which == w
+            numbers[members] = self.new(int(often[members][0]))[rank[members]]
         return numbers
 
     def _parted(self, rows: Tensor, which: Tensor, groups: list[int]) -> bool:
         """Split groups whose ids are not all in the same classes of rows."""
         group = self.group(rows)
         code = torch.randint(1 << 62, (int(which.max()) + 1, rows.shape[1]), generator=torch.Generator().manual_seed(0))[which]
-        found = False
+        changed = False
         for g in groups:
             at = group == g
             pairs = torch.unique(torch.stack([rows[at], code[at]], 1), dim=0)
@@ -212,8 +212,8 @@ class Names:
             kind = torch.unique(pattern, return_inverse=True)[1]
             if int(kind.max()):
                 self.split(g, kind)
-                found = True
-        return found
+                changed = True
+        return changed
 
     def _called_by_what_they_tell(self, block: Tensor) -> bool:
         """A group whose ids say which id of others a row has is called by those and a number."""

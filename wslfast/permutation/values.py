@@ -61,11 +61,11 @@ class Value:
         """Names number by number: ids of the value's shape, a tensor for each id of a name, -1 for none."""
         if self._axes is None:
             return self._ids
-        found = []
+        layers = []
         for axis, columns in enumerate(self._axes):
             for column in self.names.resolved(columns.T) if columns.shape[1] else ():
-                found.append(column.view([-1 if a == axis else 1 for a in range(len(self.shape))]).expand(self.shape))
-        return found
+                layers.append(column.view([-1 if a == axis else 1 for a in range(len(self.shape))]).expand(self.shape))
+        return layers
 
     def fix(self) -> None:
         """Keep the order of every group that it is called by."""
@@ -138,19 +138,19 @@ def _single(names: Names, slot: Tensor, group: int) -> None:
 def _axes_of(names: Names, slot: Tensor, long: list[int]) -> dict[int, list[int]]:
     """Of every free group in one layer of ids: the axes along which its id changes."""
     groups, free = names.group(slot), names.free(slot)
-    found: dict[int, list[int]] = {}
+    changing: dict[int, list[int]] = {}
     for group in groups[free].unique().tolist():
-        mine = groups == group
-        high, low = torch.where(mine, slot, -1), torch.where(mine, slot, torch.iinfo(torch.long).max)
-        found[group] = [axis for axis in long if bool(((high.amax(axis) > low.amin(axis)) & mine.any(axis)).any())]
-    return found
+        in_group = groups == group
+        high, low = torch.where(in_group, slot, -1), torch.where(in_group, slot, torch.iinfo(torch.long).max)
+        changing[group] = [axis for axis in long if bool(((high.amax(axis) > low.amin(axis)) & in_group.any(axis)).any())]
+    return changing
 
 
 def _separate(names: Names, slot: Tensor, group: int, axes: list[int]) -> None:
     """Make a group that runs along several axes a product of one along each; fix what is none."""
-    mine = names.group(slot) == group
-    at = mine.nonzero()
-    rows = torch.cat([slot[mine].unsqueeze(1), *(names.new(slot.shape[axis])[at[:, axis]].unsqueeze(1) for axis in axes)], 1)
+    in_group = names.group(slot) == group
+    at = in_group.nonzero()
+    rows = torch.cat([slot[in_group].unsqueeze(1), *(names.new(slot.shape[axis])[at[:, axis]].unsqueeze(1) for axis in axes)], 1)
     names.close(torch.unique(rows, dim=0))
     now = names.group(names.resolved(rows[:, :1].T, constant=True))
     if bool((now == group).any()):  # it is closed as it is, and yet no product: it cannot be told by axis
@@ -167,9 +167,9 @@ def _columns(names: Names, slots: list[Tensor], along: list[dict[int, int]], axi
         here = torch.tensor([group for group, at in of.items() if at == axis], dtype=torch.long)
         lines = slot.movedim(axis, 0).reshape(size, -1)
         groups, free = names.group(lines), names.free(lines)
-        mine = torch.isin(groups, here) & free
-        if bool(mine.any()):
-            called = torch.where(mine, lines, -1)
+        in_groups = torch.isin(groups, here) & free
+        if bool(in_groups.any()):
+            called = torch.where(in_groups, lines, -1)
             code = (called * torch.randint(1 << 40, (size, 1), generator=generator)).sum(0)
             first = torch.unique(code, return_inverse=True)[1]
             which = torch.full((int(first.max()) + 1,), 0).scatter(0, first, torch.arange(len(first)))

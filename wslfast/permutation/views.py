@@ -57,7 +57,7 @@ def inverse(permutations: Permutations) -> Permutations:
 
 
 def permute(weights: Tensor, architecture: Architecture, permutations: Permutations, inputs: Permutations | None = None) -> Tensor:
-    """Apply one permutation a model and group of channels: new channel c of a group is its old channel ``permutation[:, c]``.
+    """Apply one permutation per model and group of channels: new channel c of a group is its old channel ``permutation[:, c]``.
 
     Args:
         weights: ``[k, P]``.

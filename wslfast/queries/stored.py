@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..architecture import Architecture
-from ..errors import WslfastError, require
-from ..files import write_atomically
+from ..errors import WslfastError, present, require
+from ..files import write_arrays
 
 
 def save_queries(path: str | Path, images: Tensor) -> None:
@@ -19,12 +19,7 @@ def save_queries(path: str | Path, images: Tensor) -> None:
     path = Path(path)
     require(path.suffix == ".npz", f"queries: expected a path ending in .npz, got {str(path)!r}")
     require(_is_ours(path), f"queries: {path} is something else already; choose another name")
-
-    def write(temporary: Path) -> None:
-        with temporary.open("wb") as file:
-            np.savez_compressed(file, queries=images.detach().float().cpu().numpy())
-
-    write_atomically(path, write)
+    write_arrays(path, {"queries": images.detach().float().cpu().numpy()})
 
 
 def _is_ours(path: Path) -> bool:
@@ -45,13 +40,12 @@ def load_queries(path: str | Path, architecture: Architecture) -> Tensor:
     expected = f"queries {path}: expected an .npz file with floating 'queries' [n, {', '.join(map(str, shape))}]"
     try:
         with np.load(path, allow_pickle=False) as file:
-            found = file["queries"] if isinstance(file, np.lib.npyio.NpzFile) and "queries" in file.files else None
+            stored = file["queries"] if isinstance(file, np.lib.npyio.NpzFile) and "queries" in file.files else None
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, KeyError) as error:
         raise WslfastError(f"{expected}, got {type(error).__name__}: {error}") from None
-    require(found is not None, f"{expected}, got a file without it")
-    assert found is not None
-    fits = found.dtype.kind == "f" and tuple(found.shape[1:]) == shape and found.ndim > 1 and len(found) > 0
-    require(fits, f"{expected}, got {found.dtype} {list(found.shape)}")
-    images = torch.from_numpy(np.ascontiguousarray(found, dtype=np.float32))
+    array = present(stored, f"{expected}, got a file without it")
+    fits = array.dtype.kind == "f" and tuple(array.shape[1:]) == shape and array.ndim > 1 and len(array) > 0
+    require(fits, f"{expected}, got {array.dtype} {list(array.shape)}")
+    images = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
     require(bool(images.isfinite().all()), f"{expected}, got values that are not finite")
     return images

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..architecture import Architecture
 from ..behavior import batched_forward
-from ..errors import check_seed, describe, require
+from ..errors import check_positive, check_seed, describe, require
 from ..population import Population
 from . import images as drawn
 
@@ -22,7 +22,7 @@ def synthetic_queries(
     """Query images made without any data set: ``[n, *architecture.input_shape]`` float32 on the CPU.
 
     Args:
-        kind: ``"uniform"`` U[0, 1), the published code's ``random``; the others have mean 0 and standard deviation 1 a channel:
+        kind: ``"uniform"`` U[0, 1), the published code's ``random``; the others have mean 0 and standard deviation 1 in each channel:
             ``"noise"`` white; ``"smooth"`` noise with a spectrum like that of photographs; ``"strokes"`` curves of a soft pen;
             ``"blend"`` strokes over smooth noise; ``"optimised"`` smooth noise, strokes and blends, altered until the models of
             ``population`` disagree most, and distilled to the n that leave the least of the disagreement unsaid (their mean and
@@ -35,7 +35,7 @@ def synthetic_queries(
         WslfastError: naming the argument, what was expected and what came.
     """
     require(kind in SYNTHETIC, f"kind: expected one of {SYNTHETIC}, got {kind!r}")
-    require(isinstance(n, int) and not isinstance(n, bool) and n >= 1, f"n: expected a positive integer, got {n!r}")
+    check_positive("n", n)
     generator = torch.Generator().manual_seed(check_seed(seed))
     if kind != "optimised":
         return drawn.draw(kind, n, architecture.input_shape, generator)

@@ -373,17 +373,17 @@ def exactly(data: bytearray | memoryview, storage: _Storage) -> bytearray:
 
 def _kinds(root: Any) -> dict[str, int]:
     """Bytes a number of every storage that the object refers to, by key."""
-    found: dict[str, int] = {}
+    widths: dict[str, int] = {}
     seen: set[int] = set()
     waiting = [root]
     while waiting:
         value = waiting.pop()
         if isinstance(value, StoredTensor):
-            found[value.storage.key] = _width(value.storage)
+            widths[value.storage.key] = _width(value.storage)
         elif isinstance(value, (dict, list, tuple, set, Stub)) and id(value) not in seen:
             seen.add(id(value))
             if isinstance(value, Stub):
                 waiting += [value.state, value.arguments, value.items]
             else:
                 waiting += value.values() if isinstance(value, dict) else value
-    return found
+    return widths

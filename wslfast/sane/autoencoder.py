@@ -120,7 +120,7 @@ class AE(nn.Module):
         return self.detokenizer(self._transform(self.transformer_decoder, z, mask))
 
     def forward_embeddings(self, x: Tensor, p: Tensor) -> Tensor:
-        """One vector a model: z averaged over tokens, ``[k, latent]``."""
+        """One vector per model: z averaged over tokens, ``[k, latent]``."""
         return self.forward_encoder(x, p).mean(1)
 
     def _transform(self, stack: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:

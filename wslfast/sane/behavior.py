@@ -74,7 +74,7 @@ class DistillationLoss(ScaledLoss):
             of either is used, and none becomes a parameter of this module.
         queryset: ``"random"`` (uniform noise), ``"data"`` (of ``dump``), or ``"union"`` (half of each).
         dump: images, a data set, or a file with a key ``trainset``.
-        n_queries: images a call.
+        n_queries: images per call.
         loss: ``"l2"``, ``"cross_entropy"`` or ``"distillation"``.
         reduction: ``"mean"`` or ``"sum"``, over queries and classes (but for ``"distillation"``) and over finite models.
         temperature: of ``"distillation"``.
@@ -134,7 +134,7 @@ class DistillationLoss(ScaledLoss):
         return {"loss_recon": loss, "loss_structure": torch.tensor(0.0), "loss_behaviour": loss}
 
     def values(self, output: Tensor, target: Tensor, queries: Tensor, pos: Tensor | None = None) -> Tensor:
-        """One value a model ``[k]`` before any scale, on given queries."""
+        """One value per model ``[k]`` before any scale, on given queries."""
         rows, wanted = self._weights(output, "output", pos), self._weights(target.detach(), "target", pos)
         half = output.dtype if output.dtype in (torch.float16, torch.bfloat16) and self.semantics.half_precision else None
         if half is not None:
@@ -209,14 +209,13 @@ class DistillationLoss(ScaledLoss):
         """Cross-entropy with logits for class probabilities: a criterion of its own, so the engine gets it as a function."""
         if rows.requires_grad and torch.is_grad_enabled():
             values = _RawCrossEntropy.apply(rows, queries, targets, self)
-            return self._repaired(values, rows, targets, queries)
+            return self._repaired(values, ~values.detach().isfinite(), rows, targets, queries)
         with torch.no_grad():
-            return self._formula(engine.forward(rows, queries, self.architecture).float(), targets)
+            return self._published(rows, targets, queries)
 
-    def _repaired(self, values: Tensor, rows: Tensor, targets: Tensor, queries: Tensor) -> Tensor:
-        """``values`` with those that are not finite by the published formula, whose NaN gradients count where ``nan_gradients``."""
-        bad = ~values.detach().isfinite()
-        if bool(bad.any()) and self.semantics.nan_gradients:
+    def _repaired(self, values: Tensor, bad: Tensor, rows: Tensor, targets: Tensor, queries: Tensor) -> Tensor:
+        """``values`` with those of ``bad`` models ``[k]`` by the published formula, where its NaN gradients count (``nan_gradients``)."""
+        if self.semantics.nan_gradients and bool(bad.any()):
             where = bad.nonzero().flatten()
             values = values.index_copy(0, where, self._published(rows[where], targets[where], queries))
         return values
@@ -236,23 +235,18 @@ class DistillationLoss(ScaledLoss):
         )
         if self.reduction == "sum" and self.loss != "distillation":
             values = values * (targets.shape[1] * (targets.shape[2] if criterion == "softmax_mse" else 1))
-        if not self.semantics.nan_gradients:
-            return values
         bad = ~values.detach().isfinite()
         if self.loss == "distillation":
             # a probability of exactly zero is 0 * log 0 in the published formula: it drops the model
             bad = bad | ((targets / self.temperature).softmax(-1) == 0).flatten(1).any(1)
-        if bool(bad.any()):
-            where = bad.nonzero().flatten()
-            values = values.index_copy(0, where, self._published(rows[where], targets[where], queries))
-        return values
+        return self._repaired(values, bad, rows, targets, queries)
 
     def _published(self, rows: Tensor, targets: Tensor, queries: Tensor) -> Tensor:
         """The published formulas through torch's graph, for models that the engine's values are not defined for."""
         return self._formula(engine.forward(rows, queries, self.architecture).float(), targets)
 
     def _formula(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """One value a model ``[k]`` of outputs ``[k, n, K]``."""
+        """One value per model ``[k]`` of outputs ``[k, n, K]``."""
         n = outputs.shape[1]
         if self.loss == "l2":
             p, q = (torch.nan_to_num(x.softmax(-1), nan=0.0, posinf=1.0, neginf=0.0) for x in (outputs, targets))

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,10 @@ class Rule(NamedTuple):
     layers: tuple[str, ...]
     skipped: tuple[str, ...]
     skipped_by_inverse: tuple[str, ...]
+
+    def chosen(self, names: Iterable[str], skipped: tuple[str, ...]) -> list[str]:
+        """The names that are layers and hold none of the parts to skip."""
+        return [n for n in names if any(part in n for part in self.layers) and not any(part in n for part in skipped)]
 
 
 _ALL = ("weight", "running_mean", "running_var")
@@ -53,7 +57,7 @@ def tokenize_checkpoint(checkpoint: Checkpoint, tokensize: int, return_mask: boo
 
 def tokenize(checkpoint: Checkpoint, tokensize: int, return_mask: bool, ignore_bn: bool, rule: Rule) -> tuple[Tensor, ...]:
     """Tokens, mask (if it is wanted) and positions of a state dict by a package's rule."""
-    plan = _plan(_signature(checkpoint), int(tokensize), bool(ignore_bn), rule.layers, rule.skipped)
+    plan = _plan(_signature(checkpoint), int(tokensize), bool(ignore_bn), rule)
     device = next(iter(checkpoint.values())).device
     parts = []
     for name, bias, padding in plan.layers:
@@ -168,28 +172,15 @@ test_checkpoint_for_nan.__test__ = test_checkpoint_with_threshold.__test__ = Fal
 
 
 def _layers(checkpoint: Checkpoint, ignore_bn: bool, rule: Rule) -> list[str]:
-    return [name for name in checkpoint if _is_layer(name, ignore_bn, rule.layers, rule.skipped_by_inverse)]
-
-
-def _is_layer(name: str, ignore_bn: bool, parts: tuple[str, ...], skipped: tuple[str, ...]) -> bool:
-    if ignore_bn and any(part in name for part in skipped):
-        return False
-    return any(part in name for part in parts)
+    return rule.chosen(checkpoint, rule.skipped_by_inverse if ignore_bn else ())
 
 
 class _Plan:
     """How one set of names and shapes is cut: ``layers`` of (name, bias or None, padding), mask and positions."""
 
-    def __init__(
-        self,
-        signature: tuple[tuple[str, tuple[int, ...]], ...],
-        token_size: int,
-        ignore_bn: bool,
-        parts: tuple[str, ...],
-        skipped: tuple[str, ...],
-    ):
+    def __init__(self, signature: tuple[tuple[str, tuple[int, ...]], ...], token_size: int, ignore_bn: bool, rule: Rule) -> None:
         shapes = dict(signature)
-        names = [name for name in shapes if _is_layer(name, ignore_bn, parts, skipped)]
+        names = rule.chosen(shapes, rule.skipped if ignore_bn else ())
         require(bool(names), f"checkpoint: expected a layer (a key with 'weight' or a running statistic), got {list(shapes)[:5]}")
         if token_size == 0:
             # running statistics map onto themselves, and so count as having a bias
@@ -215,9 +206,7 @@ class _Plan:
         self.positions = place.to(torch.int16 if int(place.max()) <= 32_767 else torch.int32)
 
 
-@lru_cache(maxsize=64)
-def _plan(signature: Any, token_size: int, ignore_bn: bool, parts: tuple[str, ...], skipped: tuple[str, ...]) -> _Plan:
-    return _Plan(signature, token_size, ignore_bn, parts, skipped)
+_plan = lru_cache(maxsize=64)(_Plan)
 
 
 def _signature(checkpoint: Checkpoint) -> tuple[tuple[str, tuple[int, ...]], ...]:

@@ -141,9 +141,9 @@ class AEModule(nn.Module):
         architecture: Architecture | None,
         chosen: Semantics,
     ) -> nn.Module:
-        known = reference_checkpoint is not None or reference_params is not None or architecture is not None
+        named = reference_checkpoint is not None or reference_params is not None or architecture is not None
         require(
-            known or config.get("training::beta", 0.1) >= 1,
+            named or config.get("training::beta", 0.1) >= 1,
             "reference_params: expected the zoo's params, for the behavior loss; training::beta = 1 goes without, and scripts of the "
             "package SANE take wslfast.sane.package_sane.AEModule",
         )

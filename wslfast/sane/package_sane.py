@@ -30,18 +30,19 @@ class MaskedReconLoss(structure.MaskedReconLoss):
         return super().forward(output, target, mask)
 
 
-class NT_Xent(losses.NT_Xent):
+class _InOwnUnit:
+    """A contrastive loss that is not divided by its first value unless it is asked to."""
+
+    def __init__(self, batch_size: int, temperature: float, *, semantics: Choice = "published", **flags: bool) -> None:
+        super().__init__(batch_size, temperature, semantics=semantics, **{"first_value_scale": False} | flags)  # type: ignore[call-arg]
+
+
+class NT_Xent(_InOwnUnit, losses.NT_Xent):
     """NT-Xent, in its own unit."""
 
-    def __init__(self, batch_size: int, temperature: float, *, semantics: Choice = "published", **flags: bool) -> None:
-        super().__init__(batch_size, temperature, semantics=semantics, **{"first_value_scale": False} | flags)
 
-
-class NT_Xent_pos(losses.NT_Xent_pos):
+class NT_Xent_pos(_InOwnUnit, losses.NT_Xent_pos):
     """The ``"positive"`` contrast, in its own unit."""
-
-    def __init__(self, batch_size: int, temperature: float, *, semantics: Choice = "published", **flags: bool) -> None:
-        super().__init__(batch_size, temperature, semantics=semantics, **{"first_value_scale": False} | flags)
 
 
 class GammaContrastReconLoss(losses.GammaContrastReconLoss):

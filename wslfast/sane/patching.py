@@ -28,7 +28,7 @@ class Patch:
 
     Attributes:
         semantics: what the replacements compute.
-        replaced: one record a replaced name: ``{"package", "name", "places"}`` with every ``module.attribute`` it was found under.
+        replaced: one record per replaced name: ``{"package", "name", "places"}`` with every ``module.attribute`` it was found under.
     """
 
     def __init__(self, semantics: Semantics, strict: bool) -> None:
@@ -48,14 +48,14 @@ class Patch:
 
     def _check(self) -> list[Item]:
         """Everything of the loaded packages that is not replaced yet; raises before anything is touched."""
-        found: list[Item] = []
+        checked: list[Item] = []
         for package in PACKAGES:
             items = surface_of(package, self.semantics, self.strict)
             drift = [item.drift for item in items if item.drift is not None]
             known = "nothing was replaced, as signatures differ from those this version of wslfast knows"
             require(not drift, f"{package}: {known}: {'; '.join(drift)}")
-            found += items
-        return found
+            checked += items
+        return checked
 
     def _apply(self, items: list[Item]) -> None:
         try:

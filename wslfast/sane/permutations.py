@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..architecture import Architecture
-from ..errors import WslfastError, require
+from ..errors import WslfastError, check_positive, require
 from ..permutation.groups import channel_groups
 from .checkpoints import tokenize_checkpoint, tokens_to_checkpoint
 from .semantics import Choice, resolve
@@ -33,12 +33,12 @@ class PermutationSpec(NamedTuple):
 
 def permutation_spec_from_axes_to_perm(axes_to_perm: Axes) -> PermutationSpec:
     """A spec from the permutation (or None) of each axis of each tensor."""
-    found: dict[str, list[tuple[str, int]]] = defaultdict(list)
+    places: dict[str, list[tuple[str, int]]] = defaultdict(list)
     for name, axes in axes_to_perm.items():
         for axis, permutation in enumerate(axes):
             if permutation is not None:
-                found[permutation].append((name, axis))
-    return PermutationSpec(dict(found), axes_to_perm)
+                places[permutation].append((name, axis))
+    return PermutationSpec(dict(places), axes_to_perm)
 
 
 # -- specs -------------------------------------------------------------------------------------------------------------
@@ -75,7 +75,7 @@ def zoo_lenet_permutation_spec() -> PermutationSpec:
 def mlp_permutation_spec(num_hidden_layers: int) -> PermutationSpec:
     """Linear layers called ``layer0``, ``layer1``, ..."""
     n = num_hidden_layers
-    require(isinstance(n, int) and n >= 1, f"num_hidden_layers: expected a positive integer, got {n!r}")
+    check_positive("num_hidden_layers", n)
     weights = {f"layer{i}.weight": (f"P_{i}", f"P_{i - 1}" if i else None) for i in range(n)}
     biases = {f"layer{i}.bias": (f"P_{i}",) for i in range(n)}
     return permutation_spec_from_axes_to_perm(weights | biases | {f"layer{n}.weight": (None, f"P_{n - 1}"), f"layer{n}.bias": (None,)})
@@ -152,7 +152,7 @@ def resnet152_permutation_spec(batchnorm: bool = True, match_last: bool = True) 
 def permutation_spec_of(architecture: Architecture) -> PermutationSpec:
     """The spec of any architecture, derived from its graph: ``P_bg0``, ``P_bg1``, ... are the groups of ``hidden_channels``.
 
-    A spec says one permutation an axis. Hidden channels for which that is not all there is to say keep their order: gates of recurrent
+    A spec says one permutation per axis. Hidden channels for which that is not all there is to say keep their order: gates of recurrent
     layers, heads of attention, axes whose parts move apart.
     """
     groups = channel_groups(architecture)
@@ -166,8 +166,8 @@ def permutation_spec_of(architecture: Architecture) -> PermutationSpec:
                     plain -= set(part.groups)
     spec: Axes = {}
     for slot in architecture.parameters:
-        found = groups.axes.get(slot.name, (None,) * len(slot.shape))
-        which = [None if axis is None or len(axis.parts) != 1 else axis.parts[0].groups[0] for axis in found]
+        of_slot = groups.axes.get(slot.name, (None,) * len(slot.shape))
+        which = [None if axis is None or len(axis.parts) != 1 else axis.parts[0].groups[0] for axis in of_slot]
         spec[slot.name] = tuple(f"P_bg{g}" if g in plain else None for g in which)
     return permutation_spec_from_axes_to_perm(spec)
 

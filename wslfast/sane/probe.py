@@ -35,7 +35,7 @@ class DownstreamTaskLearner:
         Args:
             model: anything with ``forward_embeddings(x [k, T, D], p [k, T, 3]) -> [k, d]``.
             trainset, testset, valset: data sets with ``__get_weights__() -> (tokens [M, T, D], masks)``, ``positions [T, 3]``
-                (or ``pos``, one a model) and ``properties {name: values}`` (nested lists, a model and epoch, are flattened).
+                (or ``pos``, one per model) and ``properties {name: values}`` (nested lists, a model and epoch, are flattened).
             task_keys: properties; numbers (booleans too, as published) are regressed, strings classified.
             batch_size: models embedded at a time.
             polar_coordinates: embeddings as their norm and the angle to each axis.
@@ -139,11 +139,11 @@ def _flat(values: Any) -> list[Any]:
     require(isinstance(values, Iterable) and not isinstance(values, (str, Mapping)), f"properties: expected a list, got {describe(values)}")
     if isinstance(values, Tensor):
         return list(values.flatten().tolist())
-    found: list[Any] = []
+    flat: list[Any] = []
     for value in values:
         nested = isinstance(value, (list, tuple, Tensor))
-        found += _flat(value) if nested else [value]
-    return found
+        flat += _flat(value) if nested else [value]
+    return flat
 
 
 def _polar(z: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ class Queries:
 
     Args:
         kind: ``"random"``, ``"data"`` or ``"union"``.
-        n: images a draw; of a union each half has ``(n + 1) // 2``.
+        n: images per draw; of a union each half has ``(n + 1) // 2``.
         shape: of one image.
         dump: for data and unions: images ``[Q, C, H, W]``, a data set of (image, label), or a file of either or of
             ``{"trainset": data set}``. Files are read with ``weights_only=True``; a ``TensorDataset`` in one, or ``Subset`` and
@@ -68,10 +68,10 @@ class Queries:
 def _read(file: Path) -> Any:
     # what published scripts store: tensors and a list of them, random splits of that, or several zoos' in a row; indices may be numpy's
     sets = torch.utils.data
-    known: list[Any] = [sets.TensorDataset, sets.Subset, sets.ConcatDataset, range, np.ndarray, np.dtype, type(np.dtype(np.int64))]
-    known += [type(np.dtype(np.int32)), np.empty(0).__reduce__()[0]]
+    classes: list[Any] = [sets.TensorDataset, sets.Subset, sets.ConcatDataset, range, np.ndarray, np.dtype, type(np.dtype(np.int64))]
+    classes += [type(np.dtype(np.int32)), np.empty(0).__reduce__()[0]]
     try:
-        with torch.serialization.safe_globals(known):
+        with torch.serialization.safe_globals(classes):
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         expected = "expected tensors, a TensorDataset, or Subsets and ConcatDatasets of such (another data set can be passed as an object)"

@@ -34,7 +34,7 @@ class _Term(NamedTuple):
     """How one tensor enters the gain of one permutation: as a matrix ``[n, rest]``, its other axes permuted.
 
     Attributes:
-        shape: ``(n, block, *other axes)``; an axis with a block of several numbers a channel keeps the block beside it.
+        shape: ``(n, block, *other axes)``; an axis with a block of several numbers per channel keeps the block beside it.
         turned: a matrix whose columns are matched. It is multiplied transposed, as published: a product's last bits depend on how
             operands lie in memory.
         moves: ``(axis, permutation, repeated)`` of what permutes other axes.
@@ -181,11 +181,11 @@ def weight_matching(
                     moved = plan.terms[p][i].permuted(b.matrices[p][i], places)
                     mine[i] = product = torch.mm(a.laid[p][i], moved.t()).numpy()
                 gain += product
-            found, before = assign(gain, maximize=True)[1], places[p]
-            if (found != before).any():
-                places[p] = found
+            after, before = assign(gain, maximize=True)[1], places[p]
+            if (after != before).any():
+                places[p] = after
                 if not progress:
-                    new, old = (torch.from_numpy(gain.take(plan.rows[p] + which)).sum() for which in (found, before))
+                    new, old = (torch.from_numpy(gain.take(plan.rows[p] + which)).sum() for which in (after, before))
                     progress = bool(new > old + 1e-12)
                 for q, i in plan.readers[p]:
                     products[q][i] = None

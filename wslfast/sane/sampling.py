@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import describe, require
+from ..errors import check_positive, describe, require
 from .checkpoints import tokenize_checkpoint, tokens_to_checkpoint
 
 MODES = ("individual", "token", "joint")
@@ -30,7 +30,7 @@ def sample_latents(
     Args:
         anchor_z: ``[M, T, latent]``.
         repetitions: how many.
-        mode: ``"individual"`` (a density a number), ``"token"`` (one a token) or ``"joint"`` (one a model).
+        mode: ``"individual"`` (a density a number), ``"token"`` (one per token) or ``"joint"`` (one per model).
         bandwidth: standard deviation of the kernel.
         generator: None draws as published: every density starts from the same seed, so that densities that should be
             independent pick the same anchor and, number by number, the same noise. A generator makes them independent.
@@ -41,7 +41,7 @@ def sample_latents(
     require(mode in MODES, f"mode: expected one of {list(MODES)}, got {mode!r}")
     fits = isinstance(anchor_z, Tensor) and anchor_z.ndim == 3 and len(anchor_z) > 0
     require(fits, f"anchor_z: expected latents [M, T, latent] with M >= 1, got {describe(anchor_z)}")
-    require(isinstance(repetitions, int) and repetitions >= 1, f"repetitions: expected a positive integer, got {repetitions!r}")
+    check_positive("repetitions", repetitions)
     m, t, latent = anchor_z.shape
     groups, width = {"individual": (t * latent, 1), "token": (t, latent), "joint": (1, t * latent)}[mode]
     anchors = anchor_z.detach().cpu().double().reshape(m, groups, width).numpy()

@@ -79,10 +79,10 @@ def with_template(state: State, sizes: list[int]) -> State:
     ids: dict[int, int] = {}
     groups, count = [], 0
     for group, more in zip(state["param_groups"], sizes):
-        own = range(count, count + len(group["params"]))
-        ids |= dict(zip(group["params"], own))
-        count += len(own) + more
-        groups.append({**group, "params": [*own, *range(count - more, count)]})
+        places = range(count, count + len(group["params"]))
+        ids |= dict(zip(group["params"], places))
+        count += len(places) + more
+        groups.append({**group, "params": [*places, *range(count - more, count)]})
     return {**state, "state": {ids[old]: value for old, value in state["state"].items()}, "param_groups": groups}
 
 

@@ -234,10 +234,10 @@ def _is_paper(package: str) -> bool:
 
 def _loaded(name: str) -> ModuleType | None:
     """A module that has been imported to its end."""
-    found = sys.modules.get(name)
-    if found is None or getattr(getattr(found, "__spec__", None), "_initializing", False):
+    loaded = sys.modules.get(name)
+    if loaded is None or getattr(getattr(loaded, "__spec__", None), "_initializing", False):
         return None
-    return found
+    return loaded
 
 
 def _items(package: str, forms: dict[str, tuple[Form, ...]], semantics: Semantics, strict: bool) -> list[Item]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Union
 
-from ..errors import WslfastError, require
+from ..errors import WslfastError, check_positive, require
 from ..training import TrainConfig
 
 if sys.version_info >= (3, 11):
@@ -36,7 +36,7 @@ class Ablation:
         seeds: each variant is trained with each.
         split: whose models are measured: ``"test"``, or ``"val"`` to choose by.
         models: how many of them at most, evenly spaced, and without probes, which need all models encoded; None is all of them. For codes
-            whose encoding takes seconds a model.
+            whose encoding takes seconds per model.
         seconds: budget of a cell; None is ``steps`` alone.
         clock: ``"wall"``, or ``"process"``, the CPU time of this process, for machines that are shared.
         generate: whether new models are sampled from every cell's autoencoder and measured, too (test split).
@@ -88,7 +88,8 @@ class Ablation:
         require(split in ("test", "val"), f"split: expected test or val, got {split!r}")
         require(clock in ("wall", "process"), f"clock: expected wall or process, got {clock!r}")
         models = values.get("models")
-        require(models is None or (type(models) is int and models >= 1), f"models: expected a positive integer, got {models!r}")
+        if models is not None:
+            check_positive("models", models)
         number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and 0 < seconds < float("inf")
         require(seconds is None or number, f"seconds: expected a positive number, got {seconds!r}")
         budget = None if seconds is None else float(seconds)

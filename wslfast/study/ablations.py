@@ -45,7 +45,7 @@ _CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "process":
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """What a cell has trained: maps ``[k, P] -> [k, P]`` and ``[k, P] -> [k, features]``, latent numbers a model, steps taken, and the
+    """What a cell has trained: maps ``[k, P] -> [k, P]`` and ``[k, P] -> [k, features]``, latent numbers per model, steps taken, and the
     code to sample new models from, where it is one."""
 
     reconstruct: Callable[[Tensor], Tensor]

@@ -39,11 +39,11 @@ class DemoConfig:
     steps: int = 200
     """Optimiser steps of each autoencoder."""
     queries: int = 128
-    """Query images a step."""
+    """Query images per step."""
     lrs: tuple[float, ...] = (1e-3, 2e-3)
     """Peak learning rates tried for both autoencoders; validation models choose."""
     share: float = 0.55
-    """Latent numbers a model, as a share of its parameters (the paper: 0.55)."""
+    """Latent numbers per model, as a share of its parameters (the paper: 0.55)."""
     seed: int = 0
     """Seed of everything."""
     device: str = "cpu"

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from ..errors import require
 from ..files import sha256_of
-from ..measure.diversity import accuracy, classes_of, labels_of, outputs_of, sorted_channels
+from ..measure.diversity import accuracy, accuracy_of_classes, classes_of, labels_of, outputs_of, sorted_channels
 from ..measure.generation import best_rows, val_accuracy
 from ..measure.recorded import check_recorded
 from ..measure.results import fingerprint
 from ..population import Population
 from ..zoo import Dataset, dataset_of, load_zoo, read_manifest
-from ..zoo.manifest import KIND, MANIFEST
+from ..zoo.manifest import KIND, MANIFEST, SPLITS
 
 VERSION = 2  # of what is measured; part of every fingerprint
 
@@ -124,7 +124,7 @@ class LoadedZoo:
             "image_shape": list(data.test_images.shape[1:]),
             "images": [len(data.train_labels), len(data.val_labels), len(data.test_labels)],
             "images_used": len(rows),
-            "checkpoints": {s: rows_of.count(s) for s in ("train", "val", "test") if s in splits},
+            "checkpoints": {s: rows_of.count(s) for s in SPLITS if s in splits},
             "checkpoints_used": {s: len(p) for s, p in self.splits.items()},
             "models": len({m for m, label in zip(manifest.properties["model"], labels, strict=True) if label == architecture}),
             "made_by": manifest.provenance.get("made_by"),
@@ -157,7 +157,7 @@ class LoadedZoo:
     @cached_property
     def train_accuracy(self) -> Tensor:
         """Test accuracy of every training model, on the CPU."""
-        return (self.train_classes == self.data.test_labels).double().mean(1).cpu()
+        return accuracy_of_classes(self.train_classes, self.data.test_labels)
 
     @cached_property
     def train_sorted(self) -> Tensor:

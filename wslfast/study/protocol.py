@@ -87,10 +87,10 @@ def discriminative(zoo: LoadedZoo, features: Mapping[str, Tensor], prefix: str =
 
 def _bootstrap(predicted: Tensor, target: Tensor, models: Sequence[Any], seed: int) -> float | None:
     """Standard deviation of R2 over resamples of models with replacement; None where it is not defined."""
-    known = ~target.isnan()
-    predicted, target = predicted[known].cpu(), target[known].cpu()
-    ids = {m: i for i, m in enumerate(dict.fromkeys(m for m, k in zip(models, known.tolist()) if k))}
-    group = torch.tensor([ids[m] for m, k in zip(models, known.tolist()) if k])
+    labelled = ~target.isnan()
+    predicted, target = predicted[labelled].cpu(), target[labelled].cpu()
+    ids = {m: i for i, m in enumerate(dict.fromkeys(m for m, k in zip(models, labelled.tolist()) if k))}
+    group = torch.tensor([ids[m] for m, k in zip(models, labelled.tolist()) if k])
     if len(ids) < 3:
         return None
     drawn = torch.randint(len(ids), (_RESAMPLES, len(ids)), generator=torch.Generator().manual_seed(seed))
@@ -99,8 +99,8 @@ def _bootstrap(predicted: Tensor, target: Tensor, models: Sequence[Any], seed: i
     weight = weight / weight.sum(1, keepdim=True)
     mean = weight @ target
     r2 = 1 - weight @ (predicted - target).square() / (weight @ target.square() - mean.square())
-    kept = r2[r2.isfinite()]
-    return float(kept.std()) if len(kept) > 1 else None
+    finite = r2[r2.isfinite()]
+    return float(finite.std()) if len(finite) > 1 else None
 
 
 def latent_features(zoo: LoadedZoo, latents: Mapping[str, Tensor], rebuilt: Mapping[str, Tensor]) -> Metrics:
@@ -166,9 +166,9 @@ def _sampled(source: Source, protocol: Protocol, sampler: str, bandwidth: float 
         "novelty": nearest(weights, source.train.weights),
         "novelty_behavior": behavioral_novelty(outputs.argmax(-1), source.train_classes),
     }
-    found = {name: figures(value) for name, value in values.items()} | spreads(diversity(weights, outputs))
+    measured = {name: figures(value) for name, value in values.items()} | spreads(diversity(weights, outputs))
     settings: Row = {"sampler": sampler, "bandwidth": bandwidth, "select": select, "samples": protocol.samples}
-    return _Sampling(settings, weights, {name: value.cpu() for name, value in values.items()}, found)
+    return _Sampling(settings, weights, {name: value.cpu() for name, value in values.items()}, measured)
 
 
 def generative(zoo: LoadedZoo, code: Code, *, full: bool) -> tuple[Metrics, dict[str, list[Row]]]:
@@ -277,9 +277,9 @@ def latent_rows(zoo: LoadedZoo, code: Code) -> list[Row]:
     rows: list[Row] = []
     for split, p in parts.items():
         for j in range(len(p)):
-            known = {name: p.properties[name][j] for name in ("model", "epoch", "test_acc") if name in p.properties}
+            properties = {name: p.properties[name][j] for name in ("model", "epoch", "test_acc") if name in p.properties}
             x, y = xy[len(rows)].tolist()
-            rows.append({"split": split, **known, "x": x, "y": y, "share_x": share[0], "share_y": share[1]})
+            rows.append({"split": split, **properties, "x": x, "y": y, "share_x": share[0], "share_y": share[1]})
     return rows
 
 
@@ -291,11 +291,11 @@ def measure_originals(zoo: LoadedZoo) -> Measured:
     rows = zoo.anchors
     anchors = zoo.train.weights[rows.to(zoo.train.weights.device)]
     pick = torch.linspace(0, len(rows) - 1, min(len(rows), 4 * zoo.protocol.samples)).long()  # pairs grow with the square
-    own = accuracy(zoo.targets, zoo.data.test_labels)
+    accuracies = accuracy(zoo.targets, zoo.data.test_labels)
     metrics: Metrics = {
-        "accuracy": figures(own),
+        "accuracy": figures(accuracies),
         "accuracy_anchors": figures(zoo.train_accuracy[rows]),
-        "best_original": single(float(own.max())),
+        "best_original": single(float(accuracies.max())),
     }
     if len(pick) > 1:
         few = anchors[pick.to(anchors.device)]

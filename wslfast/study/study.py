@@ -89,14 +89,14 @@ def study(
         done: list[tuple[str, str]] = []
         for label in _architectures(zoo, say):  # a zoo of several architectures has a block on the page for each
             models = LoadedZoo(zoo, sizes, device=device, name=name, architecture=label)
-            own = [(variant, run.only(models.architecture)) for variant, run in loaded]
+            of_kind = [(variant, run.only(models.architecture)) for variant, run in loaded]
             _check_folder(folder, models)
             if zero_layer and world.size > 1:  # each process trains its share; after that all are there for all
                 list(zero_layer_twins(loaded, models, folder / "zero-layer", quick=quick, say=say, world=world))
                 world.wait()
             twins = zero_layer_twins(loaded, models, folder / "zero-layer", quick=quick, say=say) if zero_layer else ()
             with region("evaluate"), torch.no_grad():
-                make_units(Inputs(models, own, twins), folder, say, world)
+                make_units(Inputs(models, of_kind, twins), folder, say, world)
             done.append((models.name, sizes.digest))
         world.wait()
         if not world.writes:
@@ -140,22 +140,22 @@ def _architectures(zoo: str | Path, say: Callable[[str], None]) -> list[str | No
     if not manifest.kinds:
         return [None]
     rows = set(zip(manifest.properties[KIND], manifest.properties["split"], strict=True))
-    kept = [label for label in manifest.kinds if {(label, "train"), (label, "test")} <= rows]
-    left = [label for label in manifest.kinds if label not in kept]
-    require(bool(kept), f"zoo {zoo}: expected an architecture with train and test models, got none of {left}")
+    labels = [label for label in manifest.kinds if {(label, "train"), (label, "test")} <= rows]
+    left = [label for label in manifest.kinds if label not in labels]
+    require(bool(labels), f"zoo {zoo}: expected an architecture with train and test models, got none of {left}")
     if left:
         say(f"left out, as they have no train or no test models: {', '.join(left)}")
-    return list(kept)
+    return list(labels)
 
 
 def _comparable(units: Sequence[Unit], zoos: Mapping[str, str], say: Callable[[str], None]) -> list[Unit]:
     """Units of other zoos, and of these (by name, the digest of their sizes) those that were measured with their sizes."""
-    kept = [u for u in units if u.facts.get("sizes", zoos.get(u.zoo)) == zoos.get(u.zoo, u.facts.get("sizes"))]
+    current = [u for u in units if u.facts.get("sizes", zoos.get(u.zoo)) == zoos.get(u.zoo, u.facts.get("sizes"))]
     for zoo in zoos:
-        others = sorted({u.variant for u in units if u.zoo == zoo} - {u.variant for u in kept if u.zoo == zoo})
+        others = sorted({u.variant for u in units if u.zoo == zoo} - {u.variant for u in current if u.zoo == zoo})
         if others:
             say(f"{zoo}: left out, as they were measured with other sizes: {', '.join(others)}")
-    return kept
+    return current
 
 
 def _variant(folder: Path) -> str:

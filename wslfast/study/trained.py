@@ -32,8 +32,8 @@ def trained(config: TrainConfig, say: Callable[[str], None], stage: str, log_to:
         run: Run | None = load_run(config.out, device=config.device)
     except WslfastError:
         run = None
-    own = {} if run is None else replace(run.config, out=config.out).to_dict()  # a folder that was moved is the same run
-    other = [f"{n} {own[n]!r}, not {v!r}" for n, v in config.to_dict().items() if own.get(n, v) != v]
+    settings = {} if run is None else replace(run.config, out=config.out).to_dict()  # a folder that was moved is the same run
+    other = [f"{n} {settings[n]!r}, not {v!r}" for n, v in config.to_dict().items() if settings.get(n, v) != v]
     require(not other, f"{config.out}: holds a run of other settings ({', '.join(other[:3])}); remove it, or choose another folder")
     same = run is not None
     if run is not None and run.finished:

@@ -129,7 +129,7 @@ def _untrained(inputs: Inputs) -> Iterator[Task]:
 
 
 def _once(name: str, make: Callable[[LoadedZoo], Measured]) -> Callable[[Inputs], list[Task]]:
-    """One unit a zoo, computed from nothing else."""
+    """One unit per zoo, computed from nothing else."""
     return lambda inputs: [Task(make, (name,))]
 
 
@@ -175,7 +175,7 @@ def _refine_and_measure(zoo: LoadedZoo, name: str, numbers: int, sizes: Mapping[
     images = spaced(zoo.data.train_images, sizes["refine_images"]).to(zoo.device)
     latents = refine(code, zoo.test.weights, images, steps=sizes["refine_steps"], seed=zoo.protocol.seed)
     metrics, models = reconstructive(zoo, decode(code, latents))
-    note = {"baseline": f"{sizes['refine_steps']} steps a model", "code": name, **sizes}
+    note = {"baseline": f"{sizes['refine_steps']} steps per model", "code": name, **sizes}
     return with_sizes(zoo, code, Measured(metrics, {"models": models}, note))
 
 
@@ -250,7 +250,7 @@ def run_facts(run: Run) -> dict[str, Any]:
 
 def curve_of(folder: Path) -> list[dict[str, Any]]:
     """Records of a run's log that hold a loss, at most 200, evenly spaced."""
-    kept = ("step", "loss", "structural", "behavioral", "contrastive")
+    columns = ("step", "loss", "structural", "behavioral", "contrastive")
     try:
         lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
@@ -262,6 +262,6 @@ def curve_of(folder: Path) -> list[dict[str, Any]]:
         except ValueError:  # the last line of a run that was killed
             continue
         if isinstance(record, dict) and "step" in record and "loss" in record:
-            records.append({name: record[name] for name in kept if name in record})
+            records.append({name: record[name] for name in columns if name in record})
     stride = -(-len(records) // 200) or 1
     return records[::stride]

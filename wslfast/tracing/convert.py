@@ -31,12 +31,12 @@ class Untraceable(Exception):
 
 def written_in(trace: str | None) -> str:
     """The last line of a stack that is neither torch's nor ours, as ``(file.py:3: its text)``; nothing where there is none."""
-    found = ""
+    shown = ""
     for place, text in re.findall(r'File "([^\n]*)\n\s*([^\n]*)', trace or ""):
         path, line = re.fullmatch(r'(.*)", line (\d+).*', place).groups()  # type: ignore[union-attr]
         if not path.startswith(_NOT_THEIRS):
-            found = f" ({os.path.basename(path)}:{line}: {text.strip():.100})"
-    return found
+            shown = f" ({os.path.basename(path)}:{line}: {text.strip():.100})"
+    return shown
 
 
 @dataclass(frozen=True)

@@ -145,9 +145,9 @@ def _verify(graph: Graph, module: nn.Module, state: Mapping[str, Tensor]) -> Non
     for n in (2, 4):
         queries = queries_for(module, n, graph.input_shape, torch.float64)
         if _difference(graph, exact, near, queries, 1e-8) is not None:  # a forward that casts to float32, say
-            found = _difference(graph, module, {name: value.float() for name, value in near.items()}, queries.float(), 1e-4)
-            if found is not None:
-                raise Untraceable(found)
+            difference = _difference(graph, module, {name: value.float() for name, value in near.items()}, queries.float(), 1e-4)
+            if difference is not None:
+                raise Untraceable(difference)
 
 
 def _difference(graph: Graph, module: nn.Module, state: Mapping[str, Tensor], queries: Tensor, tolerance: float) -> str | None:
@@ -171,8 +171,8 @@ def _difference(graph: Graph, module: nn.Module, state: Mapping[str, Tensor], qu
         wanted = torch.autograd.grad(expected, into, slope.to(expected.dtype), allow_unused=True, materialize_grads=True)
     except RuntimeError:  # a network that cannot be differentiated
         return None
-    found = torch.autograd.grad(actual, into, slope, allow_unused=True, materialize_grads=True)
-    same = all(_alike(a, b, tolerance) for a, b in zip(found, wanted, strict=True))
+    gradients = torch.autograd.grad(actual, into, slope, allow_unused=True, materialize_grads=True)
+    same = all(_alike(a, b, tolerance) for a, b in zip(gradients, wanted, strict=True))
     return None if same else "its graph has other gradients than it has (a function with a backward of its own?)"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -62,22 +62,25 @@ def with_frozen_norms(module: nn.Module) -> nn.Module:
     own = isinstance(module, nn.modules.batchnorm._NormBase) and type(module).forward in _NORM_FORWARDS  # not a subclass's
     if own and module.running_mean is not None:
         return _FrozenNorm(module)  # type: ignore[arg-type]
+    return _with_children(module, with_frozen_norms)
+
+
+def _with_children(module: nn.Module, changed: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """The module, in place, with ``changed(child)`` for each of its children."""
     for name, child in list(module._modules.items()):  # named_children() would skip the second name of a shared one
         if child is not None:
-            replaced = with_frozen_norms(child)
-            if replaced is not child:
-                module._modules[name] = replaced
+            module._modules[name] = changed(child)
     return module
 
 
 def _effective(module: nn.Module) -> nn.Module:
     """A parametrised module with the tensors that it computes as parameters. (torch's own removal changes the class, which a copy shares
     with its original.)"""
-    made = {name: getattr(module, name).detach() for name in module.parametrizations}  # type: ignore[union-attr]
+    computed = {name: getattr(module, name).detach() for name in module.parametrizations}  # type: ignore[union-attr]
     plain: Any = object.__new__(type(module).__mro__[1])
     plain.__dict__.update(module.__dict__)
     plain._modules = {name: child for name, child in module._modules.items() if name != "parametrizations"}
-    plain._parameters = {**{name: nn.Parameter(value, False) for name, value in made.items()}, **module._parameters}
+    plain._parameters = {**{name: nn.Parameter(value, False) for name, value in computed.items()}, **module._parameters}
     return plain  # type: ignore[no-any-return]
 
 
@@ -95,12 +98,7 @@ def _unwrapped(module: nn.Module) -> nn.Module:
             nn.utils.remove_weight_norm(module, hook.name)  # type: ignore[attr-defined]
         elif kind == "SpectralNorm":
             nn.utils.remove_spectral_norm(module, hook.name)  # type: ignore[attr-defined]
-    for name, child in list(module._modules.items()):
-        if child is not None:
-            plain = _unwrapped(child)
-            if plain is not child:
-                module._modules[name] = plain
-    return module
+    return _with_children(module, _unwrapped)
 
 
 def _inner(module: nn.Module) -> nn.Module | None:
@@ -158,20 +156,14 @@ def prepared(module: nn.Module, name: str, output: str | int | None = None) -> n
 def _parametrised(module: nn.Module) -> str:
     """Why a module cannot be trained on the weights that it computes; empty where it holds them itself."""
     for path, part in module.named_modules():
-        hooks = {type(hook).__name__ for hook in part._forward_pre_hooks.values()}
-        if (
-            parametrize.is_parametrized(part)
-            or hooks & {"WeightNorm", "SpectralNorm"}
-            or any(map(_prunes, part._forward_pre_hooks.values()))
-        ):
-            return (
-                f"its weights are computed from others (a parametrisation or pruning of {path!r}), which are what an optimiser would train"
-            )
+        older = any(
+            isinstance(hook, prune.BasePruningMethod) or type(hook).__name__ in ("WeightNorm", "SpectralNorm")
+            for hook in part._forward_pre_hooks.values()
+        )
+        if older or parametrize.is_parametrized(part):
+            others = f"its weights are computed from others (a parametrisation or pruning of {path!r})"
+            return f"{others}, which are what an optimiser would train"
     return ""
-
-
-def _prunes(hook: object) -> bool:
-    return isinstance(hook, prune.BasePruningMethod)
 
 
 def _computed(module: nn.Module) -> dict[int, Any]:
@@ -236,7 +228,7 @@ def check_template(template: nn.Module, input_shape: tuple[int, ...], name: str)
     wide = 1 + float(out.nan_to_num().abs().max()) if out.numel() else 1.0
     same = same and torch.allclose(again, out, rtol=1e-5, atol=1e-6 * wide, equal_nan=True)  # a BLAS may round by where numbers lie
     remedy = "populations run in evaluation mode; make it follow self.training, or leave it out"
-    require(same or not random.found, f"architecture {name!r} is random in evaluation mode ({', '.join(random.found)}): {remedy}")
+    require(same or not random.functions, f"architecture {name!r} is random in evaluation mode ({', '.join(random.functions)}): {remedy}")
     require(
         same, f"architecture {name!r} answers the same queries another way the second time: it keeps something between calls, or is random"
     )
@@ -254,7 +246,7 @@ class RandomCalls(TorchFunctionMode):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.found: list[str] = []
+        self.functions: list[str] = []
         self._parts = [(path, part) for path, part in module.named_modules() if path]
         self._at: list[str] = []
         self._hooks: list[Any] = []
@@ -276,5 +268,5 @@ class RandomCalls(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if not torch.equal(before, torch.default_generator.get_state()):
             where = f" in {self._at[-1]!r}" if self._at else ""
-            self.found.append(f"{getattr(func, '__name__', func)}{where}")
+            self.functions.append(f"{getattr(func, '__name__', func)}{where}")
         return result

@@ -64,26 +64,26 @@ def _flattened(node: Node, reference: str, shapes: Mapping[str, Any]) -> Node:
 def _folded(nodes: list[Node], output: str, constants: Mapping[str, Tensor]) -> tuple[list[Node | None], str, dict[str, Tensor]]:
     """The nodes, the output's reference and the constants, after calls on constants alone were replaced by their results: these are new
     constants, and None stands in place of the call."""
-    known: dict[str, Any] = {f"@c:{name}": value for name, value in constants.items()}
+    values: dict[str, Any] = {f"@c:{name}": value for name, value in constants.items()}
     new: dict[str, str] = {}
     left: list[Node | None] = []
     for i, node in enumerate(nodes):
         node = Node(node.operation, tuple((name, renamed(value, new)) for name, value in node.arguments))
-        node = _unmasked(node, known)
+        node = _unmasked(node, values)
         kind = node.operation.startswith("new_") or node.operation == "type_as"  # of the queries it takes the dtype alone
         reads = [value for name, value in node.arguments if not (kind and value == QUERY)]
         value = None
         drawn = node.argument("train") or node.argument("dropout_p")
-        if all(r in known for r in references(tuple(reads))) and not _sized(tuple(reads)) and not drawn:
+        if all(r in values for r in references(tuple(reads))) and not _sized(tuple(reads)) and not drawn:
             with torch.no_grad():
-                value = call_node(node, {**known, QUERY: torch.empty(1, dtype=torch.float32, device="cpu")}, 1)
+                value = call_node(node, {**values, QUERY: torch.empty(1, dtype=torch.float32, device="cpu")}, 1)
         if isinstance(value, Tensor) and value.numel() <= _LARGEST_CONSTANT:
             new[f"@{i}"] = f"@c:computed.{i}"
-            known[new[f"@{i}"]] = value.contiguous()
+            values[new[f"@{i}"]] = value.contiguous()
             left.append(None)
         else:
             left.append(node)
-    return left, new.get(output, output), {r.removeprefix("@c:"): value for r, value in known.items()}
+    return left, new.get(output, output), {r.removeprefix("@c:"): value for r, value in values.items()}
 
 
 def _unmasked(node: Node, known: dict[str, Any]) -> Node:

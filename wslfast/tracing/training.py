@@ -88,10 +88,10 @@ def _drawn(module: nn.Module, queries: Tensor) -> list[str]:
             copy.deepcopy(module)(queries.clone())
     except Exception as error:
         raise Untraceable(f"its forward fails in training mode: {first_line(error)}") from None
-    found = [name for name in calls.found if name.partition(" ")[0] not in _DROPOUT]
+    others = [name for name in calls.functions if name.partition(" ")[0] not in _DROPOUT]
     if random.getstate() != python or repr(np.random.get_state(legacy=False)) != numpys:
-        found.append("Python's or numpy's generator")
-    return list(dict.fromkeys(found))
+        others.append("Python's or numpy's generator")
+    return list(dict.fromkeys(others))
 
 
 def _verify(graph: Graph, module: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -22,7 +22,7 @@ from ..files import write_tensors
 from ..population import html_table
 from ..safe.state import load_plain
 from ..tokens import TokenLayout, num_tokens
-from ..zoo.importers.found import unreadable
+from ..zoo.importers.checkpoint import unreadable
 from ..zoo.manifest import MANIFEST
 from .config import TrainConfig
 

@@ -12,9 +12,9 @@ from .manifest import Manifest
 from .mapped import MappedZoo
 from .reading import load_parts, load_zoo, read_manifest, summarize
 from .signals import Signals, image_signals
-from .source import dataset_of, network
 from .splits import Split
 from .store import save_zoo
+from .trained_on import dataset_of, network
 
 __all__ = [
     "Dataset",

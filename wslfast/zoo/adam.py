@@ -15,7 +15,7 @@ _LONG_ROW = 16_384  # weights: with gradient and moments, 256 KiB a row
 class StackedAdam:
     """``torch.optim.Adam`` (L2 weight decay, no amsgrad) on k rows, each with its own learning rate and weight decay.
 
-    On a CPU, rows too long for the second-level cache are left to torch's fused Adam, one pass a row instead of fifteen over all
+    On a CPU, rows too long for the second-level cache are left to torch's fused Adam, one pass per row instead of fifteen over all
     rows. Otherwise every operation is one call for all rows, in place, with two moments and one workspace ``[k, P]``; each
     rounds once (no fused multiply-add, whose rounding could depend on where in the tensor an element lies), so a row's bits do
     not depend on how many there are.

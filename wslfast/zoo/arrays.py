@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import WslfastError, require, say_once
-from ..files import sha256_of
+from ..errors import WslfastError, present, require, say_once
+from ..files import npz_archive, sha256_of
+from ..safe.data_sets import pair_of
 from ..safe.inert import InertFile, StoredTensor, Stub
 from .manifest import SPLITS
 
@@ -51,17 +52,11 @@ def read_arrays(path: Path, unlabelled: bool = False) -> tuple[Raw, dict[str, An
 
 
 def _npz(path: Path, unlabelled: bool) -> Read:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            require(isinstance(file, np.lib.npyio.NpzFile), f"{path}: expected an .npz archive")
-            names = _names(file.files)
-            parts = _layout(list(names), path, unlabelled)  # no other array is read
-            arrays = {own: file[theirs] for own, theirs in names.items() if own.rpartition("_")[0] in parts}
-            return {p: _pair(arrays, f"{p}_" if p else "", path) for p in parts}
-    except WslfastError:
-        raise
-    except Exception as error:  # zipfile, zlib and numpy each have their own for a damaged or pickled file
-        raise WslfastError(f"{path}: cannot be read as .npz without pickle: {type(error).__name__}: {error}") from None
+    with npz_archive(path) as file:
+        names = _names(file.files)
+        parts = _layout(list(names), path, unlabelled)  # no other array is read
+        arrays = {own: file[theirs] for own, theirs in names.items() if own.rpartition("_")[0] in parts}
+        return {p: _pair(arrays, f"{p}_" if p else "", path) for p in parts}
 
 
 def _names(keys: Iterable[str]) -> dict[str, str]:
@@ -144,8 +139,8 @@ def _one_hot(rows: np.ndarray) -> bool:
 
 
 def _pt(path: Path, unlabelled: bool) -> Read:
-    """A dict of ``trainset``, ``valset``, ``testset``: TensorDatasets, or objects with ``data`` and ``targets``; or of tensors under the
-    keys of an .npz file."""
+    """A dict of ``trainset``, ``valset``, ``testset``, data sets as :func:`~wslfast.safe.data_sets.pair_of` reads them; or of tensors under
+    the keys of an .npz file."""
     with InertFile(path) as file:
         root = file.root
         require(isinstance(root, dict), f"{path}: expected a dict of data sets or tensors")
@@ -153,8 +148,8 @@ def _pt(path: Path, unlabelled: bool) -> Read:
             sets = {split: root[key] for key, split in _SETS.items() if isinstance(root.get(key), Stub)}
             if sets:
                 require("train" in sets and "test" in sets, f"expected trainset and testset, got {sorted(map(str, root))[:8]}")
-                found = {split: _members(stub, f"{split}set") for split, stub in sets.items()}
-                return {split: pair for split, pair in found.items() if pair is not None}
+                pairs = {split: _labelled(stub, f"{split}set") for split, stub in sets.items()}
+                return {split: pair for split, pair in pairs.items() if pair is not None}
             stored = {str(k): v for k, v in root.items() if isinstance(v, StoredTensor)}
             arrays = {own: stored[theirs].tensor().numpy() for own, theirs in _names(stored).items()}
             return {p: _pair(arrays, f"{p}_" if p else "", path) for p in _layout(list(arrays), path, unlabelled)}
@@ -162,43 +157,16 @@ def _pt(path: Path, unlabelled: bool) -> Read:
             raise WslfastError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
 
 
-def _members(stub: Stub, name: str) -> tuple[Tensor, Tensor | None] | None:
+def _labelled(value: Any, name: str) -> tuple[Tensor, Tensor | None] | None:
     """Images and labels of a data set object; None of an empty one."""
-    changed = [key for key in ("transform", "target_transform", "transforms") if stub.attribute(key) is not None]
-    require(not changed, f"{name}: it changes its images when they are read ({', '.join(changed)}), which nothing here can run")
-    tensors = stub.attribute("tensors")
-    if isinstance(tensors, (tuple, list)) and len(tensors) == 2:
-        images, labels = (_tensor(t, name) for t in tensors)
-    elif isinstance(stub.attribute("dataset"), Stub) and isinstance(stub.attribute("indices"), list):
-        whole = _members(stub.attribute("dataset"), name)
-        require(whole is not None, f"{name}: a part of an empty data set")
-        assert whole is not None
-        rows = torch.tensor(stub.attribute("indices"), dtype=torch.int64)
-        inside = len(rows) == 0 or (int(rows.min()) >= 0 and int(rows.max()) < len(whole[0]))
-        require(inside, f"{name}: indices outside of the data set they are of")
-        require(whole[1] is not None, f"{name}: expected labels")
-        assert whole[1] is not None
-        images, labels = whole[0][rows], whole[1][rows]
-    else:
-        data, targets = stub.attribute("data"), stub.attribute("targets")
-        require(data is not None and targets is not None, f"{name}: {stub!r} has neither tensors nor data and targets")
-        images, labels = _tensor(data, name), _tensor(targets, name)
+    images, labels = pair_of(value, name, refuse_transforms=True)
+    labels = present(labels, f"{name}: expected labels")
     if len(labels) == 0:
         return None
     where = f"{name}: images"
     require(images.ndim >= 2 and (images.is_floating_point() or images.dtype == torch.uint8), f"{where}: expected numbers [N, ...]")
     pixels = images.float() / 255 if images.dtype == torch.uint8 else images.float()
     return _checked(pixels, where), _labels(labels.numpy(), len(images), f"{name}: labels")
-
-
-def _tensor(value: Any, name: str) -> Tensor:
-    if isinstance(value, StoredTensor):
-        return value.tensor()
-    if isinstance(value, list) and value and all(isinstance(v, StoredTensor) for v in value):
-        return torch.stack([v.tensor() for v in value])
-    whole = isinstance(value, list) and all(type(v) is int for v in value)
-    require(whole, f"{name}: expected tensors, got {value!r:.60}")
-    return torch.tensor(value, dtype=torch.int64)
 
 
 # -- shapes ------------------------------------------------------------------------------------------------------------

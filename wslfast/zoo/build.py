@@ -17,8 +17,8 @@ import torch
 from .. import engine
 from ..architecture import Architecture
 from ..engine.ranks import joined
-from ..errors import WslfastError, logger, require
-from ..files import check_folder
+from ..errors import check_positive, logger, require
+from ..files import check_folder, make_folder
 from ..population import Population
 from ..profiling import region
 from ..proof import proved
@@ -62,11 +62,11 @@ def build_zoo(
 ) -> Population:
     """Train ``models`` networks and return their checkpoints at the kept epochs; with ``out``, store them as a zoo there.
 
-    In training mode: dropout with masks of each model's own, batch norm by the statistics of each model's own batch, running averages
-    among its weights. As ``torch.optim.Adam`` trains one network after another, to float tolerance.
+    Every model is trained as ``torch.optim.Adam`` would train it alone, to float tolerance. Training mode is each model's own: its dropout
+    draws masks of its own, its batch norms use the statistics of its own batch, and their running averages are part of its row of weights.
 
-    Under torchrun each process trains its part of the models, and all return all of them; the first stores them. What a process has
-    finished is kept in ``out`` until the zoo is whole: after one has died, the same call trains what is missing.
+    Under torchrun each process trains a part of the models. All processes return all models, and the first one stores them. What a process
+    has finished is kept in ``out`` until the zoo is complete, so that the same call trains only what is missing after a process has died.
 
     Args:
         dataset: a name ("digits", "fashion", "photos", "svhn", ...) or an ``.npz`` file (see :func:`wslfast.zoo.load_dataset`), or a
@@ -75,12 +75,12 @@ def build_zoo(
         out: folder of the zoo; None keeps it in memory only.
         architecture: what every model is, any network that can be traced; by default ``Architecture.cnn`` for 28x28 images and ``cnn3``
             for 32x32 ones, and for signals ``siren``.
-        models: how many; a sub-sample of the grid where it is larger.
+        models: how many. Where the grid is larger, they are a balanced sub-sample of it.
         epochs: passes over the training images.
-        keep: epochs whose weights become rows, 0 being the initial weights; by default three spread over the later half and
-            more of the training (3, 5 and 8 of 8).
+        keep: epochs whose weights become rows; epoch 0 is the initial weights. By default three: those at 3/8, at 5/8 and at the end of
+            the training.
         grid: "small", "published", "signals", or a :class:`Grid`; by default "small", for signals "signals".
-        batch_size: images or points a step; the last batch of an epoch is what is left. By default 32, for signals all points.
+        batch_size: images or points per step; the last batch of an epoch is what is left. By default 32, for signals all points.
         seed: draws the sub-sample of the grid and the split of the models. Images are always split by seed 0, so that every
             zoo of a dataset has the same held-out images.
         split: shares of the models for train, val and test.
@@ -96,8 +96,8 @@ def build_zoo(
         A population in model order, epochs ascending within a model. Properties: model, epoch, train_acc, val_acc, test_acc,
         ggap (train_acc - test_acc), train_loss (mean cross-entropy; all measured on whole splits after the epoch), or for signals
         signal (which one), train_loss, val_loss and test_loss (mean squared error, of the splits there are); then init_type, lr, wd,
-        seed, split. Checkpoints with weights that are not finite or above 10,000 in size are dropped, and those with the bits of one
-        in another split (at epoch 0, where models share a seed); the log says how many.
+        seed, split. Two kinds of checkpoints are dropped, and the log says how many: those with a weight that is not finite or larger
+        than 10,000, and those that equal, to the bit, a checkpoint of another split (initial weights of models that share a seed).
 
     Raises:
         WslfastError: for arguments that do not fit, an architecture that cannot be trained (random in another way than dropout, say), a
@@ -107,8 +107,8 @@ def build_zoo(
     chosen = Grid.of(grid if grid is not None else "signals" if fitted else "small")
     if batch_size is None:
         batch_size = len(dataset.train_inputs) if isinstance(dataset, Signals) else 32
-    require(type(epochs) is int and epochs > 0, f"epochs: expected a positive integer, got {epochs!r}")
-    require(type(batch_size) is int and batch_size > 0, f"batch_size: expected a positive integer, got {batch_size!r}")
+    check_positive("epochs", epochs)
+    check_positive("batch_size", batch_size)
     require(type(seed) is int and 0 <= seed < 1 << 62, f"seed: expected an integer >= 0, got {seed!r}")
     plan = Split(tuple(split), seed)  # type: ignore[arg-type]
     kept = _kept(epochs, keep)
@@ -119,14 +119,11 @@ def build_zoo(
         check_folder(Path(out), "zoo")
         exists = (Path(out) / MANIFEST).exists()
         require(overwrite or not exists, f"out: {out}: there is a zoo already; overwrite=True (--overwrite) replaces it")
-        try:
-            Path(out).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise WslfastError(f"out: {out}: cannot be made: {error.strerror or error}") from None
+        make_folder(out)
     with region("dataset"):
         architecture, data = _matched(dataset, architecture, root)
     if isinstance(data, Signals) and data.count is not None:
-        require(models <= data.count, f"models: expected at most {data.count}, one a signal of {data.name!r}, got {models}")
+        require(models <= data.count, f"models: expected at most {data.count}, one per signal of {data.name!r}, got {models}")
     kind = {"signals": "own", "classes": 0} if isinstance(data, Signals) else {"classes": data.classes}
     settings = {
         "dataset": {"name": data.name, **kind, **data.provenance},
@@ -203,8 +200,8 @@ def fine_tune(
     Raises:
         WslfastError: for arguments that do not fit one another.
     """
-    require(type(epochs) is int and epochs > 0, f"epochs: expected a positive integer, got {epochs!r}")
-    require(type(batch_size) is int and batch_size > 0, f"batch_size: expected a positive integer, got {batch_size!r}")
+    check_positive("epochs", epochs)
+    check_positive("batch_size", batch_size)
     require(data.classes > 0, f"data: expected labelled images to train for, and {data.name} has no classes")
     _matched(data, population.architecture)
     cells = [Cell("given", lr, weight_decay, seed + j) for j in range(len(population))]
@@ -251,7 +248,7 @@ def _matched(
         require(fits, f"dataset {data.name!r}: expected targets {made} for {architecture.name!r}, got {targets}")
     else:
         flat = len(architecture.output_shape) == 1
-        require(flat, f"architecture {architecture.name!r}: expected one number a class, got outputs {list(architecture.output_shape)}")
+        require(flat, f"architecture {architecture.name!r}: expected one number per class, got outputs {list(architecture.output_shape)}")
         classes = f"{data.classes} classes, and architecture {architecture.name!r} has {architecture.num_classes} outputs"
         require(data.classes <= architecture.num_classes, f"dataset {data.name!r}: {classes}")
     return architecture, data

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import random_split
 
 from ..errors import WslfastError, require, say_once
+from .manifest import SPLITS
 from .photos import photo_patches
 
 Parts = dict[str, tuple[Tensor, Tensor]]  # images [N, C, H, W] float32 in [0, 1] and labels [N] int64, by split
@@ -73,7 +74,7 @@ def read_named(name: str, root: str | Path | None, seed: int) -> Source:
     Raises:
         WslfastError: files or packages are missing, and what to install or where to put them.
     """
-    published = (PUBLISHED_MEAN, PUBLISHED_STD)
+    published = (PUBLISHED_MEAN, PUBLISHED_STD) if _SHAPES[name][0] == 3 else None  # of gray images they are measured
     provenance: dict[str, Any] = {"source": f"torchvision {name}"}
     if name == "photos":
         arrays = photo_patches(seed)
@@ -95,14 +96,13 @@ def read_named(name: str, root: str | Path | None, seed: int) -> Source:
                 )
             )
             provenance["subsample"] = list(_SUBSAMPLE)
-        normalisation = None
     else:
-        folder, normalisation = Path(root or "data"), published
+        folder = Path(root or "data")
         (images, labels), (test_images, test_labels) = _read(name, folder, "train"), _read(name, folder, "test")
-    kept = int(0.9 * len(images))
-    train, val = _cut(images, labels, (kept, len(images) - kept), generator).values()
+    cut = int(0.9 * len(images))
+    train, val = _cut(images, labels, (cut, len(images) - cut), generator).values()
     parts = {"train": train, "val": val, "test": (test_images, test_labels)}
-    return _source(parts, {**provenance, "root": str(folder.resolve())}, normalisation)
+    return _source(parts, {**provenance, "root": str(folder.resolve())}, published)
 
 
 def _source(parts: Parts, provenance: dict[str, Any], normalisation: tuple[Sequence[float], Sequence[float]] | None = None) -> Source:
@@ -116,7 +116,7 @@ def _source(parts: Parts, provenance: dict[str, Any], normalisation: tuple[Seque
 def _cut(images: Tensor, labels: Tensor, sizes: Sequence[float], generator: torch.Generator) -> Parts:
     """Train, val (and test) as ``random_split`` of torch draws them."""
     parts: list[Any] = random_split(range(len(images)), sizes, generator)  # type: ignore[arg-type]
-    return {key: (images[part.indices], labels[part.indices]) for key, part in zip(("train", "val", "test"), parts, strict=False)}
+    return {key: (images[part.indices], labels[part.indices]) for key, part in zip(SPLITS, parts, strict=False)}
 
 
 def _pixels(images: np.ndarray) -> Tensor:

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import WslfastError, check_seed, describe, require, say_once
+from ..errors import WslfastError, check_seed, describe, present, require, say_once
 from .arrays import ENDINGS, as_images, fitted, read_arrays, shapes_of
 from .catalogue import NAMES, Parts, Source, named_shape, read_named
-from .grids import PREFIX, grid_points, is_grid
+from .coordinates import PREFIX, grid_points, is_grid
+from .manifest import SPLITS
 
-_PREFIXES = ("train", "val", "test")
 _FRACTIONS = (0.7, 0.1, 0.2)
 _DIGITS = (1200, 200, 397)
 
@@ -54,7 +54,7 @@ class Dataset:
     def __post_init__(self) -> None:
         require(type(self.classes) is int and self.classes >= 0, f"classes: expected an integer >= 0, got {self.classes!r}")
         shape = tuple(self.train_images.shape[1:])
-        for prefix in _PREFIXES:
+        for prefix in SPLITS:
             images, labels = self.split(prefix)
             require(
                 images.dtype == torch.float32 and images.ndim >= 2 and len(images) > 0 and tuple(images.shape[1:]) == shape,
@@ -70,17 +70,17 @@ class Dataset:
         object.__setattr__(self, "provenance", MappingProxyType(dict(self.provenance)))
 
     def __reduce__(self) -> tuple[Any, ...]:  # pickled, copied and saved as what it is made of
-        tensors = (tensor for prefix in _PREFIXES for tensor in self.split(prefix))
+        tensors = (tensor for prefix in SPLITS for tensor in self.split(prefix))
         return Dataset, (self.name, *tensors, self.classes, dict(self.provenance))
 
     def __repr__(self) -> str:
-        sizes = " / ".join(str(len(self.split(prefix)[1])) for prefix in _PREFIXES)
+        sizes = " / ".join(str(len(self.split(prefix)[1])) for prefix in SPLITS)
         what = f"{self.classes} classes" if self.classes else "no labels"
         return f"Dataset({self.name!r}, {list(self.train_images.shape[1:])}, train / val / test {sizes}, {what})"
 
     def split(self, name: str) -> tuple[Tensor, Tensor]:
         """Images and labels of "train", "val" or "test"."""
-        require(name in _PREFIXES, f"split: expected one of {_PREFIXES}, got {name!r}")
+        require(name in SPLITS, f"split: expected one of {SPLITS}, got {name!r}")
         return getattr(self, f"{name}_images"), getattr(self, f"{name}_labels")
 
 
@@ -104,11 +104,11 @@ def load_dataset(
             (Fashion-MNIST, a sub-sample of 12,000: 9,000 / 1,000 / 2,000) and "fashion-full" (54,000 / 6,000 / 10,000); "photos"
             (32x32 patches of ten scikit-image photographs, 3,000 / 500 / 1,000: texture identification); "svhn", "cifar10", "eurosat"
             and "stl10" with the splits and the normalisation of the published zoos; "grid:28x28" and the like, the coordinates of
-            pixels (:mod:`wslfast.zoo.grids`), the same points in every split, never standardised. An ``.npz`` file has ``train_images``,
-            ``train_labels``, ``test_images``, ``test_labels`` and maybe ``val_images``, ``val_labels`` (without them one eighth of train is
-            held out), or one pair ``images`` and ``labels`` (split 0.7 / 0.1 / 0.2); ``x_train`` and ``y_train``, ``X`` and ``y``, ``data``
-            and ``targets`` are read as these. Images are uint8 or floats ``[N, H, W]``, ``[N, C, H, W]``, ``[N, H, W, C]`` or any
-            ``[N, *input_shape]``; labels whole numbers ``[N]`` from 0, or one-hot rows. A ``.pt`` file is the
+            pixels (:mod:`wslfast.zoo.coordinates`), the same points in every split, never standardised. An ``.npz`` file has
+            ``train_images``, ``train_labels``, ``test_images``, ``test_labels`` and maybe ``val_images``, ``val_labels`` (without them one
+            eighth of train is held out), or one pair ``images`` and ``labels`` (split 0.7 / 0.1 / 0.2); ``x_train`` and ``y_train``,
+            ``X`` and ``y``, ``data`` and ``targets`` are read as these. Images are uint8 or floats ``[N, H, W]``, ``[N, C, H, W]``,
+            ``[N, H, W, C]`` or any ``[N, *input_shape]``; labels whole numbers ``[N]`` from 0, or one-hot rows. A ``.pt`` file is the
             ``dataset.pt`` that model-zoo code writes (a dict of ``trainset``, ``valset``, ``testset``), read without running any of it.
         input_shape: of one query: ``(C, H, W)``, ``(features,)`` or any other. Images are resized bilinearly, one channel is repeated
             where C are wanted; for a flat architecture they are flattened, after resizing to a square where sizes differ.
@@ -160,21 +160,19 @@ def load_dataset(
         arrays[f"{key}_labels"] = labels
     classes = 0 if source.provenance.get("labels") == "none" else 1 + max(int(labels.max()) for _, labels in parts.values())
     sizes = [len(labels) for _, labels in parts.values()]
-    made: dict[str, Any] = {"seed": seed, "sizes": sizes, **drawn, "mean": center.reshape(-1).tolist(), "std": scale.reshape(-1).tolist()}
-    made |= {**({} if given is None else {"given": True}), **({"grey": True} if grey else {})}
-    made |= {"first_label": first_label} if first_label else {}
+    record: dict[str, Any] = {"seed": seed, "sizes": sizes, **drawn, "mean": center.reshape(-1).tolist(), "std": scale.reshape(-1).tolist()}
+    record |= {**({} if given is None else {"given": True}), **({"grey": True} if grey else {})}
+    record |= {"first_label": first_label} if first_label else {}
     if str(name_or_path) not in NAMES or given is not None:
-        _say(name, standardise, made["mean"], made["std"], given is not None)
-    return Dataset(name, **arrays, classes=classes, provenance={**provenance, **made, "standardise": standardise})  # type: ignore[arg-type]
+        _say(name, standardise, record["mean"], record["std"], given is not None)
+    return Dataset(name, **arrays, classes=classes, provenance={**provenance, **record, "standardise": standardise})  # type: ignore[arg-type]
 
 
 def _given(mean: Sequence[float] | None, std: Sequence[float] | None) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """Mean and deviation that a caller states, checked."""
     if mean is None and std is None:
         return None
-    require(mean is not None and std is not None, "mean, std: expected both or neither")
-    assert mean is not None
-    assert std is not None
+    mean, std = (present(values, "mean, std: expected both or neither") for values in (mean, std))
     numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < 1e30 for v in (*mean, *std))
     fits = numbers and len(mean) == len(std) > 0 and all(v > 0 for v in std)
     require(
@@ -236,8 +234,8 @@ def _grid(name: str, shape: tuple[int, ...]) -> Dataset:
         tuple(points.shape[1:]) == shape, f"data set {name!r}: expected points of {list(shape)} coordinates, got {list(points.shape[1:])}"
     )
     none = torch.zeros(len(points), dtype=torch.int64)
-    made = {"seed": 0, "sizes": [len(points)] * 3, "mean": [float(points.double().mean())], "std": [float(points.double().std())]}
-    provenance = {**facts, **made, "standardise": False}
+    record = {"seed": 0, "sizes": [len(points)] * 3, "mean": [float(points.double().mean())], "std": [float(points.double().std())]}
+    provenance = {**facts, **record, "standardise": False}
     return Dataset(name, points, none, points, none, points, none, classes=0, provenance=provenance)
 
 
@@ -267,7 +265,7 @@ def _split(raw: Parts, name: str, seed: int) -> Parts:
         sizes = _DIGITS if name == "digits" else tuple(max(1, round(share * n)) for share in _FRACTIONS[:2])
         order = torch.randperm(n, generator=generator)
         cuts = order.tensor_split((sizes[0], sizes[0] + sizes[1]))
-        parts = {prefix: (images[rows], labels[rows]) for prefix, rows in zip(_PREFIXES, cuts, strict=True)}
+        parts = {prefix: (images[rows], labels[rows]) for prefix, rows in zip(SPLITS, cuts, strict=True)}
     else:
         parts = dict(raw)
         if "val" not in raw:
@@ -276,4 +274,4 @@ def _split(raw: Parts, name: str, seed: int) -> Parts:
             parts["val"], parts["train"] = (images[held], labels[held]), (images[kept], labels[kept])
     short = [prefix for prefix, (images, _) in parts.items() if len(images) == 0]
     require(not short, f"{name}: expected images in every split, got none for {short}")
-    return {prefix: parts[prefix] for prefix in _PREFIXES}
+    return {prefix: parts[prefix] for prefix in SPLITS}

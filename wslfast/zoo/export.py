@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from ..architecture import Architecture
-from ..errors import WslfastError, require
-from ..files import write_tensors, write_text
+from ..errors import require
+from ..files import check_empty, make_folder, write_tensors, write_text
 from ..kernels.layers import Activation, Conv2d, Dropout
 from ..population import Population
 from .mapped import MappedZoo, mapped_parts
@@ -43,12 +43,9 @@ def export_zoo(zoo: str | Path, out: str | Path, *, format: str = "ray", split: 
     """
     require(format in FORMATS, f"format: expected one of {FORMATS}, got {format!r}")
     folder = Path(out)
-    require(not folder.exists() or (folder.is_dir() and not any(folder.iterdir())), f"out: {out}: expected a new or an empty folder")
+    check_empty(out)
     parts = mapped_parts(zoo, split, skip_bad=skip_bad)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise WslfastError(f"out: {out}: cannot be made: {error.strerror or error}") from None
+    make_folder(out)
     return sum(_ray(models, folder) for models in parts.values()) if format == "ray" else _state_dicts(parts, folder)
 
 
@@ -62,7 +59,7 @@ def _ray(models: MappedZoo, folder: Path) -> int:
         rows.sort(key=lambda row: epochs[row])
         numbers = [epochs[row] for row in rows]
         fit = all(type(e) is int and e >= 0 for e in numbers) and len(set(numbers)) == len(numbers)
-        require(fit, f"model {model}: expected one checkpoint an epoch, got epochs {numbers[:8]}")
+        require(fit, f"model {model}: expected one checkpoint per epoch, got epochs {numbers[:8]}")
         trial = folder / f"NN_tune_trainable_{model:05d}"
         first = {name: column[rows[0]] for name, column in table.items()}
         settings = {**config, **{theirs: first[ours] for ours, theirs in _SETTINGS.items() if first.get(ours) is not None}}
@@ -76,7 +73,7 @@ def _ray(models: MappedZoo, folder: Path) -> int:
 
 
 def _results(table: Mapping[str, tuple[Any, ...]], rows: list[int], epochs: list[int], config: Mapping[str, Any]) -> str:
-    """A line an iteration from 0 on, as the published loaders count lines; iterations that were not kept know only their number."""
+    """A line per iteration from 0 on, as the published loaders count lines; iterations that were not kept know only their number."""
     columns = {n: c for n, c in table.items() if n not in (*_SETTINGS, "model", "epoch", "ggap")}
     known: dict[int, dict[str, Any]] = {}
     for row, epoch in zip(rows, epochs, strict=True):

@@ -17,7 +17,8 @@ from ..profiling import region
 from .adam import StackedAdam
 from .datasets import Dataset
 from .grid import Cell
-from .signals import SPLITS, Signals
+from .manifest import SPLITS
+from .signals import Signals
 
 _EVALUATION_BLOCK = 256
 _ORDER, _DROPOUT = 0x5EED, 0xD509  # apart from the stream that draws the initial weights
@@ -26,7 +27,7 @@ Measures = dict[str, list[Any]]
 
 
 def batch_generator(seed: int) -> torch.Generator:
-    """The generator of a model's batch orders: one ``randperm`` of the training images an epoch."""
+    """The generator of a model's batch orders: one ``randperm`` of the training images per epoch."""
     return torch.Generator().manual_seed(seed << 16 | _ORDER)
 
 
@@ -162,10 +163,10 @@ class _Run:
 
     def state(self, epoch: int) -> dict[str, Any]:
         """What :meth:`load` goes on from, after an epoch."""
-        made = {"epoch": epoch, "weights": self.weights, "orders": _states(self.orders)}
+        state = {"epoch": epoch, "weights": self.weights, "orders": _states(self.orders)}
         if self.dropout:
-            made["dropout"] = _states(self.dropout)
-        return {**made, **{f"adam.{name}": value for name, value in self.adam.state().items()}}
+            state["dropout"] = _states(self.dropout)
+        return {**state, **{f"adam.{name}": value for name, value in self.adam.state().items()}}
 
     def load(self, state: Mapping[str, Any]) -> int:
         """Go on from a :meth:`state`; returns its epoch."""
@@ -211,7 +212,7 @@ def _measure(weights: Tensor, data: Dataset | Signals, architecture: Architectur
 
 def _losses(weights: Tensor, data: Signals, architecture: Architecture) -> Measures:
     """The mean squared error of each model on its signal, split by split."""
-    k, found = len(weights), {}
+    k, measures = len(weights), {}
     for name in SPLITS:
         pair = data.split(name)
         if pair is None:
@@ -224,9 +225,9 @@ def _losses(weights: Tensor, data: Signals, architecture: Architecture) -> Measu
             wanted = targets[:k, part] if data.own else targets[part]
             total += (outputs - wanted).double().square().flatten(1).sum(1)
         mean = total / (len(inputs) * max(1, math.prod(data.output_shape)))
-        found[f"{name}_loss"] = [_finite(v) for v in mean.tolist()]
+        measures[f"{name}_loss"] = [_finite(v) for v in mean.tolist()]
     signals = {"signal": list(range(k))} if data.own else {}
-    return {**signals, **found}
+    return {**signals, **measures}
 
 
 def _finite(value: float) -> float | None:

@@ -74,9 +74,9 @@ class Grid:
         """``grid`` itself, or the one of that name."""
         if isinstance(grid, Grid):
             return grid
-        made = {"small": cls.small, "published": cls.published, "signals": cls.signals}
-        if grid in made:
-            return made[grid]()
+        grids = {"small": cls.small, "published": cls.published, "signals": cls.signals}
+        if grid in grids:
+            return grids[grid]()
         raise WslfastError(f"grid: expected 'small', 'published', 'signals' or a Grid, got {grid!r}")
 
     def __len__(self) -> int:

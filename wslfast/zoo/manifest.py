@@ -58,7 +58,7 @@ class Manifest:
         architecture: ``Architecture.to_dict()``'s record, not yet rebuilt; empty for a zoo of several.
         num_weights: P, numbers in one row; 0 for a zoo of several architectures.
         rows: rows in all shards together, in the order of ``shards``.
-        properties: column name -> one value a row; ``model`` (int) and ``split`` are always there.
+        properties: column name -> one value per row; ``model`` (int) and ``split`` are always there.
         split: how rows were split: ``{"by": "model", "seed": int or None, "fractions": [train, val, test] or None}``.
         provenance: whatever the writer recorded.
         shards: the files.
@@ -122,7 +122,7 @@ class Manifest:
         return hashlib.sha256(_dumps(self.record(), sort_keys=True, separators=(",", ":"))).hexdigest()
 
     def to_json(self) -> bytes:
-        """The file's bytes, one line a field and a line a column. Raises WslfastError for what JSON cannot hold."""
+        """The file's bytes, one line a field and a line per column. Raises WslfastError for what JSON cannot hold."""
         record = self.record()
         columns = record.pop("properties")
         lines = [_entry(key, value) for key, value in record.items()]
@@ -183,8 +183,8 @@ class Manifest:
 
 
 def _rebuilt(fields: dict[str, Any]) -> Manifest:
-    made: dict[str, Any] = {name: MappingProxyType(value) if isinstance(value, dict) else value for name, value in fields.items()}
-    return Manifest(**made)
+    frozen: dict[str, Any] = {name: MappingProxyType(value) if isinstance(value, dict) else value for name, value in fields.items()}
+    return Manifest(**frozen)
 
 
 def plain(value: Any, what: str) -> Any:
@@ -237,9 +237,9 @@ def _loads(data: bytes, where: str) -> Any:
         raise WslfastError(f"{where}: {literal} is not JSON")
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(items)
-        require(len(found) == len(items), f"{where}: a key appears twice in one object")
-        return found
+        entries = dict(items)
+        require(len(entries) == len(items), f"{where}: a key appears twice in one object")
+        return entries
 
     try:
         text = data.decode("utf-8")

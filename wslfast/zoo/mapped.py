@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from itertools import compress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -22,9 +21,9 @@ from ..architecture import Architecture
 from ..errors import WslfastError, describe, require
 from ..files import sha256_of
 from ..population import Population
-from .manifest import MANIFEST, SPLITS
-from .reading import chosen_kind, chosen_rows, in_shards, parts_of, read_manifest
-from .shards import check_digest, check_shards, check_weights, regular_file, rows_of, sound_part
+from .manifest import SPLITS
+from .reading import in_shards, parts_of, read_manifest, selection
+from .shards import check_digest, check_weights, regular_file, rows_of
 
 WINDOW = 8  # shards: 512 MiB of those that save_zoo writes
 
@@ -61,14 +60,10 @@ class MappedZoo:
     ) -> None:
         require(split is None or split in SPLITS, f"split: expected None or one of {SPLITS}, got {split!r}")
         self._folder, self._verify = Path(path), verify
-        manifest, where = read_manifest(path), str(Path(path) / MANIFEST)
-        if skip_bad:
-            manifest = sound_part(self._folder, manifest, verify)
-        else:
-            check_shards(self._folder, manifest)  # a hole is found now and not in the middle of an epoch
-        self.architecture, of_it = chosen_kind(manifest, architecture, where)
-        chosen = chosen_rows(manifest, of_it, split, where)
-        self.properties = MappingProxyType({n: tuple(compress(column, chosen)) for n, column in manifest.properties.items()})
+        manifest, self.architecture, chosen, properties = selection(
+            self._folder, read_manifest(path), split, architecture, verify, skip_bad
+        )
+        self.properties = MappingProxyType(properties)
         self._shards, self._shapes = manifest.shards, manifest.shapes
         numbers, places = in_shards(manifest, chosen)
         self._shard_of = torch.repeat_interleave(torch.arange(len(numbers)), torch.tensor([len(own) for own in numbers]))

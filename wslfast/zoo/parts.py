@@ -23,6 +23,7 @@ from ..population import Population
 from ..safe.state import load_plain
 from .datasets import Dataset
 from .grid import Cell
+from .manifest import SPLITS
 from .signals import Signals
 
 FOLDER = ".parts"
@@ -46,21 +47,21 @@ def trained_in_parts(
     if world.size == 1:
         return train(cells)
     span = world.span(len(cells))
-    mine = list(cells[span.start : span.stop])
-    record = json.dumps([[tuple(c) for c in mine], architecture.to_dict(), settings], sort_keys=True, default=str)
+    share = list(cells[span.start : span.stop])
+    record = json.dumps([[tuple(c) for c in share], architecture.to_dict(), settings], sort_keys=True, default=str)
     digest = hashlib.sha256(record.encode()).hexdigest()
     path = None if kept_in is None else kept_in / FOLDER / f"{span.start:06d}-{span.stop:06d}-{digest[:16]}.pt"
     part = None if path is None else _kept(path, digest)
     if part is None:
-        own = train(mine)
-        part = own.weights, {name: list(column) for name, column in own.properties.items()}
+        trained = train(share)
+        part = trained.weights, {name: list(column) for name, column in trained.properties.items()}
         if path is not None:
             write_tensors(path, {"digest": digest, "weights": part[0], "properties": json.dumps(part[1])})
     else:
         logger.info("zoo: models %d to %d were trained before", span.start, span.stop - 1)
     weights, table = part
-    each = len(weights) // len(mine)  # rows a model
-    whole = world.rows(weights.reshape(len(mine), -1), len(cells)).reshape(len(cells) * each, -1)
+    each = len(weights) // len(share)  # rows per model
+    whole = world.rows(weights.reshape(len(share), -1), len(cells)).reshape(len(cells) * each, -1)
     columns: dict[str, list[Any]] = {name: [] for name in table}
     for rank, others in enumerate(world.collected(table)):
         start = World(rank, world.size).span(len(cells)).start
@@ -77,7 +78,7 @@ def discard_parts(folder: Path) -> None:
 def data_digest(data: Dataset | Signals) -> str:
     """SHA-256 of a data set's images and labels, or of inputs and targets."""
     digest = hashlib.sha256()
-    for split in ("train", "val", "test"):
+    for split in SPLITS:
         for tensor in data.split(split) or ():
             digest.update(tensor.cpu().contiguous().numpy().data)
     return digest.hexdigest()

@@ -7,6 +7,7 @@ SHA-256, header, shape and dtype are checked before a row is used (``shards.py``
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import compress
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -44,13 +45,14 @@ def load_zoo(
     verify: bool = True,
     skip_bad: bool = False,
 ) -> Population:
-    """The population stored in folder ``path``: every row in manifest order, or one split's rows.
+    """The population that is stored in the folder ``path``: every row, or the rows of one split, in the order of the manifest.
 
     Args:
         path: a folder written by :func:`save_zoo`.
         split: None for every row, or "train", "val", "test".
-        architecture: of a zoo of several architectures, which one: its label, or the architecture itself (:func:`load_parts` gives all).
-            Else what the models are, for a zoo whose architecture cannot be rebuilt from its manifest; where it can, both must agree.
+        architecture: in a zoo of several architectures, the one to load: its label, or the architecture itself (:func:`load_parts` loads
+            all). For a zoo whose architecture cannot be rebuilt from its manifest, what its models are. Otherwise it has to agree with the
+            manifest.
         verify: check every shard's SHA-256. The rest is always checked.
         skip_bad: leave out shards that are missing or damaged, with one warning that counts them and their rows, instead of raising.
 
@@ -73,8 +75,8 @@ def load_zoo(
 
 
 def load_parts(path: str | Path, split: str | None = None, *, skip_bad: bool = False) -> dict[str, Population]:
-    """The populations of a zoo by architecture (the label of its table; of a zoo of one, the architecture's name), those with a row of
-    the split alone."""
+    """The populations of a zoo, by the label of their architecture; in a zoo of one architecture the label is its name. Architectures
+    without a row in the split are left out."""
     return parts_of(path, split, lambda label: load_zoo(path, split, architecture=label, skip_bad=skip_bad))
 
 
@@ -94,27 +96,34 @@ def parts_of(path: str | Path, split: str | None, read: Callable[[str | None], P
 def _load(
     folder: Path, manifest: Manifest, split: str | None, architecture: Architecture | str | None, verify: bool, skip_bad: bool
 ) -> Population:
-    if skip_bad:
-        manifest = sound_part(folder, manifest, verify)
-    else:
-        check_shards(folder, manifest)  # before anything is allocated
-    found, of_it = chosen_kind(manifest, architecture, str(folder / MANIFEST))
-    chosen = chosen_rows(manifest, of_it, split, str(folder / MANIFEST))
-    weights = torch.empty(sum(chosen), found.num_weights)
+    manifest, network, chosen, properties = selection(folder, manifest, split, architecture, verify, skip_bad)
+    weights = torch.empty(sum(chosen), network.num_weights)
     at = 0
     for shard, shape, kept, places in zip(manifest.shards, manifest.shapes, *in_shards(manifest, chosen), strict=True):
         if len(kept) == 0 and manifest.kinds:
             continue
-        part = rows_of(read_shard(folder, shard, shape, verify), places, found.num_weights)
+        part = rows_of(read_shard(folder, shard, shape, verify), places, network.num_weights)
         weights[at : at + len(part)] = part
         at += len(part)
-    columns = {
-        name: tuple(value for value, keep in zip(column, chosen, strict=True) if keep) for name, column in manifest.properties.items()
-    }
-    return Population(found, weights, columns)
+    return Population(network, weights, properties)
 
 
-def chosen_kind(manifest: Manifest, architecture: Architecture | str | None, where: str) -> tuple[Architecture, list[bool]]:
+def selection(
+    folder: Path, manifest: Manifest, split: str | None, architecture: Architecture | str | None, verify: bool, skip_bad: bool
+) -> tuple[Manifest, Architecture, list[bool], dict[str, tuple[Any, ...]]]:
+    """The manifest (with ``skip_bad`` that of the sound shards), the architecture that is asked for, which rows are of it and in the
+    split, and the properties of these."""
+    if skip_bad:
+        manifest = sound_part(folder, manifest, verify)
+    else:
+        check_shards(folder, manifest)  # a hole is named now: before anything is allocated, not in the middle of an epoch
+    where = str(folder / MANIFEST)
+    network, of_it = _kind(manifest, architecture, where)
+    chosen = _rows(manifest, of_it, split, where)
+    return manifest, network, chosen, {name: tuple(compress(column, chosen)) for name, column in manifest.properties.items()}
+
+
+def _kind(manifest: Manifest, architecture: Architecture | str | None, where: str) -> tuple[Architecture, list[bool]]:
     """The architecture that is asked for, and which rows are of it. Raises WslfastError where a zoo of several is asked for none."""
     if not manifest.kinds:
         if isinstance(architecture, str):
@@ -123,7 +132,7 @@ def chosen_kind(manifest: Manifest, architecture: Architecture | str | None, whe
             architecture = None
         if architecture is None:
             return manifest.rebuild(where), [True] * manifest.rows
-        agree(architecture, manifest, where)
+        _agree(architecture, manifest, where)
         return architecture, [True] * manifest.rows
     need = f"{where}: it is a zoo of several architectures: {manifest.labels}"
     require(architecture is not None, f"{need}; choose one (architecture=, --architecture), or read all with wslfast.zoo.load_parts")
@@ -137,7 +146,7 @@ def chosen_kind(manifest: Manifest, architecture: Architecture | str | None, whe
     return manifest.rebuild(where, label), [own == label for own in manifest.properties[KIND]]
 
 
-def chosen_rows(manifest: Manifest, of_it: Sequence[bool], split: str | None, where: str) -> list[bool]:
+def _rows(manifest: Manifest, of_it: Sequence[bool], split: str | None, where: str) -> list[bool]:
     """Which rows are of an architecture (``of_it``) and in the split. Raises WslfastError if none is."""
     splits = [own for own, kept in zip(manifest.properties["split"], of_it, strict=True) if kept]
     chosen = [kept and split in (None, own) for own, kept in zip(manifest.properties["split"], of_it, strict=True)]
@@ -161,12 +170,12 @@ def in_shards(manifest: Manifest, chosen: Sequence[bool]) -> tuple[list[Tensor],
     return numbers, places
 
 
-def agree(architecture: Architecture, manifest: Manifest, where: str) -> None:
+def _agree(architecture: Architecture, manifest: Manifest, where: str) -> None:
     """``architecture`` is the manifest's network, where that can be rebuilt; else it has its P, and its names and shapes."""
     require(isinstance(architecture, Architecture), f"architecture: expected an Architecture, got {type(architecture).__name__}")
     require(
         architecture.num_weights == manifest.num_weights,
-        f"{where}: architecture: the zoo has {manifest.num_weights} weights a model, architecture= has {architecture.num_weights}",
+        f"{where}: architecture: the zoo has {manifest.num_weights} weights per model, architecture= has {architecture.num_weights}",
     )
     recorded, ours = manifest.architecture, normalised(architecture.to_dict(), "architecture")
     if "parameters" in recorded and "parameters" in ours:
@@ -224,10 +233,10 @@ def _kinds(manifest: Manifest) -> dict[str, Any]:
             "weights_per_model": manifest.num_weights,
         }
     labels = manifest.properties[KIND]
-    own = {label: [m for m, at in zip(manifest.properties["model"], labels, strict=True) if at == label] for label in manifest.kinds}
+    by_label = {label: [m for m, at in zip(manifest.properties["model"], labels, strict=True) if at == label] for label in manifest.kinds}
     return {
         "architectures": {
             label: {"rows": len(models), "models": len(set(models)), "weights_per_model": manifest.kinds[label].num_weights}
-            for label, models in own.items()
+            for label, models in by_label.items()
         }
     }

@@ -61,8 +61,8 @@ def _extra_shards(folder: Path, manifest: Manifest) -> list[str]:
     """Shards in the folder that are of the zoo's own generation (others belong to a writer at work or one that died) and not listed."""
     names = {shard.file for shard in manifest.shards}
     generations = {m["generation"] for m in map(OURS.fullmatch, names) if m}
-    found = ((name, OURS.fullmatch(name)) for name in sorted(set(os.listdir(folder)) - names))
-    return [name for name, match in found if match is not None and match["generation"] in generations]
+    others = ((name, OURS.fullmatch(name)) for name in sorted(set(os.listdir(folder)) - names))
+    return [name for name, match in others if match is not None and match["generation"] in generations]
 
 
 def _check_size(folder: Path, shard: Shard, shape: tuple[int, ...]) -> None:

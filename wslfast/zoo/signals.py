@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from ..errors import describe, require
+from .coordinates import grid_name, grid_points
 from .datasets import Dataset, load_dataset
-from .grids import grid_name, grid_points
-
-SPLITS = ("train", "val", "test")
+from .manifest import SPLITS
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +60,9 @@ class Signals:
             several = targets.ndim >= 3 and targets.shape[1] == len(inputs)
             require(one or several, f"{name}_targets: expected [{len(inputs)}, ...] or [S, {len(inputs)}, ...], got {describe(targets)}")
             mine = several and (own if own is not None else not one)
-            require(own is None or mine == own, f"{name}_targets: expected one target a point, or one a signal and point, in every split")
+            require(
+                own is None or mine == own, f"{name}_targets: expected one target per point, or one per signal and point, in every split"
+            )
             own = mine
             same = not own or len(targets) == len(self.train_targets)
             require(same, f"{name}_targets: expected {len(self.train_targets)} signals, got {len(targets)}")

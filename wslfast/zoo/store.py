@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..errors import WslfastError, describe, logger, require
+from ..errors import WslfastError, check_positive, describe, logger, require
 from ..files import check_folder, write_bytes
 from ..population import Population
 from ..profiling import region
@@ -27,8 +27,8 @@ from .datasets import Dataset
 from .identical import digest, draw, elsewhere
 from .manifest import KIND, MANIFEST, SPLITS, Kind, Manifest, Shard, normalised, plain
 from .shards import OURS
-from .source import described
 from .splits import Split
+from .trained_on import described
 
 Part = Union[Tensor, Sequence[Tensor]]  # a shard's rows: [rows, P], or, where they differ in length, one after another
 SHARD_BYTES = 64 << 20
@@ -49,17 +49,18 @@ def save_zoo(
     """Write a population as a zoo in the folder ``path``, as ``train``, ``evaluate`` and ``generate`` will read it; returns its manifest.
 
     Args:
-        population: any; a ``model`` property (int) says which rows are checkpoints of one model, else each row is a model. Several
-            architectures are one zoo: populations by label, whose models are told apart.
+        population: one population; or, for a zoo of several architectures, a mapping of labels to populations. Rows with the same
+            ``model`` property (int) are checkpoints of one model; without that property each row is a model.
         path: the folder; made if absent. Files in it that are not a zoo's are left alone.
         dataset: what the models were trained on: a name or a file (see :func:`wslfast.zoo.load_dataset`), or a :class:`Dataset`, whose
-            images are then kept in the folder unless they come from a file. Without, training and evaluation have to be given images.
-        splits: a :class:`Split`, drawn by model and recorded with its seed, or one of train / val / test for each row; by default the
-            property ``split``, else ``Split()``. Drawn, models that share a trained checkpoint to the bit are in one split.
+            images are then kept in the folder unless they come from a file. Without it, training and evaluation have to be given images.
+        splits: a :class:`Split`, which is drawn by model and recorded with its seed; or "train", "val" or "test" for each row. By default
+            the property ``split``, and ``Split()`` where there is none. A drawn split puts models that share a trained checkpoint, to
+            the bit, together.
         provenance: JSON-able facts about how the zoo came to be.
         standardise: whether the models saw the images of ``dataset`` standardised (see :func:`wslfast.zoo.load_dataset`); by default as
             they are.
-        shard_rows: rows a shard; by default what makes shards of 64 MiB.
+        shard_rows: rows per shard; by default what makes shards of 64 MiB.
         overwrite: replace a zoo that is already there.
 
     Raises:
@@ -82,7 +83,7 @@ def save_zoo(
         facts["dataset"] = images.record
     widest = max(w.shape[1] for w in weights.values())
     rows_each = shard_rows or max(1, SHARD_BYTES // (4 * widest))
-    require(type(rows_each) is int and rows_each > 0, f"shard_rows: expected a positive integer, got {shard_rows!r}")
+    check_positive("shard_rows", rows_each)
     columns, split = _table(populations, splits)
     parts: Sequence[Part]
     if len(weights) == 1:
@@ -168,10 +169,10 @@ def _columns(populations: Mapping[str, Population]) -> dict[str, tuple[Any, ...]
     every: dict[str, list[Any]] = {"model": [], KIND: [], **{name: [] for name in names}}
     first = 0
     for label, p in populations.items():
-        own = p.properties.get("model", tuple(range(len(p))))
-        numbers = {model: first + i for i, model in enumerate(dict.fromkeys(own))}
+        models = p.properties.get("model", tuple(range(len(p))))
+        numbers = {model: first + i for i, model in enumerate(dict.fromkeys(models))}
         first += len(numbers)
-        every["model"] += [numbers[model] for model in own]
+        every["model"] += [numbers[model] for model in models]
         every[KIND] += [label] * len(p)
         for name in names:
             every[name] += [plain(v, f"properties[{name!r}]") for v in p.properties.get(name, (None,) * len(p))]

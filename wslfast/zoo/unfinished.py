@@ -50,8 +50,8 @@ class Unfinished:
             plain = json.loads(words["plain"])
         except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
             raise WslfastError(f"{self.path} is damaged ({error}); overwrite=True (--overwrite) builds anew") from None
-        known = plain.pop("settings")
-        other = [key for key in self.settings.keys() | known.keys() if self.settings.get(key) != known.get(key)]
+        stored = plain.pop("settings")
+        other = [key for key in self.settings.keys() | stored.keys() if self.settings.get(key) != stored.get(key)]
         require(
             not other,
             f"{self.path}: it was begun with other settings ({', '.join(sorted(other))}); pass the same, or overwrite=True (--overwrite)",
@@ -72,8 +72,8 @@ class Unfinished:
 
 
 def _digest(tensors: Mapping[str, Tensor], plain: str) -> str:
-    made = hashlib.sha256(plain.encode())
+    digest = hashlib.sha256(plain.encode())
     for name in sorted(tensors):
-        made.update(name.encode())
-        made.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
-    return made.hexdigest()
+        digest.update(name.encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

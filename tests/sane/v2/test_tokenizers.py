@@ -188,7 +188,7 @@ def test_wrong_input_is_named(sane2: SimpleNamespace) -> None:  # noqa: F811
         v2.tokenize_all(torch.nn.Linear(1, 1), [state])
     with pytest.raises(WslfastError, match="no channels"):
         layout_of("dense", 4, (("weight", ()),))
-    with pytest.raises(WslfastError, match="a number a channel"):
+    with pytest.raises(WslfastError, match="a number per channel"):
         layout_of("dense", 4, (("weight", (2, 2)), ("bias", (3,))))
     with pytest.raises(WslfastError, match="nothing to tokenise"):
         layout_of("dense", 4, signature_of({"bias": torch.zeros(2)}))

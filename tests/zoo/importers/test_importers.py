@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import pickle
-import struct
-import sys
-import types
-import zipfile
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -19,50 +13,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pickled import Calls, as_archive, honest_file, hostile_programs
-from tolerances import FP32, FP32_ROUNDING
-from torch import Tensor, nn
+from pickled import as_archive, hostile_programs
+from torch import Tensor
+from zoo_trees import ARCH, population, restate
 
-from wslfast import Architecture, Population, TokenLayout, WslfastError, load_zoo
+from wslfast import Architecture, Population, WslfastError, load_zoo
 from wslfast.cli import main
-from wslfast.safe.inert import InertFile, StoredTensor, Stub
+from wslfast.safe.inert import InertFile
 from wslfast.zoo import export_zoo, import_zoo, load_parts, read_manifest, save_zoo
-from wslfast.zoo.importers.recognise import recognise
-from wslfast.zoo.splits import Split
-
-ARCH = Architecture.cnn()
-
-
-def population(k: int = 6, epochs: tuple[int, ...] = (0, 2, 5), arch: Architecture = ARCH) -> Population:
-    rows = [(m, e) for m in range(k) for e in epochs]
-    weights = arch.initial_weights(["kaiming_uniform"] * len(rows), range(len(rows)))
-    accuracy = tuple(0.1 + 0.01 * i for i in range(len(rows)))
-    table: dict[str, tuple[Any, ...]] = {
-        "model": tuple(m for m, _ in rows),
-        "epoch": tuple(e for _, e in rows),
-        "train_acc": accuracy,
-        "test_acc": tuple(a / 2 for a in accuracy),
-        "ggap": tuple(a - a / 2 for a in accuracy),
-        "init_type": ("uniform",) * len(rows),
-        "lr": (1e-3,) * len(rows),
-        "wd": (0.0,) * len(rows),
-        "seed": tuple(m for m, _ in rows),
-    }
-    return Population(arch, weights, table)
-
-
-def _restate(trial: Path, **settings: Any) -> None:
-    """Change a trial's settings; None takes one away."""
-    config = json.loads((trial / "params.json").read_text()) | settings
-    (trial / "params.json").write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
-
-
-@pytest.fixture
-def tree(tmp_path: Path) -> Path:
-    save_zoo(population(), tmp_path / "zoo", splits=Split((0.5, 0.25, 0.25), 7), provenance={})
-    export_zoo(tmp_path / "zoo", tmp_path / "ray")
-    return tmp_path / "ray"
-
 
 # -- ray trees ---------------------------------------------------------------------------------------------------------
 
@@ -154,7 +112,7 @@ def test_holes_are_left_out_and_counted(tmp_path: Path, tree: Path, how: str, ro
 
 def test_another_activation_is_another_architecture_of_the_same_zoo(tmp_path: Path, tree: Path) -> None:
     for trial in ("NN_tune_trainable_00001", "NN_tune_trainable_00004"):
-        _restate(tree / trial, **{"model::nlin": "tanh"})
+        restate(tree / trial, **{"model::nlin": "tanh"})
     done = import_zoo(tree, tmp_path / "both")
     assert (done.models, list(done.architectures), dict(done.skipped)) == (6, ["cnn relu", "cnn tanh"], {})
     parts, whole = load_parts(tmp_path / "both"), population().weights.view(6, 3, -1)
@@ -169,7 +127,7 @@ def test_another_activation_is_another_architecture_of_the_same_zoo(tmp_path: Pa
 def test_an_activation_that_is_not_stated_is_that_of_the_others(tmp_path: Path, tree: Path) -> None:
     trials = sorted(tree.iterdir())
     for trial in trials:
-        _restate(trial, **{"model::nlin": "tanh"})
+        restate(trial, **{"model::nlin": "tanh"})
     (trials[0] / "params.json").unlink()
     file = trials[0] / "result.json"
     results = [{name: v for name, v in json.loads(line).items() if name != "config"} for line in file.read_text().splitlines()]
@@ -178,7 +136,7 @@ def test_an_activation_that_is_not_stated_is_that_of_the_others(tmp_path: Path, 
     assert done.architecture == Architecture.cnn(1, "tanh")
     assert dict(done.skipped) == {"no params.json": 1}
     for trial in trials[1:]:
-        _restate(trial, **{"model::nlin": None})
+        restate(trial, **{"model::nlin": None})
     done = import_zoo(tree, tmp_path / "b")
     assert (done.rows, done.architecture) == (18, ARCH)
     assert dict(done.skipped) == {"no params.json": 1, "activation not stated": 1}
@@ -309,183 +267,6 @@ def test_a_zoo_that_is_there_is_kept_unless_asked(tmp_path: Path, tree: Path) ->
     assert import_zoo(tree, tmp_path / "out", overwrite=True).rows == len(load_zoo(tmp_path / "out")) == 18
 
 
-# -- recognising ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "arch",
-    [
-        Architecture.cnn(), Architecture.cnn(3, "gelu", 0.2), Architecture.cnn2(), Architecture.cnn3(1, "tanh"), Architecture.lenet5(3, "silu", 0.1),
-        Architecture.mlp(), Architecture.resnet18(width=8),
-    ],
-    ids=lambda a: a.name,
-)  # fmt: skip
-def test_architectures_are_recognised_from_their_config_and_shapes(tmp_path: Path, arch: Architecture) -> None:
-    weights = 0.1 * torch.rand(2, arch.num_weights)
-    save_zoo(Population(arch, weights, {"model": (0, 1), "epoch": (3, 3)}), tmp_path / "zoo", splits=("train", "test"), provenance={})
-    export_zoo(tmp_path / "zoo", tmp_path / "ray")
-    done = import_zoo(tmp_path / "ray", tmp_path / "back")
-    assert done.architecture.to_dict() == arch.to_dict()
-    assert torch.equal(load_zoo(tmp_path / "back").weights, weights)
-
-
-def test_without_a_config_the_shapes_decide() -> None:
-    for arch in (Architecture.cnn2(), Architecture.cnn3(), Architecture.lenet5(), Architecture.cnn(3)):
-        shapes = {slot.name: slot.shape for slot in arch.parameters}
-        assert recognise({}, shapes).to_dict() == arch.to_dict()
-    with pytest.raises(WslfastError, match="no known network has these weights"):
-        recognise({"model::type": "CNN"}, {"a.weight": (3, 4)})
-
-
-# -- pickled data sets -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def published(monkeypatch: pytest.MonkeyPatch) -> type:
-    """A class in a module that will not exist when the file is read."""
-    module = types.ModuleType("shrp_gone.datasets")
-    monkeypatch.setitem(sys.modules, "shrp_gone", types.ModuleType("shrp_gone"))
-    monkeypatch.setitem(sys.modules, "shrp_gone.datasets", module)
-    module.DatasetTokens = type("DatasetTokens", (), {"__module__": "shrp_gone.datasets"})  # type: ignore[attr-defined]
-    return module.DatasetTokens
-
-
-def _dataset(kind: type, rows: Population, mode: str, standardize: Any) -> Any:
-    """What the published class holds: ``data`` model by epoch, properties, epochs, the reference, and the standardisation."""
-    weights, layers = rows.weights.clone(), {}
-    if standardize:
-        for slot in ARCH.parameters:
-            if slot.name.endswith("weight"):
-                bias = ARCH.slots[slot.name.replace("weight", "bias")]
-                part = torch.cat([weights[:, slot.offset : slot.stop], weights[:, bias.offset : bias.stop]], 1)
-                if standardize == "minmax":
-                    low, high = float(part.min()), float(part.max())
-                    layers[slot.name] = {"min": low, "max": high}
-                    scale, shift = (high - low) / 2, (high + low) / 2
-                else:
-                    scale, shift = float(part.std()), float(part.mean())
-                    layers[slot.name] = {"mean": shift, "std": scale}
-                for s in (slot, bias):
-                    weights[:, s.offset : s.stop] = (weights[:, s.offset : s.stop] - shift) / scale
-    stored = Population(ARCH, weights)
-    tokens = TokenLayout(ARCH).tokenize(weights).tokens
-    flat: list[Any] = [t.clone() for t in tokens] if mode == "vector" else [OrderedDict(s) for s in stored.state_dicts()]
-    dataset = kind()
-    dataset.data = [flat[i : i + 3] for i in range(0, len(flat), 3)]
-    dataset.epochs = [[0, 2, 5]] * len(dataset.data)
-    dataset.paths = [[Path("/somewhere/else")] * 3] * len(dataset.data)
-    dataset.properties = {"test_acc": [[0.1, 0.2, 0.3]] * len(dataset.data), "optim::lr": [[1e-3] * 3] * len(dataset.data)}
-    dataset.reference_checkpoint, dataset.reference_config = OrderedDict(rows.state_dict(0)), {"model::type": "CNN", "model::nlin": "relu"}
-    dataset.standardize, dataset.layers, dataset.ignore_bn, dataset.transforms = standardize, layers, False, nn.Sequential(nn.ReLU())
-    return dataset
-
-
-@pytest.mark.parametrize("standardize", [False, True, "minmax"], ids=str)
-@pytest.mark.parametrize("mode", ["vector", "checkpoint"])
-@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "stream"])
-def test_pickled_data_sets_are_read_without_their_class(
-    tmp_path: Path, published: type, mode: str, standardize: Any, zipped: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = population()
-    for number, split in enumerate(("train", "val", "test")):
-        part = rows[list(range(6 * number, 6 * number + 6))]
-        torch.save(_dataset(published, part, mode, standardize), tmp_path / f"dataset_{split}.pt", _use_new_zipfile_serialization=zipped)
-    monkeypatch.delitem(sys.modules, "shrp_gone.datasets")
-    done = import_zoo(tmp_path, tmp_path / "out")
-    zoo = load_zoo(tmp_path / "out")
-    assert (done.rows, done.models, dict(done.skipped)) == (18, 6, {})
-    torch.testing.assert_close(zoo.weights, rows.weights, rtol=FP32, atol=FP32_ROUNDING if standardize else 0.0)
-    assert zoo.properties["split"] == ("train",) * 6 + ("val",) * 6 + ("test",) * 6
-    assert zoo.properties["epoch"] == (0, 2, 5) * 6
-    assert zoo.properties["test_acc"] == (0.1, 0.2, 0.3) * 6
-    assert zoo.properties["lr"] == (1e-3,) * 18
-    one = import_zoo(tmp_path / "dataset_val.pt", tmp_path / "one", epochs=[5])
-    assert (one.rows, one.models) == (2, 2)
-
-
-def test_running_statistics_were_standardised_twice(tmp_path: Path, published: type) -> None:
-    """The published class goes over a key and then over its bias; a running statistic's bias is itself."""
-    arch = Architecture.resnet18(num_classes=2, width=4)
-    true = torch.rand(2, arch.num_weights, generator=torch.Generator().manual_seed(0)) + 0.25
-    stored, layers = true.clone(), {}
-    for name in arch.slots:
-        if any(part in name for part in ("weight", "running_mean", "running_var")):
-            scale, shift = 2.0, 0.5
-            layers[name] = {"mean": shift, "std": scale}
-            for key in (name, name.replace("weight", "bias")):  # the same key twice where there is no "weight" in it
-                if key in arch.slots:
-                    s = arch.slots[key]
-                    stored[:, s.offset : s.stop] = (stored[:, s.offset : s.stop] - shift) / scale
-    dataset = published()
-    dataset.data = [[OrderedDict(state)] for state in Population(arch, stored).state_dicts()]
-    dataset.epochs, dataset.properties = [[1]] * 2, {}
-    dataset.reference_checkpoint, dataset.reference_config = OrderedDict(Population(arch, true).state_dict(0)), {}
-    dataset.standardize, dataset.layers, dataset.ignore_bn = True, layers, False
-    torch.save(dataset, tmp_path / "zoo.pt")
-    import_zoo(tmp_path / "zoo.pt", tmp_path / "out", architecture=arch, split=(1.0, 0.0, 0.0))
-    torch.testing.assert_close(load_zoo(tmp_path / "out").weights, true, rtol=FP32, atol=FP32)
-
-
-def test_epoch_0_is_dropped_from_the_published_list_of_epochs(tmp_path: Path, published: type) -> None:
-    rows = population(2)
-    dataset = _dataset(published, rows, "checkpoint", False)
-    dataset.epochs, dataset.properties = [[2, 5]] * 2, {"test_acc": [[0.2, 0.3]] * 2}
-    dataset.labels = [[f"/zoo/{m}#_#epoch_{e}" for e in (0, 2, 5)] for m in range(2)]
-    torch.save(dataset, tmp_path / "zoo.pt")
-    import_zoo(tmp_path / "zoo.pt", tmp_path / "out", split=(1.0, 0.0, 0.0))
-    zoo = load_zoo(tmp_path / "out")
-    assert zoo.properties["epoch"] == (0, 2, 5) * 2
-    assert zoo.properties["test_acc"] == (None, 0.2, 0.3) * 2
-    assert torch.equal(zoo.weights, rows.weights)
-    del dataset.labels  # then nobody knows which the third is
-    torch.save(dataset, tmp_path / "zoo.pt")
-    with pytest.raises(WslfastError, match="epoch unknown: 6"):
-        import_zoo(tmp_path / "zoo.pt", tmp_path / "unknown")
-
-
-def test_a_flat_list_of_checkpoints_keeps_a_model_together(tmp_path: Path, published: type) -> None:
-    rows = population(4)
-    dataset = _dataset(published, rows, "checkpoint", False)
-    dataset.data = [row for model in dataset.data for row in model]
-    dataset.epochs, dataset.properties = [0, 2, 5] * 4, {}
-    dataset.paths = [f"/zoo/{m}" for m in range(4) for _ in range(3)]
-    torch.save(dataset, tmp_path / "zoo.pt")
-    done = import_zoo(tmp_path / "zoo.pt", tmp_path / "out", split=(0.5, 0.25, 0.25))
-    zoo = load_zoo(tmp_path / "out")
-    assert (done.rows, done.models) == (12, 4)
-    assert zoo.properties["model"] == (0,) * 3 + (1,) * 3 + (2,) * 3 + (3,) * 3
-    assert zoo.properties["epoch"] == (0, 2, 5) * 4
-    assert all(len({zoo.properties["split"][3 * m + e] for e in range(3)}) == 1 for m in range(4))
-
-
-def test_a_broken_file_among_several_is_left_out(tmp_path: Path, published: type) -> None:
-    for number, split in enumerate(("train", "test")):
-        part = population(4)[list(range(6 * number, 6 * number + 6))]
-        torch.save(_dataset(published, part, "checkpoint", False), tmp_path / f"dataset_{split}.pt")
-    (tmp_path / "dataset_val.pt").write_bytes(b"nothing of torch's")
-    done = import_zoo(tmp_path, tmp_path / "out")
-    assert (done.rows, dict(done.skipped)) == (12, {"unreadable data set": 1})
-    assert set(load_zoo(tmp_path / "out").properties["split"]) == {"train", "test"}
-
-
-def test_a_dict_of_data_sets_is_read(tmp_path: Path, published: type) -> None:
-    rows = population()
-    torch.save(
-        {"trainset": _dataset(published, rows[:12], "vector", False), "testset": _dataset(published, rows[12:], "vector", False)},
-        tmp_path / "dataset.pt",
-    )
-    import_zoo(tmp_path / "dataset.pt", tmp_path / "out")
-    assert load_zoo(tmp_path / "out").properties["split"] == ("train",) * 12 + ("test",) * 6
-
-
-def test_a_normalisation_that_forgets_is_refused(tmp_path: Path, published: type) -> None:
-    dataset = _dataset(published, population(), "vector", False)
-    dataset.standardize = "l2_ind"
-    torch.save(dataset, tmp_path / "dataset_train.pt")
-    with pytest.raises(WslfastError, match="forgets the weights' size"):
-        import_zoo(tmp_path, tmp_path / "out")
-
-
 # -- nothing runs --------------------------------------------------------------------------------------------------------
 
 
@@ -513,108 +294,7 @@ def test_torch_would_have_run_it(tmp_path: Path) -> None:
     assert canary.exists()
 
 
-# -- damaged and lying files -------------------------------------------------------------------------------------------------
-
-
-def _tensor_program(size: tuple[int, ...], stride: tuple[int, ...], numel: int, offset: int = 0, kind: str = "FloatStorage") -> bytes:
-    """The pickle of one tensor with whatever numbers."""
-
-    class Machine(pickle.Pickler):
-        def persistent_id(self, value: Any) -> Any:
-            return ("storage", getattr(torch, kind, kind), "0", "cpu", numel) if value is storage else None
-
-    storage = object.__new__(_Token)
-    out = io.BytesIO()
-    Machine(out, protocol=2).dump({"w": Calls(torch._utils._rebuild_tensor_v2, storage, offset, size, stride, False, OrderedDict())})
-    return out.getvalue()
-
-
-class _Token:
-    pass
-
-
-@pytest.mark.parametrize(
-    ("size", "stride", "numel", "offset", "held"),
-    [
-        ((4,), (1,), 3, 0, 12), ((2,), (5,), 4, 0, 16), ((1 << 40,), (0,), 4, 0, 16), ((2, 2), (2,), 4, 0, 16), ((-1,), (1,), 4, 0, 16),
-        ((4,), (1,), 4, 1, 16), ((4,), (-1,), 4, 3, 16), ((4,), (1,), 4, 0, 12), ((4,), (1,), 1 << 50, 0, 16), ((1 << 62, 4), (0, 1), 4, 0, 16),
-    ],
-)  # fmt: skip
-def test_views_that_lie_are_refused(tmp_path: Path, size: Any, stride: Any, numel: int, offset: int, held: int) -> None:
-    (tmp_path / "x.pt").write_bytes(as_archive(_tensor_program(size, stride, numel, offset), {"0": bytes(held)}))
-    with InertFile(tmp_path / "x.pt") as opened, pytest.raises(WslfastError):
-        opened.root["w"].tensor()
-
-
-def test_an_honest_view_is_read(tmp_path: Path) -> None:
-    numbers = torch.arange(12.0)
-    (tmp_path / "x.pt").write_bytes(as_archive(_tensor_program((2, 3), (1, 4), 12, 1), {"0": numbers.numpy().tobytes()}))
-    with InertFile(tmp_path / "x.pt") as opened:
-        assert torch.equal(opened.root["w"].tensor(), numbers.as_strided((2, 3), (1, 4), 1))
-
-
-@pytest.mark.parametrize(
-    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.uint8, torch.bool], ids=str
-)
-@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "stream"])
-def test_every_dtype_and_any_stride(tmp_path: Path, dtype: torch.dtype, zipped: bool) -> None:
-    x = torch.randint(0, 2, (3, 4)).to(dtype)
-    content = {
-        "plain": x,
-        "turned": x.t(),
-        "part": x[1:, ::2],
-        "scalar": x[0, 0],
-        "none": x[:0],
-        "parameter": nn.Parameter(x) if dtype.is_floating_point else x,
-    }
-    torch.save(content, tmp_path / "x.pt", _use_new_zipfile_serialization=zipped)
-    with InertFile(tmp_path / "x.pt") as opened:
-        for name, value in content.items():
-            assert isinstance(opened.root[name], StoredTensor)
-            assert torch.equal(opened.root[name].tensor(), value.detach()), name
-
-
-def test_a_memo_index_costs_no_memory(tmp_path: Path) -> None:
-    (tmp_path / "x.pt").write_bytes(as_archive(b"\x80\x02]r\xff\xff\xff\xff."))  # LONG_BINPUT at 2^32 - 1
-    with InertFile(tmp_path / "x.pt") as opened:
-        assert opened.root == []
-
-
-def test_a_compressed_bomb_is_refused(tmp_path: Path) -> None:
-    with zipfile.ZipFile(tmp_path / "x.pt", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("archive/data.pkl", b"\x80\x02" + b"]" * 10_000_000 + b".")
-    with pytest.raises(WslfastError, match="larger than the file"):
-        InertFile(tmp_path / "x.pt")
-
-
-def _read_all(value: Any) -> Any:
-    if isinstance(value, StoredTensor):
-        return value.tensor()
-    if isinstance(value, dict):
-        return {str(k)[:50]: _read_all(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_read_all(v) for v in value]
-    return repr(value)[:50] if isinstance(value, Stub) else value
-
-
-@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "stream"])
-@settings(max_examples=300)
-@given(st.data())
-def test_damaged_files_raise_nothing_else(tmp_path: Path, zipped: bool, data: st.DataObject) -> None:
-    content = bytearray(honest_file(zipped))
-    for _ in range(data.draw(st.integers(1, 4))):
-        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    (tmp_path / "x.pt").write_bytes(content[: data.draw(st.integers(1, len(content)))] if data.draw(st.booleans()) else content)
-    with contextlib.suppress(WslfastError), InertFile(tmp_path / "x.pt") as opened:
-        _read_all(opened.root)
-
-
-@settings(max_examples=300)
-@given(st.binary(max_size=200), st.sampled_from([b"", b"\x80\x02", b"\x80\x04\x95"]))
-def test_any_program_raises_nothing_else(tmp_path: Path, program: bytes, start: bytes) -> None:
-    (tmp_path / "x.pt").write_bytes(as_archive(start + program))
-    with contextlib.suppress(WslfastError), InertFile(tmp_path / "x.pt") as opened:
-        _read_all(opened.root)
+# -- whatever lies beside a checkpoint ---------------------------------------------------------------------------------
 
 
 @settings(max_examples=60)
@@ -674,7 +354,7 @@ def test_the_ray_form_is_what_published_loaders_expect(tmp_path: Path, tree: Pat
 
 def test_dropout_goes_with_each_model(tmp_path: Path, tree: Path) -> None:
     for number in range(6):
-        _restate(tree / f"NN_tune_trainable_{number:05d}", **{"model::dropout": 0.1 * number})
+        restate(tree / f"NN_tune_trainable_{number:05d}", **{"model::dropout": 0.1 * number})
     import_zoo(tree, tmp_path / "in")
     export_zoo(tmp_path / "in", tmp_path / "out")
     for number in range(6):
@@ -690,7 +370,7 @@ def test_export_refuses_what_would_be_lost(tmp_path: Path, tree: Path) -> None:
         export_zoo(tmp_path / "zoo", tmp_path / "x", format="onnx")
     twice = Population(ARCH, population(1).weights[:2], {"model": (0, 0), "epoch": (1, 1)})
     save_zoo(twice, tmp_path / "twice", splits=("train", "train"), provenance={})
-    with pytest.raises(WslfastError, match="one checkpoint an epoch"):
+    with pytest.raises(WslfastError, match="one checkpoint per epoch"):
         export_zoo(tmp_path / "twice", tmp_path / "x")
 
 
@@ -705,20 +385,3 @@ def test_the_shell(tmp_path: Path, tree: Path, capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit):
         main(["zoo", "import", str(tmp_path / "gone"), str(tmp_path / "x")])
     assert "no such file or folder" in capsys.readouterr().err
-
-
-def test_a_stream_storage_larger_than_the_file(tmp_path: Path) -> None:
-    data = honest_file(False)
-    count = struct.pack("<q", 6)
-    at = data.rindex(count)
-    (tmp_path / "x.pt").write_bytes(data[:at] + struct.pack("<q", 1 << 40) + data[at + 8 :])
-    with pytest.raises(WslfastError):
-        InertFile(tmp_path / "x.pt")
-
-
-@pytest.mark.parametrize("use", [b"}" + b"%bNs", b"(%bNd", b"\x8f(%b\x90", b"(%b\x91"], ids=["setitem", "dict", "additems", "frozenset"])
-def test_a_key_of_nested_tuples_is_refused_at_once(tmp_path: Path, use: bytes) -> None:
-    deep = b")" + b"2\x86" * 100  # t = (t, t), a hundred times: hashing it would outlive the machine
-    (tmp_path / "x.pt").write_bytes(as_archive(b"\x80\x04" + use % deep + b"."))
-    with pytest.raises(WslfastError, match="key of nested tuples"):
-        InertFile(tmp_path / "x.pt")

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...architecture import Architecture
 from ...behavior import NAN_POLICIES, REDUCTIONS, batched_behavioral_loss, batched_forward
 from ...engine import BACKENDS
-from ...errors import WslfastError, describe, require
+from ...errors import WslfastError, describe, present, require
 from ...kernels.criteria import CRITERIA
 from ..queries import KINDS, Queries
 from ..views import shared_functions
@@ -124,19 +124,19 @@ class Behavior:
         parts = [_view(tensors, suffix) for suffix in (("_i", "_j") if "x_i" in tensors and "x" not in tensors else ("",))]
         with torch.autocast(queries.device.type, enabled=False):
             values, units = self.values(parts, queries)
-        kept = values if self.nan_policy != "omit" else values[~values.detach().isnan()]
-        require(len(kept) > 0, "x_hat: no network of the batch has a finite value and gradient (nan_policy 'omit')")
-        loss = kept.mean() if self.reduction == "mean" else kept.sum()
+        counted = values if self.nan_policy != "omit" else values[~values.detach().isnan()]
+        require(len(counted) > 0, "x_hat: no network of the batch has a finite value and gradient (nan_policy 'omit')")
+        loss = counted.mean() if self.reduction == "mean" else counted.sum()
         out: dict[str, Tensor] = {}
         if units is not None:
             unit = units.mean()
             if self.normalize == "batch":
                 loss = loss / unit
-            out[f"{self.name}_rsq"] = 1 - kept.detach().mean() / unit
+            out[f"{self.name}_rsq"] = 1 - counted.detach().mean() / unit
         return {"loss": loss, self.name: loss, **out}
 
     def values(self, parts: Sequence[tuple[Tensor, Tensor, Tensor | None, Tensor | None]], queries: Tensor) -> tuple[Tensor, Tensor | None]:
-        """One value a network ``[M]`` before any normalisation, in the batch's order (the first view's networks, then the second's);
+        """One value per network ``[M]`` before any normalisation, in the batch's order (the first view's networks, then the second's);
         and for criterion ``"mse"`` what each would be if its reconstruction output the mean."""
         groups, count = self._groups(parts)
         order = torch.tensor([j for group in groups for j in group.models], device=queries.device)
@@ -211,9 +211,9 @@ class Behavior:
                     layout = networks.layout(kind, masks.shape[2], classes)
                     if layout.num_tokens == masks.shape[1] and bool((layout.on(masks.device)[2] == masks).all()):
                         return networks, classes, layout
-        known = ", ".join(f"{n.architecture(n.classes).name} ({n.numbers:,} numbers with {n.classes} classes)" for n in self.networks)
+        names = ", ".join(f"{n.architecture(n.classes).name} ({n.numbers:,} numbers with {n.classes} classes)" for n in self.networks)
         raise WslfastError(
-            f"x: {masks.shape[1]} tokens of {masks.shape[2]} that hold {numbers:,} numbers are none of the zoo's networks: {known}. Is it "
+            f"x: {masks.shape[1]} tokens of {masks.shape[2]} that hold {numbers:,} numbers are none of the zoo's networks: {names}. Is it "
             "a window that does not cover the network, or are the tokens of another tokenizer?"
         )
 
@@ -233,11 +233,11 @@ class Behavior:
 def _alike(models: Sequence[Model], keep: Tensor) -> list[list[int]]:
     """Positions of models that have equally many tokens and numbers."""
     numbers = keep.sum((1, 2)).tolist()
-    found: dict[tuple[int, int], list[int]] = {}
+    groups: dict[tuple[int, int], list[int]] = {}
     for j, model in enumerate(models):
-        own = numbers[model.row] if model.places is None else int(keep.flatten(0, 1)[model.places.to(keep.device)].sum())
-        found.setdefault((model.tokens, own), []).append(j)
-    return list(found.values())
+        size = numbers[model.row] if model.places is None else int(keep.flatten(0, 1)[model.places.to(keep.device)].sum())
+        groups.setdefault((model.tokens, size), []).append(j)
+    return list(groups.values())
 
 
 def _rows(models: Sequence[Model], t: int, device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -255,9 +255,9 @@ def _rows(models: Sequence[Model], t: int, device: torch.device) -> Callable[[Te
 
 def _merged(groups: Sequence[Group]) -> list[Group]:
     """One group a network and tokenizer: both views of a batch are run together."""
-    found: dict[tuple[int, int, int], list[Group]] = {}
+    alike: dict[tuple[int, int, int], list[Group]] = {}
     for group in groups:
-        found.setdefault((id(group.networks), group.classes, id(group.layout)), []).append(group)
+        alike.setdefault((id(group.networks), group.classes, id(group.layout)), []).append(group)
     return [
         same[0]
         if len(same) == 1
@@ -266,15 +266,14 @@ def _merged(groups: Sequence[Group]) -> list[Group]:
             x=torch.cat([group.x for group in same]),
             x_hat=torch.cat([group.x_hat for group in same]),
         )
-        for same in found.values()
+        for same in alike.values()
     ]
 
 
 def _device(tensors: Mapping[str, Tensor]) -> torch.device:
     x = next((tensors[key] for key in ("x_hat", "x_hat_i") if isinstance(tensors.get(key), Tensor)), None)
-    require(x is not None, f"tensors: expected 'x' and 'x_hat', or 'x_i', 'x_hat_i', 'x_j' and 'x_hat_j'; got {sorted(map(str, tensors))}")
-    assert x is not None
-    return x.device
+    expected = "expected 'x' and 'x_hat', or 'x_i', 'x_hat_i', 'x_j' and 'x_hat_j'"
+    return present(x, f"tensors: {expected}; got {sorted(map(str, tensors))}").device
 
 
 def _view(tensors: Mapping[str, Tensor], suffix: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:

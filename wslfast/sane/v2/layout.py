@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...architecture import Architecture
-from ...errors import describe, require
+from ...errors import check_positive, describe, present, require
 from ...tokens import Tokens
 
 KINDS = ("dense", "sparse")
@@ -57,8 +57,7 @@ class Layout:
         self, kind: str, token_size: int, signature: Signature, offsets: Mapping[str, int] | None = None, num_weights: int = 0
     ) -> None:
         require(kind in KINDS, f"tokenizer: expected one of {list(KINDS)}, got {kind!r}")
-        whole = type(token_size) is int and token_size > 0
-        require(whole, f"token size: expected a positive integer, got {token_size!r}")
+        check_positive("token size", token_size)
         self.kind, self.token_size = kind, token_size
         shapes = dict(signature)
         layers: list[Layer] = []
@@ -132,8 +131,7 @@ class Layout:
         rows = _Join.apply(tokens.flatten(1), self)
         if self.complete:
             return rows
-        require(reference is not None, "reference: the tokens hold no running statistics; pass the row they are taken from")
-        assert reference is not None
+        reference = present(reference, "reference: the tokens hold no running statistics; pass the row they are taken from")
         return torch.where(self.on(tokens.device)[1] < self.mask.numel(), rows, reference.to(rows))
 
     # -- state dicts ---------------------------------------------------------------------------------------------------
@@ -224,7 +222,7 @@ def _layers(signature: Signature) -> list[tuple[str, str | None, tuple[int, ...]
         require(len(shape) > 0 and 0 not in shape, f"{name!r} {list(shape)} has no channels to tokenise")
         bias = name.replace("weight", "bias")
         fits = bias not in shapes or shapes[bias] == (shape[0],)
-        require(fits, f"{bias!r}: expected [{shape[0]}] (a number a channel), got {list(shapes.get(bias, ()))}")
+        require(fits, f"{bias!r}: expected [{shape[0]}] (a number per channel), got {list(shapes.get(bias, ()))}")
         held = bias in shapes
         out.append((name, bias if held else None, shape, shape[0], _size(shape) // shape[0] + held))
     return out

@@ -93,11 +93,11 @@ def _learn(path: str | Path, made: Any, reader: Any) -> _Program | None:
                 return None
             blocks = [_block(s, t) for s, t in zip(stored, leaves)]
         example = _filled(made, iter(torch.empty(0) for _ in leaves))
-        found = _Program(example, blocks)
+        learnt = _Program(example, blocks)
         again: list[Any] = []
-        _leaves(found.run(reader), again)
+        _leaves(learnt.run(reader), again)
         same = all(a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride() and _bits(a, b) for a, b in zip(leaves, again))
-        return found if same else None
+        return learnt if same else None
     except (WslfastError, RuntimeError, AttributeError, ValueError, TypeError):
         return None
 
@@ -229,8 +229,8 @@ def network(config: dict[str, Any], state: dict[str, Tensor], build: Callable[..
     Building initialises every layer twice, and loading overwrites it. Only what follows depends on it: later draws do.
     """
     # learning rates and seeds, which each model of a zoo has its own of, are no part of a network
-    own = {name: value for name, value in config.items() if str(name).startswith("model::")}
-    key = json.dumps(own or config, sort_keys=True, default=str)
+    model_settings = {name: value for name, value in config.items() if str(name).startswith("model::")}
+    key = json.dumps(model_settings or config, sort_keys=True, default=str)
     if key not in _templates:
         if len(_templates) >= _REMEMBERED:
             _templates.clear()

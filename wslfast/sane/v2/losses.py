@@ -61,7 +61,7 @@ def _usual(loss: Any, target: Tensor, output: Tensor, keep: Tensor) -> bool:
 
 
 def _scale(normalize: Any, target: Tensor, keep: Tensor, chosen: Tensor, eps: float) -> Tensor:
-    """What differences are divided by: a number, or one a window or an entry of the token."""
+    """What differences are divided by: a number, or one per window or an entry of the token."""
     if not normalize:
         return target.new_ones(())
     if normalize == "batch":

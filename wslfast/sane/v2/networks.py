@@ -103,7 +103,7 @@ class Networks:
         module, slots = self.module(classes).to(rows.device), self.architecture(classes).slots
         named = [(name, part) for name, part in module.named_modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
         norms = {name: part for name, part in named if part.track_running_stats}
-        counts: dict[str, int] = {}  # numbers a channel
+        counts: dict[str, int] = {}  # numbers per channel
 
         def note(name: str) -> Any:
             def hook(part: nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -144,14 +144,14 @@ def networks_of(source: Any, input_shape: Sequence[int] | None) -> tuple[Network
     """
     several = source if isinstance(source, (list, tuple)) else [source]
     require(len(several) > 0 and all(s is not None for s in several), "zoo: expected a zoo's folder, a checkpoint or a module, got nothing")
-    found: list[Networks] = []
+    distinct: list[Networks] = []
     for one in several:
         module, settings = _module(one)
         made = Networks(module, _shape(settings, input_shape))
-        known = next((n for n in found if n.classes_of(made.numbers) is not None and n.input_shape == made.input_shape), None)
-        if known is None or known.architecture(made.classes).layers != made.architecture(made.classes).layers:
-            found.append(made)
-    return tuple(found)
+        equal = next((n for n in distinct if n.classes_of(made.numbers) is not None and n.input_shape == made.input_shape), None)
+        if equal is None or equal.architecture(made.classes).layers != made.architecture(made.classes).layers:
+            distinct.append(made)
+    return tuple(distinct)
 
 
 def shape_of(checkpoint: Any, input_shape: Sequence[int] | None = None) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import WslfastError, describe, require
+from ...errors import WslfastError, describe, present, require
 from ...tokens import Tokens
 from .layout import Layout, layout_of, signature_of
 
@@ -108,9 +108,8 @@ def detokenize_all(tokenizer: Any, tokens: Tensor, reference_statedict: State | 
     Raises:
         WslfastError: no reference, or tokens that are not all of its network's.
     """
-    reference = tokenizer.reference_statedict if reference_statedict is None else reference_statedict
-    require(reference is not None, "reference_statedict: expected a state dict for names and shapes, got None")
-    assert reference is not None
+    given = tokenizer.reference_statedict if reference_statedict is None else reference_statedict
+    reference: State = present(given, "reference_statedict: expected a state dict for names and shapes, got None")
     layout = layout_like(tokenizer, reference)
     expected = (layout.num_tokens, layout.token_size)
     fits = isinstance(tokens, Tensor) and tokens.ndim == 3 and tuple(tokens.shape[1:]) == expected
@@ -120,9 +119,7 @@ def detokenize_all(tokenizer: Any, tokens: Tensor, reference_statedict: State | 
 
 def layout_like(tokenizer: Any, state: State) -> Layout:
     """The layout of a published tokenizer on a state dict. Raises WslfastError for a tokenizer that is none."""
-    kind = kind_of(tokenizer)
-    require(kind is not None, f"tokenizer: expected a DenseTokenizer or SparseTokenizer, got {describe(tokenizer)}")
-    assert kind is not None
+    kind = present(kind_of(tokenizer), f"tokenizer: expected a DenseTokenizer or SparseTokenizer, got {describe(tokenizer)}")
     return layout_of(kind, tokenizer.tokensize, signature_of(state))
 
 
@@ -174,7 +171,7 @@ def _pads(tokenizer: Any) -> bool:
 
 
 def _rows(state: State, layout: Layout) -> list[tuple[Tensor, int]]:
-    """Each layer as the published code pads it, and by how much: flat (dense), or a row a channel."""
+    """Each layer as the published code pads it, and by how much: flat (dense), or a row per channel."""
     out = []
     for layer in layout.layers:
         rows = state[layer.name].reshape(layer.channels, -1)

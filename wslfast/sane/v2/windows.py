@@ -42,7 +42,7 @@ def models_of(mask: Tensor, positions: Tensor | None) -> list[Model]:
     number = positions[..., 0].cpu().long()
     if prefix and bool(((number == torch.arange(t)) | ~real).all()):
         return [Model(row, count, None) for row, count in enumerate(counts.tolist()) if count]
-    found: list[tuple[int, list[Tensor], int]] = []  # first row, places, next token
+    networks: list[tuple[int, list[Tensor], int]] = []  # first row, places, next token
     for row in range(b):
         where = real[row].nonzero().flatten()
         if len(where) == 0:
@@ -52,14 +52,14 @@ def models_of(mask: Tensor, positions: Tensor | None) -> list[Model]:
         if bool((tokens != torch.arange(first, first + len(tokens))).any()):
             raise WslfastError(f"p: row {row}: expected consecutive tokens, got {tokens[:8].tolist()}...")
         if first == 0:
-            found.append((row, [row * t + where], last + 1))
+            networks.append((row, [row * t + where], last + 1))
             continue
-        begun = found[-1] if found else None
+        begun = networks[-1] if networks else None
         if begun is None or not first <= begun[2] <= last + 1:
             raise WslfastError(_partial(row, first, last, begun))
         begun[1].append((row * t + where)[begun[2] - first :])
-        found[-1] = (begun[0], begun[1], last + 1)
-    return [Model(row, stop, torch.cat(places)) for row, places, stop in found]
+        networks[-1] = (begun[0], begun[1], last + 1)
+    return [Model(row, stop, torch.cat(places)) for row, places, stop in networks]
 
 
 def _partial(row: int, first: int, last: int, begun: tuple[int, list[Tensor], int] | None) -> str:

@@ -15,7 +15,7 @@ from ...files import write_text
 from ...population import Population
 from ...zoo.export import export_zoo as export_tree
 from ...zoo.reading import read_manifest
-from ...zoo.source import dataset_of
+from ...zoo.trained_on import dataset_of
 from . import images
 from .networks import shape_of
 
@@ -67,16 +67,16 @@ def _checkpoints(source: Any) -> Iterator[Any]:
 
 
 def _properties(checkpoint: Any) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    properties: dict[str, Any] = {}
     metadata = checkpoint.metadata if isinstance(getattr(checkpoint, "metadata", None), dict) else {}
     for part in ("model_config", "eval_results"):
         held = metadata.get(part)
         for name, value in (held if isinstance(held, dict) else {}).items():
             if isinstance(value, (int, float, str)):
-                found[str(name)] = value
+                properties[str(name)] = value
     if getattr(checkpoint, "zoo_root_dir", None) is not None:
-        found["zoo"] = str(checkpoint.zoo_root_dir)
-    return found
+        properties["zoo"] = str(checkpoint.zoo_root_dir)
+    return properties
 
 
 def export_zoo(zoo: str | Path, out: str | Path, *, split: str | None = None, with_images: bool | None = None) -> int:

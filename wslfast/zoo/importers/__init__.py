@@ -17,12 +17,12 @@ from ...profiling import region
 from ..build import LARGEST_WEIGHT
 from ..datasets import image_shape
 from ..manifest import KIND, MANIFEST, SPLITS, Manifest, Shard, normalised
-from ..source import described
 from ..splits import Split
 from ..store import described_by, write_shards
+from ..trained_on import described
 from . import inr, network_files, own, pickled, ray, small_cnn
+from .checkpoint import UNKNOWN, Skips
 from .files import ENDINGS, state_files
-from .found import UNKNOWN, Skips
 from .rows import IDENTICAL, Reader, Rows
 
 __all__ = ["Imported", "import_zoo"]
@@ -71,21 +71,21 @@ def import_zoo(
     omega: float = inr.OMEGA,
     overwrite: bool = False,
 ) -> Imported:
-    """Read trained networks, a published zoo or one's own, and store them as a zoo of this library.
+    """Read trained networks, those of a published zoo or your own, and store them as a zoo of this library; returns what was imported.
 
     Args:
-        source: a folder (or one file) of any of these. Networks of one's own, a file each (``.pt``, ``.pth``, ``.ckpt``, ``.safetensors``,
-            ``.npz``: a state dict, bare or under one of the usual keys, at any depth), with ``network``. A folder of ray-tune trials
-            (``NN_tune_trainable_*`` and the like, at any depth), also of the CNN Wild Park; ``dataset_{train,val,test}.pt``, or one such
-            file; the Small CNN Zoo's ``weights.npy``, ``layout.csv``, ``metrics.csv.gz``; implicit representations of DWSNets and NFN; what
-            :func:`export_zoo` wrote.
+        source: a folder, or one file, of one of these forms (docs/zoos.md has them in full).
+            Your own networks, one file each (``.pt``, ``.pth``, ``.ckpt``, ``.safetensors``, ``.npz``), with ``network``: a state dict,
+            bare or under one of the usual keys, at any depth. Ray-tune trials (``NN_tune_trainable_*`` and the like), those of the CNN Wild
+            Park included. ``dataset_{train,val,test}.pt``, or one such file. The Small CNN Zoo: ``weights.npy``, ``layout.csv``,
+            ``metrics.csv.gz``. Implicit representations of DWSNets and NFN. What :func:`export_zoo` wrote.
         out: folder of the new zoo. Rows are in order of sorted names, then epochs; shards are written as they fill.
-        epochs: those to keep; by default every one that is there.
+        epochs: epochs to keep; by default all of them.
         architecture: what the models are; by default recognised. Models of several architectures make one zoo of several.
-        network: ``FILE.py:NAME``, a class or function called without arguments that gives the module, or several of them; the file is
-            the only code that runs.
-        table: CSV file with a column ``file`` and whatever is known of each: properties; ``model``, ``epoch`` and ``split`` are what
-            they say.
+        network: ``FILE.py:NAME``, a class or a function that is called without arguments and gives the module; or several of them. That
+            file is the only code that runs.
+        table: CSV file with a column ``file``. Its other columns become properties; ``model``, ``epoch`` and ``split`` say which model,
+            epoch and split a file is of.
         input_shape: of one query of ``network``; by default that of the data set's images.
         output: which part of its answer counts, where it returns a tuple (a number) or a dict (a name).
         threshold: a checkpoint with a larger weight (or NaN) is left out, as the published pipeline does.
@@ -95,7 +95,7 @@ def import_zoo(
             generation find it. Implicit representations need none: they are asked a grid of coordinates.
         standardise: the models saw its images standardised, by the training images' own mean and deviation (a named set's published ones);
             by default as they are: bytes in [0, 1], other numbers unchanged.
-        mean, std: the models saw ``(image - mean) / std``, one number a channel or one for all.
+        mean, std: the models saw ``(image - mean) / std``, one number per channel or one for all.
         padding: of the Small CNN Zoo's convolutions, ``"valid"`` or ``"same"``.
         omega: frequency of implicit representations of DWSNets and NFN.
         overwrite: replace a zoo that is already in ``out``.
@@ -300,6 +300,3 @@ def _say(file: Path, rows: Rows, manifest: Manifest) -> None:
         logger.warning("zoo import: %d checkpoints of models that are in two splits went to the first one", identical["moved"])
     if identical["kept"]:
         logger.info("zoo import: %d checkpoints have the weights of an earlier epoch of their own model; they are kept", identical["kept"])
-
-
-assert set(pickled.SPLITS) == set(SPLITS)

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ...errors import WslfastError, require
+from ...files import npz_archive
 from ...safe.inert import InertFile
-from .found import Skips, State, folders, state_of, unwrapped
+from .checkpoint import Skips, State, folders, state_of, unwrapped
 
 TORCH = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".th", ".model", ".pkl")  # model_best.pth.tar, as torch's own examples call it
 ENDINGS = (*TORCH, ".safetensors", ".npz")
@@ -33,13 +34,13 @@ def state_files(source: Path, skips: Skips) -> list[Path]:
     followed."""
     if source.is_file():
         return [source]
-    found = [
+    files = [
         path
         for folder, names, below in folders(source, skips)
         for path in (folder / name for name in names if not name.startswith("."))
         if path.suffix.lower() in ENDINGS and path not in below
     ]
-    return sorted(found, key=lambda path: _natural(str(path.relative_to(source))))
+    return sorted(files, key=lambda path: _natural(str(path.relative_to(source))))
 
 
 def _natural(text: str) -> list[tuple[int, int, str]]:
@@ -91,14 +92,8 @@ def _safetensors(path: Path) -> State:
 
 
 def _arrays(path: Path) -> Loaded:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            require(isinstance(file, np.lib.npyio.NpzFile), f"{path}: expected an .npz archive")
-            arrays = {name: np.ascontiguousarray(file[name]) for name in file.files}
-    except WslfastError:
-        raise
-    except Exception as error:  # zipfile, zlib and numpy each have their own for a damaged or pickled file
-        raise WslfastError(f"{path}: cannot be read as .npz without pickle: {type(error).__name__}: {error}") from None
+    with npz_archive(path) as file:
+        arrays = {name: np.ascontiguousarray(file[name]) for name in file.files}
     wrong = [name for name, value in arrays.items() if value.dtype.kind not in "fiub"]
     require(not wrong, f"{path}: expected arrays of numbers; {wrong[:1]} is something else")
     return _apart({name: torch.from_numpy(value) for name, value in arrays.items()}, {})

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from ...architecture import Architecture
-from ...errors import WslfastError, require
-from ..grids import grid_name
+from ...errors import WslfastError, present, require
+from ..coordinates import grid_name
+from ..manifest import SPLITS
+from .checkpoint import Checkpoint, Skips, State, folders, held, unreadable
 from .files import Loaded, load, state_files
-from .found import Found, Skips, State, folders, unreadable
 from .modules import inr
 
 OMEGA = 30.0
@@ -65,12 +66,12 @@ def family_of(state: Mapping[str, Any]) -> str | None:
 
 
 def grid_of(architecture: Architecture, family: Kind) -> str:
-    """The grid that a family's networks are asked: 28x28 for one value a point, 32x32 for three."""
+    """The grid that a family's networks are asked: 28x28 for one value per point, 32x32 for three."""
     side = 32 if architecture.output_shape == (3,) else 28
     return grid_name((side,) * architecture.input_shape[0], family.order)
 
 
-def checkpoints(source: Path, omega: float, epochs: Collection[int] | None, skips: Skips, seen: set[int]) -> Iterator[Found]:
+def checkpoints(source: Path, omega: float, epochs: Collection[int] | None, skips: Skips, seen: set[int]) -> Iterator[Checkpoint]:
     """Every network, each a model of its own, with ``label`` and ``image`` where they are known."""
     splits = _splits(source, skips)
     for model, file in enumerate(files_of(source)):
@@ -80,19 +81,15 @@ def checkpoints(source: Path, omega: float, epochs: Collection[int] | None, skip
             skips.add(where, "epoch missing", "an implicit representation has one checkpoint, epoch 0")
             continue
         try:
-            held = load(file)
-            family = family_of(held.state)
-            require(family is not None, f"{file.name}: expected layers seq.0, seq.1, ... or net.0.linear, ...")
-            assert family is not None
-            architecture = _architecture(held.state, family, omega)
+            loaded = load(file)
+            family = present(family_of(loaded.state), f"{file.name}: expected layers seq.0, seq.1, ... or net.0.linear, ...")
+            architecture = _architecture(loaded.state, family, omega)
         except WslfastError as error:
             skips.add(where, "unreadable checkpoint", unreadable(error))
             continue
-        yield Found(where, model, 0, _properties(file, held), {}, _given(held.state), _split(file, splits), architecture=architecture)
-
-
-def _given(state: State) -> Any:
-    return lambda: state
+        yield Checkpoint(
+            where, model, 0, _properties(file, loaded), {}, held(loaded.state), _split(file, splits), architecture=architecture
+        )
 
 
 def _architecture(state: State, family: str, omega: float) -> Architecture:
@@ -109,34 +106,34 @@ def _architecture(state: State, family: str, omega: float) -> Architecture:
     return inr(tuple(names), tuple(sizes), omega, KINDS[family].offset, names[-1].endswith(".linear"))
 
 
-def _properties(file: Path, held: Loaded) -> dict[str, Any]:
-    known: dict[str, Any] = {"name": file.stem if not _FINAL.fullmatch(file.stem) else file.parent.parent.name}
+def _properties(file: Path, loaded: Loaded) -> dict[str, Any]:
+    properties: dict[str, Any] = {"name": file.stem if not _FINAL.fullmatch(file.stem) else file.parent.parent.name}
     number = _NUMBERED.fullmatch(file.stem)
     if number:
-        known["image"] = int(number[1])
+        properties["image"] = int(number[1])
     for folder in (file.parent.name, file.parent.parent.name):
         if match := _LABELLED.fullmatch(folder):
-            known |= {"label": int(match[1]), "image": int(match[2])}
+            properties |= {"label": int(match[1]), "image": int(match[2])}
             break
         if match := _LABEL_S.fullmatch(folder):
-            known["label"] = int(match[1])
+            properties["label"] = int(match[1])
             break
-    return {**known, **{name: value for name, value in held.beside.items() if name not in ("name", "image", "model", "split")}}
+    return {**properties, **{name: value for name, value in loaded.beside.items() if name not in ("name", "image", "model", "split")}}
 
 
 def _splits(source: Path, skips: Skips) -> Mapping[str, str]:
     """Splits by :func:`_key`, from its owner's ``splits.json`` (``mnist_splits.json`` and the like), at ``source`` or in a folder below it;
     its paths are those of another machine."""
-    found: dict[str, str] = {}
+    split_of: dict[str, str] = {}
     for folder, names, _ in folders(source, Skips(), lambda names: "checkpoints" in names):
         for name in sorted(name for name in names if name.endswith("splits.json")):
             try:
                 table = json.loads((folder / name).read_text("utf-8-sig"))
-                pairs = ((split, table[split]) for split in ("train", "val", "test") if split in table)
-                found |= {_key(Path(p)): split for split, paths in pairs for p in (paths["path"] if isinstance(paths, dict) else paths)}
+                pairs = ((split, table[split]) for split in SPLITS if split in table)
+                split_of |= {_key(Path(p)): split for split, paths in pairs for p in (paths["path"] if isinstance(paths, dict) else paths)}
             except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
                 skips.add(str((folder / name).relative_to(source)), f"unreadable {name}", str(error))
-    return found
+    return split_of
 
 
 def _key(file: Path) -> str:

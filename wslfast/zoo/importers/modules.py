@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...architecture import Architecture
-from ...errors import WslfastError, require
+from ...errors import WslfastError, present, require
+from ...tracing.rebuilt import owner_of
 
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "selu": F.selu, "elu": F.elu, "gelu": F.gelu, "silu": F.silu,
@@ -22,10 +23,8 @@ _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def function(name: Any) -> Callable[[Tensor], Tensor]:
     """An activation by the name that a configuration has for it. Raises WslfastError for one that is not known."""
-    found = _FUNCTIONS.get(str(name).replace("_", "").lower())
-    require(found is not None, f"activation: expected one of {sorted(_FUNCTIONS)}, got {name!r:.40}")
-    assert found is not None
-    return found
+    function = _FUNCTIONS.get(str(name).replace("_", "").lower())
+    return present(function, f"activation: expected one of {sorted(_FUNCTIONS)}, got {name!r:.40}")
 
 
 class SmallCNN(nn.Module):
@@ -58,12 +57,7 @@ class Inr(nn.Module):
         super().__init__()
         self.omega, self.offset, self.names, self.last_sine = omega, offset, tuple(names), last_sine
         for name, (a, b) in zip(names, pairwise(sizes), strict=True):
-            owner: nn.Module = self
-            *path, leaf = name.split(".")
-            for part in path:
-                if part not in owner._modules:
-                    owner.add_module(part, nn.Module())
-                owner = owner.get_submodule(part)
+            owner, leaf = owner_of(self, name)
             owner.add_module(leaf, nn.Linear(a, b))
 
     def forward(self, x: Tensor) -> Tensor:

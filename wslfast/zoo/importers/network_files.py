@@ -37,8 +37,8 @@ def module_of(network: str) -> nn.Module:
     with _settings_kept():
         code = _run(path, file)
         made = getattr(code, name, None)
-        own = [n for n, v in vars(code).items() if isinstance(v, type) and issubclass(v, nn.Module) and v.__module__ == code.__name__]
-        require(made is not None, f"network: {file} has no {name!r}; its modules are {own[:8]}")
+        classes = [n for n, v in vars(code).items() if isinstance(v, type) and issubclass(v, nn.Module) and v.__module__ == code.__name__]
+        require(made is not None, f"network: {file} has no {name!r}; its modules are {classes[:8]}")
         if not isinstance(made, nn.Module):
             require(callable(made), f"network: {network}: expected a class or a function that gives the module, got {describe(made)}")
             try:
@@ -126,9 +126,8 @@ def architecture_of(network: str, input_shape: Sequence[int] | None, dataset: st
     if input_shape is not None:
         shapes: list[tuple[int, ...]] = [tuple(input_shape)]
     else:
-        need = "input shape: expected --dataset (the shape of its images counts) or --input-shape, as --input-shape 3 32 32"
-        require(dataset is not None, need)
-        assert dataset is not None
+        if dataset is None:
+            raise WslfastError("input shape: expected --dataset (the shape of its images counts), or --input-shape 3 32 32")
         shapes, _ = input_shapes(dataset)
     name = network.rpartition(":")[2]
     label = None if name in PUBLISHED else name  # a function resnet18() gives its author's network, not the published one
@@ -146,7 +145,7 @@ def named_again(networks: Sequence[str]) -> Callable[[Mapping[str, Any]], Archit
     """What gives the architecture that a record of an untraceable module is of, out of files ``FILE.py:NAME``; see
     :func:`wslfast.tracing.untraced.naming`; nothing where no file is named. Each is run once. Raises WslfastError where none has the
     record's names and shapes."""
-    made: dict[tuple[str, str], Architecture] = {}
+    architectures: dict[tuple[str, str], Architecture] = {}
 
     def maker(record: Mapping[str, Any]) -> Architecture | None:
         if not networks:
@@ -154,10 +153,10 @@ def named_again(networks: Sequence[str]) -> Callable[[Mapping[str, Any]], Archit
         order = sorted(networks, key=lambda network: network.rpartition(":")[2] != record.get("name"))  # its own name first
         for network in order:
             key = network, str((record["input_shape"], record.get("output")))
-            if key not in made:
-                made[key] = architecture_of(network, record["input_shape"], None, record.get("output"))
-            if made[key].to_dict().get("parameters") == record["parameters"]:
-                return made[key]
+            if key not in architectures:
+                architectures[key] = architecture_of(network, record["input_shape"], None, record.get("output"))
+            if architectures[key].to_dict().get("parameters") == record["parameters"]:
+                return architectures[key]
         raise WslfastError(f"network: {', '.join(networks)}: other names or shapes of weights than {record.get('name')!r} has")
 
     return maker

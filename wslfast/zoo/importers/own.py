@@ -13,8 +13,8 @@ from ...architecture import Architecture
 from ...errors import WslfastError, require
 from ...tracing import effective_state
 from ..manifest import KIND, SPLITS, plain
-from .files import Loaded, load, name_of, state_files
-from .found import Found, Skips, State, unreadable
+from .checkpoint import Checkpoint, Skips, State, held, unreadable
+from .files import load, name_of, state_files
 from .recognise import fits
 from .tables import read_table
 
@@ -82,8 +82,8 @@ def checkpoints(
     epochs: Collection[int] | None,
     skips: Skips,
     seen: set[int],
-) -> Iterator[Found]:
-    """The networks of a folder, one a file, in order of names; a table's columns ``model``, ``epoch`` and ``split`` are what they say.
+) -> Iterator[Checkpoint]:
+    """The networks of a folder, one per file, in order of names; a table's columns ``model``, ``epoch`` and ``split`` are what they say.
 
     Args:
         networks: what they may be of, by the names they were given; the table's column ``network`` chooses, else the first that fits.
@@ -100,19 +100,19 @@ def checkpoints(
             used.add(row[0])
         elif table.rows:
             skips.add(where, "not in the table", f"{table.where} has no row for it; what is known of it is empty")
-        known = dict(row[1]) if row is not None else {}
+        facts = dict(row[1]) if row is not None else {}
         try:
-            held = load(file)
+            loaded = load(file)
         except WslfastError as error:
             seen.add(models.setdefault(file, len(models)))
             skips.add(where, "unreadable checkpoint", unreadable(error))
             continue
-        beside = {name: value for name, value in held.beside.items() if name not in known and name not in ("model", "split", "name")}
-        known = {**beside, **known}
-        stated = known.get("model")
+        beside = {name: value for name, value in loaded.beside.items() if name not in facts and name not in ("model", "split", "name")}
+        facts = {**beside, **facts}
+        stated = facts.get("model")
         model = models.setdefault(file if stated is None else stated, len(models))
         seen.add(model)
-        epoch = known.get("epoch")
+        epoch = facts.get("epoch")
         if isinstance(epoch, float) and epoch.is_integer():
             epoch = int(epoch)
         if epoch is not None and (type(epoch) is not int or epoch < 0):
@@ -120,72 +120,68 @@ def checkpoints(
             continue
         if epochs is not None and (epoch or 0) not in epochs:
             continue
-        split = known.get("split") if known.get("split") in SPLITS else None
-        properties = {"name": name_of(file), **{k: plain(v, k) for k, v in known.items() if k not in _RESERVED}}
+        split = facts.get("split") if facts.get("split") in SPLITS else None
+        properties = {"name": name_of(file), **{k: plain(v, k) for k, v in facts.items() if k not in _RESERVED}}
         if len(networks) > 1 and properties.pop("network", None) == properties.get(KIND):
             properties.pop(KIND, None)  # the zoo has that column of its own
         if stated is not None and type(stated) is not int:
             properties["model_name"] = stated
         if not source.is_file() and file.parent != source:
             properties.setdefault("folder", file.parent.relative_to(source).as_posix())
-        state, chosen = held.state, None
+        state, chosen = loaded.state, None
         if networks:
             try:
-                state, chosen = _chosen(held, networks, known.get("network"))
+                state, chosen = _chosen(state, networks, facts.get("network"))
             except WslfastError as error:
                 skips.add(where, "another architecture", str(error))
                 continue
-        yield Found(where, model, epoch or 0, properties, {}, _given(state), split, architecture=chosen)
+        yield Checkpoint(where, model, epoch or 0, properties, {}, held(state), split, architecture=chosen)
     table.unused(used, source, skips)
 
 
 def of_trials(
-    trials: Iterator[Found], networks: Sequence[tuple[str, Architecture]], table: Table, source: Path, skips: Skips
-) -> Iterator[Found]:
+    trials: Iterator[Checkpoint], networks: Sequence[tuple[str, Architecture]], table: Table, source: Path, skips: Skips
+) -> Iterator[Checkpoint]:
     """Checkpoints of trials with what a table knows of each besides (its column ``file`` has the folder of the trial, or that of the
     checkpoint), and of the networks that were named, where some were."""
     used: set[str] = set()
-    for found in trials:
-        trial = found.where.rpartition("/")[0]
-        row = table.under(found.where, trial, trial.rpartition("/")[2])
-        known = dict(row[1]) if row is not None else {}
+    for checkpoint in trials:
+        trial = checkpoint.where.rpartition("/")[0]
+        row = table.under(checkpoint.where, trial, trial.rpartition("/")[2])
+        properties = dict(row[1]) if row is not None else {}
         if row is not None:
             used.add(row[0])
         elif table.rows:
-            skips.add(found.where, "not in the table", f"{table.where} has no row for it")
-        further = {k: plain(v, k) for k, v in known.items() if k not in _RESERVED and k != "network"}
-        split = known["split"] if known.get("split") in SPLITS else found.split
-        found = replace(found, properties={**found.properties, **further}, split=split)
+            skips.add(checkpoint.where, "not in the table", f"{table.where} has no row for it")
+        further = {k: plain(v, k) for k, v in properties.items() if k not in _RESERVED and k != "network"}
+        split = properties["split"] if properties.get("split") in SPLITS else checkpoint.split
+        checkpoint = replace(checkpoint, properties={**checkpoint.properties, **further}, split=split)
         if not networks:
-            yield found
+            yield checkpoint
             continue
         try:
-            state = found.read()
+            state = checkpoint.read()
         except WslfastError:
-            yield found  # read once more where what is wrong with it is noted
+            yield checkpoint  # read once more where what is wrong with it is noted
             continue
         try:
-            state, architecture = _chosen(Loaded(state), networks, known.get("network"))
+            state, architecture = _chosen(state, networks, properties.get("network"))
         except WslfastError as error:
-            skips.add(found.where, "another architecture", str(error))
+            skips.add(checkpoint.where, "another architecture", str(error))
             continue
-        yield replace(found, read=_given(state), architecture=architecture)
+        yield replace(checkpoint, read=held(state), architecture=architecture)
     table.unused(used, source, skips)
 
 
-def _given(state: State) -> Any:
-    return lambda: state
-
-
-def _chosen(held: Loaded, networks: Sequence[tuple[str, Architecture]], named: Any) -> tuple[State, Architecture]:
+def _chosen(entries: State, networks: Sequence[tuple[str, Architecture]], named: Any) -> tuple[State, Architecture]:
     """The architecture that a checkpoint is of, and its entries under that one's names."""
     candidates = [(name, arch) for name, arch in networks if named in (None, name)]
     require(bool(candidates), f"its network is {named!r}, expected one of {[name for name, _ in networks]}")
     for _, architecture in candidates:
-        state = effective_state(_without_prefix(held.state, architecture), architecture.known)
+        state = effective_state(_without_prefix(entries, architecture), architecture.known)
         if fits(architecture, {name: tuple(value.shape) for name, value in state.items() if name not in architecture.constants}):
             return state, architecture
-    raise WslfastError(_difference(held.state, candidates[0][1]))
+    raise WslfastError(_difference(entries, candidates[0][1]))
 
 
 def _without_prefix(state: State, architecture: Architecture) -> State:

@@ -18,14 +18,13 @@ import torch
 from torch import Tensor
 
 from ...architecture import Architecture
-from ...errors import WslfastError, describe, require
+from ...errors import WslfastError, describe, present, require
 from ...population import Population
 from ...safe.inert import InertFile, Ordered, StoredTensor, Stub
 from ...tokens import TokenLayout
-from .found import Found, Skips, State, state_of, unreadable
+from ..manifest import SPLITS
+from .checkpoint import Checkpoint, Skips, State, state_of, unreadable
 from .recognise import recognise
-
-SPLITS = ("train", "val", "test")
 
 
 def files_of(source: Path) -> dict[str, Path]:
@@ -33,8 +32,8 @@ def files_of(source: Path) -> dict[str, Path]:
     if source.is_file():
         split = next((s for s in SPLITS if source.stem.endswith(f"_{s}")), "")
         return {split: source}
-    found = {split: source / f"dataset_{split}.pt" for split in SPLITS}
-    return {split: file for split, file in found.items() if file.is_file()}
+    files = {split: source / f"dataset_{split}.pt" for split in SPLITS}
+    return {split: file for split, file in files.items() if file.is_file()}
 
 
 def is_data_set(file: Path) -> bool:
@@ -53,7 +52,7 @@ def is_data_set(file: Path) -> bool:
 
 def checkpoints(
     files: Mapping[str, Path], architecture: Architecture | None, epochs: Collection[int] | None, skips: Skips, seen: set[int]
-) -> Iterator[Found]:
+) -> Iterator[Checkpoint]:
     """Every model and epoch of the data sets, models numbered through; the numbers of all go to ``seen``. Of several files, those that
     cannot be read go to ``skips``."""
     first = 0
@@ -77,7 +76,7 @@ def checkpoints(
             for name, models in sets:
                 numbers = models.numbers()
                 seen.update(first + n for n in numbers)
-                yield from models.found(first, numbers, name if name in SPLITS else split or None, epochs, skips)
+                yield from models.checkpoints(first, numbers, name if name in SPLITS else split or None, epochs, skips)
                 first += max(numbers) + 1
 
 
@@ -109,10 +108,9 @@ class _Models:
         config = stub.attribute("reference_config")
         config = config if isinstance(config, dict) else {}
         if architecture is None:
-            reference = stub.attribute("reference_checkpoint")
-            reference = reference if isinstance(reference, dict) else next((m for m in _flat(data) if isinstance(m, dict)), None)
-            require(reference is not None, f"{where}: no reference_checkpoint says what the tokens are of; pass the architecture")
-            assert reference is not None
+            stored = stub.attribute("reference_checkpoint")
+            stored = stored if isinstance(stored, dict) else next((m for m in _flat(data) if isinstance(m, dict)), None)
+            reference = present(stored, f"{where}: no reference_checkpoint says what the tokens are of; pass the architecture")
             shapes = {str(k): tuple(v.shape) for k, v in reference.items() if isinstance(v, StoredTensor)}
             architecture = recognise(config, shapes)
         tokens = next((m for m in _flat(data) if isinstance(m, StoredTensor)), None)
@@ -133,7 +131,9 @@ class _Models:
         order = {name: number for number, name in enumerate(dict.fromkeys(names))}
         return [order[name] for name in names]
 
-    def found(self, first: int, numbers: list[int], split: str | None, epochs: Collection[int] | None, skips: Skips) -> Iterator[Found]:
+    def checkpoints(
+        self, first: int, numbers: list[int], split: str | None, epochs: Collection[int] | None, skips: Skips
+    ) -> Iterator[Checkpoint]:
         restore = self._standardisation()
         if not self._stated():
             skips.add(self.where, "epochs not stated", "a model's checkpoints are counted from 0 as they come")
@@ -150,7 +150,7 @@ class _Models:
                 known, unknown = self._properties(j, place, len(rows))
                 why = f"properties of other epochs, or lists of other lengths: {', '.join(unknown)}" if unknown else ""
                 config = {**self.config, **{key: known[key] for key in ("model::nlin",) if key in known}}  # the model's own
-                yield Found(where, first + numbers[j], epoch, known, config, partial(self._read, row, restore), split, why)
+                yield Checkpoint(where, first + numbers[j], epoch, known, config, partial(self._read, row, restore), split, why)
 
     def _epoch(self, j: int, e: int, count: int) -> tuple[int | None, int | None]:
         """The epoch of a model's e-th checkpoint and its place among the properties, None where not known.
@@ -190,9 +190,9 @@ class _Models:
     def _recorded(self, j: int) -> list[Any] | None:
         """The training iterations that a model's properties are of, where they say so."""
         column = self._table.get("training_iteration")
-        mine = column[j] if isinstance(column, list) and len(column) == len(self.data) else None
-        mine = [mine] if type(mine) is int else mine
-        return mine if isinstance(mine, list) and len(mine) > 0 and all(type(n) is int for n in mine) else None
+        epochs = column[j] if isinstance(column, list) and len(column) == len(self.data) else None
+        epochs = [epochs] if type(epochs) is int else epochs
+        return epochs if isinstance(epochs, list) and len(epochs) > 0 and all(type(n) is int for n in epochs) else None
 
     def _stated(self) -> bool:
         """Whether anything says which epochs the checkpoints are of."""
@@ -205,24 +205,24 @@ class _Models:
         Settings (``model::nlin``, ``optim::lr``) are those of the whole model, wherever in its list they are.
         """
         short = {"model::init_type": "init_type", "optim::lr": "lr", "optim::wd": "wd", "training_iteration": None}
-        found: dict[str, Any] = {}
+        properties: dict[str, Any] = {}
         unknown: list[str] = []
         length = next((len(numbers) for numbers in (self._recorded(j), self._listed(j)) if isinstance(numbers, list)), count)
         for key, column in self._table.items():
             if not isinstance(key, str) or not isinstance(column, list):
                 continue
-            mine = column[j] if len(column) == len(self.data) else []
+            values = column[j] if len(column) == len(self.data) else []
             if "::" in key:
                 value = _at(column, j, 0) if len(column) == len(self.data) else None
-            elif place is None or (isinstance(mine, list) and len(mine) != length):
+            elif place is None or (isinstance(values, list) and len(values) != length):
                 unknown.append(key)
                 continue
             else:
                 value = _at(column, j, place)
             name = short.get(key, key)
             if isinstance(name, str) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-                found[name] = value
-        return found, unknown
+                properties[name] = value
+        return properties, unknown
 
     def _standardisation(self) -> tuple[Tensor, Tensor] | None:
         """``scale, shift`` of a row of weights that undo the data set's, or None."""
@@ -245,9 +245,10 @@ class _Models:
 
     def _read(self, row: Any, restore: tuple[Tensor, Tensor] | None) -> State:
         if isinstance(row, StoredTensor):
-            require(self.layout is not None and row.shape == tuple(self.layout.mask.shape), f"expected tokens, got {list(row.shape)}")
-            assert self.layout is not None
-            weights = self.layout.detokenize(row.tensor().float().unsqueeze(0))
+            wrong = f"expected tokens, got {list(row.shape)}"
+            layout = present(self.layout, wrong)
+            require(row.shape == tuple(layout.mask.shape), wrong)
+            weights = layout.detokenize(row.tensor().float().unsqueeze(0))
             if restore is None:
                 return Population(self.architecture, weights).state_dict(0)
         else:

@@ -1,4 +1,4 @@
-"""Zoos as ray tune left them: one folder a model with ``params.json``, ``result.json`` (a JSON object a line) and checkpoints.
+"""Zoos as ray tune left them: one folder per model with ``params.json``, ``result.json`` (a JSON object per line) and checkpoints.
 
 A model's folder is any that has ``params.json`` (or ``config.json``), ``result.json`` or a ``checkpoint_*`` folder (published ones are
 called ``NN_tune_trainable_*`` or ``tune_zoo_*``); weights are in ``checkpoint_000020/checkpoints``, ``checkpoint_20/checkpoints``, or
@@ -20,7 +20,7 @@ from ...errors import WslfastError
 from ...safe.inert import InertFile
 from ..export import PROPERTIES, RECORD, RESULTS
 from ..manifest import SPLITS
-from .found import Found, Skips, State, folders, listing, plain_of, state_of
+from .checkpoint import Checkpoint, Skips, State, folders, listing, plain_of, state_of
 from .modules import park_cnn
 from .results import match
 
@@ -41,7 +41,7 @@ def is_tree(source: Path) -> bool:
     return source.is_dir() and any(_weights(folder, "", nothing) for folder in _trials(source, nothing))
 
 
-def checkpoints(source: Path, epochs: Collection[int] | None, skips: Skips, seen: set[int]) -> Iterator[Found]:
+def checkpoints(source: Path, epochs: Collection[int] | None, skips: Skips, seen: set[int]) -> Iterator[Checkpoint]:
     """Every checkpoint of every trial, in order of folders and epochs; ``epochs`` keeps some. What is missing goes to ``skips``, the
     numbers of all trials to ``seen``."""
     for model, folder in enumerate(_trials(source, skips)):
@@ -64,13 +64,13 @@ def checkpoints(source: Path, epochs: Collection[int] | None, skips: Skips, seen
                     skips.add(at, "epoch missing")
                 continue
             file, line, why = matched[epoch]
-            known = {"name": folder.name, **_properties(config, line or {})}
+            properties = {"name": folder.name, **_properties(config, line or {})}
             unknown = why if line is None and lines is not None else ""
             kind, beside = _park(file) if file.name == "checkpoint.pt" else (_recorded(config), {})
-            known |= {name: value for name, value in beside.items() if known.get(name) is None}
-            split = known.pop("split", None)  # a zoo export writes it
+            properties |= {name: value for name, value in beside.items() if properties.get(name) is None}
+            split = properties.pop("split", None)  # a zoo export writes it
             split = split if split in SPLITS else None
-            yield Found(at, model, epoch, known, config, partial(_read, file), split, "" if beside else unknown, kind)
+            yield Checkpoint(at, model, epoch, properties, config, partial(_read, file), split, "" if beside else unknown, kind)
 
 
 def _recorded(config: Mapping[str, Any]) -> Architecture | None:
@@ -98,8 +98,8 @@ def _park(file: Path) -> tuple[Architecture | None, dict[str, Any]]:
             config, last = plain_of(root.get("config")), plain_of(root.get("last_result"))
             results = _properties({}, last) if isinstance(last, dict) else {}
             config = config["model"] if isinstance(config, dict) and isinstance(config.get("model"), dict) else config
-            known = {name: value for name, value in results.items() if value is not None}
-            return (park_cnn(config) if config else None), known
+            properties = {name: value for name, value in results.items() if value is not None}
+            return (park_cnn(config) if config else None), properties
     except WslfastError:
         return None, {}
 
@@ -201,7 +201,7 @@ def _lines(folder: Path, where: str, skips: Skips) -> list[Mapping[str, Any]] | 
     except WslfastError as error:
         skips.add(f"{where}/result.json", "unreadable result.json", str(error))
         return None
-    found: list[Mapping[str, Any]] = []
+    objects: list[Mapping[str, Any]] = []
     for number, text in enumerate(texts):
         if not text.strip():
             continue
@@ -209,8 +209,8 @@ def _lines(folder: Path, where: str, skips: Skips) -> list[Mapping[str, Any]] | 
         if value is None:
             skips.add(f"{where}/result.json:{number + 1}", "unreadable line of result.json")
         else:
-            found.append(value)
-    return found
+            objects.append(value)
+    return objects
 
 
 def _properties(config: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, Any]:

@@ -55,15 +55,13 @@ def contradiction(architecture: Architecture, config: Mapping[str, Any]) -> str 
     """What in a trial's settings says that it is another network of the same shapes (its activation), or None."""
     stated = str(config.get("model::nlin")).replace("_", "").lower()
     used = {name.replace("_", "") for name in activations(architecture)}
-    known = {*ACTIVATIONS, *(name.replace("_", "") for name in _ACTIVATIONS)}
-    if stated not in known or not used or stated in used or architecture.name == "resnet18":  # whose class does not look at the setting
+    names = {*ACTIVATIONS, *(name.replace("_", "") for name in _ACTIVATIONS)}
+    if stated not in names or not used or stated in used or architecture.name == "resnet18":  # whose class does not look at the setting
         return None
     return f"expected activation {' or '.join(sorted(used))}, got {stated!r}"
 
 
-_ACTIVATIONS = (
-    "relu", "tanh", "sigmoid", "gelu", "selu", "elu", "celu", "silu", "leaky_relu", "hardswish", "hardtanh", "softplus", "sin", "relu6",
-)  # fmt: skip
+_ACTIVATIONS = {entry.operation for entry in ACTIVATIONS.values() if entry.operation} | {"selu", "hardswish", "hardtanh", "sin", "relu6"}
 
 
 def activations(architecture: Architecture) -> list[str]:
@@ -82,11 +80,11 @@ def _cnns(makers: Mapping[str, Callable[..., Architecture]], config: Mapping[str
         return []
     last = [shape for shape in shapes.values() if len(shape) == 2]
     classes = last[-1][0] if last and last[-1][0] <= 10_000 else 10
-    made: list[Architecture | None] = []
+    networks: list[Architecture | None] = []
     for make in makers.values():
         for share in dict.fromkeys((float(dropout), 0.0, 0.1)):
-            made.append(_or_none(make, first[1], activation, share, classes))
-    return made
+            networks.append(_or_none(make, first[1], activation, share, classes))
+    return networks
 
 
 def _mlp(config: Mapping[str, Any]) -> Architecture | None:

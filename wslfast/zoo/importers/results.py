@@ -19,7 +19,7 @@ _NUMBERS = ("training_iteration", "epoch")
 Line = Mapping[str, Any]
 
 
-class Checkpoint(NamedTuple):
+class Match(NamedTuple):
     """A checkpoint's file of weights and the line that belongs to it, or None and why nothing tells which one does."""
 
     file: Path
@@ -27,7 +27,7 @@ class Checkpoint(NamedTuple):
     why: str
 
 
-def match(lines: Sequence[Line], files: Mapping[int, Path]) -> tuple[dict[int, Checkpoint], list[tuple[Path, str, str]]]:
+def match(lines: Sequence[Line], files: Mapping[int, Path]) -> tuple[dict[int, Match], list[tuple[Path, str, str]]]:
     """Checkpoints by epoch, and those whose epoch is not known or there twice, with reason and detail.
 
     Args:
@@ -37,20 +37,20 @@ def match(lines: Sequence[Line], files: Mapping[int, Path]) -> tuple[dict[int, C
     place = {line[_FOLDER]: i for i, line in enumerate(lines) if isinstance(line.get(_FOLDER), str)}
     if place:
         return _by_folder(lines, files, place)
-    known = {number: line for line in lines for number in _numbers(line)[:1]}
-    why = _undecided(lines, files, known)
-    found = {}
+    by_epoch = {number: line for line in lines for number in _numbers(line)[:1]}
+    why = _undecided(lines, files, by_epoch)
+    matched = {}
     for number, file in files.items():
-        line = None if why else known.get(number)
-        found[number] = Checkpoint(file, line, why or f"no line records number {number}")
-    return found, []
+        line = None if why else by_epoch.get(number)
+        matched[number] = Match(file, line, why or f"no line records number {number}")
+    return matched, []
 
 
 def _by_folder(
     lines: Sequence[Line], files: Mapping[int, Path], place: Mapping[str, int]
-) -> tuple[dict[int, Checkpoint], list[tuple[Path, str, str]]]:
+) -> tuple[dict[int, Match], list[tuple[Path, str, str]]]:
     """Folders that the lines name: their numbers count checkpoints, so the epoch is the line's, too, if lines record any."""
-    found: dict[int, Checkpoint] = {}
+    matched: dict[int, Match] = {}
     left: list[tuple[Path, str, str]] = []
     counted = any(_numbers(line) for line in lines)
     for number, file in sorted(files.items(), key=lambda item: -place.get(item[1].parent.name, -1)):  # what was written last comes first
@@ -60,11 +60,11 @@ def _by_folder(
         epoch = next(iter(_numbers(line or {})), None) if counted else number
         if epoch is None:
             left.append((file, "epoch unknown", why or "its line records no number"))
-        elif epoch in found:
-            left.append((file, "epoch twice", f"{found[epoch].file.parent.name} is read"))
+        elif epoch in matched:
+            left.append((file, "epoch twice", f"{matched[epoch].file.parent.name} is read"))
         else:
-            found[epoch] = Checkpoint(file, line, why)
-    return found, left
+            matched[epoch] = Match(file, line, why)
+    return matched, left
 
 
 def _undecided(lines: Sequence[Line], files: Mapping[int, Path], known: Mapping[int, Line]) -> str:

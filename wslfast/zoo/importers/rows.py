@@ -14,12 +14,12 @@ from ...population import Population
 from ..identical import Identical, digest
 from ..manifest import KIND, Kind, normalised, plain
 from ..store import SHARD_BYTES
-from .found import UNKNOWN, Found, Skips, State, unreadable
+from .checkpoint import UNKNOWN, Checkpoint, Skips, State, unreadable
 from .recognise import activations, contradiction, fits, recognise
 
 IDENTICAL = "identical weights"
 ANOTHER = "another architecture"
-Reader = Callable[[Skips, set[int]], Iterator[Found]]
+Reader = Callable[[Skips, set[int]], Iterator[Checkpoint]]
 
 
 class Rows:
@@ -55,26 +55,26 @@ class Rows:
         waiting: list[Tensor] = []
         labels: dict[int, int] = {}
         size = 0
-        for found in self._read(self.skips, self.seen):
-            made = self._row(found)
+        for checkpoint in self._read(self.skips, self.seen):
+            made = self._row(checkpoint)
             if made is None:
                 continue
             architecture, row = made
             # the same numbers under another activation are another network
             key = digest(row) + str(labels.setdefault(id(architecture), len(labels))).encode()
-            first = self.identical.add(key, found.model, found.epoch, found.where)
-            if first is not None and first.model == found.model and first.epoch != found.epoch:
+            first = self.identical.add(key, checkpoint.model, checkpoint.epoch, checkpoint.where)
+            if first is not None and first.model == checkpoint.model and first.epoch != checkpoint.epoch:
                 self.repeated += 1
             elif first is not None:
-                self.skips.add(found.where, IDENTICAL, f"the same as {first.where}")
+                self.skips.add(checkpoint.where, IDENTICAL, f"the same as {first.where}")
                 continue
-            if found.unknown:
-                self.skips.add(found.where, UNKNOWN, found.unknown)
-            self.models.append(found.model)
-            self.epochs.append(found.epoch)
-            self.splits.append(found.split)
+            if checkpoint.unknown:
+                self.skips.add(checkpoint.where, UNKNOWN, checkpoint.unknown)
+            self.models.append(checkpoint.model)
+            self.epochs.append(checkpoint.epoch)
+            self.splits.append(checkpoint.split)
             self.kinds.append(architecture)
-            self._properties.append(found.properties)
+            self._properties.append(checkpoint.properties)
             waiting.append(row)
             size += 4 * len(row)
             if size >= SHARD_BYTES:
@@ -107,8 +107,8 @@ class Rows:
 
     def table(self) -> dict[str, Kind]:
         """The architectures by label, as the manifest has them."""
-        found = {id(kind): kind for kind in self.kinds}
-        return {label: Kind(normalised(found[i].to_dict(), "architecture"), found[i].num_weights) for i, label in self._labels().items()}
+        by_id = {id(kind): kind for kind in self.kinds}
+        return {label: Kind(normalised(by_id[i].to_dict(), "architecture"), by_id[i].num_weights) for i, label in self._labels().items()}
 
     @property
     def architectures(self) -> list[Architecture]:
@@ -129,58 +129,58 @@ class Rows:
 
     # -- one checkpoint ------------------------------------------------------------------------------------------------
 
-    def _row(self, found: Found) -> tuple[Architecture, Tensor] | None:
+    def _row(self, checkpoint: Checkpoint) -> tuple[Architecture, Tensor] | None:
         """The checkpoint's architecture and its weights ``[P]``, or None and a note why not."""
         try:
-            state = found.read()
+            state = checkpoint.read()
             shapes = {name: tuple(value.shape) for name, value in state.items()}
-            architecture = found.architecture or self._architecture(found, shapes)
+            architecture = checkpoint.architecture or self._architecture(checkpoint, shapes)
             if architecture is None:
                 return None
             row = weights_of(architecture, state)
         except WslfastError as error:
-            self.skips.add(found.where, "unreadable checkpoint", unreadable(error))
+            self.skips.add(checkpoint.where, "unreadable checkpoint", unreadable(error))
             return None
         if not bool(row.isfinite().all()):
-            self.skips.add(found.where, "not finite")
+            self.skips.add(checkpoint.where, "not finite")
             return None
         if float(row.abs().max()) > self._threshold:
-            self.skips.add(found.where, "weight above threshold", f"{float(row.abs().max()):g} > {self._threshold:g}")
+            self.skips.add(checkpoint.where, "weight above threshold", f"{float(row.abs().max()):g} > {self._threshold:g}")
             return None
         return architecture, row
 
-    def _architecture(self, found: Found, shapes: Mapping[str, tuple[int, ...]]) -> Architecture | None:
+    def _architecture(self, checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> Architecture | None:
         """One of those that are known already, or a new one; None, and a note, where it is none."""
         wrong = "other names or shapes of weights"
-        settings = self._settings(found)
+        settings = self._settings(checkpoint)
         for kind in self._known:
             if fits(kind, shapes):
-                differs = contradiction(kind, found.config)
+                differs = contradiction(kind, checkpoint.config)
                 if differs is None:
                     return kind
                 wrong = differs
         if self._given is not None:
-            self.skips.add(found.where, ANOTHER, wrong if wrong.startswith("expected") else f"expected {self._given.name!r}")
+            self.skips.add(checkpoint.where, ANOTHER, wrong if wrong.startswith("expected") else f"expected {self._given.name!r}")
             return None
         try:
             kind = recognise(settings, shapes)
         except WslfastError as error:
             if not self._known:
                 raise
-            self.skips.add(found.where, ANOTHER, str(error))
+            self.skips.add(checkpoint.where, ANOTHER, str(error))
             return None
         if "model::nlin" not in settings and self._guess is None:
-            self._guess = found.where
+            self._guess = checkpoint.where
             self._note_guess()
         self._known.append(kind)
         return kind
 
-    def _settings(self, found: Found) -> Mapping[str, Any]:
+    def _settings(self, checkpoint: Checkpoint) -> Mapping[str, Any]:
         """A trial's settings; if they do not state the activation, with that of the first trial that does."""
-        if "model::nlin" in found.config:
-            return found.config
+        if "model::nlin" in checkpoint.config:
+            return checkpoint.config
         others = self._stated()
-        return {**found.config, **({} if others is None else {"model::nlin": others})}
+        return {**checkpoint.config, **({} if others is None else {"model::nlin": others})}
 
     def _note_guess(self) -> None:
         if self._guess is not None:

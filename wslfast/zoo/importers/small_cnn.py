@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import WslfastError, require
-from .found import Found, Skips
+from ...errors import WslfastError, present, require
+from .checkpoint import Checkpoint, Skips
 from .modules import small_cnn
 from .tables import read_table
 
@@ -51,7 +51,7 @@ class _Variable:
 
 def checkpoints(
     source: Path, padding: str, side: int | None, epochs: Collection[int] | None, skips: Skips, seen: set[int]
-) -> Iterator[Found]:
+) -> Iterator[Checkpoint]:
     """Every row of the matrix, models numbered by ``modeldir`` in order of appearance.
 
     Args:
@@ -61,9 +61,8 @@ def checkpoints(
     require(padding in PADDINGS, f"padding: expected one of {PADDINGS}, got {padding!r}")
     matrix = _matrix(source / "weights.npy")
     layers = _layers(read_table(source / "layout.csv"), matrix.shape[1], source / "layout.csv")
-    file = next((source / name for name in _METRICS if (source / name).is_file()), None)
-    require(file is not None, f"{source}: expected {_METRICS[0]} beside weights.npy")
-    assert file is not None
+    candidates = (source / name for name in _METRICS if (source / name).is_file())
+    file = present(next(candidates, None), f"{source}: expected {_METRICS[0]} beside weights.npy")
     table = read_table(file)
     require(len(table) == len(matrix), f"{file}: expected {len(matrix)} rows, as many as weights.npy has, got {len(table)}")
     models: dict[Any, int] = {}
@@ -85,16 +84,18 @@ def checkpoints(
         except WslfastError as error:
             skips.add(where, "another architecture", str(error))
             continue
-        known = {"name": str(folder or row), **_properties(line)}
-        yield Found(where, model, epoch, known, {}, partial(layers.state, matrix, row), architecture=architecture)
+        properties = {"name": str(folder or row), **_properties(line)}
+        yield Checkpoint(where, model, epoch, properties, {}, partial(layers.state, matrix, row), architecture=architecture)
 
 
 def _properties(line: Mapping[str, Any]) -> dict[str, Any]:
-    known = {_COLUMNS.get(name, name.removeprefix("config.")): value for name, value in line.items() if name not in ("modeldir", "step")}
-    train, test = known.get("train_acc"), known.get("test_acc")
+    properties = {
+        _COLUMNS.get(name, name.removeprefix("config.")): value for name, value in line.items() if name not in ("modeldir", "step")
+    }
+    train, test = properties.get("train_acc"), properties.get("test_acc")
     if isinstance(train, (int, float)) and isinstance(test, (int, float)):
-        known["ggap"] = train - test
-    return known
+        properties["ggap"] = train - test
+    return properties
 
 
 def _matrix(path: Path) -> np.ndarray:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import require
+from ..errors import present, require
 
 PREFIX = "grid:"
 _NAME = re.compile(r"grid:(?P<sizes>\d{1,5}(x\d{1,5}){0,3})(:(?P<order>xy|ij))?(:(?P<low>[-+.\deE]+),(?P<high>[-+.\deE]+))?")
@@ -35,12 +35,10 @@ def is_grid(name: str) -> bool:
 def grid_points(name: str) -> tuple[Tensor, dict[str, Any]]:
     """Points ``[N, axes]`` float32 of the grid ``grid:SIZES[:ORDER][:LOW,HIGH]``, and its facts.
 
-    SIZES are points an axis (``28x28``), evenly spaced from LOW to HIGH (-1 to 1), both included; ORDER is ``xy`` (default) or ``ij``.
+    SIZES are points per axis (``28x28``), evenly spaced from LOW to HIGH (-1 to 1), both included; ORDER is ``xy`` (default) or ``ij``.
     Raises WslfastError for anything else.
     """
-    match = _NAME.fullmatch(name)
-    require(match is not None, f"data set {name!r}: expected grid:SIZES[:xy|:ij][:LOW,HIGH], as grid:28x28:ij:-1,1")
-    assert match is not None
+    match = present(_NAME.fullmatch(name), f"data set {name!r}: expected grid:SIZES[:xy|:ij][:LOW,HIGH], as grid:28x28:ij:-1,1")
     sizes, order = tuple(int(s) for s in match["sizes"].split("x")), match["order"] or "xy"
     try:
         low, high = float(match["low"] or -1), float(match["high"] or 1)

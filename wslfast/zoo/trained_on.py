@@ -7,14 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..architecture import Architecture
 from ..errors import WslfastError, describe, logger, require
-from ..files import sha256_of, write_atomically
+from ..files import sha256_of, write_arrays
 from .catalogue import NAMES
+from .coordinates import is_grid
 from .datasets import Dataset, load_dataset
-from .grids import is_grid
 from .manifest import SPLITS
 from .reading import read_manifest
 
@@ -42,12 +40,7 @@ class Images:
         for split in SPLITS:
             images, labels = self.data.split(split)
             arrays |= {f"{split}_images": images.cpu().numpy(), f"{split}_labels": labels.cpu().numpy()}
-
-        def write(temporary: Path) -> None:
-            with temporary.open("wb") as file:
-                np.savez_compressed(file, **arrays)
-
-        write_atomically(folder / IMAGES, write)
+        write_arrays(folder / IMAGES, arrays)
         return {**self.record, "sha256": sha256_of(folder / IMAGES)}
 
 
@@ -126,9 +119,9 @@ def dataset_of(zoo: str | Path, architecture: Architecture) -> Dataset:
         data = load_dataset(str(source), architecture.input_shape, seed=seed, root=root, standardise=standardise, **given)
     except WslfastError as error:
         raise WslfastError(f"zoo {zoo}: the data set it was trained on cannot be read: {error}") from None
-    known, found = record.get("sha256"), data.provenance.get("sha256")
+    recorded, digest = record.get("sha256"), data.provenance.get("sha256")
     what = f"data set {source!r} is not what" if record["name"] in NAMES else f"{source} is not the file"
-    require(known == found, f"zoo {zoo}: {what} it was trained on (its SHA-256 differs)")
+    require(recorded == digest, f"zoo {zoo}: {what} it was trained on (its SHA-256 differs)")
     kept = {key: record[key] for key in ("peak",) if isinstance(record.get(key), (int, float))}
     return replace(data, name=str(record.get("called", data.name)), provenance={**data.provenance, **kept})
 
@@ -136,11 +129,11 @@ def dataset_of(zoo: str | Path, architecture: Architecture) -> Dataset:
 def _file(zoo: Path, record: Mapping[str, Any]) -> Path:
     """The data set's file: beside the zoo or in its folder, so that both can move together, else where it was."""
     name = Path(str(record["name"])).name
-    there = [place for place in (zoo / name, zoo.resolve().parent / name) if place.is_file()]
+    candidates = [place for place in (zoo / name, zoo.resolve().parent / name) if place.is_file()]
     was = Path(str(record.get("path", name)))
-    if there and was.is_file():  # another file of that name may lie beside the zoo
-        there = [place for place in there if place.samefile(was) or sha256_of(place) == record.get("sha256")]
-    return there[0] if there else was
+    if candidates and was.is_file():  # another file of that name may lie beside the zoo
+        candidates = [place for place in candidates if place.samefile(was) or sha256_of(place) == record.get("sha256")]
+    return candidates[0] if candidates else was
 
 
 def dataset_record(zoo: str | Path) -> dict[str, Any]:
@@ -148,10 +141,10 @@ def dataset_record(zoo: str | Path) -> dict[str, Any]:
     record: Any = read_manifest(zoo).provenance.get("dataset")
     if not isinstance(record, Mapping) or not isinstance(record.get("name"), str):
         return {}
-    found = dict(record)
-    if "sha256" in found and found["name"] not in NAMES:
-        found["path"] = str(_file(Path(zoo), found).resolve())
-    return found
+    entry = dict(record)
+    if "sha256" in entry and entry["name"] not in NAMES:
+        entry["path"] = str(_file(Path(zoo), entry).resolve())
+    return entry
 
 
 def network(name: str, channels: int | None = None, *, dropout: float = 0.0) -> Architecture:

@@ -30,13 +30,13 @@ def ablations(results: Results) -> str:
     parts = []
     groups = dict.fromkeys((str(r.get("ablation") or "ablation"), str(r["zoo"])) for r in rows)
     for name, zoo in groups:
-        own = [r for r in rows if str(r.get("ablation") or "ablation") == name and str(r["zoo"]) == zoo]
-        figures = over_seeds(own)
+        of_zoo = [r for r in rows if str(r.get("ablation") or "ablation") == name and str(r["zoo"]) == zoo]
+        figures = over_seeds(of_zoo)
         metrics = [m for m in _METRICS if any(m[0] in of for of in figures.values())]
-        axis = next((str(r["axis"]) for r in own if r.get("axis")), name)
+        axis = next((str(r["axis"]) for r in of_zoo if r.get("axis")), name)
         parts.append(f"<h3>{escape(name)}, {escape(zoo)}</h3>{ablation_table(figures, metrics)}")
         if len(figures) > 1:
-            setting = {str(r["variant"]): r.get("value") for r in own}
+            setting = {str(r["variant"]): r.get("value") for r in of_zoo}
             drawn = [m for m in metrics if m[0] in _DRAWN]
             parts.append(figure(_ablation(figures, setting, drawn, axis, f"{zoo}/ablation {name}"), f"{name} on {zoo}."))
     if not parts:
@@ -92,17 +92,17 @@ def gradients(results: Results) -> str:
     names = dict.fromkeys((str(r["zoo"]), str(r["variant"])) for r in swept)
     parts = []
     for zoo, variant in names:
-        own = [r for r in rows if (str(r["zoo"]), str(r["variant"])) == (zoo, variant)]
+        of_variant = [r for r in rows if (str(r["zoo"]), str(r["variant"])) == (zoo, variant)]
         parts.append(
             f"<h3>{escape(variant)}, {escape(zoo)}</h3>"
             + figure(
-                _sweeps([r for r in own if r.get("direction")], f"{zoo}/gradients {variant}"),
+                _sweeps([r for r in of_variant if r.get("direction")], f"{zoo}/gradients {variant}"),
                 "A model's weights moved by an error of a given size, relative to their norm, in several directions: medians over models. "
                 "Left, the quadratic form over the measured behavioral loss (1 where the first-order step holds); then accuracy, and "
                 "agreement with the model that was moved.",
             )
         )
-        alone = [r for r in own if not r.get("direction")]
+        alone = [r for r in of_variant if not r.get("direction")]
         if alone:
             words = "; ".join(f"<b>{escape(str(r['metric']).replace('_', ' '))}</b> {_short(r)}" for r in alone)
             parts.append(note(f"Medians over models: {words}."))
@@ -124,8 +124,8 @@ def _sweeps(rows: Sequence[Row], name: str) -> str:
     with sheet(2.9, name=name) as (page, svg):
         for axes, (metric, title, scale) in zip(page.subplots(1, 3), panels):
             for i, direction in enumerate(directions):
-                own = sorted((r for r in rows if r["direction"] == direction and r["metric"] == metric), key=lambda r: r["magnitude"])
-                points = [(r["magnitude"], scale * r["median"]) for r in own if isinstance(r["median"], (int, float))]
+                swept = sorted((r for r in rows if r["direction"] == direction and r["metric"] == metric), key=lambda r: r["magnitude"])
+                points = [(r["magnitude"], scale * r["median"]) for r in swept if isinstance(r["median"], (int, float))]
                 label, hue = _DIRECTIONS.get(direction, direction), _HUES[i % len(_HUES)]
                 axes.plot([x for x, _ in points], [y for _, y in points], "o-", color=hue, markersize=3.5, linewidth=1.3, label=label)
             axes.set_xscale("log")

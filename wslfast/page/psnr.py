@@ -10,8 +10,8 @@ import numpy as np
 from ..measure.results import Results
 from .drawing import INK, lines, sheet
 from .figures import column, placed
-from .html import DASH, cell, figure, head, headings, note, number, percent, plus_minus, row_head, table
-from .tables import by_kind, settings
+from .html import figure, head, headings, note, number, percent, row_head, table
+from .tables import by_kind, figure_cell, latent_cell, settings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -64,8 +64,6 @@ def _table(results: Results, zoo: str, colors: Mapping[str, str]) -> str:
 
     def line(variant: str) -> str:
         about = results.about(zoo, variant)
-        numbers, share = (results.mean(zoo, variant, name) for name in ("latent_numbers", "latent_share"))
-        latent = cell(number(numbers, 0), f"{100 * share:.0f} % of weights" if share is not None else "") if numbers else cell(DASH)
         shown: dict[str, Callable[[float | None], str]] = {
             "psnr": number,
             "identified": percent,
@@ -75,12 +73,9 @@ def _table(results: Results, zoo: str, colors: Mapping[str, str]) -> str:
             "l2_masked": number,
             "explained_variance": percent,
         }
-        cells = [latent]
-        for metric, as_text in shown.items():
-            value, spread = results.over_seeds(zoo, variant, metric)
-            cells.append(cell(as_text(value), plus_minus(spread, as_text)))
+        cells = [figure_cell(results, zoo, variant, metric, as_text) for metric, as_text in shown.items()]
         small = str(about.get("baseline") or settings(about))
-        return f"<tr>{row_head(variant, colors.get(variant), small)}{''.join(cells)}</tr>"
+        return f"<tr>{row_head(variant, colors.get(variant), small)}{latent_cell(results, zoo, variant)}{''.join(cells)}</tr>"
 
     words = (
         "Means over models and seeds; small print: ± standard deviation over seeds where there are several, else over models. <b>PSNR</b>: "

@@ -23,7 +23,7 @@ _PARTS = ("_parameters", "_buffers", "_modules")  # of a module that was pickled
 
 
 @dataclass(frozen=True)
-class Found:
+class Checkpoint:
     """A checkpoint: where it is, which model's and of which epoch, what is known about it, and how to read its weights.
 
     ``unknown`` says why nothing tells which results are its own; ``architecture`` what it is of, where the source itself says so.
@@ -57,6 +57,11 @@ class Skips:
     def counts(self) -> dict[str, int]:
         """How many for each reason, most frequent first."""
         return dict(Counter(entry["reason"] for entry in self.entries).most_common())
+
+
+def held(state: State) -> Callable[[], State]:
+    """What reads the weights of a checkpoint that is in memory already."""
+    return lambda: state
 
 
 def listing(folder: Path, where: str, skips: Skips) -> list[str]:

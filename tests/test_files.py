@@ -1,0 +1,52 @@
+"""Files and folders: what is written comes back, and what cannot be read or made is one error that names it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from wslfast.errors import WslfastError
+from wslfast.files import check_empty, make_folder, npz_archive, write_arrays
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+def test_arrays_come_back(tmp_path: Path, compressed: bool) -> None:
+    arrays = {"a": np.arange(6, dtype=np.uint8).reshape(2, 3), "none": np.zeros(0, np.float32)}
+    write_arrays(tmp_path / "x.npz", arrays, compressed=compressed)
+    with npz_archive(tmp_path / "x.npz") as file:
+        assert sorted(file.files) == ["a", "none"]
+        for name, array in arrays.items():
+            assert file[name].dtype == array.dtype
+            assert np.array_equal(file[name], array)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]
+
+
+def test_what_is_no_archive_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.npz"
+    np.savez(path, a=np.arange(1000))
+    whole = path.read_bytes()
+    for content in (b"", b"text", whole[:-30]):
+        path.write_bytes(content)
+        with pytest.raises(WslfastError, match=r"x\.npz: cannot be read as \.npz without pickle"), npz_archive(path) as file:
+            file["a"]
+    np.savez(path, a=np.array([{}], dtype=object))
+    with pytest.raises(WslfastError, match="without pickle"), npz_archive(path) as file:
+        file["a"]
+    np.save(tmp_path / "one.npy", np.arange(3))
+    with pytest.raises(WslfastError, match=r"one\.npy: expected an \.npz archive"), npz_archive(tmp_path / "one.npy"):
+        pass
+
+
+def test_folders(tmp_path: Path) -> None:
+    make_folder(tmp_path / "a" / "b")
+    make_folder(tmp_path / "a" / "b")
+    check_empty(tmp_path / "a" / "b")
+    check_empty(tmp_path / "new")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(WslfastError, match="cannot be made"):
+        make_folder(tmp_path / "file" / "below")
+    for path in (tmp_path / "a", tmp_path / "file"):
+        with pytest.raises(WslfastError, match="expected a new or an empty folder"):
+            check_empty(path)
