@@ -68,7 +68,8 @@ test_silent_values.py                wslfast/engine/transforms
 tracing/test_tracing.py              wslfast/tracing/convert wslfast/tracing/graph wslfast/tracing/module wslfast/tracing/simplify
                                      wslfast/tracing/spelling
 training/test_query_sets.py          wslfast/queries/images wslfast/queries/stored wslfast/queries/synthetic
-training/test_trainer.py             wslfast/training/checkpoint wslfast/training/config wslfast/training/loop wslfast/training/records
+training/test_trainer.py             wslfast/training/checkpoint wslfast/training/config wslfast/training/descent wslfast/training/loop
+                                     wslfast/training/records
 zoo/importers/test_importers.py      wslfast/zoo/importers/checkpoint wslfast/zoo/importers/files wslfast/zoo/importers/ray
                                      wslfast/zoo/importers/rows
 zoo/importers/test_own.py            wslfast/zoo/export

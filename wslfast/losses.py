@@ -94,7 +94,7 @@ class Normalizers:
     """What each term is divided by: its value for a reconstruction (or embedding) that knows nothing of the model.
 
     Attributes:
-        structural: variance of the target weights.
+        structural: variance of the target weights (in another metric, its own value for the zoo's mean).
         behavioral: the criterion's value for the models' mean output at each query, given for every model.
         contrastive: log(2k - 1), the value of embeddings that are all alike.
     """

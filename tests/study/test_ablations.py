@@ -264,6 +264,9 @@ def test_examples_are_good_files(path: Path) -> None:
         "closed_form",
         "objectives",
         "past_closed_form",
+        "metric_choices",
+        "metric_start",
+        "another_kind",
     )  # the paper has one; others are not about seeds
     assert len(ablation.seeds) == (1 if one else 3)
     assert len(ablation.variants) >= 2

@@ -38,9 +38,11 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "zoo"
 
 
+@pytest.mark.parametrize("metric", ["plain", "activation"])
 @pytest.mark.parametrize("start", ["linear", "random"])
-def test_one_autoencoder_over_all(zoo: Path, tmp_path: Path, start: str) -> None:
-    run = train(TrainConfig(zoo=str(zoo), out=str(tmp_path / "run"), steps=6, start=start, **SMALL))
+def test_one_autoencoder_over_all(zoo: Path, tmp_path: Path, start: str, metric: str) -> None:
+    settings: Any = {"start": start, "coordinates": metric, "structure_metric": metric, **SMALL}
+    run = train(TrainConfig(zoo=str(zoo), out=str(tmp_path / "run"), steps=6, **settings))
     records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records] == [1, 2, 3, 4, 5, 6]
     loaded = load_run(tmp_path / "run")

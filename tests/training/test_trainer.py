@@ -61,8 +61,27 @@ class Killed(Exception):
         SCHEDULED,
         {**SCHEDULED, "start": "paths"},
         {"behavior_of": "deviations", "structure_unit": "layer"},
+        {
+            "structure_metric": "activation",
+            "structure_unit": "outputs",
+            "coordinates": "activation",
+            "maps_lr": 10.0,
+            "schedule": "onecycle",
+            "start": "paths",
+            "metric": "activation",
+        },
     ],
-    ids=["default", "dropout-onecycle", "random-one-view", "structure", "bf16-no-views", "scheduled", "paths", "deviations-layer"],
+    ids=[
+        "default",
+        "dropout-onecycle",
+        "random-one-view",
+        "structure",
+        "bf16-no-views",
+        "scheduled",
+        "paths",
+        "deviations-layer",
+        "activation",
+    ],
 )
 @pytest.mark.parametrize("killed_at", [3, 6, 9])
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
@@ -532,3 +551,18 @@ def test_random_permutations_make_each_view_its_own_original(tmp_path: Path, pop
     rebuilt = trainer.layout.detokenize(trainer.model.decode(trainer.model.encode(tokens)))
     expected = oracle_loss(rebuilt, trainer.pool[queries], outputs, ARCH, "mse")[0].mean() / trainer.normalizers.behavioral
     assert float(parts["behavioral"]) == pytest.approx(float(expected), rel=FP32_DEEP)
+
+
+def test_each_layer_s_own_maps_have_a_rate_of_their_own(tmp_path: Path, population: Population, images: Tensor) -> None:
+    """Groups as before where the rate is the same, or there are no such maps; else ten times as far in the first step of Adam."""
+    for changes in ({"start": "paths"}, {"start": "random", "maps_lr": 10.0}):
+        groups = Trainer(config(tmp_path, **changes), population, images).optimizer.param_groups
+        assert [group["lr"] for group in groups] == [5e-4, 5e-4]
+    moved = {}
+    for rate in (1.0, 10.0):
+        trainer = Trainer(config(tmp_path, start="paths", maps_lr=rate, weight_decay=0.0), population, images)
+        before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+        trainer.step()
+        moved[rate] = {name: (p.detach() - before[name]).abs().max() for name, p in trainer.model.named_parameters()}
+    for name, far in moved[10.0].items():
+        assert float(far) == pytest.approx(float(moved[1.0][name]) * (10 if name.startswith("linear.") else 1), rel=1e-3), name

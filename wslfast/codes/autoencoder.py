@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from ..errors import WslfastError, describe, require
 from ..tokens import TokenLayout
+from .activation_metric import Coordinates
 from .linear import LinearCodec
 from .token_groups import TokenGroups
 from .transformer import PositionEmbedding, ProjectionHead, Transformer, Windows
 
 STARTS = ("random", "linear", "paths")
+COORDINATES = ("plain", "activation")
 _STD = 0.02  # of every initial weight (the published recipe, GPT-2's)
 
 
@@ -48,24 +50,36 @@ class LinearPath(nn.Module):
         self.register_buffer("of_token", groups.of_token, persistent=False)
 
     @torch.no_grad()
-    def fill(self, codec: LinearCodec) -> None:
+    def fill(self, codec: LinearCodec, coordinates: Coordinates | None) -> None:
         """Become the code."""
-        self.shift.copy_(codec.center)
-        self.scale.copy_(codec.scale)
+        if coordinates is not None:  # w = t B + s, so z = (w - c) E = t B E + (s - c) E, and t = (z D + c - s) F
+            off = (coordinates.shift - codec.center)[:, None].double()
+            encoder, forward = codec.encoder.double(), coordinates.forward_map.double()
+            self.encoder.copy_(coordinates.inverse_map.double() @ encoder)
+            self.encoder_bias.copy_((off @ encoder)[:, 0])
+            self.decoder.copy_(codec.decoder.double() @ forward)
+            self.decoder_bias.copy_((-off @ forward)[:, 0])
+            return
+        self._standard(codec)
         scale = codec.scale.to(codec.encoder)[:, None, None]
         self.encoder.copy_(codec.encoder * scale)
         self.decoder.copy_(codec.decoder / scale)
 
     @torch.no_grad()
-    def begin(self, codec: LinearCodec) -> None:
-        """Take the code's means, scales and widths, and random maps (normal, of variance 1 / inputs)."""
-        self.shift.copy_(codec.center)
-        self.scale.copy_(codec.scale)
+    def begin(self, codec: LinearCodec, coordinates: Coordinates | None) -> None:
+        """Take the code's widths and, without coordinates that have their own, means and scales; random maps (normal, of variance
+        1 / inputs)."""
+        if coordinates is None:
+            self._standard(codec)
         for group, size in enumerate(self.groups.sizes):
             width = int(codec.mask[self.of_token == group][0].sum())
             if width > 0:
                 nn.init.normal_(self.encoder[group, :size, :width], std=size**-0.5)
                 nn.init.normal_(self.decoder[group, :width, :size], std=width**-0.5)
+
+    def _standard(self, codec: LinearCodec) -> None:
+        self.shift.copy_(codec.center)
+        self.scale.copy_(codec.scale)
 
     def standardise(self, tokens: Tensor) -> Tensor:
         """Tokens ``[k, T, D]`` about their group's mean row, in units of its standard deviation."""
@@ -106,6 +120,8 @@ class Autoencoder(nn.Module):
             every layer of the networks has linear maps of its own, from its rows to their latents and back, and they begin random.
         codec: for ``start="linear"`` and ``"paths"``, fitted on the same layout. Latent numbers beyond its widths stay zero. ``"paths"``
             takes its widths and the layers' means and scales, and nothing else.
+        coordinates: what the maps and the transformer see and make instead of weights
+            (:meth:`~wslfast.codes.activation_metric.ActivationMetric.coordinates`); None: weights.
 
     Raises:
         WslfastError: naming the argument, what was expected and what came.
@@ -129,6 +145,7 @@ class Autoencoder(nn.Module):
         start: str = "random",
         codec: LinearCodec | None = None,
         window: int = 0,
+        coordinates: Coordinates | None = None,
     ) -> None:
         super().__init__()
         require(start == "random" or codec is not None, f"codec: expected a LinearCodec for start={start!r}, got None")
@@ -138,13 +155,16 @@ class Autoencoder(nn.Module):
             width = codec.mask.shape[1]
             require(latent is None or latent >= width, f"latent: expected None or at least the codec's width {width}, got {latent!r}")
             latent = width
-        self._build(layout, d_model, heads, layers, 64 if latent is None else latent, projection, dropout, max_positions, start, window)
+        kind, width = "plain" if coordinates is None else "activation", 64 if latent is None else latent
+        self._build(layout, d_model, heads, layers, width, projection, dropout, max_positions, start, window, kind)
+        if coordinates is not None and self.coordinates is not None:
+            self.coordinates.load_state_dict(coordinates.state_dict())
         if codec is not None:
             assert self.linear is not None
             if start == "linear":
-                self.linear.fill(codec)
+                self.linear.fill(codec, coordinates)
             else:
-                self.linear.begin(codec)
+                self.linear.begin(codec, coordinates)
             self.latent_mask.copy_(codec.mask)
 
     def _build(
@@ -159,8 +179,10 @@ class Autoencoder(nn.Module):
         max_positions: tuple[int, int, int] | None,
         start: str,
         window: int = 0,
+        coordinates: str = "plain",
     ) -> None:
         require(start in STARTS, f"start: expected one of {STARTS}, got {start!r}")
+        require(coordinates in COORDINATES, f"coordinates: expected one of {COORDINATES}, got {coordinates!r}")
         for name, value in (("d_model", d_model), ("heads", heads), ("latent", latent), ("projection", projection)):
             require(isinstance(value, int) and value >= 1, f"{name}: expected a positive integer, got {value!r}")
         require(isinstance(layers, int) and layers >= 0, f"layers: expected a non-negative integer, got {layers!r}")
@@ -185,6 +207,7 @@ class Autoencoder(nn.Module):
             "max_positions": list(sizes),
             "start": start,
             "window": window,
+            **({} if coordinates == "plain" else {"coordinates": coordinates}),
         }
         t, d = layout.num_tokens, layout.token_size
         self._windows = Windows(t, window)
@@ -200,6 +223,7 @@ class Autoencoder(nn.Module):
         self.pe = PositionEmbedding(sizes, d_model)  # type: ignore[arg-type]
         self.projection_head = ProjectionHead(self._windows.size * latent, projection)
         self.linear = LinearPath(TokenGroups(layout), d, latent) if start != "random" else None
+        self.coordinates = Coordinates(TokenGroups(layout), d) if coordinates == "activation" else None
         self._initialise(layers)
 
     @torch.no_grad()
@@ -263,6 +287,8 @@ class Autoencoder(nn.Module):
         """``[k, T, D] -> z [k, T, latent]``. Padding is set to zero first, whatever it holds."""
         self._check("tokens", tokens, self.mask)
         tokens = torch.where(self.mask, tokens, 0)
+        if self.coordinates is not None:
+            tokens = self.coordinates(tokens)
         if self.linear is not None:
             tokens = self.linear.standardise(tokens)
         z = self.encoder_comp(self._windows.through(self.transformer_encoder, self._embed_positions(self.tokenizer(tokens))))
@@ -278,6 +304,8 @@ class Autoencoder(nn.Module):
         tokens = self.detokenizer(self._windows.through(self.transformer_decoder, self._embed_positions(self.decoder_comp(z))))
         if self.linear is not None:
             tokens = self.linear.restore(self.linear.decode(z) + tokens)
+        if self.coordinates is not None:
+            tokens = self.coordinates.inverse(tokens)
         return tokens if keep_padding else torch.where(self.mask, tokens, 0)
 
     def project(self, z: Tensor) -> Tensor:

@@ -280,7 +280,7 @@ def output_sensitivity(
     tokens = layout.tokenize(weights).tokens
     factors: list[float] = []
     with torch.no_grad():
-        before = engine.forward(weights, queries, architecture).double()
+        before = engine.forward(weights, queries, architecture).double().flatten(2)
         power = before.var(1, unbiased=False).sum(1)
         for span in groups.spans:
             disturbed, total = torch.zeros_like(tokens), 0.0
@@ -292,7 +292,7 @@ def output_sensitivity(
                 error = torch.randn(rows.shape, generator=generator, dtype=torch.float64).to(rows.device) * size
                 disturbed[place] = (error @ inverse).float()
                 total += float(error.square().sum()) / len(weights)
-            after = engine.forward(weights + layout.detokenize(disturbed), queries, architecture).double()
+            after = engine.forward(weights + layout.detokenize(disturbed), queries, architecture).double().flatten(2)
             change = (after - before).square().sum(2).mean(1) / power
             change = change[change.isfinite()]
             factors += [float(change.median()) / total if len(change) and total > 0 else 0.0] * span.chunks

@@ -53,6 +53,8 @@ def train_published(cell: Cell, semantics: str = "published") -> Trained:
     )
     require(config.start == "random", f"start: expected random for semantics {semantics!r}, got {config.start!r}")
     equivalent = config.views and config.permutations == "equivalent"
+    plain = config.structure_metric == config.coordinates == "plain"
+    require(plain, f"structure_metric, coordinates: expected plain for semantics {semantics!r}, whose structural loss is of weights")
     require(equivalent, f"views: expected equivalent ones for semantics {semantics!r}, got views={config.views}, {config.permutations}")
     place = TokenLayout(architecture, config.token_size)
     with torch.random.fork_rng(devices=[]):

@@ -56,6 +56,8 @@ class TrainConfig:
     """Models a step; each gives two views where gamma > 0, one otherwise."""
     lr: float = 5e-4
     """Learning rate of AdamW (the peak, under a one-cycle schedule)."""
+    maps_lr: float = 1.0
+    """Rate of the linear maps that each layer has beside the transformer (starts linear and paths), as a multiple of lr."""
     weight_decay: float = 3e-9
     """AdamW's decay on parameters with two or more dimensions."""
     schedule: Literal["constant", "onecycle"] = "constant"
@@ -80,9 +82,14 @@ class TrainConfig:
     behavior_of: Literal["outputs", "deviations"] = "outputs"
     """What of a network's outputs behavior compares (criterion mse alone): outputs, or deviations from the mean outputs of the step's
     batch, originals and reconstructions each from their own. An error that all models of the batch share then costs nothing."""
-    structure_unit: Literal["zoo", "layer"] = "zoo"
-    """What structure's squared errors are divided by: the variance of the zoo's weights, or that of the layer's each. With layer, a number
-    of a layer of small weights counts as much as one of a layer of large weights."""
+    structure_metric: Literal["plain", "activation"] = "plain"
+    """What structure measures of an error in the weights: plain, its square. activation: what it does to the responses of its layer, on the
+    mean second moment of the layer's inputs over training models and query images. Layers that are neither linear nor ungrouped
+    convolutions (norms, their statistics) count as they are."""
+    structure_unit: Literal["zoo", "layer", "outputs"] = "zoo"
+    """What structure's squared errors are divided by: the variance over the zoo, or that of the layer's each. With layer, a number of a
+    layer of small weights counts as much as one of a layer of large weights. outputs (structure_metric activation alone): a layer's error
+    counts as much as it moves the networks' outputs, measured."""
     criterion: CriterionName = "mse"
     """Behavioral criterion."""
     distillation_temperature: float = 2.0
@@ -106,7 +113,10 @@ class TrainConfig:
     """linear: begin as a closed-form linear code of the zoo, the transformer as a zero-started correction. random: as published. paths:
     random, too, with linear maps of each layer's own beside the transformer, and latent widths by layer (from the zoo's spectra)."""
     metric: Literal["plain", "activation"] = "plain"
-    """The linear start's metric on weights."""
+    """The metric on weights of the linear code that a start is, or takes its latent widths from."""
+    coordinates: Literal["plain", "activation"] = "plain"
+    """What the autoencoder sees and makes: weights, or the principal coordinates of each layer's rows in the activation metric, all of unit
+    variance (a fixed linear map, made from the zoo; nothing that is trained begins from it)."""
     start_views: bool = True
     """Fit the linear start on every permuted view of the zoo, in closed form; without, on the models as stored."""
     share: float = 0.55
@@ -160,7 +170,7 @@ class TrainConfig:
         require(0 <= self.dropout < 1, f"dropout: expected a number in [0, 1), got {self.dropout}")
         for name in ("seed", "layers", "token_size", "window"):
             require(getattr(self, name) >= 0, f"{name}: expected a non-negative integer, got {getattr(self, name)}")
-        for name in ("lr", "distillation_temperature", "contrast_temperature"):
+        for name in ("lr", "maps_lr", "distillation_temperature", "contrast_temperature"):
             require(0 < getattr(self, name) < float("inf"), f"{name}: expected a positive number, got {getattr(self, name)}")
         require(0 <= self.weight_decay < float("inf"), f"weight_decay: expected a non-negative number, got {self.weight_decay}")
         require(0 <= self.memory_gb < float("inf"), f"memory_gb: expected a non-negative number, got {self.memory_gb}")
@@ -168,6 +178,8 @@ class TrainConfig:
         require(self.d_model % (2 * self.heads) == 0, f"d_model: expected a multiple of 2 * heads = {2 * self.heads}, got {self.d_model}")
         deviations = self.behavior_of == "deviations"
         require(not deviations or self.criterion == "mse", f"behavior_of: deviations are those of criterion mse, got {self.criterion!r}")
+        outputs = self.structure_unit == "outputs"
+        require(not outputs or self.structure_metric == "activation", "structure_unit: outputs is one of structure_metric activation")
         set_names(self.query_set)
 
     @property

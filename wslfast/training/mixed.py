@@ -22,7 +22,8 @@ from ..errors import require
 from ..tokens import TokenLayout
 from ..zoo import MappedZoo
 from .config import TrainConfig
-from .trainer import Trainer, check_resumed, cycle, descend, optimizer_of
+from .descent import cycle, descend, optimizer_of
+from .trainer import Trainer, check_resumed
 
 _SHARED = ("tokenizer", "transformer_encoder", "encoder_comp", "detokenizer", "transformer_decoder", "decoder_comp", "pe")
 
@@ -37,6 +38,8 @@ def share(parts: Sequence[Autoencoder]) -> None:
 def widened(model: Autoencoder, latent: int, positions: Sequence[int]) -> Autoencoder:
     """The same autoencoder with latents of that width, whose new numbers are masked or unused, and position tables of these sizes."""
     made = Autoencoder.from_config(model.layout, {**model.config(), "latent": latent, "max_positions": list(positions)})
+    if model.coordinates is not None and made.coordinates is not None:
+        made.coordinates.load_state_dict(model.coordinates.state_dict())
     if model.linear is None or made.linear is None:
         return made
     width = model.latent_mask.shape[1]

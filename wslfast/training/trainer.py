@@ -12,16 +12,17 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Union
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.lr_scheduler import OneCycleLR
 
 from .. import losses
 from ..architecture import Architecture
 from ..behavior import batched_behavioral_loss, batched_forward
+from ..codes.activation_metric import ActivationMetric
 from ..codes.autoencoder import Autoencoder
 from ..codes.linear import LinearCodec
 from ..engine import verdicts
@@ -35,6 +36,7 @@ from ..queries import QueryPool, TargetCache
 from ..tokens import TokenLayout
 from ..zoo import MappedZoo
 from .config import TrainConfig
+from .descent import cycle, descend, optimizer_of
 from .models import TrainingModels
 
 logger = logging.getLogger("wslfast")
@@ -102,6 +104,11 @@ class Trainer:
         sample = self.models.sample(config.seed)
         self.cache = self._targets_of_all(limit) if config.uses_behavior else None
         self.permutation, self.position = self.models.shuffle(self.order), 0
+        self.metric: ActivationMetric | None = None
+        if "activation" in (config.structure_metric, config.coordinates):
+            self.metric = ActivationMetric(
+                sample, self.pool.images, self.layout, unit=config.structure_unit, views=config.start_views, seed=config.seed
+            )
 
         if sizes is None:
             self.model = self._new_autoencoder(sample).to(self.device)
@@ -114,6 +121,9 @@ class Trainer:
         self.normalizers = losses.Normalizers.from_data(
             sample, known, batch_size=self.batch, criterion=config.criterion, temperature=config.distillation_temperature
         )
+        self.responses = self.metric if config.structure_metric == "activation" else None
+        if self.responses is not None:
+            self.normalizers = replace(self.normalizers, structural=self.responses.spread)
         self.layer_units = losses.layer_units(sample, self.layout) if config.structure_unit == "layer" else None
         # DistributedDataParallel hooks a module's forward: here the whole objective. The projection head is idle without a contrast.
         self.objective: nn.Module = _Objective(self)
@@ -145,6 +155,8 @@ class Trainer:
             "dropout": config.dropout,
             "window": self._window(),
         }
+        if config.coordinates == "activation" and self.metric is not None:
+            sizes["coordinates"] = self.metric.coordinates(sample)
         if config.start == "random":
             return Autoencoder(self.layout, latent=config.latent, **sizes)
         codec = LinearCodec(
@@ -204,7 +216,10 @@ class Trainer:
             else:
                 contrastive = losses.nt_xent(a, b, config.contrast_temperature)
         if beta > 0 and config.uses_structure:
-            structural = losses.structural_loss(reconstructed, tokens, mask, self.layer_units)
+            if self.responses is not None:
+                structural = self.responses.loss(reconstructed, tokens)
+            else:
+                structural = losses.structural_loss(reconstructed, tokens, mask, self.layer_units)
         if beta < 1 and config.uses_behavior:
             with region("detokenise"):
                 weights = self.layout.detokenize(reconstructed)
@@ -317,43 +332,6 @@ class Trainer:
         if self.device.type == "cuda" and "cuda" in rng:
             torch.cuda.set_rng_state(rng["cuda"].cpu(), self.device)
         self.permutation, self.position = sampler["permutation"].cpu(), int(sampler["position"])
-
-
-def optimizer_of(model: nn.Module, config: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW, whose decay is for parameters with two or more dimensions."""
-    parameters = list(model.parameters())
-    matrices, vectors = [p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    # one pass over each parameter where torch loops over operators: a quarter of the time (a GPU has its own default)
-    return torch.optim.AdamW(groups, lr=config.lr, fused=True if device.type == "cpu" else None)
-
-
-def cycle(config: TrainConfig, optimizer: torch.optim.Optimizer) -> OneCycleLR | None:
-    """The learning rate's schedule over the whole run, None for a constant one."""
-    if config.schedule != "onecycle":
-        return None
-    return OneCycleLR(optimizer, max_lr=config.lr, total_steps=config.steps, pct_start=0.3)
-
-
-def descend(
-    total: Tensor,
-    parts: dict[str, Tensor],
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    schedule: OneCycleLR | None,
-    clip: float | None,
-) -> None:
-    """One optimiser step down the gradient of ``total``. With ``clip`` the gradient's norm is at most that; what it was before is
-    written to ``parts`` as ``gradient_norm``."""
-    with region("backward"):
-        optimizer.zero_grad(set_to_none=True)
-        total.backward()
-    with region("optimise"):
-        if clip is not None:
-            parts["gradient_norm"] = nn.utils.clip_grad_norm_(model.parameters(), clip)
-        optimizer.step()
-    if schedule is not None:
-        schedule.step()
 
 
 def check_resumed(config: TrainConfig, state: Mapping[str, Any]) -> None:
