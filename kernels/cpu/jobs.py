@@ -5,7 +5,7 @@ little for that. Groups of models have nothing to tell each other, so each is a 
 last. What a job computes then depends on nothing but the job: the bits are the same at any number of threads.
 
 The threads are those that torch has already: one parallel region of the OpenMP that torch was linked with, whose threads wait for work
-(25 us a call here, where a pool of our own took 200 us, and its threads had to wait for cores that OpenMP's were spinning on). How many
+(58 us a call here, where a pool of our own took 206, and its threads had to wait for cores that OpenMP's were spinning on). How many
 threads torch uses inside one of them is told to OpenMP and MKL, for that thread alone (``torch.set_num_threads`` would speak for the
 whole process). Where these functions are not to be found (another threading library, a static build), jobs run one after another
 on all of torch's threads.
@@ -136,7 +136,8 @@ def run(jobs: Sequence[Callable[[], None]]) -> None:
     library.region(_Body(body), None, min(threads, len(jobs)), 0)
     if errors:
         raise errors[0]
-    work()  # whatever is left, if an interrupt came before a thread's first act
+    if waiting:  # an interrupt came before a thread's first act
+        work()
 
 
 def run_here(jobs: Sequence[Callable[[], None]], share_products: bool = False) -> None:

@@ -101,7 +101,7 @@ def _with_one_full_group(trial: Trial, full: int) -> Trial:
     return run
 
 
-def alone_or_shared(size: int, key: Hashable, run: Callable[[int, Sequence[int], bool], Sequence[Tensor]]) -> bool:
+def agrees_when_shared(size: int, key: Hashable, run: Callable[[int, Sequence[int], bool], Sequence[Tensor]]) -> bool:
     """Whether a group of this size gives the same bits with its products on all threads as on one.
 
     ``run``: results of random models, ``(size, order, whether products are shared)``; ``key``: all that the bits may depend on.

@@ -25,7 +25,7 @@ from ..cpu.memory import fresh_like, keep_freed_memory
 from ..criteria import Named, share_of_loss
 from ..graph import Graph
 from ..reference import value_shapes
-from .company import alone_or_shared, split
+from .company import agrees_when_shared, split
 from .compiler import compile_program
 from .costs import FILL, group_shape, least_worth, sizes
 from .passes import by_graph, by_tape
@@ -64,8 +64,13 @@ class Call:
 
     def shared_among(self) -> tuple[int, int]:
         """Threads that take groups side by side, and models of the smallest group that is worth one."""
-        least = least_worth(self.graph, self.n)
-        return (1, 2) if jobs.controls() is None or self.weights.shape[0] < 2 * least else (torch.get_num_threads(), least)
+        if jobs.controls() is None or self.small():
+            return 1, 2
+        return torch.get_num_threads(), least_worth(self.graph, self.n)
+
+    def small(self) -> bool:
+        """Whether there are too few models for two groups that are each worth a thread."""
+        return self.weights.shape[0] < 2 * least_worth(self.graph, self.n)
 
     def filled(self, group: int) -> int:
         """Models that run in a group: those that it has, and idle ones."""
@@ -105,7 +110,7 @@ class Call:
             few = convolved > products or self.graph.parameters * self.tried < _FEW
             threads = 1 if few or jobs.controls() is None or not self.plain else torch.get_num_threads()
             key, both = (self._key(), threads), {self.models, self.last}
-            self.share = threads > 1 and in_one_thread(self) and all(alone_or_shared(m, key, partial(self.trial, m)) for m in both)
+            self.share = threads > 1 and in_one_thread(self) and all(agrees_when_shared(m, key, partial(self.trial, m)) for m in both)
         return self.share
 
     def starts(self) -> range:
@@ -177,8 +182,7 @@ def _jobs(count: int, call: Call, run: Callable[[int], None]) -> None:
 
 def in_one_thread(call: Call) -> bool:
     """Whether a call's groups run one after another, which is done sooner than the same by several threads."""
-    k = call.weights.shape[0]
-    return k <= call.models or k < 2 * least_worth(call.graph, call.n)
+    return call.weights.shape[0] <= call.models or call.small()
 
 
 def loss_and_gradient(

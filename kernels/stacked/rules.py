@@ -307,7 +307,7 @@ def _layer_norm(call: Call, known: Values, wanted: frozenset[str], owned: bool) 
     return LayerNorm(call, known, wanted) if plain and call.ranks.get("weight", 1) == len(known["normalized_shape"]) else None
 
 
-# -- views --------------------------------------------------------------------------------------------------------
+# -- views ----------------------------------------------------------------------------------------------------------------
 
 
 class Shaped:

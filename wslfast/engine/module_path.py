@@ -20,6 +20,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from ..architecture import Architecture
 from ..errors import WslfastError, describe, first_line
+from ..kernels.cpu.memory import fresh_like
 from ..kernels.criteria import Named, share_of_loss
 from ..kernels.stacked.company import group_size
 from .chunks import in_chunks, is_shortage
@@ -254,7 +255,7 @@ class Module:
         if index is not None:
             return gathered(self, weights, queries, targets, index, architecture, criterion, temperature)
         k, own, n = len(weights), per_model(queries, architecture), targets.shape[1]
-        losses, gradient = weights.new_empty(k), torch.empty_like(weights, memory_format=torch.contiguous_format)
+        losses, gradient = weights.new_empty(k), fresh_like(weights)
         at_once, size = self._at_once(weights.device.type), self._size(k, queries, weights.dtype)
         writes = "writes" in _traits(architecture)
 

@@ -17,6 +17,7 @@ from ..architecture import Architecture
 from ..errors import WslfastError, describe, first_line
 from ..kernels import reference, stacked
 from ..kernels.cpu import engine as cpu
+from ..kernels.cpu.memory import fresh_like
 from ..kernels.criteria import Named, share_of_loss
 from ..kernels.graph import Graph
 from ..profiling import region
@@ -94,7 +95,7 @@ def by_autograd(
     """Values and gradients of ``run`` through torch's graph, one chunk of models after another."""
     own_queries = per_model(queries, architecture)
     n = queries.shape[int(own_queries)]
-    losses, gradient = weights.new_empty(weights.shape[0]), torch.empty_like(weights, memory_format=torch.contiguous_format)
+    losses, gradient = weights.new_empty(weights.shape[0]), fresh_like(weights)
 
     def piece(part: slice) -> None:
         with torch.enable_grad():
@@ -119,7 +120,7 @@ def gathered(
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
     """Values and gradients of a path that wants each model's queries as a tensor: gathered from the pool for some models at a time."""
-    losses, gradient = weights.new_empty(weights.shape[0]), torch.empty_like(weights, memory_format=torch.contiguous_format)
+    losses, gradient = weights.new_empty(weights.shape[0]), fresh_like(weights)
     size = pool.element_size() * index.shape[1] * math.prod(architecture.input_shape)
 
     def piece(part: slice) -> None:

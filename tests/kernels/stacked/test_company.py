@@ -101,10 +101,10 @@ def test_products_take_all_threads_only_where_bits_stay() -> None:
 
         return run
 
-    assert company.alone_or_shared(16, "stays", library(True))
-    assert not company.alone_or_shared(16, "moves", library(False))
+    assert company.agrees_when_shared(16, "stays", library(True))
+    assert not company.agrees_when_shared(16, "moves", library(False))
     assert asked == [(16, False), (16, True)] * 2
-    assert company.alone_or_shared(16, "stays", library(False))  # known by now
+    assert company.agrees_when_shared(16, "stays", library(False))  # known by now
     assert len(asked) == 4
 
 
