@@ -111,7 +111,7 @@ def beside(width: int, rounds: int = 3) -> dict[str, float]:
 
 
 def step(width: int, steps: int = 2) -> dict[str, float]:
-    """Seconds of a training step after the first, the share of its behavior, and peak memory in MB."""
+    """Seconds of a training step after the first, without the optimiser's update, those of its behavior, and its memory in MB."""
     architecture, weights, queries, _ = _case(4, 32, width)
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(zoo="none", out=str(Path(folder) / "run"), steps=1000, start="linear", **STEP)  # type: ignore[arg-type]
