@@ -110,6 +110,15 @@ def _without_averages(layers: Layers, input_shape: tuple[int, ...]) -> tuple[Lay
         elif i not in dropped:
             made.append(layer)
 
+    copies: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
+
+    def there(i: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """A fold on a device, copied to it once: a copy from the host is a wait, and no CUDA graph may record one."""
+        if (i, device, dtype) not in copies:
+            with torch.inference_mode(False):  # autograd may not save what inference mode made
+                copies[i, device, dtype] = folds[i].clone().to(device, dtype)
+        return copies[i, device, dtype]
+
     def rows(weights: Tensor) -> Tensor:
         pieces = []
         for i, (layer, own) in enumerate(zip(layers, slots, strict=True)):
@@ -118,7 +127,7 @@ def _without_averages(layers: Layers, input_shape: tuple[int, ...]) -> tuple[Lay
             part = weights[:, own.weight.offset : own.weight.stop]
             if i in folds:
                 assert isinstance(layer, Linear)
-                spread = folds[i].to(part)
+                spread = there(i, part.device, part.dtype)
                 narrow = part.view(len(part), layer.out_features, -1, len(spread))  # [k, out, C, pooled]
                 wide = narrow[..., :1] * spread[0]
                 for p in range(1, len(spread)):  # one after another: a product of matrices could sum otherwise for other k

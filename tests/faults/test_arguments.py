@@ -157,6 +157,7 @@ CASES: dict[str, Callable[[], Any]] = {
     # TrainConfig, train
     "config: steps 0": lambda: TrainConfig(zoo="z", out="o", steps=0),
     "config: lr NaN": lambda: TrainConfig(zoo="z", out="o", lr=NAN),
+    "config: cuda_graph on a CPU": lambda: TrainConfig(zoo="z", out="o", cuda_graph=True),
     "config: beta 2": lambda: TrainConfig(zoo="z", out="o", beta=2.0),
     "config: a zoo of None": lambda: TrainConfig(zoo=None, out="o"),
     "config: unknown keys": lambda: TrainConfig.from_dict({"zoo": "z", "out": "o", "stepz": 1}),

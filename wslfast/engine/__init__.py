@@ -9,6 +9,7 @@ overrides it. Arguments are trusted here:
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from ..kernels.criteria import Named
 from ..profiling import region
 from .choice import BACKENDS, Call, choose
 from .chunks import in_chunks
+from .cuda_graph import recorder
 from .memory import activation_elements, memory_budget, models_per_chunk
 from .module_path import Module
 from .paths import Path, per_model
@@ -99,8 +101,9 @@ def loss_and_gradient(
         while True:
             path = choose(architecture, device, weights.dtype, backend, torch.is_autocast_enabled(device), call)
             _say_module(architecture, path)
+            run = path.loss_and_gradient if (recorded := recorder()) is None else partial(recorded.loss_and_gradient, path)
             try:
-                return path.loss_and_gradient(weights, queries, targets, criterion, temperature, index)
+                return run(weights, queries, targets, criterion, temperature, index)
             except Unbuildable:
                 continue
 

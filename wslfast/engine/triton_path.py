@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -85,6 +85,13 @@ class Triton:
             return by_autograd(self._run, weights, queries, targets, self.architecture, criterion, temperature)
 
         return self._built(run, form_of(criterion, index), weights)
+
+    def constants(self, n: int, device: torch.device) -> tuple[Any, ...]:
+        """What calls with n queries read on the GPU besides their arguments, out of caches that forget: whoever records a call holds it."""
+        found, tables = self._chain, kernels("tables")
+        planned = schedule(found.layers, self.architecture.input_shape)
+        made = (tables.pack_table(planned, device), tables.fold_tables(planned, n, device), tables.whole_tables(planned, device))
+        return found, *made
 
     def _say_mode(self, n: int, precision: str) -> None:
         """Why the kernels leave their usual way, a launch a layer."""

@@ -37,7 +37,8 @@ from .protocol import discriminative, generative
 
 COLUMNS = (*HEADER, "ablation", "axis", "value")
 _VERSION = 1  # of what a cell is; part of its hash
-_NO_RESULT = ("zoo", "out", "log_every", "checkpoint_every", "memory_gb", "backend")  # settings that change no result but by rounding
+# settings that change no result but by rounding
+_NO_RESULT = ("zoo", "out", "log_every", "checkpoint_every", "memory_gb", "backend", "cuda_graph")
 # settings that came later, and what cells had before: not part of their hash
 _LATER = {"behavior_of": "outputs", "structure_unit": "zoo", "structure_metric": "plain", "coordinates": "plain", "maps_lr": 1.0}
 _CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "process": time.process_time}

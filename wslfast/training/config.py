@@ -52,6 +52,10 @@ class TrainConfig:
     backend: Literal["auto", "triton", "torch"] = "auto"
     """What runs the zoo's networks. A checkpoint keeps it: a run goes on with the backend that it began with."""
 
+    cuda_graph: bool = False
+    """On a GPU, where kernels run the networks: record the call of the behavioral loss once and replay it at every step, to the same bits.
+    Saves the host the launches of a small batch's kernels; holds the memory of their activations throughout. Its gain was not measured."""
+
     batch_size: int = 32
     """Models a step; each gives two views where gamma > 0, one otherwise."""
     lr: float = 5e-4
@@ -178,6 +182,8 @@ class TrainConfig:
         require(self.d_model % (2 * self.heads) == 0, f"d_model: expected a multiple of 2 * heads = {2 * self.heads}, got {self.d_model}")
         deviations = self.behavior_of == "deviations"
         require(not deviations or self.criterion == "mse", f"behavior_of: deviations are those of criterion mse, got {self.criterion!r}")
+        on_gpu = self.device.partition(":")[0] == "cuda"
+        require(not self.cuda_graph or on_gpu, f"cuda_graph: expected device cuda, got {self.device!r}, which has no CUDA graphs")
         outputs = self.structure_unit == "outputs"
         require(not outputs or self.structure_metric == "activation", "structure_unit: outputs is one of structure_metric activation")
         set_names(self.query_set)

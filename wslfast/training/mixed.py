@@ -107,7 +107,9 @@ class MixedTrainer:
         return parts
 
     def release(self) -> None:
-        """Does nothing: there is no process group. See :meth:`Trainer.release`."""
+        """Let go of what recorded calls hold, see :meth:`Trainer.release`."""
+        for part in self.parts.values():
+            part.release()
 
     def state(self) -> dict[str, Any]:
         """Everything that the rest of the run depends on. Entries of a part are under its label, its weights under its number."""

@@ -25,7 +25,7 @@ from ..behavior import batched_behavioral_loss, batched_forward
 from ..codes.activation_metric import ActivationMetric
 from ..codes.autoencoder import Autoencoder
 from ..codes.linear import LinearCodec
-from ..engine import verdicts
+from ..engine import cuda_graph, verdicts
 from ..engine.precision import matmul_precision_of
 from ..engine.ranks import ALONE, World
 from ..errors import require
@@ -47,7 +47,7 @@ _CHEAP = 1 << 20  # targets, a model and an image each: computed once without a 
 _PAYS = 4  # targets computed for one looked up; a zoo that a run sees a small part of is not run whole ahead of it
 
 # what may differ between a run and its resumption; everything else would change the trajectory
-_FREE = {"out", "zoo", "steps", "log_every", "checkpoint_every", "device", "memory_gb", "skip_bad"}
+_FREE = {"out", "zoo", "steps", "log_every", "checkpoint_every", "device", "cuda_graph", "memory_gb", "skip_bad"}
 
 
 class Trainer:
@@ -82,6 +82,7 @@ class Trainer:
         self.layout = TokenLayout(self.architecture, config.token_size)
         self.step_index = 0
         self.kernels: dict[tuple[str, str, str], verdicts.Decision] = {}  # what the run holds to, see engine/verdicts.py
+        self.recorder = cuda_graph.Recorder() if config.cuda_graph else None
         if config.views and world.writes:
             kept = kept_channels(self.architecture)
             for why in dict.fromkeys(kept.values()):
@@ -230,17 +231,18 @@ class Trainer:
             with behavior_precision(config, self.device):
                 if config.behavior_of == "deviations":
                     targets = self._moved(weights, targets, queries)
-                values = batched_behavioral_loss(
-                    weights,
-                    None,
-                    self.pool[queries],
-                    self.architecture,
-                    targets=targets,
-                    criterion=config.criterion,
-                    temperature=config.distillation_temperature,
-                    reduction="none",
-                    nan_policy="omit",
-                )
+                with cuda_graph.recording(self.recorder):
+                    values = batched_behavioral_loss(
+                        weights,
+                        None,
+                        self.pool[queries],
+                        self.architecture,
+                        targets=targets,
+                        criterion=config.criterion,
+                        temperature=config.distillation_temperature,
+                        reduction="none",
+                        nan_policy="omit",
+                    )
             # the mean over the models kept, without asking the device how many those are
             kept = values.isfinite()
             of_all = world.total(kept.sum()).clamp_min(1) / world.size
@@ -284,8 +286,9 @@ class Trainer:
         return parts
 
     def release(self) -> None:
-        """Let go of the process group: one that outlives the interpreter's shutdown aborts the process now and then."""
-        self.objective = self.model
+        """Let go of the process group: one that outlives the interpreter's shutdown aborts the process now and then. And of the memory that
+        recorded calls hold."""
+        self.objective, self.recorder = self.model, None
 
     def state(self) -> dict[str, Any]:
         """Everything the rest of the run depends on."""

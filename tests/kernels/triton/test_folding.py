@@ -52,6 +52,23 @@ def _weights(architecture: Architecture, k: int) -> Tensor:
     return weights
 
 
+def test_averages_are_copied_to_a_device_once_and_belong_to_autograd() -> None:
+    """A CUDA graph may record no copy from the host; what inference mode made could not be saved for a gradient."""
+    arch = Architecture.from_module(_flat(nn.Conv2d(2, 3, 3), nn.AvgPool2d(3), nn.Flatten(), nn.Linear(12, 4)), SHAPE, "copied")
+    found = chain(arch.graph)
+    assert found.rows is not None
+    weights = _weights(arch, 2)
+    with torch.inference_mode():
+        found.rows(weights)
+    leaf = weights.requires_grad_()
+    found.rows(leaf).sum().backward()  # raises where the first call's copy is an inference tensor
+    assert leaf.grad is not None
+    assert bool(leaf.grad.isfinite().all())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "to", lambda *given, **more: pytest.fail("copied again"))
+        found.rows(leaf)
+
+
 @pytest.mark.parametrize("name", NETS)
 def test_the_chain_is_the_network(name: str) -> None:
     arch = _architecture(name)
