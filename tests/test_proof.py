@@ -3,12 +3,15 @@ interpreter. No GPU is needed; what a GPU says is not claimed."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,7 @@ ARCH = Architecture.from_layers(
 FLAT = Architecture.from_layers([Linear("a", 5, 3), Activation("b"), Linear("c", 3, 3)], (5,), "flat")
 MACHINE = Machine("Test GPU", "9.0", "1", "2", "3", "sources")
 HERE = Path(__file__).parent
+COMMAND = proof.COMMAND
 GPU = torch.device("cuda", 0)
 
 
@@ -41,6 +45,7 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """As on a machine with a GPU that the kernels are for; the verdicts' folder."""
     monkeypatch.setenv("WSLFAST_CACHE", str(tmp_path))
     monkeypatch.delenv("WSLFAST_KERNELS", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(verdicts, "machine", lru_cache(lambda index=None: MACHINE))
     monkeypatch.setattr(verdicts, "_known", {})
@@ -48,6 +53,12 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(errors, "_said", set())
     monkeypatch.setattr(proof, "COMMAND", _command("right"))
     return tmp_path / "kernels"
+
+
+@pytest.fixture
+def own_command(gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trial's own command in place of the stand-in's."""
+    monkeypatch.setattr(proof, "COMMAND", COMMAND)
 
 
 def _new_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,8 +148,9 @@ def test_an_error_without_a_message_is_a_verdict(monkeypatch: pytest.MonkeyPatch
     said: list[dict[str, Any]] = []
     monkeypatch.setattr(trial.Trial, "errors", fail)
     trial.run({"device": "cpu", "architecture": ARCH.to_dict(), "forms": ["loss"], "precision": "tf32", "sizes": []}, said.append)
-    assert said[-1]["verdict"]["status"] == status
-    assert type(error).__name__ in said[-1]["verdict"]["reason"]
+    (verdict,) = [finding["verdict"] for finding in said if "verdict" in finding]
+    assert verdict["status"] == status
+    assert type(error).__name__ in verdict["reason"]
 
 
 @pytest.mark.slow
@@ -160,12 +172,138 @@ def test_a_configuration_that_is_wrong_is_left_out(tried: Callable[..., dict[str
 
 
 @pytest.mark.slow
-def test_a_hang_is_ended(gpu: Path) -> None:
+def test_a_hang_is_ended(gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proof, "HANG_S", 5.0)
     found = _prove("hang@loss", ("loss", "forward"), limit_s=20.0)
     assert (found["loss"].status, found["loss"].reason) == (FAILED, "not finished after 20 s")
     assert found["forward"].status == UNKNOWN  # its time was used up
     still = subprocess.run(["pgrep", "-f", "stub_trial.py hang@loss"], capture_output=True, text=True, check=False)
     assert still.stdout == ""
+
+
+@pytest.mark.slow
+def test_a_form_that_loses_the_device_costs_itself_alone(gpu: Path) -> None:
+    """A process whose device is lost fails in every call that follows, whatever is called."""
+    found = _prove("raises@loss")
+    assert [found[form].status for form in verdicts.FORMS] == [RIGHT, FAILED, RIGHT]
+    assert "illegal memory access" in found["loss"].reason
+
+
+def _script(code: str) -> list[str]:
+    return [sys.executable, "-c", f"import json, os, subprocess, sys, time; job = json.loads(sys.stdin.readline()); {code}"]
+
+
+def _says(form: str, verdict: Verdict | None = None, ends: bool = False) -> str:
+    """A statement that prints a finding."""
+    finding: dict[str, Any] = {"form": form, "begins": True} if verdict is None else {"form": form, "verdict": asdict(verdict)}
+    finding = {"form": form, "ends": True} if ends else finding
+    return f"print({trial.MARK + json.dumps(finding)!r}, flush=True)"
+
+
+WHOLE = "; ".join([_says("loss"), _says("loss", Verdict(RIGHT, "well", {}, (Speed(4, 6, 2.0, 1.0, "default"),))), _says("loss", ends=True)])
+
+
+def _by(code: str, limit_s: float = 60.0, forms: tuple[str, ...] = ("loss",)) -> dict[str, Verdict]:
+    return proof.prove(ARCH, forms, "tf32", [(4, 6)], GPU, limit_s=limit_s, command=_script(code))
+
+
+def test_what_others_print_costs_no_finding(gpu: Path) -> None:
+    noise = [
+        "os.write(1, b'\\xff\\xfe warning without an end: ')", "print('wslfast-trial:{')", "print('wslfast-trial:[]')",
+        _says("loss", Verdict("fine")), "print('wslfast-trial:' + json.dumps({'form': 'other', 'begins': True}))",
+    ]  # fmt: skip
+    found = _by("; ".join(["os.write(1, b'\\xff at the head of a line of ours ')", WHOLE, *noise]))["loss"]
+    assert (found.status, found.speeds[0].kernels_ms) == (RIGHT, 1.0), found
+
+
+@pytest.mark.slow
+def test_what_a_trial_prints_is_no_finding(gpu: Path) -> None:
+    assert {form: v.status for form, v in _prove("chatty", ("loss", "forward")).items()} == {"loss": RIGHT, "forward": RIGHT}
+
+
+def test_what_it_started_does_not_keep_its_end_from_being_seen(gpu: Path) -> None:
+    """A compiler that outlives the trial holds its output open."""
+    child = proof._Child(_script(f"subprocess.Popen(['sleep', '600']); {WHOLE}"), {})
+    try:
+        assert len(list(child.findings(time.monotonic() + 100))) == 3  # and no TimeoutError
+    finally:
+        child.stop()
+
+
+def test_what_it_dies_of_after_its_work_is_nobodys(gpu: Path) -> None:
+    """Libraries crash when a process ends."""
+    found = _by(f"{WHOLE}; os.kill(os.getpid(), 11)")["loss"]
+    assert (found.status, found.reason) == (RIGHT, "well")
+
+
+def test_a_trial_that_cannot_begin_says_nothing_of_the_kernels(gpu: Path) -> None:
+    found = _by("sys.exit('ModuleNotFoundError: no torch here')", forms=("loss", "forward"))
+    for verdict in found.values():
+        assert (verdict.status, verdict.reason) == (
+            UNKNOWN, "its process died (exit status 1): ModuleNotFoundError: no torch here, before it began"
+        )  # fmt: skip
+    found = proof.prove(ARCH, ("loss",), "tf32", [], GPU, command=("/no/such/python",))
+    assert found["loss"].status == UNKNOWN
+    assert "no process can be started" in found["loss"].reason
+
+
+def test_a_form_without_time_is_no_hang(gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Verdict(RIGHT, "well")
+    (found,) = _by(f"{_says('loss')}; time.sleep(60)", 2.0).values()
+    assert found.status == UNKNOWN
+    assert found.reason.startswith("not finished after 2 s, of which it had")
+    (found,) = _by(f"{_says('loss')}; {_says('loss', right)}; time.sleep(60)", 2.0).values()
+    assert (found.status, found.speeds) == (RIGHT, ())  # not timed, so that the next process looks again
+    assert not verdicts.judge(found, 4, 6).on
+    monkeypatch.setattr(proof, "HANG_S", 0.2)
+    (found,) = _by(f"{_says('loss')}; time.sleep(60)", 2.0).values()
+    assert (found.status, found.reason) == (FAILED, "not finished after 2 s")
+    made = proof._make(ARCH, [("loss", "tf32"), ("loss", "fp16")], [(4, 6)], GPU, 0.0)
+    assert {verdict.status for verdict in made.values()} == {UNKNOWN}
+
+
+def test_modules_of_the_folder_one_is_in_are_not_the_librarys(own_command: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("json", "statistics", "signal", "torch", "wslfast", "kernels"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('taken for another')")
+    monkeypatch.chdir(tmp_path)
+    found = proof.prove(ARCH, ("loss",), "tf32", [], GPU, command=proof.COMMAND)["loss"]
+    assert found.status == UNKNOWN
+    assert found.reason.startswith("no second process gets onto the GPU"), found.reason  # which the trial itself has said
+
+
+def test_another_gpu_under_the_same_number_is_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[dict[str, Any]] = []
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *a, device=None, **kw: zeros(*a, **kw))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Another GPU")
+    job = {"device": "cuda:1", "gpu": "Test GPU", "architecture": ARCH.to_dict(), "forms": ["loss"], "precision": "tf32", "sizes": []}
+    assert trial.run(job, said.append)
+    (finding,) = said
+    assert finding["verdict"]["status"] == UNKNOWN
+    assert "it sees 'Another GPU' under the number of 'Test GPU'" in finding["verdict"]["reason"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["CUDA error: out of memory", "Triton Error [CUDA]: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`",
+     "cuDNN error: CUDNN_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes."],
+)  # fmt: skip
+def test_memory_that_ran_out_says_nothing_of_the_kernels(monkeypatch: pytest.MonkeyPatch, words: str) -> None:
+    monkeypatch.setattr(trial.Trial, "errors", lambda self, choice: (_ for _ in ()).throw(RuntimeError(words)))
+    said: list[dict[str, Any]] = []
+    trial.run({"device": "cpu", "architecture": ARCH.to_dict(), "forms": ["loss"], "precision": "tf32", "sizes": []}, said.append)
+    assert [s["verdict"]["status"] for s in said if "verdict" in s] == [UNKNOWN]
+    assert triton_path.build_failure(RuntimeError(words)) is None
+
+
+def test_kernels_and_torch_are_timed_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's clocks rise in its first second of work: whoever came last would win."""
+    order: list[str] = []
+    stub_trial.install("right", monkeypatch.setattr)
+    run = stub_trial.Stub._run
+    monkeypatch.setattr(stub_trial.Stub, "_run", lambda self, results, form: order.append(self.choice) or run(self, results, form))
+    trial.Trial(ARCH, "loss", "tf32", torch.device("cpu")).speed(4, 6)
+    assert order[-trial.REPEATS * 3 :] == ["torch", "default", "pipelined"] * trial.REPEATS
 
 
 @pytest.mark.slow
@@ -229,6 +367,8 @@ def test_files(gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     for damage in ("", "{", "[]", json.dumps({**record, "schema": 99}), json.dumps({**record, "verdict": {"status": "fine"}}),
                    json.dumps({**record, "key": {**record["key"], "form": "forward"}}),
+                   json.dumps({**record, "verdict": {**record["verdict"], "errors": []}}),
+                   json.dumps({**record, "verdict": {**record["verdict"], "speeds": [{**record["verdict"]["speeds"][0], "k": float("inf")}]}}),
                    json.dumps({**record, "verdict": {**record["verdict"], "speeds": [{**record["verdict"]["speeds"][0], "choice": "mad"}]}})):  # fmt: skip
         file.write_text(damage)
         _new_process(monkeypatch)
@@ -282,6 +422,110 @@ def test_what_is_unknown_is_not_written(gpu: Path) -> None:
     verdicts.keep(verdicts.key_of(ARCH, "tf32", "loss"), Verdict(UNKNOWN, "busy"))
     assert not gpu.exists()
     assert not verdicts.decide(ARCH, "tf32", "loss").on
+
+
+def test_a_home_that_is_none(gpu: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """In a container a user may have no home; a folder may begin with a tilde."""
+    from wslfast.cli.doctor import Doctor
+
+    monkeypatch.setenv("HOME", str(gpu.parent))
+    monkeypatch.setenv("WSLFAST_CACHE", "~/here")
+    assert verdicts.folder() == gpu.parent / "here" / "kernels"
+
+    def homeless(*_: Any) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("WSLFAST_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    key = verdicts.key_of(ARCH, "tf32", "loss")
+    assert verdicts.read(key) is None
+    verdicts.keep(key, GOOD)
+    with verdicts.one_at_a_time(MACHINE, 1.0):
+        assert verdicts.read(key) == GOOD
+    Doctor(json=True).run()
+    assert json.loads(capsys.readouterr().out)["kept in"].startswith("memory alone (Could not determine home directory.)")
+
+
+WAITS = """
+import sys, time
+from wslfast.engine import verdicts
+machine = verdicts.Machine("Test GPU", "9.0", "1", "2", "3", "sources")
+with verdicts.one_at_a_time(machine, float(sys.argv[1])):
+    print("in", flush=True)
+    time.sleep(float(sys.argv[2]))
+print("out", flush=True)
+"""
+
+
+def test_one_process_at_a_time(gpu: Path) -> None:
+    """The second waits for the first, but not for ever; another kind of GPU is another matter; one that dies inside holds nobody up."""
+    first = subprocess.Popen([sys.executable, "-c", WAITS, "1", "600"], stdout=subprocess.PIPE, text=True, cwd=HERE.parent)
+    assert first.stdout is not None
+    try:
+        assert first.stdout.readline() == "in\n"
+        with verdicts.one_at_a_time(Machine(**{**vars(MACHINE), "gpu": "Another"}), 0.0) as alone:
+            assert alone
+        with verdicts.one_at_a_time(MACHINE, 0.5) as alone:
+            assert not alone
+    finally:
+        first.kill()
+        first.wait()
+    with verdicts.one_at_a_time(MACHINE, 0.0) as alone:
+        assert alone
+
+
+def test_what_another_process_found_meanwhile_is_taken(fitting: list[list[str]], gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = verdicts.one_at_a_time
+
+    @contextlib.contextmanager
+    def waited(machine: Machine, seconds: float) -> Any:
+        key = verdicts.key_of(ARCH, "tf32", "loss")
+        known = dict(verdicts._known)
+        verdicts.keep(key, Verdict(RIGHT, "of another", {}, (Speed(4, 6, 10.0, 2.0, "joint"),)))
+        verdicts._known.clear()
+        verdicts._known.update(known)  # this process has read that there is none
+        with real(machine, seconds):
+            yield
+
+    monkeypatch.setattr(verdicts, "one_at_a_time", waited)
+    (decision,) = proof.ensure(ARCH, GPU, [("loss", "tf32")], 4, 6).values()
+    assert (decision.on, decision.choice) == (True, "joint")
+    assert fitting == []
+
+
+def test_each_gpu_is_a_machine_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names with odd characters, MIG's among them; the current GPU may change."""
+    names, current = ["Tësla \u2603 \udcff/..%", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"], [0]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: names[index])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    verdicts._machine.cache_clear()
+    try:
+        assert verdicts.machine().gpu == names[0]
+        current[0] = 1
+        assert verdicts.machine().gpu == names[1] == verdicts.machine(1).gpu
+        for index in range(2):
+            key = verdicts.key_of(ARCH, "tf32", "loss", index)
+            verdicts.keep(key, GOOD)
+            _new_process(monkeypatch)
+            assert verdicts.read(key) == GOOD
+    finally:
+        verdicts._machine.cache_clear()
+
+
+def test_the_interpreter_is_no_gpu(fitting: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    verdicts.keep(verdicts.key_of(ARCH, "tf32", "loss"), GOOD)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert not verdicts.decide(ARCH, "tf32", "loss").on
+    assert proof.ensure(ARCH, GPU, [("forward", "tf32")], 4, 6) == {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(proof, "check_device", lambda device: GPU)
+    assert "TRITON_INTERPRET is set" in wslfast.doctor(ARCH)["kernels"]
+    assert fitting == []
+    monkeypatch.setenv("WSLFAST_KERNELS", "on")
+    assert verdicts.decide(ARCH, "tf32", "loss").on
 
 
 # -- what calls make of it ---------------------------------------------------------------------------------------------
@@ -438,30 +682,51 @@ def test_ranks_take_the_worst() -> None:
 
 
 RANKS = """
-import json, os, sys
+import dataclasses, os, sys
+import torch
 import torch.distributed as dist
-from wslfast import proof
-from wslfast.engine.verdicts import RIGHT, WRONG, Speed, Verdict, judge
+from wslfast import WslfastError, proof
+from wslfast.engine import verdicts
+from wslfast.engine.verdicts import RIGHT, Speed, Verdict, judge
 dist.init_process_group("gloo")
-rank = dist.get_rank()
-os.environ["LOCAL_RANK"] = "0" if rank < 2 else "1"  # two nodes, the second with two processes
-mine = [Verdict(RIGHT, "", {}, (Speed(4, 4, 2.0, 1.0 + rank * 0.95, "default"),)), Verdict(RIGHT, "", {}, (Speed(4, 4, 2.0, 1.0, "joint"),))]
-agreed = proof._agreed(mine if rank < 2 else [None, None])
-print("said", [(v.status, judge(v, 4, 4).on) for v in agreed], flush=True)
+rank, (case,) = dist.get_rank(), sys.argv[1:]
+# two nodes, the second with two processes; in one case these have GPUs of two kinds
+os.environ["GROUP_RANK"] = "0" if rank < 1 else "1"
+kind = rank if case == "kinds" else 0
+verdicts.machine = lambda index=None: verdicts.Machine(f"GPU {kind}", "9.0", "1", "2", "3", "4")
+os.environ.pop("TRITON_INTERPRET", None)
+if case == "settings":
+    os.environ["WSLFAST_KERNELS"] = "off" if rank == 1 else "auto"
+try:
+    looks = proof._looks(torch.device("cuda", 0))
+except WslfastError as error:
+    print("said", error, flush=True)
+else:
+    mine = [Verdict(RIGHT, "", {}, (Speed(4, 4, 2.0, 1.0 + rank * 0.95, "default"),)), Verdict(RIGHT, "", {}, (Speed(4, 4, 2.0, 1.0, "joint"),))]
+    agreed = proof._agreed(mine if looks else [None, None], looks)
+    print("said", looks, [(v.status, judge(v, 4, 4).on) for v in agreed], flush=True)
 dist.destroy_process_group()
 """
 
 
-def test_ranks_agree(tmp_path: Path) -> None:
-    """One process a node has looked; the second node's finds the first form too slow: nobody takes it, everybody takes the other."""
+@pytest.mark.parametrize(("case", "looking"), [("nodes", 2), ("kinds", 3), ("settings", 0)])
+def test_ranks_agree(tmp_path: Path, case: str, looking: int) -> None:
+    """One process a node looks, and one for every further kind of GPU there; the second node's finds the first form too slow: nobody takes
+    it, everybody takes the other. Where settings differ, all end with the same words, and nobody waits for the others."""
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", str(script)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", str(script), case]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("said") == 3  # counted in the text: lines of three processes may run into one another
-    assert done.stdout.count("[('right', False), ('right', True)]") == 3
+    assert done.stdout.count("said True") == looking
+    agreed = (
+        "WSLFAST_KERNELS: expected the same in all processes of a job, got auto, off"
+        if case == "settings"
+        else "[('right', False), ('right', True)]"
+    )
+    assert done.stdout.count(agreed) == 3
 
 
 def test_a_run_keeps_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

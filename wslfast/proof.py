@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,13 @@ from .engine.verdicts import FAILED, FORMS, RIGHT, UNKNOWN, WRONG, Decision, Ver
 from .errors import check_device, check_positive, require, say_once
 
 LIMIT_S = 120.0
-COMMAND = (sys.executable, "-m", "wslfast.engine.trial")
+HANG_S = 45.0  # what a form has to have had for its silence to be a hang, which is kept; a busy machine compiles slowly
+# not -m: modules of the folder that somebody happens to be in would be taken for the library's and torch's own
+COMMAND = (
+    sys.executable, "-c",
+    "import sys; sys.path = [p for p in sys.path if p]; import json; job = json.loads(sys.stdin.readline()); sys.path = job['path']; "
+    "from wslfast.engine import trial; trial.serve(job)",
+)  # fmt: skip
 SIZES = ((128, 256), (1024, 256))  # what doctor times where nobody says: a published batch, and a large one
 logger = logging.getLogger("wslfast")
 
@@ -43,46 +50,61 @@ class _Child:
     """A trial that runs: its findings, a line each."""
 
     def __init__(self, command: Sequence[str], job: dict[str, Any]) -> None:
-        root = str(Path(__file__).resolve().parent.parent)
-        path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+        # what this process imports is what the trial has to: where modules are found goes with the job
+        path = [*sys.path, str(Path(__file__).resolve().parent.parent)]
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed in stop)
         self.process = subprocess.Popen(
             list(command),
-            env={**os.environ, "PYTHONPATH": path},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
-            text=True,
+            encoding="utf-8",
+            errors="replace",  # compilers and drivers print what they like
             start_new_session=True,  # compilers that it starts end with it
         )
         self.lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
         assert self.process.stdin is not None
         with contextlib.suppress(OSError):
-            self.process.stdin.write(json.dumps(job) + "\n")
+            self.process.stdin.write(json.dumps({**job, "path": path}) + "\n")
             self.process.stdin.close()
 
     def _read(self) -> None:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith(MARK):
-                self.lines.put(line.removeprefix(MARK))
-        self.lines.put(None)
+        try:
+            for line in self.process.stdout:
+                _, mark, said = line.partition(MARK)
+                if mark:
+                    self.lines.put(said)
+        finally:
+            self.lines.put(None)
 
     def findings(self, deadline: float) -> Iterator[dict[str, Any]]:
-        """Until it ends or, with a TimeoutError, until the time is over."""
+        """Until it ends or, with a TimeoutError, until the time is over. A line that is no finding is passed over."""
         while True:
+            left = deadline - time.monotonic()
             try:
-                line = self.lines.get(timeout=max(deadline - time.monotonic(), 0.01))
+                line = self.lines.get(timeout=min(max(left, 0.01), 1.0))
             except queue.Empty:
-                raise TimeoutError from None
+                if self.process.poll() is not None:  # what it has started may hold its output open
+                    return
+                if left <= 0:
+                    raise TimeoutError from None
+                continue
             if line is None:
                 return
-            yield json.loads(line)
+            with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
+                finding = json.loads(line)
+                if "verdict" in finding:
+                    finding["verdict"] = verdicts.from_dict(finding["verdict"])
+                yield {"form": str(finding["form"]), **finding}
 
-    def ended(self) -> str:
-        """How it ended, in words; empty if well."""
-        code = self.process.wait()
+    def ended(self, deadline: float) -> str:
+        """How it ended, in words; empty if well. Raises TimeoutError if it has not."""
+        try:
+            code = self.process.wait(max(deadline - time.monotonic(), 1.0))
+        except subprocess.TimeoutExpired:
+            raise TimeoutError from None
         if code == 0:
             return ""
         self.errors.seek(0)
@@ -92,10 +114,10 @@ class _Child:
 
     def stop(self) -> None:
         """End it and what it started."""
-        if self.process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # one that hangs in the driver cannot be ended: it is not waited for
+            self.process.wait(10)
         self.errors.close()
 
 
@@ -118,29 +140,57 @@ def prove(
         limit_s: seconds for all forms together.
         command: what reads the job.
     """
-    left, made, deadline = list(forms), {}, time.monotonic() + limit_s
+    left, made, deadline = list(forms), dict[str, Verdict](), time.monotonic() + limit_s
     times = [list(size) for size in sizes]
+    gpu = verdicts.machine(device.index).gpu if device.type == "cuda" else None
     while left and time.monotonic() < deadline:
-        job = {"architecture": architecture.to_dict(), "device": str(device), "precision": precision, "forms": left, "sizes": times}
-        child, current, why = _Child(command, job), left[0], ""
+        job = {
+            "architecture": architecture.to_dict(), "device": str(device), "gpu": gpu, "precision": precision, "forms": left,
+            "sizes": times, "limit_s": deadline - time.monotonic(),
+        }  # fmt: skip
+        try:
+            child = _Child(command, job)
+        except (OSError, RuntimeError) as error:  # no memory, no threads, no such program: a machine on which it cannot be told
+            return made | dict.fromkeys(left, Verdict(UNKNOWN, f"no process can be started: {error}"))
+        within: str | None = None  # the form that is being tried
+        why, late, since, before = "", False, time.monotonic(), list(left)
         try:
             for finding in child.findings(deadline):
-                current = finding["form"]
+                form = finding["form"]
+                if form not in left:
+                    continue
                 if "verdict" in finding:
-                    made[current] = verdicts.from_dict(finding["verdict"])
-            why = child.ended()
+                    made[form] = finding["verdict"]
+                elif "begins" in finding:
+                    within, since = form, time.monotonic()
+                else:
+                    within = None
+                    left.remove(form)
+            why = child.ended(deadline)
         except TimeoutError:
-            why = f"not finished after {limit_s:.0f} s"
+            late, why = True, f"not finished after {limit_s:.0f} s"
         finally:
             child.stop()
         if not why:
             break
-        earlier = made.get(current)
-        if earlier is None or earlier.status == RIGHT:  # what broke off in the timing is no kernel to run, however right it was
-            timed = earlier is not None and earlier.speeds
-            made[current] = earlier if timed and "not finished" in why and earlier is not None else Verdict(FAILED, why)
-        left = left[left.index(current) + 1 :]
-    return {form: made.get(form, Verdict(UNKNOWN, f"no time was left in {limit_s:.0f} s")) for form in forms}
+        if within is not None:
+            made[within] = _broken_off(made.get(within), why, late, time.monotonic() - since)
+            left.remove(within)
+        elif left == before and not late:  # nothing is known of the kernels
+            return made | dict.fromkeys(left, Verdict(UNKNOWN, f"{why}, before it began"))
+    return {form: made.get(form, Verdict(UNKNOWN, "no time was left for it")) for form in forms}
+
+
+def _broken_off(earlier: Verdict | None, why: str, late: bool, seconds: float) -> Verdict:
+    """What to make of a form whose trial did not come to its end: what broke off in the timing is no kernel to run, however right it was. A
+    form whose time ran out before it had much of it may be as good as any."""
+    if earlier is not None and earlier.status != RIGHT:
+        return earlier
+    if not late:
+        return Verdict(FAILED, why)
+    if earlier is not None and (earlier.speeds or seconds < HANG_S):
+        return earlier
+    return Verdict(FAILED, why) if seconds >= HANG_S else Verdict(UNKNOWN, f"{why}, of which it had {seconds:.0f}")
 
 
 def doctor(
@@ -154,7 +204,8 @@ def doctor(
 ) -> dict[str, str]:
     """One line for each form of call: whether the kernels compute it right, and faster than torch, on this machine.
 
-    ``backend="auto"`` follows this at once, and an earlier verdict is replaced. It takes two minutes at most, in another process.
+    ``backend="auto"`` follows this at once, and an earlier verdict is replaced. It takes two minutes at most, in another process, once no
+    other program does the same.
 
     Args:
         architecture: by default the published ``cnn3``.
@@ -179,11 +230,14 @@ def doctor(
         return {"kernels": "there is no CUDA device here: networks run on the CPU engine or on torch"}
     where = _numbered(check_device(device))
     reason = f"{where} is no GPU" if where.type != "cuda" else why_not_triton(architecture, "cuda", torch.float32, where.index)
+    if verdicts.interpreted():
+        reason = "TRITON_INTERPRET is set, and Triton's interpreter is no GPU"
     if reason is not None:
         return {"kernels": f"not for {architecture.name!r} on this machine: {reason}; torch runs it"}
     precision = precision or kernel_precision()
     sizes = SIZES if k is None and n is None else (verdicts.slice_of(k or SIZES[0][0], n or SIZES[0][1]),)
-    outcomes = _make(architecture, [(form, precision) for form in FORMS], sizes, where, limit_s)
+    with verdicts.one_at_a_time(verdicts.machine(where.index), limit_s):
+        outcomes = _make(architecture, [(form, precision) for form in FORMS], sizes, where, limit_s)
     return {form: verdicts.describe(architecture, precision, form, v, *sizes[0]) for (form, _), v in outcomes.items()}
 
 
@@ -206,10 +260,10 @@ def _make(
         by_precision.setdefault(precision, []).append(form)
     made, deadline = {}, time.monotonic() + limit_s
     for precision, forms in by_precision.items():
-        by_form = prove(architecture, forms, precision, sizes, device, limit_s=max(deadline - time.monotonic(), 1.0), command=COMMAND)
+        by_form = prove(architecture, forms, precision, sizes, device, limit_s=max(deadline - time.monotonic(), 0.0), command=COMMAND)
         for form, verdict in by_form.items():
             key = verdicts.key_of(architecture, precision, form, device.index)
-            earlier = verdicts.read(key)
+            earlier = verdicts.read(key, again=True)
             whole = verdict.merged(earlier) if earlier is not None else verdict
             verdicts.keep(key, whole)
             made[form, precision] = whole
@@ -228,9 +282,12 @@ def ensure(
         wanted: (form, precision) of the calls to come; None is the precision that torch's settings lead to now.
         k, n: models and queries of a call.
     """
-    if device.type != "cuda" or preferred("auto") != "auto" or verdicts.setting() != "auto":
+    if device.type != "cuda" or preferred("auto") != "auto":
         return {}
     device, (k, n) = _numbered(device), verdicts.slice_of(k, n)
+    looks = _looks(device)  # before anything that one process may do and another not
+    if verdicts.setting() != "auto" or verdicts.interpreted():
+        return {}
     asked = list(dict.fromkeys((form, precision or kernel_precision()) for form, precision in wanted))
     many = _many()
     if why_not_triton(architecture, "cuda", torch.float32, device.index) is not None:
@@ -238,10 +295,9 @@ def ensure(
         if not many:
             return {}
     else:
-        looks = not many or int(os.environ.get("LOCAL_RANK", "0")) == 0
         outcomes = _known_or_made(architecture, asked, k, n, device) if looks else [None] * len(asked)
     if many:
-        outcomes = _agreed(outcomes)
+        outcomes = _agreed(outcomes, looks)
     decisions = {}
     for (form, precision), verdict in zip(asked, outcomes, strict=True):
         decision = verdicts.judge(verdict, k, n)
@@ -297,19 +353,39 @@ def _known_or_made(
             return False
         return verdict.status != RIGHT or any(verdicts.bucket(s.k, s.n) == size for s in verdict.speeds)
 
-    missing = [pair for pair in asked if not settled(stored[pair])]
-    if missing:
-        forms = ", ".join(f"{form} in {precision}" for form, precision in missing)
-        logger.info("checking the kernels for %r on %s: %s (%.0f s at most, once)", architecture.name,
-                    verdicts.machine(device.index).gpu, forms, LIMIT_S)  # fmt: skip
-        stored |= _make(architecture, missing, ((k, n),), device)
+    def missing() -> list[tuple[str, str]]:
+        return [pair for pair in asked if not settled(stored[pair])]
+
+    if missing():
+        with verdicts.one_at_a_time(verdicts.machine(device.index), LIMIT_S):
+            # what another process has found while this one waited
+            stored = {pair: verdicts.read(verdicts.key_of(architecture, pair[1], pair[0], device.index), again=True) for pair in asked}
+            if missing():
+                forms = ", ".join(f"{form} in {precision}" for form, precision in missing())
+                logger.info("checking the kernels for %r on %s: %s (%.0f s at most, once)", architecture.name,
+                            verdicts.machine(device.index).gpu, forms, LIMIT_S)  # fmt: skip
+                stored |= _make(architecture, missing(), ((k, n),), device)
     return [stored[pair] for pair in asked]
 
 
-def _agreed(mine: list[Verdict | None]) -> list[Verdict | None]:
-    """What all processes of the job make of their verdicts together; those that did not look do not count."""
-    looks = int(os.environ.get("LOCAL_RANK", "0")) == 0
+def _looks(device: torch.device) -> bool:
+    """Whether this process looks: of those that share a machine, the first with its kind of GPU. Raises WslfastError in all of them if they
+    do not have the same settings, with which some would look and others not."""
+    if not _many():
+        return True
+    setting = os.environ.get("WSLFAST_KERNELS", "auto"), verdicts.interpreted()
+    mine = os.environ.get("GROUP_RANK", "0"), asdict(verdicts.machine(device.index))
     everybody: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everybody, mine if looks else None)
-    looked = [theirs for theirs in everybody if theirs is not None]
-    return [verdicts.combined([theirs[i] for theirs in looked]) for i in range(len(mine))]
+    dist.all_gather_object(everybody, (setting, mine))
+    settings = sorted({asked for (asked, _), _ in everybody})
+    require(len(settings) == 1, f"WSLFAST_KERNELS: expected the same in all processes of a job, got {', '.join(settings)}")
+    require(len({seen for seen, _ in everybody}) == 1, "TRITON_INTERPRET: expected the same in all processes of a job")
+    return [theirs for _, theirs in everybody].index(mine) == dist.get_rank()
+
+
+def _agreed(mine: list[Verdict | None], looked: bool) -> list[Verdict | None]:
+    """What all processes of the job make of their verdicts together; those that did not look do not count."""
+    everybody: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everybody, mine if looked else None)
+    found = [theirs for theirs in everybody if theirs is not None]
+    return [verdicts.combined([theirs[i] for theirs in found]) for i in range(len(mine))]

@@ -59,6 +59,13 @@ class Doctor:
             "gpu": torch.cuda.get_device_name(check_device(self.device)) if has_gpu else "none",
             "precision": self.precision or (kernel_precision() if has_gpu else matmul_precision()),
             "WSLFAST_KERNELS": verdicts.setting(),
-            "kept in": str(verdicts.folder()),
+            "kept in": _folder(),
         }
         show({**values, **lines}, self.json)
+
+
+def _folder() -> str:
+    try:
+        return str(verdicts.folder())
+    except RuntimeError as error:
+        return f"memory alone ({error}); WSLFAST_CACHE names a folder"

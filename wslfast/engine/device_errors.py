@@ -45,6 +45,13 @@ def ran(architecture: Architecture, precision: str, form: str, index: int | None
         _ran.setdefault((verdicts.graph_digest(architecture), precision, form, index), architecture)
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, the host's or the device's, in the words of torch, of Triton, of the driver or of a library of theirs."""
+    text = str(error).lower()
+    marks = ("out of memory", "_alloc_failed", "memoryallocation", "not enough memory")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(mark in text for mark in marks)
+
+
 def on_trial() -> None:
     """This process tries kernels for another one, which judges: nothing is remembered."""
     global _kept

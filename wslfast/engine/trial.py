@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 import statistics
 import sys
 import time
@@ -33,13 +35,14 @@ from . import Call, choose, device_errors
 from .paths import Path
 from .precision import at_precision
 from .triton_path import Triton, Unbuildable, reaches_queries, unbuildable
-from .verdicts import RIGHT, UNKNOWN, WRONG, Speed, Verdict
+from .verdicts import FAILED, RIGHT, UNKNOWN, WRONG, Speed, Verdict
 
 MARK = "wslfast-trial:"  # of the lines that are ours
 K, N = 3, 37  # odd, and no multiple of a tile
 BROKEN = 1  # of the K models: its weights are NaN, and nobody else's numbers may show it
 SEEDS = 3  # a maximum that is nearly tied may go another way and take a gradient with it: what is wrong is wrong for most seeds
 REPEATS = 5
+LOST = 75  # exit status of a process that lost its device
 # relative L2 error of: forward, linear layers' gradients, convolutions', the first convolution's (near-ties of a pooling window)
 BARS = {
     "tf32x3": (1e-5, 1e-5, 1e-5, 1e-5),
@@ -220,28 +223,30 @@ class Trial:
 
     # -- faster? ---------------------------------------------------------------------------------------------------
 
-    def milliseconds(self, path: Path, k: int, n: int) -> float:
-        """Median time of a call of a path, warm, with k models and n queries."""
+    def timer(self, k: int, n: int) -> Callable[[Path], float]:
+        """A function that runs a path once, with k models and n queries, and returns the milliseconds."""
         rows = models(self.architecture, min(k, 64), 0).to(self.device)
         rows = rows.repeat(-(-k // len(rows)), 1)[:k]
         x = torch.randn(n, *self.architecture.input_shape, device=self.device)
         y = torch.randn(k, n, self.architecture.num_classes, device=self.device)
         labels = torch.zeros(k, n, dtype=torch.int64, device=self.device)
         index = torch.randint(n, (k, n), device=self.device)
-        calls: dict[str, Callable[[], Any]] = {
-            "forward": lambda: path.forward(rows, x, False),
-            "loss": lambda: path.loss_and_gradient(rows, x, y, "mse", 2.0, None),
-            "indexed": lambda: path.loss_and_gradient(rows, x, labels, "cross_entropy", 2.0, index),
+        calls: dict[str, Callable[[Path], Any]] = {
+            "forward": lambda path: path.forward(rows, x, False),
+            "loss": lambda path: path.loss_and_gradient(rows, x, y, "mse", 2.0, None),
+            "indexed": lambda path: path.loss_and_gradient(rows, x, labels, "cross_entropy", 2.0, index),
         }
-        call, times = calls[self.form], []
-        with at_precision(self.precision), torch.no_grad():
-            for _ in range(1 + REPEATS):
+        call = calls[self.form]
+
+        def milliseconds(path: Path) -> float:
+            with at_precision(self.precision), torch.no_grad():
                 self._wait()
                 began = clock()
-                call()
+                call(path)
                 self._wait()
-                times.append(1e3 * (clock() - began))
-        return statistics.median(times[1:])
+                return 1e3 * (clock() - began)
+
+        return milliseconds
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
@@ -262,84 +267,112 @@ class Trial:
         has to be right, too, before its time counts."""
         with at_precision(self.precision):
             peer = torch_path(self.architecture, self.device, self.form)
-        reference_ms, best, left_out = self.milliseconds(peer, k, n), None, []
+        milliseconds, left_out = self.timer(k, n), []
+        milliseconds(peer)
+        paths = {"": peer}
         for choice in self.choices:
+            path = kernels(self.architecture, choice)
             try:
                 if choice != "default" and not max(self._errors(choice, 0).values()) < 1:
                     raise Wrong("not right")
-                ms = self.milliseconds(kernels(self.architecture, choice), k, n)
+                milliseconds(path)
             except (Unbuildable, Wrong) as error:
                 if choice == "default":
                     raise
                 left_out.append(f"{choice}: {error or 'cannot be built'}")
                 unbuildable.pop(self.architecture, None)
                 continue
-            if best is None or ms < best.kernels_ms:
-                best = Speed(k, n, reference_ms, ms, choice)
-        assert best is not None
-        return best, left_out
+            paths[choice] = path
+        times: dict[str, list[float]] = {name: [] for name in paths}
+        for _ in range(REPEATS):  # in turns: a GPU's clocks rise as it works, and others may be at work on it
+            for name, path in paths.items():
+                times[name].append(milliseconds(path))
+        median = {name: statistics.median(taken) for name, taken in times.items()}
+        reference_ms = median.pop("")
+        best = min(median, key=lambda name: median[name])
+        return Speed(k, n, reference_ms, median[best], best), left_out
 
 
-def run(job: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> None:
-    """Verdicts of a job's forms, in order, each said as soon as it is known: right first, then how fast."""
+def run(job: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> bool:
+    """Verdicts of a job's forms, in order, each said as soon as it is known: right first, then how fast. False where this process lost the
+    device, with which every other form would fail."""
     device = torch.device(job["device"])
     architecture = Architecture.from_dict(job["architecture"])
     try:
         torch.zeros(1, device=device) + 1
-    except RuntimeError as error:  # a GPU that takes one process alone, or has no memory left
+        here = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+        if here is not None and here != job["gpu"]:
+            raise RuntimeError(f"it sees {here!r} under the number of {job['gpu']!r}")  # as CUDA_VISIBLE_DEVICES has changed since, say
+    except (RuntimeError, AssertionError) as error:  # a GPU that takes one process alone, or has no memory left
         for form in job["forms"]:
             say(_said(form, Verdict(UNKNOWN, f"no second process gets onto the GPU: {first_line(error):.160}")))
-        return
+        return True
     for form in job["forms"]:
         say({"form": form, "begins": True})
         trial = Trial(architecture, form, job["precision"], device)
-        say(_said(form, _verdict(trial, job, partial(_say_verdict, say, form))))
+        verdict, lost = _verdict(trial, job, partial(_say_verdict, say, form))
+        _say_verdict(say, form, verdict)
+        say({"form": form, "ends": True})
+        if lost:
+            return False
+    return True
 
 
 def _say_verdict(say: Callable[[dict[str, Any]], None], form: str, verdict: Verdict) -> None:
     say(_said(form, verdict))
 
 
-def _verdict(trial: Trial, job: dict[str, Any], interim: Callable[[Verdict], None]) -> Verdict:
+def _verdict(trial: Trial, job: dict[str, Any], interim: Callable[[Verdict], None]) -> tuple[Verdict, bool]:
+    """The verdict, and whether the device was lost on the way."""
     try:
         errors = trial.errors("default")
     except Wrong as error:
-        return Verdict(WRONG, str(error))
+        return Verdict(WRONG, str(error)), False
     except Unbuildable:
-        return Verdict("failed", unbuildable[trial.architecture])
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        return Verdict(UNKNOWN, f"out of memory: {first_line(error):.160}")
+        return Verdict(FAILED, unbuildable[trial.architecture]), False
     except Exception as error:
-        return Verdict("failed", f"{type(error).__name__}: {first_line(error):.200}")
+        if device_errors.out_of_memory(error):
+            return Verdict(UNKNOWN, f"out of memory: {first_line(error):.160}"), False
+        return Verdict(FAILED, f"{type(error).__name__}: {first_line(error):.200}"), device_errors.kind_of(error) is not None
     wrong = {name: value for name, value in errors.items() if not value < 1}
     worst = max(errors, key=lambda name: errors[name])
     if wrong:
-        return Verdict(WRONG, f"{worst}: {errors[worst]:.3g} times the error that {trial.precision} excuses", errors)
+        return Verdict(WRONG, f"{worst}: {errors[worst]:.3g} times the error that {trial.precision} excuses", errors), False
     right = Verdict(RIGHT, f"worst error {errors[worst]:.2g} of its bound ({worst})", errors)
     interim(right)
     speeds = []
     for k, n in job["sizes"]:
         try:
             speed, left_out = trial.speed(k, n)
-        except (torch.OutOfMemoryError, MemoryError):
-            continue
         except Exception as error:  # right at a small size, and broken at a real one
-            return Verdict("failed", f"at k={k}, n={n}: {type(error).__name__}: {first_line(error):.200}")
+            if device_errors.out_of_memory(error):
+                continue
+            why = f"at k={k}, n={n}: {type(error).__name__}: {first_line(error):.200}"
+            return Verdict(FAILED, why), device_errors.kind_of(error) is not None
         speeds.append(speed)
         right = Verdict(RIGHT, "; ".join([right.reason, *left_out]), errors, tuple(speeds))
         interim(right)
-    return right
+    return right, False
 
 
 def _said(form: str, verdict: Verdict) -> dict[str, Any]:
     return {"form": form, "verdict": asdict(verdict)}
 
 
+def serve(job: dict[str, Any]) -> None:
+    """Do a job and print findings."""
+    device_errors.on_trial()
+    if hasattr(signal, "alarm"):  # nobody may be left to end it: the process that asked can die, too
+        signal.alarm(math.ceil(job["limit_s"]) + 30)
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as findings:  # a line of somebody else's in the middle of ours would cost it
+        os.dup2(2, 1)
+        if not run(job, lambda finding: print(MARK + json.dumps(finding), file=findings, flush=True)):
+            sys.exit(LOST)
+
+
 def main() -> None:
     """Read a job, print findings."""
-    device_errors.on_trial()
-    job = json.loads(sys.stdin.readline())
-    run(job, lambda finding: print(MARK + json.dumps(finding), flush=True))
+    serve(json.loads(sys.stdin.readline()))
 
 
 if __name__ == "__main__":

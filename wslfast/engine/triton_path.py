@@ -126,7 +126,7 @@ def build_failure(error: BaseException) -> str | None:
     So what counts is whether one of its frames raised it.
     """
     text = str(error)
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "out of memory" in text or device_errors.kind_of(error) is not None:
+    if device_errors.out_of_memory(error) or device_errors.kind_of(error) is not None:
         return None
     raised_by = {module.partition(".")[0] for module in _modules(error)}
     system = isinstance(error, (ImportError, OSError, subprocess.CalledProcessError))  # a broken install, a read-only cache, gcc

@@ -17,8 +17,9 @@ import json
 import math
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
@@ -149,9 +150,20 @@ def _driver() -> str:
     return f"CUDA {ask()}" if ask is not None else "unknown"
 
 
-@lru_cache(maxsize=64)
+def interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter, as for tests: what they take then says nothing of the GPU."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
 def machine(index: int | None = None) -> Machine:
     """This machine with one of its GPUs (default: the current one)."""
+    if index is None and torch.cuda.is_available():
+        index = torch.cuda.current_device()
+    return _machine(index)
+
+
+@lru_cache(maxsize=64)
+def _machine(index: int | None) -> Machine:
     try:
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
@@ -180,17 +192,18 @@ _known: dict[Key, Verdict | None] = {}  # what this process has read or made
 
 
 def folder() -> Path:
-    """Where verdicts are kept."""
+    """Where verdicts are kept. Raises RuntimeError for a user without a home folder."""
     chosen = os.environ.get("WSLFAST_CACHE")
     if chosen:
-        return Path(chosen) / "kernels"
+        return Path(chosen).expanduser() / "kernels"
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "wslfast" / "kernels"
 
 
-def read(key: Key) -> Verdict | None:
-    """The verdict of a key: the process's own, else the file's, which then counts for the process. None: there is none."""
-    if key not in _known:
+def read(key: Key, again: bool = False) -> Verdict | None:
+    """The verdict of a key: the process's own, else the file's, which then counts for the process. None: there is none. ``again``: where
+    the process has none, another one may have written a file since."""
+    if key not in _known or (again and _known[key] is None):
         _known[key] = _stored(key)
     return _known[key]
 
@@ -202,12 +215,13 @@ def _stored(key: Key) -> Verdict | None:
         if record["schema"] != SCHEMA or record["key"] != asdict(key):
             return None
         return from_dict(record["verdict"])
-    except (OSError, RuntimeError, ValueError, LookupError, TypeError):
+    except (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, OverflowError):
         return None
 
 
 def from_dict(record: Mapping[str, Any]) -> Verdict:
-    """A verdict from its JSON form. Raises ValueError, KeyError or TypeError for anything else."""
+    """A verdict from its JSON form. Raises ValueError, LookupError, TypeError, AttributeError or OverflowError for anything
+    else."""
     if record["status"] not in (RIGHT, WRONG, FAILED, UNKNOWN):
         raise ValueError(record["status"])
     speeds = tuple(
@@ -230,10 +244,35 @@ def keep(key: Key, verdict: Verdict) -> None:
         say_once(f"wslfast: what was found about the kernels holds for this process alone: {error}")
 
 
+@contextmanager
+def one_at_a_time(machine: Machine, seconds: float) -> Iterator[bool]:
+    """A block that one process at a time is in, of those that share the folder and have the same kind of GPU: two that time kernels would
+    disturb each other, and the second finds what the first has found. Nobody waits for longer than ``seconds``, nor where no file can be
+    locked; the value is whether this process is alone in it."""
+    alone = False
+    with ExitStack() as held:
+        with suppress(OSError, RuntimeError, ImportError):
+            import fcntl
+
+            folder().mkdir(parents=True, exist_ok=True)
+            name = hashlib.sha256(json.dumps(asdict(machine), sort_keys=True).encode()).hexdigest()[:16]
+            file, until = held.enter_context(open(folder() / f"{name}.lock", "a")), time.monotonic() + seconds
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    alone = True
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > until:
+                        break
+                    time.sleep(0.1)
+        yield alone
+
+
 def forget() -> None:
     """Forget what this process has read and made; the files stay."""
     _known.clear()
-    machine.cache_clear()
+    _machine.cache_clear()
 
 
 # -- what a call makes of them -----------------------------------------------------------------------------------------
@@ -248,6 +287,8 @@ def decide(
     asked = setting()
     if asked != "auto":
         return Decision(asked == "on", f"WSLFAST_KERNELS={asked}")
+    if interpreted():
+        return Decision(False, "TRITON_INTERPRET is set, and Triton's interpreter is no GPU")
     held = _held.get()
     if held is not None and (kept := held.get((graph_digest(architecture), precision, form))) is not None:
         return kept
@@ -260,7 +301,8 @@ def judge(verdict: Verdict | None, k: int | None, n: int | None) -> Decision:
         how = "wslfast.doctor(architecture), or `wslfast doctor` in a shell, looks and takes two minutes at most"
         return Decision(False, f"nobody has checked yet whether they are right and faster on this GPU; {how}", proved=False)
     if verdict.status != RIGHT:
-        return Decision(False, f"found {verdict.status} on this GPU: {verdict.reason}", proved=verdict.status != UNKNOWN)
+        again = "" if verdict.status == UNKNOWN else "; `wslfast doctor` looks again"
+        return Decision(False, f"found {verdict.status} on this GPU: {verdict.reason}{again}", proved=verdict.status != UNKNOWN)
     speed = verdict.at(k, n)
     if speed is None:
         return Decision(False, f"found right on this GPU, but not timed: {verdict.reason}", proved=False)
