@@ -223,9 +223,9 @@ def test_what_a_trial_prints_is_no_finding(gpu: Path) -> None:
 
 def test_what_it_started_does_not_keep_its_end_from_being_seen(gpu: Path) -> None:
     """A compiler that outlives the trial holds its output open."""
-    child = proof._Child(_script(f"subprocess.Popen(['sleep', '600']); {WHOLE}"), {})
+    child = proof._Child(_script(f"subprocess.Popen(['sleep', '20']); {WHOLE}"), {})
     try:
-        assert len(list(child.findings(time.monotonic() + 100))) == 3  # and no TimeoutError
+        assert len(list(child.findings(time.monotonic() + 15))) == 3  # and no TimeoutError
     finally:
         child.stop()
 
@@ -664,7 +664,15 @@ def test_doctor(fitting: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> No
             wslfast.doctor(ARCH, **wrong)
 
 
-def test_doctor_without_a_gpu() -> None:
+def test_doctor_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    from wslfast.cli.doctor import Doctor
+
+    Doctor().run()
+    said = capsys.readouterr().out
+    assert "WSLFAST_KERNELS" in said
+    assert "there is no CUDA device here" in said
+    with pytest.raises(WslfastError, match="device: expected cpu, cuda or cuda:N, got 'banana'"):
+        wslfast.doctor(device="banana")
     assert wslfast.doctor() == {"kernels": "there is no CUDA device here: networks run on the CPU engine or on torch"}
 
 

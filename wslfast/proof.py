@@ -114,8 +114,9 @@ class _Child:
 
     def stop(self) -> None:
         """End it and what it started."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        if self.process.poll() is None:  # its number may be another's afterwards
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):  # one that hangs in the driver cannot be ended: it is not waited for
             self.process.wait(10)
         self.errors.close()
@@ -227,6 +228,7 @@ def doctor(
         if value is not None:
             check_positive(name, value)
     if not torch.cuda.is_available():
+        check_device("cpu" if str(device).startswith("cuda") else device)
         return {"kernels": "there is no CUDA device here: networks run on the CPU engine or on torch"}
     where = _numbered(check_device(device))
     reason = f"{where} is no GPU" if where.type != "cuda" else why_not_triton(architecture, "cuda", torch.float32, where.index)

@@ -29,7 +29,8 @@ def show(values: dict[str, Any], as_json: bool) -> None:
     table.add_column(overflow="fold")  # a digest that is longer than the terminal is wide stays whole
     for name, value in values.items():
         lines = [f"{k}: {_text(v)}" for k, v in value.items()] if isinstance(value, dict) else [_text(value)]
-        table.add_row(f"[bold]{escape(name.replace('_', ' '))}[/bold]", escape("\n".join(lines)))
+        words = name if name.isupper() else name.replace("_", " ")  # a variable of the environment has its own name
+        table.add_row(f"[bold]{escape(words)}[/bold]", escape("\n".join(lines)))
     console.print(table)
 
 
