@@ -55,9 +55,19 @@ def test_a_change_of_the_sources_is_noticed(tmp_path: Path, monkeypatch: pytest.
 # two kernels a role, and what they are compiled for
 AGAIN = {
     "cnn3": ("forward 0", "forward 1", "dx 1", "dx 2", "dw 0", "dw 1", "joint 1", "joint 1 indexed", "head mse", "criterion mse", "pack", "fold"),
-    "cnn": ("network_forward",),
+    "cnn": ("network_forward", "network_loss mse"),
+    "lenet5": ("network_forward", "network_loss mse"),
 }  # fmt: skip
 MEASURED = ("registers", "spill_bytes", "shared_bytes", "dots", "mma")
+
+
+def test_what_is_made_again_are_two_of_every_role() -> None:
+    roles = [
+        row["role"]
+        for row in RESOURCES
+        if (row["precision"], row["target"]) == ("fp16", "sm_90") and row["kernel"] in AGAIN.get(row["architecture"], ())
+    ]
+    assert {role: roles.count(role) for role in SPILLS} == dict.fromkeys(SPILLS, 2)
 
 
 @pytest.mark.slow
