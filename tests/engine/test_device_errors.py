@@ -28,6 +28,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("WSLFAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("WSLFAST_KERNELS", raising=False)
     monkeypatch.setattr(verdicts, "_known", {})
+    monkeypatch.setattr(verdicts, "interpreted", lambda: False)
     monkeypatch.setattr(device_errors, "_ran", {})
     return tmp_path / "cache" / "kernels"
 

@@ -50,6 +50,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(engine, "choose", choose)
     monkeypatch.setenv("WSLFAST_KERNELS", "on")
+    monkeypatch.setattr(verdicts, "interpreted", lambda: False)
     monkeypatch.setattr(triton_path, "unbuildable", {})
     monkeypatch.setattr(device_errors, "_ran", {})
     monkeypatch.setattr(errors, "_said", set())
