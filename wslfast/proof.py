@@ -227,6 +227,7 @@ def doctor(
     for name, value in (("k", k), ("n", n)):
         if value is not None:
             check_positive(name, value)
+    require(0 < limit_s < 86400, f"limit_s: expected seconds, above 0 and less than a day, got {limit_s!r}")
     if not torch.cuda.is_available():
         check_device("cpu" if str(device).startswith("cuda") else device)
         return {"kernels": "there is no CUDA device here: networks run on the CPU engine or on torch"}

@@ -14,6 +14,8 @@ from graph_stub import CUDAGraph
 from torch import Tensor
 from training_runs import ARCH, config, same
 
+from benchmarks import training_step
+from benchmarks.recording import Row
 from wslfast import Population, TrainConfig, WslfastError, batched_behavioral_loss, engine, errors
 from wslfast.engine import cuda_graph, triton_path
 from wslfast.engine.cuda_graph import Recorder, recording
@@ -220,6 +222,27 @@ def test_a_run_is_the_same_with_replayed_calls(gpu: list[Any], tmp_path: Path, c
     assert same(plain, replayed)
     trainer.release()
     assert trainer.recorder is None
+
+
+def test_the_benchmark_times_both_in_turns(gpu: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One step after the other, each with its own time; where nothing was recorded, a row says so."""
+    order: list[bool] = []
+
+    def timed(step: Any, repeats: int) -> list[float]:
+        order.append(step.__self__.recorder is not None)
+        step()
+        return [5.0 - 2 * order[-1]] * repeats
+
+    monkeypatch.setattr(training_step, "synchronised_ms", timed)
+    plain, graphed = (_trained(tmp_path, 0, cuda_graph=graph)[0] for graph in (False, True))
+    row = Row("wslfast", "tiny", 12, 8, "step", "tf32", "wall_ms")
+    rows = training_step.beside_a_graph(plain, graphed, row, "small", 2)
+    assert [(r.variant, r.value) for r in rows] == [(training_step.WHOLE, 5.0), (training_step.GRAPHED, 3.0)]
+    assert order == [False, True] * 2
+    monkeypatch.setattr(engine, "choose", lambda architecture, *more: Loop(architecture, ""))
+    rows = training_step.beside_a_graph(plain, _trained(tmp_path, 0, cuda_graph=True)[0], row, "small", 2)
+    assert [(r.variant, r.value) for r in rows] == [(training_step.WHOLE, 5.0), (training_step.GRAPHED, None)]
+    assert "not run: nothing was recorded" in rows[1].details
 
 
 def test_what_has_no_gpu_has_no_graphs(tmp_path: Path) -> None:

@@ -183,6 +183,8 @@ CASES: dict[str, Callable[[], Any]] = {
     # doctor, evaluate, generate
     "doctor: a name": lambda: doctor("cnn3"),
     "doctor: no models": lambda: doctor(ARCH, k=0),
+    "doctor: no time": lambda: doctor(ARCH, limit_s=float("inf")),
+    "doctor: no device": lambda: doctor(ARCH, device="banana"),
     "doctor: unknown precision": lambda: doctor(ARCH, precision="fp8"),
     "evaluate: no run": lambda: evaluate("nowhere"),
     "evaluate: unknown split": lambda: evaluate("nowhere", split="dev"),
