@@ -19,7 +19,7 @@ from ..cpu import jobs
 from ..cpu.memory import fresh_like
 from ..criteria import Named
 from ..graph import QUERY, Graph
-from ..layers import Conv2d, Linear, layer_slots
+from ..layers import Conv2d, Linear, numbers_of
 from ..reference import value_shapes
 from .rows import Rows, rows_of
 from .segments import Segment, segments
@@ -123,9 +123,8 @@ def _parameters(weights: Tensor, graph: Graph) -> dict[str, Any]:
 
 def _models(segment: Segment, k: int) -> int:
     """Models whose folded weights there are at once, a multiple of the engine's groups."""
-    numbers = sum(slot.size for pair in layer_slots(segment.layers) for slot in (pair.weight, pair.bias) if slot is not None)
     whole = cpu.group_shape(segment.layers, segment.input_shape)[0] * torch.get_num_threads()
-    return min(max(1, k), max(whole, _BYTES // (4 * numbers) // whole * whole))
+    return min(max(1, k), max(whole, _BYTES // (4 * numbers_of(segment.layers)) // whole * whole))
 
 
 def _a_job(models: int) -> int:

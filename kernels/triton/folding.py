@@ -40,7 +40,8 @@ class Chain:
 @lru_cache(maxsize=256)
 def chain(graph: Graph) -> Chain:
     """The chain of a graph. Raises Unplannable naming what the kernels do not know."""
-    layers, rows = chain_of(graph), None
+    layers = chain_of(graph)
+    rows: Rows | None = None
     if not layers:
         segment = whole_segment(graph)
         if segment is None:
