@@ -63,7 +63,7 @@ study/test_study.py                  wslfast/measure/evaluation wslfast/measure/
 test_architecture.py                 wslfast/tracing/rebuilt wslfast/tracing/state
 test_behavior.py                     kernels/criteria wslfast/testing
 test_hub.py                          wslfast/page/card
-test_proof.py                        wslfast/engine/trial wslfast/engine/verdicts
+test_proof.py                        wslfast/engine/verdicts
 test_silent_values.py                wslfast/engine/transforms
 tracing/test_tracing.py              wslfast/tracing/convert wslfast/tracing/graph wslfast/tracing/module wslfast/tracing/simplify
                                      wslfast/tracing/spelling
