@@ -358,6 +358,18 @@ def test_doctor(fitting: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> No
             wslfast.doctor(ARCH, **wrong)
 
 
+def test_doctor_for_a_device_that_is_no_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a machine with one: torch names GPUs alone."""
+    from wslfast.cli.doctor import Doctor
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: pytest.fail(f"{device} has no name"))
+    Doctor(device="cpu", json=True).run()
+    said = json.loads(capsys.readouterr().out)
+    assert said["gpu"] == "none"
+    assert "cpu is no GPU" in said["kernels"]
+
+
 def test_doctor_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     from wslfast.cli.doctor import Doctor
 

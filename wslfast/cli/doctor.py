@@ -48,9 +48,7 @@ class Doctor:
             arch = MappedZoo(self.zoo, None).architecture
         else:
             arch = network(self.architecture, 1 if self.architecture in ("cnn", "cnn2") else 3)
-        has_gpu = torch.cuda.is_available()
-        if has_gpu:
-            check_device(self.device)
+        has_gpu = torch.cuda.is_available() and check_device(self.device).type == "cuda"
         lines = doctor(arch, k=self.k, n=self.n, precision=self.precision, device=self.device, limit_s=self.seconds)
         cpu = choose(arch, "cpu", torch.float32)
         values: dict[str, Any] = {
