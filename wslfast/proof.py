@@ -233,7 +233,7 @@ def doctor(
         return {"kernels": "there is no CUDA device here: networks run on the CPU engine or on torch"}
     where = _numbered(check_device(device))
     reason = f"{where} is no GPU" if where.type != "cuda" else why_not_triton(architecture, "cuda", torch.float32, where.index)
-    if verdicts.interpreted():
+    if reason is None and verdicts.interpreted():
         reason = "TRITON_INTERPRET is set, and Triton's interpreter is no GPU"
     if reason is not None:
         return {"kernels": f"not for {architecture.name!r} on this machine: {reason}; torch runs it"}
