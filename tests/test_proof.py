@@ -179,6 +179,21 @@ def test_what_another_process_found_meanwhile_is_taken(fitting: list[list[str]],
     assert fitting == []
 
 
+def test_speeds_of_two_processes_are_put_together(fitting: list[list[str]]) -> None:
+    """Each has read that there is none, and proves another size."""
+    key = verdicts.key_of(ARCH, "tf32", "loss")
+    assert verdicts.read(key) is None
+    other = Verdict(RIGHT, "of another", {}, (Speed(1024, 6, 10.0, 2.0, "joint"),))
+    verdicts.keep(key, other)
+    verdicts._known[key] = None
+    proof.ensure(ARCH, GPU, [("loss", "tf32")], 4, 6)
+    assert fitting == [["loss"]]
+    verdicts._known.clear()
+    both = verdicts.read(key)
+    assert both is not None
+    assert sorted((s.k, s.n) for s in both.speeds) == [(4, 6), (1024, 6)]
+
+
 def test_each_gpu_is_a_machine_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Names with odd characters, MIG's among them; the current GPU may change."""
     names, current = ["Tësla \u2603 \udcff/..%", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"], [0]

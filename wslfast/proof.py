@@ -35,7 +35,7 @@ from .engine.verdicts import FAILED, FORMS, RIGHT, UNKNOWN, WRONG, Decision, Ver
 from .errors import check_device, check_positive, require, say_once
 
 LIMIT_S = 120.0
-HANG_S = 45.0  # what a form has to have had for its silence to be a hang, which is kept; a busy machine compiles slowly
+HANG_S = 45.0  # silence that is a hang, which is kept; a busy machine compiles slowly
 # not -m: modules of the folder that somebody happens to be in would be taken for the library's and torch's own
 COMMAND = (
     sys.executable, "-c",
@@ -160,10 +160,11 @@ def prove(
                 form = finding["form"]
                 if form not in left:
                     continue
+                since = time.monotonic()
                 if "verdict" in finding:
                     made[form] = finding["verdict"]
                 elif "begins" in finding:
-                    within, since = form, time.monotonic()
+                    within = form
                 else:
                     within = None
                     left.remove(form)
@@ -183,15 +184,15 @@ def prove(
 
 
 def _broken_off(earlier: Verdict | None, why: str, late: bool, seconds: float) -> Verdict:
-    """What to make of a form whose trial did not come to its end: what broke off in the timing is no kernel to run, however right it was. A
-    form whose time ran out before it had much of it may be as good as any."""
+    """What to make of a form whose trial did not come to its end, ``seconds`` after it last said something: what broke off in the timing is
+    no kernel to run, however right it was. A form whose time ran out before it had much of it may be as good as any."""
     if earlier is not None and earlier.status != RIGHT:
         return earlier
     if not late:
         return Verdict(FAILED, why)
     if earlier is not None and (earlier.speeds or seconds < HANG_S):
         return earlier
-    return Verdict(FAILED, why) if seconds >= HANG_S else Verdict(UNKNOWN, f"{why}, of which it had {seconds:.0f}")
+    return Verdict(FAILED, why) if seconds >= HANG_S else Verdict(UNKNOWN, f"{why}, nor silent for long")
 
 
 def doctor(

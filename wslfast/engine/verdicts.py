@@ -201,10 +201,10 @@ def folder() -> Path:
 
 
 def read(key: Key, again: bool = False) -> Verdict | None:
-    """The verdict of a key: the process's own, else the file's, which then counts for the process. None: there is none. ``again``: where
-    the process has none, another one may have written a file since."""
-    if key not in _known or (again and _known[key] is None):
-        _known[key] = _stored(key)
+    """The verdict of a key: the process's own, else the file's, which then counts for the process. None: there is none. ``again``: the
+    file's where there is one, as another process may have written it since."""
+    if again or key not in _known:
+        _known[key] = _stored(key) or _known.get(key)
     return _known[key]
 
 
