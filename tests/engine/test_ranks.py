@@ -270,3 +270,13 @@ def test_a_job_that_was_dealt_out_is_done_alone(monkeypatch: pytest.MonkeyPatch)
 def test_a_zoo_of_one_process_keeps_no_parts(root: Path) -> None:
     assert not (root / "zoo" / ".parts").exists()
     assert read_manifest(root / "zoo").rows > 0
+
+
+def test_a_process_that_does_not_see_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a batch system leaves it that gives every process a GPU of its own."""
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(WslfastError, match=r"process 1 of this node takes GPU 1, and sees 1; .*CUDA_VISIBLE_DEVICES"), joined("cuda"):
+        pass

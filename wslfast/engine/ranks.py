@@ -151,7 +151,9 @@ def joined(device: str | torch.device, *, patient: bool = False) -> Iterator[tup
         yield World(), check_device(device)
         return
     local = int(os.environ.get("LOCAL_RANK", "0"))
-    asked = str(device)
+    asked, gpus = str(device), torch.cuda.device_count() if torch.cuda.is_available() else 0
+    seen = f"device: process {local} of this node takes GPU {local}, and sees {gpus}; every process has to see all GPUs of its node"
+    require(asked != "cuda" or not gpus or local < gpus, f"{seen} (CUDA_VISIBLE_DEVICES), and there may be no more processes than GPUs")
     here = check_device(f"cuda:{local}" if asked == "cuda" else device)
     require(here.type != "cuda" or asked == "cuda", f"device: expected cuda (one GPU a process) or cpu under torchrun, got {asked!r}")
     if here.type == "cuda":
