@@ -258,6 +258,36 @@ def test_kernels_and_torch_are_timed_in_turns(monkeypatch: pytest.MonkeyPatch) -
     assert order[-trial.REPEATS * 3 :] == ["torch", "default", "pipelined"] * trial.REPEATS
 
 
+ASKS = """
+import json, sys, time
+from wslfast.proof import _Child
+child = _Child(json.loads(sys.argv[1]), json.loads(sys.argv[2]))
+print(child.process.pid, child.lines.get(), flush=True)  # the form has begun
+time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+def test_a_trial_ends_with_the_process_that_asked(gpu: Path) -> None:
+    """Killed, as by the end of its share of the time, it can end nobody; what comes next on that GPU would be timed beside the trial."""
+    job = {"architecture": ARCH.to_dict(), "device": "cpu", "precision": "tf32", "forms": ["loss"], "sizes": [], "limit_s": 600.0}
+    asks = [sys.executable, "-c", ASKS, json.dumps(command("hang")), json.dumps(job)]
+    with subprocess.Popen(asks, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        trial_pid = process.stdout.readline().split()[0]
+        process.kill()
+
+    def runs() -> bool:
+        stat = Path(f"/proc/{trial_pid}/stat")
+        return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+    for _ in range(1200):
+        if not runs():
+            break
+        time.sleep(0.1)
+    assert not runs()
+
+
 @pytest.mark.slow
 def test_the_kernels_themselves_in_the_interpreter(gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")

@@ -12,6 +12,7 @@ import os
 import signal
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -359,10 +360,19 @@ def _said(form: str, verdict: Verdict) -> dict[str, Any]:
     return {"form": form, "verdict": asdict(verdict)}
 
 
+def _end_with(parent: int) -> None:
+    """End this process soon after the one that started it: nobody wants its findings, and its GPU may be wanted."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(LOST)
+
+
 def serve(job: dict[str, Any]) -> None:
     """Do a job and print findings."""
     device_errors.on_trial()
-    if hasattr(signal, "alarm"):  # nobody may be left to end it: the process that asked can die, too
+    # nobody may be left to end it: the process that asked can die, too, and with a hang in a compiler no thread runs
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    if hasattr(signal, "alarm"):
         signal.alarm(math.ceil(job["limit_s"]) + 30)
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as findings:  # a line of somebody else's in the middle of ours would cost it
         os.dup2(2, 1)
