@@ -64,9 +64,13 @@ class _Child:
         )
         self.lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
+        # a job that a pipe does not hold is only written as it is read, if ever
+        threading.Thread(target=self._write, args=(json.dumps({**job, "path": path}) + "\n",), daemon=True).start()
+
+    def _write(self, job: str) -> None:
         assert self.process.stdin is not None
         with contextlib.suppress(OSError):
-            self.process.stdin.write(json.dumps({**job, "path": path}) + "\n")
+            self.process.stdin.write(job)
             self.process.stdin.close()
 
     def _read(self) -> None:

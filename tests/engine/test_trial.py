@@ -182,6 +182,16 @@ def test_what_it_started_does_not_keep_its_end_from_being_seen(gpu: Path) -> Non
         child.stop()
 
 
+def test_a_job_that_nobody_reads_holds_nobody_up() -> None:
+    """More than a pipe takes, for a process that hangs before it asks for it."""
+    child = proof._Child([sys.executable, "-c", "import time; time.sleep(600)"], {"architecture": "x" * (1 << 20)})
+    try:
+        with pytest.raises(TimeoutError):
+            list(child.findings(time.monotonic() + 0.1))
+    finally:
+        child.stop()
+
+
 def test_what_it_dies_of_after_its_work_is_nobodys(gpu: Path) -> None:
     """Libraries crash when a process ends."""
     found = _by(f"{WHOLE}; os.kill(os.getpid(), 11)")["loss"]
