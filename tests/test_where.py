@@ -21,6 +21,7 @@ codes/test_autoencoder.py            wslfast/codes/transformer
 codes/test_linear.py                 wslfast/codes/token_groups
 engine/test_paths.py                 wslfast/engine/choice wslfast/engine/module_path
 engine/test_ranks.py                 wslfast/zoo/parts
+engine/test_trial.py                 wslfast/engine/trial_process
 faults/test_backends.py              wslfast/engine/triton_path
 faults/test_fuzz.py                  wslfast/safe/state
 faults/test_memory.py                wslfast/engine/chunks wslfast/engine/memory

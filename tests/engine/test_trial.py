@@ -20,6 +20,7 @@ from proof_machine import ARCH, COMMAND, FLAT, GPU, command
 
 from wslfast import Architecture, proof
 from wslfast.engine import trial, triton_path, verdicts
+from wslfast.engine.trial_process import TrialProcess
 from wslfast.engine.verdicts import FAILED, RIGHT, UNKNOWN, WRONG, Speed, Verdict
 from wslfast.kernels.layers import Activation, Conv2d, Flatten, Linear, Pool2d
 
@@ -175,7 +176,7 @@ def test_what_a_trial_prints_is_no_finding(gpu: Path) -> None:
 
 def test_what_it_started_does_not_keep_its_end_from_being_seen(gpu: Path) -> None:
     """A compiler that outlives the trial holds its output open."""
-    child = proof._Child(_script(f"subprocess.Popen(['sleep', '20']); {WHOLE}"), {})
+    child = TrialProcess(_script(f"subprocess.Popen(['sleep', '20']); {WHOLE}"), {})
     try:
         assert len(list(child.findings(time.monotonic() + 15))) == 3  # and no TimeoutError
     finally:
@@ -184,7 +185,7 @@ def test_what_it_started_does_not_keep_its_end_from_being_seen(gpu: Path) -> Non
 
 def test_a_job_that_nobody_reads_holds_nobody_up() -> None:
     """More than a pipe takes, for a process that hangs before it asks for it."""
-    child = proof._Child([sys.executable, "-c", "import time; time.sleep(600)"], {"architecture": "x" * (1 << 20)})
+    child = TrialProcess([sys.executable, "-c", "import time; time.sleep(600)"], {"architecture": "x" * (1 << 20)})
     try:
         with pytest.raises(TimeoutError):
             list(child.findings(time.monotonic() + 0.1))
@@ -270,8 +271,8 @@ def test_kernels_and_torch_are_timed_in_turns(monkeypatch: pytest.MonkeyPatch) -
 
 ASKS = """
 import json, sys, time
-from wslfast.proof import _Child
-child = _Child(json.loads(sys.argv[1]), json.loads(sys.argv[2]))
+from wslfast.engine.trial_process import TrialProcess
+child = TrialProcess(json.loads(sys.argv[1]), json.loads(sys.argv[2]))
 print(child.process.pid, child.lines.get(), flush=True)  # the form has begun
 time.sleep(600)
 """
