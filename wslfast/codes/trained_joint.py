@@ -30,6 +30,7 @@ _SOLVED = 96  # images of a model whose Jacobian training holds
 _JUDGED = 256  # other images, a step, that the loss is taken on
 _BATCH = 4
 _LR = 3e-2
+_LEAST = 1e-5  # of t, as a share of the largest eigenvalue: what single precision can solve
 _CLOSENESS: dict[str, Any] = {"criterion": "distillation", "temperature": 1.0, "reduction": "none"}
 
 
@@ -158,11 +159,11 @@ def centered_slopes(slopes: Tensor, importance: Tensor) -> Tensor:
 
 
 def threshold_of(eigenvalues: Tensor, count: int) -> Tensor:
-    """t so that ``sum e / (e + t)`` is ``count`` (or half of the eigenvalues, where there are too few); differentiable. Without its
+    """t so that ``sum e / (e + t)`` is ``count``, or less where too few eigenvalues are larger than nothing; differentiable. Without its
     gradient, to let everything count more would seem to be worth something."""
     e = eigenvalues.detach()
     count = min(count, len(e) // 2)
-    low, high = e.max() * 1e-8, e.max() * len(e)
+    low, high = e.max() * _LEAST, e.max() * len(e)
     for _ in range(60):
         middle = (low * high).sqrt()
         many = (e / (e + middle)).sum() > count
