@@ -109,6 +109,7 @@ def test_shares_add_up_and_what_counts_more_everywhere_is_worth_nothing() -> Non
     assert abs(float(slope)) < 1e-2 * abs(float(alone))
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_of_other_models_on_other_images() -> None:
     """Of confident networks, whose answers matter at few images; the same run twice is the same network, and a code that has it decodes."""
     population, seen, fresh = models(40), images(96, 3), images(200, 8)

@@ -72,8 +72,9 @@ class Example(NamedTuple):
     """A training model: what its directions are chosen from, and what they are judged by."""
 
     outputs: Tensor  # [n, K], of what the first part decodes to
-    slopes: Tensor  # [n, K, numbers left open], in units of what is left open
-    missing: Tensor  # [numbers left open]: the original less the decoded, in the same units
+    slopes: Tensor  # [n * K, numbers left open], in units of what is left open
+    gram: Tensor  # [n * K, n * K]: slopes times their transpose
+    read: Tensor  # [n * K]: slopes times the original less the decoded, in the same units
     weights: Tensor  # [P], decoded by the first part
     left: list[Tensor]
 
@@ -141,21 +142,17 @@ def train_importance(
 
 
 def corrected(codec: JointCodec, example: Example, importance: Importance) -> Tensor:
-    """``[P]``: what the relaxed directions give back of the original's difference from the decoded network."""
-    n, k, width = example.slopes.shape
-    weighed = centered_slopes(example.slopes, importance(example.outputs)).reshape(n * k, width)
-    gram = weighed @ weighed.mT
+    """``[P]``: what the relaxed directions give back of the original's difference from the decoded network. Only matrices of the size of
+    all answers depend on the importance, so a step costs as much for a large network as for a small one."""
+    n, k = example.outputs.shape
+    eye = torch.eye(k, device=example.gram.device)[:, None].expand(k, n, k)
+    roots = centered(eye, importance(example.outputs)).transpose(0, 1)  # [n, K, K]: combinations of an image's answers
+    gram = torch.einsum("iab,ibjc,jdc->iajd", roots, example.gram.view(n, k, n, k), roots).reshape(n * k, n * k)
+    read = (roots @ example.read.view(n, k, 1)).reshape(n * k, 1)
     threshold = threshold_of(torch.linalg.eigvalsh(gram).clamp_min(0), codec.joint_size)
     system = gram + threshold * torch.eye(n * k, dtype=gram.dtype, device=gram.device)
-    kept = weighed.mT @ torch.cholesky_solve((weighed @ example.missing)[:, None], torch.linalg.cholesky(system))[:, 0]
-    return codec.unwhitened(kept, example.left)
-
-
-def centered_slopes(slopes: Tensor, importance: Tensor) -> Tensor:
-    """``[n, K, width]``: combinations of the slopes of an image's outputs by a root of ``diag(a) - a a^T / sum(a)``."""
-    k = slopes.shape[1]
-    eye = torch.eye(k, dtype=slopes.dtype, device=slopes.device)[:, None].expand(k, len(slopes), k)
-    return torch.einsum("mnk,nkw->nmw", centered(eye, importance), slopes)
+    found = torch.cholesky_solve(read, torch.linalg.cholesky(system)).view(n, k, 1)
+    return codec.unwhitened((roots.mT @ found).flatten() @ example.slopes, example.left)
 
 
 def threshold_of(eigenvalues: Tensor, count: int) -> Tensor:
@@ -180,6 +177,6 @@ def examples_of(codec: JointCodec, weights: Tensor, images: Tensor) -> list[Exam
         own = [part[j].float() for part in left]
         outputs, layers = codec.jacobian(start, images)
         slopes = codec.whitened(torch.cat([part.flatten(1) for part in layers], 1), own) / len(images) ** 0.5
-        missing = codec.missing(row - start, [part[j] for part in left])
-        out.append(Example(outputs, slopes.unflatten(0, (len(images), -1)), missing, start, own))
+        read = slopes @ codec.missing(row - start, [part[j] for part in left])
+        out.append(Example(outputs, slopes, slopes @ slopes.mT, read, start, own))
     return out
