@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from small_joint import ARCH, LAYERS, fitted, images, models
@@ -135,3 +137,9 @@ def test_training_lowers_the_loss_of_other_models_on_other_images() -> None:
 def test_what_does_not_fit_is_said() -> None:
     with pytest.raises(WslfastError, match="images: expected at least 8, got 5"):
         train_importance(fitted(), models(8), images(5))
+
+
+@pytest.mark.parametrize("importance", [lambda x: -x.softmax(1), torch.zeros_like, lambda x: x[:, 0], lambda x: x / 0, lambda x: None])
+def test_an_importance_that_is_none_is_said(importance: Callable[[Tensor], Tensor]) -> None:
+    with pytest.raises(WslfastError, match=r"importance: expected finite \[n, K\]"):
+        fitted(importance=importance)

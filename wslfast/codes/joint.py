@@ -83,6 +83,7 @@ class JointCodec:
         check_fitted(population, damping)
         require(isinstance(joint, float) and 0 < joint < 1, f"joint: expected a share between 0 and 1, got {joint!r}")
         require(isinstance(steps, int) and steps >= 0, f"steps: expected a non-negative integer, got {steps!r}")
+        require(importance is None or callable(importance), f"importance: expected a callable or None, got {describe(importance)}")
         budget = budget_of(latent, population.architecture.num_weights)
         first = budget - max(1, round(joint * budget))
         require(first > 0, f"latent: {budget} numbers a model leave none for the layers")
@@ -233,7 +234,7 @@ class JointCodec:
         def combinations(x: Tensor) -> Tensor:
             generator = torch.Generator().manual_seed(0)
             drawn = torch.randn(_DRAWN, *x.shape, generator=generator).to(x.device) / math.sqrt(_DRAWN * len(x))
-            return drawn if importance is None else centered(drawn, importance(x))
+            return drawn if importance is None else centered(drawn, _counted(importance, x))
 
         return self._slopes(weights, self.queries, combinations)[1]
 
@@ -284,6 +285,14 @@ def centered(vectors: Tensor, importance: Tensor) -> Tensor:
     share = importance / importance.sum(-1, keepdim=True)
     scaled = vectors * importance.sqrt()
     return scaled - share * scaled.sum(-1, keepdim=True)
+
+
+def _counted(importance: Importance, outputs: Tensor) -> Tensor:
+    counts = importance(outputs)
+    fits = isinstance(counts, Tensor) and counts.shape == outputs.shape and outputs.ndim == 2 and bool((counts >= 0).all())
+    expected = f"importance: expected finite [n, K] like the outputs {list(outputs.shape)}, none negative, none without any in a row"
+    require(fits and bool((counts.sum(1) > 0).all() & counts.isfinite().all()), lambda: f"{expected}, got {describe(counts)}")
+    return counts
 
 
 class _State(NamedTuple):
