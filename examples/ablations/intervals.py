@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from itertools import combinations
 from pathlib import Path
 
 import torch
@@ -82,6 +83,8 @@ def main() -> None:
         for metric in METRICS:
             change = "" if values is first else f"   less the first {interval(values[metric] - first[metric], drawn)}"
             print(f"  {metric:20}{interval(values[metric], drawn)}{change}")
+    for (one, of_one), (other, of_other) in combinations(list(found.items())[1:], 2):
+        print(f"agreement, {other} less {one}: {interval(of_other['agreement'] - of_one['agreement'], drawn)}")
 
 
 if __name__ == "__main__":
