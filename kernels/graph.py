@@ -225,6 +225,14 @@ class Graph:
             differs.append(any(r.startswith("@w:") or (r[1:].isdigit() and differs[int(r[1:])]) for r in node.references()))
         return tuple(differs)
 
+    def readers(self) -> dict[str, list[int]]:
+        """Nodes that read each value, by its reference, once for each time."""
+        found: dict[str, list[int]] = {}
+        for i, node in enumerate(self.nodes):
+            for reference in node.references():
+                found.setdefault(reference, []).append(i)
+        return found
+
     # -- JSON ----------------------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:

@@ -188,6 +188,11 @@ def layer_slots(layers: Layers) -> tuple[LayerSlots, ...]:
     return tuple(slots)
 
 
+def numbers_of(layers: Layers) -> int:
+    """Numbers in a row of weights."""
+    return max((slot.stop for pair in layer_slots(layers) for slot in (pair.weight, pair.bias) if slot is not None), default=0)
+
+
 def _window(size: int, kernel: int, stride: int, padding: int = 0, dilation: int = 1) -> int:
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 

@@ -28,10 +28,12 @@ from torch import Tensor
 
 from ..criteria import Named, share_of_loss
 from ..criteria import criterion as criterion_of
-from ..layers import Conv2d, Layers, Linear, Unplannable, layer_slots, shapes
+from ..layers import Conv2d, Layers, Linear, Unplannable, layer_slots, numbers_of, shapes
 from ..reference import per_model_queries
 from . import jobs
+from .half_pooling import HALVES
 from .memory import fresh_like, keep_freed_memory
+from .padded_channels import Wide, widened
 from .program import Program, compile_program
 from .queries import own_slab, shared_slabs
 from .rewrites import blocked, flattened, in_blocks, paired
@@ -105,6 +107,12 @@ def _compile(weights: Tensor, queries: Tensor, layers: Layers, indexed: bool = F
     return program, queries, own
 
 
+def _widened(queries: Tensor, layers: Layers, indexed: bool) -> Wide | None:
+    """The network with the channels that 16-bit convolutions want, where it has others."""
+    own = not indexed and per_model_queries(queries, layers)
+    return widened(layers, tuple(queries.shape[1 + own :])) if _dtype() in HALVES else None
+
+
 class _Call:
     """What holds for all groups and slabs of one call: the compiled network, its slabs of queries, and how models are grouped."""
 
@@ -117,7 +125,9 @@ class _Call:
         shape: tuple[int, int] | None = None,
         sizes: tuple[int, ...] | None = None,
     ) -> None:
-        self.program, self.queries, axis = _compile(weights, queries, layers, index is not None)
+        self.wide = _widened(queries, layers, index is not None)
+        inside = layers if self.wide is None else self.wide.layers
+        self.program, self.queries, axis = _compile(weights, queries, inside, index is not None)
         self.steps = self.program.steps[self.program.first :]
         self.own, self.index = axis or index is not None, index
         self.weights, self.dtype = weights.detach(), _dtype()
@@ -139,12 +149,21 @@ class _Call:
             self.slabs = [] if self.own else shared_slabs(self.queries, self.program, self.slab, self.dtype)
 
     def rows(self, group: int) -> Tensor:
-        """Weights ``[M, P]`` of a group, filled up with idle models of zeros."""
+        """Weights ``[M, P]`` of a group, filled up with idle models of zeros, as the compiled network has them."""
         rows = self.weights[group : group + self.models]
         filled = next(size for size in self.sizes if size >= rows.shape[0])
+        if self.wide is not None:
+            return self.wide.rows(rows, filled)
         if rows.shape[0] == filled:
             return rows
         return torch.cat((rows, rows.new_zeros(filled - rows.shape[0], rows.shape[1])))
+
+    def keep(self, grads: Tensor, gradient: Tensor) -> None:
+        """Write a group's gradients ``[M, P]`` to its rows ``[m, P]`` of the result."""
+        if self.wide is None:
+            gradient.copy_(grads[: len(gradient)])
+        else:
+            self.wide.narrowed(grads[: len(gradient)], gradient)
 
     def pack(self, rows: Tensor) -> list[Any]:
         """The weights of a group, a step each."""
@@ -225,13 +244,13 @@ class _Group:
     def all(self, losses: Tensor, gradient: Tensor) -> None:
         """Every slab in turn, into this group's rows ``[m]`` and ``[m, P]`` of the results."""
         real, filled = len(losses), len(self.rows)
-        grads = gradient if real == filled else torch.empty_like(self.rows)
+        grads = gradient if real == filled and self.call.wide is None else torch.empty_like(self.rows)
         total = self.rows.new_zeros(filled)
         for start in self.call.starts:
             total += self.add(start, grads, fresh=start == 0)
         losses.copy_(total[:real])
-        if real < filled:
-            gradient.copy_(grads[:real])
+        if grads is not gradient:
+            self.call.keep(grads, gradient)
 
 
 def _loss_and_gradient(call: _Call, targets: Tensor, criterion: Named, temperature: float) -> tuple[Tensor, Tensor]:
@@ -278,7 +297,7 @@ def _loss_and_gradient(call: _Call, targets: Tensor, criterion: Named, temperatu
         for group, (loss, grads) in zip(made, total, strict=True):
             real = len(group.targets)
             losses[group.start : group.start + real] = loss[:real]
-            gradient[group.start : group.start + real] = grads[:real]
+            call.keep(grads, gradient[group.start : group.start + real])
     return losses, gradient
 
 
@@ -309,7 +328,7 @@ def _smaller_groups(layers: Layers, image: tuple[int, ...], own: bool, n: int, d
     each shape; small networks, where few numbers could agree by chance, are filled.
     """
     slots = [slot for pair in layer_slots(layers) for slot in (pair.weight, pair.bias) if slot is not None]
-    parameters = sum(slot.size for slot in slots)
+    parameters = numbers_of(layers)
     models, slab = group_shape(layers, image)
     if parameters < 1000:
         return ()

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ..layers import Activation, Conv2d, Dropout, Layers, Linear, Pool2d, Slot, shapes
+from .convolutions import convolution, convolution_backward
 from .products import LANES
 from .program import Program
 from .steps import (
@@ -41,8 +42,6 @@ from .steps import (
     backward_through,
     bias_gradient,
     block,
-    convolution,
-    convolution_backward,
     forward_through,
     needs_sixteen,
     put,

@@ -63,10 +63,7 @@ class _Compiler:
         self.place: dict[str, int] = {QUERY: 0}
         self.moved: dict[tuple[str, Layout], int] = {}
         self.size = 1
-        self.users: dict[str, list[int]] = {}
-        for i, node in enumerate(graph.nodes):
-            for r in node.references():
-                self.users.setdefault(r, []).append(i)
+        self.users = graph.readers()
         for slot in graph.slots:
             self._new(f"@w:{slot.name}", Layout.MODELS)
         for constant in graph.constants:

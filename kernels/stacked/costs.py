@@ -32,6 +32,7 @@ FILL = 16  # queries: every model's numbers then begin on 64 bytes
 _NUMBER, _OPERATION, _CALL = 1.2e-9, 1.2e-11, 30e-6  # seconds of a core: for a number that is made, an operation in a product, a call
 _WORTH = 5  # times as much in its numbers as in its calls, which hold Python's lock: from there on a group is worth a thread of its own
 _SHARED = 350_000_000  # operations of a call, with little else than products: below, MKL shares them out sooner than groups begin
+_LITTLE = 0.6  # of the products' time
 
 
 @lru_cache(maxsize=256)
@@ -100,5 +101,5 @@ def least_worth(graph: Graph, n: int) -> int:
     """
     numbers, products = n * sizes(graph)[0] * _NUMBER, operations(graph, 1, n) * _OPERATION
     worth = _WORTH * _CALL * len(graph.nodes) / (numbers + products)
-    few = _SHARED / max(1, operations(graph, 1, n)) / 2 if 5 * numbers < products and sizes(graph)[1] == 0 else 0
+    few = _SHARED / max(1, operations(graph, 1, n)) / 2 if numbers < _LITTLE * products and sizes(graph)[1] == 0 else 0
     return max(2, min(_MODELS, math.ceil(max(worth, few))))

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..cpu.convolutions import crosses
 from ..cpu.steps import as_channels_last
 from .calls import Call, Layout, Values
 from .layouts import behind, everyone, mapped, repeated
@@ -159,7 +160,7 @@ def convolution(call: Call, a: Values, models: int) -> Tensor:
     weight, bias = _own_kernels(call, a, models)
     if x.ndim == 4 and call.aligned:
         x = _channels_last(x)
-    return call.operation.invoke({**a, "input": x, "weight": weight, "bias": bias, "groups": groups if shared else groups * models})
+    return _apart(call, {**a, "input": x, "weight": weight, "bias": bias, "groups": groups if shared else groups * models})
 
 
 def transposed(call: Call, a: Values, models: int) -> Tensor:
@@ -170,7 +171,20 @@ def transposed(call: Call, a: Values, models: int) -> Tensor:
     if call.layouts["input"] is Layout.SHARED:
         x = repeated(x, models)
     weight, bias = _own_kernels(call, a, models)
-    return call.operation.invoke({**a, "input": x, "weight": weight, "bias": bias, "groups": groups * models})
+    return _apart(call, {**a, "input": x, "weight": weight, "bias": bias, "groups": groups * models})
+
+
+def _apart(call: Call, a: Values) -> Tensor:
+    """A convolution with models among its groups: in float32 where autocast would have it, or its gradient, read a neighbor's channel."""
+    x, weight, groups = a["input"], a["weight"], a["groups"]
+    if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+        if any(crosses(dtype, channels, groups) for channels in (weight.shape[0] // groups, weight.shape[1])):
+            with torch.autocast("cpu", enabled=False):
+                operands = {name: None if a[name] is None else a[name].float() for name in ("input", "weight", "bias")}
+                made: Tensor = call.operation.invoke({**a, **operands})
+            return made.to(dtype)
+    return call.operation.invoke(a)  # type: ignore[no-any-return]
 
 
 # -- norms -------------------------------------------------------------------------------------------------------------

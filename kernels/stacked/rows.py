@@ -134,7 +134,7 @@ def _ahead(weight: Tensor, bias: Tensor | None, factor: Tensor, shift: Tensor, g
     """Weights and bias of a layer that reads factor * x + shift: w (f x + s) = (w f) x + w s."""
     apart = _by_channel(weight, factor, groups)
     batch, _, channels, _ = apart.shape
-    moved = torch.bmm(apart.sum(3), shift.reshape(batch, channels, 1)).view(weight.shape[:2])
+    moved = (apart.sum(3) * shift.reshape(batch, 1, channels)).sum(2).view(weight.shape[:2])  # a product's bits could depend on how many
     return (apart * factor.reshape(batch, 1, channels, 1)).view_as(weight), moved if bias is None else bias + moved
 
 
@@ -144,5 +144,5 @@ def _ahead_slopes(g: Tensor, of_bias: Tensor, weight: Tensor, factor: Tensor, sh
     batch, _, channels, _ = apart.shape
     of_bias = of_bias.reshape(batch, -1)
     made = torch.addcmul(of_bias[:, :, None, None] * shift.view(batch, 1, channels, 1), slope, factor.view(batch, 1, channels, 1))
-    of_shift = torch.bmm(of_bias.unsqueeze(1), apart.sum(3))
+    of_shift = (of_bias.unsqueeze(2) * apart.sum(3)).sum(1)
     return made.view_as(weight), (slope * apart).sum(3).sum(1).view_as(factor), of_shift.view_as(shift)

@@ -17,7 +17,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-_convolution = torch.ops.aten.convolution.default
+from ..cpu.convolutions import convolution
+
 Phases = Sequence[tuple[int, int]]  # stride and padding of each axis
 
 
@@ -55,7 +56,7 @@ def sub_pixels(x: Tensor, weight: Tensor, phases: Phases, sizes: Sequence[int]) 
         after = windows - 1 - least - (have - 1)
         around.append(max(most, after, 0))
         cut.append((around[-1] - most, windows))
-    y = _convolution(x, kernels, None, [1, 1], around, [1, 1], False, [0, 0], models)
+    y = convolution(x, kernels, None, [1, 1], around, [1, 1], False, [0, 0], models)
     (top, rows), (left, columns) = cut
     y = y[:, :, top : top + rows, left : left + columns].permute(0, 2, 3, 1).reshape(-1, rows, columns, models, sh, sw, out)
     y = y.permute(0, 1, 4, 2, 5, 3, 6).reshape(-1, rows * sh, columns * sw, models * out)

@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cpu.convolutions import convolution, convolution_backward
 from ..cpu.products import LANES
 from ..cpu.steps import bias_gradient
 from .calls import Call, Layout, Values
 from .layouts import repeated
 from .rules import Gradients, Maker, Rule
 from .sub_pixels import sub_pixels
-
-_aten = torch.ops.aten
 
 
 class Transposed:
@@ -39,7 +38,7 @@ class Transposed:
         if self.phases is not None:
             return _with_bias(sub_pixels(x, weight, self.phases, sizes), a.get("bias")), (x, kernels, weight.shape)
         like = _last(x.new_empty(x.shape[0], models * self.groups * weight.shape[2], *sizes))
-        y = _aten.convolution_backward(x, like, kernels, None, *self._as_convolution(models), [True, False, False])[0]
+        y = convolution_backward(x, like, kernels, None, *self._as_convolution(models), [True, False, False])[0]
         return _with_bias(y, a.get("bias")), (x, kernels, weight.shape)
 
     def backward(self, g: Tensor, saved: Any, models: int) -> Gradients:
@@ -47,9 +46,9 @@ class Transposed:
         g = _last(g)
         made = _bias(g, self.wanted, models)
         if "input" in self.wanted:
-            made["input"] = _aten.convolution(g, kernels, None, *self._as_convolution(models))
+            made["input"] = convolution(g, kernels, None, *self._as_convolution(models))
         if "weight" in self.wanted:
-            slope = _aten.convolution_backward(x, g, kernels, None, *self._as_convolution(models), [False, True, False])[1]
+            slope = convolution_backward(x, g, kernels, None, *self._as_convolution(models), [False, True, False])[1]
             made["weight"] = slope.reshape(shape)
         return made
 

@@ -9,18 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..chains import chain_of
-from ..graph import QUERY, Graph
+from ..graph import Graph
 from ..layers import Dropout, Flatten, Layer, Layers, Linear, Pool2d, Unplannable, layer_slots, shapes
-from ..reference import value_shapes
-from ..stacked.rows import rows_of
-from ..stacked.segments import Segment, segments
+from ..stacked.folded_chain import folded_rows, whole_segment
 from .schedule import schedule
 
 Rows = Callable[[Tensor], Tensor]
@@ -42,10 +40,13 @@ class Chain:
 @lru_cache(maxsize=256)
 def chain(graph: Graph) -> Chain:
     """The chain of a graph. Raises Unplannable naming what the kernels do not know."""
-    layers, rows = chain_of(graph), None
+    layers = chain_of(graph)
+    rows: Rows | None = None
     if not layers:
-        segment = _whole(graph)
-        layers, rows = segment.layers, _segment_rows(graph, segment)
+        segment = whole_segment(graph)
+        if segment is None:
+            raise Unplannable("it is not a chain of convolutions, norms, activations, poolings and linear layers from the query to the end")
+        layers, rows = segment.layers, partial(folded_rows, graph=graph, segment=segment)
     try:
         schedule(layers, graph.input_shape)
     except Unplannable:
@@ -57,30 +58,6 @@ def chain(graph: Graph) -> Chain:
         first = rows
         rows = averaged if first is None else lambda weights: averaged(first(weights))
     return Chain(layers, rows)
-
-
-def _whole(graph: Graph) -> Segment:
-    """The one segment that is the whole graph."""
-    users: dict[str, list[int]] = {}
-    for i, node in enumerate(graph.nodes):
-        for _, value in node.arguments:
-            for reference in value if isinstance(value, (tuple, list)) else (value,):
-                if isinstance(reference, str) and reference.startswith("@"):
-                    users.setdefault(reference, []).append(i)
-    found = segments(graph, value_shapes(graph), users)
-    last = f"@{len(graph.nodes) - 1}"
-    whole = len(found) == 1 and len(found[0].nodes) == len(graph.nodes) and graph.output == last
-    if not whole or found[0].input != QUERY or any(found[0].lifted):
-        raise Unplannable("it is not a chain of convolutions, norms, activations, poolings and linear layers from the query to the end")
-    return found[0]
-
-
-def _segment_rows(graph: Graph, segment: Segment) -> Rows:
-    def rows(weights: Tensor) -> Tensor:
-        values = {f"@w:{s.name}": weights[:, s.offset : s.stop].view(len(weights), *s.shape) for s in graph.slots}
-        return rows_of(segment, values)
-
-    return rows
 
 
 def _without_averages(layers: Layers, input_shape: tuple[int, ...]) -> tuple[Layers, Rows] | None:

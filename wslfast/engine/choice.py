@@ -14,6 +14,7 @@ from ..architecture import Architecture
 from ..errors import WslfastError, say_once
 from ..kernels.cpu import engine as cpu
 from ..kernels.layers import Conv2d, Unplannable
+from ..kernels.stacked import folded_chain
 from ..kernels.triton import devices
 from ..kernels.triton.folding import chain
 from . import triton_path, verdicts
@@ -61,11 +62,18 @@ def choose(
     if architecture.graph is None:
         return Module(architecture, f"run as a module, with each model's weights in place of its own, as {architecture.reason}")
     convolved = any(isinstance(layer, Conv2d) for layer in architecture.layers)
+    if device == "cpu" and backend == "auto" and dtype == torch.float32 and _folds(architecture):
+        return Cpu(architecture, "norms folded into weights, hand-written forward and backward, no graph over models")
     if device != "cpu" or not architecture.planned or (backend == "auto" and dtype == torch.float32 and not convolved):
         return Stacked(architecture, "many models in one torch call per operation")
     if backend == "auto" and dtype == torch.float32 and _cpu_plans(architecture):
         return Cpu(architecture, "hand-written forward and backward, no graph over models")
     return Loop(architecture, "one model after another, channels-last" if not autocast else "one model after another, under autocast")
+
+
+def _folds(architecture: Architecture) -> bool:
+    """Whether the CPU engine runs it once its norms are folded in."""
+    return not architecture.planned and architecture.graph is not None and folded_chain.supports(architecture.graph)
 
 
 @lru_cache(maxsize=64)

@@ -20,6 +20,7 @@ from ..kernels.cpu import engine as cpu
 from ..kernels.cpu.memory import fresh_like
 from ..kernels.criteria import Named, share_of_loss
 from ..kernels.graph import Graph
+from ..kernels.stacked import folded_chain
 from ..profiling import region
 from .chunks import in_chunks, is_shortage
 from .memory import memory_budget, models_per_chunk, stacks_well
@@ -220,8 +221,8 @@ class Stacked:
 
 @dataclass(frozen=True)
 class Cpu:
-    """Plain chains in float32 on the CPU: the hand-written engine. Where a graph over models is asked for, torch's own calls: stacked, or
-    of one model after another where each is large enough to keep the processor busy."""
+    """Chains in float32 on the CPU, plain or with norms folded in: the hand-written engine. Where a graph over models is asked for,
+    torch's own calls: stacked, or of one model after another where each is plain and large enough to keep the processor busy."""
 
     architecture: Architecture
     reason: str
@@ -230,12 +231,24 @@ class Cpu:
     def forward(self, weights: Tensor, queries: Tensor, graph: bool) -> Tensor:
         if graph:
             n = queries.shape[int(per_model(queries, self.architecture))]
-            kind = Stacked if stacks_well(self.architecture, n) else Loop
+            kind = Stacked if self._folded or stacks_well(self.architecture, n) else Loop
             return kind(self.architecture, self.reason).forward(weights, queries, graph)
-        outputs = cpu.forward(weights, queries, self.architecture.layers)
+        folded = self._folded
+        if folded is None:
+            outputs = cpu.forward(weights, queries, self.architecture.layers)
+        else:
+            outputs = folded_chain.forward(weights, queries, folded)
         return outputs.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else outputs
 
     def loss_and_gradient(
         self, weights: Tensor, queries: Tensor, targets: Tensor, criterion: Named, temperature: float, index: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        return cpu.loss_and_gradient(weights, queries, targets, self.architecture.layers, criterion, temperature, index)
+        folded = self._folded
+        if folded is None:
+            return cpu.loss_and_gradient(weights, queries, targets, self.architecture.layers, criterion, temperature, index)
+        return folded_chain.loss_and_gradient(weights, queries, targets, folded, criterion, temperature, index)
+
+    @property
+    def _folded(self) -> Graph | None:
+        """The graph whose norms are to be folded; None for a plain chain."""
+        return None if self.architecture.planned else self.architecture.graph

@@ -38,5 +38,17 @@ def test_more_work_makes_smaller_groups_worth_a_thread() -> None:
         _graph(nn.Linear(64, 800), nn.Tanh(), nn.Linear(800, 800), nn.Tanh()),
     )
     assert costs.least_worth(wide, 512) < costs.least_worth(wide, 1) < costs.least_worth(narrow, 64)
-    deep = _graph(*(layer for _ in range(20) for layer in (nn.Linear(64, 64), nn.Tanh())))
-    assert costs.least_worth(deep, 64) >= costs.least_worth(_graph(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh()), 64)
+    two, twenty = (
+        _graph(*(layer for _ in range(layers) for layer in (nn.Linear(64, 64), *(nn.Tanh() for _ in range(9))))) for layers in (2, 20)
+    )
+    assert costs.least_worth(twenty, 64) >= costs.least_worth(two, 64)
+
+
+def test_a_small_call_of_products_is_worth_no_thread() -> None:
+    """MKL shares it out sooner than groups begin; not one with as much elsewhere, nor one whose groups take long."""
+    products = _graph(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256))
+    few = costs.least_worth(products, 8)
+    assert 2 * few * costs.operations(products, 1, 8) >= costs._SHARED
+    assert costs.least_worth(products, 1024) < few
+    elsewhere = _graph(nn.Linear(64, 256), nn.GELU(), nn.Tanh(), nn.Tanh(), nn.Linear(256, 8))
+    assert 2 * costs.least_worth(elsewhere, 128) * costs.operations(elsewhere, 1, 128) < costs._SHARED
