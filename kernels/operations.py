@@ -21,14 +21,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from .graph import DTYPES, INFINITE, Argument, Arguments, Graph, Node, is_size
+from .graph import DTYPES, INFINITE, QUERY, Argument, Arguments, Graph, Node, is_size
 
 _LARGEST = (1 << 31) - 1
 
@@ -312,6 +312,13 @@ def check_graph(graph: Graph, training: bool = False) -> Graph:
     if graph.training.graph is not None:
         check_graph(graph.training.graph, training=True)
     return graph
+
+
+@lru_cache(maxsize=256)
+def reads_integers(graph: Graph) -> bool:
+    """Whether a graph reads nothing of the queries but whole numbers, the indices of a table."""
+    reading = [node for node in graph.nodes if QUERY in node.references() and TABLE[node.operation].form != "create"]
+    return bool(reading) and all(node.operation == "to.dtype" and node.argument("dtype") == "int64" for node in reading)
 
 
 def training_graph(graph: Graph) -> Graph:

@@ -65,7 +65,7 @@ test_behavior.py                     kernels/criteria wslfast/testing
 test_hub.py                          wslfast/page/card
 test_proof.py                        wslfast/engine/trial wslfast/engine/verdicts
 test_silent_values.py                wslfast/engine/transforms
-tracing/test_tracing.py              wslfast/tracing/convert wslfast/tracing/graph wslfast/tracing/module wslfast/tracing/simplify
+tracing/test_tracing.py              wslfast/tracing/convert wslfast/tracing/graph wslfast/tracing/simplify
                                      wslfast/tracing/spelling
 training/test_query_sets.py          wslfast/queries/images wslfast/queries/stored wslfast/queries/synthetic
 training/test_trainer.py             wslfast/training/checkpoint wslfast/training/config wslfast/training/descent wslfast/training/loop

@@ -218,7 +218,7 @@ class Architecture:
         """
         require(isinstance(module, nn.Module), f"module: expected a torch.nn.Module, got {type(module).__name__}")
         shape = _input_shape(input_shape)
-        template = tracing.prepared(module, name or type(module).__name__, output)
+        template = tracing.prepared(module, name or type(module).__name__, shape, output)
         return cls._of_template(template, shape, name or type(tracing.innermost(template)).__name__)
 
     @classmethod

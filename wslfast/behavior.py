@@ -16,11 +16,13 @@ from . import engine, operators
 from .architecture import Architecture
 from .errors import WslfastError, describe, require
 from .kernels.criteria import CRITERIA, TABLE, criterion_values
+from .kernels.operations import reads_integers
 from .nan_policy import NAN_POLICIES, REDUCTIONS, bad_models, check_models, reduce
 from .population import Population, stack
 from .tokens import num_tokens
 
 _COMPUTED = (torch.float32, torch.float64)
+_INDICES = (torch.int64, torch.int32)  # of queries that a network reads as indices
 Weights = Union[Tensor, Mapping[str, Tensor], Population]
 
 
@@ -30,7 +32,7 @@ def batched_forward(weights: Weights, queries: Tensor, architecture: Architectur
     Args:
         weights: ``[k, P]`` rows of weights, ``[k, T, D]`` tokens, ``{name: [k, *shape]}``, or a Population.
         queries: ``[n, *architecture.input_shape]`` shared by all models, or ``[k, n, *architecture.input_shape]``, each model's own; any
-            strides.
+            strides. Floating, or integers where the network reads nothing else of them (an embedding of tokens).
         architecture: what every model is.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
 
@@ -212,7 +214,8 @@ def _queries(queries: Any, architecture: Architecture, rows: Tensor) -> Tensor:
         came = f"queries: expected floating [n, {sizes}] or [{len(rows)}, n, {sizes}] for architecture {architecture.name!r}"
         return f"{came} with n >= 1, got {describe(queries)}"
 
-    require(isinstance(queries, Tensor) and queries.is_floating_point(), expected)
+    integers = getattr(queries, "dtype", None) in _INDICES and architecture.graph is not None and reads_integers(architecture.graph)
+    require(isinstance(queries, Tensor) and (queries.is_floating_point() or integers), expected)
     own_queries = queries.ndim == len(shape) + 2
     fits = tuple(queries.shape[1 + own_queries :]) == shape and queries.ndim in (len(shape) + 1, len(shape) + 2)
     require(fits and queries.shape[int(own_queries)] > 0 and (not own_queries or queries.shape[0] == rows.shape[0]), expected)

@@ -106,7 +106,9 @@ class Population:
             constants = architecture.constants
             expected = architecture.slots.keys() | architecture.aliases.keys() | constants.keys()
             extra = [key for key in state if key not in expected and not str(key).endswith("num_batches_tracked")]
-            require(not extra, f"state_dicts[{j}]: unknown keys {extra[:5]}; expected {list(architecture.slots)[:5]} ...")
+            remedy = "; of this parametrisation a state dict alone does not tell the weights: load it, and use Population.from_modules"
+            said = remedy if any("parametrizations." in str(key) for key in extra) else ""
+            require(not extra, f"state_dicts[{j}]: unknown keys {extra[:5]}; expected {list(architecture.slots)[:5]} ...{said}")
             for key in constants.keys() & state.keys():
                 same = isinstance(state[key], Tensor) and torch.equal(state[key].cpu(), constants[key])
                 require(same, f"state_dicts[{j}][{key!r}]: expected the architecture's own values, which all models share, got others")
@@ -151,7 +153,7 @@ class Population:
         for j, module in enumerate(modules):
             require(isinstance(module, nn.Module), f"modules[{j}]: expected a torch.nn.Module, got {describe(module)}")
         architecture = Architecture.from_module(modules[0], input_shape, name, output=output)
-        plain = [prepared(module, f"modules[{j}]", output) for j, module in enumerate(modules)]
+        plain = [prepared(module, f"modules[{j}]", architecture.input_shape, output) for j, module in enumerate(modules)]
         states = [module.state_dict() for module in plain]
         try:
             population = cls.from_state_dicts(architecture, states, properties)

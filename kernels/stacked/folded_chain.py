@@ -19,7 +19,7 @@ from ..cpu import jobs
 from ..cpu.memory import fresh_like
 from ..criteria import Named
 from ..graph import QUERY, Graph
-from ..layers import Conv2d, Linear, numbers_of
+from ..layers import Affine, Conv2d, Linear, numbers_of
 from ..reference import value_shapes
 from .rows import Rows, rows_of
 from .segments import Segment, segments
@@ -43,8 +43,9 @@ def supports(graph: Graph) -> bool:
     segment = whole_segment(graph)
     if segment is None or not segment.flat:
         return False
-    first = next((layer for layer in segment.layers if isinstance(layer, (Conv2d, Linear))), None)
-    if not isinstance(first, Conv2d) or first.groups > 1:  # which the engine runs on a copy of the queries for each model
+    first = next((layer for layer in segment.layers if isinstance(layer, (Affine, Conv2d, Linear))), None)
+    # one with groups the engine runs on a copy of the queries for each model, and a norm of queries makes them each model's own
+    if not isinstance(first, Conv2d) or first.groups > 1:
         return False
     weights, query = torch.zeros(1, 1), torch.zeros(1, *graph.input_shape)
     return cpu.supports(weights, query, segment.layers)

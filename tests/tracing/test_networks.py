@@ -79,7 +79,7 @@ def test_network(name: str) -> None:
     module = made(make, shape)
     arch = Architecture.from_module(module, shape, output=PARTS.get(name))
     assert arch.graph is not None, arch.reason
-    twin = prepared(module, name, PARTS.get(name))  # weights where parametrisations were, one tensor for an answer
+    twin = prepared(module, name, shape, PARTS.get(name))  # weights where parametrisations were, one tensor for an answer
     weights = rows_near(twin, arch, K, spread=0.1)
     check_public(twin, arch, queries_like(twin, arch, N), weights)
     check_public(twin, arch, queries_like(twin, arch, K, N), weights)

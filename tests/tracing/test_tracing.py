@@ -329,6 +329,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "classes, not logits": (lambda: Written(lambda m, x: m.out(x).argmax(-1)), "expected floating outputs"),
     "one answer for all": (lambda: Written(lambda m, x: m.out(x).mean()), "expected floating outputs"),
     "another input": (lambda: nn.Linear(7, 3), r"cannot run on \[n, 6\]"),
+    "two inputs": (lambda: nn.Bilinear(6, 6, 3), r"cannot run on \[n, 6\]: .*missing 1 required positional argument"),
     "lazy": (lambda: nn.LazyLinear(3), "parameters without a shape .* run it once"),
     "scripted": (lambda: torch.jit.script(nn.Linear(6, 3)), "TorchScript module, whose code cannot be read"),
     "nothing to learn": (lambda: nn.ReLU(), "it has no parameters"),

@@ -109,26 +109,42 @@ def _inner(module: nn.Module) -> nn.Module | None:
     return compiled if isinstance(compiled, nn.Module) else None
 
 
-class _Output(nn.Module):
-    """A module that returns one part of what another module returns, with the same parameters under the same names."""
+class _Around(nn.Module):
+    """A module around another one, with the same parameters under the same names."""
 
-    def __init__(self, module: nn.Module, part: str | int) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self._inner, self.part = [module], part  # in a list, so that no name is put before those of its parameters
+        self._inner = [module]  # in a list, so that no name is put before those of its parameters
         self._modules, self._parameters, self._buffers = module._modules, module._parameters, module._buffers
         self._non_persistent_buffers_set = module._non_persistent_buffers_set
+
+
+class _Indices(_Around):
+    """A module that reads whole numbers, of queries that are floating as all queries of a population are."""
+
+    def forward(self, x: Tensor) -> Any:
+        return self._inner[0](x.long())
+
+
+class _Output(_Around):
+    """A module that returns one part of what another module returns."""
+
+    def __init__(self, module: nn.Module, part: str | int) -> None:
+        super().__init__(module)
+        self.part = part
 
     def forward(self, x: Tensor) -> Any:
         answer = self._inner[0](x)
         return getattr(answer, self.part) if isinstance(self.part, str) and not isinstance(answer, dict) else answer[self.part]
 
 
-def prepared(module: nn.Module, name: str, output: str | int | None = None) -> nn.Module:
+def prepared(module: nn.Module, name: str, input_shape: tuple[int, ...], output: str | int | None = None) -> nn.Module:
     """A copy of a module as populations run it: wrappers, parametrisations and pruning off, on the CPU, in float32 and evaluation mode.
 
     Args:
         module: in any mode, on any device, in any dtype.
         name: for errors.
+        input_shape: of one query. A module that takes integers alone (an embedding of tokens) is handed queries as such.
         output: which part of the answer counts, for a module that returns a tuple or a dict.
 
     Raises:
@@ -148,9 +164,23 @@ def prepared(module: nn.Module, name: str, output: str | int | None = None) -> n
         raise
     except Exception as error:
         raise WslfastError(f"architecture {name!r}: the module cannot be copied: {first_line(error)}") from error
+    parametrised = _parametrised(module)
+    plain = _Indices(plain).eval() if _wants_integers(plain, input_shape) else plain
     made = plain if output is None else _Output(plain, output).eval()
-    made.parametrised = _parametrised(module)  # type: ignore[assignment]
+    made.parametrised = parametrised  # type: ignore[assignment]
     return made
+
+
+def _wants_integers(module: nn.Module, input_shape: tuple[int, ...]) -> bool:
+    """Whether a module runs on whole numbers as torch counts them, and on no floating ones."""
+    with plainly():
+        for dtype in (torch.float32, torch.int64):
+            try:
+                module(torch.zeros(2, *input_shape, dtype=dtype, device="cpu"))
+            except Exception:  # of any kind: what is wrong with it is said when it is checked
+                continue
+            return dtype == torch.int64
+    return False
 
 
 def _parametrised(module: nn.Module) -> str:
@@ -192,14 +222,14 @@ def queries_for(module: nn.Module, n: int, input_shape: tuple[int, ...], dtype: 
     try:
         with plainly():
             module(queries.float().clone())
-    except (IndexError, RuntimeError):
+    except Exception:  # of any kind: what is wrong with it is said when it is checked
         return torch.randint(0, 2, (n, *input_shape), generator=generator, device="cpu").to(dtype)
     return queries
 
 
 def innermost(module: nn.Module) -> nn.Module:
-    """The module without the wrappers that :func:`prepared` put around it to select one part of its answer."""
-    return innermost(module._inner[0]) if isinstance(module, _Output) else module
+    """The module without the wrappers that :func:`prepared` put around it."""
+    return innermost(module._inner[0]) if isinstance(module, _Around) else module
 
 
 def output_of(module: nn.Module | None) -> str | int | None:

@@ -78,7 +78,8 @@ class GraphModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         values = [_at(self, slot.name).reshape(-1) for slot in self._graph.slots]
-        return run_graph(torch.cat(values), x, self._graph)
+        weights = torch.cat(values)
+        return run_graph(weights, x if x.is_floating_point() else x.to(weights.dtype), self._graph)
 
 
 def owner_of(module: nn.Module, key: str) -> tuple[nn.Module, str]:

@@ -143,8 +143,10 @@ def test_what_is_no_such_chain_is_left_to_the_stacked_engine(name: str) -> None:
     assert engine.choose(arch, "cpu", torch.float32).name == "stacked"
 
 
-def test_groups_in_the_first_layer_are_left_to_the_stacked_engine() -> None:
-    module = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 3)).eval()
+@pytest.mark.parametrize("first", [(nn.Conv2d(4, 4, 3, groups=2), nn.BatchNorm2d(4)), (nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, 1, 1))])
+def test_groups_and_norms_of_the_queries_are_left_to_the_stacked_engine(first: tuple[nn.Module, ...]) -> None:
+    module = nn.Sequential(*first, nn.MaxPool2d(2), nn.Flatten(), nn.LazyLinear(3)).eval()
+    module(torch.zeros(1, 4, 6, 6))
     graph = Architecture.from_module(module, (4, 6, 6)).graph
     assert graph is not None
     assert folded_chain.whole_segment(graph) is not None

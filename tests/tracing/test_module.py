@@ -1,0 +1,85 @@
+"""Modules as they are handed over: those that take integers alone, and those whose weights a state dict does not tell."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import wslfast
+from wslfast import Architecture, Population, batched_behavioral_loss, batched_forward
+
+TOKENS, WORDS = 5, 11
+
+
+class Tagger(nn.Module):
+    """Answers with a dict, of tokens that are an index and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.rnn, self.head = nn.Embedding(WORDS, 4), nn.GRU(4, 6, batch_first=True), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.head(self.rnn(self.table(x))[0][:, -1])}
+
+
+def bag() -> nn.Module:
+    return nn.Sequential(nn.Embedding(WORDS, 4), nn.Flatten(), nn.Linear(4 * TOKENS, 3))
+
+
+CASES = {"a table first": (bag, None), "a part of the answer": (Tagger, "logits")}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
+def test_modules_that_take_integers_are_handed_integers(name: str, own: bool) -> None:
+    make, output = CASES[name]
+    torch.manual_seed(0)
+    modules = [make() for _ in range(3)]
+    population = Population.from_modules(modules, (TOKENS,), output=output)
+    arch = population.architecture
+    assert arch.graph is not None, arch.reason
+    queries = torch.randint(WORDS, (*((3,) if own else ()), 7, TOKENS))
+    with torch.no_grad():
+        answers = [m.eval()(queries[j] if own else queries) for j, m in enumerate(modules)]
+    expected = torch.stack([a[output] if output else a for a in answers])
+    for given in (queries, queries.int(), queries.float()):
+        assert torch.allclose(batched_forward(population.weights, given, arch), expected, atol=1e-6)
+    weights = population.weights.clone().requires_grad_()
+    loss = batched_behavioral_loss(weights, None, queries, arch, targets=expected + 1)
+    (gradient,) = torch.autograd.grad(loss, weights)
+    assert gradient.count_nonzero() > 0
+    for j, module in enumerate(modules):
+        rebuilt = population.module(j)
+        assert torch.allclose(rebuilt(queries[j] if own else queries), expected[j], atol=1e-6)
+        loaded = module.load_state_dict(rebuilt.state_dict())
+        assert not loaded.missing_keys
+
+
+def test_a_zoo_of_such_modules_is_kept(tmp_path: Path) -> None:
+    population = Population.from_modules([bag(), bag()], (TOKENS,))
+    wslfast.save_zoo(population, tmp_path / "zoo")
+    again = wslfast.load_zoo(tmp_path / "zoo")
+    queries = torch.randint(WORDS, (6, TOKENS))
+    assert torch.equal(
+        batched_forward(again.weights, queries, again.architecture), batched_forward(population.weights, queries, population.architecture)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])
+def test_other_networks_are_not_given_integers_by_mistake(dtype: torch.dtype) -> None:
+    arch = Architecture.from_module(nn.Linear(TOKENS, 3), (TOKENS,))
+    with pytest.raises(wslfast.WslfastError, match="queries: expected floating"):
+        batched_forward(torch.zeros(2, arch.num_weights), torch.ones(4, TOKENS, dtype=dtype), arch)
+
+
+def test_a_parametrisation_that_a_state_dict_does_not_tell() -> None:
+    module = nn.Sequential(nn.utils.parametrizations.orthogonal(nn.Linear(6, 6)), nn.ReLU(), nn.Linear(6, 2))
+    arch = Architecture.from_module(module, (6,))
+    with pytest.raises(wslfast.WslfastError, match=r"unknown keys .*Population.from_modules"):
+        Population.from_state_dicts(arch, [module.state_dict()])
+    x = torch.randn(4, 6)
+    population = Population.from_modules([module], (6,))
+    assert torch.allclose(batched_forward(population.weights, x, arch)[0], module.eval()(x), atol=1e-6)
