@@ -148,6 +148,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "joint codec: weights": lambda: JointCodec(W, queries=X),
     "joint codec: a share of 1": lambda: JointCodec(ROWS, queries=X, joint=1.0),
     "joint codec: no steps": lambda: JointCodec(ROWS, queries=X, steps=-1),
+    "joint codec: importance": lambda: JointCodec(ROWS, queries=X, importance=3),
     "autoencoder: heads that do not divide": lambda: Autoencoder(LAYOUT, d_model=16, heads=3),
     "autoencoder: negative layers": lambda: Autoencoder(LAYOUT, layers=-1),
     "autoencoder: dropout 2": lambda: Autoencoder(LAYOUT, dropout=2.0),

@@ -58,6 +58,23 @@ def test_codes_that_encode_by_descent_are_systems_of_a_few_models(tmp_path: Path
     }
 
 
+@pytest.mark.slow
+def test_joint_codes_with_an_importance_are_systems(tmp_path: Path, zoo: Path) -> None:
+    axis = '[axis]\nsemantics = ["joint-trained", "joint-untrained", "joint-fisher"]'
+    file = write(tmp_path / "codes.toml", zoo, axis, seeds="[0]", base="share = 0.3\nsteps = 2\nlr = 0.03", top="models = 1")
+    rows = run_ablation(Ablation.from_toml(file), tmp_path, systems=closed_form.systems())
+    found = {(r["variant"].partition("=")[2], r["metric"]): r["mean"] for r in rows}
+    train, few = load_zoo(zoo, "train"), evenly(load_zoo(zoo, "test"), 1)
+    data = dataset_of(zoo, train.architecture)
+    order = torch.randperm(len(data.train_images), generator=torch.Generator().manual_seed(0))
+    code = JointCodec(train, queries=data.train_images[order[:1024]], latent=0.3, steps=0, importance=lambda outputs: outputs.softmax(1))
+    expected = compare_models(few, code.reconstruct(few.weights), *data.split("test")).summary()
+    assert found["joint-fisher", "agreement"] == pytest.approx(expected["agreement"])
+    assert found["joint-fisher", "l2_masked"] == pytest.approx(expected["l2_masked"])
+    assert len({found[name, "l2_masked"] for name in ("joint-trained", "joint-untrained", "joint-fisher")}) == 3
+    assert [found[name, "steps"] for name in ("joint-trained", "joint-untrained", "joint-fisher")] == [2, 0, 0]
+
+
 def test_rows_of_other_zoos_stay(tmp_path: Path, zoo: Path) -> None:
     file = write(tmp_path / "codes.toml", zoo, '[axis]\nsemantics = ["linear"]', seeds="[0]", base="share = 0.3")
     rows = run_ablation(Ablation.from_toml(file), tmp_path, systems=closed_form.systems())

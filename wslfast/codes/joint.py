@@ -13,6 +13,7 @@ Gauss-Newton steps. It sees no other image, and the latent keeps its size. Nothi
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple, Union
 
 import torch
@@ -27,6 +28,8 @@ from ..queries import QueryPool
 from .adaptive import AdaptiveCodec
 from .layer_inputs import good_models, spaced, without_weights
 from .linear import budget_of, check_fitted
+
+Importance = Callable[[Tensor], Tensor]
 
 _IMAGES = 1024
 _DRAWN = 4  # random combinations of an image's outputs whose gradients stand for all of its Jacobian
@@ -49,6 +52,10 @@ class JointCodec:
         joint: share of the latent that is kept back for the network as a whole.
         steps: Gauss-Newton steps of an encoding; 0: coordinates are read off alone.
         token_size, models, damping, seed: as of :class:`AdaptiveCodec`.
+        importance: how much each output counts at each image, ``[n, K] -> [n, K]``, positive, from the outputs of what the first part
+            decodes to (the decoder has them). It chooses the directions, and is part of the code. What all outputs of an image have
+            in common then counts nothing, as softmax and argmax do not see it: ``importance = softmax`` gives the Fisher metric of the
+            answers. None: all outputs count alike. The loss that encoding descends is the same.
 
     Attributes:
         base: the adaptive code of the first part, without compensation, which would change what its latents say.
@@ -71,10 +78,12 @@ class JointCodec:
         models: int = 24,
         damping: float = 1e-3,
         seed: int = 0,
+        importance: Importance | None = None,
     ) -> None:
         check_fitted(population, damping)
         require(isinstance(joint, float) and 0 < joint < 1, f"joint: expected a share between 0 and 1, got {joint!r}")
         require(isinstance(steps, int) and steps >= 0, f"steps: expected a non-negative integer, got {steps!r}")
+        require(importance is None or callable(importance), f"importance: expected a callable or None, got {describe(importance)}")
         budget = budget_of(latent, population.architecture.num_weights)
         first = budget - max(1, round(joint * budget))
         require(first > 0, f"latent: {budget} numbers a model leave none for the layers")
@@ -82,6 +91,7 @@ class JointCodec:
             population, queries=queries, latent=first, token_size=token_size, models=models, damping=damping, compensate=False, seed=seed
         )
         self.layout, self.architecture, self.steps = self.base.layout, self.base.architecture, steps
+        self.importance = importance
         self.latent_size, self.joint_size = budget, budget - self.base.latent_size
         images = queries.images if isinstance(queries, QueryPool) else queries
         self.queries = spaced(images, _IMAGES).to(population.weights.device, torch.float32)
@@ -137,8 +147,7 @@ class JointCodec:
                 decoded.append(torch.full_like(start, float("nan")))
                 continue
             directions, white = self._directions(start, [part[j].float() for part in left])
-            inverse = [torch.linalg.pinv(part[j], rtol=_LEAST).float() for part in left]
-            read = white.mT @ self._whitened(self._rows(row - start)[None], [back.mT for back in inverse])[0]
+            read = white.mT @ self.missing(row - start, [part[j] for part in left])
             found = self._moved(_State(start, directions, targets[j]), read)
             numbers.append(found)
             decoded.append(start + self._weights(directions @ found))
@@ -147,21 +156,33 @@ class JointCodec:
     def _directions(self, weights: Tensor, left: list[Tensor]) -> tuple[Tensor, Tensor]:
         """``[numbers of all rows, joint_size]``: how rows move with each of the second part's numbers, which have about unit variance; and
         the same in units of what was left open, where they are orthonormal."""
-        white = self._whitened(torch.cat([part.flatten(1) for part in self._jacobian(weights)], 1), left)
+        white = self.whitened(torch.cat([part.flatten(1) for part in self._jacobian(weights, self.importance)], 1), left)
         leading = _leading(white, self.joint_size)
-        groups, moved, at = self.base.groups, [], 0
-        for members, half in zip(groups.members, left, strict=True):
-            wide = half.shape[1]
-            moved.append(half @ leading[at : at + members * wide].view(members, wide, leading.shape[1]))
-            at += members * wide
-        whole = [torch.cat(moved[s.first : s.first + s.chunks], 1).flatten(0, 1) for s in groups.spans]
-        directions = torch.cat(whole)
+        directions = self._unwhitened(leading, left)
         if self.reference is not None:
             u, _, v = torch.linalg.svd(directions.mT @ self.reference, full_matrices=False)
             directions, leading = directions @ (u @ v), leading @ (u @ v)
         return directions, leading
 
-    def _whitened(self, flat: Tensor, maps: list[Tensor]) -> Tensor:
+    def missing(self, difference: Tensor, left: list[Tensor]) -> Tensor:
+        """``[numbers left open]``: a difference of weights ``[P]`` in units of what was left open."""
+        inverse = [torch.linalg.pinv(part, rtol=_LEAST).float().mT for part in left]
+        return self.whitened(self._rows(difference)[None], inverse)[0]
+
+    def unwhitened(self, numbers: Tensor, left: list[Tensor]) -> Tensor:
+        """``[P]``: the difference of weights that numbers in units of what was left open stand for; differentiable."""
+        return self._weights(self._unwhitened(numbers[:, None], left)[:, 0])
+
+    def _unwhitened(self, columns: Tensor, left: list[Tensor]) -> Tensor:
+        """``[numbers left open, m] -> [numbers of all rows, m]``."""
+        groups, moved, at = self.base.groups, [], 0
+        for members, half in zip(groups.members, left, strict=True):
+            wide = half.shape[1]
+            moved.append(half @ columns[at : at + members * wide].view(members, wide, columns.shape[1]))
+            at += members * wide
+        return torch.cat([torch.cat(moved[s.first : s.first + s.chunks], 1).flatten(0, 1) for s in groups.spans])
+
+    def whitened(self, flat: Tensor, maps: list[Tensor]) -> Tensor:
         """Vectors over all rows ``[m, ...]``, every piece of a row times its group's matrix."""
         groups, out = self.base.groups, []
         for span, rows in zip(groups.spans, self._split(flat), strict=True):
@@ -202,10 +223,25 @@ class JointCodec:
         reached = float(value.detach())
         return reached if math.isfinite(reached) else math.inf, state.directions.mT @ self._rows(slope[0])
 
-    def _jacobian(self, weights: Tensor) -> list[Tensor]:
+    def jacobian(self, weights: Tensor, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Outputs ``[n, K]`` of one model ``[P]``; of every layer ``[n * K, channels, width]``: their derivatives to the layer's rows."""
+        return self._slopes(weights, images, lambda x: torch.eye(x.shape[1], device=x.device)[:, None].expand(-1, len(x), -1))
+
+    def _jacobian(self, weights: Tensor, importance: Importance | None = None) -> list[Tensor]:
         """Of every layer ``[rows of a sketch, channels, width]``: its squares add up to the mean over images of the squared Jacobian of the
         outputs to the layer's rows, in expectation over random combinations of outputs (the same for every model)."""
-        images, layers = self.queries, self.base.weighted
+
+        def combinations(x: Tensor) -> Tensor:
+            generator = torch.Generator().manual_seed(0)
+            drawn = torch.randn(_DRAWN, *x.shape, generator=generator).to(x.device) / math.sqrt(_DRAWN * len(x))
+            return drawn if importance is None else centered(drawn, _counted(importance, x))
+
+        return self._slopes(weights, self.queries, combinations)[1]
+
+    def _slopes(self, weights: Tensor, images: Tensor, combinations: Callable[[Tensor], Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Outputs of one model, and of every layer ``[n * m, channels, width]``: how m combinations of each image's outputs move with the
+        layer's rows. The combinations ``[m, n, K]`` may depend on the outputs."""
+        layers = self.base.weighted
         rows = self.base.groups.rows(self.layout.tokenize(weights[None]).tokens)
         x, made, met = without_weights(images, self.base.head), [], []
         with torch.enable_grad():
@@ -220,15 +256,14 @@ class JointCodec:
                     x = F.linear(x, weight, bias)
                 made.append(x)
                 x = without_weights(x, layer.rest)
-            generator = torch.Generator().manual_seed(0)
-            drawn = torch.randn(_DRAWN, *x.shape, generator=generator).to(x.device) / math.sqrt(_DRAWN * len(images))
-            slopes = [torch.autograd.grad(x, made, one, retain_graph=i + 1 < _DRAWN) for i, one in enumerate(drawn)]
+            drawn = combinations(x.detach())
+            slopes = [torch.autograd.grad(x, made, one, retain_graph=i + 1 < len(drawn)) for i, one in enumerate(drawn)]
         out = []
         for index, (layer, patches) in enumerate(zip(layers, met, strict=True)):
             slope = torch.stack([of[index] for of in slopes], 1).unflatten(2, (-1, 1)).flatten(3)  # [n, drawn, channels, positions]
             each = slope.flatten(1, 2) @ patches  # [n, drawn * channels, width]
-            out.append(layer.ordered(each).unflatten(1, (_DRAWN, -1)).flatten(0, 1))
-        return out
+            out.append(layer.ordered(each).unflatten(1, (len(drawn), -1)).flatten(0, 1))
+        return x.detach(), out
 
     # -- rows, layer after layer, as one vector --------------------------------------------------------------------------------
 
@@ -242,6 +277,22 @@ class JointCodec:
 
     def _weights(self, flat: Tensor) -> Tensor:
         return self.layout.detokenize(self.base.groups.join(self._split(flat[None])))[0]
+
+
+def centered(vectors: Tensor, importance: Tensor) -> Tensor:
+    """Vectors ``[..., n, K]`` times a root of ``diag(a) - a a^T / sum(a)``, a the importance ``[n, K]`` of outputs: with vectors of unit
+    variance, combinations of outputs whose second moment is that matrix."""
+    share = importance / importance.sum(-1, keepdim=True)
+    scaled = vectors * importance.sqrt()
+    return scaled - share * scaled.sum(-1, keepdim=True)
+
+
+def _counted(importance: Importance, outputs: Tensor) -> Tensor:
+    counts = importance(outputs)
+    fits = isinstance(counts, Tensor) and counts.shape == outputs.shape and outputs.ndim == 2 and bool((counts >= 0).all())
+    expected = f"importance: expected finite [n, K] like the outputs {list(outputs.shape)}, none negative, none without any in a row"
+    require(fits and bool((counts.sum(1) > 0).all() & counts.isfinite().all()), lambda: f"{expected}, got {describe(counts)}")
+    return counts
 
 
 class _State(NamedTuple):
