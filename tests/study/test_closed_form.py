@@ -33,6 +33,7 @@ def test_closed_form_codes_are_systems(tmp_path: Path, zoo: Path) -> None:
     assert found["semantics=linear query_set=data"] == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_codes_that_encode_by_descent_are_systems_of_a_few_models(tmp_path: Path, zoo: Path) -> None:
     """The cell of ``joint`` is that code itself; models are those that the file asks for, evenly spaced, and no probes are made."""
     axis = '[axis]\nsemantics = ["adaptive", "joint", "refined"]'
