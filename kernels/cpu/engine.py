@@ -160,10 +160,11 @@ class _Call:
 
     def keep(self, grads: Tensor, gradient: Tensor) -> None:
         """Write a group's gradients ``[M, P]`` to its rows ``[m, P]`` of the result."""
+        real = grads[: len(gradient)]
         if self.wide is None:
-            gradient.copy_(grads[: len(gradient)])
+            gradient.copy_(real)
         else:
-            self.wide.narrowed(grads[: len(gradient)], gradient)
+            self.wide.narrowed(real, gradient)
 
     def pack(self, rows: Tensor) -> list[Any]:
         """The weights of a group, a step each."""

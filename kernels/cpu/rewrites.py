@@ -171,10 +171,10 @@ class BlockedSteps(Step):
 
     def forward(self, x: Tensor, packed: list[Any], models: int) -> tuple[Tensor, Any]:
         outputs, saved = zip(*(forward_through(self.steps, packed, part, models) for part in self._parts(x)))
-        return _joined(outputs), saved
+        return joined(outputs), saved
 
     def values(self, x: Tensor, packed: list[Any], models: int) -> Tensor:
-        return _joined([values_through(self.steps, packed, part, models) for part in self._parts(x)])
+        return joined([values_through(self.steps, packed, part, models) for part in self._parts(x)])
 
     def backward(self, g: Tensor, saved: Any, packed: list[Any], rows: Tensor, fresh: bool) -> None:
         # Blocks add up on their own, so that a slab's share of the sum is the same bits whenever the slab is added.
@@ -186,7 +186,8 @@ class BlockedSteps(Step):
                 put(rows, slot, block(sums, slot), fresh=False)
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Parts one behind another; a single one as it is."""
     return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
 
 

@@ -17,10 +17,12 @@ from torch import Tensor
 from ..cpu import engine as cpu
 from ..cpu import jobs
 from ..cpu.memory import fresh_like
+from ..cpu.rewrites import joined
 from ..criteria import Named
 from ..graph import QUERY, Graph
 from ..layers import Affine, Conv2d, Linear, numbers_of
 from ..reference import value_shapes
+from .engine import leaves_of
 from .rows import Rows, rows_of
 from .segments import Segment, segments
 
@@ -61,7 +63,7 @@ def forward(weights: Tensor, queries: Tensor, graph: Graph) -> Tensor:
     segment = _segment(graph)
     with torch.no_grad():
         made = [folded_rows(part, graph, segment) for part in weights.detach().split(_models(segment, len(weights)))]
-        return cpu.forward(_joined(made), queries, segment.layers)
+        return cpu.forward(joined(made), queries, segment.layers)
 
 
 def loss_and_gradient(
@@ -87,7 +89,7 @@ def loss_and_gradient(
         with torch.no_grad():
             folds = _side_by_side([partial(_Fold, some, graph, segment) for some in mine.split(_a_job(len(mine)))])
         x, of = queries[part] if own else queries, None if index is None else index[part]
-        folded = _joined([fold.rows for fold in folds])
+        folded = joined([fold.rows for fold in folds])
         losses[part], slopes = cpu.loss_and_gradient(folded, x, targets[part], segment.layers, criterion, temperature, of)
         with torch.no_grad():
             parts = zip(folds, slopes.split(_a_job(len(mine))), gradient[part].split(_a_job(len(mine))), strict=True)
@@ -119,7 +121,7 @@ def _segment(graph: Graph) -> Segment:
 
 def _parameters(weights: Tensor, graph: Graph) -> dict[str, Any]:
     """Each parameter of every model, ``[k, *shape]``, by reference."""
-    return {f"@w:{s.name}": weights[:, s.offset : s.stop].view(len(weights), *s.shape) for s in graph.slots}
+    return {f"@w:{slot.name}": leaf for slot, leaf in zip(graph.slots, leaves_of(weights, graph), strict=True)}
 
 
 def _models(segment: Segment, k: int) -> int:
@@ -130,10 +132,6 @@ def _models(segment: Segment, k: int) -> int:
 
 def _a_job(models: int) -> int:
     return max(_FEWEST, -(-models // torch.get_num_threads()))
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
 
 
 def _side_by_side(calls: Sequence[Callable[[], _T]]) -> list[_T]:

@@ -127,11 +127,7 @@ CASES = {
 
 
 def found(graph: Graph) -> list[Segment]:
-    users: dict[str, list[int]] = {}
-    for i, node in enumerate(graph.nodes):
-        for r in node.references():
-            users.setdefault(r, []).append(i)
-    return segments(graph, value_shapes(graph), users)
+    return segments(graph, value_shapes(graph), graph.readers())
 
 
 def traced(case: Case) -> tuple[nn.Module, Architecture, Graph]:
