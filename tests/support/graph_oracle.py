@@ -74,6 +74,16 @@ def loop(module: nn.Module, arch: Architecture, weights: Tensor, queries: Tensor
     return torch.stack(outputs)
 
 
+def looped(module: nn.Module, arch: Architecture, weights: Tensor, queries: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of :func:`loop`: outputs, random targets, the values ``[k]`` of criterion mse, and their gradients ``[k, P]``."""
+    w = weights.clone().requires_grad_()
+    outputs = loop(module, arch, w, queries)
+    targets = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    values = criterion_value(outputs, targets, "mse")
+    (slope,) = torch.autograd.grad(values.sum(), w)
+    return outputs.detach(), targets, values.detach(), slope
+
+
 def criterion_value(outputs: Tensor, targets: Tensor, criterion: str, temperature: float = 2.0) -> Tensor:
     """Per-model values ``[k]``, by torch's own losses; classes are the last axis."""
     values = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from graph_oracle import close, criterion_value, loop, queries_like, rows_near
+from graph_oracle import close, looped, queries_like, rows_near
 from segment_cases import CASES
 from torch import Tensor, nn
 
@@ -61,16 +61,12 @@ def test_outputs_losses_and_gradients_are_those_of_the_modules(name: str, own: b
     assert engine.choose(arch, "cpu", torch.float32).name == "cpu"
     k, n = 3, 5
     weights, queries = rows_near(module, arch, k), queries_like(module, arch, *((k,) if own else ()), n)
-    w = weights.clone().requires_grad_()
-    outputs = loop(module, arch, w, queries)
-    targets = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    values = criterion_value(outputs, targets, "mse")
-    (slope,) = torch.autograd.grad(values.sum(), w)
+    outputs, targets, values, slope = looped(module, arch, weights, queries)
     rows, x, wanted = weights.float(), queries.float(), targets.float()
     made = folded_chain.forward(rows, x, graph)
-    close(made, outputs.detach(), TOLERANCE, "outputs")
+    close(made, outputs, TOLERANCE, "outputs")
     losses, gradient = folded_chain.loss_and_gradient(rows, x, wanted, graph, "mse")
-    close(losses, values.detach(), TOLERANCE, "losses")
+    close(losses, values, TOLERANCE, "losses")
     for slot in graph.slots:
         close(gradient[:, slot.offset : slot.stop], slope[:, slot.offset : slot.stop], 5 * TOLERANCE, f"gradient of {slot.name}")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from graph_oracle import close, criterion_value, loop, queries_like, rows_near
+from graph_oracle import close, criterion_value, loop, looped, queries_like, rows_near
 from segment_cases import CASES, Case, found, traced
 
 from wslfast.kernels import stacked
@@ -36,15 +36,11 @@ def compared(case: Case, n: int, own: bool, tolerance: float = TOLERANCE, k: int
     module, arch, graph = traced(case)
     weights = rows_near(module, arch, k)
     queries = queries_like(module, arch, *((k,) if own else ()), n)
-    w = weights.clone().requires_grad_()
-    outputs = loop(module, arch, w, queries)
-    targets = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    values = criterion_value(outputs, targets, "mse")
-    (slope,) = torch.autograd.grad(values.sum(), w)
+    outputs, targets, values, slope = looped(module, arch, weights, queries)
     rows, x, wanted = weights.float(), queries.float(), targets.float()
-    close(stacked.forward(rows, x, graph), outputs.detach(), tolerance, "outputs")
+    close(stacked.forward(rows, x, graph), outputs, tolerance, "outputs")
     losses, gradient = stacked.loss_and_gradient(rows, x, wanted, graph, "mse")
-    close(losses, values.detach(), tolerance, "losses")
+    close(losses, values, tolerance, "losses")
     for slot in graph.slots:
         close(gradient[:, slot.offset : slot.stop], slope[:, slot.offset : slot.stop], 5 * tolerance, f"gradient of {slot.name}")
     again = stacked.loss_and_gradient(rows, x, wanted, graph, "mse")
