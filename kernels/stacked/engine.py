@@ -42,8 +42,8 @@ class Call:
     def __init__(
         self, weights: Tensor, queries: Tensor, graph: Graph, index: Tensor | None, size: int | None = None, once: bool = True
     ) -> None:
-        """``once``: nobody differentiates twice, or with respect to the queries."""
-        self.graph, self.index = graph, index
+        """``once``: nobody differentiates twice, or with respect to the queries. If not, torch's graph is what runs."""
+        self.graph, self.index, self.once = graph, index, once
         self.weights, self.queries = weights, queries
         self.own = index is not None or queries.ndim == len(graph.input_shape) + 2
         self.n = index.shape[1] if index is not None else queries.shape[int(self.own)]
@@ -64,7 +64,7 @@ class Call:
 
     def shared_among(self) -> tuple[int, int]:
         """Threads that take groups side by side, and models of the smallest group that is worth one."""
-        if jobs.controls() is None or self.small():
+        if jobs.controls() is None or self.small() or not self.once:  # torch's graph is made by one
             return 1, 2
         return torch.get_num_threads(), least_worth(self.graph, self.n)
 
@@ -88,20 +88,22 @@ class Call:
 
     def _key(self) -> Hashable:
         """All that the bits of a group's results may depend on."""
-        enabled = torch.is_autocast_enabled("cpu")
-        return type(self), self.graph, self.tried, self.own, self.weights.dtype, enabled, jobs.threads_inside()
+        autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+        return type(self), self.graph, self.tried, self.own, self.once, self.weights.dtype, autocast, jobs.threads_inside()
 
     def trial(self, full: int, size: int, order: Sequence[int], share: bool = False) -> Sequence[Tensor]:
-        """Losses and gradients of the first ``size`` of random models in an order, run in one group; ``share``: products on all threads."""
-        weights, queries, targets = random_models(self.graph, self.tried, self.own, full, self.weights.dtype)
+        """Losses (of torch's graph: outputs) and gradients of the first ``size`` of random models in an order, run in one group; ``share``:
+        products on all threads."""
         rows = list(order[:size])
-        call = self.again(weights[rows], queries[rows] if self.own else queries, rows)
-        call.share = share
-        return loss_and_gradient_of(call, targets[rows], "mse", 1.0)
+        with torch.inference_mode(False):  # in which torch's graph is not recorded, and what is made cannot be differentiated later
+            weights, queries, targets = random_models(self.graph, self.tried, self.own, full, self.weights.dtype)
+            call = self.again(weights[rows], queries[rows] if self.own else queries, rows)
+            call.share = share
+            return loss_and_gradient_of(call, targets[rows], "mse", 1.0) if self.once else _outputs_and_slopes(call, targets[rows])
 
     def again(self, weights: Tensor, queries: Tensor, rows: list[int]) -> Call:
         """A call like this one for other models, numbered ``rows``, in one group."""
-        return Call(weights, queries, self.graph, None, size=len(rows))
+        return Call(weights, queries, self.graph, None, size=len(rows), once=self.once)
 
     def shares_products(self) -> bool:
         """Whether matrix products take all threads: where groups run in one thread, there is little else than products, and bits stay."""
@@ -300,8 +302,12 @@ def forward(weights: Tensor, queries: Tensor, graph: Graph) -> Tensor:
 
 def differentiable(weights: Tensor, queries: Tensor, graph: Graph) -> Tensor:
     """Outputs ``[k, n, *out]`` through torch's own graph, differentiable in weights and queries as often as torch is, in the groups in
-    which :func:`loss_and_gradient` runs them. For callers that cut models into chunks that fit memory."""
-    call = Call(weights, queries, graph, None, once=False)
+    which they get the bits of a full one. For callers that cut models into chunks that fit memory."""
+    return _differentiable(Call(weights, queries, graph, None, once=False))
+
+
+def _differentiable(call: Call) -> Tensor:
+    weights, graph = call.weights, call.graph
     outputs: list[Tensor] = []
     autocast = _autocast(weights.device.type)
 
@@ -317,6 +323,18 @@ def differentiable(weights: Tensor, queries: Tensor, graph: Graph) -> Tensor:
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0].contiguous()
 
 
+def _outputs_and_slopes(call: Call, slope: Tensor) -> list[Tensor]:
+    """Outputs ``[k, n, *out]`` of a call that is not ``once``, and the gradients of their product with ``slope`` to the weights and, where
+    each model has its own, to the queries."""
+    call.weights.requires_grad_()
+    leaves = [call.weights, *([call.queries.requires_grad_()] if call.own else [])]
+    outputs = _differentiable(call)
+    if not outputs.requires_grad:  # of a network that ends in what has no derivative
+        return [outputs]
+    slopes = torch.autograd.grad(outputs, leaves, slope.to(outputs.dtype), allow_unused=True, materialize_grads=True)
+    return [outputs.detach(), *slopes]
+
+
 def plain(weights: Tensor, queries: Tensor, graph: Graph) -> Tensor:
     """Outputs ``[k, n, *out]`` in plain operators that any transform sees through. Bits may depend on how many models there are."""
     own = queries.ndim == len(graph.input_shape) + 2
@@ -325,7 +343,7 @@ def plain(weights: Tensor, queries: Tensor, graph: Graph) -> Tensor:
     return program.outputs(program.prepare(queries), ready, weights.shape[0], queries.shape[int(own)])
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=2)  # trials of one call follow each other; queries of each model's own may be hundreds of megabytes
 def random_models(graph: Graph, n: int, own: bool, full: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     kind: Any = {"generator": generator, "dtype": dtype, "device": "cpu"}
