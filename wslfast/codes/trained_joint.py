@@ -111,7 +111,9 @@ def train_importance(
     order = torch.randperm(len(images), generator=generator)
     solved = order[: min(_SOLVED, len(images) // 2)]
     judged = images[order[len(solved) :]]
-    chosen = population.weights[torch.linspace(0, len(population) - 1, min(models, len(population))).round().long()].float()
+    chosen = population.weights[
+        torch.linspace(0, len(population) - 1, min(models, len(population)), dtype=torch.float32).round().long()
+    ].float()
     network = OutputImportance(seed)
     if steps == 0:
         return network
@@ -145,7 +147,7 @@ def corrected(codec: JointCodec, example: Example, importance: Importance) -> Te
     """``[P]``: what the relaxed directions give back of the original's difference from the decoded network. Only matrices of the size of
     all answers depend on the importance, so a step costs as much for a large network as for a small one."""
     n, k = example.outputs.shape
-    eye = torch.eye(k, device=example.gram.device)[:, None].expand(k, n, k)
+    eye = torch.eye(k, dtype=example.gram.dtype, device=example.gram.device)[:, None].expand(k, n, k)
     roots = centered(eye, importance(example.outputs)).transpose(0, 1)  # [n, K, K]: combinations of an image's answers
     gram = torch.einsum("iab,ibjc,jdc->iajd", roots, example.gram.view(n, k, n, k), roots).reshape(n * k, n * k)
     read = (roots @ example.read.view(n, k, 1)).reshape(n * k, 1)

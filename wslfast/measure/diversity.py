@@ -117,7 +117,7 @@ def behavioral_novelty(classes: Tensor, others: Tensor) -> Tensor:
     """Share of images ``[k]`` on which each model's ``classes [k, n]`` differ from those of the model among ``others [m, n]`` that it
     agrees with most. Blind to permutations of channels, which distance in weights is not."""
     n = classes.shape[1]
-    same = torch.zeros(len(classes), len(others), device=classes.device)
+    same = torch.zeros(len(classes), len(others), dtype=torch.float32, device=classes.device)
     for c in classes.unique().tolist():  # images of which both say c; counts are exact in float32
         same += (classes == c).float() @ (others == c).float().T
     return 1 - same.amax(1).double() / n

@@ -112,9 +112,9 @@ class Trainer:
             )
 
         if sizes is None:
-            self.model = self._new_autoencoder(sample).to(self.device)
+            self.model = self._new_autoencoder(sample).to(self.device, torch.float32)
         else:
-            self.model = Autoencoder.from_config(self.layout, sizes).to(self.device)
+            self.model = Autoencoder.from_config(self.layout, sizes).to(self.device, torch.float32)
         self.optimizer = optimizer_of(self.model, config, self.device)
         self.schedule = cycle(config, self.optimizer)
         whole = len(sample) == len(models) and self.cache is not None
