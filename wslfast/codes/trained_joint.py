@@ -40,10 +40,9 @@ class OutputImportance(nn.Module):
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             self.hidden = nn.Linear(_FEATURES, _WIDTH)
-            self.out = nn.Linear(_WIDTH, 1)
-        self.straight = nn.Linear(_FEATURES, 1)
+            self.out, self.straight = nn.Linear(_WIDTH, 1), nn.Linear(_FEATURES, 1)
         for layer in (self.out, self.straight):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
