@@ -12,8 +12,8 @@ Groups are jobs of one thread each (``cpu/jobs.py``) where there is enough work 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache, partial
 from typing import Any
 
@@ -95,7 +95,7 @@ class Call:
         """Losses (of torch's graph: outputs) and gradients of the first ``size`` of random models in an order, run in one group; ``share``:
         products on all threads."""
         rows = list(order[:size])
-        with torch.inference_mode(False):  # in which torch's graph is not recorded, and what is made cannot be differentiated later
+        with _by_itself():
             weights, queries, targets = random_models(self.graph, self.tried, self.own, full, self.weights.dtype)
             call = self.again(weights[rows], queries[rows] if self.own else queries, rows)
             call.share = share
@@ -152,6 +152,18 @@ class Call:
 
     def values(self, shared: dict[int, list[Any]], group: int, start: int) -> list[Any]:
         return self.program.prepare(self.slab_of(group, start)) if self.own else shared[start]
+
+
+@contextmanager
+def _by_itself() -> Iterator[None]:
+    """A block that leaves no trace in what surrounds it: no inference mode, in which no graph is recorded and what is made cannot be
+    differentiated later; no hooks on saved tensors, by which a checkpoint counts what it will recompute."""
+    with torch.inference_mode(False), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
+        yield
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 def leaves_of(rows: Tensor, graph: Graph) -> list[Tensor]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from wslfast import Architecture
 from wslfast.kernels.cpu import jobs
@@ -147,6 +148,20 @@ def test_a_trial_does_not_depend_on_inference_mode() -> None:
     outside = call.trial(64, 3, range(64))
     assert all(torch.equal(a, b) for a, b in zip(inside, outside, strict=True))
     assert bool(outside[1].any(0)[: arch.slots["first.bias"].stop].any())
+
+
+@pytest.mark.parametrize("once", [True, False])
+def test_a_trial_inside_a_checkpoint(once: bool) -> None:
+    """It is made in the forward pass alone, and what it saves is nothing that the backward pass has to find again."""
+    arch = Architecture.from_module(nn.Sequential(nn.Linear(40, 37), nn.Softsign(), nn.Linear(37, 3 + once)), (40,))
+    weights, queries = torch.randn(3, arch.num_weights, requires_grad=True), torch.randn(6, 40)
+
+    def run(rows: Tensor) -> Tensor:
+        engine.Call(rows.detach(), queries, arch.graph, None, once=once)
+        return engine.plain(rows, queries, arch.graph)
+
+    (slope,) = torch.autograd.grad(checkpoint(run, weights, use_reentrant=False).sum(), weights)
+    assert torch.equal(slope, torch.autograd.grad(run(weights).sum(), weights)[0])
 
 
 def test_what_one_autocast_finds_does_not_count_under_another() -> None:
