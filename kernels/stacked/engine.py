@@ -27,7 +27,7 @@ from ..graph import Graph
 from ..reference import value_shapes
 from .company import agrees_when_shared, split
 from .compiler import compile_program
-from .costs import FILL, group_shape, least_worth, sizes
+from .costs import FILL, group_shape, least_worth, sizes, whole_models
 from .passes import by_graph, by_tape
 
 _PACKED = 1 << 15  # numbers of one model's parameter
@@ -82,9 +82,19 @@ class Call:
         return self.n if self.n < self.slab else self.slab + self.n % self.slab
 
     def _sizes(self, full: int) -> tuple[int, int]:
+        multiple = self._multiple()
+        if full % multiple:  # a large network: each model by itself
+            full = 1
         if self.graph.parameters * self.tried < _FEW:
             return full, full
-        return split(self.weights.shape[0], full, self._key(), partial(self.trial, full), *self.shared_among())
+        return split(self.weights.shape[0], full, self._key(), partial(self.trial, full), *self.shared_among(), multiple)
+
+    def _multiple(self) -> int:
+        """Of how many models every group is a multiple, or its last model's last numbers would be others."""
+        slabs = {min(self.slab, self.n), self.n % self.slab} - {0} if self.once else {self.n}
+        filled = sorted({-(-q // self.fill) * self.fill for q in slabs})
+        autocast = torch.is_autocast_enabled("cpu")  # to 16 bits, some of it
+        return whole_models(self.graph, tuple(filled), 2 if autocast else self.weights.itemsize)
 
     def _key(self) -> Hashable:
         """All that the bits of a group's results may depend on."""
