@@ -43,6 +43,30 @@ def test_forward_differentiates() -> None:
         assert torch.equal(weights.grad, 2 * once)
 
 
+@pytest.mark.parametrize("mode", ["layers", "network"])
+def test_results_are_float32_whatever_the_default_type(mode: str) -> None:
+    weights, queries, targets = make(MLP, 2, 3)
+
+    def run() -> list[Tensor]:
+        w, x = weights.clone().requires_grad_(), queries.clone().requires_grad_()
+        outputs = differentiable_forward(w, x, MLP.layers, "ieee")
+        slopes = torch.autograd.grad((outputs * targets).sum(), (w, x))
+        return [
+            outputs.detach(),
+            *slopes,
+            kernels.forward(weights, queries, MLP.layers, "ieee", mode=mode),
+            *kernels.loss_and_gradient(weights, queries, targets, MLP.layers, "mse", precision="ieee", mode=mode),
+        ]
+
+    expected = run()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = run()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 GRADIENTS: dict[str, Callable[[Tensor], Tensor]] = {
     "expanded": lambda g: g[:1, :1].expand(2, 3, 3),  # stride 0, as behind a sum over models and queries
     "one number": lambda g: g.new_tensor(0.7).expand(2, 3, 3),
