@@ -302,6 +302,8 @@ def loss_and_gradient(
         chunk = models_per_chunk(schedule, k, n, precision, True, memory)
         held = Activations(schedule, chunk, n, precision, True, device)
         tables = fold_tables(schedule, n, device)
+        if tables.row >= OFFSETS:
+            raise ValueError(f"{n} queries are {tables.row} partial sums a model; the kernels address fewer than {OFFSETS}")
         partials = torch.empty(chunk, tables.row, dtype=torch.float32, device=device)
         gain = torch.empty(chunk, dtype=torch.float32, device=device)
         scale = gradient_scale(criterion, n, schedule.classes, temperature)
