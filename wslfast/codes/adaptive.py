@@ -201,6 +201,8 @@ class AdaptiveCodec(LinearCodec):
         given = tokens if tokens is not None else latents
         assert given is not None
         k, device = len(given), given.device
+        if k == 0:
+            return given.new_zeros(0, *self.mask.shape), given.new_zeros(0, *self.layout.mask.shape)
         finite = given.isfinite().flatten(1).all(1)
         given = torch.where(finite[:, None, None], given, 0)
         z = given if tokens is None else given.new_zeros(k, *self.mask.shape) if latents is None else latents.clone()

@@ -125,7 +125,7 @@ class JointCodec:
                 continue
             directions, _ = self._directions(row, [part[j].float() for part in left])
             decoded.append(row + self._weights(directions @ latents[j, -self.joint_size :]))
-        return torch.stack(decoded)
+        return torch.stack(decoded) if decoded else weights
 
     @torch.no_grad()
     def reconstruct(self, weights: Tensor) -> Tensor:
@@ -139,6 +139,8 @@ class JointCodec:
         weights = weights.detach().float()
         latents = self.base.encode(weights)
         first, left = self.base.left_open(latents)
+        if len(weights) == 0:
+            return weights.new_empty(0, self.latent_size), first
         targets = batched_forward(weights, self.queries, self.architecture)
         numbers, decoded = [], []
         for j, (row, start) in enumerate(zip(weights, first, strict=True)):
