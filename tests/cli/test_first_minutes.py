@@ -189,10 +189,8 @@ def test_tables_of_an_analysis_are_whole(zoo: Path, tmp_path: Path, width: int, 
     """Those of ablate and gradients: no name and no number of a row is cut."""
     (tmp_path / "a.toml").write_text(f"zoo = {str(zoo)!r}\nseeds = [0]\n[base]\nsteps = 1\n[axis]\ncriterion = ['softmax_mse', 'mse']\n")
     train(TrainConfig(zoo=str(zoo), out=str(tmp_path / "run"), steps=1, **SMALL))
-    analysis, text = sys.modules["wslfast.cli.analysis"], io.StringIO()
-    console = Console(file=text, width=width, highlight=False)
-    monkeypatch.setattr(analysis, "console", console)
-    monkeypatch.setattr(consoles, "console", console)
+    text = io.StringIO()
+    monkeypatch.setattr(consoles, "console", Console(file=text, width=width, highlight=False))
     main(["ablate", str(tmp_path / "a.toml"), "--out", str(tmp_path / "out")])
     main(["gradients", "--run", str(tmp_path / "run"), "--models", "1", "--queries", "4"])
     said = text.getvalue()
