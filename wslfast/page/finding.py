@@ -98,15 +98,20 @@ def _of_many(results: Results) -> str:
     run, values = common_run(results)
     if run is None:
         return "Nothing was evaluated yet."
-    measure = results.measure(next(iter(values)))
+    measures = [results.measure(zoo) for zoo in values]
+    measure, all_zoos = statistics.mode(measures), len(values)
+    values = {
+        zoo: value for (zoo, value), its in zip(values.items(), measures, strict=True) if its == measure
+    }  # the others have another unit
     low, high = min(values, key=lambda zoo: values[zoo]), max(values, key=lambda zoo: values[zoo])
     mean = worth(measure, statistics.fmean(values.values()))
     fallen = sum(bool(results.collapsed(zoo, run)) for zoo in values)
     more = f"; on {fallen} of them it has collapsed" if fallen else ""
     what = "are like their originals' to" if measure == "psnr" else "agree with their originals on"
     unit = " (PSNR)" if measure == "psnr" else " of images"
+    over = f"{len(values)}" if len(values) == all_zoos else f"{len(values)} of {all_zoos}"
     return (
-        f"Over {len(values)} zoos, reconstructions by {named(run)} {what} {mean}{unit} in the mean: from {worth(measure, values[low])} on "
+        f"Over {over} zoos, reconstructions by {named(run)} {what} {mean}{unit} in the mean: from {worth(measure, values[low])} on "
         f"{low} to {worth(measure, values[high])} on {high}{more}."
     )
 
