@@ -50,7 +50,7 @@ def supports(graph: Graph) -> bool:
     # one with groups the engine runs on a copy of the queries for each model, and a norm of queries makes them each model's own
     if not isinstance(first, Conv2d) or first.groups > 1:
         return False
-    weights, query = torch.zeros(1, 1), torch.zeros(1, *graph.input_shape)
+    weights, query = (torch.zeros(1, *size, dtype=torch.float32, device="cpu") for size in ((1,), graph.input_shape))
     return can_be_planned(segment) and cpu.supports(weights, query, segment.layers)
 
 

@@ -96,11 +96,14 @@ class FoldPlan:
         read = {reference for part in segment.parts for reference in part.references()}
         self._unread = [i for name, i in slots.items() if name not in read]
         self._spread, self._spread_sizes = self._places_of_spread()
-        columns_of_all, self._eps = torch.tensor(columns, dtype=torch.long).flatten(), torch.tensor(eps)
+        columns_of_all, self._eps = (
+            torch.tensor(columns, dtype=torch.long, device="cpu").flatten(),
+            torch.tensor(eps, dtype=torch.float32, device="cpu"),
+        )
         self._given = columns_of_all >= 0
         self._columns, self._own_columns = columns_of_all.clamp(min=0), columns_of_all[self._given]
         self._places = self._given.nonzero().flatten()
-        scales = torch.arange(len(columns_of_all)) // max(1, len(eps)) == _NUMBERS.index("weight")
+        scales = torch.arange(len(columns_of_all), device="cpu") // max(1, len(eps)) == _NUMBERS.index("weight")
         self._neutral = None if self._given.all() else scales.float()  # what a norm without a number has: a scale of 1, others of 0
 
     def fold(self, weights: Tensor) -> tuple[Tensor, Saved]:
@@ -204,7 +207,7 @@ class FoldPlan:
                 for first in (start, start + sum(self._channels)):
                     places += [channel for channel in range(first, first + count) for _ in range(groups * wide // count)]
                 sizes += [groups * wide] * 2
-        return torch.tensor(places, dtype=torch.long), sizes
+        return torch.tensor(places, dtype=torch.long, device="cpu"), sizes
 
 
 def can_be_planned(segment: Segment) -> bool:
