@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 import wslfast
 from wslfast import Architecture, Population, batched_behavioral_loss, batched_forward
+from wslfast.measure.gradients import jacobian
+from wslfast.tracing.module import call_with
 
 TOKENS, WORDS = 5, 11
 
@@ -83,3 +85,42 @@ def test_a_parametrisation_that_a_state_dict_does_not_tell() -> None:
     x = torch.randn(4, 6)
     population = Population.from_modules([module], (6,))
     assert torch.allclose(batched_forward(population.weights, x, arch)[0], module.eval()(x), atol=1e-6)
+
+
+class Recycled(nn.Module):
+    """One layer under two names, whose weight a further layer shares; on the way it may look at numbers, which no graph can follow."""
+
+    def __init__(self, looks: bool) -> None:
+        super().__init__()
+        self.looks, self.first = looks, nn.Linear(4, 4)
+        self.again, self.last = self.first, nn.Linear(4, 4)
+        self.last.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.again(torch.tanh(self.first(x)))
+        return self.last(torch.tanh(x)) if not self.looks or x.isfinite().all() else x
+
+
+@pytest.mark.parametrize("looks", [False, True], ids=["traced", "untraced"])
+def test_a_part_under_two_names_stays_tied_to_a_third(looks: bool) -> None:
+    torch.manual_seed(0)
+    module = Recycled(looks)
+    arch = Architecture.from_module(module, (4,))
+    assert (arch.graph is None) == looks, arch.reason
+    row, queries = Population.from_modules([module], (4,)).weights[0].double(), torch.randn(3, 4, dtype=torch.float64)
+    w, b, c = (row[s.offset : s.stop].view(s.shape) for s in arch.parameters)
+
+    def written_out(w: Tensor) -> Tensor:
+        y = torch.tanh(torch.tanh(queries @ w.T + b) @ w.T + b)
+        return y @ w.T + c
+
+    expected = torch.autograd.functional.jacobian(written_out, w).flatten(0, 1).flatten(1)
+    for _ in range(2):  # the second time on what the first one left in the module
+        assert torch.allclose(jacobian(row, queries, arch)[:, : w.numel()], expected)
+
+
+def test_a_call_with_other_tensors_leaves_the_modules_own() -> None:
+    module = Recycled(False)
+    before = dict(module.named_parameters(remove_duplicate=False))
+    call_with(module, {"again.weight": torch.zeros(4, 4)}, torch.randn(2, 4))  # by the second of its names
+    assert all(value is before[name] for name, value in module.named_parameters(remove_duplicate=False))

@@ -22,7 +22,7 @@ from ..kernels.graph import Constant, Graph, slots_of
 from ..kernels.operations import check_graph
 from ..kernels.reference import check_values, run_graph
 from .convert import Converter, Untraceable, written_in
-from .module import FrozenNorms, plainly, queries_for
+from .module import FrozenNorms, call_with, plainly, queries_for
 from .simplify import joined
 from .training import training_of
 
@@ -112,7 +112,7 @@ def _followed(module: nn.Module, state: Mapping[str, Tensor], queries: Tensor, w
 
     def run(values: list[Tensor], x: Tensor) -> Any:
         with _CopiedDropout() if written else nullcontext():
-            return torch.func.functional_call(module, dict(zip(names, values, strict=True)), (x,))
+            return call_with(module, dict(zip(names, values, strict=True)), x)
 
     try:
         with plainly(), torch.enable_grad():  # so that torch.no_grad() inside shows; nothing here requires a gradient
@@ -156,7 +156,7 @@ def _difference(graph: Graph, module: nn.Module, state: Mapping[str, Tensor], qu
     x = queries.clone().requires_grad_()
     try:
         with plainly(), torch.enable_grad(), FrozenNorms():
-            expected = torch.func.functional_call(module, leaves, (x.clone(),))
+            expected = call_with(module, leaves, x.clone())
             row = torch.cat([value.flatten() for value in leaves.values()]) if leaves else x.new_empty(0)
             actual = run_graph(row, x.clone(), graph)
     except Exception as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -213,6 +213,23 @@ def plainly() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def call_with(module: nn.Module, values: Mapping[str, Tensor], queries: Tensor) -> Any:
+    """What a module answers with other tensors in the place of its own, which it has again afterwards.
+
+    A part that a module holds under two names is given its tensors once: ``torch.func.functional_call`` puts them there twice, and then
+    leaves the second ones where the first had been, so that a weight that another part shares with it is tied no longer.
+
+    Args:
+        values: by name, any one of the names of a tensor that has several. What is not named stays.
+    """
+    own = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    given = {id(own[name]): value for name, value in values.items()}
+    parts = [(f"{path}." if path else "", part) for path, part in module.named_modules()]
+    held = [(start + key, value) for start, part in parts for key, value in (*part._parameters.items(), *part._buffers.items())]
+    placed = {key: given[id(value)] for key, value in held if id(value) in given}
+    return torch.func.functional_call(module, placed, (queries,), tie_weights=False)
 
 
 def queries_for(module: nn.Module, n: int, input_shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:

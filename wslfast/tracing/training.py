@@ -16,7 +16,7 @@ from ..kernels.graph import Graph, Training
 from ..kernels.operations import training_graph
 from ..kernels.reference import run_graph
 from .convert import Untraceable
-from .module import RandomCalls, plainly, queries_for
+from .module import RandomCalls, call_with, plainly, queries_for
 
 # What draws through an operation that a stacked run can give each model's own numbers.
 _DROPOUT = frozenset({
@@ -103,7 +103,7 @@ def _verify(graph: Graph, module: nn.Module, state: Mapping[str, Tensor]) -> Non
     try:
         with plainly():
             torch.manual_seed(0)
-            expected = torch.func.functional_call(exact, values, (queries.clone(),))
+            expected = call_with(exact, values, queries.clone())
             torch.manual_seed(0)
             actual = run_graph(row, queries, graph)
     except Exception as error:
