@@ -22,7 +22,7 @@ from ..kernels.graph import Constant, Graph, slots_of
 from ..kernels.operations import check_graph
 from ..kernels.reference import check_values, run_graph
 from .convert import Converter, Untraceable, written_in
-from .module import FrozenNorms, call_with, plainly, queries_for
+from .module import FrozenNorms, call_with, in_precision, plainly, queries_for
 from .simplify import joined
 from .training import training_of
 
@@ -141,7 +141,7 @@ def _verify(graph: Graph, module: nn.Module, state: Mapping[str, Tensor]) -> Non
         wide = value.detach().double()
         noise = torch.randn(wide.shape, generator=generator, dtype=torch.float64)
         near[name] = wide * (1 + 0.1 * noise).abs() + 0.01 * noise.abs()
-    exact = copy.deepcopy(module).double()
+    exact = in_precision(copy.deepcopy(module), torch.float64)
     for n in (2, 4):
         queries = queries_for(module, n, graph.input_shape, torch.float64)
         if _difference(graph, exact, near, queries, 1e-8) is not None:  # a forward that casts to float32, say

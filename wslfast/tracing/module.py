@@ -155,11 +155,14 @@ def prepared(module: nn.Module, name: str, input_shape: tuple[int, ...], output:
         scripted = isinstance(part, torch.jit.ScriptModule)
         require(not scripted, f"{where} is a TorchScript module, whose code cannot be read; pass the module that it was made from")
         lazy = [key for key, p in part._parameters.items() if isinstance(p, nn.parameter.UninitializedParameter)]
+        pairs = [key for key, p in part._parameters.items() if p is not None and p.is_complex()]
+        remedy = "hold its real and imaginary parts as real numbers, and join them by torch.view_as_complex"
+        require(not pairs, f"{where} has complex parameters ({pairs[0] if pairs else ''}), and rows of weights are real: {remedy}")
         require(not lazy, f"{where} has parameters without a shape ({lazy[0] if lazy else ''}); run it once on a batch first")
         norm = isinstance(part, nn.modules.batchnorm._BatchNorm) and part.running_mean is None
         require(not norm, f"{where} is a batch norm without running statistics, which mixes the queries of a batch")
     try:
-        plain = _unwrapped(copy.deepcopy(module, _computed(module))).to("cpu", torch.float32).eval().requires_grad_(False)
+        plain = in_precision(_unwrapped(copy.deepcopy(module, _computed(module))), torch.float32, "cpu").eval().requires_grad_(False)
     except WslfastError:
         raise
     except Exception as error:
@@ -215,6 +218,17 @@ def plainly() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
+def in_precision(module: nn.Module, dtype: torch.dtype, device: torch.device | str | None = None) -> nn.Module:
+    """The module, in place, with floating tensors in ``dtype`` and complex ones in the complex dtype of that precision.
+    (``Module.to`` and ``Module.double`` make real numbers of complex ones: they leave the imaginary part out.)"""
+
+    def converted(value: Tensor) -> Tensor:
+        wanted = dtype.to_complex() if value.is_complex() else dtype if value.is_floating_point() else value.dtype
+        return value.to(value.device if device is None else device, wanted)
+
+    return module._apply(converted)
+
+
 def call_with(module: nn.Module, values: Mapping[str, Tensor], queries: Tensor) -> Any:
     """What a module answers with other tensors in the place of its own, which it has again afterwards.
 
@@ -249,6 +263,11 @@ def innermost(module: nn.Module) -> nn.Module:
     return innermost(module._inner[0]) if isinstance(module, _Around) else module
 
 
+def handed_integers(module: nn.Module | None) -> bool:
+    """Whether a template, as :func:`prepared` gives it, reads nothing of its queries but whole numbers."""
+    return isinstance(module, _Around) and (isinstance(module, _Indices) or handed_integers(module._inner[0]))
+
+
 def output_of(module: nn.Module | None) -> str | int | None:
     """Which part of its answer counts, as :func:`prepared` was told; None where all of it does."""
     return module.part if isinstance(module, _Output) else None
@@ -269,7 +288,7 @@ def check_template(template: nn.Module, input_shape: tuple[int, ...], name: str)
             again, fewer = template(x.clone()), template(x[:2].clone())
         except Exception as error:
             raise WslfastError(f"architecture {name!r}: cannot run on {shape}: {first_line(error)}") from error
-    if not isinstance(out, Tensor) or out.ndim == 0:
+    if not isinstance(out, Tensor) or out.ndim == 0 or not out.is_floating_point():
         return out  # type: ignore[no-any-return]
     same = isinstance(again, Tensor) and again.shape == out.shape
     wide = 1 + float(out.nan_to_num().abs().max()) if out.numel() else 1.0

@@ -16,7 +16,7 @@ from ..kernels.graph import Graph, Training
 from ..kernels.operations import training_graph
 from ..kernels.reference import run_graph
 from .convert import Untraceable
-from .module import RandomCalls, call_with, plainly, queries_for
+from .module import RandomCalls, call_with, in_precision, plainly, queries_for
 
 # What draws through an operation that a stacked run can give each model's own numbers.
 _DROPOUT = frozenset({
@@ -96,7 +96,7 @@ def _drawn(module: nn.Module, queries: Tensor) -> list[str]:
 
 def _verify(graph: Graph, module: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Raises Untraceable unless graph and module give the same in training mode, drawing the same numbers for their dropout."""
-    exact = copy.deepcopy(module).double()
+    exact = in_precision(copy.deepcopy(module), torch.float64)
     queries = queries_for(module, 4, graph.input_shape, torch.float64)
     values = {name: value.detach().double().clone() for name, value in state.items()}
     row = torch.cat([value.flatten() for value in values.values()])
