@@ -162,6 +162,15 @@ def test_complex_buffers_keep_their_imaginary_parts(persistent: bool, dtype: tor
         assert torch.allclose(population.module(j)(queries).to(dtype), expected[j], atol=1e-6)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_answers_that_are_not_finite_are_those_of_the_module(value: float) -> None:
+    torch.manual_seed(0)
+    modules = [Plain(lambda x: torch.where(x > 0, x, value)) for _ in range(3)]
+    population, queries = Population.from_modules(modules, (4,)), torch.randn(5, 4)
+    outputs = batched_forward(population, queries, population.architecture)
+    assert torch.allclose(outputs, torch.stack([m(queries) for m in modules]), equal_nan=True)
+
+
 class Plain(nn.Module):
     def __init__(self, answer: Callable[[Tensor], Tensor], dtype: torch.dtype = torch.float32) -> None:
         super().__init__()

@@ -22,7 +22,7 @@ from ..kernels.graph import Constant, Graph, slots_of
 from ..kernels.operations import check_graph
 from ..kernels.reference import check_values, run_graph
 from .convert import Converter, Untraceable, written_in
-from .module import FrozenNorms, call_with, in_precision, plainly, queries_for
+from .module import FrozenNorms, alike, call_with, in_precision, plainly, queries_for
 from .simplify import joined
 from .training import training_of
 
@@ -163,7 +163,7 @@ def _difference(graph: Graph, module: nn.Module, state: Mapping[str, Tensor], qu
         return f"its graph does not run: {first_line(error)}"
     if not (isinstance(expected, Tensor) and isinstance(actual, Tensor) and actual.shape == expected.shape):
         return "its graph gives another shape"
-    if not _alike(actual, expected, tolerance):
+    if not alike(actual, expected, tolerance, tolerance):
         return "its graph does not compute what it computes (a view that is written to?)"
     into = [*leaves.values(), x]
     slope = torch.linspace(0.5, 1.5, actual.numel(), dtype=actual.dtype, device="cpu").reshape(actual.shape)
@@ -172,11 +172,5 @@ def _difference(graph: Graph, module: nn.Module, state: Mapping[str, Tensor], qu
     except RuntimeError:  # a network that cannot be differentiated
         return None
     gradients = torch.autograd.grad(actual, into, slope, allow_unused=True, materialize_grads=True)
-    same = all(_alike(a, b, tolerance) for a, b in zip(gradients, wanted, strict=True))
+    same = all(alike(a, b, tolerance, tolerance) for a, b in zip(gradients, wanted, strict=True))
     return None if same else "its graph has other gradients than it has (a function with a backward of its own?)"
-
-
-def _alike(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
-    actual, expected = actual.detach().double(), expected.detach().double()
-    scale = 1 + float(expected.nan_to_num(posinf=0, neginf=0).abs().max()) if expected.numel() else 1.0
-    return torch.allclose(actual, expected, rtol=tolerance, atol=tolerance * scale, equal_nan=True)

@@ -291,20 +291,27 @@ def check_template(template: nn.Module, input_shape: tuple[int, ...], name: str)
     if not isinstance(out, Tensor) or out.ndim == 0 or not out.is_floating_point():
         return out  # type: ignore[no-any-return]
     same = isinstance(again, Tensor) and again.shape == out.shape
-    wide = 1 + float(out.nan_to_num().abs().max()) if out.numel() else 1.0
-    same = same and torch.allclose(again, out, rtol=1e-5, atol=1e-6 * wide, equal_nan=True)  # a BLAS may round by where numbers lie
+    same = same and alike(again, out, 1e-5, 1e-6)  # a BLAS may round by where numbers lie
     remedy = "populations run in evaluation mode; make it follow self.training, or leave it out"
     require(same or not random.functions, f"architecture {name!r} is random in evaluation mode ({', '.join(random.functions)}): {remedy}")
     require(
         same, f"architecture {name!r} answers the same queries another way the second time: it keeps something between calls, or is random"
     )
     alone = isinstance(fewer, Tensor) and fewer.ndim > 0 and fewer.shape[1:] == out.shape[1:] and len(fewer) == 2 and len(out) == 4
-    close = alone and torch.allclose(fewer, out[:2], rtol=1e-3, atol=1e-4 * (1 + float(out.abs().max())), equal_nan=True)
+    close = alone and alike(fewer, out[:2], 1e-3, 1e-4)
     require(
         not isinstance(fewer, Tensor) or len(out) != 4 or close,
         f"architecture {name!r}: its answer to a query depends on the other queries of the batch (a norm over the batch?)",
     )
     return out
+
+
+def alike(actual: Tensor, expected: Tensor, rtol: float, atol: float) -> bool:
+    """Whether two answers of one shape agree: ``atol`` is of one plus the largest finite number, what is not finite has to be the same."""
+    actual, expected = actual.detach().double(), expected.detach().double()
+    finite = expected.nan_to_num(0.0, posinf=0.0, neginf=0.0)
+    scale = 1 + float(finite.abs().max()) if expected.numel() else 1.0
+    return torch.allclose(actual, expected, rtol=rtol, atol=atol * scale, equal_nan=True)
 
 
 class RandomCalls(TorchFunctionMode):

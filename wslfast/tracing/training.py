@@ -16,7 +16,7 @@ from ..kernels.graph import Graph, Training
 from ..kernels.operations import training_graph
 from ..kernels.reference import run_graph
 from .convert import Untraceable
-from .module import RandomCalls, call_with, in_precision, plainly, queries_for
+from .module import RandomCalls, alike, call_with, in_precision, plainly, queries_for
 
 # What draws through an operation that a stacked run can give each model's own numbers.
 _DROPOUT = frozenset({
@@ -108,6 +108,5 @@ def _verify(graph: Graph, module: nn.Module, state: Mapping[str, Tensor]) -> Non
             actual = run_graph(row, queries, graph)
     except Exception as error:
         raise Untraceable(f"its graph of training mode does not run: {first_line(error)}") from None
-    scale = 1 + float(expected.abs().max()) if expected.numel() else 1.0
-    if actual.shape != expected.shape or not torch.allclose(actual, expected.double(), rtol=1e-4, atol=1e-4 * scale, equal_nan=True):
+    if actual.shape != expected.shape or not alike(actual, expected, 1e-4, 1e-4):
         raise Untraceable("its training mode does something that its graph does not")
