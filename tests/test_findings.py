@@ -22,6 +22,14 @@ METRICS = {
     "accuracy": "accuracy_reconstructed",
 }
 ZOOS = ("digits", "fashion", "photos")
+NEW_MODELS = {
+    "accuracy of new models": ("generated_accuracy",),
+    "the anchors rebuilt": ("anchor_reconstruction_accuracy",),
+    "after 2 epochs": ("finetuned_accuracy",),
+    "L2 between pairs": ("diversity", "diversity_matched"),
+    "disagreement between pairs": ("diversity_disagreement", "diversity_disagreement_matched"),
+    "L2 to the nearest": ("novelty", "novelty_reconstruction"),
+}
 
 Runs = dict[tuple[str, str], dict[str, dict[str, float]]]  # (zoo, variant): seed: metric: mean
 Shown = dict[str, tuple[str, str | None]]  # metric: what the page says, and behind its ±
@@ -117,6 +125,17 @@ def test_tables_of_zoos_are_what_rows_give(runs: Runs) -> None:
                     wrong += [] if not shown or matching(shown, runs, zoo) else [(cells[0], zoo, shown)]
     assert wrong == []
     assert seen > 15
+
+
+def test_table_of_new_models_is_what_rows_give(runs: Runs) -> None:
+    """Means of three seeds; a column is a variant."""
+    (table,) = [table for table in tables() if table[0][1:] == ["structure", "direct", "scheduled"]]
+    assert len(table) - 2 == len(NEW_MODELS)
+    for cells in table[2:]:
+        (metrics,) = [metrics for label, metrics in NEW_MODELS.items() if cells[0].startswith(label)]
+        for name, cell in zip(table[0][1:], cells[1:], strict=True):
+            seeds = list(runs["digits", f"scratch-{name}"].values())
+            assert holds(dict(zip(metrics, figures(cell), strict=True)), seeds, True), (cells[0], name)
 
 
 def test_a_wrong_figure_is_found(runs: Runs) -> None:
