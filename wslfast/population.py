@@ -163,7 +163,7 @@ class Population:
         with torch.no_grad():
             for j, module in enumerate(plain):
                 theirs, ours = module(queries.clone()), population.module(j)(queries.clone())
-                fits = theirs.shape == ours.shape and torch.allclose(theirs.float(), ours, rtol=1e-3, atol=1e-4, equal_nan=True)
+                fits = theirs.shape == ours.shape and torch.allclose(theirs.float(), ours.float(), rtol=1e-3, atol=1e-4, equal_nan=True)
                 what = "another network than modules[0]: same parameters, other answers (an activation, a stride?)"
                 require(fits, f"modules[{j}]: {what}; all modules have to be of one network")
         return population

@@ -23,6 +23,7 @@ from ..errors import WslfastError, describe, first_line
 from ..kernels.cpu.memory import fresh_like
 from ..kernels.criteria import Named, share_of_loss
 from ..kernels.stacked.company import group_size
+from ..tracing.module import in_precision
 from .chunks import in_chunks, is_shortage
 from .memory import default_budget, models_per_chunk
 from .paths import gathered, in_pieces, per_model
@@ -40,7 +41,7 @@ class _Bound:
 
     def __init__(self, architecture: Architecture, device: torch.device, dtype: torch.dtype) -> None:
         assert architecture.module is not None
-        self.module = copy.deepcopy(architecture.module).to(device, dtype)
+        self.module = in_precision(copy.deepcopy(architecture.module), dtype, device)
         self.name = architecture.name
         self.slots = architecture.parameters
         self.lock = threading.RLock()
