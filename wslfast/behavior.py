@@ -20,6 +20,7 @@ from .kernels.operations import reads_integers
 from .nan_policy import NAN_POLICIES, REDUCTIONS, bad_models, check_models, reduce
 from .population import Population, stack
 from .tokens import num_tokens
+from .tracing import handed_integers
 
 _COMPUTED = (torch.float32, torch.float64)
 _INDICES = (torch.int64, torch.int32)  # of queries that a network reads as indices
@@ -170,6 +171,8 @@ def _rows(value: Any, architecture: Architecture, argument: str) -> Tensor:
         other = value.architecture
         same = other.same_network(architecture)
         wrong = f"{argument}: expected a population of architecture {architecture.name!r}, got one of another, {other.name!r}"
+        alike = None in (architecture.graph, other.graph) and architecture.parameters == other.parameters
+        wrong += "; a module that cannot be traced is known by itself alone: pass the population's .architecture" if alike else ""
         require(same, wrong)
         value = value.weights
     if isinstance(value, (list, tuple, nn.Module)):
@@ -214,7 +217,10 @@ def _queries(queries: Any, architecture: Architecture, rows: Tensor) -> Tensor:
         came = f"queries: expected floating [n, {sizes}] or [{len(rows)}, n, {sizes}] for architecture {architecture.name!r}"
         return f"{came} with n >= 1, got {describe(queries)}"
 
-    integers = getattr(queries, "dtype", None) in _INDICES and architecture.graph is not None and reads_integers(architecture.graph)
+    graph = architecture.graph
+    integers = getattr(queries, "dtype", None) in _INDICES and (
+        handed_integers(architecture.module) if graph is None else reads_integers(graph)
+    )
     require(isinstance(queries, Tensor) and (queries.is_floating_point() or integers), expected)
     own_queries = queries.ndim == len(shape) + 2
     fits = tuple(queries.shape[1 + own_queries :]) == shape and queries.ndim in (len(shape) + 1, len(shape) + 2)

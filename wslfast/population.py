@@ -99,7 +99,7 @@ class Population:
         """The population of these state dicts, in any key order; step counters of batch norm are ignored. Raises WslfastError naming the
         key and the model that do not fit."""
         require(len(state_dicts) > 0, "state_dicts: expected at least one model, got none")
-        weights = torch.empty(len(state_dicts), architecture.num_weights)
+        weights = torch.empty(len(state_dicts), architecture.num_weights, dtype=torch.float32)
         for j, state in enumerate(state_dicts):
             require(isinstance(state, Mapping), f"state_dicts[{j}]: expected a mapping of names to tensors, got {describe(state)}")
             state = effective_state(state, architecture.known)
@@ -163,7 +163,7 @@ class Population:
         with torch.no_grad():
             for j, module in enumerate(plain):
                 theirs, ours = module(queries.clone()), population.module(j)(queries.clone())
-                fits = theirs.shape == ours.shape and torch.allclose(theirs.float(), ours, rtol=1e-3, atol=1e-4, equal_nan=True)
+                fits = theirs.shape == ours.shape and torch.allclose(theirs.float(), ours.float(), rtol=1e-3, atol=1e-4, equal_nan=True)
                 what = "another network than modules[0]: same parameters, other answers (an activation, a stride?)"
                 require(fits, f"modules[{j}]: {what}; all modules have to be of one network")
         return population

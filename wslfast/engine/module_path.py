@@ -23,6 +23,7 @@ from ..errors import WslfastError, describe, first_line
 from ..kernels.cpu.memory import fresh_like
 from ..kernels.criteria import Named, share_of_loss
 from ..kernels.stacked.company import group_size
+from ..tracing.module import in_precision
 from .chunks import in_chunks, is_shortage
 from .memory import default_budget, models_per_chunk
 from .paths import gathered, in_pieces, per_model
@@ -40,7 +41,7 @@ class _Bound:
 
     def __init__(self, architecture: Architecture, device: torch.device, dtype: torch.dtype) -> None:
         assert architecture.module is not None
-        self.module = copy.deepcopy(architecture.module).to(device, dtype)
+        self.module = in_precision(copy.deepcopy(architecture.module), dtype, device)
         self.name = architecture.name
         self.slots = architecture.parameters
         self.lock = threading.RLock()
@@ -217,7 +218,8 @@ class Module:
             chosen = list(order)[:size]
             return self._outputs_and_gradient(rows.to(dtype)[chosen], x[chosen] if own_queries else x)
 
-        key = architecture, shape, own_queries, dtype, torch.get_num_threads(), torch.is_autocast_enabled("cpu")
+        autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+        key = architecture, shape, own_queries, dtype, torch.get_num_threads(), autocast
         return group_size(count, most, full, key, trial)
 
     def _outputs_and_gradient(self, rows: Tensor, x: Tensor) -> Sequence[Tensor]:

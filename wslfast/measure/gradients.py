@@ -18,6 +18,7 @@ from torch import Tensor
 from ..architecture import Architecture
 from ..errors import describe, require
 from ..kernels import reference
+from ..tracing.module import call_with
 
 Product = Callable[[Tensor], Tensor]
 EXACT = 1 << 27  # numbers of both Jacobians together that are held at once (1 GB in float64)
@@ -34,7 +35,7 @@ def model_function(architecture: Architecture) -> Callable[[Tensor, Tensor], Ten
 
     def call(weights: Tensor, queries: Tensor) -> Tensor:
         parameters = {s.name: weights[s.offset : s.stop].view(s.shape) for s in architecture.parameters}
-        return torch.func.functional_call(module, parameters, (queries,))
+        return call_with(module, parameters, queries)
 
     return call
 

@@ -2,7 +2,7 @@
 
 from . import untraced
 from .graph import Untraceable, trace
-from .module import check_template, innermost, output_of, prepared, queries_for, with_frozen_norms
+from .module import check_template, handed_integers, innermost, output_of, prepared, queries_for, with_frozen_norms
 from .rebuilt import rebuilt
 from .state import effective_state
 
@@ -10,6 +10,7 @@ __all__ = [
     "Untraceable",
     "check_template",
     "effective_state",
+    "handed_integers",
     "innermost",
     "output_of",
     "prepared",

@@ -22,7 +22,7 @@ from ..kernels.graph import Constant, Graph, slots_of
 from ..kernels.operations import check_graph
 from ..kernels.reference import check_values, run_graph
 from .convert import Converter, Untraceable, written_in
-from .module import FrozenNorms, plainly, queries_for
+from .module import FrozenNorms, alike, call_with, in_precision, plainly, queries_for
 from .simplify import joined
 from .training import training_of
 
@@ -112,7 +112,7 @@ def _followed(module: nn.Module, state: Mapping[str, Tensor], queries: Tensor, w
 
     def run(values: list[Tensor], x: Tensor) -> Any:
         with _CopiedDropout() if written else nullcontext():
-            return torch.func.functional_call(module, dict(zip(names, values, strict=True)), (x,))
+            return call_with(module, dict(zip(names, values, strict=True)), x)
 
     try:
         with plainly(), torch.enable_grad():  # so that torch.no_grad() inside shows; nothing here requires a gradient
@@ -141,7 +141,7 @@ def _verify(graph: Graph, module: nn.Module, state: Mapping[str, Tensor]) -> Non
         wide = value.detach().double()
         noise = torch.randn(wide.shape, generator=generator, dtype=torch.float64)
         near[name] = wide * (1 + 0.1 * noise).abs() + 0.01 * noise.abs()
-    exact = copy.deepcopy(module).double()
+    exact = in_precision(copy.deepcopy(module), torch.float64)
     for n in (2, 4):
         queries = queries_for(module, n, graph.input_shape, torch.float64)
         if _difference(graph, exact, near, queries, 1e-8) is not None:  # a forward that casts to float32, say
@@ -156,14 +156,14 @@ def _difference(graph: Graph, module: nn.Module, state: Mapping[str, Tensor], qu
     x = queries.clone().requires_grad_()
     try:
         with plainly(), torch.enable_grad(), FrozenNorms():
-            expected = torch.func.functional_call(module, leaves, (x.clone(),))
+            expected = call_with(module, leaves, x.clone())
             row = torch.cat([value.flatten() for value in leaves.values()]) if leaves else x.new_empty(0)
             actual = run_graph(row, x.clone(), graph)
     except Exception as error:
         return f"its graph does not run: {first_line(error)}"
     if not (isinstance(expected, Tensor) and isinstance(actual, Tensor) and actual.shape == expected.shape):
         return "its graph gives another shape"
-    if not _alike(actual, expected, tolerance):
+    if not alike(actual, expected, tolerance, tolerance):
         return "its graph does not compute what it computes (a view that is written to?)"
     into = [*leaves.values(), x]
     slope = torch.linspace(0.5, 1.5, actual.numel(), dtype=actual.dtype, device="cpu").reshape(actual.shape)
@@ -172,11 +172,5 @@ def _difference(graph: Graph, module: nn.Module, state: Mapping[str, Tensor], qu
     except RuntimeError:  # a network that cannot be differentiated
         return None
     gradients = torch.autograd.grad(actual, into, slope, allow_unused=True, materialize_grads=True)
-    same = all(_alike(a, b, tolerance) for a, b in zip(gradients, wanted, strict=True))
+    same = all(alike(a, b, tolerance, tolerance) for a, b in zip(gradients, wanted, strict=True))
     return None if same else "its graph has other gradients than it has (a function with a backward of its own?)"
-
-
-def _alike(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
-    actual, expected = actual.detach().double(), expected.detach().double()
-    scale = 1 + float(expected.nan_to_num(posinf=0, neginf=0).abs().max()) if expected.numel() else 1.0
-    return torch.allclose(actual, expected, rtol=tolerance, atol=tolerance * scale, equal_nan=True)

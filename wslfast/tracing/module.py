@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -155,11 +155,14 @@ def prepared(module: nn.Module, name: str, input_shape: tuple[int, ...], output:
         scripted = isinstance(part, torch.jit.ScriptModule)
         require(not scripted, f"{where} is a TorchScript module, whose code cannot be read; pass the module that it was made from")
         lazy = [key for key, p in part._parameters.items() if isinstance(p, nn.parameter.UninitializedParameter)]
+        pairs = [key for key, p in part._parameters.items() if p is not None and p.is_complex()]
+        remedy = "hold its real and imaginary parts as real numbers, and join them by torch.view_as_complex"
+        require(not pairs, f"{where} has complex parameters ({pairs[0] if pairs else ''}), and rows of weights are real: {remedy}")
         require(not lazy, f"{where} has parameters without a shape ({lazy[0] if lazy else ''}); run it once on a batch first")
         norm = isinstance(part, nn.modules.batchnorm._BatchNorm) and part.running_mean is None
         require(not norm, f"{where} is a batch norm without running statistics, which mixes the queries of a batch")
     try:
-        plain = _unwrapped(copy.deepcopy(module, _computed(module))).to("cpu", torch.float32).eval().requires_grad_(False)
+        plain = in_precision(_unwrapped(copy.deepcopy(module, _computed(module))), torch.float32, "cpu").eval().requires_grad_(False)
     except WslfastError:
         raise
     except Exception as error:
@@ -215,6 +218,34 @@ def plainly() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
+def in_precision(module: nn.Module, dtype: torch.dtype, device: torch.device | str | None = None) -> nn.Module:
+    """The module, in place, with floating tensors in ``dtype`` and complex ones in the complex dtype of that precision.
+    (``Module.to`` and ``Module.double`` make real numbers of complex ones: they leave the imaginary part out.)"""
+
+    def converted(value: Tensor) -> Tensor:
+        wanted = dtype.to_complex() if value.is_complex() else dtype if value.is_floating_point() else value.dtype
+        return value.to(value.device if device is None else device, wanted)
+
+    return module._apply(converted)
+
+
+def call_with(module: nn.Module, values: Mapping[str, Tensor], queries: Tensor) -> Any:
+    """What a module answers with other tensors in the place of its own, which it has again afterwards.
+
+    A part that a module holds under two names is given its tensors once: ``torch.func.functional_call`` puts them there twice, and then
+    leaves the second ones where the first had been, so that a weight that another part shares with it is tied no longer.
+
+    Args:
+        values: by name, any one of the names of a tensor that has several. What is not named stays.
+    """
+    own = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    given = {id(own[name]): value for name, value in values.items()}
+    parts = [(f"{path}." if path else "", part) for path, part in module.named_modules()]
+    held = [(start + key, value) for start, part in parts for key, value in (*part._parameters.items(), *part._buffers.items())]
+    placed = {key: given[id(value)] for key, value in held if id(value) in given}
+    return torch.func.functional_call(module, placed, (queries,), tie_weights=False)
+
+
 def queries_for(module: nn.Module, n: int, input_shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
     """Queries that the module takes: normal numbers, or zeros and ones where it reads them as indices."""
     generator = torch.Generator().manual_seed(n)
@@ -230,6 +261,11 @@ def queries_for(module: nn.Module, n: int, input_shape: tuple[int, ...], dtype: 
 def innermost(module: nn.Module) -> nn.Module:
     """The module without the wrappers that :func:`prepared` put around it."""
     return innermost(module._inner[0]) if isinstance(module, _Around) else module
+
+
+def handed_integers(module: nn.Module | None) -> bool:
+    """Whether a template, as :func:`prepared` gives it, reads nothing of its queries but whole numbers."""
+    return isinstance(module, _Around) and (isinstance(module, _Indices) or handed_integers(module._inner[0]))
 
 
 def output_of(module: nn.Module | None) -> str | int | None:
@@ -252,23 +288,30 @@ def check_template(template: nn.Module, input_shape: tuple[int, ...], name: str)
             again, fewer = template(x.clone()), template(x[:2].clone())
         except Exception as error:
             raise WslfastError(f"architecture {name!r}: cannot run on {shape}: {first_line(error)}") from error
-    if not isinstance(out, Tensor) or out.ndim == 0:
+    if not isinstance(out, Tensor) or out.ndim == 0 or not out.is_floating_point():
         return out  # type: ignore[no-any-return]
     same = isinstance(again, Tensor) and again.shape == out.shape
-    wide = 1 + float(out.nan_to_num().abs().max()) if out.numel() else 1.0
-    same = same and torch.allclose(again, out, rtol=1e-5, atol=1e-6 * wide, equal_nan=True)  # a BLAS may round by where numbers lie
+    same = same and alike(again, out, 1e-5, 1e-6)  # a BLAS may round by where numbers lie
     remedy = "populations run in evaluation mode; make it follow self.training, or leave it out"
     require(same or not random.functions, f"architecture {name!r} is random in evaluation mode ({', '.join(random.functions)}): {remedy}")
     require(
         same, f"architecture {name!r} answers the same queries another way the second time: it keeps something between calls, or is random"
     )
     alone = isinstance(fewer, Tensor) and fewer.ndim > 0 and fewer.shape[1:] == out.shape[1:] and len(fewer) == 2 and len(out) == 4
-    close = alone and torch.allclose(fewer, out[:2], rtol=1e-3, atol=1e-4 * (1 + float(out.abs().max())), equal_nan=True)
+    close = alone and alike(fewer, out[:2], 1e-3, 1e-4)
     require(
         not isinstance(fewer, Tensor) or len(out) != 4 or close,
         f"architecture {name!r}: its answer to a query depends on the other queries of the batch (a norm over the batch?)",
     )
     return out
+
+
+def alike(actual: Tensor, expected: Tensor, rtol: float, atol: float) -> bool:
+    """Whether two answers of one shape agree: ``atol`` is of one plus the largest finite number, what is not finite has to be the same."""
+    actual, expected = actual.detach().double(), expected.detach().double()
+    finite = expected.nan_to_num(0.0, posinf=0.0, neginf=0.0)
+    scale = 1 + float(finite.abs().max()) if expected.numel() else 1.0
+    return torch.allclose(actual, expected, rtol=rtol, atol=atol * scale, equal_nan=True)
 
 
 class RandomCalls(TorchFunctionMode):

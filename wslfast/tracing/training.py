@@ -16,7 +16,7 @@ from ..kernels.graph import Graph, Training
 from ..kernels.operations import training_graph
 from ..kernels.reference import run_graph
 from .convert import Untraceable
-from .module import RandomCalls, plainly, queries_for
+from .module import RandomCalls, alike, call_with, in_precision, plainly, queries_for
 
 # What draws through an operation that a stacked run can give each model's own numbers.
 _DROPOUT = frozenset({
@@ -96,18 +96,17 @@ def _drawn(module: nn.Module, queries: Tensor) -> list[str]:
 
 def _verify(graph: Graph, module: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Raises Untraceable unless graph and module give the same in training mode, drawing the same numbers for their dropout."""
-    exact = copy.deepcopy(module).double()
+    exact = in_precision(copy.deepcopy(module), torch.float64)
     queries = queries_for(module, 4, graph.input_shape, torch.float64)
     values = {name: value.detach().double().clone() for name, value in state.items()}
     row = torch.cat([value.flatten() for value in values.values()])
     try:
         with plainly():
-            torch.manual_seed(0)
-            expected = torch.func.functional_call(exact, values, (queries.clone(),))
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)  # torch.manual_seed would set those of GPUs, which are the caller's
+            expected = call_with(exact, values, queries.clone())
+            torch.default_generator.manual_seed(0)
             actual = run_graph(row, queries, graph)
     except Exception as error:
         raise Untraceable(f"its graph of training mode does not run: {first_line(error)}") from None
-    scale = 1 + float(expected.abs().max()) if expected.numel() else 1.0
-    if actual.shape != expected.shape or not torch.allclose(actual, expected.double(), rtol=1e-4, atol=1e-4 * scale, equal_nan=True):
+    if actual.shape != expected.shape or not alike(actual, expected, 1e-4, 1e-4):
         raise Untraceable("its training mode does something that its graph does not")

@@ -154,6 +154,16 @@ def test_a_mistake_is_one_clear_error(
     assert not Path("zoo").exists()
 
 
+def test_a_broken_file_and_a_link_do_not_hide_what_the_others_need(tmp_path: Path, nets: list[nn.Module]) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "a").symlink_to(tmp_path)
+    (tmp_path / "models" / "b.pt").write_bytes(b"PK\x03\x04 not an archive")
+    for i, net in enumerate(nets):
+        torch.save(net.state_dict(), tmp_path / "models" / f"n{i}.pt")
+    with pytest.raises(WslfastError, match=r"n0.pt: no known network .*--network FILE.py:NAME"):
+        import_zoo(tmp_path / "models", tmp_path / "zoo")
+
+
 def test_what_is_not_there_is_said(tmp_path: Path, nets: list[nn.Module]) -> None:
     (tmp_path / "models" / "deep").mkdir(parents=True)
     torch.save(nets[0].state_dict(), tmp_path / "models" / "a.pt")

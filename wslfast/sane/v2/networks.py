@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from ...architecture import Architecture
 from ...errors import WslfastError, describe, require
+from ...tracing.module import call_with
 from .layout import Layout, layout_for, numbers_of
 from .loading import load
 
@@ -123,7 +123,7 @@ class Networks:
             for name in norms:
                 state[f"{name}.running_mean"].zero_()
                 state[f"{name}.running_var"].zero_()
-            functional_call(module, state, (queries,))
+            call_with(module, state, queries)
             for name in counts:
                 n = counts[name]
                 for kind, factor in (("running_mean", 1.0), ("running_var", (n - 1) / n)):  # theirs is unbiased

@@ -236,9 +236,12 @@ def _nothing(source: str | Path, folder: Path, rows: Rows, networks: Sequence[An
     counts = rows.skips.counts()
     reasons = "; ".join(f"{reason}: {count}" for reason, count in counts.items())
     nothing = reasons or "no trials, no dataset_*.pt, no files of state dicts"
-    why = next((f"; {e['where']}: {e['detail']}" for e in rows.skips.entries if e["detail"]), "")
+    detailed = [e for e in rows.skips.entries if e["detail"]]
+    unknown = [e for e in detailed if "no known network" in e["detail"]]
+    shown = (unknown or sorted(detailed, key=lambda e: -counts[e["reason"]]))[:1]  # what can be mended, else the first of the commonest
+    why = "".join(f"; {e['where']}: {e['detail']}" for e in shown)
     remedy = ""
-    if not networks and rows.skips.counts().get("unreadable checkpoint") and "no known network" in why:
+    if not networks and unknown:
         remedy = "; networks of your own: --network FILE.py:NAME (network=)"
     elif not reasons:
         other = sorted({path.suffix or path.name for path in folder.rglob("*") if path.is_file()})[:6] if folder.is_dir() else []
