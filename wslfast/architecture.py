@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from . import networks, tracing
 from .errors import WslfastError, describe, present, require
 from .kernels.chains import chain_of, graph_of
-from .kernels.graph import Graph, Node, Slot, Training, slots_of
+from .kernels.graph import Graph, Slot, Training, slots_of
 from .kernels.layers import RECORDS, Layer, Layers, check_layer, layer_from_dict
 from .kernels.operations import check_graph
 from .kernels.reference import check_values, value_shapes
@@ -359,17 +358,8 @@ def _with_classes_last(architecture: Architecture, axis: int, training: Training
     """``training`` is an argument of its own as two architectures are equal if their evaluation modes are."""
     remedy = "let its forward move the classes to the end"
     graph = present(architecture.graph, f"class_axis: architecture {architecture.name!r} cannot be traced; {remedy}")
-    rank = len(architecture.output_shape)
-    where = ("source", axis - rank if axis >= 0 else axis), ("destination", -1)
-
-    def moved(whole: Graph) -> Graph:
-        nodes = (*whole.nodes, Node("movedim.int", (("self", whole.output), *where)))
-        own = whole.training.graph
-        return replace(
-            whole, nodes=nodes, output=f"@{len(whole.nodes)}", training=replace(whole.training, graph=None if own is None else moved(own))
-        )
-
-    return Architecture(architecture.name, architecture.input_shape, moved(graph))
+    behind = axis - len(architecture.output_shape) if axis >= 0 else axis
+    return Architecture(architecture.name, architecture.input_shape, tracing.with_axis_last(graph, behind))
 
 
 def from_handle(handle: str) -> Architecture:
