@@ -82,14 +82,21 @@ def headline(results: Results) -> str:
 
 
 def common_run(results: Results) -> tuple[str | None, dict[str, float]]:
-    """The run that is on most zoos, of several the one with the highest mean, and its value on each zoo by the zoo's own measure."""
+    """The run that is on most zoos, and its value on each zoo by the zoo's own measure; of several the one with the highest mean over the
+    zoos of the commonest measure."""
     values: dict[str, dict[str, float]] = {}
     for zoo in results.zoos:
         for run in results.trained(zoo):
             value = results.mean(zoo, run, results.measure(zoo))
             if value is not None:
                 values.setdefault(run, {})[zoo] = value
-    best = max(values, key=lambda run: (len(values[run]), statistics.fmean(values[run].values())), default=None)
+    commonest = statistics.mode(results.measure(zoo) for zoo in results.zoos) if values else ""
+
+    def rank(run: str) -> tuple[int, float]:
+        alike = [value for zoo, value in values[run].items() if results.measure(zoo) == commonest]
+        return len(values[run]), statistics.fmean(alike) if alike else -math.inf
+
+    best = max(values, key=rank, default=None)
     return best, values.get(best or "", {})
 
 
