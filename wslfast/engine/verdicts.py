@@ -173,12 +173,10 @@ def _machine(index: int | None) -> Machine:
     return Machine(name, f"{capability[0]}.{capability[1]}", _driver(), str(torch.__version__), triton, sources.digest())
 
 
-@lru_cache(maxsize=256)
 def graph_digest(architecture: Architecture) -> str:
-    """A digest of a network's operations, without its name."""
+    """A digest of a network's operations, without its name. Training mode is no part of it: verdicts are of evaluation mode."""
     assert architecture.graph is not None
-    record = architecture.graph.to_dict()
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
+    return architecture.graph.digest[:16]
 
 
 def key_of(architecture: Architecture, precision: str, form: str, index: int | None = None) -> Key:
