@@ -39,9 +39,17 @@ def changes(before: Sequence[Row], after: Sequence[Row]) -> list[Change]:
         if past is None:
             continue
         a, b = past.value, row.value
-        costs = (b, a) if row.metric == "flops" else (a, b)  # a rate: more is better
-        found.append(Change(past, row, costs[1] / costs[0] if costs[0] and costs[1] is not None else None))
+        found.append(Change(past, row, _ratio(b, a) if row.metric == "flops" else _ratio(a, b)))  # a rate: more is better
     return found
+
+
+def _ratio(before: float | None, after: float | None) -> float | None:
+    """How many times as large; None where a number is missing."""
+    if before is None or after is None:
+        return None
+    if before == 0:  # what held no memory, say, holds some
+        return 1.0 if after == 0 else float("inf")
+    return after / before
 
 
 def _line(change: Change) -> str:

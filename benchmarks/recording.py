@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import io
 import platform
 import subprocess
 from collections.abc import Iterable, Sequence
@@ -14,6 +15,7 @@ from typing import Any, Union
 
 import torch
 
+from wslfast.files import write_text
 from wslfast.profiling import processor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -130,17 +132,17 @@ def with_values(row: Row, values: Sequence[float], note: str) -> Row:
 
 
 def write_rows(rows: Iterable[Row], path: Path) -> None:
-    """Write a CSV of exactly these rows, with Unix line ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(HEADER)
-        writer.writerows([[getattr(row, name) for name in HEADER] for row in rows])
+    """Write a CSV of exactly these rows, with Unix line ends, whole or not at all."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(HEADER)
+    writer.writerows([[getattr(row, name) for name in HEADER] for row in rows])
+    write_text(path, text.getvalue())
 
 
 def read_rows(path: Path) -> list[Row]:
     """The rows of a CSV. Raises ValueError if its header is another."""
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         reader = csv.reader(file)
         header = next(reader, [])
         if header != HEADER:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from wslfast.errors import WslfastError
-from wslfast.files import check_empty, make_folder, npz_archive, write_arrays
+from wslfast.files import check_empty, make_folder, npz_archive, write_arrays, write_atomically
 
 
 @pytest.mark.parametrize("compressed", [True, False])
@@ -50,3 +51,34 @@ def test_folders(tmp_path: Path) -> None:
     for path in (tmp_path / "a", tmp_path / "file"):
         with pytest.raises(WslfastError, match="expected a new or an empty folder"):
             check_empty(path)
+
+
+def test_two_threads_write_one_file_each_whole(tmp_path: Path) -> None:
+    path, half, first_done = tmp_path / "x", threading.Event(), threading.Event()
+    errors: list[BaseException] = []
+
+    def second(temporary: Path) -> None:
+        temporary.write_bytes(b"half")
+        half.set()
+        first_done.wait(10)
+        temporary.write_bytes(b"second")
+
+    def run() -> None:
+        try:
+            write_atomically(path, second)
+        except BaseException as error:
+            errors.append(error)
+
+    def first(temporary: Path) -> None:
+        temporary.write_bytes(b"first")
+        thread.start()
+        half.wait(10)
+
+    thread = threading.Thread(target=run)
+    write_atomically(path, first)
+    assert path.read_bytes() == b"first"
+    first_done.set()
+    thread.join()
+    assert not errors
+    assert path.read_bytes() == b"second"
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tolerances import FP64
 
-from wslfast import profiling
+from wslfast import WslfastError, profiling
 
 
 def _spend(seconds: float) -> None:
@@ -98,8 +98,15 @@ def test_exception_inside_the_profile_turns_it_off(tmp_path: Path) -> None:
 
 
 def test_twice_is_refused() -> None:
-    with profiling.profile(), pytest.raises(RuntimeError, match="already on"), profiling.profile():
+    with profiling.profile(), pytest.raises(WslfastError, match=r"^profile: expected one at a time"), profiling.profile():
         pass
+    assert not profiling.enabled()
+
+
+def test_a_folder_that_cannot_be_made_is_said_before_anything_runs(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WslfastError, match="cannot be made"), profiling.profile(tmp_path / "file" / "profile"):
+        raise AssertionError
     assert not profiling.enabled()
 
 

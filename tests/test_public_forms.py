@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from tolerances import FP32, FP64, FP64_GRADIENT, FP64_ROUNDING
 from torch import Tensor, nn
 
-from wslfast import Architecture, Population, WslfastError, batched_behavioral_loss, batched_forward
+from wslfast import Architecture, Population, WslfastError, batched_behavioral_loss, batched_forward, engine
 from wslfast.kernels.criteria import CRITERIA
 from wslfast.testing import as_module, relative_error
 
@@ -93,6 +93,33 @@ def test_own_queries_of_a_broken_model_stay_its_own() -> None:
     assert queries.grad is not None
     assert queries.grad.isfinite().all()
     assert not queries.grad[1].any()
+
+
+def test_classes_moved_last_leave_training_mode_as_it_was() -> None:
+    """Dropout, buffers that nobody trains and what cannot be trained are known of the moved network, too, whichever of equals came first."""
+
+    class Doubled(nn.Module):
+        def __init__(self, doubled: bool) -> None:
+            super().__init__()
+            self.only, self.doubled = nn.Conv2d(2, 3, 1), doubled
+            self.register_buffer("factor", torch.ones(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.only(x) * self.factor
+            return x * 2 if self.doubled and self.training else x
+
+    plain, doubled = (Architecture.from_module(Doubled(d), (2, 4, 4)) for d in (False, True))
+    assert plain == doubled
+    for arch in (plain, doubled):
+        moved = arch.with_classes_last(0)
+        assert arch.graph is not None
+        assert moved.graph is not None
+        assert moved.graph.training.fixed == arch.graph.training.fixed == ("factor",)
+        assert engine.random_in_training(moved) == engine.random_in_training(arch) == (arch is doubled)
+        weights, queries = torch.randn(2, arch.num_weights), torch.randn(3, 2, 4, 4)
+        targets = torch.randn(2, 3, 3, 4, 4)
+        losses = [engine.training_step(weights, queries, t, a, "mse")[0] for a, t in ((arch, targets), (moved, targets.movedim(2, -1)))]
+        assert relative_error(losses[1], losses[0]) < FP32
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)

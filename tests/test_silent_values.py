@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -393,3 +394,46 @@ def test_errors_of_torch_become_errors_that_say_what_to_do() -> None:
     ):
         with pytest.raises(WslfastError, match=r"'mine': its forward failed on queries \[9, 5\]"):
             call()
+
+
+# -- random numbers of the caller's ------------------------------------------------------------------------------------
+
+
+def _traced_with_dropout() -> None:
+    Architecture.from_module(nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 3)), (5,))
+
+
+def _viewed() -> None:
+    from wslfast.permutation import random_views
+
+    arch = Architecture.from_module(Residual(), (5,))
+    random_views(torch.randn(2, arch.num_weights, generator=torch.Generator().manual_seed(3)), arch, torch.Generator().manual_seed(4))
+
+
+def _importance() -> None:
+    from wslfast.codes.trained_joint import OutputImportance
+
+    OutputImportance(3)
+
+
+def _trained() -> None:
+    from wslfast.training.trainer import seed_generators
+
+    seed_generators(5, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("call", [_traced_with_dropout, _viewed, _importance, _trained])
+def test_generators_of_gpus_are_not_seeded(call: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """``torch.manual_seed`` seeds those of all GPUs, and no ``fork_rng`` of ours puts them back: dropout in the caller's training would
+    begin anew."""
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    with torch.random.fork_rng(devices=[]):
+        call()
+    assert not seeded
+
+
+def test_the_callers_generator_stays_where_it_is() -> None:
+    state = torch.get_rng_state()
+    _importance()
+    assert torch.equal(state, torch.get_rng_state())

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from . import networks, tracing
 from .errors import WslfastError, describe, present, require
 from .kernels.chains import chain_of, graph_of
-from .kernels.graph import Graph, Node, Slot, slots_of
+from .kernels.graph import Graph, Slot, Training, slots_of
 from .kernels.layers import RECORDS, Layer, Layers, check_layer, layer_from_dict
 from .kernels.operations import check_graph
 from .kernels.reference import check_values, value_shapes
@@ -282,7 +282,7 @@ class Architecture:
 
     def with_classes_last(self, axis: int) -> Architecture:
         """The same network with an axis of its answer moved to the end, for criteria over classes. A module must be traceable."""
-        return _with_classes_last(self, axis)
+        return _with_classes_last(self, axis, self.graph.training if self.graph is not None else None)
 
     # -- weights -------------------------------------------------------------------------------------------------------
 
@@ -354,13 +354,12 @@ class Architecture:
 
 
 @lru_cache(maxsize=64)
-def _with_classes_last(architecture: Architecture, axis: int) -> Architecture:
+def _with_classes_last(architecture: Architecture, axis: int, training: Training | None) -> Architecture:
+    """``training`` is an argument of its own as two architectures are equal if their evaluation modes are."""
     remedy = "let its forward move the classes to the end"
     graph = present(architecture.graph, f"class_axis: architecture {architecture.name!r} cannot be traced; {remedy}")
-    rank = len(architecture.output_shape)
-    move = Node("movedim.int", (("self", graph.output), ("source", axis - rank if axis >= 0 else axis), ("destination", -1)))
-    moved = Graph(graph.input_shape, (*graph.nodes, move), f"@{len(graph.nodes)}", graph.slots, graph.constants, graph.aliases)
-    return Architecture(architecture.name, architecture.input_shape, moved)
+    behind = axis - len(architecture.output_shape) if axis >= 0 else axis
+    return Architecture(architecture.name, architecture.input_shape, tracing.with_axis_last(graph, behind))
 
 
 def from_handle(handle: str) -> Architecture:

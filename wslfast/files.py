@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def write_atomically(path: Path, write: Callable[[Path], object], need: int = 0)
         WslfastError: the file could not be written (disk full, read-only folder, ...): names it and what it needs, the old content
             is intact and nothing is left behind.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{threading.get_native_id()}.tmp")  # which no other writer has
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.unlink(missing_ok=True)  # whatever has this name, a link to elsewhere say, is not written through

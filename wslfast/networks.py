@@ -191,7 +191,7 @@ def initial_weights(graph: Graph, initialisations: Sequence[str], seeds: Sequenc
     """``[k, P]``: see :meth:`wslfast.Architecture.initial_weights`."""
     require(len(initialisations) == len(seeds), f"initial_weights: {len(initialisations)} initialisations for {len(seeds)} seeds")
     roles, sines = _roles(graph), _sines(graph)
-    weights = torch.empty(len(seeds), graph.parameters)
+    weights = torch.empty(len(seeds), graph.parameters, dtype=torch.float32, device="cpu")  # where the generators are
     for row, initialisation, seed in zip(weights, initialisations, seeds, strict=True):
         require(initialisation in INITIALISATIONS, f"initialisation: expected one of {INITIALISATIONS}, got {initialisation!r}")
         generator = torch.Generator().manual_seed(int(seed))

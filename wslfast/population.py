@@ -99,7 +99,7 @@ class Population:
         """The population of these state dicts, in any key order; step counters of batch norm are ignored. Raises WslfastError naming the
         key and the model that do not fit."""
         require(len(state_dicts) > 0, "state_dicts: expected at least one model, got none")
-        weights = torch.empty(len(state_dicts), architecture.num_weights)
+        weights = torch.empty(len(state_dicts), architecture.num_weights, dtype=torch.float32)
         for j, state in enumerate(state_dicts):
             require(isinstance(state, Mapping), f"state_dicts[{j}]: expected a mapping of names to tensors, got {describe(state)}")
             state = effective_state(state, architecture.known)

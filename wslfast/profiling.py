@@ -9,6 +9,7 @@ slower than a plain one and its shares are what to read.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import platform
 import threading
@@ -18,6 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from .errors import require
+from .files import make_folder, write_text
 
 _OFF = contextlib.nullcontext()
 _active: Profile | None = None
@@ -71,6 +75,7 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
+@functools.cache  # a package that is missing is looked for in every folder, again and again
 def _nvtx_ranges() -> tuple[Any, Any]:
     try:
         import nvtx
@@ -102,10 +107,14 @@ def _region(name: str, profile: Profile) -> Iterator[None]:
 
 @contextlib.contextmanager
 def profile(folder: str | Path | None = None, device: torch.device | str = "cpu", trace: bool = True) -> Iterator[Profile]:
-    """Record regions until the block ends; with ``folder``, write ``trace.json`` (Chrome format) and ``phases.json`` there."""
+    """Record regions until the block ends; with ``folder``, write ``trace.json`` (Chrome format) and ``phases.json`` there.
+
+    Raises WslfastError where profiling is on already in this process, and for a folder that cannot be made.
+    """
     global _active
-    if _active is not None:
-        raise RuntimeError("profiling is already on in this process")
+    require(_active is None, "profile: expected one at a time, and profiling is on already in this process")
+    if folder is not None:
+        make_folder(folder)
     current = Profile(device)
     kinds = [torch.profiler.ProfilerActivity.CPU]
     if current.device.type == "cuda":
@@ -120,8 +129,7 @@ def profile(folder: str | Path | None = None, device: torch.device | str = "cpu"
             _active = None
     if folder is not None:
         out = Path(folder)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "phases.json").write_text(json.dumps(current.rows(), indent=1))
+        write_text(out / "phases.json", json.dumps(current.rows(), indent=1))
         if tracer is not None:
             tracer.export_chrome_trace(str(out / "trace.json"))
 

@@ -213,7 +213,10 @@ class Einsum:
         for name, i in self.wanted.items():
             others = [j for j in range(len(saved)) if j != i]
             equation = f"{','.join([self.out, *(self.letters[j] for j in others)])}->{self.letters[i]}"
-            made[name] = torch.einsum(equation, g, *(saved[j] for j in others))
+            slope, shape = torch.einsum(equation, g, *(saved[j] for j in others)), saved[i].shape
+            if slope.shape != shape:  # a letter is one long in some operands and longer in others
+                slope = slope.expand(torch.broadcast_shapes(slope.shape, shape))
+            made[name] = reduced(slope, shape)
         return made
 
 
@@ -230,7 +233,7 @@ def _einsum(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> R
 
 
 class Attention:
-    """softmax(q k^T * scale + mask) v."""
+    """softmax(q k^T * scale + mask) v. Axes ahead of the last two may be one long in some of the three, as for queries of a layer's own."""
 
     def __init__(self, call: Call, known: Values, wanted: frozenset[str]) -> None:
         self.call, self.wanted, self.scale = call, wanted, known.get("scale")
@@ -244,13 +247,14 @@ class Attention:
         query, key, value, shares = saved
         made: Gradients = {}
         if "value" in self.wanted:
-            made["value"] = torch.matmul(shares.transpose(-1, -2), g)
-        slope = _aten._softmax_backward_data(torch.matmul(g, value.transpose(-1, -2)), shares, -1, shares.dtype)
+            made["value"] = reduced(torch.matmul(shares.transpose(-1, -2), g), value.shape)
+        of_shares = reduced(torch.matmul(g, value.transpose(-1, -2)), shares.shape)
+        slope = _aten._softmax_backward_data(of_shares, shares, -1, shares.dtype)
         slope = slope.mul_(1 / math.sqrt(query.shape[-1]) if self.scale is None else self.scale)
         if "query" in self.wanted:
-            made["query"] = torch.matmul(slope, key)
+            made["query"] = reduced(torch.matmul(slope, key), query.shape)
         if "key" in self.wanted:
-            made["key"] = torch.matmul(slope.transpose(-1, -2), query)
+            made["key"] = reduced(torch.matmul(slope.transpose(-1, -2), query), key.shape)
         return made
 
 

@@ -1,8 +1,9 @@
 """Group sizes at which every model gets the bits that it gets in a full group, whatever its place in the group.
 
 A library may compute a batch of two products with another routine than a batch of sixty-four. The choice does not depend on the numbers,
-so a trial with random numbers shows it. Each size is tried once per process against a full group. A full group is also tried against
-itself in another order. Only sizes that give the same bits are used. Places that are left over are filled with idle models.
+so a trial with random numbers shows it. Each size is tried once per process against a full group, whose models are in the opposite order.
+Only sizes that give the same bits are used. Places that are left over are filled with idle models. What does depend on the numbers, a
+trial may miss: callers say of what a size has to be a multiple (``costs.whole_models``).
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ SIZES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192)
 _A_GROUP = 2  # models' time that the calls of a group cost beside their numbers
 _agree: dict[tuple[Hashable, int, int], bool] = {}
 _shared: dict[tuple[Hashable, int], bool] = {}
-_split: dict[tuple[Hashable, int, int, int, int], tuple[int, int]] = {}
+_split: dict[tuple[Hashable, int, int, int, int, int], tuple[int, int]] = {}
 
 # Results of the first ``size`` of random models in an order; first axis models.
 Trial = Callable[[int, Sequence[int]], Sequence[Tensor]]
 
 
-def group_size(count: int, most: int, full: int, key: Hashable, trial: Trial) -> int:
+def group_size(count: int, most: int, full: int, key: Hashable, trial: Trial, multiple: int = 1) -> int:
     """How many models to run at once: a size that gives each model the bits it has in a full group.
 
     Args:
@@ -33,18 +34,23 @@ def group_size(count: int, most: int, full: int, key: Hashable, trial: Trial) ->
         full: models of a full group.
         key: all that the bits may depend on.
         trial: see :data:`Trial`.
+        multiple: of which the size is one, as ``full`` is.
     """
     if full <= 2 or count >= full <= most:
         return full
-    sizes = [size for size in SIZES if size < full]
+    sizes = _smaller(full, multiple)
     enough = [size for size in sizes if count <= size <= most]
     fewer = [size for size in reversed(sizes) if size <= most and size < count]
     candidates = enough + ([full] if full <= most else []) + fewer + [size for size in sizes if size > most]
     return next((size for size in candidates if size == full or _agrees(size, full, key, trial)), full)
 
 
-def split(count: int, full: int, key: Hashable, trial: Trial, threads: int = 1, least: int = 2) -> tuple[int, int]:
-    """How many models to run at once, and how many in the last group, where some may be idle; ``full``, ``key``, ``trial`` as above.
+def _smaller(full: int, multiple: int) -> list[int]:
+    return [size for size in SIZES if size < full and size % multiple == 0]
+
+
+def split(count: int, full: int, key: Hashable, trial: Trial, threads: int = 1, least: int = 2, multiple: int = 1) -> tuple[int, int]:
+    """How many models to run at once, and how many in the last group, where some may be idle; other arguments as above.
 
     Of the sizes that give a full group's bits, those are tried first with which the last thread is done soonest, a group costing as much as
     two models more.
@@ -55,15 +61,15 @@ def split(count: int, full: int, key: Hashable, trial: Trial, threads: int = 1, 
     """
     if full <= 2:
         return full, full
-    asked = key, count, full, threads, least
+    asked = key, count, full, threads, least, multiple
     if asked not in _split:
-        _split[asked] = _chosen(count, full, key, _with_one_full_group(trial, full), threads, least)
+        _split[asked] = _chosen(count, full, key, _with_one_full_group(trial, full), threads, least, multiple)
     return _split[asked]
 
 
-def _chosen(count: int, full: int, key: Hashable, trial: Trial, threads: int, least: int) -> tuple[int, int]:
+def _chosen(count: int, full: int, key: Hashable, trial: Trial, threads: int, least: int, multiple: int) -> tuple[int, int]:
     """What :func:`split` returns, when it is asked for the first time."""
-    sizes = [size for size in SIZES if size < full]
+    sizes = _smaller(full, multiple)
 
     def rest_of(size: int) -> int:
         """Models of the last group, filled up."""
@@ -84,7 +90,7 @@ def _chosen(count: int, full: int, key: Hashable, trial: Trial, threads: int, le
         size = next((size for size in sorted(worth, key=cost) if size == full or _agrees(size, full, key, trial)), full)
     if size >= count or count % size == 0:
         return size, size
-    return size, group_size(count % size, size, full, key, trial)
+    return size, group_size(count % size, size, full, key, trial, multiple)
 
 
 def _with_one_full_group(trial: Trial, full: int) -> Trial:

@@ -18,6 +18,11 @@ _VIEWS = frozenset({"axes", "getitem", "identity"})  # forms that read a tensor'
 _MOVED = frozenset({"permute"})  # operations of other forms that do
 _MODELS = 256  # of a group: more leave the caches, fewer spend their time on calls
 _PAIRS = 16_384  # of models and queries in a group and slab, for the same reasons
+_WHOLE = 128  # bytes that torch's loops take at once, with AVX-512; what is left over goes by another formula, in these operations:
+_BY_TWO_FORMULAS = frozenset(
+    {"sigmoid", "glu", "silu", "gelu", "mish", "softplus", "elu", "selu", "celu", "exp2", "sinh", "cosh", "atanh", "atan2", "logaddexp"}
+    | {"pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar"}
+)
 _CONVOLVED = 8  # models of a group whose time goes into convolutions (cpu/engine.py has the reasons)
 _MOST_CONVOLVED = 64  # where activations are so few that calls, not numbers, take the time:
 _CACHED = 20 << 20  # their bytes, of such a group's forward pass
@@ -84,6 +89,24 @@ def group_shape(graph: Graph, n: int) -> tuple[int, int]:
     while queries > few and 4 * models * made * queries > _BYTES:
         queries = max(few, queries // 2 // FILL * FILL)
     return models, queries
+
+
+@lru_cache(maxsize=256)
+def whole_models(graph: Graph, queries: tuple[int, ...], itemsize: int) -> int:
+    """Of how many models a group has to be a multiple, for slabs of so many queries each: then no model lies among the last numbers of a
+    tensor, which torch computes by another formula than the others. A power of two; of numbers of ``itemsize`` bytes."""
+    two, three = value_shapes(graph, 2), value_shapes(graph, 3)
+    counts: set[int] = set()  # numbers of one model
+    for i, node in enumerate(graph.nodes):
+        reference, form = f"@{i}", TABLE[node.operation].form
+        if form in ("recurrent", "cell"):  # sigmoids of a step's gates
+            last = two[reference][-1] if isinstance(two[reference], list) else two[reference]
+            counts.update(q * last[-1] for q in queries)
+        elif node.operation in _BY_TWO_FORMULAS:
+            alike = two[reference] == three[reference]  # of weights alone
+            counts.update(_size(value_shapes(graph, 2 if alike else q)[reference]) for q in queries)
+    at_once = _WHOLE // itemsize
+    return max((at_once // math.gcd(at_once, count) for count in counts), default=1)
 
 
 def operations(graph: Graph, models: int, queries: int) -> int:

@@ -12,8 +12,8 @@ Groups are jobs of one thread each (``cpu/jobs.py``) where there is enough work 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache, partial
 from typing import Any
 
@@ -27,7 +27,7 @@ from ..graph import Graph
 from ..reference import value_shapes
 from .company import agrees_when_shared, split
 from .compiler import compile_program
-from .costs import FILL, group_shape, least_worth, sizes
+from .costs import FILL, group_shape, least_worth, sizes, whole_models
 from .passes import by_graph, by_tape
 
 _PACKED = 1 << 15  # numbers of one model's parameter
@@ -42,8 +42,8 @@ class Call:
     def __init__(
         self, weights: Tensor, queries: Tensor, graph: Graph, index: Tensor | None, size: int | None = None, once: bool = True
     ) -> None:
-        """``once``: nobody differentiates twice, or with respect to the queries."""
-        self.graph, self.index = graph, index
+        """``once``: nobody differentiates twice, or with respect to the queries. If not, torch's graph is what runs."""
+        self.graph, self.index, self.once = graph, index, once
         self.weights, self.queries = weights, queries
         self.own = index is not None or queries.ndim == len(graph.input_shape) + 2
         self.n = index.shape[1] if index is not None else queries.shape[int(self.own)]
@@ -64,7 +64,7 @@ class Call:
 
     def shared_among(self) -> tuple[int, int]:
         """Threads that take groups side by side, and models of the smallest group that is worth one."""
-        if jobs.controls() is None or self.small():
+        if jobs.controls() is None or self.small() or not self.once:  # torch's graph is made by one
             return 1, 2
         return torch.get_num_threads(), least_worth(self.graph, self.n)
 
@@ -82,26 +82,38 @@ class Call:
         return self.n if self.n < self.slab else self.slab + self.n % self.slab
 
     def _sizes(self, full: int) -> tuple[int, int]:
+        multiple = self._multiple()
+        if full % multiple:  # a large network: each model by itself
+            full = 1
         if self.graph.parameters * self.tried < _FEW:
             return full, full
-        return split(self.weights.shape[0], full, self._key(), partial(self.trial, full), *self.shared_among())
+        return split(self.weights.shape[0], full, self._key(), partial(self.trial, full), *self.shared_among(), multiple)
+
+    def _multiple(self) -> int:
+        """Of how many models every group is a multiple, or its last model's last numbers would be others."""
+        slabs = {min(self.slab, self.n), self.n % self.slab} - {0} if self.once else {self.n}
+        filled = sorted({-(-q // self.fill) * self.fill for q in slabs})
+        autocast = torch.is_autocast_enabled("cpu")  # to 16 bits, some of it
+        return whole_models(self.graph, tuple(filled), 2 if autocast else self.weights.itemsize)
 
     def _key(self) -> Hashable:
         """All that the bits of a group's results may depend on."""
-        enabled = torch.is_autocast_enabled("cpu")
-        return type(self), self.graph, self.tried, self.own, self.weights.dtype, enabled, jobs.threads_inside()
+        autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+        return type(self), self.graph, self.tried, self.own, self.once, self.weights.dtype, autocast, jobs.threads_inside()
 
     def trial(self, full: int, size: int, order: Sequence[int], share: bool = False) -> Sequence[Tensor]:
-        """Losses and gradients of the first ``size`` of random models in an order, run in one group; ``share``: products on all threads."""
-        weights, queries, targets = random_models(self.graph, self.tried, self.own, full, self.weights.dtype)
+        """Losses (of torch's graph: outputs) and gradients of the first ``size`` of random models in an order, run in one group; ``share``:
+        products on all threads."""
         rows = list(order[:size])
-        call = self.again(weights[rows], queries[rows] if self.own else queries, rows)
-        call.share = share
-        return loss_and_gradient_of(call, targets[rows], "mse", 1.0)
+        with _by_itself():
+            weights, queries, targets = random_models(self.graph, self.tried, self.own, full, self.weights.dtype)
+            call = self.again(weights[rows], queries[rows] if self.own else queries, rows)
+            call.share = share
+            return loss_and_gradient_of(call, targets[rows], "mse", 1.0) if self.once else _outputs_and_slopes(call, targets[rows])
 
     def again(self, weights: Tensor, queries: Tensor, rows: list[int]) -> Call:
         """A call like this one for other models, numbered ``rows``, in one group."""
-        return Call(weights, queries, self.graph, None, size=len(rows))
+        return Call(weights, queries, self.graph, None, size=len(rows), once=self.once)
 
     def shares_products(self) -> bool:
         """Whether matrix products take all threads: where groups run in one thread, there is little else than products, and bits stay."""
@@ -150,6 +162,18 @@ class Call:
 
     def values(self, shared: dict[int, list[Any]], group: int, start: int) -> list[Any]:
         return self.program.prepare(self.slab_of(group, start)) if self.own else shared[start]
+
+
+@contextmanager
+def _by_itself() -> Iterator[None]:
+    """A block that leaves no trace in what surrounds it: no inference mode, in which no graph is recorded and what is made cannot be
+    differentiated later; no hooks on saved tensors, by which a checkpoint counts what it will recompute."""
+    with torch.inference_mode(False), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
+        yield
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 def leaves_of(rows: Tensor, graph: Graph) -> list[Tensor]:
@@ -300,8 +324,12 @@ def forward(weights: Tensor, queries: Tensor, graph: Graph) -> Tensor:
 
 def differentiable(weights: Tensor, queries: Tensor, graph: Graph) -> Tensor:
     """Outputs ``[k, n, *out]`` through torch's own graph, differentiable in weights and queries as often as torch is, in the groups in
-    which :func:`loss_and_gradient` runs them. For callers that cut models into chunks that fit memory."""
-    call = Call(weights, queries, graph, None, once=False)
+    which they get the bits of a full one. For callers that cut models into chunks that fit memory."""
+    return _differentiable(Call(weights, queries, graph, None, once=False))
+
+
+def _differentiable(call: Call) -> Tensor:
+    weights, graph = call.weights, call.graph
     outputs: list[Tensor] = []
     autocast = _autocast(weights.device.type)
 
@@ -317,6 +345,18 @@ def differentiable(weights: Tensor, queries: Tensor, graph: Graph) -> Tensor:
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0].contiguous()
 
 
+def _outputs_and_slopes(call: Call, slope: Tensor) -> list[Tensor]:
+    """Outputs ``[k, n, *out]`` of a call that is not ``once``, and the gradients of their product with ``slope`` to the weights and, where
+    each model has its own, to the queries."""
+    call.weights.requires_grad_()
+    leaves = [call.weights, *([call.queries.requires_grad_()] if call.own else [])]
+    outputs = _differentiable(call)
+    if not outputs.requires_grad:  # of a network that ends in what has no derivative
+        return [outputs]
+    slopes = torch.autograd.grad(outputs, leaves, slope.to(outputs.dtype), allow_unused=True, materialize_grads=True)
+    return [outputs.detach(), *slopes]
+
+
 def plain(weights: Tensor, queries: Tensor, graph: Graph) -> Tensor:
     """Outputs ``[k, n, *out]`` in plain operators that any transform sees through. Bits may depend on how many models there are."""
     own = queries.ndim == len(graph.input_shape) + 2
@@ -325,7 +365,7 @@ def plain(weights: Tensor, queries: Tensor, graph: Graph) -> Tensor:
     return program.outputs(program.prepare(queries), ready, weights.shape[0], queries.shape[int(own)])
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=2)  # trials of one call follow each other; queries of each model's own may be hundreds of megabytes
 def random_models(graph: Graph, n: int, own: bool, full: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     kind: Any = {"generator": generator, "dtype": dtype, "device": "cpu"}

@@ -23,7 +23,8 @@ from ..graph import QUERY, Graph
 from ..layers import Affine, Conv2d, Linear, numbers_of
 from ..reference import value_shapes
 from .engine import leaves_of
-from .rows import Rows, rows_of
+from .planned_fold import FoldPlan, can_be_planned
+from .rows import rows_of
 from .segments import Segment, segments
 
 _T = TypeVar("_T")
@@ -49,20 +50,21 @@ def supports(graph: Graph) -> bool:
     # one with groups the engine runs on a copy of the queries for each model, and a norm of queries makes them each model's own
     if not isinstance(first, Conv2d) or first.groups > 1:
         return False
-    weights, query = torch.zeros(1, 1), torch.zeros(1, *graph.input_shape)
-    return cpu.supports(weights, query, segment.layers)
+    weights, query = (torch.zeros(1, *size, dtype=torch.float32, device="cpu") for size in ((1,), graph.input_shape))
+    return can_be_planned(segment) and cpu.supports(weights, query, segment.layers)
 
 
 def folded_rows(weights: Tensor, graph: Graph, segment: Segment) -> Tensor:
     """Folded weights ``[k, P']`` of a graph's ``[k, P]``, differentiable."""
-    return rows_of(segment, _parameters(weights, graph))
+    leaves = zip(graph.slots, leaves_of(weights, graph), strict=True)
+    return rows_of(segment, {f"@w:{slot.name}": leaf for slot, leaf in leaves})
 
 
 def forward(weights: Tensor, queries: Tensor, graph: Graph) -> Tensor:
     """Outputs ``[k, n, K]``, not differentiable. Arguments as :func:`wslfast.kernels.cpu.engine.forward` has them."""
-    segment = _segment(graph)
+    segment, plan = _segment(graph), _plan(graph)
+    made = [plan.fold(part)[0] for part in weights.detach().split(_models(graph))]
     with torch.no_grad():
-        made = [folded_rows(part, graph, segment) for part in weights.detach().split(_models(segment, len(weights)))]
         return cpu.forward(joined(made), queries, segment.layers)
 
 
@@ -80,37 +82,41 @@ def loss_and_gradient(
     Arguments as :func:`wslfast.kernels.cpu.engine.loss_and_gradient` has them. Memory beyond inputs and results: folded weights of some
     models, and their gradients.
     """
-    segment, k, weights = _segment(graph), len(weights), weights.detach()
+    k, weights = len(weights), weights.detach()
     own = index is None and queries.ndim == len(graph.input_shape) + 2
-    losses, gradient = weights.new_empty(k), fresh_like(weights)
-    for start in range(0, k, size := _models(segment, k)):
+    gradient, size = fresh_like(weights), _models(graph)
+    if k <= size:  # small calls are many, and a view is a microsecond
+        return _piece(weights, queries, targets, graph, criterion, temperature, index, gradient), gradient
+    losses = weights.new_empty(k)
+    for start in range(0, k, size):
         part = slice(start, start + size)
-        mine = weights[part]
-        with torch.no_grad():
-            folds = _side_by_side([partial(_Fold, some, graph, segment) for some in mine.split(_a_job(len(mine)))])
         x, of = queries[part] if own else queries, None if index is None else index[part]
-        folded = joined([fold.rows for fold in folds])
-        losses[part], slopes = cpu.loss_and_gradient(folded, x, targets[part], segment.layers, criterion, temperature, of)
-        with torch.no_grad():
-            parts = zip(folds, slopes.split(_a_job(len(mine))), gradient[part].split(_a_job(len(mine))), strict=True)
-            _side_by_side([partial(fold.unfold, slope, out) for fold, slope, out in parts])
+        losses[part] = _piece(weights[part], x, targets[part], graph, criterion, temperature, of, gradient[part])
     return losses, gradient
 
 
-class _Fold:
-    """Folded weights of some models, and what their gradient's way back needs."""
+def _piece(
+    weights: Tensor,
+    queries: Tensor,
+    targets: Tensor,
+    graph: Graph,
+    criterion: Named,
+    temperature: float,
+    index: Tensor | None,
+    out: Tensor,
+) -> Tensor:
+    """Losses of some models; their gradients are written to ``out``."""
+    plan, layers, size = _plan(graph), _segment(graph).layers, _a_job(len(weights))
+    folds = _side_by_side([partial(plan.fold, some) for some in weights.split(size)])
+    losses, slopes = cpu.loss_and_gradient(joined([rows for rows, _ in folds]), queries, targets, layers, criterion, temperature, index)
+    parts = zip(folds, slopes.split(size), out.split(size), strict=True)
+    _side_by_side([partial(plan.unfold, slope, saved, mine) for (_, saved), slope, mine in parts])
+    return losses
 
-    def __init__(self, weights: Tensor, graph: Graph, segment: Segment) -> None:
-        self.graph, self.rule = graph, Rows(segment, frozenset())
-        with torch.no_grad():
-            self.rows, self.saved = self.rule.forward(_parameters(weights, graph), len(weights))
 
-    def unfold(self, slopes: Tensor, out: Tensor) -> None:
-        """Write gradients ``[k, P]`` of the graph's own weights, from those of the folded ones."""
-        with torch.no_grad():
-            found = self.rule.backward(slopes, self.saved, len(slopes))
-            parts = [(slot, found.get(f"@w:{slot.name}")) for slot in self.graph.slots]  # what no layer reads has none
-            torch.cat([out.new_zeros(len(out), s.size) if x is None else x.reshape(len(out), -1) for s, x in parts], 1, out=out)
+@lru_cache(maxsize=256)
+def _plan(graph: Graph) -> FoldPlan:
+    return FoldPlan(graph, _segment(graph))
 
 
 def _segment(graph: Graph) -> Segment:
@@ -119,15 +125,15 @@ def _segment(graph: Graph) -> Segment:
     return segment
 
 
-def _parameters(weights: Tensor, graph: Graph) -> dict[str, Any]:
-    """Each parameter of every model, ``[k, *shape]``, by reference."""
-    return {f"@w:{slot.name}": leaf for slot, leaf in zip(graph.slots, leaves_of(weights, graph), strict=True)}
-
-
-def _models(segment: Segment, k: int) -> int:
+def _models(graph: Graph) -> int:
     """Models whose folded weights there are at once, a multiple of the engine's groups."""
-    whole = cpu.group_shape(segment.layers, segment.input_shape)[0] * torch.get_num_threads()
-    return min(max(1, k), max(whole, _BYTES // (4 * numbers_of(segment.layers)) // whole * whole))
+    return _most(_segment(graph), torch.get_num_threads(), _BYTES)
+
+
+@lru_cache(maxsize=256)
+def _most(segment: Segment, threads: int, size: int) -> int:
+    whole = cpu.group_shape(segment.layers, segment.input_shape)[0] * threads
+    return max(whole, size // (4 * numbers_of(segment.layers)) // whole * whole)
 
 
 def _a_job(models: int) -> int:
@@ -136,6 +142,8 @@ def _a_job(models: int) -> int:
 
 def _side_by_side(calls: Sequence[Callable[[], _T]]) -> list[_T]:
     """What the calls return, each a job of one thread."""
+    if len(calls) == 1:
+        return [calls[0]()]
     made: list[Any] = [None] * len(calls)
 
     def run(i: int) -> None:

@@ -66,7 +66,7 @@ def _filled(segment: Segment, values: Mapping[str, Tensor]) -> list[_Filled]:
             None if part.after is None else _norm_of(part.after, values),
             None if part.before is None else _norm_of(part.before, values),
         )
-        for part, layer in _weighted(segment)
+        for part, layer in weighted(segment)
     ]
 
 
@@ -74,7 +74,7 @@ def _in_rows(filled: list[_Filled]) -> Tensor:
     return torch.cat([piece.flatten(1) for layer in filled for piece in layer.pieces()], 1)
 
 
-def _weighted(segment: Segment) -> list[tuple[Part, Weighted]]:
+def weighted(segment: Segment) -> list[tuple[Part, Weighted]]:
     return [(part, part.layer) for part in segment.parts if isinstance(part.layer, Weighted)]
 
 
@@ -92,7 +92,7 @@ class Rows:
     def backward(self, g: Tensor, saved: list[_Filled], models: int) -> Gradients:
         """Gradients of all parameters from that of the rows."""
         made, at = _Sums(), 0
-        for (part, _), own in zip(_weighted(self.segment), saved, strict=True):
+        for (part, _), own in zip(weighted(self.segment), saved, strict=True):
             shape = own.layer.weight_shape if own.weight is None else own.weight.shape[1:]  # in one dimension they differ
             end = at + math.prod(shape)
             slope, slope_of_bias = g[:, at:end].view(models, *shape), g[:, end : end + shape[0]]

@@ -290,11 +290,11 @@ class LayerNorm:
         x, mean, rstd, normed, scale = saved
         made: Gradients = {}
         g = g.contiguous()  # for sums whose order does not depend on how many models there are
-        over = tuple(range(1, g.ndim - len(self.axes)))
+        over = tuple(range(1, g.ndim - len(self.axes)))  # none for a norm of a parameter, and a sum over no axes would be one over all
         if "weight" in self.wanted:
-            made["weight"] = (g * normed).sum(over)
+            made["weight"] = (g * normed).sum(over) if over else g * normed
         if "bias" in self.wanted:
-            made["bias"] = g.sum(over)
+            made["bias"] = g.sum(over) if over else g
         if "input" in self.wanted:
             g = g if scale is None else g * scale
             made["input"] = _aten.native_layer_norm_backward(g, x, self.axes, mean, rstd, None, None, [True, False, False])[0]

@@ -192,8 +192,10 @@ def _inside_of_lists(steps: Sequence[Step], ruled: set[int]) -> set[int]:
     have rules."""
     inside: set[int] = set()
     for i, step in enumerate(steps):
+        if not step.several:
+            continue
         readers = [j for j, reader in enumerate(steps) if step.out in reader.reads()]
-        if step.several and not {step.out, *(steps[j].out for j in readers)} <= ruled:
+        if not {step.out, *(steps[j].out for j in readers)} <= ruled:
             last = max(readers, default=i)
             inside.update(range(i, last + 1))
     return inside

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..cpu.program import Program, compile_segment
 from ..cpu.rewrites import blocked, paired
-from ..cpu.steps import CHANNELS_LAST, ActivationStep, as_channels_last, backward_through, forward_through, values_through
+from ..cpu.steps import CHANNELS_LAST, ActivationStep, FlattenStep, as_channels_last, backward_through, forward_through, values_through
 from ..layers import Affine
 from .segments import Segment
 
@@ -68,6 +68,7 @@ class _Through(torch.autograd.Function):
         return y
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         found = ctx.run.backward(gradients[0], ctx.saved, 0)
         return found.get("x"), found["rows"], None, None
@@ -99,8 +100,9 @@ class Through:
         steps = self.program.steps
         g = g.unsqueeze(2) if self.lifted[1] else g
         laid = channels_last(g) if g.ndim == 4 else g.contiguous()
-        if laid.data_ptr() == g.data_ptr() and isinstance(steps[-1], ActivationStep):
-            laid = laid.clone()  # that step writes over it, and somebody else may be handed the same gradient
+        seen_through = isinstance(steps[-1], FlattenStep) and 1 in g.shape[:2]  # of one model or one query it makes a view
+        if laid.data_ptr() == g.data_ptr() and (seen_through or isinstance(steps[-1], ActivationStep)):
+            laid = laid.clone()  # that step, or the one below, writes over it, and somebody else may be handed the same gradient
         gradient = torch.empty_like(rows)
         with torch.autocast("cpu", enabled=False):
             gx = backward_through(steps, packed, laid, seen, gradient, True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ from ..graph import Graph, Node
 from ..operations import TABLE
 from ..reference import value_shapes
 from .calls import Layout
-from .company import split
 from .engine import Call, loss_and_gradient_of, sizes
 from .layouts import channels_first
 from .training_forms import Statistics, factors, noise_shape, probability
@@ -94,7 +92,7 @@ class _Training(Call):
     def _sizes(self, full: int) -> tuple[int, int]:
         while full > 2 and 4 * full * sizes(self.graph)[0] * self.n > _BYTES:
             full //= 2
-        return split(len(self.weights), full, self._key(), partial(self.trial, full), *self.shared_among())
+        return super()._sizes(full)
 
     def again(self, weights: Tensor, queries: Tensor, rows: list[int]) -> _Training:
         own = [torch.Generator().manual_seed(row) for row in rows]

@@ -210,7 +210,7 @@ def forward(
         source = Queries(queries, index, schedule, k, precision)
         n = source.n
         _check(weights, schedule, n, precision)
-        outputs = torch.empty(k, n, schedule.classes, device=weights.device)
+        outputs = torch.empty(k, n, schedule.classes, dtype=torch.float32, device=weights.device)
         if k == 0:
             return outputs
         if _mode(mode, schedule, n, precision, False, memory) == "network":
@@ -277,8 +277,8 @@ def loss_and_gradient(
             raise ValueError(f"expected targets {[k, n, schedule.classes]}, got {list(targets.shape)}")
         if criterion not in (*CRITERIA, "labels", "gradient"):
             raise ValueError(f"unknown criterion {criterion!r}")
-        losses = torch.empty(k, device=device)
-        gradient = torch.empty(k, schedule.parameters, device=device)
+        losses = torch.empty(k, dtype=torch.float32, device=device)
+        gradient = torch.empty(k, schedule.parameters, dtype=torch.float32, device=device)
         if k == 0:
             return losses, gradient
         if _mode(mode, schedule, n, precision, True, memory) == "network":
@@ -302,8 +302,10 @@ def loss_and_gradient(
         chunk = models_per_chunk(schedule, k, n, precision, True, memory)
         held = Activations(schedule, chunk, n, precision, True, device)
         tables = fold_tables(schedule, n, device)
-        partials = torch.empty(chunk, tables.row, device=device)
-        gain = torch.empty(chunk, device=device)
+        if tables.row >= OFFSETS:
+            raise ValueError(f"{n} queries are {tables.row} partial sums a model; the kernels address fewer than {OFFSETS}")
+        partials = torch.empty(chunk, tables.row, dtype=torch.float32, device=device)
+        gain = torch.empty(chunk, dtype=torch.float32, device=device)
         scale = gradient_scale(criterion, n, schedule.classes, temperature)
         fused = fits(schedule, n) and (on_queries is None or len(schedule.stages) > 2)
         stages = len(schedule.stages) - 2 * fused
@@ -396,9 +398,9 @@ def warmup(
     through ``differentiable_forward``, with shared queries, each model's own or rows of a pool, in one chunk or many, makes no copy
     from the host and compiles nothing, so a CUDA graph can capture it."""
     schedule = schedule_of(layers, input_shape)
-    weights = torch.zeros(1, schedule.parameters, device=device)
-    queries = torch.zeros(n, *input_shape, device=device)
-    outputs = torch.zeros(1, n, schedule.classes, device=device)
+    weights = torch.zeros(1, schedule.parameters, dtype=torch.float32, device=device)
+    queries = torch.zeros(n, *input_shape, dtype=torch.float32, device=device)
+    outputs = torch.zeros(1, n, schedule.classes, dtype=torch.float32, device=device)
     kinds = {"labels": (torch.long, (1, n))}
     kind, shape = kinds.get(criterion, (torch.float32, outputs.shape))
     targets = torch.zeros(shape, dtype=kind, device=device)

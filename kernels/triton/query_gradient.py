@@ -47,7 +47,7 @@ def gradients(
     n, size = queries.shape[int(own)], shape[0]
     identity = torch.eye(size, dtype=weights.dtype, device=weights.device).flatten()
     rows = torch.cat([identity.expand(k, -1), weights], 1)
-    found = torch.zeros(k if own else 1, n, *shape, device=weights.device)
+    found = torch.zeros(k if own else 1, n, *shape, dtype=torch.float32, device=weights.device)
 
     def take(start: int, count: int, stored: Tensor, gain: Tensor) -> None:
         """From the stored form of some models' queries to the queries' own."""

@@ -273,6 +273,9 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _compare(tmp_path, rows, [*rows[:3], replace(rows[3], median=5e8)]) == 1  # a rate that halved
     assert _compare(tmp_path, rows, [*rows[:3], replace(rows[3], median=5e9)]) == 0
     assert _compare(tmp_path, rows, [replace(rows[0], median="", note=f"{GIVEN}; gate: red"), *rows[1:]]) == 1
+    assert _compare(tmp_path, [replace(rows[2], median=0.0)], [rows[2]]) == 1  # from nothing to something
+    assert _compare(tmp_path, [replace(rows[2], median=0.0)], [replace(rows[2], median=0.0)]) == 0
+    assert _compare(tmp_path, [rows[3]], [replace(rows[3], median=0.0)]) == 1  # a rate of nothing
     assert _compare(tmp_path, rows, [row(k=9)]) == 2
     assert main(["compare", str(tmp_path / "a.csv"), str(tmp_path / "gone.csv")]) == 2
     assert "gone.csv" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import signal
 import subprocess
@@ -197,10 +198,8 @@ def test_tables_of_an_analysis_are_whole(zoo: Path, tmp_path: Path, width: int, 
     """Those of ablate and gradients: no name and no number of a row is cut."""
     (tmp_path / "a.toml").write_text(f"zoo = {str(zoo)!r}\nseeds = [0]\n[base]\nsteps = 1\n[axis]\ncriterion = ['softmax_mse', 'mse']\n")
     train(TrainConfig(zoo=str(zoo), out=str(tmp_path / "run"), steps=1, **SMALL))
-    analysis, text = sys.modules["wslfast.cli.analysis"], io.StringIO()
-    console = Console(file=text, width=width, highlight=False)
-    monkeypatch.setattr(analysis, "console", console)
-    monkeypatch.setattr(consoles, "console", console)
+    text = io.StringIO()
+    monkeypatch.setattr(consoles, "console", Console(file=text, width=width, highlight=False))
     main(["ablate", str(tmp_path / "a.toml"), "--out", str(tmp_path / "out")])
     main(["gradients", "--run", str(tmp_path / "run"), "--models", "1", "--queries", "4"])
     said = text.getvalue()
@@ -260,6 +259,25 @@ def test_queries_gives_as_many_as_asked_or_an_error(zoo: Path, tmp_path: Path, c
     with pytest.raises(SystemExit):
         main(["queries", "--zoo", str(zoo), "--kind", "data", "--n", "500", "--out", out])
     assert "has 42 images" in capsys.readouterr().err
+
+
+def test_names_are_printed_as_they_are(zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder or a variant in brackets is no markup, which would vanish or be an error."""
+    out = tmp_path / "[b]" / "q.npz"
+    main(["queries", "--zoo", str(zoo), "--kind", "noise", "--n", "3", "--out", str(out)])
+    assert f"{out}: 3 query images" in capsys.readouterr().out
+    settings = "".join(f"{name} = {value}\n" for name, value in SMALL.items())
+    (tmp_path / "a.toml").write_text(f"zoo = {str(zoo)!r}\nseeds = [0]\n[base]\nsteps = 1\n{settings}[variants.'less [/b]']\n")
+    main(["ablate", str(tmp_path / "a.toml"), "--out", str(tmp_path / "[red]")])
+    said = capsys.readouterr().out
+    assert "1 of 1: less [/b], seed 0" in said
+    assert f"rows in {tmp_path / '[red]' / 'ablations.csv'}" in said
+
+
+def test_a_command_leaves_no_handler_behind() -> None:
+    before = list(logging.getLogger("wslfast").handlers)
+    main(["--version"])
+    assert logging.getLogger("wslfast").handlers == before
 
 
 def test_version_and_a_broken_package(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

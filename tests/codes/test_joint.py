@@ -26,6 +26,12 @@ def test_the_latent_alone_tells_the_decoder(token_size: int) -> None:
     torch.testing.assert_close(codec.encode(weights[3:4])[0], latents[3], rtol=FP32_AMPLIFIED, atol=FP32_AMPLIFIED)
 
 
+def test_of_no_models_there_are_no_latents() -> None:
+    codec, none = fitted(), models(2, 7).weights[:0]
+    assert codec.encode(none).shape == (0, codec.latent_size)
+    assert codec.decode(codec.encode(none)).shape == codec.reconstruct(none).shape == (0, ARCH.num_weights)
+
+
 @pytest.mark.parametrize("token_size", [0, 16], ids=["rows", "cut-rows"])
 def test_all_of_the_latent_is_all_of_the_model(token_size: int) -> None:
     codec = fitted(latent=1.0, token_size=token_size)

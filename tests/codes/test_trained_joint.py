@@ -143,3 +143,19 @@ def test_what_does_not_fit_is_said() -> None:
 def test_an_importance_that_is_none_is_said(importance: Callable[[Tensor], Tensor]) -> None:
     with pytest.raises(WslfastError, match=r"importance: expected finite \[n, K\]"):
         fitted(importance=importance)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"steps": -1}, "steps: expected an integer >= 0, got -1"),
+        ({"steps": 1.5}, "steps: expected an integer >= 0, got 1.5"),
+        ({"models": 0}, "models: expected a positive integer, got 0"),
+        ({"lr": 0.0}, "lr: expected a positive number, got 0.0"),
+        ({"lr": float("inf")}, "lr: expected a positive number, got inf"),
+        ({"seed": -1}, "seed: expected an integer from 0"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(changed: dict, words: str) -> None:
+    with pytest.raises(WslfastError, match=words):
+        train_importance(fitted(), models(4), images(12), **changed)

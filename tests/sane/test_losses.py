@@ -83,6 +83,21 @@ def test_values_and_gradients_are_the_published_ones(net: str, loss: str, reduct
     assert list(mine.parameters()) == []  # the template network is no child
 
 
+def test_an_original_that_is_not_finite_under_another_default_type() -> None:
+    checkpoint, params, x, _, p = case("CNN", 3)
+    lost = x.clone()
+    lost[1, 0, 0] = float("nan")
+    made, queries = DistillationLoss(checkpoint, params, nan_gradients=True), torch.randn(4, 1, 28, 28)
+    expected = made.values(1.3 * x, lost, queries, p)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = made.values(1.3 * x, lost, queries, p)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, equal_nan=True)
+
+
 @pytest.mark.parametrize("nan_gradients", [True, False])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_raw_cross_entropy_is_the_same_on_every_path(reduction: str, nan_gradients: bool, monkeypatch: pytest.MonkeyPatch) -> None:

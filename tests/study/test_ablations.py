@@ -267,7 +267,6 @@ def test_examples_are_good_files(path: Path) -> None:
         "metric_choices",
         "metric_start",
         "another_kind",
-        "trained",
     )  # the paper has one; others are not about seeds
     assert len(ablation.seeds) == (1 if one else 3)
     assert len(ablation.variants) >= 2

@@ -95,6 +95,16 @@ def test_more_than_a_sentence_can_list_are_summed_up(tmp_path: Path) -> None:
     assert headline(results) == words
     assert title(results) == "“mine” on 5 zoos"
     assert words in render(results)
+    units.append(Unit("waves", "zoo", 0, "zoo", "", {"classes": 0}, {}, {}))  # decibels are not added to shares
+    units.append(Unit("waves", "mine", 0, "run", "", {"losses": "S+B"}, {"psnr": (31.0, 31.0, None), "l2_masked": (1.0, 1.0, None)}, {}))
+    write_tables(tmp_path, units, {})
+    assert headline(read_results(tmp_path)) == words.replace("Over 5", "Over 5 of 6")
+    for zoo in values:  # a run that is worse on these, and better by decibels, is not the best
+        metrics = {"agreement": (0.4, 0.4, None), "agreement_margin": (0.3, 0.3, None), "l2_masked": (1.0, 1.0, None)}
+        units.append(Unit(zoo, "other", 0, "run", "", {"losses": "S+B"}, metrics, {}))
+    units.append(Unit("waves", "other", 0, "run", "", {"losses": "S+B"}, {"psnr": (90.0, 90.0, None), "l2_masked": (1.0, 1.0, None)}, {}))
+    write_tables(tmp_path, units, {})
+    assert headline(read_results(tmp_path)) == words.replace("Over 5", "Over 5 of 6")
 
 
 @pytest.mark.parametrize("outputs", [1, 3])

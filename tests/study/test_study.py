@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -167,6 +168,16 @@ def test_rows_say_what_the_pieces_give(root: Path, results: Path) -> None:
     best = int(zoo.train.column("val_acc").argmax())
     everybody = oracle_outputs(zoo.train.weights[best : best + 1], images, zoo.architecture).argmax(-1)
     assert value("agreement", "best-zoo-model") == pytest.approx(float((before == everybody).double().mean()), abs=FP32)
+
+
+def test_a_broken_model_is_not_typical(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its answers are no classes, and in particular not the first class, which most others give."""
+    classes = torch.tensor([[-1] * 5, [0, 0, 0, 0, 1], [0, 0, 0, 1, 0], [1, 0, 0, 0, 0], [0, 0, 1, 1, 1]])
+    monkeypatch.setattr(units, "classes_of", lambda *_: classes)
+    zoo = SimpleNamespace(
+        train=SimpleNamespace(weights=None), data=SimpleNamespace(val_images=None), architecture=SimpleNamespace(num_classes=2), test=[None]
+    )
+    assert units._typical_row(zoo).tolist() != [0]  # type: ignore[arg-type]
 
 
 def test_the_typical_model_agrees_most_with_the_others(root: Path, results: Path) -> None:

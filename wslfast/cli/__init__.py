@@ -1,5 +1,5 @@
-"""The shell: ``wslfast zoo build | import | export | show``, ``train``, ``evaluate``, ``report``, ``generate``, ``queries``, ``ablate``,
-``gradients``, ``demo``, ``doctor``, ``info``."""
+"""The shell: ``wslfast zoo build | import | export | show | push | pull``, ``train``, ``evaluate``, ``report``, ``generate``,
+``queries``, ``ablate``, ``gradients``, ``demo``, ``doctor``, ``info``."""
 
 from __future__ import annotations
 
@@ -138,6 +138,9 @@ def _interrupted(command: Any, error: KeyboardInterrupt) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of ``wslfast``. Exits with 2 and one line on wrong input, 130 when interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments == ["--version"]:
+        print(f"wslfast {__version__}")
+        return
     handler = _ConsoleHandler("--json" in arguments)
     logger = logging.getLogger("wslfast")
     logger.addHandler(handler)
@@ -145,9 +148,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         console.quiet = True
         handler.console, handler.level = Console(stderr=True), logging.WARNING
     logger.setLevel(logging.INFO)
-    if arguments == ["--version"]:
-        print(f"wslfast {__version__}")
-        return
     command: Any = None
     try:
         command = tyro.cli(

@@ -18,7 +18,7 @@ from ..study.ablations import rows_file, run_ablation
 from ..study.loaded_zoo import Protocol
 from ..training.query_sets import query_images
 from ..zoo import MappedZoo
-from .console import console, stacked_table
+from .console import say, say_stage, stacked_table
 from .options import Networks
 
 _SHOWN = (
@@ -54,7 +54,7 @@ class Queries:
         source = MappedZoo(self.zoo, "train", architecture=self.architecture)
         images = query_images(self.kind, self.zoo, source, n=self.n or 128, seed=self.seed, exactly=self.n is not None)
         queries.save_queries(self.out, images)
-        console.print(f"{self.out}: {len(images)} query images {list(images.shape[1:])}", soft_wrap=True)
+        say(f"{self.out}: {len(images)} query images {list(images.shape[1:])}")
 
 
 @dataclass(frozen=True)
@@ -91,14 +91,13 @@ class Ablate:
         if self.steps is not None:
             variants = {name: {**settings, "steps": self.steps} for name, settings in ablation.variants.items()}
             ablation = dataclasses.replace(ablation, variants=variants)
-        say = lambda text: console.print(f"- {text}", soft_wrap=True)  # noqa: E731
         systems = {**closed_form.systems(), **published.systems()}
         protocol = Protocol.quick() if self.quick else Protocol()
         for zoo in self.zoo or (None,):
-            rows = run_ablation(ablation, self.out, zoo=zoo, systems=systems, protocol=protocol, on_cell=say)
+            rows = run_ablation(ablation, self.out, zoo=zoo, systems=systems, protocol=protocol, on_cell=say_stage)
             self._table(ablation, rows, zoo)
         rows_at = Path(self.out) / rows_file(ablation)
-        console.print(f"means over models, mean ± standard deviation over seeds; rows in {rows_at}", soft_wrap=True)
+        say(f"means over models, mean ± standard deviation over seeds; rows in {rows_at}")
 
     def _table(self, ablation: Ablation, rows: list[Row], zoo: str | None) -> None:
         figures = over_seeds(rows)
@@ -108,7 +107,7 @@ class Ablate:
             texts = ["-" if c is None else f"{c[0]:.3f}" + (f" ± {c[1]:.3f}" if c[1] is not None else "") for c in cells]
             columns[column.replace("_", "\n")] = texts
         if len(self.zoo) > 1:
-            console.print(f"[bold]{zoo}[/bold]", soft_wrap=True)
+            say(str(zoo))
         stacked_table(ablation.axis, list(figures), columns)
 
 
@@ -147,4 +146,4 @@ class Gradients(GradientSettings):
             f"{magnitude:g}": ["-" if of[i] is None else f"{of[i]:.3g}" for of in ratios] for i, magnitude in enumerate(settings.magnitudes)
         }
         stacked_table("direction", directions, swept, "quadratic form / measured loss, median over models")
-        console.print(f"written to {out}", soft_wrap=True)
+        say(f"written to {out}")

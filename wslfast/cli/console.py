@@ -20,6 +20,16 @@ _FIGURES = {  # of evaluate and demo: figure -> column; with names of 18 letters
 }  # fmt: skip
 
 
+def say(text: str) -> None:
+    """Print a line as it is, however long, and whatever of it looks like markup: a folder, a variant, a URL."""
+    console.print(text, soft_wrap=True, markup=False)
+
+
+def say_stage(text: str) -> None:
+    """Print what is being done."""
+    say(f"- {text}")
+
+
 def show(values: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(values, indent=1))
@@ -45,7 +55,7 @@ def figures_table(results: dict[str, dict[str, Any]]) -> None:
     stacked_table("variant", list(results), shown)
     for name, figures in results.items():
         if figures.get("psnr") is None and (words := collapse(figures.get("agreement_margin"))):
-            console.print(f"{name}: {words}", soft_wrap=True, markup=False)
+            say(f"{name}: {words}")
 
 
 def stacked_table(head: str, names: Sequence[str], columns: Mapping[str, Sequence[str]], title: str | None = None) -> None:
@@ -55,7 +65,7 @@ def stacked_table(head: str, names: Sequence[str], columns: Mapping[str, Sequenc
     first = max(map(len, (head, *names)), default=len(head))
     while left:
         table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold", title=title)
-        table.add_column(head, no_wrap=True)
+        table.add_column(escape(head), no_wrap=True)
         room = console.width - first
         taken: list[str] = []
         for header in left:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from ..population import Population
 from ..study.demo import DemoConfig, demo
 from ..study.study import study
 from ..training import load_run
-from .console import console, figures_table
+from .console import console, figures_table, say, say_stage
 from .options import Networks
 
 
@@ -75,10 +74,10 @@ class Evaluate:
             if not first():
                 return
             if self.json:
-                print(Path(out).read_text())
+                print(Path(out).read_text(encoding="utf-8"))
             else:
                 figures_table(_rows(results))
-                console.print(f"written to {out}", soft_wrap=True)
+                say(f"written to {out}")
             return
         require(self.out is not None and not self.out.endswith(".json"), "out: expected a folder (--out) for the page of several runs")
         require(not self.skip_bad, "skip_bad: the page is of a whole zoo; --skip-bad is for the table of one run")
@@ -95,7 +94,7 @@ class Evaluate:
                 device=self.device,
                 log_to=self.log_to,
                 # beside JSON stages are log lines, which go to standard error
-                on_stage=None if self.json else functools.partial(console.print, "-", soft_wrap=True, markup=False),
+                on_stage=None if self.json else say_stage,
             )
         if first():
             _told(page, self.json)
@@ -155,7 +154,7 @@ def _told(page: Path, as_json: bool, folder: str | None = None) -> None:
         print(json.dumps(figures, indent=1))
         return
     figures_table({name: f for name, f in figures.items() if "l2_masked" in f})
-    console.print(f"the page: {page}", soft_wrap=True)
+    say(f"the page: {page}")
 
 
 @dataclass(frozen=True)
@@ -218,7 +217,7 @@ class Generate:
             populations = generate_each(self.run_folder, self.zoo, **settings)
         for label, population in populations.items():
             if len(populations) > 1:
-                console.print(f"{label}: {self.samples} models", soft_wrap=True, markup=False)
+                say(f"{label}: {self.samples} models")
             self._told(population, "  " if len(populations) > 1 else "")
 
     def _told(self, made: Population, indent: str) -> None:
@@ -231,7 +230,7 @@ class Generate:
                 if not bool(values.isfinite().any()):  # no classes, no accuracy
                     continue
                 spread = f"from {values.min():.3f} to {values.max():.3f}"
-                console.print(f"{indent}{name}{after}: mean {values.mean():.3f}, median {values.median():.3f}, {spread}", soft_wrap=True)
+                say(f"{indent}{name}{after}: mean {values.mean():.3f}, median {values.median():.3f}, {spread}")
 
 
 @dataclass(frozen=True)
@@ -245,5 +244,4 @@ class Demo(DemoConfig):
 
     def run(self) -> None:
         settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(DemoConfig)}
-        stage = functools.partial(console.print, "-", soft_wrap=True, markup=False)
-        _told(demo(DemoConfig(**settings), progress=console.is_terminal, on_stage=stage), as_json=False)
+        _told(demo(DemoConfig(**settings), progress=console.is_terminal, on_stage=say_stage), as_json=False)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from ..training import TrainConfig, train
 from ..training.progress import shown
-from .console import console
+from .console import console, say
 from .options import Networks
 
 
@@ -40,4 +40,4 @@ class Train(TrainConfig):
         with shown(console, self.steps) as on_record:
             run = train(TrainConfig(**settings), resume=self.resume, profiled=self.profile, on_record=on_record, log_to=self.log_to)
         again = f" --network {' '.join(self.network)}" if self.network else ""
-        console.print(f"{run.out}: {run.step} steps; next: wslfast evaluate --run {run.out}{again}", soft_wrap=True)
+        say(f"{run.out}: {run.step} steps; next: wslfast evaluate --run {run.out}{again}")

@@ -10,7 +10,7 @@ import tyro
 from ..architecture import Architecture
 from ..errors import require
 from ..zoo import Signals, build_zoo, export_zoo, image_shape, image_signals, import_zoo, load_dataset, network, read_manifest, summarize
-from .console import console, show
+from .console import console, say, show
 from .options import Networks
 
 
@@ -83,10 +83,10 @@ class ZooBuild:
         saw = read_manifest(self.out).provenance.get("dataset", {})
         if saw.get("standardise"):
             figures = "; ".join(f"{n} {', '.join(f'{v:.4g}' for v in saw[k])}" for n, k in (("mean", "mean"), ("deviation", "std")))
-            console.print(f"images: standardised ({figures})", soft_wrap=True)
+            say(f"images: standardised ({figures})")
         column, what = ("test_acc", "test accuracy") if "test_acc" in population.properties else ("train_loss", "mean squared error")
         values = population.column(column)
-        console.print(f"{self.out}: {len(population)} rows, {what} {values.mean():.3g} +- {values.std():.3g}", soft_wrap=True)
+        say(f"{self.out}: {len(population)} rows, {what} {values.mean():.3g} +- {values.std():.3g}")
 
     def _architecture(self) -> Architecture | None:
         if self.architecture in ("auto", "siren"):
@@ -207,18 +207,18 @@ class ZooImport:
         names = list(done.architectures)
         few = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
         what = f"architecture {names[0]}" if len(names) == 1 else f"{len(names)} architectures: {few}"
-        console.print(f"{self.out}: {done.rows} rows of {done.models} models, {what}", soft_wrap=True, markup=False)
+        say(f"{self.out}: {done.rows} rows of {done.models} models, {what}")
         for reason, count in done.skipped.items():
-            console.print(f"  skipped: {count} x {reason}", soft_wrap=True, markup=False)
+            say(f"  skipped: {count} x {reason}")
         if not done.has_dataset:
-            console.print("  no --dataset: evaluate and generate need what the models were trained on", soft_wrap=True, markup=False)
+            say("  no --dataset: evaluate and generate need what the models were trained on")
         opaque = [kind for kind in done.architectures.values() if kind.graph is None]
         if opaque:  # a manifest can hold operations, and no code
-            console.print(f"{opaque[0].name} cannot be traced: {opaque[0].reason}", soft_wrap=True, markup=False)
+            say(f"{opaque[0].name} cannot be traced: {opaque[0].reason}")
             text = "it runs as it is, one model after another, and every command asks for its code again (--network)"
-            console.print(f"  {text}", soft_wrap=True, markup=False)
+            say(f"  {text}")
         again = f" --network {' '.join(self.network) or 'FILE.py:NAME'}" if opaque else ""
-        console.print(f"next: wslfast train --zoo {self.out} --out RUN{again}", soft_wrap=True, markup=False)
+        say(f"next: wslfast train --zoo {self.out} --out RUN{again}")
 
     def _architecture(self) -> Architecture | None:
         if self.architecture == "auto":
@@ -250,7 +250,7 @@ class ZooExport:
     def run(self) -> None:
         split = None if self.split == "all" else self.split
         count = export_zoo(self.path, self.out, format=self.format, split=split, skip_bad=self.skip_bad)
-        console.print(f"{self.out}: {count} checkpoints", soft_wrap=True)
+        say(f"{self.out}: {count} checkpoints")
 
 
 @dataclass(frozen=True)
@@ -274,7 +274,7 @@ class ZooPush:
     def run(self) -> None:
         from ..hub import push_zoo
 
-        console.print(push_zoo(self.path, self.repository, private=self.private, revision=self.revision), soft_wrap=True)
+        say(push_zoo(self.path, self.repository, private=self.private, revision=self.revision))
 
 
 @dataclass(frozen=True)
@@ -298,7 +298,7 @@ class ZooPull:
 
         manifest = pull_zoo(self.repository, self.out, revision=self.revision)
         models = len(set(manifest.properties["model"]))
-        console.print(f"{self.out}: {manifest.rows} rows of {models} models; wslfast zoo show {self.out}", soft_wrap=True)
+        say(f"{self.out}: {manifest.rows} rows of {models} models; wslfast zoo show {self.out}")
 
 
 @dataclass(frozen=True)

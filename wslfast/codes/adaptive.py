@@ -201,17 +201,19 @@ class AdaptiveCodec(LinearCodec):
         given = tokens if tokens is not None else latents
         assert given is not None
         k, device = len(given), given.device
+        if k == 0:
+            return given.new_zeros(0, *self.mask.shape), given.new_zeros(0, *self.layout.mask.shape)
         finite = given.isfinite().flatten(1).all(1)
         given = torch.where(finite[:, None, None], given, 0)
-        z = given if tokens is None else torch.zeros(k, *self.mask.shape, device=device) if latents is None else latents.clone()
-        out = torch.zeros(k, *self.layout.mask.shape, device=device)
+        z = given if tokens is None else given.new_zeros(k, *self.mask.shape) if latents is None else latents.clone()
+        out = given.new_zeros(k, *self.layout.mask.shape)
         rows = None if tokens is None else self.groups.rows(given)
         inputs = true = first  # every model sees the same images, so one moment serves the first layer of all
         for index, (layer, span) in enumerate(zip(self.weighted, self.groups.spans, strict=True)):
             moment = layer.moment(inputs, inputs)
             sound = moment.isfinite().all(-1).all(-1)  # weights that overflow leave nothing to code the rest in
             finite = finite & sound
-            moment = torch.where(sound[:, None, None], moment, torch.eye(moment.shape[1], device=device)).double()
+            moment = torch.where(sound[:, None, None], moment, torch.eye(moment.shape[1], dtype=moment.dtype, device=device)).double()
             roots = [root(m, self.damping) for m in _pieces(self.groups, index, moment)]
             encoding = rows if index >= known else None
             if encoding is not None:

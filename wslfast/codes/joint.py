@@ -125,7 +125,7 @@ class JointCodec:
                 continue
             directions, _ = self._directions(row, [part[j].float() for part in left])
             decoded.append(row + self._weights(directions @ latents[j, -self.joint_size :]))
-        return torch.stack(decoded)
+        return torch.stack(decoded) if decoded else weights
 
     @torch.no_grad()
     def reconstruct(self, weights: Tensor) -> Tensor:
@@ -139,6 +139,8 @@ class JointCodec:
         weights = weights.detach().float()
         latents = self.base.encode(weights)
         first, left = self.base.left_open(latents)
+        if len(weights) == 0:
+            return weights.new_empty(0, self.latent_size), first
         targets = batched_forward(weights, self.queries, self.architecture)
         numbers, decoded = [], []
         for j, (row, start) in enumerate(zip(weights, first, strict=True)):
@@ -225,7 +227,9 @@ class JointCodec:
 
     def jacobian(self, weights: Tensor, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Outputs ``[n, K]`` of one model ``[P]``; of every layer ``[n * K, channels, width]``: their derivatives to the layer's rows."""
-        return self._slopes(weights, images, lambda x: torch.eye(x.shape[1], device=x.device)[:, None].expand(-1, len(x), -1))
+        return self._slopes(
+            weights, images, lambda x: torch.eye(x.shape[1], dtype=x.dtype, device=x.device)[:, None].expand(-1, len(x), -1)
+        )
 
     def _jacobian(self, weights: Tensor, importance: Importance | None = None) -> list[Tensor]:
         """Of every layer ``[rows of a sketch, channels, width]``: its squares add up to the mean over images of the squared Jacobian of the
@@ -233,7 +237,7 @@ class JointCodec:
 
         def combinations(x: Tensor) -> Tensor:
             generator = torch.Generator().manual_seed(0)
-            drawn = torch.randn(_DRAWN, *x.shape, generator=generator).to(x.device) / math.sqrt(_DRAWN * len(x))
+            drawn = torch.randn(_DRAWN, *x.shape, generator=generator, dtype=torch.float32).to(x.device) / math.sqrt(_DRAWN * len(x))
             return drawn if importance is None else centered(drawn, _counted(importance, x))
 
         return self._slopes(weights, self.queries, combinations)[1]
@@ -306,7 +310,8 @@ class _State(NamedTuple):
 def _leading(rows: Tensor, count: int) -> Tensor:
     """``[width, count]``: an orthonormal basis of the leading right singular directions of ``rows [m, width]``, by subspace iteration."""
     width = rows.shape[1]
-    basis = torch.randn(width, min(width, count + _EXTRA), generator=torch.Generator().manual_seed(0)).to(rows.device)
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.randn(width, min(width, count + _EXTRA), generator=generator, dtype=torch.float32).to(rows.device)
     small = width <= len(rows)
     square = rows.mT @ rows if small else None
 

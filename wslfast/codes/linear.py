@@ -112,9 +112,9 @@ class LinearCodec:
         sizes, wide, device = self.groups.sizes, self.layout.token_size, center[0].device
         width = max(self.widths)
         require(width > 0, f"latent: {budget} numbers a model buy no component; the cheapest costs {min(self.groups.members)}")
-        self.center = torch.zeros(len(sizes), wide, device=device)
-        self.encoder = torch.zeros(len(sizes), wide, width, device=device)
-        self.decoder = torch.zeros(len(sizes), width, wide, device=device)
+        self.center = torch.zeros(len(sizes), wide, dtype=torch.float32, device=device)
+        self.encoder = torch.zeros(len(sizes), wide, width, dtype=torch.float32, device=device)
+        self.decoder = torch.zeros(len(sizes), width, wide, dtype=torch.float32, device=device)
         for g, (n, w) in enumerate(zip(sizes, self.widths, strict=True)):
             half, inverse = roots[g]
             deviation = deviations(values[g])[:w]

@@ -13,6 +13,7 @@ Before the first step all classes count alike, so what training adds is the diff
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..behavior import batched_behavioral_loss, batched_forward
-from ..errors import require
+from ..errors import check_positive, check_seed, require
 from ..population import Population
 from .joint import Importance, JointCodec, centered
 
@@ -40,10 +41,9 @@ class OutputImportance(nn.Module):
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             self.hidden = nn.Linear(_FEATURES, _WIDTH)
-            self.out = nn.Linear(_WIDTH, 1)
-        self.straight = nn.Linear(_FEATURES, 1)
+            self.out, self.straight = nn.Linear(_WIDTH, 1), nn.Linear(_FEATURES, 1)
         for layer in (self.out, self.straight):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -102,17 +102,26 @@ def train_importance(
         seed: of the network, of images and of batches.
         progress: told the step and its loss (a share of the loss before any correction).
 
+    Returns:
+        The network, where the population's weights are.
+
     Raises:
-        WslfastError: too few images, or a network that is no classifier.
+        WslfastError: too few images, a network that is no classifier, or numbers out of range.
     """
     require(len(codec.architecture.output_shape) == 1, f"codec: expected models with outputs [n, K], got {codec.architecture.output_shape}")
     require(len(images) >= 8, f"images: expected at least 8, got {len(images)}")
-    generator = torch.Generator().manual_seed(seed)
+    require(type(steps) is int and steps >= 0, f"steps: expected an integer >= 0, got {steps!r}")
+    check_positive("models", models)
+    require(0 < lr < math.inf, f"lr: expected a positive number, got {lr!r}")
+    generator = torch.Generator().manual_seed(check_seed(seed))
+    images = images.to(population.weights.device)
     order = torch.randperm(len(images), generator=generator)
     solved = order[: min(_SOLVED, len(images) // 2)]
     judged = images[order[len(solved) :]]
-    chosen = population.weights[torch.linspace(0, len(population) - 1, min(models, len(population))).round().long()].float()
-    network = OutputImportance(seed)
+    chosen = population.weights[
+        torch.linspace(0, len(population) - 1, min(models, len(population)), dtype=torch.float32).round().long()
+    ].float()
+    network = OutputImportance(seed).to(chosen.device)
     if steps == 0:
         return network
     examples = examples_of(codec, chosen, images[solved])
@@ -145,7 +154,7 @@ def corrected(codec: JointCodec, example: Example, importance: Importance) -> Te
     """``[P]``: what the relaxed directions give back of the original's difference from the decoded network. Only matrices of the size of
     all answers depend on the importance, so a step costs as much for a large network as for a small one."""
     n, k = example.outputs.shape
-    eye = torch.eye(k, device=example.gram.device)[:, None].expand(k, n, k)
+    eye = torch.eye(k, dtype=example.gram.dtype, device=example.gram.device)[:, None].expand(k, n, k)
     roots = centered(eye, importance(example.outputs)).transpose(0, 1)  # [n, K, K]: combinations of an image's answers
     gram = torch.einsum("iab,ibjc,jdc->iajd", roots, example.gram.view(n, k, n, k), roots).reshape(n * k, n * k)
     read = (roots @ example.read.view(n, k, 1)).reshape(n * k, 1)
@@ -171,6 +180,7 @@ def threshold_of(eigenvalues: Tensor, count: int) -> Tensor:
 
 @torch.no_grad()
 def examples_of(codec: JointCodec, weights: Tensor, images: Tensor) -> list[Example]:
+    """What :func:`train_importance` needs of each model of ``weights [k, P]``, with slopes on ``images``."""
     first, left = codec.base.left_open(codec.base.encode(weights))
     out = []
     for j, (row, start) in enumerate(zip(weights, first, strict=True)):

@@ -48,7 +48,7 @@ def activation_elements(architecture: Architecture) -> int:
     hooks = [m.register_forward_hook(count) for m in architecture.module.modules() if not list(m.children())]
     try:
         with torch.no_grad():
-            architecture.module(torch.zeros(1, *architecture.input_shape))
+            architecture.module(torch.zeros(1, *architecture.input_shape, dtype=torch.float32, device="cpu"))
     finally:
         for hook in hooks:
             hook.remove()

@@ -218,7 +218,8 @@ class Module:
             chosen = list(order)[:size]
             return self._outputs_and_gradient(rows.to(dtype)[chosen], x[chosen] if own_queries else x)
 
-        key = architecture, shape, own_queries, dtype, torch.get_num_threads(), torch.is_autocast_enabled("cpu")
+        autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+        key = architecture, shape, own_queries, dtype, torch.get_num_threads(), autocast
         return group_size(count, most, full, key, trial)
 
     def _outputs_and_gradient(self, rows: Tensor, x: Tensor) -> Sequence[Tensor]:

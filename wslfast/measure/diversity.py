@@ -14,12 +14,13 @@ from ..kernels.layers import layer_slots
 from ..permutation import channel_norms, hidden_channels, permute
 from ..zoo import Dataset
 
-_BLOCK = 128  # images whose [k, k] distances are in memory at a time
+_BLOCK, _NUMBERS = 128, 1 << 26  # images whose distances [k, k] are in memory at a time, and numbers of these
 
 
 def nearest(weights: Tensor, others: Tensor, *, block: int = 256) -> Tensor:
     """L2 distance ``[k]`` of each row of weights to the nearest row of ``others``."""
-    return torch.cat([torch.cdist(part.double(), others.double()).amin(1) for part in weights.split(block)])
+    others = others.double()
+    return torch.cat([torch.cdist(part.double(), others).amin(1) for part in weights.split(block)])
 
 
 def sorted_channels(weights: Tensor, architecture: Architecture) -> Tensor:
@@ -106,7 +107,7 @@ def diversity(weights: Tensor, outputs: Tensor) -> Diversity:
     rows, columns = torch.triu_indices(k, k, 1, device=weights.device)
     classes = outputs.argmax(-1)
     far = torch.zeros(k, k, dtype=torch.float64, device=weights.device)
-    for part in outputs.split(_BLOCK, 1):
+    for part in outputs.split(min(_BLOCK, max(1, _NUMBERS // k**2)), 1):
         by_image = part.transpose(0, 1).double()
         far += torch.cdist(by_image, by_image, compute_mode="donot_use_mm_for_euclid_dist").sum(0)
     differ = (classes[rows] != classes[columns]).double().mean(1)
@@ -117,7 +118,7 @@ def behavioral_novelty(classes: Tensor, others: Tensor) -> Tensor:
     """Share of images ``[k]`` on which each model's ``classes [k, n]`` differ from those of the model among ``others [m, n]`` that it
     agrees with most. Blind to permutations of channels, which distance in weights is not."""
     n = classes.shape[1]
-    same = torch.zeros(len(classes), len(others), device=classes.device)
+    same = torch.zeros(len(classes), len(others), dtype=torch.float32, device=classes.device)
     for c in classes.unique().tolist():  # images of which both say c; counts are exact in float32
         same += (classes == c).float() @ (others == c).float().T
     return 1 - same.amax(1).double() / n

@@ -146,7 +146,7 @@ def analyse(
     require(settings.queries <= len(pool), f"queries: expected at most {len(pool)} (the query set), got {settings.queries}")
     generator = torch.Generator().manual_seed(settings.seed)
     queries = pool[torch.randperm(len(pool), generator=generator)[: settings.queries]]
-    chosen = torch.linspace(0, len(population) - 1, min(settings.models, len(population))).round().long()
+    chosen = torch.linspace(0, len(population) - 1, min(settings.models, len(population)), dtype=torch.float32).round().long()
     weights = population.weights[chosen]
     rebuilt = reconstruct(loaded.of(arch), weights)
     models: list[dict[str, Any]] = []

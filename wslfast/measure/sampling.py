@@ -53,7 +53,7 @@ class LatentDensity:
         m, shape = len(self.anchors), tuple(self.anchors.shape[1:])
         where = {"joint": (), "token": shape[:1], "individual": shape}[self.mode]
         chosen = torch.randint(m, (samples, *where), generator=generator)
-        noise = torch.randn(samples, *shape, generator=generator).to(self.anchors)
+        noise = torch.randn(samples, *shape, generator=generator, dtype=torch.float32).to(self.anchors)
         index = chosen.reshape(samples, *where, *(1,) * (len(shape) - len(where))).expand(samples, *shape).to(self.anchors.device)
         assert self.scale is not None
         latents = self.anchors.gather(0, index) + self.bandwidth * self.scale * noise
@@ -63,7 +63,7 @@ class LatentDensity:
 def uniform_box(anchors: Tensor, samples: int, generator: torch.Generator) -> Tensor:
     """Latents uniform in the box that the anchors span, ``[samples, ...]``."""
     low, high = anchors.amin(0), anchors.amax(0)
-    return low + (high - low) * torch.rand(samples, *anchors.shape[1:], generator=generator).to(anchors)
+    return low + (high - low) * torch.rand(samples, *anchors.shape[1:], generator=generator, dtype=torch.float32).to(anchors)
 
 
 def between_neighbours(anchors: Tensor, samples: int, generator: torch.Generator, *, neighbours: int = 5) -> tuple[Tensor, Tensor]:
@@ -75,7 +75,7 @@ def between_neighbours(anchors: Tensor, samples: int, generator: torch.Generator
     near = distance.topk(min(neighbours, m - 1), largest=False).indices.cpu()  # [m, neighbours]
     chosen = torch.randint(m, (samples,), generator=generator)
     which = torch.randint(near.shape[1], (samples,), generator=generator)
-    share = torch.rand(samples, *(1,) * (anchors.ndim - 1), generator=generator).to(anchors)
+    share = torch.rand(samples, *(1,) * (anchors.ndim - 1), generator=generator, dtype=torch.float32).to(anchors)
     other = near[chosen, which].to(anchors.device)
     chosen = chosen.to(anchors.device)
     return anchors[chosen] + share * (anchors[other] - anchors[chosen]), chosen

@@ -82,14 +82,21 @@ def headline(results: Results) -> str:
 
 
 def common_run(results: Results) -> tuple[str | None, dict[str, float]]:
-    """The run that is on most zoos, of several the one with the highest mean, and its value on each zoo by the zoo's own measure."""
+    """The run that is on most zoos, and its value on each zoo by the zoo's own measure; of several the one with the highest mean over the
+    zoos of the commonest measure."""
     values: dict[str, dict[str, float]] = {}
     for zoo in results.zoos:
         for run in results.trained(zoo):
             value = results.mean(zoo, run, results.measure(zoo))
             if value is not None:
                 values.setdefault(run, {})[zoo] = value
-    best = max(values, key=lambda run: (len(values[run]), statistics.fmean(values[run].values())), default=None)
+    commonest = statistics.mode(results.measure(zoo) for zoo in results.zoos) if values else ""
+
+    def rank(run: str) -> tuple[int, float]:
+        alike = [value for zoo, value in values[run].items() if results.measure(zoo) == commonest]
+        return len(values[run]), statistics.fmean(alike) if alike else -math.inf
+
+    best = max(values, key=rank, default=None)
     return best, values.get(best or "", {})
 
 
@@ -98,15 +105,20 @@ def _of_many(results: Results) -> str:
     run, values = common_run(results)
     if run is None:
         return "Nothing was evaluated yet."
-    measure = results.measure(next(iter(values)))
+    measures = [results.measure(zoo) for zoo in values]
+    measure, all_zoos = statistics.mode(measures), len(values)
+    values = {
+        zoo: value for (zoo, value), its in zip(values.items(), measures, strict=True) if its == measure
+    }  # the others have another unit
     low, high = min(values, key=lambda zoo: values[zoo]), max(values, key=lambda zoo: values[zoo])
     mean = worth(measure, statistics.fmean(values.values()))
     fallen = sum(bool(results.collapsed(zoo, run)) for zoo in values)
     more = f"; on {fallen} of them it has collapsed" if fallen else ""
     what = "are like their originals' to" if measure == "psnr" else "agree with their originals on"
     unit = " (PSNR)" if measure == "psnr" else " of images"
+    over = f"{len(values)}" if len(values) == all_zoos else f"{len(values)} of {all_zoos}"
     return (
-        f"Over {len(values)} zoos, reconstructions by {named(run)} {what} {mean}{unit} in the mean: from {worth(measure, values[low])} on "
+        f"Over {over} zoos, reconstructions by {named(run)} {what} {mean}{unit} in the mean: from {worth(measure, values[low])} on "
         f"{low} to {worth(measure, values[high])} on {high}{more}."
     )
 

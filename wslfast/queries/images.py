@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 _BLOCK = 64  # images drawn at a time: strokes hold [block, points, H, W]
 _STROKES, _POINTS = 4, 20  # curves of an image at most, and spots of the pen along each
+_uniform, _normal = (
+    partial(made, dtype=torch.float32, device="cpu") for made in (torch.rand, torch.randn)
+)  # whatever torch's defaults are
 
 
 def draw(kind: str, n: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """``[n, *shape]`` float32 images of one of ``KINDS`` from a generator on the CPU. A flat shape is drawn as a square, or a line."""
     if kind == "uniform":
-        return torch.rand(n, *shape, generator=generator)
+        return _uniform(n, *shape, generator=generator)
     channels, height, width = _raster(shape)
     images = KINDS[kind](n, channels, height, width, generator)
     return _standard(images).reshape(n, *shape)
@@ -39,22 +43,24 @@ def _standard(images: Tensor) -> Tensor:
 
 
 def _noise(n: int, c: int, h: int, w: int, generator: torch.Generator) -> Tensor:
-    return torch.randn(n, c, h, w, generator=generator)
+    return _normal(n, c, h, w, generator=generator)
 
 
 def _smooth(n: int, c: int, h: int, w: int, generator: torch.Generator) -> Tensor:
     """Noise of amplitude spectrum 1 / f^a; photographs have a near 1 (Field 1987), each image here its own a in [0.5, 2]."""
-    spectrum = torch.fft.rfft2(torch.randn(n, c, h, w, generator=generator))
-    exponent = 0.5 + 1.5 * torch.rand(n, 1, 1, 1, generator=generator)
+    spectrum = torch.fft.rfft2(_normal(n, c, h, w, generator=generator))
+    exponent = 0.5 + 1.5 * _uniform(n, 1, 1, 1, generator=generator)
     images = torch.fft.irfft2(spectrum * frequencies(h, w) ** -exponent, s=(h, w))
     std = images.std((1, 2, 3), correction=0, keepdim=True)
-    contrast = 0.5 + torch.rand(n, 1, 1, 1, generator=generator)
+    contrast = 0.5 + _uniform(n, 1, 1, 1, generator=generator)
     return _colored(images / torch.where(std > 0, std, 1.0) * contrast, generator)
 
 
 def frequencies(h: int, w: int) -> Tensor:
     """Length ``[h, w // 2 + 1]`` of every frequency of ``rfft2``, in cycles an image; the constant counts as the lowest."""
-    f = (torch.fft.fftfreq(h, 1 / h).square().unsqueeze(1) + torch.fft.rfftfreq(w, 1 / w).square()).sqrt()
+    f = (
+        torch.fft.fftfreq(h, 1 / h, dtype=torch.float32).square().unsqueeze(1) + torch.fft.rfftfreq(w, 1 / w, dtype=torch.float32).square()
+    ).sqrt()
     return f.clamp_min(1.0)
 
 
@@ -63,7 +69,7 @@ def _strokes(n: int, c: int, h: int, w: int, generator: torch.Generator) -> Tens
     blocks = []
     for start in range(0, n, _BLOCK):
         blocks.append(_pen(min(_BLOCK, n - start), h, w, generator))
-    ink, ground = torch.randn(n, c, 1, 1, generator=generator), torch.randn(n, c, 1, 1, generator=generator)
+    ink, ground = _normal(n, c, 1, 1, generator=generator), _normal(n, c, 1, 1, generator=generator)
     if c == 1:  # one polarity, as digits on black have
         ink, ground = 1 + 0.2 * ink, 0.1 * ground
     return ground + (ink - ground) * torch.cat(blocks)
@@ -71,13 +77,13 @@ def _strokes(n: int, c: int, h: int, w: int, generator: torch.Generator) -> Tens
 
 def _pen(n: int, h: int, w: int, generator: torch.Generator) -> Tensor:
     """Coverage ``[n, 1, h, w]`` in [0, 1]."""
-    ends = 0.1 + 0.8 * torch.rand(n, _STROKES, 3, 2, generator=generator)
-    drawn = torch.rand(n, _STROKES, generator=generator) < 0.6
+    ends = 0.1 + 0.8 * _uniform(n, _STROKES, 3, 2, generator=generator)
+    drawn = _uniform(n, _STROKES, generator=generator) < 0.6
     drawn[:, 0] = True
-    t = torch.linspace(0, 1, _POINTS)
+    t = torch.linspace(0, 1, _POINTS, dtype=torch.float32)
     basis = torch.stack([(1 - t) ** 2, 2 * t * (1 - t), t**2])  # [3, points]
     path = torch.einsum("nsjd,jp->nspd", ends, basis) * torch.tensor([h, w], dtype=torch.float32)  # [n, strokes, points, 2]
-    pen = min(h, w) * (0.03 + 0.05 * torch.rand(n, 1, 1, 1, generator=generator))
+    pen = min(h, w) * (0.03 + 0.05 * _uniform(n, 1, 1, 1, generator=generator))
     # a pen's spot is a product over axes
     rows = torch.exp(-(((path[..., 0].unsqueeze(-1) - torch.arange(h) - 0.5) / pen) ** 2) / 2)
     columns = torch.exp(-(((path[..., 1].unsqueeze(-1) - torch.arange(w) - 0.5) / pen) ** 2) / 2)
@@ -87,7 +93,7 @@ def _pen(n: int, h: int, w: int, generator: torch.Generator) -> Tensor:
 
 def _blend(n: int, c: int, h: int, w: int, generator: torch.Generator) -> Tensor:
     """Strokes over smooth noise, each image with its own share of both."""
-    share = torch.rand(n, 1, 1, 1, generator=generator)
+    share = _uniform(n, 1, 1, 1, generator=generator)
     a, b = _standard(_strokes(n, c, h, w, generator)), _standard(_smooth(n, c, h, w, generator))
     return share.sqrt() * a + (1 - share).sqrt() * b
 
@@ -97,7 +103,7 @@ def _colored(images: Tensor, generator: torch.Generator) -> Tensor:
     n, c = images.shape[:2]
     if c == 1:
         return images
-    common = torch.rand(n, 1, 1, 1, generator=generator)
+    common = _uniform(n, 1, 1, 1, generator=generator)
     return common * images.mean(1, keepdim=True) * c**0.5 + (1 - common) * images
 
 

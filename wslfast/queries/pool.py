@@ -89,7 +89,7 @@ class TargetCache:
         world: World,
     ) -> None:
         q, mine = len(pool), world.span(models)
-        outputs = torch.empty(len(mine), q, *architecture.output_shape, device=pool.images.device)
+        outputs = torch.empty(len(mine), q, *architecture.output_shape, dtype=torch.float32, device=pool.images.device)
         at = 0
         for weights in blocks(mine):
             weights, rows = weights.to(pool.images.device), slice(at, at + len(weights))

@@ -147,7 +147,7 @@ class DistillationLoss(ScaledLoss):
             if not (self.semantics.nan_gradients and bool(lost.any())):
                 return compute(rows, outputs, queries)
             # of an original that is not finite the published formulas make a constant, and the reconstruction's gradient is finite
-            values = torch.zeros(len(rows), device=rows.device)
+            values = rows.new_zeros(len(rows), dtype=torch.float32)
             for which, how in ((lost, self._published), (~lost, compute)):
                 if bool(which.any()):
                     where = which.nonzero().flatten()

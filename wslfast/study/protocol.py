@@ -290,7 +290,9 @@ def measure_originals(zoo: LoadedZoo) -> Measured:
         return Measured({}, {}, zoo.facts)
     rows = zoo.anchors
     anchors = zoo.train.weights[rows.to(zoo.train.weights.device)]
-    pick = torch.linspace(0, len(rows) - 1, min(len(rows), 4 * zoo.protocol.samples)).long()  # pairs grow with the square
+    pick = torch.linspace(
+        0, len(rows) - 1, min(len(rows), 4 * zoo.protocol.samples), dtype=torch.float32
+    ).long()  # pairs grow with the square
     accuracies = accuracy(zoo.targets, zoo.data.test_labels)
     metrics: Metrics = {
         "accuracy": figures(accuracies),

@@ -204,7 +204,8 @@ def _typical_row(zoo: LoadedZoo) -> Tensor:
     """The model that agrees most with the others on validation images: the zoo's mean behavior, as a model."""
     classes = classes_of(zoo.train.weights, zoo.data.val_images, zoo.architecture)
     votes = torch.stack([(classes == c).double().mean(0) for c in range(zoo.architecture.num_classes)])  # [K, n]
-    return votes.gather(0, classes.clamp_min(0).long()).mean(1).argmax().cpu().expand(len(zoo.test))
+    agreed = votes.gather(0, classes.clamp_min(0).long()).where(classes >= 0, 0)  # a broken model agrees with nobody
+    return agreed.mean(1).argmax().cpu().expand(len(zoo.test))
 
 
 def _weights(zoo: LoadedZoo) -> dict[str, Tensor]:

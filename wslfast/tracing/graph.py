@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import first_line
-from ..kernels.graph import Constant, Graph, slots_of
+from ..kernels.graph import Constant, Graph, Node, slots_of
 from ..kernels.operations import check_graph
 from ..kernels.reference import check_values, run_graph
 from .convert import Converter, Untraceable, written_in
@@ -174,3 +174,11 @@ def _difference(graph: Graph, module: nn.Module, state: Mapping[str, Tensor], qu
     gradients = torch.autograd.grad(actual, into, slope, allow_unused=True, materialize_grads=True)
     same = all(alike(a, b, tolerance, tolerance) for a, b in zip(gradients, wanted, strict=True))
     return None if same else "its graph has other gradients than it has (a function with a backward of its own?)"
+
+
+def with_axis_last(graph: Graph, axis: int) -> Graph:
+    """The graph with an axis of its result, counted from behind, moved to the end; in training mode likewise."""
+    nodes = (*graph.nodes, Node("movedim.int", (("self", graph.output), ("source", axis), ("destination", -1))))
+    own = graph.training.graph
+    training = replace(graph.training, graph=None if own is None else with_axis_last(own, axis))
+    return replace(graph, nodes=nodes, output=f"@{len(graph.nodes)}", training=training)

@@ -15,10 +15,10 @@ from ..kernels.reference import run_graph
 
 
 def rebuilt(graph: Graph) -> nn.Module:
-    """A module in evaluation mode that computes what the graph does, its state-dict keys the graph's; its weights are fresh."""
+    """A float32 module in evaluation mode that computes what the graph does, its state-dict keys the graph's; its weights are fresh."""
     layers = chain_of(graph)
     plain = layers and all(type(layer) in _MODULES for layer in layers)
-    return (_Chain(layers) if plain else GraphModule(graph)).eval()
+    return (_Chain(layers) if plain else GraphModule(graph)).to(torch.float32).eval()  # whatever torch's default type is
 
 
 def _activation(layer: Activation) -> nn.Module:

@@ -185,6 +185,6 @@ def _rebuilt(architecture: Architecture, state: dict[str, Any]) -> Autoencoder:
         wanted = {name: tuple(value.shape) for name, value in Autoencoder.from_config(layout, sizes).state_dict().items()}
     differ = [name for name in {**wanted, **held} if wanted.get(name) != held.get(name)]
     require(not differ, f"{differ[:3]} have other shapes")
-    model = Autoencoder.from_config(layout, sizes)
+    model = Autoencoder.from_config(layout, sizes).to(torch.float32)
     model.load_state_dict(state["model"])
     return model

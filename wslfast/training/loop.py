@@ -29,7 +29,7 @@ from .mixed import MixedTrainer
 from .progress import Interrupted, finishing_steps, shown
 from .query_sets import query_images, set_names
 from .records import OnRecord, Record, Recorder, RunLog
-from .trainer import Trainer, behavior_precision
+from .trainer import Trainer, behavior_precision, seed_generators
 
 logger = logging.getLogger("wslfast")
 
@@ -105,7 +105,7 @@ def train(
         kernels = _kernels(config, population, device, saved) if population is not None else {}
         state = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])  # the caller's random state is not touched
         with verdicts.holding(kernels), device_errors.watched(), state:
-            torch.manual_seed(config.seed)
+            seed_generators(config.seed, device)
             trainer: Union[Trainer, MixedTrainer]
             if population is None:
                 trainer = MixedTrainer(config, parts, sets, saved, device)

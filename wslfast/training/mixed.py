@@ -79,7 +79,7 @@ class MixedTrainer:
             latent = max(model.config()["latent"] for model in built)
             positions = [max(model.config()["max_positions"][i] for model in built) for i in range(3)]
             for part in self.parts.values():
-                part.model = widened(part.model, latent, positions).to(device)
+                part.model = widened(part.model, latent, positions).to(device, torch.float32)
         share([part.model for part in self.parts.values()])
         self.model = nn.ModuleList(part.model for part in self.parts.values())
         self.batch = max(part.batch for part in self.parts.values())

@@ -4,7 +4,7 @@ Each step draws models and queries, makes permuted views, encodes and decodes th
 ``gamma L_C + (1 - gamma) (beta L_S + (1 - beta) L_B)``, each term divided by an explicit normaliser (arXiv 2503.17138 with
 gamma 0.05, beta 0.1); beta may be 1 for a share of the steps before behavior sets in. Everything that a step depends on is in the
 checkpoint, so a resumed run continues to the bit on a CPU.
-Under torchrun each process takes its share of every batch (``distributed.py``).
+Under torchrun each process takes its share of every batch (``engine/ranks.py``).
 """
 
 from __future__ import annotations
@@ -112,9 +112,9 @@ class Trainer:
             )
 
         if sizes is None:
-            self.model = self._new_autoencoder(sample).to(self.device)
+            self.model = self._new_autoencoder(sample).to(self.device, torch.float32)
         else:
-            self.model = Autoencoder.from_config(self.layout, sizes).to(self.device)
+            self.model = Autoencoder.from_config(self.layout, sizes).to(self.device, torch.float32)
         self.optimizer = optimizer_of(self.model, config, self.device)
         self.schedule = cycle(config, self.optimizer)
         whole = len(sample) == len(models) and self.cache is not None
@@ -279,7 +279,7 @@ class Trainer:
         """One optimiser step; returns the loss parts as device tensors (reading one synchronises)."""
         rows, queries = self.next_rows(), self.pool.draw(self.queries, self.draws)
         if self.world.size > 1 and self.config.dropout > 0:  # one stream a process and step: a resumed run draws the same
-            torch.manual_seed(((self.config.seed * 1_000_003 + self.step_index) * 65_537 + self.world.rank) % (1 << 63))
+            seed_generators(((self.config.seed * 1_000_003 + self.step_index) * 65_537 + self.world.rank) % (1 << 63), self.device)
         total, parts = self.objective(rows, queries)
         descend(total, parts, self.model, self.optimizer, self.schedule, self.config.clip)
         self.step_index += 1
@@ -357,6 +357,15 @@ class _Objective(nn.Module):
 
     def forward(self, rows: Tensor, queries: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         return self._losses(rows, queries)
+
+
+def seed_generators(seed: int, device: torch.device) -> None:
+    """Seed torch's generators that a run on the device draws from: the CPU's and, on a GPU, that one's. (``torch.manual_seed`` seeds those
+    of all GPUs, on which the caller may be drawing.)"""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
 
 
 def behavior_precision(config: TrainConfig, device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -72,4 +72,8 @@ class StackedAdam:
             self.square.copy_(state["square"])
             return
         for row, mean, square in zip(self._rows, state["mean"], state["square"], strict=True):
-            self._fused.state[row] = {"step": torch.tensor(float(steps)), "exp_avg": mean.clone(), "exp_avg_sq": square.clone()}
+            self._fused.state[row] = {
+                "step": torch.tensor(float(steps), dtype=torch.float32),
+                "exp_avg": mean.clone(),
+                "exp_avg_sq": square.clone(),
+            }

@@ -97,7 +97,7 @@ def train_models(
     """
     k, device = len(cells), weights.device
     run = _Run(weights, architecture, _points(data, k, device), cells, batch_size)
-    rows = torch.empty(k, len(kept), weights.shape[1])
+    rows = torch.empty(k, len(kept), weights.shape[1], dtype=torch.float32)
     measured: list[Measures] = []
     begin = 0
     if unfinished is not None and (state := unfinished.load()) is not None:

@@ -89,7 +89,7 @@ class MappedZoo:
             index.ndim == 1 and index.dtype == torch.int64 and bool(((index >= 0) & (index < len(self))).all()),
             f"index: expected int64 [b] from 0 to {len(self) - 1}, got {describe(index)}",
         )
-        out = torch.empty(len(index), self.architecture.num_weights)
+        out = torch.empty(len(index), self.architecture.num_weights, dtype=torch.float32)
         shards = self._shard_of[index]
         for number in shards.unique().tolist():
             here = (shards == number).nonzero().flatten()

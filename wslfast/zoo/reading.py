@@ -97,7 +97,7 @@ def _load(
     folder: Path, manifest: Manifest, split: str | None, architecture: Architecture | str | None, verify: bool, skip_bad: bool
 ) -> Population:
     manifest, network, chosen, properties = selection(folder, manifest, split, architecture, verify, skip_bad)
-    weights = torch.empty(sum(chosen), network.num_weights)
+    weights = torch.empty(sum(chosen), network.num_weights, dtype=torch.float32)
     at = 0
     for shard, shape, kept, places in zip(manifest.shards, manifest.shapes, *in_shards(manifest, chosen), strict=True):
         if len(kept) == 0 and manifest.kinds:

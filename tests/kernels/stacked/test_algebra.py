@@ -44,6 +44,9 @@ CASES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[int, ...]]] = {
     "einsum": (lambda x, w: torch.einsum("bi,io->bo", x, w), TWO),
     "einsum with a sum inside": (lambda x, w: torch.einsum("bij,jk,bi->bk", x.unflatten(1, (2, 3)), w, x[:, :2]), (3, 4)),
     "einsum that finds its output": (lambda x, w: torch.einsum("bi, io", x, w), TWO),
+    "einsum of one for all queries": (lambda x, w: torch.einsum("bij,bkj->bik", x.sin().unflatten(1, (3, 2)), w), (1, 4, 2)),
+    "einsum of a sum over one": (lambda x, w: torch.einsum("bij,jk->bik", x.unsqueeze(2) + w[0, 0], w), (4, 3)),
+    "einsum of a sum over one and more": (lambda x, w: torch.einsum("bi,ik->bk", x, w[:1]), TWO),
 }
 
 
@@ -52,10 +55,20 @@ def _attention(x: Tensor, w: Tensor, **options) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, **options)
 
 
+def _asked(q: Tensor, seen: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, seen, seen.cos())
+
+
 CASES |= {
     "attention": (lambda x, w: _attention(x, w), (WIDTH,)),
     "attention that looks back": (lambda x, w: _attention(x, w, is_causal=True, scale=0.3), (WIDTH,)),
     "attention with a mask": (lambda x, w: _attention(x, w, attn_mask=torch.eye(3)), (WIDTH,)),
+    "attention that one query asks": (lambda x, w: _asked(w, x.sin().unflatten(1, (1, 3, 2))), (1, 1, 4, 2)),
+    "attention to what all queries see": (lambda x, w: _asked(x.sin().unflatten(1, (1, 3, 2)), w), (1, 1, 4, 2)),
+    "attention by shares of its own": (
+        lambda x, w: F.scaled_dot_product_attention(w[..., 0, :, :], w[..., 1, :, :], x.sin().view(-1, 1, 3, 2)),
+        (1, 1, 2, 3, 2),
+    ),
 }
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from wslfast import Architecture
 from wslfast.kernels.cpu import jobs
@@ -89,6 +90,101 @@ def test_bits_are_the_same_at_any_number_of_threads(kind: str, k: int) -> None:
         torch.set_num_threads(before)
     for results in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results, found[0], strict=True))
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
+@pytest.mark.parametrize("name", ["convolutions by channel", "norms", "odd channels", "transposed"])
+def test_outputs_with_a_graph_do_not_depend_on_the_company(name: str, own: bool) -> None:
+    """What torch's graph computes is tried by itself: its convolutions are others than the loss's, which may agree where these do not."""
+    torch.manual_seed(0)
+    arch = Architecture.from_module(GRAPHS[name](), (3, 8, 8))
+    assert arch.graph is not None
+    n, full = 5, engine.group_shape(arch.graph, 5)[0]
+    weights = torch.randn(full + 3, arch.num_weights).abs() * 0.3  # variances are among them
+    queries = torch.randn(*((len(weights),) if own else ()), n, 3, 8, 8)
+
+    def run(rows: list[int]) -> list[Tensor]:
+        leaves = weights[rows].requires_grad_(), (queries[rows] if own else queries).clone().requires_grad_()
+        outputs = engine.differentiable(*leaves, arch.graph)
+        slopes = torch.autograd.grad(outputs.square().sum(), leaves)
+        return [outputs.detach(), *slopes[: 1 + own]]  # shared queries get the sum over models
+
+    whole = run(list(range(len(weights))))
+    for some in ([0], [full + 2, 3], [5, 4, 3, 2, 1, 0], list(range(2, full))):
+        assert all(torch.equal(part, all_[some]) for part, all_ in zip(run(some), whole, strict=True))
+
+
+GRAPHS: dict[str, Callable[[], nn.Module]] = {
+    "convolutions by channel": lambda: nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU6(), nn.Conv2d(6, 6, 3, groups=6), nn.GELU(), nn.Flatten(), nn.Linear(216, 4)
+    ),
+    "norms": lambda: nn.Sequential(
+        nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
+    ),
+    "odd channels": lambda: nn.Sequential(
+        nn.Conv2d(3, 7, 3, padding=1), nn.BatchNorm2d(7), nn.ReLU(), nn.Conv2d(7, 7, 3, padding=1), nn.ReLU(), nn.Conv2d(7, 15, 3, 2), nn.Flatten(), nn.Linear(135, 4)
+    ),
+    "transposed": lambda: nn.Sequential(
+        nn.Conv2d(3, 6, 3, 2, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.ConvTranspose2d(6, 4, 4, 2, 1), nn.BatchNorm2d(4), nn.Tanh(), nn.Conv2d(4, 2, 1)
+    ),
+}  # fmt: skip
+
+
+def test_a_trial_does_not_depend_on_inference_mode() -> None:
+    """What it finds is kept for calls that want gradients, whoever asked first."""
+
+    class Sorted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(40, 40), nn.Linear(40, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.first(x).sort(-1)[0])
+
+    arch = Architecture.from_module(Sorted(), (40,))
+    call = engine.Call(torch.randn(4, arch.num_weights), torch.randn(6, 40), arch.graph, None)
+    with torch.inference_mode():
+        inside = call.trial(64, 3, range(64))
+    outside = call.trial(64, 3, range(64))
+    assert all(torch.equal(a, b) for a, b in zip(inside, outside, strict=True))
+    assert bool(outside[1].any(0)[: arch.slots["first.bias"].stop].any())
+
+
+@pytest.mark.parametrize("once", [True, False])
+def test_a_trial_inside_a_checkpoint(once: bool) -> None:
+    """It is made in the forward pass alone, and what it saves is nothing that the backward pass has to find again."""
+    arch = Architecture.from_module(nn.Sequential(nn.Linear(40, 37), nn.Softsign(), nn.Linear(37, 3 + once)), (40,))
+    weights, queries = torch.randn(3, arch.num_weights, requires_grad=True), torch.randn(6, 40)
+
+    def run(rows: Tensor) -> Tensor:
+        engine.Call(rows.detach(), queries, arch.graph, None, once=once)
+        return engine.plain(rows, queries, arch.graph)
+
+    (slope,) = torch.autograd.grad(checkpoint(run, weights, use_reentrant=False).sum(), weights)
+    assert torch.equal(slope, torch.autograd.grad(run(weights).sum(), weights)[0])
+
+
+def test_what_one_autocast_finds_does_not_count_under_another() -> None:
+    arch = Architecture.from_module(nn.Sequential(nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 3)), (40,))
+    keys = []
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            keys.append(engine.Call(torch.randn(4, arch.num_weights), torch.randn(6, 40), arch.graph, None)._key())
+    assert len(set(keys)) == 3
+
+
+def test_what_has_no_derivative_is_tried_by_its_outputs() -> None:
+    class Held(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.only = nn.Linear(40, 40)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.only(x).detach()
+
+    arch = Architecture.from_module(Held(), (40,))
+    weights = torch.randn(3, arch.num_weights, requires_grad=True)
+    assert not engine.differentiable(weights, torch.randn(6, 40), arch.graph).requires_grad
 
 
 def test_products_take_all_threads_only_where_bits_stay() -> None:

@@ -36,7 +36,7 @@ def with_head(name: str) -> nn.Module:
 
 WHOLE = ("norm ahead of linear", "norm of features", "mean over pixels", "squeezed at once")
 HEADED = ("norm behind", "norm behind, no bias", "norm behind, no affine", "norm ahead", "norm ahead of groups", "norm ahead of a padded one",
-          "norm ahead of a pool", "norm ahead of an average", "norms on both sides", "norm at the end", "tied convolutions")  # fmt: skip
+          "norm ahead of a pool", "norm ahead of an average", "norms on both sides", "norm at the end")  # fmt: skip
 NETWORKS = {
     **{name: CASES[name].make for name in WHOLE},
     **{f"{name}, headed": lambda name=name: with_head(name) for name in HEADED},
@@ -87,7 +87,7 @@ def test_a_models_numbers_do_not_depend_on_the_others(name: str, monkeypatch: py
         assert torch.equal(mine[1], gradient[part])
         assert torch.equal(folded_chain.forward(weights[part], queries, graph), outputs[part])
     monkeypatch.setattr(folded_chain, "_BYTES", 1)  # a few models' folded weights at once
-    assert folded_chain._models(folded_chain._segment(graph), k) < k
+    assert folded_chain._models(graph) < k
     again = folded_chain.loss_and_gradient(weights, queries, targets, graph, "mse")
     assert torch.equal(again[0], losses)
     assert torch.equal(again[1], gradient)

@@ -6,8 +6,14 @@ import pytest
 import torch
 from graph_oracle import close, criterion_value, loop, looped, queries_like, rows_near
 from segment_cases import CASES, Case, found, traced
+from torch import nn
 
+from wslfast.architecture import Architecture
 from wslfast.kernels import stacked
+from wslfast.kernels.reference import value_shapes
+from wslfast.kernels.stacked.rows import rows_of
+from wslfast.kernels.stacked.segments import segments
+from wslfast.kernels.stacked.through import Through
 
 TOLERANCE = 1e-5
 QUICK = (
@@ -105,3 +111,21 @@ def test_segments_meet_what_comes_without_them() -> None:
         "outputs",
     )
     assert found(graph)
+
+
+@pytest.mark.parametrize(("models", "queries"), [(1, 16), (3, 1), (1, 1), (3, 16)])
+@pytest.mark.parametrize("flat", [True, False], ids=["flattened", "images"])
+def test_the_outputs_gradient_stays_as_it_is(models: int, queries: int, flat: bool) -> None:
+    """It may be somebody else's as well: both operands of a sum get the same one. An activation writes over what reaches it."""
+    parts = (nn.Conv2d(2, 5, 4), nn.ReLU(), *((nn.Flatten(),) if flat else ()))
+    graph = Architecture.from_module(nn.Sequential(*parts), (2, 4, 4)).graph
+    assert graph is not None
+    (segment,) = segments(graph, value_shapes(graph), graph.readers())
+    rows = torch.randn(models, graph.parameters)
+    leaves = {f"@w:{slot.name}": rows[:, slot.offset : slot.stop].view(models, *slot.shape) for slot in graph.slots}
+    rule = Through(segment, True, frozenset({"rows"}))
+    y, saved = rule.forward({"x": torch.randn(queries, 2, 4, 4), "rows": rows_of(segment, leaves)}, models)
+    slope = torch.randn(y.shape)
+    before = slope.clone()
+    rule.backward(slope, saved, models)
+    assert torch.equal(slope, before)

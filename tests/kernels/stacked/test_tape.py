@@ -102,6 +102,21 @@ def test_layer_norm(options: dict) -> None:
     check(lambda: Normed(WIDTH, **options))
 
 
+def test_layer_norm_of_a_parameter() -> None:
+    """A vector that all queries share: its norm has no axis to sum the gradients of scale and shift over."""
+
+    class OwnScale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, WIDTH), nn.Linear(WIDTH, 3)
+            self.own, self.norm = nn.Parameter(torch.randn(WIDTH)), nn.LayerNorm(WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.first(x) * self.norm(self.own))
+
+    check(OwnScale)
+
+
 def test_tokens_of_a_sequence() -> None:
     """Linear layers and norms on [n, tokens, features], attention between them, and a sort, which is an island."""
 

@@ -19,6 +19,8 @@ if not triton.knobs.runtime.interpret:
 
 from wslfast.kernels.triton import launch as kernels
 from wslfast.kernels.triton.differentiable import differentiable_forward
+from wslfast.kernels.triton.schedule import schedule
+from wslfast.kernels.triton.tables import fold_tables
 
 FLATTENED = (Flatten("f"), Linear("l", 12, 5), Activation("a"), Linear("m", 5, 3))
 
@@ -41,6 +43,41 @@ def test_forward_differentiates() -> None:
         assert error(once, wide.grad) < FP32 / 2
         loss(outputs).backward()
         assert torch.equal(weights.grad, 2 * once)
+
+
+@pytest.mark.parametrize("mode", ["layers", "network"])
+def test_results_are_float32_whatever_the_default_type(mode: str) -> None:
+    weights, queries, targets = make(MLP, 2, 3)
+
+    def run() -> list[Tensor]:
+        w, x = weights.clone().requires_grad_(), queries.clone().requires_grad_()
+        outputs = differentiable_forward(w, x, MLP.layers, "ieee")
+        slopes = torch.autograd.grad((outputs * targets).sum(), (w, x))
+        return [
+            outputs.detach(),
+            *slopes,
+            kernels.forward(weights, queries, MLP.layers, "ieee", mode=mode),
+            *kernels.loss_and_gradient(weights, queries, targets, MLP.layers, "mse", precision="ieee", mode=mode),
+        ]
+
+    expected = run()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = run()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_partial_sums_beyond_32_bits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their places would wrap around, and the gradients there be zero."""
+    weights, queries, targets = make(MLP, 2, 3)
+    row = fold_tables(schedule(MLP.layers, MLP.shape), 3, weights.device).row
+    monkeypatch.setattr(kernels, "OFFSETS", row + 1)
+    kernels.loss_and_gradient(weights, queries, targets, MLP.layers, "mse", precision="ieee", mode="layers")
+    monkeypatch.setattr(kernels, "OFFSETS", row)
+    with pytest.raises(ValueError, match=f"{row} partial sums a model"):
+        kernels.loss_and_gradient(weights, queries, targets, MLP.layers, "mse", precision="ieee", mode="layers")
 
 
 GRADIENTS: dict[str, Callable[[Tensor], Tensor]] = {

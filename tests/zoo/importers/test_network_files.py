@@ -66,6 +66,22 @@ def test_what_a_file_sets_is_undone(tmp_path: Path, line: str) -> None:
     assert torch.get_default_dtype() == torch.float32
     assert torch.is_grad_enabled()
     assert torch.empty(0).device.type == "cpu"
+    assert torch._C._len_torch_function_stack() == 0
+
+
+def test_generators_of_gpus_are_kept_where_they_are_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    states = {0: torch.arange(3), 1: torch.arange(4)}
+    kept: dict[int, torch.Tensor] = {}
+    for name, value in (
+        ("is_initialized", lambda: True),
+        ("device_count", lambda: 2),
+        ("get_rng_state", states.__getitem__),
+        ("set_rng_state", lambda state, device: kept.update({device: state})),
+    ):
+        monkeypatch.setattr(torch.cuda, name, value)
+    write(tmp_path, net=NET)
+    module_of(f"{tmp_path}/net.py:Net")
+    assert kept == states
 
 
 @pytest.mark.parametrize(

@@ -104,8 +104,9 @@ def _settings_kept() -> Iterator[None]:
     """What somebody's file changes of torch's settings, and of its random state, is as before after the block."""
     dtype, gradients, threads = torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads()
     device, deterministic = torch.get_default_device(), torch.are_deterministic_algorithms_enabled()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices):
             yield
     finally:
         torch.set_default_dtype(dtype)
@@ -114,7 +115,7 @@ def _settings_kept() -> Iterator[None]:
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
         if torch.get_default_device() != device:
-            torch.set_default_device(device)
+            torch.set_default_device(None if device.type == "cpu" else device)  # a device that is set costs every call of torch
 
 
 def architecture_of(network: str, input_shape: Sequence[int] | None, dataset: str | Path | None, output: str | int | None) -> Architecture:

@@ -232,7 +232,7 @@ class _Models:
         layers = self.stub.attribute("layers")
         usable = kind in (True, "minmax") and isinstance(layers, dict)
         require(usable, f"{self.where}: standardised as {describe(kind)}, which forgets the weights' size; such models cannot be rebuilt")
-        scale, shift = torch.ones(self.architecture.num_weights), torch.zeros(self.architecture.num_weights)
+        scale, shift = (torch.full((self.architecture.num_weights,), value, dtype=torch.float32) for value in (1.0, 0.0))
         for key, figures in layers.items():
             names = (key, key.replace("weight", "bias")) if isinstance(key, str) else ("", "")
             for slot in (self.architecture.slots[n] for n in dict.fromkeys(names) if n in self.architecture.slots):
