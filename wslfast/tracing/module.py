@@ -171,7 +171,7 @@ def prepared(module: nn.Module, name: str, input_shape: tuple[int, ...], output:
     plain = plain.requires_grad_(False)
     plain = _Indices(plain).eval() if _wants_integers(plain, input_shape) else plain
     made = plain if output is None else _Output(plain, output).eval()
-    made.parametrised, made.frozen = parametrised, frozen  # type: ignore[assignment]
+    made._parametrised, made._frozen_names = parametrised, frozen  # type: ignore[assignment]
     return made
 
 

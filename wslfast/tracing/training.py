@@ -39,8 +39,8 @@ def training_of(module: nn.Module, graph: Graph, state: Mapping[str, Tensor], fo
         for name in _STATISTICS
     }
     buffers = {name for name, _ in module.named_buffers(remove_duplicate=False)}
-    fixed = (buffers - norms) | getattr(module, "frozen", frozenset())
-    refused = str(getattr(module, "parametrised", ""))
+    fixed = (buffers - norms) | getattr(module, "_frozen_names", frozenset())
+    refused = str(getattr(module, "_parametrised", ""))
     own = None
     if not refused:
         try:
