@@ -151,7 +151,8 @@ class Training:
     """What a graph, which is of evaluation mode, does not tell of training mode.
 
     Attributes:
-        fixed: entries of a row of weights that no optimiser trains, running statistics aside: floating buffers.
+        fixed: entries of a row of weights that no optimiser trains, running statistics aside: floating buffers, frozen parameters
+            (``requires_grad``), and those that no gradient comes to.
         graph: of training mode, where that is another one than the graph itself with its norms and dropout in training mode.
         refused: why it cannot be trained here, in words; empty where it can.
     """

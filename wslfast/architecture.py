@@ -131,7 +131,7 @@ class Architecture:
 
     @cached_property
     def untrained(self) -> frozenset[str]:
-        """Entries that no optimiser trains: running statistics and other floating buffers."""
+        """Entries that no optimiser trains: running statistics, other floating buffers, frozen and unused parameters."""
         return frozenset((*self.statistics, *(self.graph.training.fixed if self.graph is not None else ())))
 
     @cached_property

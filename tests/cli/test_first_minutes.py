@@ -184,6 +184,15 @@ def test_tables_keep_the_rows_name(width: int, monkeypatch: pytest.MonkeyPatch) 
     assert sum(line.count("0.123") for line in named) == 2 * (len(figures) - 1) - 1  # latent numbers are whole
 
 
+@pytest.mark.parametrize("width", [24, 40, 80])
+def test_values_are_there_at_any_width(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    text = io.StringIO()
+    monkeypatch.setattr(consoles, "console", Console(file=text, width=width, highlight=False))
+    consoles.show({"rows": 45, "accuracies (least, quartiles, greatest)": {"test_acc": "0.572"}}, as_json=False)
+    words = text.getvalue().split()
+    assert {"rows", "45", "accuracies", "test_acc:", "0.572"} <= set(words)
+
+
 @pytest.mark.parametrize("width", [60, 80])
 def test_tables_of_an_analysis_are_whole(zoo: Path, tmp_path: Path, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of ablate and gradients: no name and no number of a row is cut."""

@@ -279,6 +279,44 @@ def test_regression_on_one_signal_and_a_buffer_that_nobody_trains() -> None:
     assert "val_loss" not in zoo.properties
 
 
+class Partly(nn.Module):
+    """Three layers: a frozen one, one that answers, and one that is never used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen, self.out, self.unused = nn.Linear(3, 4).requires_grad_(False), nn.Linear(4, 2), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.frozen(x)))
+
+
+def test_what_is_frozen_or_unused_is_neither_trained_nor_decays() -> None:
+    generator = torch.Generator().manual_seed(3)
+    x, y = torch.randn(20, 3, generator=generator), torch.randn(20, 2, generator=generator)
+    architecture = Architecture.from_module(Partly(), (3,))
+    assert architecture == Architecture.from_module(Partly().requires_grad_(), (3,))  # as networks they are the same
+    options: dict[str, Any] = {
+        "models": 2,
+        "epochs": 2,
+        "keep": [0, 2],
+        "grid": Grid(("default",), (1e-2,), (0.1,), (1, 2)),
+        "batch_size": 8,
+    }
+    zoo = build_zoo(Signals("curve", x, y), architecture=architecture, **options)
+    for j in range(2):
+        module = Partly()
+        module.load_state_dict(zoo.state_dict(2 * j))
+        optimizer, order = torch.optim.Adam(module.parameters(), lr=1e-2, weight_decay=0.1), batch_generator(zoo.properties["seed"][2 * j])
+        for _ in range(2):
+            for chosen in torch.randperm(20, generator=order).split(8):
+                optimizer.zero_grad()
+                F.mse_loss(module(x[chosen]), y[chosen]).backward()
+                optimizer.step()
+        close(zoo, 2 * j + 1, module)
+    all_frozen = Architecture.from_module(Partly().requires_grad_(False), (3,))  # made ready for use: not a wish to train nothing
+    assert all_frozen.untrained == {"unused.weight", "unused.bias"}
+
+
 @pytest.mark.parametrize(
     ("parts", "message"),
     [

@@ -35,7 +35,8 @@ def show(values: dict[str, Any], as_json: bool) -> None:
         print(json.dumps(values, indent=1))
         return
     table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(no_wrap=True)
+    longest, half = max(map(len, values), default=0), console.width // 2
+    table.add_column(no_wrap=longest <= half, max_width=max(half, 1))  # names take no more, so that there is room for the values
     table.add_column(overflow="fold")  # a digest that is longer than the terminal is wide stays whole
     for name, value in values.items():
         lines = [f"{k}: {_text(v)}" for k, v in value.items()] if isinstance(value, dict) else [_text(value)]

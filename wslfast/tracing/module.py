@@ -162,15 +162,16 @@ def prepared(module: nn.Module, name: str, input_shape: tuple[int, ...], output:
         norm = isinstance(part, nn.modules.batchnorm._BatchNorm) and part.running_mean is None
         require(not norm, f"{where} is a batch norm without running statistics, which mixes the queries of a batch")
     try:
-        plain = in_precision(_unwrapped(copy.deepcopy(module, _computed(module))), torch.float32, "cpu").eval().requires_grad_(False)
+        plain = in_precision(_unwrapped(copy.deepcopy(module, _computed(module))), torch.float32, "cpu").eval()
     except WslfastError:
         raise
     except Exception as error:
         raise WslfastError(f"architecture {name!r}: the module cannot be copied: {first_line(error)}") from error
-    parametrised = _parametrised(module)
+    parametrised, frozen = _parametrised(module), _frozen(plain)
+    plain = plain.requires_grad_(False)
     plain = _Indices(plain).eval() if _wants_integers(plain, input_shape) else plain
     made = plain if output is None else _Output(plain, output).eval()
-    made.parametrised = parametrised  # type: ignore[assignment]
+    made._parametrised, made._frozen_names = parametrised, frozen  # type: ignore[assignment]
     return made
 
 
@@ -184,6 +185,12 @@ def _wants_integers(module: nn.Module, input_shape: tuple[int, ...]) -> bool:
                 continue
             return dtype == torch.int64
     return False
+
+
+def _frozen(module: nn.Module) -> frozenset[str]:
+    """Parameters that their owner has frozen by ``requires_grad``; none where all are, as in a module that was made ready to be used."""
+    trained = {name: value.requires_grad for name, value in module.named_parameters(remove_duplicate=False)}
+    return frozenset(name for name, wanted in trained.items() if not wanted) if any(trained.values()) else frozenset()
 
 
 def _parametrised(module: nn.Module) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -39,15 +39,36 @@ def training_of(module: nn.Module, graph: Graph, state: Mapping[str, Tensor], fo
         for name in _STATISTICS
     }
     buffers = {name for name, _ in module.named_buffers(remove_duplicate=False)}
-    fixed = tuple(name for name in state if name in buffers and name not in norms)
-    refused = str(getattr(module, "parametrised", ""))
+    fixed = (buffers - norms) | getattr(module, "_frozen_names", frozenset())
+    refused = str(getattr(module, "_parametrised", ""))
     own = None
     if not refused:
         try:
             own = _own(copy.deepcopy(module).train(), graph, state, follow)
+            fixed |= _unreached(copy.deepcopy(module), graph, [name for name in state if name not in buffers])
         except Untraceable as reason:
             refused = str(reason)
-    return Training(fixed, own, refused)
+    return Training(tuple(name for name in state if name in fixed), own, refused)
+
+
+def _unreached(module: nn.Module, graph: Graph, names: Iterable[str]) -> set[str]:
+    """Which of these parameters no gradient comes to, as those of a layer that is not used: torch's optimisers do not let them decay
+    either. Told by what autograd has recorded; nothing is differentiated, as not every answer can be."""
+    own = dict(module.named_parameters(remove_duplicate=False))
+    try:
+        with plainly(), torch.enable_grad():
+            answer = module.requires_grad_().train()(queries_for(module, 3, graph.input_shape))
+    except Exception:  # of any kind: a network that cannot be differentiated at all
+        return set()
+    reached: set[int] = set()
+    seen, stack = set(), [getattr(answer, "grad_fn", None)]
+    while stack:
+        step = stack.pop()
+        if step is not None and step not in seen:
+            seen.add(step)
+            reached.add(id(getattr(step, "variable", None)))
+            stack += [following for following, _ in step.next_functions]
+    return {name for name in names if id(own[name]) not in reached}
 
 
 def _own(module: nn.Module, graph: Graph, state: Mapping[str, Tensor], follow: Follow) -> Graph | None:
