@@ -11,7 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from wslfast import load_zoo
 from wslfast.cli import main
 from wslfast.measure.results import read_results
 
@@ -157,6 +159,25 @@ def test_help_teaches(shell: Shell, arguments: tuple[str, ...]) -> None:
         assert "Example: wslfast " + " ".join(arguments) in text
 
 
+def test_a_network_of_ones_own_is_built_and_trained_on(tmp_path: Path, shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("net.py").write_text(
+        "from torch import nn\n"
+        "def net():\n"
+        "    return nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4))\n"
+    )
+    generator = np.random.default_rng(0)
+    np.savez("images.npz", images=generator.integers(0, 255, (60, 2, 9, 9), dtype=np.uint8), labels=np.arange(60) % 4)
+    build = ("zoo", "build", "--dataset", "images.npz", "--models", 8, "--epochs", 2, "--out", "zoo")
+    said = " ".join(shell(*build, code=2).split())
+    assert "there is no default for images [2, 9, 9]; pass architecture=, in a shell --network FILE.py:NAME" in said
+    assert "16 rows" in shell(*build, "--network", "net.py:net")
+    population = load_zoo("zoo")
+    assert population.architecture.name == "net"
+    assert not torch.equal(population.weights[0], population.weights[2])  # initial weights are each model's own
+    shell("train", "--zoo", "zoo", "--out", "run", "--steps", 2, "--batch-size", 4)
+
+
 def test_info(shell: Shell) -> None:
     facts = json.loads(shell("info", "--json"))
     assert facts["optional packages"]["sklearn"] in (True, False)
@@ -190,6 +211,8 @@ def test_info(shell: Shell) -> None:
         (("train", "--zoo", "z", "--out", "o", "--device", "tpu"), "tpu"),
         (("evaluate", "--run", "nowhere", "--device", "tpu"), "tpu"),
         (("zoo", "build", "--models", 0, "--out", "x"), "models"),
+        (("zoo", "build", "--network", "nowhere.py:Net", "--out", "x"), "nowhere.py"),
+        (("zoo", "build", "--network", "net.py:Net", "--architecture", "cnn", "--out", "x"), "are two networks"),
         (("train", "--zoo", "z", "--out", "o", "--query-set", "svnh"), "svnh"),
         (("queries", "--zoo", "nowhere", "--out", "q.npz"), "nowhere"),
         (("ablate", "nowhere.toml"), "nowhere.toml"),

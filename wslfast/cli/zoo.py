@@ -10,6 +10,7 @@ import tyro
 from ..architecture import Architecture
 from ..errors import require
 from ..zoo import Signals, build_zoo, export_zoo, image_shape, image_signals, import_zoo, load_dataset, network, read_manifest, summarize
+from ..zoo.importers.network_files import architecture_of
 from .console import console, say, show
 from .options import Networks
 
@@ -34,6 +35,9 @@ class ZooBuild:
     architecture: Literal["auto", "cnn", "cnn2", "cnn3", "lenet5", "resnet18", "siren"] = "auto"
     """The published networks; auto takes the one that fits the images. siren makes a zoo of implicit neural representations: one network
     per image, fitted to its pixels."""
+    network: str | None = None
+    """FILE.py:NAME of your own network: a class, or a function, that is called without arguments. FILE.py is run. Every model has initial
+    weights of its own, drawn as --grid says, in place of those that the file gives."""
     dropout: float = 0.0
     """Probability of dropout in a published CNN; every model draws its own."""
     width: int = 16
@@ -89,6 +93,10 @@ class ZooBuild:
         say(f"{self.out}: {len(population)} rows, {what} {values.mean():.3g} +- {values.std():.3g}")
 
     def _architecture(self) -> Architecture | None:
+        if self.network is not None:
+            require(self.architecture == "auto", f"--network: {self.network} and --architecture {self.architecture} are two networks; name one")
+            require(self.dropout == 0, f"--dropout: it is for published networks; {self.network} says what dropout it has")
+            return architecture_of(self.network, None, self.dataset, None)
         if self.architecture in ("auto", "siren"):
             require(self.dropout == 0, f"--dropout: name a network with --architecture, got {self.architecture}")
             return None

@@ -38,6 +38,7 @@ from .unfinished import Unfinished
 
 __all__ = ["LARGEST_WEIGHT", "StackedAdam", "batch_generator", "build_zoo", "default_keep", "dropout_generator", "fine_tune"]
 
+_OWN = "pass architecture=, in a shell --network FILE.py:NAME"
 LARGEST_WEIGHT = 10_000.0  # a checkpoint with a larger one is dropped, as the published pipeline does
 
 
@@ -258,11 +259,11 @@ def _default(dataset: str | Path | Dataset | Signals) -> Architecture:
     if isinstance(dataset, Signals):
         shapes = list(dataset.train_inputs.shape[1:]), list(dataset.output_shape)
         flat = all(len(shape) == 1 for shape in shapes)
-        require(flat, f"architecture: there is no default for inputs {shapes[0]} and targets {shapes[1]}; pass architecture=")
+        require(flat, f"architecture: there is no default for inputs {shapes[0]} and targets {shapes[1]}; {_OWN}")
         return Architecture.siren(shapes[0][0], out_features=shapes[1][0])
     shape = tuple(dataset.train_images.shape[1:]) if isinstance(dataset, Dataset) else image_shape(dataset)
     makers = {(28, 28): Architecture.cnn, (32, 32): Architecture.cnn3}
-    require(tuple(shape[1:]) in makers, f"architecture: there is no default for images {list(shape)}; pass architecture=")
+    require(tuple(shape[1:]) in makers, f"architecture: there is no default for images {list(shape)}; {_OWN}")
     return makers[tuple(shape[1:])](shape[0])  # type: ignore[index]
 
 
