@@ -94,7 +94,9 @@ class ZooBuild:
 
     def _architecture(self) -> Architecture | None:
         if self.network is not None:
-            require(self.architecture == "auto", f"--network: {self.network} and --architecture {self.architecture} are two networks; name one")
+            require(
+                self.architecture == "auto", f"--network: {self.network} and --architecture {self.architecture} are two networks; name one"
+            )
             require(self.dropout == 0, f"--dropout: it is for published networks; {self.network} says what dropout it has")
             return architecture_of(self.network, None, self.dataset, None)
         if self.architecture in ("auto", "siren"):
