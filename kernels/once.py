@@ -25,4 +25,5 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> None:
-        raise RuntimeError("this is once_differentiable: its gradient comes without a gradient of its own")
+        remedy = "for second derivatives take wslfast.batched_forward's outputs and a loss of torch's"
+        raise RuntimeError(f"this is once_differentiable: its gradient comes without a gradient of its own; {remedy}")

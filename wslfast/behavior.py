@@ -166,7 +166,7 @@ def _rows(value: Any, architecture: Architecture, argument: str) -> Tensor:
     p = architecture.num_weights
     if isinstance(value, Tensor):  # the usual case first: a training step pays for every check
         if value.ndim == 2 and value.dtype in _COMPUTED and value.shape[1] == p and value.shape[0] > 0:
-            return value
+            return _dense(value, argument)
     elif isinstance(value, Population):
         other = value.architecture
         same = other.same_network(architecture)
@@ -191,7 +191,14 @@ def _rows(value: Any, architecture: Architecture, argument: str) -> Tensor:
         require(value.shape[0] > 0, lambda: f"expected at least one model, got {describe(value)}")
     except WslfastError as error:
         raise WslfastError(f"{argument}: {error}") from None
+    value = _dense(value, argument)
     return value if value.dtype == torch.float64 else value.to(torch.float32)
+
+
+def _dense(value: Tensor, argument: str) -> Tensor:
+    dense = value.layout == torch.strided and value.device.type != "meta"
+    require(dense, lambda: f"{argument}: expected a dense tensor that holds numbers, got {describe(value)}, {value.layout}")
+    return value
 
 
 def _remedy(value: Any) -> str:
@@ -228,7 +235,7 @@ def _queries(queries: Any, architecture: Architecture, rows: Tensor) -> Tensor:
     require(queries.device == rows.device, lambda: f"queries: expected device {rows.device} (the weights'), got {queries.device}")
     if not torch.compiler.is_compiling() and queries.is_inference() and not torch.is_inference_mode_enabled():
         queries = queries.clone()  # autograd may not save what inference mode made
-    return queries.to(rows.dtype)
+    return _dense(queries, "queries").to(rows.dtype)
 
 
 def _classes_last(targets: Any, original: Any, architecture: Architecture, axis: Any) -> tuple[Any, Any]:
@@ -262,4 +269,4 @@ def _targets(targets: Any, original: Any, rows: Tensor, queries: Tensor, archite
         lambda: f"targets: expected floating {list(shape)} (models, queries, classes), got {describe(targets)}",
     )
     require(targets.device == rows.device, lambda: f"targets: expected device {rows.device}, got {targets.device}")
-    return targets.detach().to(rows.dtype)
+    return _dense(targets, "targets").detach().to(rows.dtype)
