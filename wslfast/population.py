@@ -170,7 +170,8 @@ class Population:
 
     def module(self, model: int) -> nn.Module:
         """One model as a module in evaluation mode, with its weights: torch's own layers for a plain chain, one reference call an
-        operation for any other network. Its state dict loads into the network that the population was made from."""
+        operation for any other network. Its state dict loads into the network that the population was made from, unless that computes
+        its weights from others (weight norm, spectral norm): the rows hold what is computed."""
         if self.architecture.graph is not None:
             module = rebuilt(self.architecture.graph)
         else:
