@@ -29,7 +29,7 @@ from .segments import Segment, segments
 
 _T = TypeVar("_T")
 _BYTES = 64 << 20  # of folded weights at once: beside them are their gradients
-_FEWEST = 8  # models of a job that folds: fewer are done before another thread has begun
+_FEWEST = 1 << 18  # numbers of a job that folds: of fewer the calls take the time, which threads do not share
 
 
 @lru_cache(maxsize=256)
@@ -106,7 +106,7 @@ def _piece(
     out: Tensor,
 ) -> Tensor:
     """Losses of some models; their gradients are written to ``out``."""
-    plan, layers, size = _plan(graph), _segment(graph).layers, _a_job(len(weights))
+    plan, layers, size = _plan(graph), _segment(graph).layers, _a_job(weights)
     folds = _side_by_side([partial(plan.fold, some) for some in weights.split(size)])
     losses, slopes = cpu.loss_and_gradient(joined([rows for rows, _ in folds]), queries, targets, layers, criterion, temperature, index)
     parts = zip(folds, slopes.split(size), out.split(size), strict=True)
@@ -136,8 +136,10 @@ def _most(segment: Segment, threads: int, size: int) -> int:
     return max(whole, size // (4 * numbers_of(segment.layers)) // whole * whole)
 
 
-def _a_job(models: int) -> int:
-    return max(_FEWEST, -(-models // torch.get_num_threads()))
+def _a_job(weights: Tensor) -> int:
+    """Models that one job folds."""
+    k, numbers = weights.shape
+    return max(1, _FEWEST // numbers, -(-k // torch.get_num_threads()))
 
 
 def _side_by_side(calls: Sequence[Callable[[], _T]]) -> list[_T]:
