@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch_settings import default_dtype
 
 import wslfast
 from wslfast import Architecture, Population, engine
@@ -17,16 +17,6 @@ from wslfast.queries import synthetic_queries
 from wslfast.zoo import Dataset, MappedZoo
 
 DTYPES = [torch.float64, torch.bfloat16]
-
-
-@contextmanager
-def default(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 class Looking(nn.Module):
@@ -102,7 +92,7 @@ CASES: dict[str, Callable[[], list[Tensor]]] = {
 @pytest.mark.parametrize("name", list(CASES))
 def test_numbers_are_float32_and_the_same(name: str, dtype: torch.dtype) -> None:
     folded_chain.supports.cache_clear()
-    with default(dtype):
+    with default_dtype(dtype):
         found = CASES[name]()
     folded_chain.supports.cache_clear()
     for a, b in zip(found, CASES[name](), strict=True):
@@ -115,7 +105,7 @@ def test_the_path_is_the_same(dtype: torch.dtype) -> None:
     """Whether the engine folds norms is asked once a process, and must not depend on what torch's default is then."""
     architecture = Architecture.from_module(_normed(), (1, 4, 4))
     folded_chain.supports.cache_clear()
-    with default(dtype):
+    with default_dtype(dtype):
         assert engine.choose(architecture, "cpu", torch.float32).name == "cpu"
 
 
@@ -125,7 +115,7 @@ def test_a_zoo_is_built_and_trained_on(dtype: torch.dtype, tmp_path: Path) -> No
     data = Dataset("points", *(inputs, labels) * 3, 3)
     settings = {"models": 6, "epochs": 1, "batch_size": 8, "split": (0.7, 0.0, 0.3)}
     architecture = Architecture.from_module(_chain().float(), (4,), "chain")
-    with default(dtype):
+    with default_dtype(dtype):
         built = wslfast.build_zoo(data, tmp_path / "zoo", architecture=architecture, **settings)
         stored, mapped = wslfast.load_zoo(tmp_path / "zoo").weights, MappedZoo(tmp_path / "zoo").rows(torch.arange(len(built)))
         sizes = {"steps": 2, "batch_size": 4, "queries": 5, "d_model": 8, "heads": 2, "layers": 1}

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from loss_cases import NETS, case
 from tolerances import FP32, FP32_AMPLIFIED, FP32_DEEP, FP32_ROUNDING, FP32_SMALL
+from torch_settings import default_dtype, threads_of
 
 from wslfast import engine
 from wslfast.architecture import Architecture
@@ -89,11 +90,8 @@ def test_an_original_that_is_not_finite_under_another_default_type() -> None:
     lost[1, 0, 0] = float("nan")
     made, queries = DistillationLoss(checkpoint, params, nan_gradients=True), torch.randn(4, 1, 28, 28)
     expected = made.values(1.3 * x, lost, queries, p)
-    torch.set_default_dtype(torch.float64)
-    try:
+    with default_dtype(torch.float64):
         found = made.values(1.3 * x, lost, queries, p)
-    finally:
-        torch.set_default_dtype(torch.float32)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected, equal_nan=True)
 
@@ -381,10 +379,8 @@ def test_the_losses_of_sane_itself() -> None:
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with threads_of(1):
+        yield
 
 
 def test_the_module_of_the_package_sane_needs_its_config_alone() -> None:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch_settings import default_dtype
 
 from wslfast import engine
 from wslfast.architecture import Architecture
@@ -61,15 +62,13 @@ def loop(module: nn.Module, arch: Architecture, weights: Tensor, queries: Tensor
     outputs = []
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    torch.set_default_dtype(torch.float64)  # of what its forward makes
     try:
         for j, row in enumerate(weights.double()):
             state = {s.name: row[s.offset : s.stop].view(s.shape) for s in arch.parameters}
             x = (queries[j] if own else queries).double()
-            with _Statistics():
+            with _Statistics(), default_dtype(torch.float64):  # of what its forward makes
                 outputs.append(torch.func.functional_call(twin, state, (x.clone(),)))
     finally:
-        torch.set_default_dtype(torch.float32)
         torch.backends.mha.set_fastpath_enabled(fast)
     return torch.stack(outputs)
 

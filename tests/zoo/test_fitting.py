@@ -237,6 +237,16 @@ def test_representations_of_images_are_what_torch_fits(batch: int | None) -> Non
         assert zoo.column("train_loss")[2 * j + 1] == pytest.approx(float(loss.detach()), rel=FP32_AMPLIFIED)
 
 
+def train_alone(module: nn.Module, x: Tensor, y: Tensor, seed: int, epochs: int) -> None:
+    """One model trained by torch.optim on one signal, in batches of 8."""
+    optimizer, order = torch.optim.Adam(module.parameters(), lr=1e-2, weight_decay=0.1), batch_generator(seed)
+    for _ in range(epochs):
+        for chosen in torch.randperm(len(x), generator=order).split(8):
+            optimizer.zero_grad()
+            F.mse_loss(module(x[chosen]), y[chosen]).backward()
+            optimizer.step()
+
+
 class Features(nn.Module):
     """Random Fourier features, a buffer, below two layers."""
 
@@ -268,12 +278,7 @@ def test_regression_on_one_signal_and_a_buffer_that_nobody_trains() -> None:
     for j in range(3):
         module = Features()
         module.load_state_dict(zoo.state_dict(2 * j))
-        optimizer, order = torch.optim.Adam(module.parameters(), lr=1e-2, weight_decay=0.1), batch_generator(zoo.properties["seed"][2 * j])
-        for _ in range(4):
-            for chosen in torch.randperm(20, generator=order).split(8):
-                optimizer.zero_grad()
-                F.mse_loss(module(x[chosen]), y[chosen]).backward()
-                optimizer.step()
+        train_alone(module, x[:20], y[:20], zoo.properties["seed"][2 * j], epochs=4)
         close(zoo, 2 * j + 1, module)
         assert zoo.column("test_loss")[2 * j + 1] == pytest.approx(float(F.mse_loss(module(x[20:]), y[20:])), rel=FP32_DEEP)
     assert "val_loss" not in zoo.properties
@@ -306,12 +311,7 @@ def test_what_is_frozen_or_unused_is_neither_trained_nor_decays() -> None:
     for j in range(2):
         module = Partly()
         module.load_state_dict(zoo.state_dict(2 * j))
-        optimizer, order = torch.optim.Adam(module.parameters(), lr=1e-2, weight_decay=0.1), batch_generator(zoo.properties["seed"][2 * j])
-        for _ in range(2):
-            for chosen in torch.randperm(20, generator=order).split(8):
-                optimizer.zero_grad()
-                F.mse_loss(module(x[chosen]), y[chosen]).backward()
-                optimizer.step()
+        train_alone(module, x, y, zoo.properties["seed"][2 * j], epochs=2)
         close(zoo, 2 * j + 1, module)
     all_frozen = Architecture.from_module(Partly().requires_grad_(False), (3,))  # made ready for use: not a wish to train nothing
     assert all_frozen.untrained == {"unused.weight", "unused.bias"}

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import FP32, FP32_DEEP, FP32_ROUNDING, FP32_SMALL
 from torch import Tensor
+from torch_settings import default_dtype, threads_of
 
 from wslfast.kernels import criteria, reference
 from wslfast.kernels import layers as layers_module
@@ -357,20 +357,10 @@ def test_bits_at_the_sizes_people_use(name: str, n: int) -> None:
     _equal(NETS[name], True, 9, min(n, 33), torch.randperm)
 
 
-@contextmanager
-def _threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
 def test_bits_at_any_number_of_threads(threads: int) -> None:
     """Work that is cut unevenly among threads must still be cut alike for every model."""
-    with _threads(threads):
+    with threads_of(threads):
         for name in ("cnn3", "cnn", "lenet5", "average"):
             _equal(NETS[name], False, 9, 19, torch.randperm)
             _equal(NETS[name], False, 9, 19, lambda k: torch.tensor([k - 1]))
@@ -385,7 +375,7 @@ def test_the_same_bits_whatever_the_number_of_threads(name: str, k: int, n: int)
     weights, queries, targets, layers = _case(NETS[name], k, n)
     found = []
     for threads in (1, 2, 3, 8):
-        with _threads(threads):
+        with threads_of(threads):
             found.append((cpu.forward(weights, queries, layers), *cpu.loss_and_gradient(weights, queries, targets, layers, "mse")))
     for other in found[1:]:
         assert all(map(torch.equal, other, found[0]))
@@ -446,7 +436,7 @@ def test_the_table_of_activations_is_complete_and_tested() -> None:
 @pytest.mark.parametrize("own", [False, True], ids=["shared", "own-queries"])
 def test_a_small_last_group_has_the_bits_of_a_full_one(name: str, own: bool, threads: int) -> None:
     """Groups that are filled up to a few models give what a group of eight does."""
-    with _threads(threads):
+    with threads_of(threads):
         for k in (1, 3):
             _equal(NETS[name], own, 8, 11, lambda _, k=k: torch.arange(k))  # type: ignore[misc]
 
@@ -509,7 +499,7 @@ ODD_GELU: Net = (_conv("c", 1, 4, 3), Activation("a", "gelu"), Flatten("f"), Lin
 def test_few_images_have_the_same_bits_alone_and_in_company(net: Net, n: int, own: bool) -> None:
     """Where torch would give a call to another library for its few images, or round the last elements of a tensor another way."""
     for threads in (1, 2):
-        with _threads(threads):
+        with threads_of(threads):
             for j in range(8):
                 _equal(net, own, 8, n, lambda _, j=j: torch.tensor([j]))  # type: ignore[misc]
 
@@ -552,7 +542,7 @@ def test_a_dilation_between_taps_that_are_not_there(conv: Conv2d, image: tuple[i
 @pytest.mark.parametrize("threads", [1, 2])
 def test_no_queries_are_a_mean_of_nothing(threads: int) -> None:
     weights, queries, targets, layers = _case(NETS["cnn"], 3, 4)
-    with _threads(threads):
+    with threads_of(threads):
         losses, gradient = cpu.loss_and_gradient(weights, queries[:0], targets[:, :0], layers, "mse")
     assert bool(losses.isnan().all())
     assert not bool(gradient.any())
@@ -563,13 +553,10 @@ def test_defaults_of_the_process_change_nothing() -> None:
     wanted = cpu.loss_and_gradient(weights, queries, targets, layers, "mse")
     for cache in (cpu._smaller_groups, cpu._tried):
         cache.cache_clear()
-    torch.set_default_dtype(torch.float64)
-    try:
+    with default_dtype(torch.float64):
         found = cpu.loss_and_gradient(weights, queries, targets, layers, "mse")
         with torch.device("meta"):
             again = cpu.loss_and_gradient(weights, queries, targets, layers, "mse")
-    finally:
-        torch.set_default_dtype(torch.float32)
     assert all(map(torch.equal, found, wanted))
     assert all(map(torch.equal, again, wanted))
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch_settings import threads_of
 
 from wslfast import Architecture
 from wslfast.kernels.cpu import jobs
@@ -80,14 +81,11 @@ def test_bits_are_the_same_at_any_number_of_threads(kind: str, k: int) -> None:
     arch = Architecture.from_module(net.eval(), shape)
     assert arch.graph is not None
     weights, queries, targets = torch.randn(k, arch.num_weights) * 0.1, torch.randn(48, *shape), torch.randn(k, 48, 3)
-    before, found = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3, 8):
-            torch.set_num_threads(threads)
+    found = []
+    for threads in (1, 2, 3, 8):
+        with threads_of(threads):
             outputs = engine.forward(weights, queries, arch.graph)
             found.append((*engine.loss_and_gradient(weights, queries, targets, arch.graph, "mse"), outputs))
-    finally:
-        torch.set_num_threads(before)
     for results in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results, found[0], strict=True))
 
@@ -208,18 +206,14 @@ def test_products_take_all_threads_only_where_bits_stay() -> None:
 def test_a_group_by_itself_shares_products_and_several_do_not() -> None:
     arch = Architecture.from_module(nn.Sequential(nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, 3)), (64,))
     assert arch.graph is not None
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
+    with threads_of(2):
         few = engine.Call(torch.randn(8, arch.num_weights), torch.randn(32, 64), arch.graph, None)
         many = engine.Call(torch.randn(512, arch.num_weights), torch.randn(256, 64), arch.graph, None)
         assert (engine.in_one_thread(few), engine.in_one_thread(many)) == (True, False)
         assert not many.shares_products()
-        torch.set_num_threads(1)
+    with threads_of(1):
         alone = engine.Call(torch.randn(8, arch.num_weights), torch.randn(32, 64), arch.graph, None)
         assert not alone.shares_products()
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_a_full_group_is_tried_once_and_a_size_once_a_process() -> None:

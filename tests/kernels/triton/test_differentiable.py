@@ -9,6 +9,7 @@ import torch
 from kernel_cases import MLP, SMALL, Net, error, make, oracle
 from tolerances import FP32
 from torch import Tensor
+from torch_settings import default_dtype
 
 from wslfast.kernels import reference
 from wslfast.kernels.layers import Activation, Flatten, Linear
@@ -61,11 +62,8 @@ def test_results_are_float32_whatever_the_default_type(mode: str) -> None:
         ]
 
     expected = run()
-    torch.set_default_dtype(torch.float64)
-    try:
+    with default_dtype(torch.float64):
         found = run()
-    finally:
-        torch.set_default_dtype(torch.float32)
     assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
