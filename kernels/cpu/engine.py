@@ -34,6 +34,7 @@ from . import jobs
 from .half_pooling import HALVES
 from .memory import fresh_like, keep_freed_memory
 from .padded_channels import Wide, widened
+from .products import operand_dtype
 from .program import Program, compile_program
 from .queries import own_slab, shared_slabs
 from .rewrites import blocked, flattened, in_blocks, paired
@@ -75,10 +76,6 @@ def _program(layers: Layers, input_shape: tuple[int, ...], own_queries: bool, on
     return blocked(program) if one_thread else program  # several threads would wait for each other at every block
 
 
-def _dtype() -> torch.dtype:
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
-
-
 def _refuse(layers: Layers, why: str) -> Unplannable:
     return Unplannable(f"layer {layers[0].name!r} ({layers[0].kind}): the CPU engine {why}")
 
@@ -110,7 +107,7 @@ def _compile(weights: Tensor, queries: Tensor, layers: Layers, indexed: bool = F
 def _widened(queries: Tensor, layers: Layers, indexed: bool) -> Wide | None:
     """The network with the channels that 16-bit convolutions want, where it has others."""
     own = not indexed and per_model_queries(queries, layers)
-    return widened(layers, tuple(queries.shape[1 + own :])) if _dtype() in HALVES else None
+    return widened(layers, tuple(queries.shape[1 + own :])) if operand_dtype() in HALVES else None
 
 
 class _Call:
@@ -130,7 +127,7 @@ class _Call:
         self.program, self.queries, axis = _compile(weights, queries, inside, index is not None)
         self.steps = self.program.steps[self.program.first :]
         self.own, self.index = axis or index is not None, index
-        self.weights, self.dtype = weights.detach(), _dtype()
+        self.weights, self.dtype = weights.detach(), operand_dtype()
         self.n = index.shape[1] if index is not None else self.queries.shape[axis]
         image = tuple(self.queries.shape[1 + axis :])
         full, self.slab = shape or group_shape(layers, image)

@@ -1,4 +1,4 @@
-"""Batched matrix products of layers, turned so that rows are long enough for a BLAS: twice as fast for ten classes or two coordinates."""
+"""Batched matrix products of layers, in which type, and turned so that rows are long enough for a BLAS: twice as fast for ten classes or two coordinates."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 LANES = 16  # float32 numbers of a vector: a BLAS is slow where the rows of a product are shorter
+
+
+def operand_dtype() -> torch.dtype:
+    """The type that products and convolutions have on a CPU: autocast's, else float32."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

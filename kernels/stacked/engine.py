@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..cpu import jobs
 from ..cpu.memory import fresh_like, keep_freed_memory
+from ..cpu.products import operand_dtype
 from ..criteria import Named, share_of_loss
 from ..graph import Graph
 from ..reference import value_shapes
@@ -98,8 +99,7 @@ class Call:
 
     def _key(self) -> Hashable:
         """All that the bits of a group's results may depend on."""
-        autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
-        return type(self), self.graph, self.tried, self.own, self.once, self.weights.dtype, autocast, jobs.threads_inside()
+        return type(self), self.graph, self.tried, self.own, self.once, self.weights.dtype, operand_dtype(), jobs.threads_inside()
 
     def trial(self, full: int, size: int, order: Sequence[int], share: bool = False) -> Sequence[Tensor]:
         """Losses (of torch's graph: outputs) and gradients of the first ``size`` of random models in an order, run in one group; ``share``:

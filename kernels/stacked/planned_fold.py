@@ -119,7 +119,8 @@ class FoldPlan:
                 after, before = step.after, step.before
                 shift = shifts[after] if after is not None else None if step.bias is None else own[step.bias]
                 if step.shape is None or step.weight is None:
-                    weight.copy_(factors[after or 0])
+                    assert after is not None  # an affine step is that norm
+                    weight.copy_(factors[after])
                 elif after is None and before is None:
                     weight.copy_(own[step.weight])
                 else:
@@ -166,7 +167,8 @@ class FoldPlan:
             elif step.bias is not None:
                 made[step.bias].copy_(of_bias)
             if step.shape is None or step.weight is None:
-                of_factors[after or 0].copy_(slope)
+                assert after is not None
+                of_factors[after].copy_(slope)
                 continue
             if after is None and before is None:
                 made[step.weight].copy_(slope)

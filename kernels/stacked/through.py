@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cpu.products import operand_dtype
 from ..cpu.program import Program, compile_segment
 from ..cpu.rewrites import blocked, paired
 from ..cpu.steps import CHANNELS_LAST, ActivationStep, FlattenStep, as_channels_last, backward_through, forward_through, values_through
@@ -48,16 +49,12 @@ def through(x: Tensor, rows: Tensor, segment: Segment, shared: bool) -> Tensor:
     if torch.is_grad_enabled() and (x.requires_grad or rows.requires_grad):
         y: Tensor = _Through.apply(x, rows, segment, shared)  # type: ignore[no-untyped-call]
     else:
-        dtype = _dtype()
+        dtype = operand_dtype()
         program = program_of(segment, shared, False)
         with torch.autocast("cpu", enabled=False):
             packed = [step.pack(rows, dtype) for step in program.steps]
             y = values_through(program.steps, packed, x.to(dtype) if shared else channels_last(x.to(dtype)), len(rows))
     return y.squeeze(2) if segment.lifted[1] else y
-
-
-def _dtype() -> torch.dtype:
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
 
 
 class _Through(torch.autograd.Function):
@@ -86,7 +83,7 @@ class Through:
 
     def forward(self, a: dict[str, Any], models: int) -> tuple[Tensor, Any]:
         """``[q, M * C, H, W]`` or ``[M, q, F]``, and what the backward needs."""
-        x, rows, dtype = a["x"], a["rows"], _dtype()
+        x, rows, dtype = a["x"], a["rows"], operand_dtype()
         if not self.shared:
             x = channels_last((x.unsqueeze(2) if self.lifted[0] else x).to(dtype))
         with torch.autocast("cpu", enabled=False):

@@ -250,7 +250,12 @@ def good_models(population: Population, models: int, seed: int) -> Tensor:
         pool = order[: min(k, max(models, (k + 1) // 2))]
         pick = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))[:models]
         return pool[pick].sort().values
-    return torch.linspace(0, k - 1, min(models, k), dtype=torch.float32).round().long()
+    return evenly_spread(k, models)
+
+
+def evenly_spread(count: int, most: int) -> Tensor:
+    """At most so many places of ``count``, from the first to the last, int64."""
+    return torch.linspace(0, count - 1, min(most, count), dtype=torch.float32).round().long()
 
 
 def spaced(images: Tensor, most: int) -> Tensor:

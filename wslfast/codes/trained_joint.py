@@ -24,6 +24,7 @@ from ..behavior import batched_behavioral_loss, batched_forward
 from ..errors import check_positive, check_seed, require
 from ..population import Population
 from .joint import Importance, JointCodec, centered
+from .layer_inputs import evenly_spread
 
 _FEATURES, _WIDTH = 6, 32
 _LARGEST = 8.0  # of the logarithm of an importance
@@ -118,9 +119,7 @@ def train_importance(
     order = torch.randperm(len(images), generator=generator)
     solved = order[: min(_SOLVED, len(images) // 2)]
     judged = images[order[len(solved) :]]
-    chosen = population.weights[
-        torch.linspace(0, len(population) - 1, min(models, len(population)), dtype=torch.float32).round().long()
-    ].float()
+    chosen = population.weights[evenly_spread(len(population), models)].float()
     network = OutputImportance(seed).to(chosen.device)
     if steps == 0:
         return network

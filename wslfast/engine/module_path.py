@@ -21,6 +21,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from ..architecture import Architecture
 from ..errors import WslfastError, describe, first_line
 from ..kernels.cpu.memory import fresh_like
+from ..kernels.cpu.products import operand_dtype
 from ..kernels.criteria import Named, share_of_loss
 from ..kernels.stacked.company import group_size
 from ..tracing.module import in_precision
@@ -218,8 +219,7 @@ class Module:
             chosen = list(order)[:size]
             return self._outputs_and_gradient(rows.to(dtype)[chosen], x[chosen] if own_queries else x)
 
-        autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
-        key = architecture, shape, own_queries, dtype, torch.get_num_threads(), autocast
+        key = architecture, shape, own_queries, dtype, torch.get_num_threads(), operand_dtype()
         return group_size(count, most, full, key, trial)
 
     def _outputs_and_gradient(self, rows: Tensor, x: Tensor) -> Sequence[Tensor]:

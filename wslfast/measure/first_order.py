@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..architecture import Architecture
 from ..behavior import batched_forward
+from ..codes.layer_inputs import evenly_spread
 from ..errors import check_seed, require
 from ..files import check_folder, write_json
 from ..kernels.criteria import criterion_values
@@ -146,7 +147,7 @@ def analyse(
     require(settings.queries <= len(pool), f"queries: expected at most {len(pool)} (the query set), got {settings.queries}")
     generator = torch.Generator().manual_seed(settings.seed)
     queries = pool[torch.randperm(len(pool), generator=generator)[: settings.queries]]
-    chosen = torch.linspace(0, len(population) - 1, min(settings.models, len(population)), dtype=torch.float32).round().long()
+    chosen = evenly_spread(len(population), settings.models)
     weights = population.weights[chosen]
     rebuilt = reconstruct(loaded.of(arch), weights)
     models: list[dict[str, Any]] = []

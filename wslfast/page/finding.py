@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 from ..measure.results import Results, Row
 from .html import percent, worth
@@ -90,7 +91,7 @@ def common_run(results: Results) -> tuple[str | None, dict[str, float]]:
             value = results.mean(zoo, run, results.measure(zoo))
             if value is not None:
                 values.setdefault(run, {})[zoo] = value
-    commonest = statistics.mode(results.measure(zoo) for zoo in results.zoos) if values else ""
+    commonest = _commonest(results, results.zoos)
 
     def rank(run: str) -> tuple[int, float]:
         alike = [value for zoo, value in values[run].items() if results.measure(zoo) == commonest]
@@ -100,16 +101,19 @@ def common_run(results: Results) -> tuple[str | None, dict[str, float]]:
     return best, values.get(best or "", {})
 
 
+def _commonest(results: Results, zoos: Iterable[str]) -> str:
+    """The measure of most of these zoos; empty without zoos."""
+    counts = Counter(results.measure(zoo) for zoo in zoos)
+    return counts.most_common(1)[0][0] if counts else ""
+
+
 def _of_many(results: Results) -> str:
     """The headline of more zoos (or architectures of a zoo) than a sentence can list: the mean, the least and the greatest."""
     run, values = common_run(results)
     if run is None:
         return "Nothing was evaluated yet."
-    measures = [results.measure(zoo) for zoo in values]
-    measure, all_zoos = statistics.mode(measures), len(values)
-    values = {
-        zoo: value for (zoo, value), its in zip(values.items(), measures, strict=True) if its == measure
-    }  # the others have another unit
+    measure, all_zoos = _commonest(results, values), len(values)
+    values = {zoo: value for zoo, value in values.items() if results.measure(zoo) == measure}  # the others have another unit
     low, high = min(values, key=lambda zoo: values[zoo]), max(values, key=lambda zoo: values[zoo])
     mean = worth(measure, statistics.fmean(values.values()))
     fallen = sum(bool(results.collapsed(zoo, run)) for zoo in values)
