@@ -1,4 +1,5 @@
-"""Batched matrix products of layers, in which type, and turned so that rows are long enough for a BLAS: twice as fast for ten classes or two coordinates."""
+"""Batched matrix products of layers, turned so that rows are long enough for a BLAS (twice as fast for ten classes or two coordinates),
+and the type of their operands."""
 
 from __future__ import annotations
 
