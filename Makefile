@@ -4,6 +4,10 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
+# Two test processes of one thread each: two cores are used, and a process does not spin on the other's core. A file stays in one process.
+WORKERS ?= 2
+PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+
 NUMERIC := tests/test_behavior.py tests/test_nan_policy.py tests/test_silent_values.py tests/test_operators.py tests/test_tokens.py tests/permutation \
   tests/engine tests/kernels/cpu tests/kernels/stacked tests/kernels/test_operations.py tests/codes/test_linear.py tests/codes/test_adaptive.py tests/faults/test_determinism.py
 
@@ -48,13 +52,13 @@ types: $(VENV)/.dev
 	MYPYPATH=build/types $(BIN)/mypy --config-file pyproject.toml -p wslfast
 
 quick: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_FLAGS)
+	$(PYTEST) -m "not slow and not gpu" $(PYTEST_FLAGS)
 
 slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "slow and not thorough and not gpu" $(PYTEST_FLAGS)
+	$(PYTEST) -m "slow and not thorough and not gpu" $(PYTEST_FLAGS)
 
 thorough: $(VENV)/.dev ## slow tests that make ci has no time for: every operation and layout, kernels for every target, races
-	$(BIN)/python -m pytest -m "thorough and not gpu" $(PYTEST_FLAGS)
+	$(PYTEST) -m "thorough and not gpu" $(PYTEST_FLAGS)
 
 faults: $(VENV)/.dev ## the fault matrix with its full figures, the guards, and docs/reliability.md's table (about half an hour)
 	@rm -rf build/faults
@@ -62,10 +66,11 @@ faults: $(VENV)/.dev ## the fault matrix with its full figures, the guards, and 
 	$(BIN)/python tests/faults/guards.py --json build/faults/guards.json
 	$(BIN)/python tests/faults/render.py build/faults docs/reliability.md
 
-# The numbers once more as on a machine without AVX-512: no test may ask two matrix products for equal bits.
-avx2: $(VENV)/.dev ## the numeric tests as on an AVX2 machine (at most 6 minutes)
-	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 OPENBLAS_CORETYPE=Haswell \
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(NUMERIC) $(PYTEST_FLAGS)
+# The numbers once more as on a machine without AVX-512: no test may ask two matrix products for equal bits. With all threads, which the
+# other tests do without: threads that wait without spinning do not cost the other process its core.
+avx2: $(VENV)/.dev ## the numeric tests as on an AVX2 machine, on all threads (at most 6 minutes)
+	OMP_WAIT_POLICY=PASSIVE ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 OPENBLAS_CORETYPE=Haswell \
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile -m "not slow and not gpu" $(NUMERIC) $(PYTEST_FLAGS)
 
 ci: test avx2 slow ## all that can be tested without a GPU (at most 45 minutes)
 

@@ -29,6 +29,7 @@ from wslfast.training.trainer import Trainer, check_resumed
 def gpu(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """As on a GPU whose kernels are proved; torch computes what they would."""
     monkeypatch.setattr(Triton, "loss_and_gradient", lambda self, *call: Loop(self.architecture, "").loss_and_gradient(*call))
+    monkeypatch.setattr(Triton, "forward", lambda self, *call: Loop(self.architecture, "").forward(*call))
     monkeypatch.setattr(Triton, "constants", lambda self, n, device: ("held",))
     monkeypatch.setattr(engine, "choose", lambda architecture, *more: Triton(architecture, "a test"))
     monkeypatch.setattr(errors, "_said", set())

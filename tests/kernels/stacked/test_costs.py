@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import pytest
+from itertools import product
+
 from torch import nn
 
 from wslfast import Architecture
@@ -23,9 +24,9 @@ def test_sizes_count_numbers_and_products() -> None:
     assert made >= 5 * 16 + 3
 
 
-@pytest.mark.parametrize("n", [1, 16, 100, 5000])
-def test_a_group_fits_memory_and_a_slab_its_filling(n: int) -> None:
-    for graph in (_graph(nn.Linear(64, 4000), nn.Tanh(), nn.Linear(4000, 4000)), _graph(nn.Linear(64, 3))):
+def test_a_group_fits_memory_and_a_slab_its_filling() -> None:
+    graphs = _graph(nn.Linear(64, 4000), nn.Tanh(), nn.Linear(4000, 4000)), _graph(nn.Linear(64, 3))
+    for graph, n in product(graphs, (1, 16, 100, 5000)):
         models, queries = costs.group_shape(graph, n)
         assert models >= 1
         assert queries % costs.FILL == 0
