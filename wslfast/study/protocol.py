@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -96,9 +97,11 @@ def _bootstrap(predicted: Tensor, target: Tensor, models: Sequence[Any], seed: i
     drawn = torch.randint(len(ids), (_RESAMPLES, len(ids)), generator=torch.Generator().manual_seed(seed))
     weight = torch.zeros(_RESAMPLES, len(ids), dtype=torch.float64).scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
     weight = weight[:, group]
-    weight = weight / weight.sum(1, keepdim=True)
-    mean = weight @ target
-    r2 = 1 - weight @ (predicted - target).square() / (weight @ target.square() - mean.square())
+    low, high = (torch.where(weight > 0, target, end) for end in (math.inf, -math.inf))
+    varies = low.amin(1) < high.amax(1)  # told by the numbers: rounding gives equal ones a variance, and R2 of -1e15
+    weight = (weight / weight.sum(1, keepdim=True))[varies]
+    spread = target - target.mean()  # the variance of numbers around 0 loses no digits
+    r2 = 1 - weight @ (predicted - target).square() / (weight @ spread.square() - (weight @ spread).square())
     finite = r2[r2.isfinite()]
     return float(finite.std()) if len(finite) > 1 else None
 
