@@ -15,6 +15,7 @@ from ..measure.diversity import Diversity, accuracy, behavioral_novelty, diversi
 from ..measure.evaluation import Code, compare_models, decode, embeddings, encode, latent_numbers, reconstruct
 from ..measure.generation import Source
 from ..measure.probe import RidgeProbe, behavior_statistics, consensus_of
+from ..measure.reconstruction import Reconstruction
 from ..measure.results import Figures, Row, figures, single
 from ..population import Population
 from ..queries import synthetic_queries
@@ -39,9 +40,7 @@ class Measured(NamedTuple):
 
 def reconstructive(zoo: LoadedZoo, reconstructed: Tensor) -> tuple[Metrics, list[Row]]:
     """Every metric of :class:`Reconstruction`, and one row a test model."""
-    labels, peak = zoo.data.test_labels if zoo.labelled else None, zoo.data.provenance.get("peak")
-    result = compare_models(zoo.test, reconstructed, zoo.data.test_images, labels, zoo.targets, peak)
-    values = {name: v for name, v in result.metrics().items() if zoo.labelled or not (name.startswith("accuracy") or bool(v.isnan().all()))}
+    result, values = compared(zoo, zoo.test, reconstructed, "test", zoo.targets)
     metrics: Metrics = {name: figures(v) for name, v in values.items()}
     metrics["non_finite"] = single(float(result.non_finite))
     if zoo.labelled:
@@ -55,6 +54,17 @@ def reconstructive(zoo: LoadedZoo, reconstructed: Tensor) -> tuple[Metrics, list
         for j in range(len(result))
     ]
     return metrics, rows
+
+
+def compared(
+    zoo: LoadedZoo, models: Population, reconstructed: Tensor, split: str, targets: Tensor | None = None
+) -> tuple[Reconstruction, dict[str, Tensor]]:
+    """Reconstructions held against models on the images of a split, and what has a value: nothing of accuracy where answers are no
+    classes."""
+    images, labels = zoo.data.split(split)
+    result = compare_models(models, reconstructed, images, labels if zoo.labelled else None, targets, zoo.data.provenance.get("peak"))
+    every = result.metrics().items()
+    return result, {name: v for name, v in every if zoo.labelled or not (name.startswith("accuracy") or bool(v.isnan().all()))}
 
 
 def discriminative(zoo: LoadedZoo, features: Mapping[str, Tensor], prefix: str = "") -> Metrics:
