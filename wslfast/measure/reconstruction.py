@@ -128,6 +128,9 @@ def compare(
         WslfastError: naming the argument, what was expected and what came.
     """
     original, reconstructed = _check_weights(original, reconstructed, architecture)
+    some = isinstance(images, Tensor) and images.ndim > 0 and len(images) > 0
+    require(some, f"images: expected [n, ...] with n >= 1, got {describe(images)}")
+    require(peak is None or (isinstance(peak, (int, float)) and 0 < peak < math.inf), f"peak: expected a positive number, got {peak!r}")
     labels = None if labels is None else _check_labels(images, labels, architecture)
     _check_targets(targets, (len(original), len(images), *architecture.output_shape), original.device)
     check_positive("block", block)
@@ -324,8 +327,6 @@ def _check_weights(original: Any, reconstructed: Any, architecture: Any) -> tupl
 
 
 def _check_labels(images: Any, labels: Any, architecture: Architecture) -> Tensor:
-    some = isinstance(images, Tensor) and images.ndim > 1 and len(images) > 0
-    require(some, f"images: expected [n, ...] with n >= 1, got {describe(images)}")
     require(
         isinstance(labels, Tensor) and labels.shape == (len(images),) and not labels.is_floating_point() and not labels.is_complex(),
         f"labels: expected integers [{len(images)}] (one per image), got {describe(labels)}",
