@@ -53,7 +53,7 @@ class Queries:
 
     def run(self) -> None:
         source = MappedZoo(self.zoo, "train", architecture=self.architecture)
-        images = query_images(self.kind, self.zoo, source, n=self.n or 128, seed=self.seed, exactly=self.n is not None)
+        images = query_images(self.kind, self.zoo, source, n=128 if self.n is None else self.n, seed=self.seed, exactly=self.n is not None)
         queries.save_queries(self.out, images)
         say(f"{self.out}: {len(images)} query images {list(images.shape[1:])}")
 

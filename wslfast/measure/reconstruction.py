@@ -182,6 +182,11 @@ def collapse(margin: float | None) -> str:
     return "collapse: agrees with other models' originals as much as with its own"
 
 
+def class_dtype(classes: int) -> torch.dtype:
+    """The least integers that hold so many classes, and negative marks beside them: a model of language has more than two bytes count."""
+    return torch.int16 if classes <= 32_768 else torch.int32
+
+
 def _blocks(count: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
@@ -214,7 +219,7 @@ def _behavior(
         gaps += torch.stack([criterion_values(r, o, "mse"), *far], 1) * share
         for chosen, outputs in zip(classes, (outputs_o, outputs_r)):
             outputs = outputs.unflatten(2, (-1, architecture.num_classes)).flatten(1, 2)  # an answer of several parts is several
-            chosen.append(outputs.argmax(-1).to(torch.int16 if architecture.num_classes <= 32_767 else torch.int32))
+            chosen.append(outputs.argmax(-1).to(class_dtype(architecture.num_classes)))
     classes_o = torch.cat(classes[0], 1).masked_fill_(~finite_o.unsqueeze(1), -1)
     classes_r = torch.cat(classes[1], 1).masked_fill_(~finite_r.unsqueeze(1), -2)
     extremes = torch.stack([torch.stack(ends).amin(0)[:, 0], torch.stack(ends).amax(0)[:, 1]], 1)
