@@ -84,6 +84,7 @@ def test_queries_ablate_gradients(tmp_path: Path, images: Path, shell: Shell) ->
     zoo, made = tmp_path / "zoo", tmp_path / "made.npz"
     shell("zoo", "build", "--dataset", images, "--models", 10, "--epochs", 1, "--out", zoo)
     assert "9 query images [1, 28, 28]" in shell("queries", "--zoo", zoo, "--kind", "optimised", "--n", 9, "--out", made)
+    assert "n: expected a positive integer, got 0" in shell("queries", "--zoo", zoo, "--kind", "noise", "--n", 0, "--out", made, code=2)
     base = "steps = 2\nqueries = 4\nbatch_size = 4\nd_model = 16\nheads = 2\nlayers = 1\n"
     text = f"seeds = [0, 1]\nzoo = '{zoo}'\n[base]\n{base}[axis]\nquery_set = ['data', '{made}']\n"
     (tmp_path / "sets.toml").write_text(text)

@@ -316,6 +316,14 @@ def measure_originals(zoo: LoadedZoo) -> Measured:
         few = anchors[pick.to(anchors.device)]
         metrics |= spreads(diversity(few, outputs_of(few, zoo.data.test_images, zoo.architecture)))
         metrics["diversity_sorted"] = figures(torch.pdist(sorted_channels(few, zoo.architecture).double()))
-    pairs = zip(rows.tolist(), zoo.train_accuracy[rows].tolist())
-    samples: list[Row] = [{"set": "anchors", "model": row, "epoch": None, "test_acc": value} for row, value in pairs]
+    table, accurate = zoo.train.properties, zoo.train_accuracy
+    samples: list[Row] = [
+        {
+            "set": "anchors",
+            "model": table["model"][row],
+            "epoch": table["epoch"][row] if "epoch" in table else None,
+            "test_acc": float(accurate[row]),
+        }
+        for row in rows.tolist()
+    ]
     return Measured(metrics, {"samples": samples}, zoo.facts)
