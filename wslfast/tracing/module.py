@@ -146,8 +146,10 @@ def _check_part(answer: Any, part: str | int) -> None:
     if not isinstance(answer, (dict, tuple, list)):  # of a class of its own, or one that stands for it while it is traced
         return
     parts = list(answer) if isinstance(answer, dict) else list(range(len(answer)))
-    named = isinstance(part, str) and not isinstance(answer, dict)
-    fits = hasattr(answer, part) if named else part in parts or (part in range(-len(answer), 0) and not isinstance(answer, dict))
+    if isinstance(answer, dict):
+        fits = part in answer
+    else:  # a tuple may have names, and counts from its end, too
+        fits = hasattr(answer, part) if isinstance(part, str) else part in range(-len(answer), len(answer))
     require(fits, f"output: expected a part of the answer, one of {parts[:8]}, got {part!r}")
 
 
