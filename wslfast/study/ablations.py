@@ -66,8 +66,8 @@ class Stop:
         self.path, self.clock, self.budget, self.every, self.steps = folder / "clock.json", _CLOCKS[clock], budget, every, steps
         self.seconds, self.last = 0.0, self.clock()
         try:
-            self.known: dict[str, float] = json.loads(self.path.read_text())
-        except (OSError, ValueError):
+            self.known = {str(step): float(seconds) for step, seconds in json.loads(self.path.read_text()).items()}
+        except (OSError, ValueError, TypeError, AttributeError):  # nothing there, or nothing of ours: it counts from here
             self.known = {}
 
     def resume(self, step: int) -> bool:
