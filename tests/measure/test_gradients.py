@@ -168,6 +168,16 @@ def test_a_jacobian_is_as_large_as_all_numbers_of_an_answer(monkeypatch: pytest.
         assert spectrum(weights, weights, x, arch, rank=3).exact is whole
 
 
+def test_a_model_that_is_not_finite_is_named() -> None:
+    """A diverged autoencoder's reconstructions ended in an error of LAPACK's."""
+    a, b = pair(MLP)
+    b[3] = float("nan")
+    x = torch.randn(4, 5, dtype=torch.float64)
+    for call in (lambda: spectrum(a, b, x, MLP), lambda: directions(a, b, x, MLP), lambda: sensitive_directions(b, x, MLP)):
+        with pytest.raises(WslfastError, match=f"weights: expected finite numbers, got 1 of {MLP.num_weights} that are not"):
+            call()
+
+
 def test_sensitive_directions_exact_and_sketched() -> None:
     original, _ = pair(MLP)
     x = queries(MLP, 40)

@@ -278,6 +278,10 @@ def _check(weights: Tensor, queries: Tensor, architecture: Architecture) -> None
     p = architecture.num_weights
     fits = isinstance(weights, Tensor) and weights.shape == (p,) and weights.is_floating_point()
     require(fits, f"weights: expected floating [{p}], one model of architecture {architecture.name!r}, got {describe(weights)}")
+    broken = int((~weights.isfinite()).sum())
+    require(
+        broken == 0, f"weights: expected finite numbers, got {broken} of {p} that are not: such a model or reconstruction has no gradient"
+    )
     shape = architecture.input_shape
     some = isinstance(queries, Tensor) and tuple(queries.shape[1:]) == shape and len(queries) > 0
     require(some, f"queries: expected [n, {', '.join(map(str, shape))}], got {describe(queries)}")
