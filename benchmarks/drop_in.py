@@ -1,8 +1,8 @@
 """The published code beside ``wslfast.sane`` on the same tensors: values, their difference, and the time of each.
 
 ``WSLFAST_SANE_SRC=clone python -m benchmarks.drop_in`` prints the tables of docs/published.md. Both sides of a row run in turns in
-one process; the fastest of the repetitions counts. ``--cpu`` takes CPU time in place of wall time (for a shared machine, with
-``--threads 1``); ``--quick`` leaves the step of 64 models and 256 queries out.
+one process (training steps: one side after the other); the fastest of the repetitions counts. ``--cpu`` takes CPU time in place of wall
+time (for a shared machine, with ``--threads 1``); ``--quick`` leaves the step of 64 models and 256 queries out.
 """
 
 from __future__ import annotations

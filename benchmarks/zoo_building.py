@@ -1,7 +1,8 @@
 """Training a zoo: all models together, against the same models one after another in plain torch.
 
 The baseline is what a zoo script does: an ``nn.Sequential``, NCHW batches of 32, ``F.cross_entropy``, ``torch.optim.Adam``, all
-threads. Both sides draw their batches from the same resident images and are timed per model and step, taking turns.
+threads. Beside it stands the loop that one would tune by hand: images and kernels channels-last, Adam's one fused call. All sides draw
+their batches from the same resident images and are timed per model and step, taking turns.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from .timing import take_turns
 BATCH, IMAGES, LR = 32, 2048, 1e-3
 BOUNDS = {"highest": 1e-4, "tf32": 1e-2}  # of the weights after two steps, against float64
 VARIANT = "a model and step"
+TUNED = "one-after-another-channels-last"
 
 
 def plain_module(architecture: Architecture, row: Tensor) -> nn.Sequential:
@@ -50,18 +52,27 @@ def plain_module(architecture: Architecture, row: Tensor) -> nn.Sequential:
     return module
 
 
-def one_after_another(architecture: Architecture, weights: Tensor, images: Tensor, labels: Tensor, order: Tensor) -> Tensor:
-    """Train every row on its own batches ``order [k, steps, batch]``; returns the trained rows."""
+def one_after_another(
+    architecture: Architecture, weights: Tensor, images: Tensor, labels: Tensor, order: Tensor, tuned: bool = False
+) -> Tensor:
+    """Train every row on its own batches ``order [k, steps, batch]``; returns the trained rows. ``tuned``: channels-last, Adam fused."""
     rows = []
+    layout = torch.channels_last if tuned else torch.contiguous_format
+    images = images.contiguous(memory_format=layout)
     for row, batches in zip(weights, order, strict=True):
-        module = plain_module(architecture, row)
-        optimiser = torch.optim.Adam(module.parameters(), lr=LR, weight_decay=1e-4)
+        module = plain_module(architecture, row).to(memory_format=layout)
+        optimiser = torch.optim.Adam(module.parameters(), lr=LR, weight_decay=1e-4, fused=tuned or None)
         for batch in batches:
             optimiser.zero_grad()
             F.cross_entropy(module(images[batch]), labels[batch]).backward()
             optimiser.step()
-        rows.append(nn.utils.parameters_to_vector(module.parameters()).detach())
+        rows.append(torch.cat([p.detach().reshape(-1) for p in module.parameters()]))
     return torch.stack(rows)
+
+
+def tuned_loop(architecture: Architecture, weights: Tensor, images: Tensor, labels: Tensor, order: Tensor) -> Tensor:
+    """The same, tuned by hand."""
+    return one_after_another(architecture, weights, images, labels, order, tuned=True)
 
 
 def together(architecture: Architecture, weights: Tensor, images: Tensor, labels: Tensor, order: Tensor) -> Tensor:
@@ -79,13 +90,13 @@ def _gate(architecture: Architecture, images: Tensor, labels: Tensor) -> dict[st
     """Relative error of each way's weights after two steps, against float64."""
     weights, order = models(architecture, 3, 0).to(images.device), torch.arange(3 * 2 * BATCH, device=images.device).view(3, 2, BATCH)
     truth = one_after_another(architecture, weights.double(), images.double(), labels, order)
-    ways = {"one-after-another": one_after_another, "wslfast": together}
+    ways = {"one-after-another": one_after_another, TUNED: tuned_loop, "wslfast": together}
     found = {name: way(architecture, weights, images, labels, order) for name, way in ways.items()}
     return {name: digits(relative_error(value, truth), 2) for name, value in found.items()}
 
 
 def measure(architecture_name: str, k: int, rounds: int = 5, baseline_models: int = 3, steps: int = 4, device: str = "cpu") -> list[Row]:
-    """Milliseconds per model and step of both. The baseline trains fewer models: its cost is per model."""
+    """Milliseconds per model and step of all. The loops train fewer models: their cost is per model."""
     architecture, cuda = ARCHITECTURES[architecture_name](), device == "cuda"
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(IMAGES, *architecture.input_shape, generator=generator).to(device)
@@ -100,12 +111,13 @@ def measure(architecture_name: str, k: int, rounds: int = 5, baseline_models: in
             torch.cuda.synchronize()
 
     calls: dict[str, Callable[[Tensor, Tensor], object]] = {
-        "one-after-another": lambda w, o: finished(
-            one_after_another(architecture, w[:baseline_models], images, labels, o[:baseline_models])
-        ),
+        **{
+            name: lambda w, o, way=way: finished(way(architecture, w[:baseline_models], images, labels, o[:baseline_models]))  # type: ignore[misc]
+            for name, way in (("one-after-another", one_after_another), (TUNED, tuned_loop))
+        },
         "wslfast": lambda w, o: finished(together(architecture, w, images, labels, o[:, :steps])),
     }
-    per = {"one-after-another": baseline_models * 4 * steps, "wslfast": k * steps}
+    per = {name: k * steps if name == "wslfast" else baseline_models * 4 * steps for name in calls}
     precision = "tf32" if cuda else "highest"
     row = Row("", architecture_name, k, BATCH, "zoo", precision, "wall_ms", **environment(cuda))
     with numerics(precision, device):

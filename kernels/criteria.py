@@ -1,7 +1,7 @@
 """The behavioral criteria: one table of values and gradients. A new criterion is one entry here, and every path has it.
 
 Outputs ``f`` and targets ``y`` are ``[k, n, *out]``; the classes of a criterion over classes are the last axis. With p = softmax, T
-the temperature, n queries and K classes, a model's value is
+the temperature, n queries and K classes, a model's value is (over no queries NaN, as of any mean)
 
     mse             1/(2n) sum (f - y)^2               (arXiv 2503.17138, behavioral loss; its mean over models is the paper's formula)
     huber           1/n sum h(f - y),  h(d) = d^2/2 for |d| <= 1, |d| - 1/2 beyond          (Huber 1964, with threshold 1)
@@ -15,6 +15,7 @@ graph is needed between outputs and loss. ``terms`` alone is differentiable any 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Union
@@ -77,7 +78,7 @@ def _softmax_mse_gradient(f: Tensor, y: Tensor, n: int, _: float) -> tuple[Tenso
     difference = p - y.softmax(-1)
     scale = n * _numbers(f)
     along = (p * difference).sum(-1, keepdim=True)
-    return _per_model(difference.square()) / scale, p * (difference - along) * (2 / scale)
+    return _per_model(difference.square()) / scale, p * (difference - along) * _over(2, scale)
 
 
 def _cross_entropy(f: Tensor, y: Tensor, n: int, _: float) -> Tensor:
@@ -104,14 +105,19 @@ def _softened(f: Tensor, y: Tensor, temperature: float) -> tuple[Tensor, Tensor]
 
 def _distillation(f: Tensor, y: Tensor, n: int, temperature: float) -> Tensor:
     log_p, log_q = _softened(f, y, temperature)
-    return (_per_model(log_q.exp() * (log_q - log_p)) * (temperature**2 / n)).to(f.dtype)
+    return (_per_model(log_q.exp() * (log_q - log_p)) * _over(temperature**2, n)).to(f.dtype)
 
 
 def _distillation_gradient(f: Tensor, y: Tensor, n: int, temperature: float) -> tuple[Tensor, Tensor]:
     log_p, log_q = _softened(f, y, temperature)
     q = log_q.exp()
-    value = _per_model(q * (log_q - log_p)) * (temperature**2 / n)
-    return value.to(f.dtype), ((log_p.exp() - q) * (temperature / n)).to(f.dtype)
+    value = _per_model(q * (log_q - log_p)) * _over(temperature**2, n)
+    return value.to(f.dtype), ((log_p.exp() - q) * _over(temperature, n)).to(f.dtype)
+
+
+def _over(number: float, n: int) -> float:
+    """``number / n``, and NaN over no queries: what tensors give, where Python raises."""
+    return number / n if n else math.nan
 
 
 def _numbers(f: Tensor) -> int:

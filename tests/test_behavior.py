@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from wslfast.architecture import Architecture
 from wslfast.behavior import CRITERIA, batched_behavioral_loss, batched_forward
+from wslfast.kernels import criteria
 from wslfast.permutation import random_views
 from wslfast.population import Population, unstack
 from wslfast.testing import oracle_loss, oracle_outputs, relative_error
@@ -380,6 +381,15 @@ def test_mixed_dtypes(dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]) -> N
     rounding = {torch.float16: 1e-3, torch.bfloat16: 5e-3, torch.float32: 1e-5, torch.float64: 1e-12}[dtypes[0]]
     assert relative_error(gradient, gradients / 4) < rounding
     assert batched_forward(rows, queries, SMALL).dtype == value.dtype
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_a_mean_over_no_queries_is_nan_and_no_error(criterion: str) -> None:
+    nothing = torch.zeros(2, 0, 3)
+    assert criteria.criterion_values(nothing, nothing, criterion).isnan().all()
+    values, gradient = criteria.share_of_loss(nothing, nothing, 0, criterion, 2.0)
+    assert values.isnan().all()
+    assert gradient.shape == nothing.shape
 
 
 @pytest.mark.parametrize(("k", "n"), [(1, 1), (1, 5), (3, 1), (5, 63), (9, 17)], ids=str)

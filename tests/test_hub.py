@@ -20,6 +20,7 @@ import wslfast
 from wslfast import Architecture, Population, WslfastError, load_zoo
 from wslfast.cli import main
 from wslfast.hub import pull_zoo, push_zoo
+from wslfast.page import card
 from wslfast.page.card import zoo_card, zoo_picture
 from wslfast.zoo import read_manifest
 from wslfast.zoo.splits import Split
@@ -334,3 +335,14 @@ def test_without_the_client_it_says_what_to_install(tmp_path: Path, monkeypatch:
     with pytest.raises(WslfastError, match=r"pip install 'wslfast\[hub\]'"):
         pull_zoo(NAME, tmp_path / "back")
     assert wslfast.hub.pull_zoo is pull_zoo
+
+
+def test_the_picture_of_a_zoo_that_records_no_accuracy_names_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    arch = Architecture.mlp(4, (3,), 2)
+    rows = arch.initial_weights(["kaiming_uniform"] * 10, range(10))
+    save_zoo(Population(arch, rows, {"train_loss": tuple(j / 10 for j in range(10))}), tmp_path / "zoo")
+    labels: list[str] = []
+    monkeypatch.setattr(card, "to_png", lambda page, dpi: labels.extend(axes.get_xlabel() for axes in page.axes) or b"")
+    zoo_picture(tmp_path / "zoo")
+    assert labels == ["accuracy (%)", "epoch"]  # and not "accuracy on accuracy (%)"

@@ -85,6 +85,12 @@ def test_the_nearest_size_counts() -> None:
     verdict = Verdict(RIGHT, "", {}, (Speed(4, 64, 1.0, 2.0, "default"), Speed(1024, 256, 10.0, 2.0, "joint")))
     assert not verdicts.judge(verdict, 8, 64).on
     assert verdicts.judge(verdict, 500, 256) == Decision(True, verdicts.judge(verdict, 1024, 256).reason, "joint")
+    for k, n in ((64, 1), (100, 1024), (127, 256), (4096, 8)):  # far from both: nobody has looked, whatever the nearest says
+        decision = verdicts.judge(verdict, k, n)
+        assert (decision.on, decision.proved) == (False, False)
+        assert f"wslfast.doctor(architecture, k={k}, n={n})" in decision.reason
+        assert "k=4, n=64, k=1024, n=256" in decision.reason
+    assert verdicts.judge(verdict, 10**6, 10**5).on  # of a large call, 512 models and 1,024 queries would be timed, which are near
     fresh = Verdict(RIGHT, "", {}, (Speed(5, 60, 5.0, 1.0, "default"),))
     assert {(s.k, s.n) for s in fresh.merged(verdict).speeds} == {(5, 60), (1024, 256)}
     assert fresh.merged(Verdict(WRONG)).speeds == fresh.speeds

@@ -59,7 +59,7 @@ sane/v2/test_permutations.py         wslfast/sane/rebasin wslfast/sane/v2/augmen
 sane/v2/test_tokenizers.py           wslfast/sane/v2/layout wslfast/sane/v2/windows
 study/test_ablations.py              wslfast/sane/ablation
 study/test_kinds_of_zoos.py          wslfast/page/psnr
-study/test_study.py                  wslfast/measure/evaluation wslfast/measure/goals wslfast/study/loaded_zoo wslfast/study/protocol
+study/test_study.py                  wslfast/measure/evaluation wslfast/measure/goals wslfast/study/loaded_zoo
                                      wslfast/study/trained wslfast/study/units
 test_architecture.py                 wslfast/tracing/rebuilt wslfast/tracing/state
 test_behavior.py                     kernels/criteria wslfast/testing

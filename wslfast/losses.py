@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import check_positive, describe, present, require
-from .kernels.criteria import CRITERIA, criterion_values
 from .population import Population
 from .queries import TargetCache
+from .queries.pool import uninformed_behavior
 from .tokens import TokenLayout
 
 Parts = dict[str, Tensor]
@@ -161,23 +161,6 @@ def layer_units(population: Population, layout: TokenLayout) -> Tensor:
     count.index_add_(0, layer, mask.sum(1).double())
     own = total / count
     return torch.where(own > 0, variance.mean() / own, 1.0)[layer].float()
-
-
-def uninformed_behavior(outputs: Tensor, criterion: str = "mse", temperature: float = 2.0) -> float:
-    """A criterion's mean value over originals with outputs ``[M, Q, K]`` when each is answered with the mean output of all at each
-    query: for ``"mse"`` half the variance over models, summed over classes. Models whose outputs are not finite are left out. One model
-    alone is answered with zero."""
-    require(criterion in CRITERIA, f"criterion: expected one of {CRITERIA}, got {criterion!r}")
-    finite = outputs.isfinite().flatten(1).all(1)
-    kept = int(finite.sum())
-    require(kept > 0, "normalizers: behavioral: no original has finite outputs")
-    blocks = [rows.split(64) for rows in (outputs, finite)]  # float64 copies of a few models at a time
-    mean = torch.stack([chunk[rows].double().sum(0) for chunk, rows in zip(*blocks, strict=True)]).sum(0) / kept
-    mean = mean if kept > 1 else torch.zeros_like(mean)
-    values = [
-        criterion_values(mean.expand_as(chunk), chunk.double(), criterion, temperature)[rows] for chunk, rows in zip(*blocks, strict=True)
-    ]
-    return float(torch.cat(values).mean())
 
 
 def compose(

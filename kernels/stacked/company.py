@@ -1,7 +1,8 @@
 """Group sizes at which every model gets the bits that it gets in a full group, whatever its place in the group.
 
 A library may compute a batch of two products with another routine than a batch of sixty-four. The choice does not depend on the numbers,
-so a trial with random numbers shows it. Each size is tried once per process against a full group, whose models are in the opposite order.
+so a trial with random numbers shows it. Each size is tried once against a full group, whose models are in the opposite order; what was
+found is kept, and found again, the same, where it had to make room.
 Only sizes that give the same bits are used. Places that are left over are filled with idle models. What does depend on the numbers, a
 trial may miss: callers say of what a size has to be a multiple (``costs.whole_models``).
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,9 +19,11 @@ from torch import Tensor
 logger = logging.getLogger("wslfast")
 SIZES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192)
 _A_GROUP = 2  # models' time that the calls of a group cost beside their numbers
-_agree: dict[tuple[Hashable, int, int], bool] = {}
-_shared: dict[tuple[Hashable, int], bool] = {}
-_split: dict[tuple[Hashable, int, int, int, int, int], tuple[int, int]] = {}
+_MOST = 4096  # answers of each sort that are kept: their keys hold graphs, and a process may meet any number of networks
+_agree: dict[Hashable, bool] = {}
+_shared: dict[Hashable, bool] = {}
+_split: dict[Hashable, tuple[int, int]] = {}
+Answer = TypeVar("Answer")
 
 # Results of the first ``size`` of random models in an order; first axis models.
 Trial = Callable[[int, Sequence[int]], Sequence[Tensor]]
@@ -62,9 +66,7 @@ def split(count: int, full: int, key: Hashable, trial: Trial, threads: int = 1, 
     if full <= 2:
         return full, full
     asked = key, count, full, threads, least, multiple
-    if asked not in _split:
-        _split[asked] = _chosen(count, full, key, _with_one_full_group(trial, full), threads, least, multiple)
-    return _split[asked]
+    return _kept(_split, asked, lambda: _chosen(count, full, key, _with_one_full_group(trial, full), threads, least, multiple))
 
 
 def _chosen(count: int, full: int, key: Hashable, trial: Trial, threads: int, least: int, multiple: int) -> tuple[int, int]:
@@ -112,19 +114,35 @@ def agrees_when_shared(size: int, key: Hashable, run: Callable[[int, Sequence[in
 
     ``run``: results of random models, ``(size, order, whether products are shared)``; ``key``: all that the bits may depend on.
     """
-    if (key, size) not in _shared:
+
+    def same() -> bool:
         alone, shared = run(size, range(size), False), run(size, range(size), True)
-        _shared[key, size] = all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
-    return _shared[key, size]
+        return all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
+
+    return _kept(_shared, (key, size), same)
 
 
 def _agrees(size: int, full: int, key: Hashable, trial: Trial) -> bool:
     """Whether a group of this size gives the bits of a full one, the last models first."""
-    if (key, size, full) not in _agree:
+
+    def same() -> bool:
         straight = trial(full, range(full))
         turned = trial(size, range(full - 1, -1, -1))
-        same = all(torch.equal(a, b.flip(0)[:size]) for a, b in zip(turned, straight, strict=True))
-        _agree[key, size, full] = same
-        if not same:
+        agree = all(torch.equal(a, b.flip(0)[:size]) for a, b in zip(turned, straight, strict=True))
+        if not agree:
             logger.debug("groups of %d give other bits than groups of %d", size, full)
-    return _agree[key, size, full]
+        return agree
+
+    return _kept(_agree, (key, size, full), same)
+
+
+def _kept(answers: dict[Hashable, Answer], asked: Hashable, find: Callable[[], Answer]) -> Answer:
+    """The answer that is there, or is found now. Where there are too many, all make room; threads may ask at the same time."""
+    known = answers.get(asked)
+    if known is not None:
+        return known
+    found = find()
+    if len(answers) >= _MOST:
+        answers.clear()
+    answers[asked] = found
+    return found

@@ -9,8 +9,9 @@ from functools import lru_cache
 from ..layers import Unplannable
 from .configurations import element_size, splits
 from .network_layout import network
-from .stages import Schedule
+from .stages import Schedule, blocks
 
+OFFSETS = 2**31  # numbers of one model that the kernels' 32-bit offsets reach
 MEMORY = 2**33  # bytes of activations in flight unless the caller says otherwise: no device query, and graphs can capture
 FEW_MODELS, FEW_PAIRS = 64, 2**14  # a chunk with fewer models and fewer (model, query) pairs leaves a GPU idle
 
@@ -60,3 +61,22 @@ def choose_mode(schedule: Schedule, n: int, precision: str, gradient: bool, memo
     if models < FEW_MODELS and models * n < FEW_PAIRS:
         return "network", f"{held}, too few for a launch a layer"
     return "layers", held
+
+
+def too_many(schedule: Schedule, n: int, sums: bool = True) -> str | None:
+    """None if the kernels can take n queries of a model at once, else why not; ``sums``: with the partial sums of its gradient, as all
+    calls but those of one mode have them."""
+    numbers = n * _widest(schedule)
+    if numbers < OFFSETS and sums:
+        partial = sum(splits(stage, n) * blocks(stage.GSIZE, 16) * 16 for stage in schedule.stages)
+        if partial >= OFFSETS:
+            return f"{n} queries are {partial} partial sums a model; the kernels address fewer than {OFFSETS}"
+    if numbers < OFFSETS:
+        return None
+    return f"{n} queries are {numbers} numbers a model; the kernels address fewer than {OFFSETS}: ask fewer at a time"
+
+
+@lru_cache(maxsize=256)
+def _widest(schedule: Schedule) -> int:
+    """Numbers a query of the largest block that is addressed with 32 bits."""
+    return max(max(s.INPUTS, s.CODES, s.OUTPUTS, s.SLOPES, s.HB * s.WB * s.PS**2 * s.C) for s in schedule.stages)

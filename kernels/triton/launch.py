@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from ..layers import Layers
 from . import launcher
-from .budget import MEMORY, choose_mode, models_per_chunk
+from .budget import MEMORY, choose_mode, models_per_chunk, too_many
 from .buffers import Activations, Queries, axes_of
 from .configurations import joins, tuning
 from .convolution import launch_configuration, stage_forward
@@ -37,7 +36,6 @@ from .stages import Schedule
 from .tables import FoldTables, fold_tables
 from .weight_gradients import stage_dw
 
-OFFSETS = 2**31  # in-model offsets are 32-bit
 # Layers that were seen, by identity: hashing some twenty records at every call takes longer than a launch.
 _schedules: dict[tuple[int, tuple[int, ...]], tuple[Layers, Schedule]] = {}
 
@@ -162,15 +160,12 @@ def _check(weights: Tensor, schedule: Schedule, n: int, precision: str) -> None:
         raise ValueError(f"unknown precision {precision!r}; known: {list(PRECISIONS)}")
     if weights.ndim != 2 or weights.shape[1] != schedule.parameters or not weights.is_floating_point():
         raise ValueError(f"expected weights [k, {schedule.parameters}], got {list(weights.shape)} {weights.dtype}")
-    widest = _widest(schedule)
-    if n * widest >= OFFSETS:
-        raise ValueError(f"{n} queries are {n * widest} numbers a model; the kernels address fewer than {OFFSETS}")
+    _refuse(too_many(schedule, n, sums=False))
 
 
-@lru_cache(maxsize=256)
-def _widest(schedule: Schedule) -> int:
-    """Numbers a query of the largest block that is addressed with 32 bits."""
-    return max(max(s.INPUTS, s.CODES, s.OUTPUTS, s.SLOPES, s.HB * s.WB * s.PS**2 * s.C) for s in schedule.stages)
+def _refuse(why: str | None) -> None:
+    if why is not None:
+        raise ValueError(why)
 
 
 def _schedule(layers: Layers, queries: Tensor) -> Schedule:
@@ -299,11 +294,10 @@ def loss_and_gradient(
                 shared=source.shared,
             )
             return losses, gradient
+        _refuse(too_many(schedule, n))
         chunk = models_per_chunk(schedule, k, n, precision, True, memory)
         held = Activations(schedule, chunk, n, precision, True, device)
         tables = fold_tables(schedule, n, device)
-        if tables.row >= OFFSETS:
-            raise ValueError(f"{n} queries are {tables.row} partial sums a model; the kernels address fewer than {OFFSETS}")
         partials = torch.empty(chunk, tables.row, dtype=torch.float32, device=device)
         gain = torch.empty(chunk, dtype=torch.float32, device=device)
         scale = gradient_scale(criterion, n, schedule.classes, temperature)

@@ -18,6 +18,7 @@ from benchmarks.networks import NETWORKS, architecture_of_network
 from benchmarks.page import html
 from benchmarks.providers import Unavailable
 from benchmarks.recording import read_rows
+from wslfast.testing import relative_error
 
 PLAIN = [name for name in PEERS if name != "vmap-compiled"]
 
@@ -53,6 +54,21 @@ def test_a_wrong_peer_has_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["siren-32", "mlp-mnist"])
 def test_zoos_train_to_what_one_after_another_does(name: str) -> None:
     assert network_zoos.gradient_error(network_zoos.Problem(name, 3)) < 1e-2  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("name", ["cnn3", "siren-32"])
+def test_a_tuned_loop_trains_the_same_zoo_and_a_red_gate_gives_no_number(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = network_zoos.Problem(name, 2)
+    weights, order = problem.arguments(2)
+    plain, tuned = (problem.one_after_another(weights, order, tuned) for tuned in (False, True))
+    assert relative_error(tuned, plain) < 1e-4
+    if name == "siren-32":
+        monkeypatch.setattr(network_zoos, "gradient_error", lambda problem: 0.5)
+        rows = {row.provider: row for row in network_zoos.measure(name, 3, rounds=1, baseline_models=1, steps=1)}
+        assert rows["wslfast"].value is None
+        assert "gate: not timed" in rows["wslfast"].note
+        assert rows["one-after-another"].value is not None
+        assert rows[network_zoos.TUNED].value is not None
 
 
 def test_the_command_writes_rows_and_page(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

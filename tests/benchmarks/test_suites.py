@@ -169,6 +169,9 @@ def test_both_ways_of_building_a_zoo_train_the_same_models() -> None:
     order = torch.randint(40, (3, 2, 8))
     one = zoo_building.one_after_another(architecture, weights, images, labels, order)
     torch.testing.assert_close(
+        zoo_building.tuned_loop(architecture, weights, images, labels, order), one, rtol=FP32_AMPLIFIED, atol=FP32_DEEP
+    )
+    torch.testing.assert_close(
         zoo_building.together(architecture, weights, images, labels, order), one, rtol=FP32_AMPLIFIED, atol=FP32_DEEP
     )
 
@@ -229,7 +232,7 @@ def test_tracked_rows(path: Path) -> None:
         assert r.metric in ("gpu_ms", "graph_ms", "wall_ms", "peak_mb", "launches", "flops")
         assert r.precision in cases.PRECISIONS
         assert r.value is not None or r.details, f"no number and no reason: {r.key}"
-        assert r.provider in NAMES | set(PEERS) | {"ceiling", "wslfast", "one-after-another", "jax-vmap"}
+        assert r.provider in NAMES | set(PEERS) | {"ceiling", "wslfast", "one-after-another", zoo_building.TUNED, "jax-vmap"}
         timed = r.provider in NAMES and r.value is not None
         assert not timed or (isinstance(r.relative_error, float) and r.relative_error <= gate.BOUNDS[r.precision])
 

@@ -84,6 +84,7 @@ def test_queries_ablate_gradients(tmp_path: Path, images: Path, shell: Shell) ->
     zoo, made = tmp_path / "zoo", tmp_path / "made.npz"
     shell("zoo", "build", "--dataset", images, "--models", 10, "--epochs", 1, "--out", zoo)
     assert "9 query images [1, 28, 28]" in shell("queries", "--zoo", zoo, "--kind", "optimised", "--n", 9, "--out", made)
+    assert "n: expected a positive integer, got 0" in shell("queries", "--zoo", zoo, "--kind", "noise", "--n", 0, "--out", made, code=2)
     base = "steps = 2\nqueries = 4\nbatch_size = 4\nd_model = 16\nheads = 2\nlayers = 1\n"
     text = f"seeds = [0, 1]\nzoo = '{zoo}'\n[base]\n{base}[axis]\nquery_set = ['data', '{made}']\n"
     (tmp_path / "sets.toml").write_text(text)
@@ -159,6 +160,28 @@ def test_help_teaches(shell: Shell, arguments: tuple[str, ...]) -> None:
         assert "Example: wslfast " + " ".join(arguments) in text
 
 
+def test_a_zoo_of_a_network_with_several_answers_and_of_one_that_takes_any_image(
+    tmp_path: Path, shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``--output`` says which answer counts, ``--input-shape`` which of the sizes that the data set has (28, else as they are, 8)."""
+    monkeypatch.chdir(tmp_path)
+    Path("net.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.body, self.head, self.aux = nn.Conv2d(1, 3, 3), nn.Linear(3, 10), nn.Linear(3, 2)\n"
+        "    def forward(self, x):\n"
+        "        x = self.body(x).relu().mean((2, 3))\n"
+        "        return {'logits': self.head(x), 'aux': self.aux(x)}\n"
+    )
+    build = ("zoo", "build", "--network", "net.py:Net", "--models", 4, "--epochs", 1, "--out", "zoo")
+    assert "name a part of it with output= (--output)" in " ".join(shell(*build, code=2).split())
+    shell(*build, "--output", "logits", "--input-shape", 1, 8, 8)
+    architecture = load_zoo("zoo").architecture
+    assert (architecture.input_shape, architecture.output_shape) == ((1, 8, 8), (10,))
+
+
 def test_a_network_of_ones_own_is_built_and_trained_on(tmp_path: Path, shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("net.py").write_text(
@@ -213,6 +236,8 @@ def test_info(shell: Shell) -> None:
         (("zoo", "build", "--models", 0, "--out", "x"), "models"),
         (("zoo", "build", "--network", "nowhere.py:Net", "--out", "x"), "nowhere.py"),
         (("zoo", "build", "--network", "net.py:Net", "--architecture", "cnn", "--out", "x"), "are two networks"),
+        (("zoo", "build", "--output", "logits", "--out", "x"), "--output: it is for --network"),
+        (("zoo", "build", "--input-shape", 1, 8, 8, "--out", "x"), "--input-shape: it is for --network"),
         (("train", "--zoo", "z", "--out", "o", "--query-set", "svnh"), "svnh"),
         (("queries", "--zoo", "nowhere", "--out", "q.npz"), "nowhere"),
         (("ablate", "nowhere.toml"), "nowhere.toml"),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from wslfast import engine, errors
 from wslfast.architecture import Architecture
-from wslfast.engine import paths
+from wslfast.engine import paths, verdicts
 from wslfast.errors import WslfastError
 from wslfast.kernels import reference, stacked
 from wslfast.kernels.criteria import CRITERIA
@@ -294,6 +294,20 @@ def test_checkpointed_gradients(own: bool, monkeypatch: pytest.MonkeyPatch) -> N
     expected = torch.autograd.grad(total, (w, x))  # type: ignore[arg-type]
     assert relative_error(got[0], expected[0]) < FP64_ROUNDING
     assert relative_error(got[1], expected[1]) < FP64_ROUNDING
+
+
+def test_more_queries_than_the_kernels_address_run_on_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as make 2^31 numbers of a model, which a GPU's memory holds: refused where kernels are asked for, and not where they are not."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("WSLFAST_KERNELS", "on")
+    monkeypatch.setattr(verdicts, "interpreted", lambda: False)
+    arch = Architecture.cnn3()
+    few, many = (engine.Call("loss", 4, n) for n in (1000, 10_000_000))
+    assert engine.choose(arch, "cuda", torch.float32, "triton", call=few).name == "triton"
+    assert engine.choose(arch, "cuda", torch.float32, "auto", call=few).name == "triton"
+    assert engine.choose(arch, "cuda", torch.float32, "auto", call=many).name != "triton"
+    with pytest.raises(WslfastError, match=r"10000000 queries are .* address fewer than 2147483648: ask fewer at a time"):
+        engine.choose(arch, "cuda", torch.float32, "triton", call=many)
 
 
 def test_memory_budget(monkeypatch: pytest.MonkeyPatch) -> None:

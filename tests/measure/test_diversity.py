@@ -16,6 +16,7 @@ from wslfast.architecture import Architecture
 from wslfast.errors import WslfastError
 from wslfast.measure.diversity import (
     accuracy,
+    accuracy_of_classes,
     behavioral_novelty,
     classes_of,
     diversity,
@@ -119,3 +120,14 @@ def test_behavioral_novelty_equals_a_loop() -> None:
     classes, others = (torch.randint(-1, 4, (k, 50), generator=generator).to(torch.int16) for k in (6, 9))  # -1: not finite
     wanted = [min(sum(a != b for a, b in zip(row, other)) / 50 for other in others.tolist()) for row in classes.tolist()]
     assert behavioral_novelty(classes, others).tolist() == pytest.approx(wanted, abs=FP64_ROUNDING)
+
+
+def test_more_classes_than_two_bytes_count() -> None:
+    """As many as words of a model of language: the last ones came out negative, and so wrong on every image."""
+    arch = Architecture.from_module(torch.nn.Linear(2, 40_000), (2,))
+    weights = torch.zeros(2, arch.num_weights)
+    for row, best in enumerate((35_000, 39_999)):
+        weights[row, arch.slots["bias"].offset + best] = 1.0
+    classes = classes_of(weights, torch.zeros(3, 2), arch)
+    assert classes.tolist() == [[35_000] * 3, [39_999] * 3]
+    assert accuracy_of_classes(classes, torch.tensor([35_000, 39_999, 1])).tolist() == pytest.approx([1 / 3, 1 / 3])

@@ -14,6 +14,7 @@ from tolerances import FP64, FP64_GRADIENT
 from torch import Tensor
 
 from wslfast import Architecture, WslfastError, batched_behavioral_loss, build_zoo
+from wslfast.measure import gradients
 from wslfast.measure.first_order import COLUMNS, GradientSettings, analyse, error_directions, sweep
 from wslfast.measure.gradients import angle, directions, exact_spectrum, jacobian, model_function, sensitive_directions, spectrum
 from wslfast.testing import oracle_loss, oracle_outputs
@@ -154,6 +155,27 @@ def test_error_directions(n: int) -> None:
     if n == 3:
         assert effect["bottom"] < 1e-10 * effect["top"]
     assert angle(found["reconstruction"], rebuilt - original) < 1e-5
+
+
+def test_a_jacobian_is_as_large_as_all_numbers_of_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of several axes was taken for its last, and its Jacobian for that much smaller."""
+    arch = Architecture.from_module(torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Unflatten(1, (3, 2))), (4,))
+    weights, x = arch.initial_weights(["kaiming_uniform"], [0])[0], torch.randn(5, 4)
+    for most, whole in ((5 * 6 * arch.num_weights, True), (5 * 6 * arch.num_weights - 1, False), (5 * 2 * arch.num_weights, False)):
+        monkeypatch.setattr(gradients, "EXACT", most)
+        assert sensitive_directions(weights, x, arch, rank=3)[1] is whole
+        monkeypatch.setattr(gradients, "EXACT", 2 * most)
+        assert spectrum(weights, weights, x, arch, rank=3).exact is whole
+
+
+def test_a_model_that_is_not_finite_is_named() -> None:
+    """A diverged autoencoder's reconstructions ended in an error of LAPACK's."""
+    a, b = pair(MLP)
+    b[3] = float("nan")
+    x = torch.randn(4, 5, dtype=torch.float64)
+    for call in (lambda: spectrum(a, b, x, MLP), lambda: directions(a, b, x, MLP), lambda: sensitive_directions(b, x, MLP)):
+        with pytest.raises(WslfastError, match=f"weights: expected finite numbers, got 1 of {MLP.num_weights} that are not"):
+            call()
 
 
 def test_sensitive_directions_exact_and_sketched() -> None:

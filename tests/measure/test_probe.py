@@ -108,8 +108,10 @@ def test_validation_without_any_target_falls_back_to_training_data() -> None:
 
 def test_constant_targets_have_no_r2() -> None:
     x, _ = _random(12, 3)
-    r2 = probe({"train": x}, {"train": torch.ones(12)})
-    assert math.isnan(r2["train"])
+    for value in (1.0, 0.1, 0.7):  # 0.1 is no binary number: the mean of twelve may be another one
+        for count in (3, 7, 12):
+            r2 = probe({"train": x[:count]}, {"train": torch.full((count,), value, dtype=torch.float64)})
+            assert math.isnan(r2["train"])
 
 
 def test_float32_features_are_computed_in_float64() -> None:

@@ -12,6 +12,9 @@ import torch
 
 from wslfast.errors import WslfastError
 from wslfast.measure.results import (
+    _COLUMNS,
+    HEADER,
+    Results,
     Unit,
     figures,
     from_csv,
@@ -132,9 +135,8 @@ def test_results_answer_by_zoo_and_variant(tmp_path: Path) -> None:
 def test_extra_tables_are_found_beside_the_rows_or_in_their_analysis_folder(tmp_path: Path) -> None:
     write_tables(tmp_path, [], {})
     (tmp_path / "analysis").mkdir()
-    (tmp_path / "analysis" / "ablations.csv").write_text("zoo,metric\nfar,m\n")
-    (tmp_path / "analysis" / "gradients.csv").write_text("zoo,metric\nfar,m\n")
-    (tmp_path / "gradients.csv").write_text("zoo,metric\nnear,m\n")
+    for path, zoo in (("analysis/ablations.csv", "far"), ("analysis/gradients.csv", "far"), ("gradients.csv", "near")):
+        (tmp_path / path).write_text(to_csv([{"zoo": zoo, "metric": "m"}], (*HEADER, "direction", "magnitude")))
     tables = read_results(tmp_path).tables
     assert tables["ablations"][0]["zoo"] == "far"
     assert tables["gradients"][0]["zoo"] == "near"
@@ -152,3 +154,31 @@ def test_a_folder_without_results_or_with_damaged_ones(tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text("{")
     with pytest.raises(WslfastError, match="not JSON"):
         read_results(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("table", "column"), [("models", "seed"), ("samples", "epoch"), ("samplings", "novelty"), ("latents", "x"), ("ablations", "metric"), ("gradients", "direction")]
+)  # fmt: skip
+def test_a_table_that_lacks_a_column_is_named(tmp_path: Path, table: str, column: str) -> None:
+    write_tables(tmp_path, [Unit("z", "S", 0, "run", "", {}, {"agreement": (0.5, 0.5, None)})], {})
+    names = [name for name in _COLUMNS[table] if name != column]
+    (tmp_path / f"{table}.csv").write_text(",".join(names) + "\n" + ",".join("1" for _ in names) + "\n")
+    with pytest.raises(WslfastError, match=rf"{table}.csv: columns \['{column}'\] are missing"):
+        read_results(tmp_path)
+
+
+@pytest.mark.parametrize("variants", ['["a"]', '[{"zoo": "z", "variant": "S"}]'], ids=["text", "no kind"])
+def test_variants_that_are_none_are_named(tmp_path: Path, variants: str) -> None:
+    write_tables(tmp_path, [Unit("z", "S", 0, "run", "", {}, {"agreement": (0.5, 0.5, None)})], {})
+    (tmp_path / "report.json").write_text(f'{{"variants": {variants}}}')
+    with pytest.raises(WslfastError, match="variants: expected objects with zoo, variant and kind"):
+        read_results(tmp_path)
+
+
+def test_the_rows_of_the_lowest_seed() -> None:
+    rows = [{"zoo": "z", "variant": "v", "seed": seed, "x": seed} for seed in (2, None, 1, 1, 2)]
+    found = Results([], {"latents": rows}, {"variants": []})
+    assert [r["x"] for r in found.table("latents", "z", "v", first_seed=True)] == [1, 1]
+    assert len(found.table("latents", "z", "v")) == 5
+    many = Results([], {"latents": rows * 20_000}, {"variants": []})  # a row at a time against all others took an hour
+    assert len(many.table("latents", "z", "v", first_seed=True)) == 40_000

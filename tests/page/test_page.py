@@ -15,8 +15,8 @@ from html_audit import Audit
 
 from wslfast.errors import WslfastError
 from wslfast.measure.reconstruction import collapse
-from wslfast.measure.results import Unit, read_results, to_csv, write_tables
-from wslfast.page import analysis, drawing, headline, published, report
+from wslfast.measure.results import KEY, Unit, from_csv, read_results, to_csv, write_tables
+from wslfast.page import analysis, drawing, headline, published, report, tables
 
 pytest.importorskip("matplotlib")
 RECONSTRUCTED = (
@@ -234,6 +234,27 @@ def test_new_models_are_shown_where_only_rows_are_left(tmp_path: Path, undrawn: 
     text = _text(_page(folder))
     assert "zoo: anchors the best training models" in text
     assert "Latent map" not in text
+
+
+def test_new_models_that_are_all_broken_have_no_distance_and_no_place_in_the_figure(tmp_path: Path, undrawn: None) -> None:
+    folder = _folder(tmp_path)
+    for table, column in (("samplings", "novelty"), ("samples", "test_acc")):
+        rows = from_csv(folder / f"{table}.csv")
+        (folder / f"{table}.csv").write_text(to_csv([{**row, column: None} for row in rows], KEY))
+    text = _text(_page(folder))
+    assert "Every sampler" in text
+    assert "kernel density, whole latents bandwidth 0.1 71.2" in text
+
+
+def test_the_best_model_is_that_of_all_runs_of_one_objective(tmp_path: Path) -> None:
+    """The first run's stood for all; a run whose losses are not known had none."""
+    units = [Unit("digits", "zoo", 0, "zoo", "", {"classes": 10}, {"best_original": (0.95, 0.95, None)})]
+    for variant, losses, value in (("a", "S+B", 0.51), ("b", "S+B", 0.91), ("mine", "", 0.33)):
+        units.append(Unit("digits", variant, 0, "run", "", {"losses": losses}, {"best_reconstructed": (value, value, None)}))
+    write_tables(tmp_path, units, {})
+    text = _text(tables.best_table(read_results(tmp_path)))
+    assert "reconstructed, S+B 91.0" in text
+    assert "reconstructed, mine 33.0" in text
 
 
 def test_the_papers_figures_are_tinted_and_told_apart(tmp_path: Path, undrawn: None) -> None:

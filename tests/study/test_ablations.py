@@ -384,3 +384,13 @@ def test_the_paper_in_three_steps(tmp_path: Path, zoo: Path) -> None:
     assert {name: settings_of(whole, name, "z", 0)[1].lr for name in ("C+S", "C+S+B")} == {"C+S": 1e-4, "C+S+B": 1e-5}
     assert {settings_of(whole, name, "z", 0)[1].steps for name in whole.variants} == {30_000}
     assert "<html" in report(tmp_path).read_text()
+
+
+@pytest.mark.parametrize("content", ["[1]", '{"2": "long"}', '{"2": null}', "null", "{"])
+def test_a_clock_that_is_damaged_counts_from_here(tmp_path: Path, content: str) -> None:
+    (tmp_path / "clock.json").write_text(content)
+    stop = Stop(tmp_path, "wall", 60.0, 1, 4)
+    assert stop.resume(2)
+    assert stop.seconds == 0
+    assert not stop(3)
+    assert set(json.loads((tmp_path / "clock.json").read_text())) == {"3"}

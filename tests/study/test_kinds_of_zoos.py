@@ -8,11 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ablation_cases import read_rows, write
 from torch import nn
 
 from wslfast import Population, TrainConfig, WslfastError, load_zoo, save_zoo, train
 from wslfast.cli import main
 from wslfast.measure.results import read_results
+from wslfast.study.ablation_file import Ablation
+from wslfast.study.ablations import run_ablation
 from wslfast.study.loaded_zoo import LoadedZoo, Protocol
 from wslfast.study.study import study
 from wslfast.testing import oracle_outputs
@@ -132,3 +135,26 @@ def test_answers_that_are_no_classes(tmp_path: Path, outputs: int, capsys: pytes
     assert f"{float(psnr.mean()):.1f} dB" in html
     assert "New models</h2>" not in html
     assert "accuracy" not in html.lower()
+
+
+def test_an_ablation_of_answers_that_are_no_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One number a query is no class that is always right: an ablation, too, holds outputs against outputs."""
+    modules = _modules(12, lambda: nn.Linear(5, 6), nn.Tanh, lambda: nn.Linear(6, 1))
+    save_zoo(Population.from_modules(modules, (5,), {"split": _split(12)}), tmp_path / "zoo", dataset=_data(tmp_path, False))
+    file = write(tmp_path / "a.toml", tmp_path / "zoo", "[axis]\nbeta = [0.5]", seeds="[0]")
+    main(["ablate", str(file), "--out", str(tmp_path / "out")])
+    said = capsys.readouterr().out
+    assert "psnr" in said
+    assert "accuracy" not in said
+    rows = {row["metric"]: row for row in read_rows(tmp_path / "out" / "ablations.csv")}
+    assert not any(name.startswith(("accuracy", "agreement", "probe")) for name in rows)
+    (cell,) = (tmp_path / "out" / "cells").iterdir()
+    zoo, run = load_zoo(tmp_path / "zoo", "test"), load_run(cell).autoencoder
+    rebuilt = run.layout.detokenize(run.decode(run.encode(run.layout.tokenize(zoo.weights).tokens))).detach()
+    x = torch.from_numpy(np.load(tmp_path / "table.npz")["test_images"])
+    o, r = (oracle_outputs(w, x, zoo.architecture).double() for w in (zoo.weights, rebuilt))
+    psnr = 10 * torch.log10((o.max() - o.min()) ** 2 / (o - r).square().flatten(1).mean(1))
+    assert rows["psnr"]["mean"] == pytest.approx(float(psnr.mean()), rel=1e-4)
+    sampled = write(tmp_path / "b.toml", tmp_path / "zoo", "[axis]\nbeta = [0.5]", top="generate = true")
+    with pytest.raises(WslfastError, match="generate: new models are judged by accuracy"):
+        run_ablation(Ablation.from_toml(sampled), tmp_path / "out")

@@ -20,7 +20,7 @@ from wslfast.measure.results import HEADER, read_results, read_unit, unit_path
 from wslfast.study import units
 from wslfast.study.loaded_zoo import LoadedZoo, Protocol
 from wslfast.study.protocol import discriminative, generative, measure_originals
-from wslfast.study.study import make_units, study
+from wslfast.study.study import _mixed, _variant, make_units, study
 from wslfast.study.trained import trained
 from wslfast.study.units import TABLE, Inputs, reserved
 from wslfast.testing import oracle_outputs
@@ -265,6 +265,24 @@ def test_runs_that_would_take_each_others_place_are_refused(root: Path, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("folder", "variant"),
+    [
+        ("S+B-seed1", "S+B"), ("S+B-s2", "S+B"), ("S+B_s3", "S+B"), ("S+Bseed4", "S+B"), ("S+B/seed5", "S+B"), ("S+B/s6", "S+B"),
+        ("layers4", "layers4"), ("steps500", "steps500"), ("views-2", "views-2"), ("S", "S"),
+    ],
+)  # fmt: skip
+def test_a_seed_is_told_from_a_setting_by_the_name_of_the_folder(folder: str, variant: str) -> None:
+    assert _variant(Path("runs") / folder) == variant
+
+
+def test_it_is_said_where_runs_of_one_variant_have_other_settings(root: Path) -> None:
+    run = load_run(root / "S+B-seed0")
+    other = replace(run, config=replace(run.config, seed=1, lr=2 * run.config.lr))
+    assert _mixed([("S+B", run), ("S+B", other), ("S", run)]) == {"S+B": ["lr"]}
+    assert _mixed([("S+B", run), ("S+B", replace(run, config=replace(run.config, seed=1)))]) == {}
+
+
 def test_a_code_is_sampled_whichever_call_came_first(root: Path, tmp_path: Path, undrawn: None) -> None:
     zoo = LoadedZoo(root / "zoo", TINY)
     share = load_run(root / "S").autoencoder.latent_numbers / zoo.architecture.num_weights
@@ -378,7 +396,8 @@ def test_the_zoo_unit_is_the_originals(root: Path) -> None:
     zoo = load_zoo(root / "zoo", "train")
     value = zoo.column("val_acc")
     best = value.argsort(descending=True, stable=True)[: round(0.3 * len(zoo))]
-    assert [r["model"] for r in unit.tables["samples"]] == best.tolist()
+    for name in ("model", "epoch"):  # the checkpoints by what the zoo calls them, as in every other table
+        assert [r[name] for r in unit.tables["samples"]] == [zoo.properties[name][row] for row in best.tolist()]
     pairs = torch.pdist(zoo.weights[best].double())
     assert unit.metrics["diversity"][1] == pytest.approx(float(pairs.mean()), rel=FP32_ROUNDING)
 

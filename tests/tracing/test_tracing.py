@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -343,6 +343,42 @@ def test_is_refused(name: str) -> None:
     make, sentence = REFUSED[name]
     with pytest.raises(wslfast.WslfastError, match=sentence):
         Architecture.from_module(make(), (6,))
+
+
+class _Pair(NamedTuple):
+    first: Tensor
+    second: Tensor
+
+
+@pytest.mark.parametrize(
+    ("answer", "part", "sentence"),
+    [
+        (lambda y: {"logits": y}, "aux", r"output: expected a part of the answer, one of \['logits'\], got 'aux'"),
+        (lambda y: {"logits": y}, -1, r"one of \['logits'\], got -1"),
+        (lambda y: (y, 2 * y), 2, r"one of \[0, 1\], got 2"),
+        (lambda y: (y, 2 * y), "aux", r"one of \[0, 1\], got 'aux'"),
+        (lambda y: y, 0, r"as the answer is one tensor, got 0"),
+    ],
+)  # fmt: skip
+def test_a_part_that_the_answer_has_not_is_named(answer: Callable[[Tensor], Any], part: str | int, sentence: str) -> None:
+    with pytest.raises(wslfast.WslfastError, match=sentence):
+        Architecture.from_module(Written(lambda m, x: answer(m.out(m.fc(x)))), (6,), output=part)
+
+
+@pytest.mark.parametrize(
+    ("answer", "part"),
+    [
+        (lambda y: {"a": y, "b": 2 * y}, "b"),
+        (lambda y: (y, 2 * y), -1),
+        (lambda y: _Pair(y, 2 * y), "second"),
+        (lambda y: (2 * y).unsqueeze(-1).max(-1), "values"),
+    ],
+)  # fmt: skip
+def test_a_part_of_the_answer(answer: Callable[[Tensor], Any], part: str | int) -> None:
+    module = Written(lambda m, x: answer(m.out(m.fc(x))))
+    arch, x = Architecture.from_module(module, (6,), output=part), torch.randn(5, 6)
+    row = wslfast.Population.from_state_dicts(arch, [module.state_dict()]).weights
+    close(engine.forward(row, x, arch)[0], 2 * module.eval().out(module.fc(x)).detach().double(), 1e-5, "outputs")
 
 
 # -- modules in any state ------------------------------------------------------------------------------------------------

@@ -158,7 +158,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "networks behave (arXiv 2503.17138). Start with: wslfast demo",
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
         )
-        with naming(named_again(getattr(getattr(command, "command", command), "network", ()))):  # zoo has commands of its own
+        network = getattr(getattr(command, "command", command), "network", ()) or ()  # zoo has commands of its own
+        with naming(named_again((network,) if isinstance(network, str) else network)):  # zoo build takes one
             command.run()
     except WslfastError as error:
         print(f"wslfast: {error}", file=sys.stderr)

@@ -22,7 +22,8 @@ from .console import say, say_stage, stacked_table
 from .options import Networks
 
 _SHOWN = (
-    "agreement", "agreement_others", "identified", "accuracy_reconstructed", "explained_variance", "l2_masked", "probe_r2", "seconds",
+    "agreement", "psnr", "agreement_others", "identified", "accuracy_reconstructed", "explained_variance", "l2_masked", "probe_r2",
+    "seconds",
 )  # fmt: skip
 
 
@@ -52,7 +53,7 @@ class Queries:
 
     def run(self) -> None:
         source = MappedZoo(self.zoo, "train", architecture=self.architecture)
-        images = query_images(self.kind, self.zoo, source, n=self.n or 128, seed=self.seed, exactly=self.n is not None)
+        images = query_images(self.kind, self.zoo, source, n=128 if self.n is None else self.n, seed=self.seed, exactly=self.n is not None)
         queries.save_queries(self.out, images)
         say(f"{self.out}: {len(images)} query images {list(images.shape[1:])}")
 
@@ -103,7 +104,9 @@ class Ablate:
         figures = over_seeds(rows)
         columns = {}
         for column in _SHOWN:
-            cells = (metrics.get(column) for metrics in figures.values())
+            cells = [metrics.get(column) for metrics in figures.values()]
+            if not any(cells):  # of networks whose answers are no classes there is no accuracy, of others no PSNR
+                continue
             texts = ["-" if c is None else f"{c[0]:.3f}" + (f" ± {c[1]:.3f}" if c[1] is not None else "") for c in cells]
             columns[column.replace("_", "\n")] = texts
         if len(self.zoo) > 1:

@@ -38,6 +38,10 @@ class ZooBuild:
     network: str | None = None
     """FILE.py:NAME of your own network: a class, or a function, that is called without arguments. FILE.py is run. Every model has initial
     weights of its own, drawn as --grid says, in place of those that the file gives."""
+    input_shape: tuple[int, ...] = ()
+    """Shape of one query of --network, as 1 8 8 (default: the first that its images may have and the network takes)."""
+    output: str | None = None
+    """Which part of the network's answer counts, if it returns a tuple (a number) or a dict (a name)."""
     dropout: float = 0.0
     """Probability of dropout in a published CNN; every model draws its own."""
     width: int = 16
@@ -98,7 +102,9 @@ class ZooBuild:
                 self.architecture == "auto", f"--network: {self.network} and --architecture {self.architecture} are two networks; name one"
             )
             require(self.dropout == 0, f"--dropout: it is for published networks; {self.network} says what dropout it has")
-            return architecture_of(self.network, None, self.dataset, None)
+            return architecture_of(self.network, self.input_shape or None, self.dataset, _part(self.output))
+        require(not self.input_shape, "--input-shape: it is for --network; a published network says its own")
+        require(self.output is None, "--output: it is for --network; a published network has one answer")
         if self.architecture in ("auto", "siren"):
             require(self.dropout == 0, f"--dropout: name a network with --architecture, got {self.architecture}")
             return None
@@ -107,6 +113,11 @@ class ZooBuild:
             require(self.dropout == 0, "--dropout: resnet18 has none")
             return Architecture.resnet18(channels, width=self.width)
         return network(self.architecture, channels, dropout=self.dropout)
+
+
+def _part(output: str | None) -> str | int | None:
+    """A part of an answer as a library call names it: numbers count in tuples."""
+    return int(output) if output is not None and output.isdigit() else output
 
 
 @dataclass(frozen=True)
@@ -202,7 +213,7 @@ class ZooImport:
             network=self.network or None,
             table=self.table,
             input_shape=self.input_shape or None,
-            output=int(self.output) if self.output is not None and self.output.isdigit() else self.output,
+            output=_part(self.output),
             threshold=self.threshold,
             split=self.split,
             seed=self.seed,

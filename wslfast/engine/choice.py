@@ -15,8 +15,9 @@ from ..errors import WslfastError, say_once
 from ..kernels.cpu import engine as cpu
 from ..kernels.layers import Conv2d, Unplannable
 from ..kernels.stacked import folded_chain
-from ..kernels.triton import devices
+from ..kernels.triton import budget, devices
 from ..kernels.triton.folding import chain
+from ..kernels.triton.schedule import schedule
 from . import triton_path, verdicts
 from .module_path import Module
 from .paths import Cpu, Loop, Path, Stacked
@@ -45,7 +46,7 @@ def choose(
     """The path for a call. Raises WslfastError if ``backend="triton"`` cannot be had. With ``backend="auto"`` on a GPU, the kernels are
     taken where this machine has proved them right and faster (verdicts.py)."""
     if backend == "triton" or (backend == "auto" and device == "cuda"):
-        reason = why_not_triton(architecture, device, dtype, call.gpu)
+        reason = why_not_triton(architecture, device, dtype, call.gpu, call.n)
         decision = None
         if reason is None and backend == "auto":
             decision = verdicts.decide(architecture, kernel_precision(), call.form, call.k, call.n, call.gpu)
@@ -83,8 +84,8 @@ def _cpu_plans(architecture: Architecture) -> bool:
     return cpu.supports(weights, query, architecture.layers)
 
 
-def why_not_triton(architecture: Architecture, device: str, dtype: torch.dtype, gpu: int | None = None) -> str | None:
-    """None if the kernels can run it, else the reason."""
+def why_not_triton(architecture: Architecture, device: str, dtype: torch.dtype, gpu: int | None = None, n: int | None = None) -> str | None:
+    """None if the kernels can run it, on so many queries where that is said, else the reason."""
     if device != "cuda":
         return f"tensors are on {device}, kernels need cuda"
     if dtype == torch.float64:
@@ -97,7 +98,13 @@ def why_not_triton(architecture: Architecture, device: str, dtype: torch.dtype, 
         chain(architecture.graph)
     except Unplannable as error:
         return str(error)
-    return _refused(gpu)
+    return _refused(gpu) if n is None else _too_many(architecture, n) or _refused(gpu)
+
+
+@lru_cache(maxsize=256)
+def _too_many(architecture: Architecture, n: int) -> str | None:
+    assert architecture.graph is not None
+    return budget.too_many(schedule(chain(architecture.graph).layers, architecture.input_shape), n)
 
 
 def _refused(gpu: int | None) -> str | None:

@@ -37,6 +37,7 @@ from ..kernels.triton.configurations import CHOICES
 FORMS = ("forward", "loss", "indexed")  # outputs and their graph; loss and gradient; the same with rows of a pool
 RIGHT, WRONG, FAILED, UNKNOWN = "right", "wrong", "failed", "unknown"
 FASTER = 0.9  # of torch's time
+NEAR = 8  # times as many models or queries, or as few, that a time still says something of
 SETTINGS = ("auto", "on", "off")
 SCHEMA = 1
 FORMER = {"long": "default"}  # choices of earlier versions, in checkpoints, and what gives the same bits
@@ -98,12 +99,16 @@ class Verdict:
     speeds: tuple[Speed, ...] = ()
 
     def at(self, k: int | None, n: int | None) -> Speed | None:
-        """The speed at the size that is nearest in proportion (any, where none is given: the largest)."""
+        """The speed at the size that is nearest in proportion (any, where none is given: the largest); None where none is near, as kernels
+        that are faster for a thousand models may be slower for one. Of a large call the part counts that is timed for it."""
         if not self.speeds:
             return None
         if k is None or n is None:
             return max(self.speeds, key=lambda s: s.k * s.n)
-        return min(self.speeds, key=lambda s: abs(math.log(s.k / max(k, 1))) + abs(math.log(s.n / max(n, 1))))
+        models, queries = slice_of(k, n)
+        apart = {s: (abs(math.log(s.k / models)), abs(math.log(s.n / queries))) for s in self.speeds}
+        near = [s for s in self.speeds if max(apart[s]) <= math.log(NEAR) + 1e-9]  # logarithms are rounded
+        return min(near, key=lambda s: sum(apart[s]), default=None)
 
     def merged(self, other: Verdict) -> Verdict:
         """This one with the speeds of an earlier one at other sizes."""
@@ -302,6 +307,10 @@ def judge(verdict: Verdict | None, k: int | None, n: int | None) -> Decision:
         again = "" if verdict.status == UNKNOWN else "; `wslfast doctor` looks again"
         return Decision(False, f"found {verdict.status} on this GPU: {verdict.reason}{again}", proved=verdict.status != UNKNOWN)
     speed = verdict.at(k, n)
+    if speed is None and verdict.speeds:
+        sizes = ", ".join(f"k={s.k}, n={s.n}" for s in verdict.speeds)
+        how = f"wslfast.doctor(architecture, k={k}, n={n}), or `wslfast doctor`, times them"
+        return Decision(False, f"found right on this GPU, but timed at other sizes alone ({sizes}); {how}", proved=False)
     if speed is None:
         return Decision(False, f"found right on this GPU, but not timed: {verdict.reason}", proved=False)
     if not speed.faster:

@@ -13,6 +13,7 @@ from ..errors import describe, require
 from ..kernels.layers import layer_slots
 from ..permutation import channel_norms, hidden_channels, permute
 from ..zoo import Dataset
+from .reconstruction import class_dtype
 
 _BLOCK, _NUMBERS = 128, 1 << 26  # images whose distances [k, k] are in memory at a time, and numbers of these
 
@@ -61,11 +62,11 @@ def outputs_of(weights: Tensor, images: Tensor, architecture: Architecture) -> T
 
 
 def classes_of(weights: Tensor, images: Tensor, architecture: Architecture) -> Tensor:
-    """The class that every model chooses on every image, ``[k, n]`` int16 (for every part of an answer that has several); -1 where an
-    output is not finite."""
+    """The class that every model chooses on every image, ``[k, n]`` (for every part of an answer that has several); -1 where an output is
+    not finite."""
     with torch.no_grad():
         parts = [answers(engine.forward(weights, part.to(weights.device), architecture)) for part in images.split(256)]
-    chosen = [torch.where(o.isfinite().all(-1), o.argmax(-1), -1).to(torch.int16) for o in parts]
+    chosen = [torch.where(o.isfinite().all(-1), o.argmax(-1), -1).to(class_dtype(architecture.num_classes)) for o in parts]
     return torch.cat(chosen, 1)
 
 

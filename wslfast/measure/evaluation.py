@@ -133,8 +133,8 @@ def evaluate(
         Figures by variant (``"run"`` and the baselines), means over models: accuracy of original and of reconstruction, agreement with the
         own original and with others' originals, the margin between the two, identified, explained variance, masked L2, latent numbers per
         model; medians and spreads are beside them. Where there are no classes (coordinates, observations without labels) the accuracies
-        are None, and ``psnr`` says how near the outputs are. For a zoo of several architectures these are means over all models, and
-        ``architectures`` holds the figures of each one.
+        are None, and ``psnr`` says how near the outputs are. For a zoo of several architectures these are means over all models (of a
+        median: of each architecture's, by its number of models), and ``architectures`` holds the figures of each one.
 
     Raises:
         WslfastError: unreadable run or zoo, an empty split.

@@ -110,8 +110,7 @@ def spectrum(
     require(method in ("auto", "exact", "sketch"), f"method: expected auto, exact or sketch, got {method!r}")
     _check(original, queries, architecture)
     _check(reconstructed, queries, architecture)
-    size = 2 * len(queries) * math.prod(architecture.output_shape) * architecture.num_weights
-    if method == "exact" or (method == "auto" and size <= EXACT):
+    if method == "exact" or (method == "auto" and 2 * _jacobian_size(queries, architecture) <= EXACT):
         a, b = (jacobian(w.double(), queries, architecture) for w in (original, reconstructed))
         return exact_spectrum(a, b, len(queries))
     forth, back = products(original.double(), reconstructed.double(), queries, architecture)
@@ -198,10 +197,11 @@ def sensitive_directions(
     weights: Tensor, queries: Tensor, architecture: Architecture, *, rank: int = 32, method: str = "auto", seed: int = 0
 ) -> tuple[Tensor, bool]:
     """Eigenvectors of ``J^T J`` of one model ``[P]`` as orthonormal rows, strongest first, and whether these are all that differ from
-    zero: ``[min(nK, P), P]`` if exact, the leading ``[rank, P]`` if sketched. ``method`` as in :func:`spectrum`."""
+    zero: ``[min(m, P), P]``, with the m of :func:`jacobian`, if exact, the leading ``[rank, P]`` if sketched. ``method`` as in
+    :func:`spectrum`."""
     _check(weights, queries, architecture)
     p = architecture.num_weights
-    if method == "exact" or (method == "auto" and len(queries) * architecture.num_classes * p <= EXACT):
+    if method == "exact" or (method == "auto" and _jacobian_size(queries, architecture) <= EXACT):
         return torch.linalg.svd(jacobian(weights.double(), queries, architecture), full_matrices=False).Vh, True
     forth, back = products(weights.double(), weights.double(), queries, architecture)
     basis = _range(forth, back, p, min(rank, p), torch.Generator().manual_seed(seed))
@@ -268,11 +268,20 @@ def angle(a: Tensor, b: Tensor) -> float:
     return float(torch.rad2deg(2 * torch.atan2((a - b).norm(), (a + b).norm())))
 
 
+def _jacobian_size(queries: Tensor, architecture: Architecture) -> int:
+    """Numbers in the Jacobian of all answers of one model; an answer may have several axes, as one class for each token."""
+    return len(queries) * math.prod(architecture.output_shape) * architecture.num_weights
+
+
 def _check(weights: Tensor, queries: Tensor, architecture: Architecture) -> None:
     require(isinstance(architecture, Architecture), f"architecture: expected an Architecture, got {describe(architecture)}")
     p = architecture.num_weights
     fits = isinstance(weights, Tensor) and weights.shape == (p,) and weights.is_floating_point()
     require(fits, f"weights: expected floating [{p}], one model of architecture {architecture.name!r}, got {describe(weights)}")
+    broken = int((~weights.isfinite()).sum())
+    require(
+        broken == 0, f"weights: expected finite numbers, got {broken} of {p} that are not: such a model or reconstruction has no gradient"
+    )
     shape = architecture.input_shape
     some = isinstance(queries, Tensor) and tuple(queries.shape[1:]) == shape and len(queries) > 0
     require(some, f"queries: expected [n, {', '.join(map(str, shape))}], got {describe(queries)}")

@@ -78,10 +78,9 @@ class RidgeProbe:
     def r2(self, features: Tensor, target: Target) -> float:
         """1 - mean squared error / variance of this target; NaN targets dropped. NaN if nothing is left or it is constant."""
         x, y = _clean(features, target, "features")
-        variance = float(y.var(unbiased=False)) if len(y) else 0.0
-        if variance == 0:
+        if len(y) == 0 or bool((y == y[0]).all()):  # equal numbers have a variance of 1e-34, as their mean is rounded
             return float("nan")
-        return 1 - float((self.predict(x[:, :-1]) - y).square().mean()) / variance
+        return 1 - float((self.predict(x[:, :-1]) - y).square().mean()) / float(y.var(unbiased=False))
 
 
 def probe(

@@ -128,6 +128,9 @@ def compare(
         WslfastError: naming the argument, what was expected and what came.
     """
     original, reconstructed = _check_weights(original, reconstructed, architecture)
+    some = isinstance(images, Tensor) and images.ndim > 0 and len(images) > 0
+    require(some, f"images: expected [n, ...] with n >= 1, got {describe(images)}")
+    require(peak is None or (isinstance(peak, (int, float)) and 0 < peak < math.inf), f"peak: expected a positive number, got {peak!r}")
     labels = None if labels is None else _check_labels(images, labels, architecture)
     _check_targets(targets, (len(original), len(images), *architecture.output_shape), original.device)
     check_positive("block", block)
@@ -179,6 +182,11 @@ def collapse(margin: float | None) -> str:
     return "collapse: agrees with other models' originals as much as with its own"
 
 
+def class_dtype(classes: int) -> torch.dtype:
+    """The least integers that hold so many classes, and negative marks beside them: a model of language has more than two bytes count."""
+    return torch.int16 if classes <= 32_768 else torch.int32
+
+
 def _blocks(count: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
@@ -211,7 +219,7 @@ def _behavior(
         gaps += torch.stack([criterion_values(r, o, "mse"), *far], 1) * share
         for chosen, outputs in zip(classes, (outputs_o, outputs_r)):
             outputs = outputs.unflatten(2, (-1, architecture.num_classes)).flatten(1, 2)  # an answer of several parts is several
-            chosen.append(outputs.argmax(-1).to(torch.int16 if architecture.num_classes <= 32_767 else torch.int32))
+            chosen.append(outputs.argmax(-1).to(class_dtype(architecture.num_classes)))
     classes_o = torch.cat(classes[0], 1).masked_fill_(~finite_o.unsqueeze(1), -1)
     classes_r = torch.cat(classes[1], 1).masked_fill_(~finite_r.unsqueeze(1), -2)
     extremes = torch.stack([torch.stack(ends).amin(0)[:, 0], torch.stack(ends).amax(0)[:, 1]], 1)
@@ -324,8 +332,6 @@ def _check_weights(original: Any, reconstructed: Any, architecture: Any) -> tupl
 
 
 def _check_labels(images: Any, labels: Any, architecture: Architecture) -> Tensor:
-    some = isinstance(images, Tensor) and images.ndim > 1 and len(images) > 0
-    require(some, f"images: expected [n, ...] with n >= 1, got {describe(images)}")
     require(
         isinstance(labels, Tensor) and labels.shape == (len(images),) and not labels.is_floating_point() and not labels.is_complex(),
         f"labels: expected integers [{len(images)}] (one per image), got {describe(labels)}",

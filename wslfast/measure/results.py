@@ -30,6 +30,16 @@ SCHEMA = 1
 KEY = ("zoo", "variant", "seed")
 NAMES = ("zoo", "variant", "metric")  # columns that hold text, whatever it looks like
 HEADER = (*KEY, "metric", "median", "mean", "spread")
+# tables, and the columns of theirs that the page reads by name
+_COLUMNS = {
+    "models": KEY,
+    "samples": (*KEY, "set", "epoch", "test_acc"),
+    "samplings": (*KEY, "sampler", "bandwidth", "select", "test_acc", "diversity", "diversity_disagreement", "novelty", "novelty_behavior"),
+    "latents": (*KEY, "split", "x", "y", "share_x", "share_y"),
+    "curves": KEY,
+    "ablations": HEADER,
+    "gradients": (*HEADER, "direction", "magnitude"),
+}
 TABLES = ("models", "samples", "samplings", "latents", "curves")
 EXTRA = ("ablations", "gradients")  # tables that other commands put beside these
 Row = dict[str, Any]
@@ -179,7 +189,8 @@ class Results:
     def table(self, name: str, zoo: str, variant: str | None = None, *, first_seed: bool = False) -> list[Row]:
         """A table's rows of a zoo, and of a variant; of its lowest seed alone if asked for."""
         rows = [r for r in self.tables.get(name, ()) if r.get("zoo") == zoo and variant in (None, r.get("variant"))]
-        return [r for r in rows if r["seed"] == min(x["seed"] for x in rows)] if first_seed else rows
+        lowest = min((r["seed"] for r in rows if r["seed"] is not None), default=None)
+        return [r for r in rows if r["seed"] == lowest] if first_seed else rows
 
     def losses(self, zoo: str, variant: str) -> str:
         """The losses that a run was trained with (``C+S+B``: contrastive, structural, behavioral); empty where that is not known."""
@@ -256,12 +267,14 @@ def read_results(folder: str | Path) -> Results:
     require(has_rows or bool(beside), f"{place}: no results here (expected rows.csv); wslfast evaluate --out writes them")
     rows = from_csv(place / "rows.csv", HEADER) if has_rows else []
     paths = {name: place / f"{name}.csv" for name in TABLES} | {name: at / f"{name}.csv" for name, at in beside.items()}
-    tables = {name: from_csv(path) for name, path in paths.items() if path.is_file()}
+    tables = {name: from_csv(path, _COLUMNS[name]) for name, path in paths.items() if path.is_file()}
     facts = _json(place / "report.json") if (place / "report.json").is_file() else {}
     variants = facts.get("variants")
     if not (variants and isinstance(variants, list)):  # rows alone make a page too
         keys = dict.fromkeys(tuple(r[k] for k in KEY) for r in rows)
         variants = [{**dict(zip(KEY, key)), "kind": "zoo" if key[1] == "zoo" else "run"} for key in keys]
+    whole = all(isinstance(v, dict) and {"zoo", "variant", "kind"} <= set(v) for v in variants)
+    require(whole, f"{place / 'report.json'}: variants: expected objects with zoo, variant and kind")
     extra = {name: _json(at / f"{name}.json") for name, at in beside.items() if (at / f"{name}.json").is_file()}
     return Results(rows, tables, {**facts, **extra, "variants": variants})
 

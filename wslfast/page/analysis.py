@@ -12,12 +12,12 @@ from .tables import ablation_table
 
 _HUES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f3c8d", "#555555")
 _METRICS = (
-    ("agreement", "Agreement", "%"), ("agreement_others", "With others", "%"),
+    ("agreement", "Agreement", "%"), ("psnr", "PSNR", "dB"), ("agreement_others", "With others", "%"),
     ("identified", "Identified", "%"), ("explained_variance", "Variance kept", "%"), ("accuracy_change", "Accuracy change", "points"),
     ("l2_masked", "Masked L2", "of weights"), ("probe_r2", "Probe", "R2 of accuracy"),
     ("probe_r2_ggap", "Probe", "R2 of the gap"), ("generated_accuracy", "New models", "%"), ("diversity", "Their diversity", "L2"),
 )  # fmt: skip
-_DRAWN = ("agreement", "identified", "accuracy_change", "l2_masked")
+_DRAWN = ("agreement", "psnr", "identified", "accuracy_change", "l2_masked")
 _DIRECTIONS = {
     "random": "any direction", "layer": "any, scaled by layer", "top": "where outputs move most", "bottom": "where they move least",
     "reconstruction": "the reconstruction's own error",

@@ -84,8 +84,11 @@ def zoo_picture(zoo: str | Path) -> bytes:
             points = [(e, sum(own) / len(own)) for e, own in zip(epochs, means) if own]
             if points:
                 right.plot(*zip(*points), "o-", color=color, markersize=4, linewidth=1.4, label=split)
-        for axes, x, y in ((left, _ACCURACIES.get(column or "", "accuracy"), "checkpoints"), (right, "epoch", "mean accuracy (%)")):
-            axes.set_xlabel(f"accuracy on {x} (%)" if axes is left else x)
+        for axes, x, y in (
+            (left, f"accuracy on {_ACCURACIES[column]} (%)" if column else "accuracy (%)", "checkpoints"),
+            (right, "epoch", "mean accuracy (%)"),
+        ):
+            axes.set_xlabel(x)
             axes.set_ylabel(y, color=INK)
             axes.grid(axis="y")
             if axes.get_legend_handles_labels()[0]:

@@ -148,7 +148,7 @@ def generation(results: Results, zoo: str, colors: Mapping[str, str]) -> str:
     ]
     for v in runs:
         rows = results.table("samples", zoo, v)
-        last = max((r["epoch"] for r in rows if r["set"] == "finetuned"), default=None)
+        last = max(column([r for r in rows if r["set"] == "finetuned"], "epoch"), default=None)
         strips.append((f"{v}: reconstructed", column(results.table("models", zoo, v), "accuracy_reconstructed"), colors[v]))
         strips.append((f"{v}: generated", column([r for r in rows if r["set"] == "generated"], "test_acc"), colors[v]))
         if last is not None:
@@ -177,11 +177,12 @@ def _tradeoff(axes: Axes, results: Results, zoo: str, runs: Sequence[str], color
     """Accuracy against distance to the nearest training model, in units of a copy's."""
     used: dict[str, str] = {}
     for v in runs:
-        rows = [r for r in results.table("samplings", zoo, v, first_seed=True) if r["select"] == "none"]
+        every = results.table("samplings", zoo, v, first_seed=True)  # models that are all broken have no distance
+        rows = [r for r in every if r["select"] == "none" and None not in (r["novelty"], r["test_acc"])]
         copy = results.mean(zoo, v, "novelty_reconstruction")
         if not copy:
             continue
-        joint = sorted((r for r in rows if r["sampler"] == "joint"), key=lambda r: r["bandwidth"])
+        joint = sorted((r for r in rows if r["sampler"] == "joint"), key=lambda r: r["bandwidth"] or 0.0)
         axes.plot([r["novelty"] / copy for r in joint], [100 * r["test_acc"] for r in joint], color=colors[v], linewidth=1.0, alpha=0.6)
         for r in rows:
             name = str(r["sampler"])
@@ -212,7 +213,9 @@ def _tradeoff(axes: Axes, results: Results, zoo: str, runs: Sequence[str], color
 
 def _finetuning(axes: Axes, results: Results, zoo: str, runs: Sequence[str], colors: Mapping[str, str]) -> None:
     for v in runs:
-        rows = results.table("samples", zoo, v)
+        rows = [r for r in results.table("samples", zoo, v) if None not in (r["epoch"], r["test_acc"])]
+        if not rows:
+            continue
         epochs = sorted({r["epoch"] for r in rows})
         after = [100 * np.asarray(column([r for r in rows if r["epoch"] == e], "test_acc")) for e in epochs]
         lows, highs = zip(*(np.quantile(values, (0.2, 0.8)) for values in after))
@@ -223,7 +226,8 @@ def _finetuning(axes: Axes, results: Results, zoo: str, runs: Sequence[str], col
     axes.set_title("Fine-tuning")
     axes.set_xlabel("epoch (0: as decoded)")
     axes.set_ylabel("mean test accuracy (%)")
-    axes.legend(fontsize=7.5, loc="lower right")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=7.5, loc="lower right")
 
 
 def latent_map(results: Results, zoo: str, variant: str) -> str:

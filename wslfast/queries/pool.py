@@ -11,6 +11,7 @@ from ..architecture import Architecture
 from ..behavior import batched_forward
 from ..engine.ranks import ALONE, World
 from ..errors import describe, require
+from ..kernels.criteria import CRITERIA, criterion_values
 from ..population import Population
 
 
@@ -109,5 +110,23 @@ class TargetCache:
 
     def variance(self) -> float:
         """Half the variance of outputs over originals, summed over classes and averaged over queries: what criterion ``"mse"`` gives
-        an answer that knows nothing of the model, the originals' mean output at each query. The natural unit of L_B."""
-        return float(self.outputs.flatten(2).double().var(0, unbiased=False).sum(1).mean() / 2)
+        an answer that knows nothing of the model, the originals' mean output at each query. The natural unit of L_B. Models whose outputs
+        are not finite are left out; one model alone is answered with zero."""
+        return uninformed_behavior(self.outputs)
+
+
+def uninformed_behavior(outputs: Tensor, criterion: str = "mse", temperature: float = 2.0) -> float:
+    """A criterion's mean value over originals with outputs ``[M, Q, K]`` when each is answered with the mean output of all at each
+    query: for ``"mse"`` half the variance over models, summed over classes. Models whose outputs are not finite are left out. One model
+    alone is answered with zero."""
+    require(criterion in CRITERIA, f"criterion: expected one of {CRITERIA}, got {criterion!r}")
+    finite = outputs.isfinite().flatten(1).all(1)
+    kept = int(finite.sum())
+    require(kept > 0, "normalizers: behavioral: no original has finite outputs")
+    blocks = [rows.split(64) for rows in (outputs, finite)]  # float64 copies of a few models at a time
+    mean = torch.stack([chunk[rows].double().sum(0) for chunk, rows in zip(*blocks, strict=True)]).sum(0) / kept
+    mean = mean if kept > 1 else torch.zeros_like(mean)
+    values = [
+        criterion_values(mean.expand_as(chunk), chunk.double(), criterion, temperature)[rows] for chunk, rows in zip(*blocks, strict=True)
+    ]
+    return float(torch.cat(values).mean())

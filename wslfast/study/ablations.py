@@ -21,7 +21,7 @@ from torch import Tensor
 from ..engine.ranks import World, apart, joined
 from ..errors import WslfastError, check_device, require
 from ..files import check_folder, sha256_of, write_text
-from ..measure.evaluation import Code, compare_models, embeddings, reconstruct
+from ..measure.evaluation import Code, embeddings, reconstruct
 from ..measure.recorded import check_recorded
 from ..measure.results import HEADER, Row, Unit, figures, kept_unit, single, update_csv, write_unit
 from ..population import Population
@@ -33,7 +33,7 @@ from ..zoo import build_zoo
 from ..zoo.manifest import MANIFEST
 from .ablation_file import Ablation, settings_of
 from .loaded_zoo import LoadedZoo, Protocol, evenly
-from .protocol import discriminative, generative
+from .protocol import compared, discriminative, generative
 
 COLUMNS = (*HEADER, "ablation", "axis", "value")
 _VERSION = 1  # of what a cell is; part of its hash
@@ -66,8 +66,8 @@ class Stop:
         self.path, self.clock, self.budget, self.every, self.steps = folder / "clock.json", _CLOCKS[clock], budget, every, steps
         self.seconds, self.last = 0.0, self.clock()
         try:
-            self.known: dict[str, float] = json.loads(self.path.read_text())
-        except (OSError, ValueError):
+            self.known = {str(step): float(seconds) for step, seconds in json.loads(self.path.read_text()).items()}
+        except (OSError, ValueError, TypeError, AttributeError):  # nothing there, or nothing of ours: it counts from here
             self.known = {}
 
     def resume(self, step: int) -> bool:
@@ -172,10 +172,15 @@ def _all_cells(
     zoos = {device: LoadedZoo(folder, Protocol.whole(), device=device) for device in devices}
     held_out = all(ablation.split in models.splits for models in zoos.values())
     require(held_out, f"zoo {folder} has no {ablation.split} models")
+    labelled = all(models.labelled for models in zoos.values())
+    require(
+        labelled or not ablation.generate, f"ablation {ablation.name}: generate: new models are judged by accuracy; {folder} has no classes"
+    )
     sampled = {d: LoadedZoo(folder, samples, device=d) for d in devices if ablation.generate and ablation.split == "test"}
     # one training serves validation models, test models and several protocols
     few = "" if ablation.models is None else f"-{ablation.models}"
-    file = f"figures-{ablation.split}{few}{f'-{samples.digest}' if sampled else ''}.json"
+    what = "" if labelled else "-outputs"
+    file = f"figures-{ablation.split}{few}{what}{f'-{samples.digest}' if sampled else ''}.json"
     mine = set(world.dealt(list(dict.fromkeys(key for *_, key in cells))))  # cells of one key are one training
     rows: list[Row] = []
     for final in (False, True) if world.size > 1 else (True,):
@@ -249,7 +254,7 @@ def _measured(key: str, system: System, config: TrainConfig, ablation: Ablation,
         begun = time.process_time()
         rebuilt = trained.reconstruct(held_out.weights)
         coding = (time.process_time() - begun) / len(held_out)
-        result = compare_models(held_out, rebuilt, *zoo.data.split(ablation.split))
+        result, values = compared(zoo, held_out, rebuilt, ablation.split)
         new = {} if sampled is None or trained.code is None else generative(sampled, trained.code, full=True)[0]
         probes = {}
         if ablation.models is None:
@@ -258,7 +263,7 @@ def _measured(key: str, system: System, config: TrainConfig, ablation: Ablation,
         check_recorded(held_out, result.accuracy_original, zoo.data, zoo.folder)
     alone = {"steps": trained.steps, "seconds": stop.seconds, "latent_numbers": trained.latent_numbers, "non_finite": result.non_finite}
     alone["coding_seconds"] = coding
-    metrics = {name: figures(values) for name, values in result.metrics().items()}
+    metrics = {name: figures(value) for name, value in values.items()}
     metrics |= {name: single(float(value)) for name, value in alone.items()}
     suffix = "" if ablation.split == "test" else f"_{ablation.split}"
     metrics |= {m: (*probes[m + suffix][:2], None) for m in ("probe_r2", "probe_r2_ggap") if m + suffix in probes}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from ..measure.diversity import Diversity, accuracy, behavioral_novelty, diversi
 from ..measure.evaluation import Code, compare_models, decode, embeddings, encode, latent_numbers, reconstruct
 from ..measure.generation import Source
 from ..measure.probe import RidgeProbe, behavior_statistics, consensus_of
+from ..measure.reconstruction import Reconstruction
 from ..measure.results import Figures, Row, figures, single
 from ..population import Population
 from ..queries import synthetic_queries
@@ -38,9 +40,7 @@ class Measured(NamedTuple):
 
 def reconstructive(zoo: LoadedZoo, reconstructed: Tensor) -> tuple[Metrics, list[Row]]:
     """Every metric of :class:`Reconstruction`, and one row a test model."""
-    labels, peak = zoo.data.test_labels if zoo.labelled else None, zoo.data.provenance.get("peak")
-    result = compare_models(zoo.test, reconstructed, zoo.data.test_images, labels, zoo.targets, peak)
-    values = {name: v for name, v in result.metrics().items() if zoo.labelled or not (name.startswith("accuracy") or bool(v.isnan().all()))}
+    result, values = compared(zoo, zoo.test, reconstructed, "test", zoo.targets)
     metrics: Metrics = {name: figures(v) for name, v in values.items()}
     metrics["non_finite"] = single(float(result.non_finite))
     if zoo.labelled:
@@ -54,6 +54,17 @@ def reconstructive(zoo: LoadedZoo, reconstructed: Tensor) -> tuple[Metrics, list
         for j in range(len(result))
     ]
     return metrics, rows
+
+
+def compared(
+    zoo: LoadedZoo, models: Population, reconstructed: Tensor, split: str, targets: Tensor | None = None
+) -> tuple[Reconstruction, dict[str, Tensor]]:
+    """Reconstructions held against models on the images of a split, and what has a value: nothing of accuracy where answers are no
+    classes."""
+    images, labels = zoo.data.split(split)
+    result = compare_models(models, reconstructed, images, labels if zoo.labelled else None, targets, zoo.data.provenance.get("peak"))
+    every = result.metrics().items()
+    return result, {name: v for name, v in every if zoo.labelled or not (name.startswith("accuracy") or bool(v.isnan().all()))}
 
 
 def discriminative(zoo: LoadedZoo, features: Mapping[str, Tensor], prefix: str = "") -> Metrics:
@@ -96,9 +107,11 @@ def _bootstrap(predicted: Tensor, target: Tensor, models: Sequence[Any], seed: i
     drawn = torch.randint(len(ids), (_RESAMPLES, len(ids)), generator=torch.Generator().manual_seed(seed))
     weight = torch.zeros(_RESAMPLES, len(ids), dtype=torch.float64).scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
     weight = weight[:, group]
-    weight = weight / weight.sum(1, keepdim=True)
-    mean = weight @ target
-    r2 = 1 - weight @ (predicted - target).square() / (weight @ target.square() - mean.square())
+    low, high = (torch.where(weight > 0, target, end) for end in (math.inf, -math.inf))
+    varies = low.amin(1) < high.amax(1)  # told by the numbers: rounding gives equal ones a variance, and R2 of -1e15
+    weight = (weight / weight.sum(1, keepdim=True))[varies]
+    spread = target - target.mean()  # the variance of numbers around 0 loses no digits
+    r2 = 1 - weight @ (predicted - target).square() / (weight @ spread.square() - (weight @ spread).square())
     finite = r2[r2.isfinite()]
     return float(finite.std()) if len(finite) > 1 else None
 
@@ -303,6 +316,14 @@ def measure_originals(zoo: LoadedZoo) -> Measured:
         few = anchors[pick.to(anchors.device)]
         metrics |= spreads(diversity(few, outputs_of(few, zoo.data.test_images, zoo.architecture)))
         metrics["diversity_sorted"] = figures(torch.pdist(sorted_channels(few, zoo.architecture).double()))
-    pairs = zip(rows.tolist(), zoo.train_accuracy[rows].tolist())
-    samples: list[Row] = [{"set": "anchors", "model": row, "epoch": None, "test_acc": value} for row, value in pairs]
+    table, accurate = zoo.train.properties, zoo.train_accuracy
+    samples: list[Row] = [
+        {
+            "set": "anchors",
+            "model": table["model"][row],
+            "epoch": table["epoch"][row] if "epoch" in table else None,
+            "test_acc": float(accurate[row]),
+        }
+        for row in rows.tolist()
+    ]
     return Measured(metrics, {"samples": samples}, zoo.facts)

@@ -27,8 +27,8 @@ from ..training.hooks import LogTo
 from ..zoo import read_manifest
 from ..zoo.manifest import KIND
 from .loaded_zoo import LoadedZoo, Protocol
-from .trained import zero_layer_twins
-from .units import TABLE, Inputs, reserved
+from .trained import NamedRun, zero_layer_twins
+from .units import TABLE, Inputs, reserved, run_facts
 
 logger = logging.getLogger("wslfast")
 
@@ -83,6 +83,8 @@ def study(
         twice = [f"{variant}, seed {seed}" for variant, seed in dict.fromkeys(keys) if keys.count((variant, seed)) > 1]
         distinct = len(folders) == len(runs) and not twice
         require(distinct, f"runs: expected distinct variants and seeds, got {', '.join(twice) or [str(r) for r in runs]} more than once")
+        for variant, names in _mixed(loaded).items():
+            say(f"{variant}: its runs differ in {', '.join(names)}, and the page shows their mean; other folder names keep them apart")
         taken = sorted({variant for variant, _ in loaded if reserved(variant)})
         require(not taken, f"runs: {', '.join(taken)}: the page calls baselines so; rename the folder")
         sizes = protocol or (Protocol.quick() if quick else Protocol())
@@ -159,8 +161,21 @@ def _comparable(units: Sequence[Unit], zoos: Mapping[str, str], say: Callable[[s
 
 
 def _variant(folder: Path) -> str:
-    """Variant of a run by its folder: ``runs/S+B-seed1`` is ``S+B``."""
-    return re.sub(r"[-_.]?s(eed)?[-_]?\d+$", "", folder.name) or folder.parent.name
+    """Variant of a run by its folder: ``runs/S+B-seed1`` is ``S+B``. A single s has to stand apart: ``layers4`` is a name of its own, and
+    not seed 4 of ``layer``."""
+    return re.sub(r"(?:(?:^|[-_.])s|[-_.]?seed)[-_]?\d+$", "", folder.name) or folder.parent.name
+
+
+def _mixed(runs: Sequence[NamedRun]) -> dict[str, list[str]]:
+    """Of variants whose runs are not one setting with several seeds, the settings that differ."""
+    facts: dict[str, list[dict[str, Any]]] = {}
+    for variant, run in runs:
+        facts.setdefault(variant, []).append(run_facts(run))
+    differ = {
+        v: [name for name in own[0] if name not in ("folder", "step") and any(f[name] != own[0][name] for f in own)]
+        for v, own in facts.items()
+    }
+    return {variant: names for variant, names in differ.items() if names}
 
 
 def _check_folder(folder: Path, zoo: LoadedZoo) -> None:

@@ -135,7 +135,22 @@ class _Output(_Around):
 
     def forward(self, x: Tensor) -> Any:
         answer = self._inner[0](x)
+        _check_part(answer, self.part)
         return getattr(answer, self.part) if isinstance(self.part, str) and not isinstance(answer, dict) else answer[self.part]
+
+
+def _check_part(answer: Any, part: str | int) -> None:
+    """Raise WslfastError for a part that an answer does not have, naming those that it has."""
+    if isinstance(answer, Tensor):
+        raise WslfastError(f"output: expected None (--output left out), as the answer is one tensor, got {part!r}")
+    if not isinstance(answer, (dict, tuple, list)):  # of a class of its own, or one that stands for it while it is traced
+        return
+    parts = list(answer) if isinstance(answer, dict) else list(range(len(answer)))
+    if isinstance(answer, dict):
+        fits = part in answer
+    else:  # a tuple may have names, and counts from its end, too
+        fits = hasattr(answer, part) if isinstance(part, str) else part in range(-len(answer), len(answer))
+    require(fits, f"output: expected a part of the answer, one of {parts[:8]}, got {part!r}")
 
 
 def prepared(module: nn.Module, name: str, input_shape: tuple[int, ...], output: str | int | None = None) -> nn.Module:

@@ -224,3 +224,20 @@ def test_a_full_group_is_tried_once_and_a_size_once_a_process() -> None:
     before = len(log)
     company.split(5, 64, "once", _library(lambda s: s == 64, log))
     assert len(log) == before
+
+
+def test_what_trials_have_found_takes_no_more_memory_than_so_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that meets one network after another keeps the last ones; one that had to make room is found again, the same."""
+    monkeypatch.setattr(company, "_MOST", 5)
+    for name in ("_agree", "_shared", "_split"):
+        monkeypatch.setattr(company, name, {})
+    log: list[int] = []
+    asked = [("bounded", i) for i in range(20)]
+    first = [company.split(5, 64, key, _library(lambda s: s % 4 == 0, log)) for key in asked]
+    shared = [company.agrees_when_shared(8, key, lambda size, order, share: [torch.ones(size)]) for key in asked]
+    assert max(len(company._agree), len(company._shared), len(company._split)) <= 5
+    tried = len(log)
+    assert company.split(5, 64, asked[-1], _library(lambda s: s % 4 == 0, log)) == first[-1]
+    assert len(log) == tried
+    assert [company.split(5, 64, key, _library(lambda s: s % 4 == 0, log)) for key in asked] == first
+    assert all(shared)

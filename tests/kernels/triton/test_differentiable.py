@@ -18,6 +18,7 @@ triton = pytest.importorskip("triton")
 if not triton.knobs.runtime.interpret:
     pytest.skip("needs TRITON_INTERPRET=1 when triton is first imported", allow_module_level=True)
 
+from wslfast.kernels.triton import budget
 from wslfast.kernels.triton import launch as kernels
 from wslfast.kernels.triton.differentiable import differentiable_forward
 from wslfast.kernels.triton.schedule import schedule
@@ -71,9 +72,9 @@ def test_partial_sums_beyond_32_bits_are_refused(monkeypatch: pytest.MonkeyPatch
     """Their places would wrap around, and the gradients there be zero."""
     weights, queries, targets = make(MLP, 2, 3)
     row = fold_tables(schedule(MLP.layers, MLP.shape), 3, weights.device).row
-    monkeypatch.setattr(kernels, "OFFSETS", row + 1)
+    monkeypatch.setattr(budget, "OFFSETS", row + 1)
     kernels.loss_and_gradient(weights, queries, targets, MLP.layers, "mse", precision="ieee", mode="layers")
-    monkeypatch.setattr(kernels, "OFFSETS", row)
+    monkeypatch.setattr(budget, "OFFSETS", row)
     with pytest.raises(ValueError, match=f"{row} partial sums a model"):
         kernels.loss_and_gradient(weights, queries, targets, MLP.layers, "mse", precision="ieee", mode="layers")
 

@@ -299,6 +299,18 @@ def test_a_broken_reconstruction_is_left_out_where_asked(sane2: SimpleNamespace)
     kept = loss.values([tuple(parts.values())], queries)[0][[0, 2]].mean()
     assert float(found) == pytest.approx(float(kept), rel=FP32_ROUNDING)
     assert bool(v2.BehavioralLoss(**settings)({**parts, "x_hat": broken})["loss"].isnan())
+    # an original without finite outputs has no unit either: what is left is in the units of what is left
+    torch.manual_seed(3)
+    lost = v2.BehavioralLoss(**settings, nan_policy="omit", normalize="batch")
+    x = parts["x"].clone()
+    x[1] = float("nan")
+    torch.manual_seed(3)
+    found = lost({**parts, "x": x})
+    values, units = lost.values([tuple(parts.values())], queries)
+    assert units is not None
+    share = float(values[[0, 2]].mean() / units[[0, 2]].mean())
+    assert float(found["loss"]) == pytest.approx(share, rel=FP32_ROUNDING)
+    assert float(found["loss_behavioral_rsq"]) == pytest.approx(1 - share, rel=FP32_ROUNDING, abs=FP32_ROUNDING)
     with pytest.raises(WslfastError, match="no network of the batch"):
         loss({**parts, "x_hat": torch.full_like(broken, float("nan"))})
 

@@ -124,12 +124,13 @@ class Behavior:
         parts = [_view(tensors, suffix) for suffix in (("_i", "_j") if "x_i" in tensors and "x" not in tensors else ("",))]
         with torch.autocast(queries.device.type, enabled=False):
             values, units = self.values(parts, queries)
-        counted = values if self.nan_policy != "omit" else values[~values.detach().isnan()]
+        kept = torch.ones_like(values, dtype=torch.bool) if self.nan_policy != "omit" else ~values.detach().isnan()
+        counted = values[kept]
         require(len(counted) > 0, "x_hat: no network of the batch has a finite value and gradient (nan_policy 'omit')")
         loss = counted.mean() if self.reduction == "mean" else counted.sum()
         out: dict[str, Tensor] = {}
         if units is not None:
-            unit = units.mean()
+            unit = units[kept].mean()  # a network that is left out is in neither
             if self.normalize == "batch":
                 loss = loss / unit
             out[f"{self.name}_rsq"] = 1 - counted.detach().mean() / unit

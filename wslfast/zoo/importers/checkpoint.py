@@ -17,6 +17,7 @@ from ...safe.inert import StoredTensor, Stub
 
 State = Mapping[str, Tensor]
 UNKNOWN = "no matching results"
+UNTOLD = "not in the table"
 _DEEPEST = 8  # folders below a source that are looked into
 _WRAPPERS = ("model_state_dict", "state_dict", "model", "params", "net", "network", "weights")  # keys that a state dict lies under
 _PARTS = ("_parameters", "_buffers", "_modules")  # of a module that was pickled whole
@@ -26,7 +27,8 @@ _PARTS = ("_parameters", "_buffers", "_modules")  # of a module that was pickled
 class Checkpoint:
     """A checkpoint: where it is, which model's and of which epoch, what is known about it, and how to read its weights.
 
-    ``unknown`` says why nothing tells which results are its own; ``architecture`` what it is of, where the source itself says so.
+    ``unknown`` says why nothing tells which results are its own, ``untold`` which table has no row for it; ``architecture`` what it is of,
+    where the source itself says so.
     """
 
     where: str
@@ -38,6 +40,7 @@ class Checkpoint:
     split: str | None = None
     unknown: str = ""
     architecture: Architecture | None = None
+    untold: str = ""
 
 
 @dataclass

@@ -98,8 +98,7 @@ def checkpoints(
         row = table.of(file, source)
         if row is not None:
             used.add(row[0])
-        elif table.rows:
-            skips.add(where, "not in the table", f"{table.where} has no row for it; what is known of it is empty")
+        untold = f"{table.where} has no row for it; what is known of it is empty" if row is None and table.rows else ""
         facts = dict(row[1]) if row is not None else {}
         try:
             loaded = load(file)
@@ -135,7 +134,7 @@ def checkpoints(
             except WslfastError as error:
                 skips.add(where, "another architecture", str(error))
                 continue
-        yield Checkpoint(where, model, epoch or 0, properties, {}, held(state), split, architecture=chosen)
+        yield Checkpoint(where, model, epoch or 0, properties, {}, held(state), split, untold=untold, architecture=chosen)
     table.unused(used, source, skips)
 
 
@@ -151,11 +150,10 @@ def of_trials(
         properties = dict(row[1]) if row is not None else {}
         if row is not None:
             used.add(row[0])
-        elif table.rows:
-            skips.add(checkpoint.where, "not in the table", f"{table.where} has no row for it")
+        untold = f"{table.where} has no row for it" if row is None and table.rows else ""
         further = {k: plain(v, k) for k, v in properties.items() if k not in _RESERVED and k != "network"}
         split = properties["split"] if properties.get("split") in SPLITS else checkpoint.split
-        checkpoint = replace(checkpoint, properties={**checkpoint.properties, **further}, split=split)
+        checkpoint = replace(checkpoint, properties={**checkpoint.properties, **further}, split=split, untold=untold)
         if not networks:
             yield checkpoint
             continue

@@ -14,7 +14,7 @@ from ...population import Population
 from ..identical import Identical, digest
 from ..manifest import KIND, Kind, normalised, plain
 from ..store import SHARD_BYTES
-from .checkpoint import UNKNOWN, Checkpoint, Skips, State, unreadable
+from .checkpoint import UNKNOWN, UNTOLD, Checkpoint, Skips, State, unreadable
 from .recognise import activations, contradiction, fits, recognise
 
 IDENTICAL = "identical weights"
@@ -70,6 +70,8 @@ class Rows:
                 continue
             if checkpoint.unknown:
                 self.skips.add(checkpoint.where, UNKNOWN, checkpoint.unknown)
+            if checkpoint.untold:  # of what is stored: what cannot be read has its own reason, and misses no row
+                self.skips.add(checkpoint.where, UNTOLD, checkpoint.untold)
             self.models.append(checkpoint.model)
             self.epochs.append(checkpoint.epoch)
             self.splits.append(checkpoint.split)
