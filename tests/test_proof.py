@@ -91,6 +91,9 @@ def test_the_nearest_size_counts() -> None:
         assert f"wslfast.doctor(architecture, k={k}, n={n})" in decision.reason
         assert "k=4, n=64, k=1024, n=256" in decision.reason
     assert verdicts.judge(verdict, 10**6, 10**5).on  # of a large call, 512 models and 1,024 queries would be timed, which are near
+    usual = Verdict(RIGHT, "", {}, tuple(Speed(k, n, 5.0, 1.0, "default") for k, n in proof.SIZES))
+    sizes = [(k, n) for k in (2, 16, 64, 100, 10**4) for n in (2, 16, 32, 100, 10**4)]
+    assert [s for s in sizes if not verdicts.judge(usual, *s).on] == [(2, 10**4), (10**4, 2), (10**4, 16)]  # of what doctor times by itself
     fresh = Verdict(RIGHT, "", {}, (Speed(5, 60, 5.0, 1.0, "default"),))
     assert {(s.k, s.n) for s in fresh.merged(verdict).speeds} == {(5, 60), (1024, 256)}
     assert fresh.merged(Verdict(WRONG)).speeds == fresh.speeds

@@ -28,7 +28,7 @@ from .errors import check_device, check_positive, require, say_once
 
 LIMIT_S = 120.0
 HANG_S = 45.0  # silence that is a hang, which is kept; a busy machine compiles slowly
-SIZES = ((128, 256), (1024, 256))  # what doctor times where nobody says: a published batch, and a large one
+SIZES = ((128, 256), (1024, 256), (16, 16))  # what doctor times where nobody says: a published batch, a large one, and a few small ones
 logger = logging.getLogger("wslfast")
 
 
@@ -121,7 +121,7 @@ def doctor(
 
     Args:
         architecture: by default the published ``cnn3``.
-        k, n: the size to time, models and queries (default: 128 and 1,024 models on 256 queries).
+        k, n: the size to time, models and queries (default: 128 and 1,024 models on 256 queries, 16 on 16).
         precision: ``"tf32"``, ``"tf32x3"``, ``"fp16"`` or ``"bf16"`` (default: what torch's settings make of a call now).
         device: the GPU.
         limit_s: seconds for everything.

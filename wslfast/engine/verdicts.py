@@ -38,6 +38,7 @@ FORMS = ("forward", "loss", "indexed")  # outputs and their graph; loss and grad
 RIGHT, WRONG, FAILED, UNKNOWN = "right", "wrong", "failed", "unknown"
 FASTER = 0.9  # of torch's time
 NEAR = 8  # times as many models or queries, or as few, that a time still says something of
+FULL = 2**15  # pairs of model and query that fill a GPU: with more models everything takes longer in proportion
 SETTINGS = ("auto", "on", "off")
 SCHEMA = 1
 FORMER = {"long": "default"}  # choices of earlier versions, in checkpoints, and what gives the same bits
@@ -85,6 +86,11 @@ class Speed:
         """Whether the kernels are worth taking."""
         return self.kernels_ms < FASTER * self.torch_ms
 
+    def near(self, models: int, queries: int) -> bool:
+        """Whether it says something of a call of that size."""
+        alike = 1 / NEAR <= self.k / models <= NEAR or (models > self.k and self.k * self.n >= FULL)
+        return alike and 1 / NEAR <= self.n / queries <= NEAR
+
     def __str__(self) -> str:
         return f"{self.kernels_ms:.3g} ms against torch's {self.torch_ms:.3g} (k={self.k}, n={self.n})"
 
@@ -106,9 +112,8 @@ class Verdict:
         if k is None or n is None:
             return max(self.speeds, key=lambda s: s.k * s.n)
         models, queries = slice_of(k, n)
-        apart = {s: (abs(math.log(s.k / models)), abs(math.log(s.n / queries))) for s in self.speeds}
-        near = [s for s in self.speeds if max(apart[s]) <= math.log(NEAR) + 1e-9]  # logarithms are rounded
-        return min(near, key=lambda s: sum(apart[s]), default=None)
+        near = [s for s in self.speeds if s.near(models, queries)]
+        return min(near, key=lambda s: abs(math.log(s.k / models)) + abs(math.log(s.n / queries)), default=None)
 
     def merged(self, other: Verdict) -> Verdict:
         """This one with the speeds of an earlier one at other sizes."""
