@@ -24,7 +24,7 @@ from ..cpu.convolutions import crosses
 from ..cpu.steps import as_channels_last
 from .calls import Call, Layout, Values
 from .layouts import behind, everyone, mapped, repeated
-from .product_forms import addmm, attention, einsum, embedding, linear, matmul
+from .product_forms import addmm, attention, cdist, einsum, embedding, linear, matmul, tensordot
 from .recurrent import cell, recurrent
 
 # -- elementwise, axes, shapes -----------------------------------------------------------------------------------------
@@ -278,6 +278,7 @@ FORMS: dict[str, Form] = {
     "attention": attention, "embedding": embedding, "convolution": convolution, "transposed": transposed, "batch_norm": batch_norm,
     "instance_norm": instance_norm, "group_norm": group_norm, "layer_norm": layer_norm, "rms_norm": rms_norm, "prelu": prelu,
     "recurrent": recurrent, "cell": cell, "grid": grid, "einsum": einsum,
+    "tensordot": tensordot, "cdist": cdist,
 }  # fmt: skip
 
 
