@@ -8,7 +8,7 @@ outputs ``[k, n, K]``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -67,7 +67,12 @@ def forward(weights: Tensor, queries: Tensor, layers: Layers) -> Tensor:
     Rows are copied: BLAS rounds differently at addresses of other alignment, and a row's would depend on its place among the models.
     """
     own_queries = per_model_queries(queries, layers)
-    return torch.stack([forward_one(w.clone(), queries[j].clone() if own_queries else queries, layers) for j, w in enumerate(weights)])
+    return beside([forward_one(w.clone(), queries[j].clone() if own_queries else queries, layers) for j, w in enumerate(weights)])
+
+
+def beside(answers: Sequence[Tensor]) -> Tensor:
+    """Answers of models that ran one after another, ``[k, ...]``. Gradients are copied, too: they come as rows of one tensor."""
+    return torch.stack([answer * 1 if answer.requires_grad else answer for answer in answers])
 
 
 def loss_and_gradient(

@@ -9,7 +9,8 @@ trial may miss: callers say of what a size has to be a multiple (``costs.whole_m
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ SIZES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192)
 _A_GROUP = 2  # models' time that the calls of a group cost beside their numbers
 _agree: dict[tuple[Hashable, int, int], bool] = {}
 _shared: dict[tuple[Hashable, int], bool] = {}
+_everywhere: dict[Hashable, bool] = {}
 _split: dict[tuple[Hashable, int, int, int, int, int], tuple[int, int]] = {}
 
 # Results of the first ``size`` of random models in an order; first axis models.
@@ -118,6 +120,16 @@ def agrees_when_shared(size: int, key: Hashable, run: Callable[[int, Sequence[in
     return _shared[key, size]
 
 
+def agrees_everywhere(key: Hashable, run: Callable[[int], Sequence[Tensor]], places: int = 16) -> bool:
+    """Whether one model's bits do not depend on its place: neighbors begin at every place in 64 bytes, where numbers lie one after another.
+
+    ``run``: results of so many times the same model; ``key``: all that the bits may depend on.
+    """
+    if key not in _everywhere:
+        _everywhere[key] = all(torch.equal(result, result[:1].expand_as(result)) for result in run(places))
+    return _everywhere[key]
+
+
 def _agrees(size: int, full: int, key: Hashable, trial: Trial) -> bool:
     """Whether a group of this size gives the bits of a full one, the last models first."""
     if (key, size, full) not in _agree:
@@ -128,3 +140,15 @@ def _agrees(size: int, full: int, key: Hashable, trial: Trial) -> bool:
         if not same:
             logger.debug("groups of %d give other bits than groups of %d", size, full)
     return _agree[key, size, full]
+
+
+@contextmanager
+def by_itself() -> Iterator[None]:
+    """A block that leaves no trace in what surrounds it: no inference mode, in which no graph is recorded and what is made cannot be
+    differentiated later; no hooks on saved tensors, by which a checkpoint counts what it will recompute."""
+    with torch.inference_mode(False), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
+        yield
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
