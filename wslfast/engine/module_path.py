@@ -23,6 +23,7 @@ from ..errors import WslfastError, describe, first_line
 from ..kernels.cpu.memory import fresh_like
 from ..kernels.cpu.products import operand_dtype
 from ..kernels.criteria import Named, share_of_loss
+from ..kernels.picking import picks
 from ..kernels.reference import beside
 from ..kernels.stacked.company import agrees_everywhere, by_itself, group_size
 from ..tracing.module import in_precision, queries_for
@@ -114,7 +115,7 @@ def _writes(architecture: Architecture) -> bool:
 @lru_cache(maxsize=64)
 def _traits(architecture: Architecture) -> frozenset[str]:
     """What decides how the module is run: ``writes`` to its input, has ``convolutions`` or a ``recurrent`` part, ``slices`` channels,
-    can be ``mapped``."""
+    ``picks`` positions (``kernels/picking.py``), can be ``mapped``."""
     assert architecture.module is not None
     traits = set()
     parts = list(architecture.module.modules())
@@ -128,6 +129,8 @@ def _traits(architecture: Architecture) -> frozenset[str]:
         traits.add("writes")
     if names.seen & {"slice", "split", "split_with_sizes", "select", "cat", "index"}:
         traits.add("slices")
+    if "picks" in names.seen:
+        traits.add("picks")
     path = Module(architecture, "")
     try:
         with temporarily_clear_interpreter_stack(), by_itself():
@@ -142,14 +145,17 @@ def _traits(architecture: Architecture) -> frozenset[str]:
 
 
 class _Names(torch.utils._python_dispatch.TorchDispatchMode):
-    """Notes the names of the operators that are called."""
+    """Notes the names of the operators that are called, and ``picks`` for a convolution with a stride that is one wide."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.add(func.overloadpacket.__name__)
+        name = func.overloadpacket.__name__
+        self.seen.add(name)
+        if name == "convolution" and picks(args[1].shape[2:], args[3], args[4]):
+            self.seen.add("picks")
         return func(*args, **(kwargs or {}))
 
 
@@ -211,7 +217,7 @@ class Module:
         """Outputs of each model. Values and own queries are copied, as in ``reference.forward``: bits do not depend on where rows stand."""
         own, traits = per_model(queries, self.architecture), _traits(self.architecture)
         bound = _bound(self.architecture, queries.device, queries.dtype)
-        channels_last = "convolutions" in traits and "slices" not in traits
+        channels_last = "convolutions" in traits and not traits & {"slices", "picks"}
         images: Any = queries
         if not own:
             flat = channels_last and queries.ndim == 4
