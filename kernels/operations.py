@@ -277,11 +277,13 @@ def _table() -> dict[str, Operation]:
     add("addmm", "addmm baddbmm")
     add("attention", "scaled_dot_product_attention")
     add("einsum", "einsum")
-    add("vmap", "index.Tensor index_select gather cosine_similarity pairwise_distance cdist outer kron grid_sampler prod median")
+    add("vmap", "index.Tensor index_select gather cosine_similarity pairwise_distance outer kron grid_sampler prod median")
     add("grid", "affine_grid_generator")
     add("vmap", "linalg_matrix_norm linalg_matrix_norm.str_ord searchsorted.Tensor one_hot diagonal trace diag")
     add("vmap", "index_put index_add index_copy index_fill.int_Scalar scatter.src scatter.value scatter_add")
-    add("vmap", "take_along_dim tensordot inner")
+    add("vmap", "take_along_dim")
+    add("tensordot", "tensordot inner")
+    add("cdist", "cdist")
     # nothing
     add("identity", "dropout feature_dropout alpha_dropout feature_alpha_dropout")
     # made here: of the queries' dtype and device; what depends on nothing is a constant of the graph instead

@@ -8,7 +8,7 @@ outputs ``[k, n, K]``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -20,6 +20,7 @@ from .criteria import criterion_values
 from .graph import DTYPES, QUERY, Graph, Node, check, is_size, substitute
 from .layers import ACTIVATIONS, Activation, Conv2d, Dropout, Flatten, Layers, Linear, Pool2d, layer_slots
 from .operations import TABLE
+from .picking import picked, picks
 
 
 def activation(x: Tensor, layer: Activation) -> Tensor:
@@ -41,7 +42,9 @@ def forward_one(weights: Tensor, queries: Tensor, layers: Layers) -> Tensor:
             weight = weights[slots.weight.offset : slots.weight.stop].view(slots.weight.shape)
             bias = None if slots.bias is None else weights[slots.bias.offset : slots.bias.stop]
         if isinstance(layer, Conv2d):
-            x = F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.spacing, layer.groups)
+            strides = picks(weight.shape[2:], layer.stride, layer.padding)
+            x, stride = (picked(x, strides), 1) if strides else (x, layer.stride)
+            x = F.conv2d(x, weight, bias, stride, layer.padding, layer.spacing, layer.groups)
         elif isinstance(layer, Linear):
             x = F.linear(x, weight, bias)
         elif isinstance(layer, Pool2d):
@@ -67,7 +70,12 @@ def forward(weights: Tensor, queries: Tensor, layers: Layers) -> Tensor:
     Rows are copied: BLAS rounds differently at addresses of other alignment, and a row's would depend on its place among the models.
     """
     own_queries = per_model_queries(queries, layers)
-    return torch.stack([forward_one(w.clone(), queries[j].clone() if own_queries else queries, layers) for j, w in enumerate(weights)])
+    return beside([forward_one(w.clone(), queries[j].clone() if own_queries else queries, layers) for j, w in enumerate(weights)])
+
+
+def beside(answers: Sequence[Tensor]) -> Tensor:
+    """Answers of models that ran one after another, ``[k, ...]``. Gradients are copied, too: they come as rows of one tensor."""
+    return torch.stack([answer * 1 if answer.requires_grad else answer for answer in answers])
 
 
 def loss_and_gradient(

@@ -19,7 +19,7 @@ cli/test_cli.py                      wslfast/__main__ wslfast/cli/analysis wslfa
 cli/test_first_minutes.py            wslfast/training/progress wslfast/zoo/progress
 codes/test_autoencoder.py            wslfast/codes/transformer
 codes/test_linear.py                 wslfast/codes/token_groups
-engine/test_paths.py                 wslfast/engine/choice wslfast/engine/module_path
+engine/test_paths.py                 wslfast/engine/choice
 engine/test_ranks.py                 wslfast/zoo/parts
 engine/test_trial.py                 wslfast/engine/trial_process
 faults/test_backends.py              wslfast/engine/triton_path

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..picking import picked, picks
 from .half_pooling import HALVES
 
 # Overloads resolved once: looking one up costs as much as a small operator.
@@ -39,6 +40,11 @@ def convolution_backward(g: Tensor, x: Tensor, weight: Tensor, sizes: Any, *rest
     wanted."""
     *where, wanted = rest
     transposed, groups = where[3], where[5]
+    strides = picks(weight.shape[2:], where[0], where[1]) if groups == 1 and not transposed and wanted[1] else ()
+    if strides:
+        gx = convolution_backward(g, x, weight, sizes, *where, (True, False, False))[0] if wanted[0] else None
+        where[0] = [1] * len(strides)
+        return (gx, *_backward(g, picked(x, strides), weight, sizes, *where, (False, *wanted[1:]))[1:])
     read = weight.shape[1] if transposed else weight.shape[0] // groups
     if not (wanted[0] and crosses(g.dtype, read, groups)):
         return _backward(g, x, weight, sizes, *where, wanted)  # type: ignore[no-any-return]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import filling
 from .calls import Call, Layout, Values
 from .forms import FORMS, by_form
 from .layouts import ranked
@@ -177,18 +178,27 @@ class Matmul:
         self.call, self.wanted = call, wanted
         self.names = tuple(call.layouts)
         self.rank = max(call.ranks[name] for name in self.names)
+        self.stacked = [call.stacked(name) for name in self.names]
 
     def forward(self, a: Values, models: int) -> tuple[Tensor, Any]:
         x, y = (ranked(self.call, a, name, self.rank, models) for name in self.names)
-        return torch.matmul(x, y), (x, y, [a[name].shape for name in self.names])
+        before = x.shape, y.shape
+        if self.call.aligned:
+            x, y = filling.factors(x, y, self.stacked)
+        made = torch.matmul(x, y)
+        shape = (*made.shape[:-1], before[1][-1])
+        return filling.taken(made, shape), (x, y, before, made.shape, [a[name].shape for name in self.names])
 
     def backward(self, g: Tensor, saved: Any, models: int) -> Gradients:
-        x, y, shapes = saved
+        x, y, before, shape, shapes = saved
+        g = filling.spread(g, shape)
         made: Gradients = {}
         if self.names[0] in self.wanted:
-            made[self.names[0]] = reduced(torch.matmul(g, y.transpose(-1, -2)), shapes[0])
+            slope = torch.matmul(g, y.transpose(-1, -2))
+            made[self.names[0]] = reduced(filling.taken(slope, (*slope.shape[:-1], before[0][-1])), shapes[0])
         if self.names[1] in self.wanted:
-            made[self.names[1]] = reduced(torch.matmul(x.transpose(-1, -2), g), shapes[1])
+            slope = torch.matmul(x.transpose(-1, -2), g)
+            made[self.names[1]] = reduced(filling.taken(slope, (*slope.shape[:-2], *before[1][-2:])), shapes[1])
         return made
 
 
@@ -200,23 +210,28 @@ def _matmul(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> R
 class Einsum:
     """``einsum`` of operands in which no letter comes twice: the gradient of one is an ``einsum`` of the output's and the others."""
 
-    def __init__(self, letters: list[str], out: str, wanted: frozenset[str]) -> None:
-        self.letters, self.out = letters, out
+    def __init__(self, letters: list[str], out: str, wanted: frozenset[str], aligned: bool) -> None:
+        self.letters, self.out, self.aligned = letters, out, aligned
         self.wanted = {name: int(name.rpartition(".")[2]) for name in wanted}
 
     def forward(self, a: Values, models: int) -> tuple[Tensor, Any]:
-        operands = a["tensors"]
-        return torch.einsum(f"{','.join(self.letters)}->{self.out}", *operands), operands
+        operands, before, shape = a["tensors"], [x.shape for x in a["tensors"]], None
+        if self.aligned:
+            operands, shape = filling.letters(operands, self.letters, self.out, self.out[0])
+        made = torch.einsum(f"{','.join(self.letters)}->{self.out}", *operands)
+        return made if shape is None else filling.taken(made, shape), (operands, before, made.shape)
 
     def backward(self, g: Tensor, saved: Any, models: int) -> Gradients:
+        operands, before, shape = saved
+        g = filling.spread(g, shape)
         made: Gradients = {}
         for name, i in self.wanted.items():
-            others = [j for j in range(len(saved)) if j != i]
+            others = [j for j in range(len(operands)) if j != i]
             equation = f"{','.join([self.out, *(self.letters[j] for j in others)])}->{self.letters[i]}"
-            slope, shape = torch.einsum(equation, g, *(saved[j] for j in others)), saved[i].shape
-            if slope.shape != shape:  # a letter is one long in some operands and longer in others
-                slope = slope.expand(torch.broadcast_shapes(slope.shape, shape))
-            made[name] = reduced(slope, shape)
+            slope, filled = torch.einsum(equation, g, *(operands[j] for j in others)), operands[i].shape
+            if slope.shape != filled:  # a letter is one long in some operands and longer in others
+                slope = slope.expand(torch.broadcast_shapes(slope.shape, filled))
+            made[name] = filling.taken(reduced(slope, filled), before[i])
         return made
 
 
@@ -225,11 +240,11 @@ def _einsum(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> R
     if found is None:
         return None
     letters, out = found
-    plain = all(len(set(part)) == len(part) for part in (*letters, out))
+    plain = len(letters) <= 2 and all(len(set(part)) == len(part) for part in (*letters, out))  # torch's graph takes more two by two
     for i, part in enumerate(letters):
         elsewhere = set(out).union(*(letters[j] for j in range(len(letters)) if j != i))
         plain = plain and set(part) <= elsewhere
-    return Einsum(letters, out, wanted) if plain else None
+    return Einsum(letters, out, wanted, call.aligned) if plain else None
 
 
 class Attention:

@@ -10,7 +10,8 @@ trial may miss: callers say of what a size has to be a multiple (``costs.whole_m
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -22,6 +23,7 @@ _A_GROUP = 2  # models' time that the calls of a group cost beside their numbers
 _MOST = 4096  # answers of each sort that are kept: their keys hold graphs, and a process may meet any number of networks
 _agree: dict[Hashable, bool] = {}
 _shared: dict[Hashable, bool] = {}
+_everywhere: dict[Hashable, bool] = {}
 _split: dict[Hashable, tuple[int, int]] = {}
 Answer = TypeVar("Answer")
 
@@ -122,6 +124,18 @@ def agrees_when_shared(size: int, key: Hashable, run: Callable[[int, Sequence[in
     return _kept(_shared, (key, size), same)
 
 
+def agrees_everywhere(key: Hashable, run: Callable[[int], Sequence[Tensor]], places: int = 16) -> bool:
+    """Whether one model's bits do not depend on its place: neighbors begin at every place in 64 bytes, where numbers lie one after another.
+
+    ``run``: results of so many times the same model; ``key``: all that the bits may depend on.
+    """
+
+    def same() -> bool:
+        return all(torch.equal(result, result[:1].expand_as(result)) for result in run(places))
+
+    return _kept(_everywhere, key, same)
+
+
 def _agrees(size: int, full: int, key: Hashable, trial: Trial) -> bool:
     """Whether a group of this size gives the bits of a full one, the last models first."""
 
@@ -134,6 +148,18 @@ def _agrees(size: int, full: int, key: Hashable, trial: Trial) -> bool:
         return agree
 
     return _kept(_agree, (key, size, full), same)
+
+
+@contextmanager
+def by_itself() -> Iterator[None]:
+    """A block that leaves no trace in what surrounds it: no inference mode, in which no graph is recorded and what is made cannot be
+    differentiated later; no hooks on saved tensors, by which a checkpoint counts what it will recompute."""
+    with torch.inference_mode(False), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
+        yield
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 def _kept(answers: dict[Hashable, Answer], asked: Hashable, find: Callable[[], Answer]) -> Answer:

@@ -12,8 +12,8 @@ Groups are jobs of one thread each (``cpu/jobs.py``) where there is enough work 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import lru_cache, partial
 from typing import Any
 
@@ -26,7 +26,7 @@ from ..cpu.products import operand_dtype
 from ..criteria import Named, share_of_loss
 from ..graph import Graph
 from ..reference import value_shapes
-from .company import agrees_when_shared, split
+from .company import agrees_when_shared, by_itself, split
 from .compiler import compile_program
 from .costs import FILL, group_shape, least_worth, sizes, whole_models
 from .passes import by_graph, by_tape
@@ -105,7 +105,7 @@ class Call:
         """Losses (of torch's graph: outputs) and gradients of the first ``size`` of random models in an order, run in one group; ``share``:
         products on all threads."""
         rows = list(order[:size])
-        with _by_itself():
+        with by_itself():
             weights, queries, targets = random_models(self.graph, self.tried, self.own, full, self.weights.dtype)
             call = self.again(weights[rows], queries[rows] if self.own else queries, rows)
             call.share = share
@@ -162,18 +162,6 @@ class Call:
 
     def values(self, shared: dict[int, list[Any]], group: int, start: int) -> list[Any]:
         return self.program.prepare(self.slab_of(group, start)) if self.own else shared[start]
-
-
-@contextmanager
-def _by_itself() -> Iterator[None]:
-    """A block that leaves no trace in what surrounds it: no inference mode, in which no graph is recorded and what is made cannot be
-    differentiated later; no hooks on saved tensors, by which a checkpoint counts what it will recompute."""
-    with torch.inference_mode(False), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
-        yield
-
-
-def _as_it_is(x: Tensor) -> Tensor:
-    return x
 
 
 def leaves_of(rows: Tensor, graph: Graph) -> list[Tensor]:

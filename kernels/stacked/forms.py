@@ -22,9 +22,10 @@ from torch import Tensor
 
 from ..cpu.convolutions import crosses
 from ..cpu.steps import as_channels_last
+from ..picking import picked, picks
 from .calls import Call, Layout, Values
 from .layouts import behind, everyone, mapped, repeated
-from .product_forms import addmm, attention, einsum, embedding, linear, matmul
+from .product_forms import addmm, attention, cdist, einsum, embedding, linear, matmul, tensordot
 from .recurrent import cell, recurrent
 
 # -- elementwise, axes, shapes -----------------------------------------------------------------------------------------
@@ -157,6 +158,9 @@ def convolution(call: Call, a: Values, models: int) -> Tensor:
     shared = call.layouts["input"] is Layout.SHARED
     if shared and groups > 1:  # groups of shared channels and groups of models do not fit into one convolution
         x, shared = repeated(x, models), False
+    strides = picks(a["weight"].shape[-call.spatial :], a.get("stride", 1), a.get("padding", 0))
+    if strides:
+        x, a = picked(x, strides), {**a, "stride": [1] * len(strides)}
     weight, bias = _own_kernels(call, a, models)
     if x.ndim == 4 and call.aligned:
         x = _channels_last(x)
@@ -278,6 +282,7 @@ FORMS: dict[str, Form] = {
     "attention": attention, "embedding": embedding, "convolution": convolution, "transposed": transposed, "batch_norm": batch_norm,
     "instance_norm": instance_norm, "group_norm": group_norm, "layer_norm": layer_norm, "rms_norm": rms_norm, "prelu": prelu,
     "recurrent": recurrent, "cell": cell, "grid": grid, "einsum": einsum,
+    "tensordot": tensordot, "cdist": cdist,
 }  # fmt: skip
 
 

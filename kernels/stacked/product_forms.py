@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..cpu.products import product
+from . import filling
 from .calls import Call, Layout, Values
 from .layouts import behind, everyone, mapped, ranked
 
@@ -29,9 +31,8 @@ def products(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, models:
     out, features = weight.shape[-2:]
     lead = x.shape[1:-1] if call.stacked("input") else x.shape[:-1]
     rows = x.reshape(models, -1, features) if call.stacked("input") else x.reshape(-1, features)
-    if call.aligned and out * features % 4:
-        missing = -features % 4
-        weight, rows = F.pad(weight, (0, missing)), F.pad(rows, (0, missing))
+    if call.aligned and call.stacked("weight"):
+        rows, weight = filling.rows_and_weight(rows, weight)
     if rows.ndim == 2:
         rows = rows.expand(models, *rows.shape)
     weight = everyone(weight, models, call.stacked("weight"))
@@ -40,18 +41,33 @@ def products(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, models:
 
 
 def matmul(call: Call, a: Values, models: int) -> Tensor:
-    """Products of matrices, batched in any way."""
+    """Products of matrices and vectors, batched in any way."""
     names = list(call.layouts)
-    ranks = [call.ranks[name] for name in names]
-    if min(ranks) < 2:
-        return mapped(call, a, models)
-    return torch.matmul(*(ranked(call, a, name, max(ranks), models) for name in names))
+    row, column = (call.ranks[name] == 1 for name in names)  # vectors
+    x, y = a[names[0]], a[names[1]]
+    operands = x.unsqueeze(-2) if row else x, y.unsqueeze(-1) if column else y
+    ranks = [max(2, call.ranks[name]) for name in names]
+    stacked = [call.stacked(name) for name in names]
+    x, y = (behind(t, max(ranks), rank, models) if own else t for t, rank, own in zip(operands, ranks, stacked, strict=True))
+    made = _matrices(call, x, y, stacked)
+    made = made.squeeze(-1) if column else made
+    return made.squeeze(-1 if column else -2) if row else made
+
+
+def _matrices(call: Call, x: Tensor, y: Tensor, stacked: Sequence[bool]) -> Tensor:
+    """x @ y, of operands that broadcast."""
+    if not call.aligned:
+        return torch.matmul(x, y)
+    wide, (x, y) = y.shape[-1], filling.factors(x, y, stacked)
+    made = torch.matmul(x, y)
+    return made if made.shape[-1] == wide else made[..., :wide].contiguous()
 
 
 def addmm(call: Call, a: Values, models: int) -> Tensor:
     """beta * self + alpha * a @ b."""
-    first, second = (a[name] for name in call.layouts if name != "self")
-    return a.get("beta", 1) * ranked(call, a, "self", call.rank, models) + a.get("alpha", 1) * torch.matmul(first, second)
+    names = [name for name in call.layouts if name != "self"]
+    made = _matrices(call, a[names[0]], a[names[1]], [call.stacked(name) for name in names])
+    return a.get("beta", 1) * ranked(call, a, "self", call.rank, models) + a.get("alpha", 1) * made
 
 
 def attention(call: Call, a: Values, models: int) -> Tensor:
@@ -84,7 +100,49 @@ def einsum(call: Call, a: Values, models: int) -> Tensor:
     found = einsum_letters(call, a["equation"])
     if found is None:
         return mapped(call, a, models)  # type: ignore[no-any-return]
-    return torch.einsum(f"{','.join(found[0])}->{found[1]}", *a["tensors"])
+    return _by_letters(call, a["tensors"], *found)
+
+
+def _by_letters(call: Call, operands: Sequence[Tensor], given: Sequence[str], out: str) -> Tensor:
+    """An ``einsum`` whose output's first letter is the models', of two after two: so is its gradient, and all that lies between."""
+    free, operands, given = out[0], list(operands), list(given)
+    while len(operands) > 2:
+        needed = set(out).union(*given[2:])
+        between = "".join(sorted(set(given[0] + given[1]) & needed, key=lambda c: (c != free, c)))
+        operands[:2], given[:2] = [_of_two(call, operands[:2], given[:2], between, free)], [between]
+    return _of_two(call, operands, given, out, free)
+
+
+def _of_two(call: Call, operands: Sequence[Tensor], given: Sequence[str], out: str, free: str) -> Tensor:
+    shape = None
+    if call.aligned:
+        operands, shape = filling.letters(operands, given, out, free)
+    made = torch.einsum(f"{','.join(given)}->{out}", *operands)
+    return made if shape is None else filling.taken(made, shape)
+
+
+def tensordot(call: Call, a: Values, models: int) -> Tensor:
+    """Sums of products over axes of each of two tensors; ``inner``: over the last."""
+    names = list(call.layouts)
+    ranks, stacked = [call.ranks[name] for name in names], [call.stacked(name) for name in names]
+    if 0 in ranks:
+        return mapped(call, a, models)  # type: ignore[no-any-return]
+    axes = ([-1], [-1]) if call.operation.name == "inner" else (a["dims_self"], a["dims_other"])
+    first, second = list("abcdefghijklm"[: ranks[0]]), list("nopqrstuvwxyz"[: ranks[1]])
+    for i, j in zip(*axes, strict=True):
+        second[j] = first[i]
+    out = "".join(c for c in first + second if (c in first) != (c in second))
+    given = ["A" * own + "".join(part) for own, part in zip(stacked, (first, second), strict=True)]
+    return _by_letters(call, [a[name] for name in names], given, "A" + out)
+
+
+def cdist(call: Call, a: Values, models: int) -> Tensor:
+    """Distances between rows: of many, torch's own is a product of matrices."""
+    names, sizes = ("x1", "x2"), [a[name].shape[-2] for name in ("x1", "x2")]
+    if call.aligned:
+        a = {**a, **{name: filling.even_rows(a[name]) for name in names}}
+    made: Tensor = mapped(call, a, models)
+    return filling.taken(made, (*made.shape[:-2], *sizes))
 
 
 def einsum_letters(call: Call, equation: str) -> tuple[list[str], str] | None:

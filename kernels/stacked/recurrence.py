@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..cpu.products import product
+from . import filling
 
 _aten = torch.ops.aten
 
@@ -115,45 +116,57 @@ class _Direction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, kind: str, x: Tensor, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         states, (weight_in, weight_h, *biases) = list(tensors[:count]), tensors[count:]
-        cell, rows = CELLS[kind], x.flatten(1, 2)
+        cell, sizes = CELLS[kind], (x.shape[-1], weight_h.shape[-1])
         first, second = biases if biases else (None, None)
         if cell.joint and first is not None and second is not None:
             first = first + second
-        turned = weight_h.transpose(1, 2)
-        before, saved = [states[0]], []
+        rows, weight_in = filling.rows_and_weight(x.flatten(1, 2), weight_in)
+        hidden_state, weight_h = filling.rows_and_weight(states[0], weight_h)
+        turned, filled = weight_h.transpose(1, 2), hidden_state.shape
+        before, made, saved = [], [], []
         for entering in product(rows, weight_in, first).unflatten(1, x.shape[1:3]).unbind(1):
+            before.append(hidden_state)
             hidden = None
             if cell.joint:
-                entering = torch.baddbmm(entering, states[0], turned)
+                entering = torch.baddbmm(entering, hidden_state, turned)
             else:
-                hidden = product(states[0], weight_h, second)
+                hidden = product(hidden_state, weight_h, second)
             states, kept = cell.forward(entering, hidden, states)
-            before.append(states[0])
+            made.append(states[0])
             saved.append(kept)
-        ctx.kept = cell, rows, x.shape, before, saved, weight_in, weight_h, len(biases)
-        return torch.stack(before[1:], 1), states[0].clone(), *states[1:]
+            hidden_state = filling.spread(states[0], filled)
+        ctx.kept = cell, rows, x.shape, before, saved, weight_in, weight_h, len(biases), sizes
+        return torch.stack(made, 1), states[0].clone(), *states[1:]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor, *last: Tensor) -> Any:
-        cell, rows, shape, before, saved, weight_in, weight_h, biases = ctx.kept
+        cell, rows, shape, before, saved, weight_in, weight_h, biases, (features, width) = ctx.kept
         slopes = list(last)
         entering, hidden = [], []
         for slope, kept in zip(reversed(g.unbind(1)), reversed(saved), strict=True):
             slopes[0] = slopes[0] + slope
             of_entering, of_hidden, ahead = cell.backward(slopes, kept)
-            through = torch.bmm(of_hidden, weight_h)
+            through = _first(torch.bmm(of_hidden, weight_h), width)
             slopes = [through if ahead[0] is None else through + ahead[0], *(s for s in ahead[1:] if s is not None)]
             entering.append(of_entering)
             hidden.append(of_hidden)
         of_inputs = torch.stack(entering[::-1], 1).flatten(1, 2)
         of_hiddens = of_inputs if cell.joint else torch.stack(hidden[::-1], 1).flatten(1, 2)
-        states = torch.stack(before[:-1], 1).flatten(1, 2)
-        of_x = torch.bmm(of_inputs, weight_in).view(shape) if ctx.needs_input_grad[1] else None
-        of_parameters = [torch.bmm(of_inputs.transpose(1, 2), rows), torch.bmm(of_hiddens.transpose(1, 2), states)]
+        states = torch.stack(before, 1).flatten(1, 2)
+        of_x = _first(torch.bmm(of_inputs, weight_in), features).reshape(shape) if ctx.needs_input_grad[1] else None
+        of_parameters = [
+            _first(torch.bmm(of_inputs.transpose(1, 2), rows), features),
+            _first(torch.bmm(of_hiddens.transpose(1, 2), states), width),
+        ]
         if biases:
             of_parameters += [of_inputs.sum(1), of_hiddens.sum(1)]
         return None, of_x, None, *slopes, *of_parameters
+
+
+def _first(x: Tensor, count: int) -> Tensor:
+    """The first numbers of every row: without those that were filled up."""
+    return x if x.shape[-1] == count else x[..., :count].contiguous()
 
 
 __all__ = ["direction"]

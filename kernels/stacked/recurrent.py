@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..cpu.products import product
 from .calls import Call, Layout, Values
+from .filling import rows_and_weight
 from .recurrence import direction
 
 
@@ -47,7 +48,12 @@ def cell(call: Call, a: Values, models: int) -> Any:
 
 
 def _product(call: Call, a: Values, x: Tensor, key: str, models: int) -> Tensor:
-    return product(x, _stacked(a[f"w_{key}"], call.layouts[f"w_{key}"], models), a.get(f"b_{key}"))
+    return _filled(x, _stacked(a[f"w_{key}"], call.layouts[f"w_{key}"], models), a.get(f"b_{key}"))
+
+
+def _filled(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A layer's product, whose operands are filled up."""
+    return product(*rows_and_weight(x, weight), bias)
 
 
 def _stacked(x: Tensor, layout: Layout, models: int) -> Tensor:
@@ -80,12 +86,12 @@ def _direction(kind: str, x: Tensor, states: list[Tensor], parameters: Sequence[
     weight_in, weight_h = parameters[:2]
     bias_in, bias_h = parameters[2:4] if biases else (None, None)
     projection = parameters[-1] if len(parameters) % 2 else None
-    inputs = product(x.flatten(1, 2), weight_in, bias_in).unflatten(1, x.shape[1:3])
+    inputs = _filled(x.flatten(1, 2), weight_in, bias_in).unflatten(1, x.shape[1:3])
     made = []
     for step in inputs.unbind(1):
-        states = _STEPS[kind](step, product(states[0], weight_h, bias_h), states)
+        states = _STEPS[kind](step, _filled(states[0], weight_h, bias_h), states)
         if projection is not None:
-            states = [product(states[0], projection), *states[1:]]
+            states = [_filled(states[0], projection), *states[1:]]
         made.append(states[0])
     return torch.stack(made, 1), states
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -23,8 +23,10 @@ from ..errors import WslfastError, describe, first_line
 from ..kernels.cpu.memory import fresh_like
 from ..kernels.cpu.products import operand_dtype
 from ..kernels.criteria import Named, share_of_loss
-from ..kernels.stacked.company import group_size
-from ..tracing.module import in_precision
+from ..kernels.picking import picks
+from ..kernels.reference import beside
+from ..kernels.stacked.company import agrees_everywhere, by_itself, group_size
+from ..tracing.module import in_precision, queries_for
 from .chunks import in_chunks, is_shortage
 from .memory import default_budget, models_per_chunk
 from .paths import gathered, in_pieces, per_model
@@ -96,7 +98,7 @@ class _Bound:
 
 @lru_cache(maxsize=16)
 def _bound(architecture: Architecture, device: torch.device, dtype: torch.dtype) -> _Bound:
-    with temporarily_clear_interpreter_stack():  # made inside a transform, it would belong to that transform
+    with temporarily_clear_interpreter_stack(), by_itself():  # made inside a transform, it would belong to that transform
         return _Bound(architecture, device, dtype)
 
 
@@ -104,16 +106,16 @@ def _bound(architecture: Architecture, device: torch.device, dtype: torch.dtype)
 def _writes(architecture: Architecture) -> bool:
     """Whether the module's forward changes its input in place."""
     assert architecture.module is not None
-    with temporarily_clear_interpreter_stack(), torch.no_grad():
+    with temporarily_clear_interpreter_stack(), by_itself(), torch.no_grad():
         x = torch.zeros(2, *architecture.input_shape, dtype=torch.float32, device="cpu")
         architecture.module(x)
-    return x._version > 0
+        return x._version > 0
 
 
 @lru_cache(maxsize=64)
 def _traits(architecture: Architecture) -> frozenset[str]:
     """What decides how the module is run: ``writes`` to its input, has ``convolutions`` or a ``recurrent`` part, ``slices`` channels,
-    can be ``mapped``."""
+    ``picks`` positions (``kernels/picking.py``), can be ``mapped``."""
     assert architecture.module is not None
     traits = set()
     parts = list(architecture.module.modules())
@@ -121,19 +123,21 @@ def _traits(architecture: Architecture) -> frozenset[str]:
         traits.add("convolutions")
     if any(isinstance(part, nn.RNNBase) for part in parts):
         traits.add("recurrent")
-    x = torch.zeros(2, *architecture.input_shape, dtype=torch.float32, device="cpu")
-    with temporarily_clear_interpreter_stack(), torch.no_grad(), _Names() as names:
-        architecture.module(x.clone())
+    with temporarily_clear_interpreter_stack(), by_itself(), torch.no_grad(), _Names() as names:
+        architecture.module(torch.zeros(2, *architecture.input_shape, dtype=torch.float32, device="cpu"))
     if _writes(architecture):
         traits.add("writes")
     if names.seen & {"slice", "split", "split_with_sizes", "select", "cat", "index"}:
         traits.add("slices")
-    row = torch.zeros(2, architecture.num_weights, dtype=torch.float32, device="cpu")
+    if "picks" in names.seen:
+        traits.add("picks")
     path = Module(architecture, "")
     try:
-        with temporarily_clear_interpreter_stack(), torch.no_grad():
+        with temporarily_clear_interpreter_stack(), by_itself():
+            row = torch.zeros(2, architecture.num_weights, dtype=torch.float32, device="cpu")
+            x = torch.zeros(2, *architecture.input_shape, dtype=torch.float32, device="cpu")
             for queries in (x, x.expand(2, *x.shape)):  # each model's own too: control flow may look at queries alone
-                path._mapped(_leaves(row, architecture), queries, "writes" in traits)
+                path._outputs_and_gradient(row, queries, "writes" in traits)
         traits.add("mapped")
     except Exception:  # whatever vmap cannot follow runs one model after another
         pass
@@ -141,14 +145,17 @@ def _traits(architecture: Architecture) -> frozenset[str]:
 
 
 class _Names(torch.utils._python_dispatch.TorchDispatchMode):
-    """Notes the names of the operators that are called."""
+    """Notes the names of the operators that are called, and ``picks`` for a convolution with a stride that is one wide."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.add(func.overloadpacket.__name__)
+        name = func.overloadpacket.__name__
+        self.seen.add(name)
+        if name == "convolution" and picks(args[1].shape[2:], args[3], args[4]):
+            self.seen.add("picks")
         return func(*args, **(kwargs or {}))
 
 
@@ -166,10 +173,37 @@ class Module:
     reason: str
     name: ClassVar[str] = "module"
 
-    def _at_once(self, device: str) -> bool:
-        """Whether vmap runs all models at once; never a matter of how many there are, or bits would depend on company."""
+    def _at_once(self, queries: Tensor) -> bool:
+        """Whether vmap runs all models at once; never a matter of how many there are, or bits would depend on company. Nor where a model's
+        bits depend on its place: vmap's products begin anywhere in memory, and some processors' BLAS looks at that."""
         traits = _traits(self.architecture)
-        return "mapped" in traits and (device != "cpu" or not traits & {"convolutions", "recurrent"})
+        if "mapped" not in traits or queries.device.type != "cpu":
+            return "mapped" in traits
+        return not traits & {"convolutions", "recurrent"} and self._agrees_everywhere(queries)
+
+    def _agrees_everywhere(self, queries: Tensor) -> bool:
+        own, dtype = per_model(queries, self.architecture), queries.dtype
+        shape = tuple(queries.shape[int(own) :])
+
+        @by_itself()
+        def trial(places: int) -> Sequence[Tensor]:
+            row, x = self._random(1, shape, own, dtype)
+            everyones = x.repeat(places, *(1,) * len(shape)) if own else x
+            return self._outputs_and_gradient(row.repeat(places, 1), everyones, "writes" in _traits(self.architecture))
+
+        return agrees_everywhere(self._key(shape, own, dtype), trial)
+
+    def _key(self, shape: tuple[int, ...], own: bool, dtype: torch.dtype) -> Hashable:
+        """All that the bits of what vmap runs may depend on."""
+        return self.architecture, shape, own, dtype, torch.get_num_threads(), operand_dtype()
+
+    def _random(self, count: int, shape: tuple[int, ...], own: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Weights of random models, and their queries."""
+        assert self.architecture.module is not None
+        generator, size = torch.Generator().manual_seed(0), self.architecture.num_weights
+        rows = torch.randn(count, size, generator=generator, dtype=torch.float32, device="cpu") / math.sqrt(size)
+        x = queries_for(self.architecture.module, shape[0] * (count if own else 1), shape[1:], dtype)
+        return rows.to(dtype), x.unflatten(0, (count, shape[0])) if own else x
 
     def _mapped(self, leaves: Sequence[Tensor], queries: Tensor, writes: bool) -> Tensor:
         bound = _bound(self.architecture, queries.device, queries.dtype)
@@ -183,7 +217,7 @@ class Module:
         """Outputs of each model. Values and own queries are copied, as in ``reference.forward``: bits do not depend on where rows stand."""
         own, traits = per_model(queries, self.architecture), _traits(self.architecture)
         bound = _bound(self.architecture, queries.device, queries.dtype)
-        channels_last = "convolutions" in traits and "slices" not in traits
+        channels_last = "convolutions" in traits and not traits & {"slices", "picks"}
         images: Any = queries
         if not own:
             flat = channels_last and queries.ndim == 4
@@ -203,7 +237,7 @@ class Module:
         own_queries = per_model(queries, architecture)
         shape = tuple(queries.shape[int(own_queries) :])
         most = models_per_chunk(architecture, shape[0], device)
-        if not self._at_once(device):
+        if not self._at_once(queries):
             return min(_LOOPED, most)
         if device != "cpu":
             return most
@@ -211,32 +245,30 @@ class Module:
         if architecture.num_weights * shape[0] < _FEW:
             return full
 
+        @by_itself()
         def trial(size: int, order: Sequence[int]) -> Sequence[Tensor]:
-            generator = torch.Generator().manual_seed(0)
-            kind: Any = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
-            rows = torch.randn(full, architecture.num_weights, **kind) / math.sqrt(architecture.num_weights)
-            x = torch.randn(*((full,) if own_queries else ()), *shape, **kind).to(dtype)
+            rows, x = self._random(full, shape, own_queries, dtype)
             chosen = list(order)[:size]
-            return self._outputs_and_gradient(rows.to(dtype)[chosen], x[chosen] if own_queries else x)
+            return self._outputs_and_gradient(rows[chosen], x[chosen] if own_queries else x, "writes" in _traits(architecture))
 
-        key = architecture, shape, own_queries, dtype, torch.get_num_threads(), operand_dtype()
-        return group_size(count, most, full, key, trial)
+        return group_size(count, most, full, self._key(shape, own_queries, dtype), trial)
 
-    def _outputs_and_gradient(self, rows: Tensor, x: Tensor) -> Sequence[Tensor]:
+    def _outputs_and_gradient(self, rows: Tensor, x: Tensor, writes: bool) -> Sequence[Tensor]:
+        """Of models that vmap runs at once."""
         with torch.enable_grad():
             leaf = rows.detach().requires_grad_()
-            outputs = self._run(leaf, x)
+            outputs = self._mapped(_leaves(leaf, self.architecture), x, writes)
             return outputs.detach(), torch.autograd.grad(outputs, leaf, torch.ones_like(outputs))[0]
 
     def _run(self, weights: Tensor, queries: Tensor) -> Tensor:
-        leaves = _leaves(weights, self.architecture)
-        if self._at_once(weights.device.type):
+        leaves = [leaf.contiguous() for leaf in _leaves(weights, self.architecture)]  # as a module's own parameters are
+        if self._at_once(queries):
             return self._mapped(leaves, queries, "writes" in _traits(self.architecture))
-        return torch.stack(self._looped(leaves, queries))
+        return beside(self._looped(leaves, queries))
 
     def forward(self, weights: Tensor, queries: Tensor, graph: bool) -> Tensor:
         k = len(weights)
-        if k == 0 or not self._at_once(weights.device.type):
+        if k == 0 or not self._at_once(queries):
             return in_pieces(self._run, weights, queries, self.architecture, graph)
         size = self._size(k, queries, weights.dtype)
 
@@ -258,7 +290,7 @@ class Module:
             return gathered(self, weights, queries, targets, index, architecture, criterion, temperature)
         k, own, n = len(weights), per_model(queries, architecture), targets.shape[1]
         losses, gradient = weights.new_empty(k), fresh_like(weights)
-        at_once, size = self._at_once(weights.device.type), self._size(k, queries, weights.dtype)
+        at_once, size = self._at_once(queries), self._size(k, queries, weights.dtype)
         writes = "writes" in _traits(architecture)
 
         def piece(part: slice) -> None:
