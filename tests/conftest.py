@@ -23,9 +23,10 @@ settings.register_profile(
 settings.load_profile("wslfast")
 
 # Slow tests that continuous integration has no time for (make thorough runs them): every operation in every layout, kernels compiled for
-# every target, kernels watched for races, many random networks.
+# every target and a page's tables of them, kernels watched for races, many random networks.
 THOROUGH = (
     "benchmarks/kernels/test_inspect.py",
+    "benchmarks/kernels/test_pipes.py",
     "benchmarks/kernels/test_races.py",
     "kernels/test_operations.py",
     "kernels/test_random_graphs.py",

@@ -238,7 +238,8 @@ def group_norm(call: Call, a: Values, models: int) -> Tensor:
     if call.layout is Layout.CHANNELS:
         weight, bias = (_channelwise(call, a, name, models, call.rank) for name in ("weight", "bias"))
         flat = [None if p is None else p.flatten() for p in (weight, bias)]
-        return F.group_norm(x, groups * models, flat[0], flat[1], eps)
+        # of channels-last images torch takes the mean of squares less the square of the mean, which loses digits
+        return F.group_norm(x.contiguous(), groups * models, flat[0], flat[1], eps)
     if not call.stacked("input"):
         return _affine(call, a, F.group_norm(x, groups, eps=eps), models)
     n = x.shape[1]

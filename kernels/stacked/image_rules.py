@@ -20,19 +20,38 @@ _aten = torch.ops.aten
 
 
 class GroupNorm:
-    """torch's forward; a backward that reads channels-last images in the order in which they lie, where torch's is five times as slow."""
+    """Moments in two passes, pixels first, and a backward that reads channels-last images in the order in which they lie.
 
-    def __init__(self, known: Values, wanted: frozenset[str]) -> None:
+    torch's own backward is five times as slow on such images, and its forward there takes the mean of squares less the square of the mean:
+    where a group's mean is thirty times its spread, three digits are gone.
+    """
+
+    def __init__(self, known: Values, wanted: frozenset[str], groups: int | None) -> None:
         self.wanted = wanted
-        self.groups, self.eps = known["num_groups"], known.get("eps", 1e-5)
+        self.groups, self.eps = groups, known.get("eps", 1e-5)  # None: every channel is a group
 
     def forward(self, a: Values, models: int) -> tuple[Tensor, Any]:
         x, weight, bias = a["input"], a.get("weight"), a.get("bias")
         x = x if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
         n, channels, *pixels = x.shape
-        flat = [None if p is None else p.reshape(-1) for p in (weight, bias)]
-        y, mean, root = _aten.native_group_norm(x, *flat, n, channels, math.prod(pixels), self.groups * models, self.eps)
-        return y, (x, mean, root, weight)
+        each = 1 if self.groups is None else channels // (self.groups * models)
+        count = each * math.prod(pixels)
+
+        def mean_of(value: Tensor) -> Tensor:
+            """Means of each group, ``[n, groups]``."""
+            return _over_pixels(value).view(n, -1, each).sum(2) / count
+
+        def beside(value: Tensor) -> Tensor:
+            return value.view(-1, channels, *(1,) * len(pixels))
+
+        centered = x - beside(mean_of(x).repeat_interleave(each, 1))
+        left = mean_of(centered)  # what rounding has left of the mean
+        root = torch.rsqrt((mean_of(centered * centered) - left.square()).clamp_min_(0) + self.eps)
+        factor, shift = root.repeat_interleave(each, 1), (-left * root).repeat_interleave(each, 1)
+        if weight is not None:
+            factor, shift = factor * weight.view(1, -1), shift * weight.view(1, -1)
+        shift = shift if bias is None else shift + bias.view(1, -1)
+        return torch.addcmul(beside(shift), centered, beside(factor)), (centered, left, root, weight)
 
     def backward(self, g: Tensor, saved: Any, models: int) -> Gradients:
         x, mean, root, weight = saved
@@ -65,27 +84,6 @@ class GroupNorm:
             shift = beside(root * (mean * slanted - even))
             made["input"] = torch.addcmul(shift, x, beside(-root * slanted), out=product).addcmul_(g, of_g)
         return made
-
-
-class InstanceNorm(GroupNorm):
-    """A group norm of one channel a group, whose forward sums pixels as its backward does."""
-
-    def __init__(self, known: Values, wanted: frozenset[str]) -> None:
-        self.wanted, self.eps = wanted, known.get("eps", 1e-5)
-
-    def forward(self, a: Values, models: int) -> tuple[Tensor, Any]:
-        x, weight, bias = a["input"], a.get("weight"), a.get("bias")
-        channels, *pixels = x.shape[1:]
-        count = math.prod(pixels)
-
-        def beside(value: Tensor) -> Tensor:
-            return value.view(-1, channels, *(1,) * len(pixels))
-
-        centered = x - beside(_over_pixels(x) / count)
-        root = torch.rsqrt(_over_pixels(centered * centered) / count + self.eps)
-        factor = beside(root if weight is None else root * weight.view(1, -1))
-        y = centered * factor if bias is None else torch.addcmul(beside(bias.reshape(-1)), centered, factor)
-        return y, (centered, torch.zeros_like(root), root, weight)
 
 
 def _over_pixels(x: Tensor) -> Tensor:
@@ -138,12 +136,12 @@ def _prelu(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> Ru
 
 def _instance_norm(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> Rule | None:
     own = all(call.stacked(name) for name in ("weight", "bias") if name in call.layouts)
-    return InstanceNorm(known, wanted) if own and known["use_input_stats"] and call.layout is Layout.CHANNELS else None
+    return GroupNorm(known, wanted, None) if own and known["use_input_stats"] and call.layout is Layout.CHANNELS else None
 
 
 def _group_norm(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> Rule | None:
     own = all(call.stacked(name) for name in ("weight", "bias") if name in call.layouts)
-    return GroupNorm(known, wanted) if own and call.layout is Layout.CHANNELS else None
+    return GroupNorm(known, wanted, known["num_groups"]) if own and call.layout is Layout.CHANNELS else None
 
 
 class Joined:

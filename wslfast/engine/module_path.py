@@ -115,7 +115,7 @@ def _writes(architecture: Architecture) -> bool:
 @lru_cache(maxsize=64)
 def _traits(architecture: Architecture) -> frozenset[str]:
     """What decides how the module is run: ``writes`` to its input, has ``convolutions`` or a ``recurrent`` part, ``slices`` channels,
-    ``picks`` positions (``kernels/picking.py``), can be ``mapped``."""
+    ``picks`` positions (``kernels/picking.py``), norms by group, can be ``mapped``."""
     assert architecture.module is not None
     traits = set()
     parts = list(architecture.module.modules())
@@ -129,8 +129,7 @@ def _traits(architecture: Architecture) -> frozenset[str]:
         traits.add("writes")
     if names.seen & {"slice", "split", "split_with_sizes", "select", "cat", "index"}:
         traits.add("slices")
-    if "picks" in names.seen:
-        traits.add("picks")
+    traits |= names.seen & {"picks", "native_group_norm"}
     path = Module(architecture, "")
     try:
         with temporarily_clear_interpreter_stack(), by_itself():
@@ -217,7 +216,8 @@ class Module:
         """Outputs of each model. Values and own queries are copied, as in ``reference.forward``: bits do not depend on where rows stand."""
         own, traits = per_model(queries, self.architecture), _traits(self.architecture)
         bound = _bound(self.architecture, queries.device, queries.dtype)
-        channels_last = "convolutions" in traits and not traits & {"slices", "picks"}
+        # of channels-last images torch's group norm loses digits (stacked/image_rules.py)
+        channels_last = "convolutions" in traits and not traits & {"slices", "picks", "native_group_norm"}
         images: Any = queries
         if not own:
             flat = channels_last and queries.ndim == 4

@@ -11,12 +11,13 @@ from graph_oracle import close, looped, queries_like, rows_near
 from tolerances import FP32
 from torch import Tensor, nn
 
-from wslfast import Architecture
+from wslfast import Architecture, Population, batched_behavioral_loss, batched_forward
 from wslfast.kernels import stacked
 from wslfast.kernels.stacked import image_rules
 from wslfast.kernels.stacked.compiler import compile_program
 from wslfast.kernels.stacked.passes import tapes_of
 from wslfast.kernels.stacked.tape import Island
+from wslfast.testing import relative_error
 
 
 class Between(nn.Module):
@@ -97,3 +98,33 @@ def test_a_models_sum_over_queries_does_not_depend_on_its_company(n: int, channe
     for models in (1, 2, 3, 4, 6):
         assert torch.equal(image_rules._over_queries(x[:, : models * channels].contiguous(), models), every[:models])
         assert torch.equal(image_rules._over_queries(x[:, -models * channels :].contiguous(), models), every[-models:])
+
+
+@pytest.mark.parametrize("traced", [True, False])
+@pytest.mark.parametrize("norm", [lambda: nn.GroupNorm(3, 6), lambda: nn.InstanceNorm2d(6, affine=True)], ids=["group", "instance"])
+def test_a_mean_thirty_times_the_spread_costs_no_digits(norm: Callable[[], nn.Module], traced: bool) -> None:
+    """Of channels-last images torch's group norm takes the mean of squares less the square of the mean."""
+    models = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        parts: list[nn.Module] = [nn.Conv2d(3, 6, 3), norm(), nn.Flatten(), nn.Linear(216, 4)]
+        models.append(nn.Sequential(*parts, *([] if traced else [Mirrored()])))
+        nn.init.constant_(parts[0].bias, 17.0)  # type: ignore[arg-type]
+    population, x, targets = Population.from_modules(models, (3, 8, 8)), torch.randn(9, 3, 8, 8), torch.randn(3, 9, 4)
+    assert (population.architecture.graph is not None) == traced
+    weights = population.weights.clone().requires_grad_()
+    outputs = batched_forward(weights, x, population.architecture)
+    losses = batched_behavioral_loss(weights, None, x, population.architecture, targets=targets, reduction="none")
+    (slopes,) = torch.autograd.grad(losses.sum(), weights)
+    for model, made, given, slope in zip(models, outputs, targets, slopes, strict=True):
+        wanted = model.double()(x.double())
+        assert relative_error(made, wanted) < FP32
+        gradients = torch.autograd.grad((wanted - given).square().sum() / 18, list(model.parameters()))
+        assert relative_error(slope, torch.cat([g.flatten() for g in gradients])) < FP32
+
+
+class Mirrored(nn.Module):
+    """What cannot be traced, as it asks for the value of a number; it changes nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if float(x.detach().square().sum()) >= 0 else -x
