@@ -1,8 +1,8 @@
 """Convolutions that only pick positions: kernels one wide, with a stride and without padding.
 
 In float32, channels-last and with few input channels, oneDNN's gradient of such a kernel writes behind its own memory on processors without
-AVX-512: the process dies of it, or something else is wrong later. (Seen in torch 2.13, with 2 to 5 channels.) So they are given the
-positions that they read, and no stride.
+AVX-512: the process dies of it, or something else is wrong later. (Seen in torch 2.13, with 2 to 7 channels; kernels that are wider in one
+direction, padded ones and convolutions in groups were sound.) So they are given the positions that they read, and no stride.
 """
 
 from __future__ import annotations
