@@ -4,9 +4,12 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-# Two test processes of one thread each: two cores are used, and a process does not spin on the other's core. A file stays in one process.
+# Two test processes of one thread each: two cores are used, and a process does not spin on the other's core. A file of quick tests stays in
+# one process, as they share what was made for the file. Slow tests are handed out one by one: few of them are most of the time.
 WORKERS ?= 2
-PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+FILES   := --numprocesses $(WORKERS) --dist loadfile
+SINGLE  := --numprocesses $(WORKERS) --dist load --maxschedchunk 1
+PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 NUMERIC := tests/test_behavior.py tests/test_nan_policy.py tests/test_silent_values.py tests/test_operators.py tests/test_tokens.py tests/permutation \
   tests/engine tests/kernels/cpu tests/kernels/stacked tests/kernels/test_operations.py tests/codes/test_linear.py tests/codes/test_adaptive.py tests/faults/test_determinism.py
@@ -52,13 +55,13 @@ types: $(VENV)/.dev
 	MYPYPATH=build/types $(BIN)/mypy --config-file pyproject.toml -p wslfast
 
 quick: $(VENV)/.dev
-	$(PYTEST) -m "not slow and not gpu" $(PYTEST_FLAGS)
+	$(PYTEST) $(FILES) -m "not slow and not gpu" $(PYTEST_FLAGS)
 
 slow: $(VENV)/.dev
-	$(PYTEST) -m "slow and not thorough and not gpu" $(PYTEST_FLAGS)
+	$(PYTEST) $(SINGLE) -m "slow and not thorough and not gpu" $(PYTEST_FLAGS)
 
 thorough: $(VENV)/.dev ## slow tests that make ci has no time for: every operation and layout, kernels for every target, races
-	$(PYTEST) -m "thorough and not gpu" $(PYTEST_FLAGS)
+	$(PYTEST) $(SINGLE) -m "thorough and not gpu" $(PYTEST_FLAGS)
 
 faults: $(VENV)/.dev ## the fault matrix with its full figures, the guards, and docs/reliability.md's table (about half an hour)
 	@rm -rf build/faults
@@ -70,7 +73,7 @@ faults: $(VENV)/.dev ## the fault matrix with its full figures, the guards, and 
 # other tests do without: threads that wait without spinning do not cost the other process its core.
 avx2: $(VENV)/.dev ## the numeric tests as on an AVX2 machine, on all threads (at most 6 minutes)
 	OMP_WAIT_POLICY=PASSIVE ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 OPENBLAS_CORETYPE=Haswell \
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile -m "not slow and not gpu" $(NUMERIC) $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest $(FILES) -m "not slow and not gpu" $(NUMERIC) $(PYTEST_FLAGS)
 
 ci: test avx2 slow ## all that can be tested without a GPU (at most 45 minutes)
 
