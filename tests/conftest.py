@@ -23,7 +23,7 @@ settings.register_profile(
 settings.load_profile("wslfast")
 
 # Slow tests that continuous integration has no time for (make thorough runs them): every operation in every layout, kernels compiled for
-# every target and a page's tables of them, kernels watched for races, many random networks.
+# every target and a page's tables of them, kernels watched for races, many random networks. Single cases of other files are marked there.
 THOROUGH = (
     "benchmarks/kernels/test_inspect.py",
     "benchmarks/kernels/test_pipes.py",

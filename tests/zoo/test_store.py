@@ -245,7 +245,8 @@ def test_a_reader_sees_the_old_zoo_or_the_new_one(tmp_path: Path) -> None:
         try:
             loaded = load_zoo(tmp_path)
         except WslfastError as error:  # as readers are told where a writer does not stop
-            assert "was replaced 5 times while it was read" in str(error)
+            if "was replaced 5 times while it was read" not in str(error):
+                raise
             continue
         which = len(loaded) == 27
         assert torch.equal(loaded.weights, zoos[which].weights)

@@ -89,7 +89,7 @@ print(json.dumps(found))
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("mode", ["layers", "network"])
+@pytest.mark.parametrize("mode", [pytest.param("layers", marks=pytest.mark.thorough), "network"])
 def test_one_network_one_precision_one_set_of_kernels(mode: str) -> None:
     """Counted: neither sizes, alignments, strides, chunks nor forms of a call compile anything after ``warmup``."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

@@ -59,7 +59,7 @@ def tensor_core(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32", "tf32x3", "fp16", "bf16"])
-@pytest.mark.parametrize("name", ["cnn3", "cnn28", "lenet5"])
+@pytest.mark.parametrize("name", ["cnn3", "cnn28", pytest.param("lenet5", marks=pytest.mark.thorough)])
 def test_precision(name: str, precision: str, tensor_core: None) -> None:
     case = {"cnn3": cnn3("tanh"), "cnn28": cnn28(), "lenet5": lenet5()}[name]
     weights, queries, targets = _data(case, 1, 16)
