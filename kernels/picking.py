@@ -22,6 +22,12 @@ def picks(kernel: Sequence[int], stride: Any, padding: Any) -> tuple[int, ...]:
     return strides if alone and max(strides, default=1) > 1 else ()
 
 
+def unstrided(x: Tensor, kernel: Sequence[int], stride: Any, padding: Any) -> tuple[Tensor, Any]:
+    """Images and stride of the same convolution, which no longer picks."""
+    strides = picks(kernel, stride, padding)
+    return (picked(x, strides), [1] * len(strides)) if strides else (x, stride)
+
+
 def picked(x: Tensor, strides: Sequence[int]) -> Tensor:
     """The positions of images ``[..., *axes]`` that such a convolution reads."""
     where: Any = (..., *(slice(None, None, step) for step in strides))

@@ -20,7 +20,7 @@ from .criteria import criterion_values
 from .graph import DTYPES, QUERY, Graph, Node, check, is_size, substitute
 from .layers import ACTIVATIONS, Activation, Conv2d, Dropout, Flatten, Layers, Linear, Pool2d, layer_slots
 from .operations import TABLE
-from .picking import picked, picks
+from .picking import unstrided
 
 
 def activation(x: Tensor, layer: Activation) -> Tensor:
@@ -42,8 +42,7 @@ def forward_one(weights: Tensor, queries: Tensor, layers: Layers) -> Tensor:
             weight = weights[slots.weight.offset : slots.weight.stop].view(slots.weight.shape)
             bias = None if slots.bias is None else weights[slots.bias.offset : slots.bias.stop]
         if isinstance(layer, Conv2d):
-            strides = picks(weight.shape[2:], layer.stride, layer.padding)
-            x, stride = (picked(x, strides), 1) if strides else (x, layer.stride)
+            x, stride = unstrided(x, weight.shape[2:], layer.stride, layer.padding)
             x = F.conv2d(x, weight, bias, stride, layer.padding, layer.spacing, layer.groups)
         elif isinstance(layer, Linear):
             x = F.linear(x, weight, bias)

@@ -186,8 +186,7 @@ class Matmul:
         if self.call.aligned:
             x, y = filling.factors(x, y, self.stacked)
         made = torch.matmul(x, y)
-        shape = (*made.shape[:-1], before[1][-1])
-        return filling.taken(made, shape), (x, y, before, made.shape, [a[name].shape for name in self.names])
+        return filling.first(made, before[1][-1]), (x, y, before, made.shape, [a[name].shape for name in self.names])
 
     def backward(self, g: Tensor, saved: Any, models: int) -> Gradients:
         x, y, before, shape, shapes = saved
@@ -195,7 +194,7 @@ class Matmul:
         made: Gradients = {}
         if self.names[0] in self.wanted:
             slope = torch.matmul(g, y.transpose(-1, -2))
-            made[self.names[0]] = reduced(filling.taken(slope, (*slope.shape[:-1], before[0][-1])), shapes[0])
+            made[self.names[0]] = reduced(filling.first(slope, before[0][-1]), shapes[0])
         if self.names[1] in self.wanted:
             slope = torch.matmul(x.transpose(-1, -2), g)
             made[self.names[1]] = reduced(filling.taken(slope, (*slope.shape[:-2], *before[1][-2:])), shapes[1])

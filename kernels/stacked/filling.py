@@ -79,6 +79,11 @@ def spread(x: Tensor, shape: Sequence[int]) -> Tensor:
     return x
 
 
+def first(x: Tensor, count: int) -> Tensor:
+    """The first numbers of every row."""
+    return taken(x, (*x.shape[:-1], count))
+
+
 def taken(x: Tensor, shape: Sequence[int]) -> Tensor:
     """The first numbers along every axis: what was there before it was filled."""
     if x.shape == shape:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..cpu.convolutions import crosses
 from ..cpu.steps import as_channels_last
-from ..picking import picked, picks
+from ..picking import unstrided
 from .calls import Call, Layout, Values
 from .layouts import behind, everyone, mapped, repeated
 from .product_forms import addmm, attention, cdist, einsum, embedding, linear, matmul, tensordot
@@ -158,13 +158,13 @@ def convolution(call: Call, a: Values, models: int) -> Tensor:
     shared = call.layouts["input"] is Layout.SHARED
     if shared and groups > 1:  # groups of shared channels and groups of models do not fit into one convolution
         x, shared = repeated(x, models), False
-    strides = picks(a["weight"].shape[-call.spatial :], a.get("stride", 1), a.get("padding", 0))
-    if strides:
-        x, a = picked(x, strides), {**a, "stride": [1] * len(strides)}
+    x, stride = unstrided(x, a["weight"].shape[-call.spatial :], a.get("stride", 1), a.get("padding", 0))
     weight, bias = _own_kernels(call, a, models)
     if x.ndim == 4 and call.aligned:
         x = _channels_last(x)
-    return _apart(call, {**a, "input": x, "weight": weight, "bias": bias, "groups": groups if shared else groups * models})
+    return _apart(
+        call, {**a, "input": x, "stride": stride, "weight": weight, "bias": bias, "groups": groups if shared else groups * models}
+    )
 
 
 def transposed(call: Call, a: Values, models: int) -> Tensor:

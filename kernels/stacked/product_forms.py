@@ -59,8 +59,7 @@ def _matrices(call: Call, x: Tensor, y: Tensor, stacked: Sequence[bool]) -> Tens
     if not call.aligned:
         return torch.matmul(x, y)
     wide, (x, y) = y.shape[-1], filling.factors(x, y, stacked)
-    made = torch.matmul(x, y)
-    return made if made.shape[-1] == wide else made[..., :wide].contiguous()
+    return filling.first(torch.matmul(x, y), wide)
 
 
 def addmm(call: Call, a: Values, models: int) -> Tensor:

@@ -147,26 +147,21 @@ class _Direction(torch.autograd.Function):
         for slope, kept in zip(reversed(g.unbind(1)), reversed(saved), strict=True):
             slopes[0] = slopes[0] + slope
             of_entering, of_hidden, ahead = cell.backward(slopes, kept)
-            through = _first(torch.bmm(of_hidden, weight_h), width)
+            through = filling.first(torch.bmm(of_hidden, weight_h), width)
             slopes = [through if ahead[0] is None else through + ahead[0], *(s for s in ahead[1:] if s is not None)]
             entering.append(of_entering)
             hidden.append(of_hidden)
         of_inputs = torch.stack(entering[::-1], 1).flatten(1, 2)
         of_hiddens = of_inputs if cell.joint else torch.stack(hidden[::-1], 1).flatten(1, 2)
         states = torch.stack(before, 1).flatten(1, 2)
-        of_x = _first(torch.bmm(of_inputs, weight_in), features).reshape(shape) if ctx.needs_input_grad[1] else None
+        of_x = filling.first(torch.bmm(of_inputs, weight_in), features).reshape(shape) if ctx.needs_input_grad[1] else None
         of_parameters = [
-            _first(torch.bmm(of_inputs.transpose(1, 2), rows), features),
-            _first(torch.bmm(of_hiddens.transpose(1, 2), states), width),
+            filling.first(torch.bmm(of_inputs.transpose(1, 2), rows), features),
+            filling.first(torch.bmm(of_hiddens.transpose(1, 2), states), width),
         ]
         if biases:
             of_parameters += [of_inputs.sum(1), of_hiddens.sum(1)]
         return None, of_x, None, *slopes, *of_parameters
-
-
-def _first(x: Tensor, count: int) -> Tensor:
-    """The first numbers of every row: without those that were filled up."""
-    return x if x.shape[-1] == count else x[..., :count].contiguous()
 
 
 __all__ = ["direction"]
