@@ -51,7 +51,7 @@ class Slot:
     shape: tuple[int, ...]
     offset: int
 
-    @property
+    @cached_property
     def size(self) -> int:
         return math.prod(self.shape)
 
@@ -207,6 +207,11 @@ class Graph:
     def parameters(self) -> int:
         """Numbers in a row of weights."""
         return self.slots[-1].stop if self.slots else 0
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Numbers of each slot."""
+        return tuple(slot.size for slot in self.slots)
 
     @cached_property
     def by_name(self) -> dict[str, Slot]:

@@ -26,13 +26,14 @@ from ..cpu.products import operand_dtype
 from ..criteria import Named, share_of_loss
 from ..graph import Graph
 from ..reference import value_shapes
-from .company import agrees_when_shared, by_itself, split
+from .company import agrees_when_shared, by_itself, kept, split
 from .compiler import compile_program
 from .costs import FILL, group_shape, least_worth, sizes, whole_models
-from .passes import by_graph, by_tape
+from .passes import by_graph, by_tape, no_gradients
 
 _PACKED = 1 << 15  # numbers of one model's parameter
 _FEW = 1000  # numbers of a product: so few could agree by chance, and a group is always filled
+_sizes_found: dict[Hashable, tuple[int, int]] = {}  # of calls of each kind
 
 
 class Call:
@@ -83,6 +84,11 @@ class Call:
         return self.n if self.n < self.slab else self.slab + self.n % self.slab
 
     def _sizes(self, full: int) -> tuple[int, int]:
+        asked = self._key(), self.weights.shape[0], self.n, full, torch.get_num_threads()
+        return kept(_sizes_found, asked, lambda: self._sizes_of(full))
+
+    def _sizes_of(self, full: int) -> tuple[int, int]:
+        """What :meth:`_sizes` returns, when it is asked for the first time."""
         multiple = self._multiple()
         if full % multiple:  # a large network: each model by itself
             full = 1
@@ -118,12 +124,18 @@ class Call:
     def shares_products(self) -> bool:
         """Whether matrix products take all threads: where groups run in one thread, there is little else than products, and bits stay."""
         if self.share is None:
-            _, convolved, products = sizes(self.graph)
-            few = convolved > products or self.graph.parameters * self.tried < _FEW
-            threads = 1 if few or jobs.controls() is None or not self.plain else torch.get_num_threads()
-            key, both = (self._key(), threads), {self.models, self.last}
-            self.share = threads > 1 and in_one_thread(self) and all(agrees_when_shared(m, key, partial(self.trial, m)) for m in both)
+            threads = torch.get_num_threads()
+            able = threads > 1 and self.plain and jobs.controls() is not None
+            self.share = able and self._mostly_products() and in_one_thread(self) and self._agrees_when_shared(threads)
         return self.share
+
+    def _mostly_products(self) -> bool:
+        _, convolved, products = sizes(self.graph)
+        return convolved <= products and self.graph.parameters * self.tried >= _FEW
+
+    def _agrees_when_shared(self, threads: int) -> bool:
+        key, both = (self._key(), threads), {self.models, self.last}
+        return all(agrees_when_shared(m, key, partial(self.trial, m)) for m in both)
 
     def starts(self) -> range:
         return range(0, self.n, self.slab)
@@ -143,7 +155,7 @@ class Call:
         elif self.own:
             x = self.queries[group : group + self.models, part]
         else:
-            x = self.queries[part]
+            x = self.queries if whole or self.n <= self.slab else self.queries[part]
         idle = self.filled(group) - len(x) if self.own else 0
         if idle:
             x = torch.cat((x, x[-1:].expand(idle, *x.shape[1:])))
@@ -166,18 +178,18 @@ class Call:
 
 def leaves_of(rows: Tensor, graph: Graph) -> list[Tensor]:
     """Each parameter of every model, ``[M, *shape]``, through one split: its backward is one concatenation."""
-    parts = rows.split([slot.size for slot in graph.slots], 1)
+    parts = rows.split(graph.sizes, 1)
     return [part.reshape(rows.shape[0], *slot.shape) for part, slot in zip(parts, graph.slots, strict=True)]
 
 
 def _copies_of(rows: Tensor, graph: Graph) -> list[Tensor]:
     """The same in memory of their own, as how small operands lie there decides a BLAS's bits; large ones it packs, and they stay."""
-    counts = [slot.size for slot in graph.slots]
-    if max(counts) >= _PACKED:
-        parts: Any = [part if part.shape[1] >= _PACKED else part.contiguous() for part in rows.split(counts, 1)]
+    if max(graph.sizes) >= _PACKED:
+        parts: Any = [part if part.shape[1] >= _PACKED else part.contiguous() for part in rows.split(graph.sizes, 1)]
     else:
-        parts = torch.split_with_sizes_copy(rows, counts, 1)  # type: ignore[func-returns-value]
-    return [part.view(rows.shape[0], *slot.shape) for part, slot in zip(parts, graph.slots, strict=True)]
+        parts = torch.split_with_sizes_copy(rows, graph.sizes, 1)  # type: ignore[func-returns-value]
+    models = rows.shape[0]
+    return [part if len(s.shape) == 1 else part.view(models, *s.shape) for part, s in zip(parts, graph.slots, strict=True)]
 
 
 def _jobs(count: int, call: Call, run: Callable[[int], None]) -> None:
@@ -220,7 +232,7 @@ def loss_and_gradient_of(call: Call, targets: Tensor, criterion: Named, temperat
     if n == 0:  # the mean over no queries, as the reference has it
         return weights.new_full((k,), float("nan")), torch.zeros_like(weights, memory_format=torch.contiguous_format)
     autocast = _autocast(weights.device.type)
-    with torch.no_grad(), autocast():
+    with no_gradients(), autocast():
         shared = call.shared()
 
     def group(start: int, into: Mapping[int, Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -241,7 +253,7 @@ def loss_and_gradient_of(call: Call, targets: Tensor, criterion: Named, temperat
             return value, slope
 
         def prepared(at: int) -> list[Any]:
-            with torch.no_grad(), autocast():
+            with no_gradients(), autocast():
                 return call.values(shared, start, at)
 
         slabs = ((at, prepared(at)) for at in call.starts())

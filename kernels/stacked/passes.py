@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -16,6 +17,14 @@ from .tape import NOWHERE, Into, Tape, tape_of
 Slabs = Iterable[tuple[int, Sequence[Any]]]
 # (first query, outputs [M, n, *out]) -> (shares of the losses [M], gradient of their sum with respect to the outputs).
 Share = Callable[[int, Tensor], tuple[Tensor, Tensor]]
+
+
+_NOTHING = nullcontext()
+
+
+def no_gradients() -> AbstractContextManager[None]:
+    """``torch.no_grad()``, and nothing where that holds already: it is ten calls of Python, of the four hundred of a small loss."""
+    return torch.no_grad() if torch.is_grad_enabled() else _NOTHING
 
 
 @lru_cache(maxsize=256)
@@ -37,7 +46,7 @@ def by_tape(program: Program, leaves: Sequence[Tensor], slabs: Slabs, share: Sha
         value, slope = share(start, outputs)
         return value, rest.backward([slope], saved, models, program.size, into)
 
-    with torch.no_grad():
+    with no_gradients():
         carried, kept = made.forward(program.known(leaves[0]), leaves, models, 0)
         total, sums = _over(slabs, slab)
         gradients = made.backward(sums, kept, models, program.size)
@@ -99,4 +108,4 @@ def _to_leaves(leaves: Sequence[Tensor], made: Sequence[Tensor], sums: Sequence[
     return list(torch.autograd.grad([v for v, _ in pairs], list(leaves), [g for _, g in pairs], materialize_grads=True))
 
 
-__all__ = ["by_graph", "by_tape", "tapes_of"]
+__all__ = ["by_graph", "by_tape", "no_gradients", "tapes_of"]

@@ -22,20 +22,22 @@ def linear(call: Call, a: Values, models: int) -> Tensor:
         return F.linear(x, weight, bias)
     if call.ranks["weight"] != 2:
         return mapped(call, a, models)  # type: ignore[no-any-return]
-    return products(call, x, weight, bias, models)[0]
+    own = call.stacked("weight")
+    return products(x, everyone(weight, models, own), bias, call.stacked("input"), call.aligned and own)[0]
 
 
-def products(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, models: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The output of a linear layer, and the operands ``[M, rows, in']`` and ``[M, out, in']`` of its product, filled up where they are
-    to lie aligned."""
-    out, features = weight.shape[-2:]
-    lead = x.shape[1:-1] if call.stacked("input") else x.shape[:-1]
-    rows = x.reshape(models, -1, features) if call.stacked("input") else x.reshape(-1, features)
-    if call.aligned and call.stacked("weight"):
+def products(x: Tensor, weight: Tensor, bias: Tensor | None, own: bool, aligned: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The output of a linear layer of weights ``[M, out, in]``, and the operands ``[M, rows, in']`` and ``[M, out, in']`` of its product.
+
+    ``own``: whether models are in front of the input, too; ``aligned``: whether operands are filled up to lie aligned.
+    """
+    models, out, features = weight.shape
+    lead = x.shape[own:-1]
+    rows = x if len(lead) == 1 else x.reshape(models, -1, features) if own else x.reshape(-1, features)
+    if aligned and filling.ragged((out, features)):
         rows, weight = filling.rows_and_weight(rows, weight)
-    if rows.ndim == 2:
+    if not own:
         rows = rows.expand(models, *rows.shape)
-    weight = everyone(weight, models, call.stacked("weight"))
     made = product(rows, weight, bias)
     return made if len(lead) == 1 else made.reshape(models, *lead, out), rows, weight
 

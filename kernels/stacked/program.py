@@ -101,6 +101,8 @@ class Program:
         """Values that all models share, from queries ``[n, *input]`` (``[M, n, *input]`` where they are each model's own)."""
         values = self.known(queries)
         values[self.query] = queries
+        if not self.shared:
+            return values
         n = queries.shape[int(self.own)]
         with torch.set_grad_enabled(torch.is_grad_enabled() and queries.requires_grad):
             for step in self.shared:

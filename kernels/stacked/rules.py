@@ -70,17 +70,17 @@ class Linear:
     fresh = True
 
     def __init__(self, call: Call, wanted: frozenset[str]) -> None:
-        self.call, self.wanted = call, wanted
+        self.own, self.aligned, self.wanted = call.stacked("input"), call.aligned, wanted
 
     def forward(self, a: Values, models: int) -> tuple[Tensor, Any]:
         x, weight = a["input"], a["weight"]
-        made, rows, operand = products(self.call, x, weight, a.get("bias"), models)
+        made, rows, operand = products(x, weight, a.get("bias"), self.own, self.aligned)
         return made, (rows, operand, weight.shape[-1], x.shape)
 
     def backward(self, g: Tensor, saved: Any, models: int, into: Tensor | None = None) -> Gradients:
         """``into``: memory ``[M, out, in]`` for the weight's gradient, with any step between models."""
         rows, weight, features, shape = saved
-        g = g.reshape(models, -1, g.shape[-1])
+        g = g if g.ndim == 3 else g.reshape(models, -1, g.shape[-1])
         made: Gradients = {}
         if "weight" in self.wanted:
             slope = weight_gradient(g, rows, into if rows.shape[2] == features else None)
@@ -89,7 +89,8 @@ class Linear:
             made["bias"] = g.sum(1)
         if "input" in self.wanted:
             slope = torch.bmm(g, weight)
-            made["input"] = (slope if slope.shape[2] == features else slope[..., :features]).reshape(shape)
+            slope = slope if slope.shape[2] == features else slope[..., :features]
+            made["input"] = slope if slope.shape == shape else slope.reshape(shape)
         return made
 
 
