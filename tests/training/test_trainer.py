@@ -122,7 +122,7 @@ def test_resume_says_where_from_and_leaves_a_finished_run_alone(
 
 
 @pytest.mark.parametrize(
-    ("has", "precision", "layers", "told"), [(1, "fp32", 1, 1), (1, "bf16", 1, 0), (1, "fp32", 0, 0), (0, "fp32", 1, 0)]
+    ("has", "precision", "layers", "told"), [(1, "fp32", 1, 1), (1, "bf16", 1, 0), (1, "fp32", 0, 0), (0, "fp32", 1, 0), (0, "bf16", 1, 0)]
 )
 def test_a_cpu_that_has_bf16_is_told_of(
     tmp_path: Path, population: Population, images: Tensor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
@@ -133,6 +133,25 @@ def test_a_cpu_that_has_bf16_is_told_of(
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
     train(config(tmp_path, steps=1, precision=precision, layers=layers), population=population, images=images)
     assert ("this CPU computes in bf16" in caplog.text) == bool(told)
+    assert ("imitates them" in caplog.text) == (precision == "bf16" and not has)
+
+
+@pytest.mark.parametrize(("has", "becomes"), [(True, "bf16"), (False, "fp32")])
+def test_precision_auto_is_the_devices_and_stays_when_a_run_goes_on_elsewhere(
+    tmp_path: Path, population: Population, images: Tensor, monkeypatch: pytest.MonkeyPatch, has: bool, becomes: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+    first = config(tmp_path / "run", steps=2, precision="auto")
+    run = train(first, population=population, images=images)
+    assert run.config.precision == becomes
+    assert f'precision = "{becomes}"' in (tmp_path / "run" / "config.toml").read_text()
+    named = train(replace(first, out=str(tmp_path / "named"), precision=becomes), population=population, images=images)
+    for one, other in zip(run.autoencoder.parameters(), named.autoencoder.parameters(), strict=True):
+        assert torch.equal(one, other)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: not has, raising=False)
+    longer = train(replace(first, steps=4), population=population, images=images, resume=True)
+    assert (longer.step, longer.config.precision) == (4, becomes)
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path: Path, population: Population, images: Tensor) -> None:

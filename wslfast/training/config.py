@@ -27,7 +27,7 @@ else:
 PRESETS: dict[str, dict[str, Any]] = {
     "small": {},
     "paper": {
-        "steps": 30_000, "batch_size": 64, "lr": 1e-5, "clip": None, "precision": "bf16", "start": "random", "d_model": 256, "heads": 8,
+        "steps": 30_000, "batch_size": 64, "lr": 1e-5, "clip": None, "precision": "auto", "start": "random", "d_model": 256, "heads": 8,
         "layers": 8, "latent": 64,
     },
 }  # fmt: skip
@@ -68,8 +68,9 @@ class TrainConfig:
     """Learning-rate schedule."""
     clip: float | None = 1.0
     """Largest gradient norm; none switches clipping off."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Autocast of the autoencoder; the behavioral loss runs outside it. bf16 is faster on GPUs and on CPUs with avx512_bf16 or AMX."""
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    """Autocast of the autoencoder; the behavioral loss runs outside it. bf16 is faster on GPUs and on CPUs with avx512_bf16 or AMX,
+    and many times slower on other CPUs; auto: bf16 where the device computes in it, else fp32 (the run's config.toml says which)."""
     behavior_precision: Literal["highest", "high", "medium", "bf16"] = "high"
     """Of the behavioral loss: torch's float32 matmul precision on a GPU (high: TF32; a CPU computes in float32 whatever it says), or bf16,
     autocast on either; losses and gradients are float32."""

@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 
 from ..profiling import region
 from .config import TrainConfig
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether a device has instructions for bf16 products, as far as torch says."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    known = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return device.type == "cpu" and any(ask() for ask in known if ask is not None)
+
+
+def settled(config: TrainConfig, device: torch.device, saved: Mapping[str, Any] | None = None) -> TrainConfig:
+    """The config with a precision that is no longer ``auto``: that of the checkpoint ``saved``, so that a run keeps its own on any machine,
+    or the device's."""
+    if config.precision != "auto":
+        return config
+    if saved is not None:
+        return replace(config, precision=TrainConfig.from_dict(saved["config"]).precision)
+    return replace(config, precision="bf16" if has_bf16(device) else "fp32")
 
 
 def optimizer_of(model: nn.Module, config: TrainConfig, device: torch.device) -> torch.optim.Optimizer:

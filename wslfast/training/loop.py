@@ -24,6 +24,7 @@ from ..zoo import MappedZoo
 from ..zoo.mapped import mapped_parts
 from .checkpoint import Run, checkpoint_path, load_checkpoint, load_run, save_checkpoint
 from .config import TrainConfig
+from .descent import has_bf16, settled
 from .hooks import LogTo, hook_of
 from .mixed import MixedTrainer
 from .progress import Interrupted, finishing_steps, shown
@@ -91,6 +92,7 @@ def train(
     with joined(config.device) as (world, device), engine.using(config.backend):
         saved = load_checkpoint(out) if resume and checkpoint_path(out).exists() else None
         require(resume or not checkpoint_path(out).exists(), f"{out} already holds a run; resume it, or choose another folder")
+        config = settled(config, device, saved)
         if saved is not None and saved["step"] >= config.steps:
             logger.info("%s is finished (%d steps); nothing to do", out, saved["step"])
             return load_run(out, device=device, architecture=None if population is None else population.architecture)
@@ -181,8 +183,11 @@ def _announce(trainer: Union[Trainer, MixedTrainer], resumed: bool) -> None:
         logger.info("one autoencoder over %d architectures, a batch of one of them a step; models: %s", len(trainer.parts), counts)
         return
     config = trainer.config
-    if trainer.device.type == "cpu" and config.precision == "fp32" and config.layers > 0 and _has_bf16():
-        logger.info("this CPU computes in bf16: with precision bf16 a step takes 2/3 to 3/4 of the time (docs/notes/cpu.md)")
+    if trainer.device.type == "cpu" and config.layers > 0:
+        if config.precision == "fp32" and has_bf16(trainer.device):
+            logger.info("this CPU computes in bf16: with precision bf16 a step takes 2/3 to 3/4 of the time (docs/notes/cpu.md)")
+        if config.precision == "bf16" and not has_bf16(trainer.device):
+            logger.warning("this CPU has no bf16 products and imitates them: with precision fp32, or auto, a step is many times as fast")
     backend = trainer.config.backend
     with behavior_precision(config, trainer.device):
         path = engine.choose(trainer.architecture, trainer.device.type, torch.float32, backend, config.behavior_precision == "bf16")
@@ -193,12 +198,6 @@ def _announce(trainer: Union[Trainer, MixedTrainer], resumed: bool) -> None:
         logger.info("zoo: %d models stay on disk and are read a window of shards at a time", len(trainer.models))
     if trainer.cache is not None:
         logger.info("targets: %d forward passes of originals, computed once", trainer.cache.computed)
-
-
-def _has_bf16() -> bool:
-    """Whether this CPU has instructions for bf16 products, as far as torch says."""
-    known = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return any(ask() for ask in known if ask is not None)
 
 
 def _run(

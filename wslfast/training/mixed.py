@@ -22,7 +22,7 @@ from ..errors import require
 from ..tokens import TokenLayout
 from ..zoo import MappedZoo
 from .config import TrainConfig
-from .descent import cycle, descend, optimizer_of
+from .descent import cycle, descend, optimizer_of, settled
 from .trainer import Trainer, check_resumed
 
 _SHARED = ("tokenizer", "transformer_encoder", "encoder_comp", "detokenizer", "transformer_decoder", "decoder_comp", "pe")
@@ -69,7 +69,7 @@ class MixedTrainer:
         saved: Mapping[str, Any] | None,
         device: torch.device,
     ) -> None:
-        self.config, self.device, self.world = config, device, ALONE
+        self.config, self.device, self.world = settled(config, device, saved), device, ALONE
         size = config.token_size or max(TokenLayout(part.architecture).token_size for part in models.values())
         own = replace(config, token_size=size)
         sizes = {} if saved is None else saved["autoencoder"]

@@ -36,7 +36,7 @@ from ..queries import QueryPool, TargetCache
 from ..tokens import TokenLayout
 from ..zoo import MappedZoo
 from .config import TrainConfig
-from .descent import cycle, descend, optimizer_of
+from .descent import cycle, descend, optimizer_of, settled
 from .models import TrainingModels
 
 logger = logging.getLogger("wslfast")
@@ -71,8 +71,8 @@ class Trainer:
         world: World = ALONE,
         device: torch.device | None = None,
     ) -> None:
-        self.config, self.world = config, world
         self.device = torch.device(config.device) if device is None else device
+        self.config, self.world = settled(config, self.device), world
         self.architecture = models.architecture
         limit = config.memory_gb / 2 * 1e9
         self.models = TrainingModels(models, self.device, limit)
