@@ -133,7 +133,17 @@ def test_a_cpu_that_has_bf16_is_told_of(
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
     train(config(tmp_path, steps=1, precision=precision, layers=layers), population=population, images=images)
     assert ("this CPU computes in bf16" in caplog.text) == bool(told)
-    assert ("imitates them" in caplog.text) == (precision == "bf16" and not has)
+    assert ("imitates them: precision = bf16 makes" in caplog.text) == (precision == "bf16" and not has)
+
+
+def test_behavior_in_bf16_on_a_cpu_that_imitates_it_is_warned_of(
+    tmp_path: Path, population: Population, images: Tensor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
+    train(config(tmp_path, steps=1, behavior_precision="bf16"), population=population, images=images)
+    (warning,) = (r for r in caplog.records if "imitates" in r.message)
+    assert (warning.levelname, "behavior_precision = bf16" in warning.message) == ("WARNING", True)
 
 
 @pytest.mark.parametrize(("has", "becomes"), [(True, "bf16"), (False, "fp32")])

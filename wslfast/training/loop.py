@@ -183,11 +183,13 @@ def _announce(trainer: Union[Trainer, MixedTrainer], resumed: bool) -> None:
         logger.info("one autoencoder over %d architectures, a batch of one of them a step; models: %s", len(trainer.parts), counts)
         return
     config = trainer.config
-    if trainer.device.type == "cpu" and config.layers > 0:
-        if config.precision == "fp32" and has_bf16(trainer.device):
+    if trainer.device.type == "cpu":
+        known = has_bf16(trainer.device)
+        if known and config.precision == "fp32" and config.layers > 0:
             logger.info("this CPU computes in bf16: with precision bf16 a step takes 2/3 to 3/4 of the time (docs/notes/cpu.md)")
-        if config.precision == "bf16" and not has_bf16(trainer.device):
-            logger.warning("this CPU has no bf16 products and imitates them: with precision fp32, or auto, a step is many times as fast")
+        slow = [name for name in ("precision", "behavior_precision") if getattr(config, name) == "bf16"]
+        if slow and not known:
+            logger.warning("this CPU has no bf16 products and imitates them: %s = bf16 makes a step many times as slow", " and ".join(slow))
     backend = trainer.config.backend
     with behavior_precision(config, trainer.device):
         path = engine.choose(trainer.architecture, trainer.device.type, torch.float32, backend, config.behavior_precision == "bf16")
