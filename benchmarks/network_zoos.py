@@ -19,7 +19,7 @@ from wslfast.zoo.fitting import dropout_generator
 from .networks import NETWORKS, architecture_of_network
 from .recording import Row, digits, environment, with_values
 from .timing import take_turns
-from .zoo_building import BOUNDS, TUNED, VARIANT
+from .zoo_building import BOUNDS, OURS, TUNED, VARIANT
 
 BATCH, IMAGES, LR = 32, 2048, 1e-3
 ZOOS = ("cnn-batch-norm", "cnn-dropout-log-softmax", "mlp-batch-norm", "siren-32")
@@ -97,17 +97,17 @@ def measure(name: str, k: int = 64, rounds: int = 5, baseline_models: int = 3, s
     calls: dict[str, Callable[[Tensor, Tensor], object]] = {
         "one-after-another": lambda w, o: problem.one_after_another(w[:baseline_models], o[:baseline_models]),
         TUNED: lambda w, o: problem.one_after_another(w[:baseline_models], o[:baseline_models], tuned=True),
-        "wslfast": lambda w, o: problem.together(w, o[:, :steps]),
+        OURS: lambda w, o: problem.together(w, o[:, :steps]),
     }
-    per = {provider: k * steps if provider == "wslfast" else baseline_models * 4 * steps for provider in calls}
+    per = {provider: k * steps if provider == OURS else baseline_models * 4 * steps for provider in calls}
     row = Row("", name, k, len(problem.inputs) if problem.signals else BATCH, "zoo", "highest", "wall_ms", **environment())
     error, rows = gradient_error(problem), list[Row]()
     if isinstance(error, float) and not error <= BOUNDS["highest"]:  # no number for what trains other models
-        calls.pop("wslfast")
-        rows.append(replace(row, provider="wslfast", relative_error=error, note=f"{VARIANT}; gate: not timed"))
+        calls.pop(OURS)
+        rows.append(replace(row, provider=OURS, relative_error=error, note=f"{VARIANT}; gate: not timed"))
     times = take_turns(calls, lambda: problem.arguments(4 * steps), rounds)
     for provider, values in times.items():
-        found = error if provider == "wslfast" else ""
+        found = error if provider == OURS else ""
         each = [value / per[provider] for value in values]
         rows.append(with_values(replace(row, provider=provider, relative_error=found), each, f"{VARIANT}; Adam, batch {row.n}"))
     return rows

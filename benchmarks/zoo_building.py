@@ -27,6 +27,7 @@ from .timing import take_turns
 BATCH, IMAGES, LR = 32, 2048, 1e-3
 BOUNDS = {"highest": 1e-4, "tf32": 1e-2}  # of the weights after two steps, against float64
 VARIANT = "a model and step"
+OURS = "wslfast"  # both suites' zoo rows
 TUNED = "one-after-another-channels-last"
 
 
@@ -90,7 +91,7 @@ def _gate(architecture: Architecture, images: Tensor, labels: Tensor) -> dict[st
     """Relative error of each way's weights after two steps, against float64."""
     weights, order = models(architecture, 3, 0).to(images.device), torch.arange(3 * 2 * BATCH, device=images.device).view(3, 2, BATCH)
     truth = one_after_another(architecture, weights.double(), images.double(), labels, order)
-    ways = {"one-after-another": one_after_another, TUNED: tuned_loop, "wslfast": together}
+    ways = {"one-after-another": one_after_another, TUNED: tuned_loop, OURS: together}
     found = {name: way(architecture, weights, images, labels, order) for name, way in ways.items()}
     return {name: digits(relative_error(value, truth), 2) for name, value in found.items()}
 
@@ -115,9 +116,9 @@ def measure(architecture_name: str, k: int, rounds: int = 5, baseline_models: in
             name: lambda w, o, way=way: finished(way(architecture, w[:baseline_models], images, labels, o[:baseline_models]))  # type: ignore[misc]
             for name, way in (("one-after-another", one_after_another), (TUNED, tuned_loop))
         },
-        "wslfast": lambda w, o: finished(together(architecture, w, images, labels, o[:, :steps])),
+        OURS: lambda w, o: finished(together(architecture, w, images, labels, o[:, :steps])),
     }
-    per = {name: k * steps if name == "wslfast" else baseline_models * 4 * steps for name in calls}
+    per = {name: k * steps if name == OURS else baseline_models * 4 * steps for name in calls}
     precision = "tf32" if cuda else "highest"
     row = Row("", architecture_name, k, BATCH, "zoo", precision, "wall_ms", **environment(cuda))
     with numerics(precision, device):

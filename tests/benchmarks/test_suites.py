@@ -311,6 +311,15 @@ def test_where_a_peer_wins_is_said() -> None:
     assert "At no shape" in readme.text(rows[-2:])
 
 
+@pytest.mark.parametrize("clock", ["wall_ms", "gpu_ms"])
+def test_a_loop_that_builds_a_zoo_faster_is_a_peer_that_wins(clock: str) -> None:
+    where = {"direction": "zoo", "note": f"{zoo_building.VARIANT}; Adam, batch 32"}
+    rows = [row(name, 64, ms, **where) for name, ms in (("wslfast", 3.0), ("one-after-another", 6.0), (zoo_building.TUNED, 2.0))]
+    rows.append(row("loop", 1, 2.0, metric=clock))  # on a GPU zoo rows have the host's clock, too
+    table = tables.peers(derived.Rows(rows))
+    assert table.rows == [("cnn3 k=64 n=16", f"{zoo_building.VARIANT}, highest", zoo_building.TUNED, "1.50")]
+
+
 def test_the_page_is_one_file_with_figures(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from benchmarks.page import write_page
