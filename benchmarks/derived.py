@@ -17,10 +17,15 @@ HAND_WRITTEN = ("vmap", "vmap-compiled", "grouped", "unfold-bmm", "loop", "loop-
 
 
 class Rows:
-    """The rows of one device, by what they measured; ``clock`` is the metric that its times are compared by."""
+    """The rows of one device, by what they measured; ``clock`` is the metric that its times are compared by.
 
-    def __init__(self, rows: Iterable[Row]) -> None:
-        self.all = list(rows)
+    Each argument holds the rows of one suite. Suites have losses and weights of their own, and run at other times: what relates rows of
+    several shapes stays within one of them.
+    """
+
+    def __init__(self, *suites: Iterable[Row]) -> None:
+        self.suites = [list(rows) for rows in suites]
+        self.all = [row for rows in self.suites for row in rows]
         self.cuda = any(row.metric == "gpu_ms" for row in self.all)
         self.clock = "gpu_ms" if self.cuda else "wall_ms"
         self._by_key = {row.key: row for row in self.all}
@@ -46,9 +51,10 @@ class Rows:
         times = {name: value for name, value in found.items() if value is not None}
         return min(times.items(), key=lambda item: item[1]) if times else None
 
-    def timed(self, direction: str = "loss+gradient") -> list[Row]:
-        """Rows of the device's clock that hold a number."""
-        return [r for r in self.all if r.metric == self.clock and r.direction == direction and r.value is not None]
+    def timed(self, direction: str = "loss+gradient", suite: Sequence[Row] | None = None) -> list[Row]:
+        """Rows of the device's clock that hold a number; all of them, or those of one suite."""
+        rows = self.all if suite is None else suite
+        return [r for r in rows if r.metric == self.clock and r.direction == direction and r.value is not None]
 
 
 def zoo_rows(rows: Rows) -> list[Row]:
@@ -56,12 +62,13 @@ def zoo_rows(rows: Rows) -> list[Row]:
     return [r for r in rows.all if r.direction == "zoo" and r.metric == "wall_ms" and r.variant == ZOO and r.value is not None]
 
 
-def by_device(rows: Iterable[Row]) -> dict[str, Rows]:
-    """Rows of each device, in the order they first come."""
-    devices: dict[str, list[Row]] = {}
-    for row in rows:
-        devices.setdefault(row.device, []).append(row)
-    return {device: Rows(some) for device, some in devices.items()}
+def by_device(*suites: Iterable[Row]) -> dict[str, Rows]:
+    """Rows of each device, in the order they first come; each argument holds those of one suite."""
+    devices: dict[str, dict[int, list[Row]]] = {}
+    for number, rows in enumerate(suites):
+        for row in rows:
+            devices.setdefault(row.device, {}).setdefault(number, []).append(row)
+    return {device: Rows(*some.values()) for device, some in devices.items()}
 
 
 @dataclass(frozen=True)

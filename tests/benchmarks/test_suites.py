@@ -311,6 +311,21 @@ def test_where_a_peer_wins_is_said() -> None:
     assert "At no shape" in readme.text(rows[-2:])
 
 
+def test_growth_is_told_of_one_suite_at_a_time() -> None:
+    """The networks' suite times a CNN3, too, on another loss, and in another run."""
+    one = [row("loop", 16, 2.0 * n, n=n) for n in (64, 128, 256, 512)]
+    other = [row("loop", 16, 320.0, n=32)]
+    (found,) = readme.by_device(one, other).values()
+    expected = ("loop", "cnn3 highest, k=16", "n = 64: 1.00, 128: 1.00, 256: 1.00, 512: 1.00")
+    assert tables.growth(found).rows == [expected]
+    assert "| n = 64: 1.00, 128: 1.00" in readme.text(one, other)
+
+
+def test_all_versions_that_rows_were_measured_with_are_named() -> None:
+    rows = [row(), replace(row("vmap"), torch="3", commit="c0ffee"), replace(row("grouped"), python="3.12", date="2026-01-02")]
+    assert tables.machine(derived.Rows(rows)) == "a machine; torch 2, 3; Python 3.12; commit c0ffee; 2026-01-01 to 2026-01-02"
+
+
 @pytest.mark.parametrize("clock", ["wall_ms", "gpu_ms"])
 def test_a_loop_that_builds_a_zoo_faster_is_a_peer_that_wins(clock: str) -> None:
     where = {"direction": "zoo", "note": f"{zoo_building.VARIANT}; Adam, batch 32"}
