@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,25 @@ def test_a_tuned_loop_trains_the_same_zoo_and_a_red_gate_gives_no_number(name: s
         assert "gate: not timed" in rows["wslfast"].note
         assert rows["one-after-another"].value is not None
         assert rows[network_zoos.TUNED].value is not None
+
+
+@pytest.mark.parametrize("name", ["mlp-batch-norm", "siren-32"])
+def test_modules_are_not_on_the_clock_of_zoos(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("on the clock")
+
+    def turns(calls: dict[str, Callable[..., object]], arguments: Callable[[], tuple[object, ...]], rounds: int) -> dict[str, list[float]]:
+        given = arguments()
+        with monkeypatch.context() as inside:
+            inside.setitem(NETWORKS, name, (never, NETWORKS[name][1]))
+            inside.setattr(torch.optim, "Adam", never)
+            for call in calls.values():
+                call(*given)
+        return {provider: [48.0] for provider in calls}
+
+    monkeypatch.setattr(network_zoos, "take_turns", turns)
+    rows = {row.provider: row.value for row in network_zoos.measure(name, 4, baseline_models=2, steps=2)}
+    assert rows == {"one-after-another": 3.0, network_zoos.TUNED: 3.0, network_zoos.OURS: 6.0}
 
 
 def test_the_command_writes_rows_and_page(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -237,6 +237,26 @@ def test_tracked_rows(path: Path) -> None:
         assert not timed or (isinstance(r.relative_error, float) and r.relative_error <= gate.BOUNDS[r.precision])
 
 
+def test_modules_and_copies_of_images_are_not_on_the_clock_of_zoo_building(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("on the clock")
+
+    def turns(calls: dict[str, Callable[..., object]], arguments: Callable[[], tuple[object, ...]], rounds: int) -> dict[str, list[float]]:
+        given = arguments()
+        with monkeypatch.context() as inside:
+            for name in ("plain_module", "Loop"):
+                inside.setattr(zoo_building, name, never)
+            inside.setattr(torch.optim, "Adam", never)
+            for call in calls.values():
+                call(*given)
+        return {name: [48.0] for name in calls}
+
+    monkeypatch.setattr(zoo_building, "take_turns", turns)
+    rows = {r.provider: r for r in zoo_building.measure("cnn", 4, baseline_models=2, steps=2)}
+    assert {name: r.value for name, r in rows.items()} == {"one-after-another": 3.0, zoo_building.TUNED: 3.0, zoo_building.OURS: 6.0}
+    assert all(0 < float(r.relative_error) < zoo_building.BOUNDS["highest"] for r in rows.values())
+
+
 def test_suites_hold_what_was_asked() -> None:
     gpu = [cell for make in suites.GPU_CELLS.values() for cell in make()]
     assert {cell.provider for cell in suites.core_cells()} == NAMES
