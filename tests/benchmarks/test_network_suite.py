@@ -102,6 +102,14 @@ def test_the_command_writes_rows_and_page(tmp_path: Path, capsys: pytest.Capture
     assert command.main(["--suite", "networks", "--only", "nothing", "--out", str(tmp_path)]) == 2
 
 
+def test_a_network_that_is_named_beside_a_section_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    run: list[str] = []
+    monkeypatch.setattr(network_suite, "beside", lambda name, *_, **__: [run.append(name)])
+    monkeypatch.setattr(network_suite, "GROWTH", ("siren-32", 4, (2,)))
+    network_suite.run_networks(["growth", "mlp-tiny"], lambda rows: None, lambda line: None)
+    assert run == ["mlp-tiny", "siren-32"]
+
+
 def test_growth_reaches_as_many_models_as_it_says() -> None:
     name, n, models = network_suite.GROWTH
     assert models[-1] == 16_384
