@@ -226,11 +226,13 @@ class Generate:
             names = ("test_acc", "novelty", "novelty_behavior") if e == 0 else ("test_acc",)
             after = f" after {e} epoch{'s' * (e > 1)}" if e else ""
             for name in names:
-                values = made.column(name)[epoch == e]
-                if not bool(values.isfinite().any()):  # no classes, no accuracy
+                every = made.column(name)[epoch == e]
+                values = every[every.isfinite()]
+                if len(values) == 0:  # no classes, no accuracy
                     continue
                 spread = f"from {values.min():.3f} to {values.max():.3f}"
-                say(f"{indent}{name}{after}: mean {values.mean():.3f}, median {values.median():.3f}, {spread}")
+                broken = f"; {len(every) - len(values)} of {len(every)} have none" if len(values) < len(every) else ""
+                say(f"{indent}{name}{after}: mean {values.mean():.3f}, median {values.median():.3f}, {spread}{broken}")
 
 
 @dataclass(frozen=True)
