@@ -12,7 +12,7 @@ import torch
 from tolerances import FP32
 
 from benchmarks import __main__ as command
-from benchmarks import network_suite, network_zoos
+from benchmarks import network_peers, network_suite, network_zoos
 from benchmarks.network_peers import OURS, PEERS
 from benchmarks.network_suite import beside, draws, error_of
 from benchmarks.networks import NETWORKS, architecture_of_network
@@ -35,6 +35,21 @@ def test_every_peer_computes_what_float64_does(name: str, peer: str) -> None:
             PEERS[peer](module, architecture, 3)
         return
     assert error_of(PEERS[peer](module, architecture, 3), next(draws(name, 3, 5))) < network_suite.BOUND
+
+
+def test_ours_is_the_librarys_own_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[torch.Size] = []
+    real = network_peers.batched_behavioral_loss
+
+    def spy(reconstructed: torch.Tensor, *arguments: object, **options: object) -> torch.Tensor:
+        called.append(reconstructed.shape)
+        return real(reconstructed, *arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(network_peers, "batched_behavioral_loss", spy)
+    architecture = architecture_of_network("mlp-tiny")
+    made = PEERS[OURS](NETWORKS["mlp-tiny"][0]().eval(), architecture, 3)
+    assert error_of(made, next(draws("mlp-tiny", 3, 5))) < FP32
+    assert called == [(3, architecture.num_weights)]
 
 
 def test_a_wrong_peer_has_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
