@@ -9,6 +9,7 @@ from . import ceilings
 from .losses import FORWARD
 from .providers import OURS
 from .recording import GIVEN, RECOMPUTED, Row
+from .token_coding import DECODE, ENCODE
 from .training_step import WHOLE
 from .zoo_building import OURS as ZOO_OURS
 from .zoo_building import VARIANT as ZOO
@@ -199,16 +200,16 @@ def bars(rows: Rows) -> list[Bar]:
 
 def peers_ahead(rows: Rows) -> list[tuple[Row, Row, float]]:
     """(the fastest peer's row, the fastest of ours, how many times faster the peer is) wherever a peer is faster: loss and gradient,
-    forward passes, and building a zoo."""
+    forward passes, building a zoo, and tokens."""
     shapes: dict[tuple[object, ...], list[Row]] = {}
     for direction in ("loss+gradient", "forward"):
         for row in rows.timed(direction):
-            if row.variant in (GIVEN, RECOMPUTED, FORWARD):
+            if row.variant in (GIVEN, RECOMPUTED, FORWARD, ENCODE, DECODE):
                 shapes.setdefault(row.key[1:], []).append(row)
     for row in zoo_rows(rows):
         shapes.setdefault(row.key[1:], []).append(row)
     fastest: Callable[[list[Row]], Row | None] = lambda some: min(some, key=lambda r: r.value or 0.0, default=None)  # noqa: E731
-    ours, found = (*OURS, ZOO_OURS), []
+    ours, found = (*OURS, "wslfast"), []
     for some in shapes.values():
         mine, peer = fastest([r for r in some if r.provider in ours]), fastest([r for r in some if r.provider not in ours])
         if mine and peer and mine.value and peer.value and peer.value < mine.value:

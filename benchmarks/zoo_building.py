@@ -28,7 +28,7 @@ from .timing import take_turns
 BATCH, IMAGES, LR = 32, 2048, 1e-3
 BOUNDS = {"highest": 1e-4, "tf32": 1e-2}  # of the weights after two steps, against float64
 VARIANT = "a model and step"
-OURS = "wslfast"  # both suites' zoo rows
+OURS = "wslfast"  # in zoo rows, of both suites
 TUNED = "one-after-another-channels-last"
 
 

@@ -351,8 +351,15 @@ def test_a_loop_that_builds_a_zoo_faster_is_a_peer_that_wins(clock: str) -> None
     where = {"direction": "zoo", "note": f"{zoo_building.VARIANT}; Adam, batch 32"}
     rows = [row(name, 64, ms, **where) for name, ms in (("wslfast", 3.0), ("one-after-another", 6.0), (zoo_building.TUNED, 2.0))]
     rows.append(row("loop", 1, 2.0, metric=clock))  # on a GPU zoo rows have the host's clock, too
+    rows += [
+        row(name, 64, ms, "tokens of weights; n is the number of tokens", direction="forward", metric=clock)
+        for name, ms in (("wslfast", 5.0), ("loop", 4.0))
+    ]
     table = tables.peers(derived.Rows(rows))
-    assert table.rows == [("cnn3 k=64 n=16", f"{zoo_building.VARIANT}, highest", zoo_building.TUNED, "1.50")]
+    assert table.rows == [
+        ("cnn3 k=64 n=16", f"{zoo_building.VARIANT}, highest", zoo_building.TUNED, "1.50"),
+        ("cnn3 k=64 n=16", "tokens of weights, highest", "loop", "1.25"),
+    ]
 
 
 def test_the_page_is_one_file_with_figures(tmp_path: Path) -> None:
