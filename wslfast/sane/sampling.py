@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -147,7 +147,7 @@ def generate_z_samples(anchors: Any, samples: int | None = None, bandwidth: floa
 def _example(model: Any) -> Tensor:
     """A tensor of the kind that a model's decoder computes with."""
     comp = getattr(model, "decoder_comp", None)
-    parameters = iter(getattr(model, "parameters", tuple)())
+    parameters: Iterator[Tensor] = iter(getattr(model, "parameters", tuple)())
     return comp.weight if comp is not None else next(parameters, torch.empty(0))  # type: ignore[no-any-return]
 
 
