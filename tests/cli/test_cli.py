@@ -226,6 +226,8 @@ def test_info(shell: Shell) -> None:
         (("evaluate", "--run", "a", "b", "--out", "figures.json"), "--out"),
         (("evaluate", "--run", "a", "--out", "results", "--split", "val"), "--split"),
         (("evaluate", "--zoo", "z", "--run", "nowhere", "--out", "results"), "nowhere"),
+        (("evaluate", "--run", "a", "--quick"), "--quick is for the page"),
+        (("evaluate", "--run", "a", "--name", "digits"), "--name is for the page"),
         (("report", "--out", "nowhere"), "nowhere"),
         (("report", "nowhere"), "nowhere"),
         (("report",), "wslfast report FOLDER"),

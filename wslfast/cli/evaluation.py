@@ -68,6 +68,8 @@ class Evaluate:
         require(len(self.run_folders) > 0, "run: expected at least one folder")
         run = self.run_folders[0]
         if len(self.run_folders) == 1 and (self.out is None or self.out.endswith(".json")):
+            require(not self.quick, "quick: the table of one run has no quick form; --quick is for the page (--out DIR)")
+            require(self.name is None, "name: the table of one run names no zoo; --name is for the page (--out DIR)")
             out = self.out or str(Path(run) / f"evaluation-{self._label(run)}.json")
             settings: dict[str, Any] = {"device": self.device, "backend": self.backend, "skip_bad": self.skip_bad, "log_to": self.log_to}
             results = evaluate(run, self.zoo, split=self.split, out=out, **settings)
