@@ -341,6 +341,12 @@ def test_growth_is_told_of_one_suite_at_a_time() -> None:
     assert "| n = 64: 1.00, 128: 1.00" in readme.text(one, other)
 
 
+def test_no_two_suites_time_the_same_thing() -> None:
+    """What stands beside ours is looked up by what was measured, over all suites: one of them would hide the other."""
+    keys = [(row.device, *row.key) for suite in readme.tracked() for row in suite]
+    assert len(set(keys)) == len(keys)
+
+
 def test_all_versions_that_rows_were_measured_with_are_named() -> None:
     rows = [row(), replace(row("vmap"), torch="3", commit="c0ffee"), replace(row("grouped"), python="3.12", date="2026-01-02")]
     assert tables.machine(derived.Rows(rows)) == "a machine; torch 2, 3; Python 3.12; commit c0ffee; 2026-01-01 to 2026-01-02"
