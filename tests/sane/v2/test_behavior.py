@@ -299,10 +299,14 @@ def test_no_mask_no_positions_and_other_input(sane2: SimpleNamespace) -> None:  
         ({"criterion": "l2"}, "criterion"), ({"queryset": "mine"}, "queryset"), ({"normalize": "token"}, "normalize"), ({"reduction": "none"}, "reduction"),
         ({"statistics": "own"}, "statistics"), ({"tokenizer": "dense "}, "tokenizer"), ({"zoo": None}, "zoo"), ({"zoo": "nowhere"}, "no such folder"),
         ({"queryset": "data"}, "dump"), ({"normalize": "batch", "criterion": "distillation"}, "normalize"), ({"input_shape": None}, "input_shape"),
+        ({"n_querys": 3}, r"expected settings of \['queryset', .*\], got \['n_querys'\]"),
     ]  # fmt: skip
     for settings, words in wrong:
         with pytest.raises(WslfastError, match=words):
             v2.BehavioralLoss(**{"zoo": models[0], "input_shape": (3, 32, 32), **settings})
+    for lacking in (None, {}, {"n_queries": 3}):
+        with pytest.raises(WslfastError, match="behavior: expected the settings of BehavioralLoss, with 'zoo'"):
+            v2.GammaContrastReconBehavioralLoss(behavior=lacking)
 
 
 def test_a_broken_reconstruction_is_left_out_where_asked(sane2: SimpleNamespace) -> None:  # noqa: F811
