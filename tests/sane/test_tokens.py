@@ -290,6 +290,25 @@ def test_a_decoder_of_ones_own_needs_nothing_but_its_method() -> None:
         assert torch.equal(weight, row[: len(weight), None].expand_as(weight))
 
 
+def test_anchors_of_another_length_are_not_cut_to_fit() -> None:
+    reference = _checkpoint(Architecture.mlp(2, (3,), 4, dropout=0.0))
+    tokens, _, pos = tokenize_checkpoint(reference, 0)
+    t, shape = len(tokens), [3, *tokens.shape]
+
+    class Decoder:
+        def forward_decoder(self, z: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+            return torch.zeros(*z.shape[:2], tokens.shape[1])
+
+    for z, p, of, message in (
+        (torch.randn(3, t + 2, 5), pos, shape, r"anchor_z: expected latents \[M, 7, latent\]"),
+        (torch.randn(3, t, 5), pos.unsqueeze(0), shape, r"anchor_pos: expected positions \[7, 3\]"),
+        (torch.randn(3, t, 5), pos[:-1], shape, "anchor_pos"),
+        (torch.randn(3, t, 5), pos, [t], "anchor_w_shape"),
+    ):
+        with pytest.raises(WslfastError, match=message):
+            sample_models(Decoder(), reference, 2, z, p, of)
+
+
 @pytest.mark.parametrize("anchors", ["text", torch.zeros(3), [], torch.zeros(0, 3), None], ids=str)
 def test_anchors_are_numbers_by_model(anchors: Any) -> None:
     with pytest.raises(WslfastError, match=r"anchors: expected numbers \[M, n\]"):

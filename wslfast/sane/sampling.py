@@ -98,8 +98,12 @@ def sample_models(
         WslfastError: latents, mode or sizes that do not fit, or a wanted network of another number of tokens without ``reset_classifier``.
     """
     z = sample_latents(anchor_z, repetitions, mode, bandwidth=bandwidth, generator=generator)
-    pos = anchor_pos.to(torch.int)
+    require(len(anchor_w_shape) >= 2, f"anchor_w_shape: expected the shape of the anchors' tokens [M, T, D], got {list(anchor_w_shape)}")
     t, d = anchor_w_shape[-2:]
+    require(z.shape[1] == t, f"anchor_z: expected latents [M, {t}, latent], as anchor_w_shape says, got {describe(anchor_z)}")
+    placed = isinstance(anchor_pos, Tensor) and anchor_pos.ndim == 2 and len(anchor_pos) == t
+    require(placed, f"anchor_pos: expected positions [{t}, 3] of one anchor, got {describe(anchor_pos)}")
+    pos = anchor_pos.to(torch.int)
     wanted, _, positions = tokenize_checkpoint(checkpoint_ref, d)
     same = len(wanted) == t
     require(
