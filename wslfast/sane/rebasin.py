@@ -153,7 +153,8 @@ def weight_matching(
         ``{permutation: float indices [n]}``, as published.
 
     Raises:
-        WslfastError: state dicts that the spec does not fit, tensors that are not float32 on the CPU, or scipy is missing.
+        WslfastError: state dicts that the spec does not fit, tensors that are not float32 on the CPU, an ``init_perm`` that is none, or
+            scipy is missing.
     """
     assign = solver()
     try:
@@ -165,7 +166,10 @@ def weight_matching(
             return original(ps, params_a, params_b, max_iter, init_perm)  # type: ignore[no-any-return]
         raise WslfastError(f"weight_matching: the spec does not fit the state dicts: {error}") from None
     plan = a.plan
-    perm: Permutation = {p: torch.arange(n) for p, n in plan.sizes.items()} if init_perm is None else init_perm
+    whole = {p: torch.arange(n) for p, n in plan.sizes.items()}
+    perm: Permutation = dict(whole) if init_perm is None else init_perm
+    wrong = sorted(p for p in whole | perm if p not in perm or p not in whole or not torch.equal(perm[p].long().sort().values, whole[p]))
+    require(not wrong, lambda: f"init_perm: expected a permutation of each size in {plan.sizes}, not so for {wrong}")
     names = list(perm)
     places = {p: value.long().numpy() for p, value in perm.items()}
     gains = {p: np.empty((n, n), np.float32) for p, n in plan.sizes.items()}

@@ -116,6 +116,12 @@ def test_what_it_cannot_match_is_the_originals_or_an_error() -> None:
         assert rebasin.weight_matching(spec, a_too, a_too, original=lambda *_: "theirs") == "theirs"
         with pytest.raises(WslfastError, match=r"layer0\.weight': expected float32 tensors of one shape on the CPU"):
             rebasin.weight_matching(spec, a_too, a)
+    whole = {f"P_{i}": torch.arange(12.0) for i in range(3)}
+    for change in ({"P_0": torch.arange(5.0)}, {"P_1": torch.zeros(12)}, {"P_9": torch.arange(12.0)}):
+        with pytest.raises(WslfastError, match=f"init_perm: expected a permutation .* not so for {list(change)}".replace("[", r"\[")):
+            rebasin.weight_matching(spec, a, a, init_perm={**whole, **change})
+    with pytest.raises(WslfastError, match=r"not so for \['P_2'\]"):
+        rebasin.weight_matching(spec, a, a, init_perm={p: v for p, v in whole.items() if p != "P_2"})
     with pytest.raises(WslfastError, match="layer3"):
         rebasin.weight_matching(spec, a, {name: value for name, value in a.items() if "layer3" not in name})
 
