@@ -115,9 +115,9 @@ def import_zoo(
     for argument, value in (("input_shape", input_shape), ("output", output)):
         wanted = f"{argument}: expected None without network= (--network FILE.py:NAME), which it is said of, got {value!r}"
         require(network is not None or value is None, wanted)
-    for argument, value in (("standardise", standardise or None), ("mean", mean), ("std", std)):
-        wanted = f"{argument}: expected none without dataset=, whose images it is said of, got {value!r}"
-        require(dataset is not None or value is None, wanted)
+    for argument, given_as in (("standardise", standardise or None), ("mean", mean), ("std", std)):
+        wanted = f"{argument}: expected none without dataset=, whose images it is said of, got {given_as!r}"
+        require(dataset is not None or given_as is None, wanted)
     require(padding in small_cnn.PADDINGS, f"padding: expected one of {small_cnn.PADDINGS}, got {padding!r}")
     sensible = isinstance(omega, (int, float)) and not isinstance(omega, bool) and 0 < omega < math.inf
     require(sensible, f"omega: expected a positive number, got {omega!r}")
