@@ -9,17 +9,24 @@ from . import ceilings
 from .losses import FORWARD
 from .providers import OURS
 from .recording import GIVEN, RECOMPUTED, Row
+from .token_coding import DECODE, ENCODE
 from .training_step import WHOLE
+from .zoo_building import OURS as ZOO_OURS
 from .zoo_building import VARIANT as ZOO
 
 HAND_WRITTEN = ("vmap", "vmap-compiled", "grouped", "unfold-bmm", "loop", "loop-channels-last", "loop-cudagraph")
 
 
 class Rows:
-    """The rows of one device, by what they measured; ``clock`` is the metric that its times are compared by."""
+    """The rows of one device, by what they measured; ``clock`` is the metric that its times are compared by.
 
-    def __init__(self, rows: Iterable[Row]) -> None:
-        self.all = list(rows)
+    Each argument holds the rows of one suite. Suites have losses and weights of their own, and run at other times: what relates rows of
+    several shapes stays within one of them.
+    """
+
+    def __init__(self, *suites: Iterable[Row]) -> None:
+        self.suites = [list(rows) for rows in suites]
+        self.all = [row for rows in self.suites for row in rows]
         self.cuda = any(row.metric == "gpu_ms" for row in self.all)
         self.clock = "gpu_ms" if self.cuda else "wall_ms"
         self._by_key = {row.key: row for row in self.all}
@@ -45,17 +52,24 @@ class Rows:
         times = {name: value for name, value in found.items() if value is not None}
         return min(times.items(), key=lambda item: item[1]) if times else None
 
-    def timed(self, direction: str = "loss+gradient") -> list[Row]:
-        """Rows of the device's clock that hold a number."""
-        return [r for r in self.all if r.metric == self.clock and r.direction == direction and r.value is not None]
+    def timed(self, direction: str = "loss+gradient", suite: Sequence[Row] | None = None) -> list[Row]:
+        """Rows of the device's clock that hold a number; all of them, or those of one suite."""
+        rows = self.all if suite is None else suite
+        return [r for r in rows if r.metric == self.clock and r.direction == direction and r.value is not None]
 
 
-def by_device(rows: Iterable[Row]) -> dict[str, Rows]:
-    """Rows of each device, in the order they first come."""
-    devices: dict[str, list[Row]] = {}
-    for row in rows:
-        devices.setdefault(row.device, []).append(row)
-    return {device: Rows(some) for device, some in devices.items()}
+def zoo_rows(rows: Rows) -> list[Row]:
+    """Rows of zoo building that hold a number. Their clock is the host's on every device."""
+    return [r for r in rows.all if r.direction == "zoo" and r.metric == "wall_ms" and r.variant == ZOO and r.value is not None]
+
+
+def by_device(*suites: Iterable[Row]) -> dict[str, Rows]:
+    """Rows of each device, in the order they first come; each argument holds those of one suite."""
+    devices: dict[str, dict[int, list[Row]]] = {}
+    for number, rows in enumerate(suites):
+        for row in rows:
+            devices.setdefault(row.device, {}).setdefault(number, []).append(row)
+    return {device: Rows(*some.values()) for device, some in devices.items()}
 
 
 @dataclass(frozen=True)
@@ -116,10 +130,10 @@ def cpu_bars(rows: Rows) -> list[Bar]:
         obtained = _ratio(best[1] if best else None, rows.get(ours, "cnn3", 64, 256, variant))
         what = f"CNN3 k=64 n=256, {variant}: against the best hand-written loop"
         found.append(Bar(what, 1.1, 1.5, obtained, detail=best[0] if best else ""))
-    zoo = [r for r in rows.timed("zoo") if r.variant == ZOO]
+    zoo = zoo_rows(rows)
     for net in ("cnn3", "cnn", "lenet5"):
         times = {r.provider: (r.value, r.k) for r in zoo if r.architecture == net}
-        pair = [times.get(name, (None, 0)) for name in ("one-after-another", "wslfast")]
+        pair = [times.get(name, (None, 0)) for name in ("one-after-another", ZOO_OURS)]
         found.append(
             Bar(
                 f"{net}: zoo building against one network after another",
@@ -174,8 +188,8 @@ def gpu_bars(rows: Rows) -> list[Bar]:
     behavior = sum(r.value or 0.0 for r in phases if r.variant == "phase loss")
     share = 100 * behavior / total if total else None
     found.append(Bar("CNN3 k=128: behavioral loss' share of a whole training step", 25, 10, share, "%", True))
-    zoo = {r.provider: r.value for r in rows.all if r.direction == "zoo" and r.architecture == "cnn3" and r.metric == "wall_ms"}
-    obtained = _ratio(zoo.get("one-after-another"), zoo.get("wslfast"))
+    zoo = {r.provider: r.value for r in zoo_rows(rows) if r.architecture == "cnn3"}
+    obtained = _ratio(zoo.get("one-after-another"), zoo.get(ZOO_OURS))
     return [*found, Bar("1,200 CNN3, one epoch, against one network after another", 20, 50, obtained)]
 
 
@@ -185,16 +199,19 @@ def bars(rows: Rows) -> list[Bar]:
 
 
 def peers_ahead(rows: Rows) -> list[tuple[Row, Row, float]]:
-    """(the fastest peer's row, the fastest of ours, how many times faster the peer is) wherever a peer is faster."""
+    """(the fastest peer's row, the fastest of ours, how many times faster the peer is) wherever a peer is faster: loss and gradient,
+    forward passes, building a zoo, and tokens."""
     shapes: dict[tuple[object, ...], list[Row]] = {}
     for direction in ("loss+gradient", "forward"):
         for row in rows.timed(direction):
-            if row.variant in (GIVEN, RECOMPUTED, FORWARD):
+            if row.variant in (GIVEN, RECOMPUTED, FORWARD, ENCODE, DECODE):
                 shapes.setdefault(row.key[1:], []).append(row)
+    for row in zoo_rows(rows):
+        shapes.setdefault(row.key[1:], []).append(row)
     fastest: Callable[[list[Row]], Row | None] = lambda some: min(some, key=lambda r: r.value or 0.0, default=None)  # noqa: E731
-    found = []
+    ours, found = (*OURS, "wslfast"), []
     for some in shapes.values():
-        mine, peer = fastest([r for r in some if r.provider in OURS]), fastest([r for r in some if r.provider not in OURS])
+        mine, peer = fastest([r for r in some if r.provider in ours]), fastest([r for r in some if r.provider not in ours])
         if mine and peer and mine.value and peer.value and peer.value < mine.value:
             found.append((peer, mine, mine.value / peer.value))
     return sorted(found, key=lambda item: -item[2])

@@ -96,7 +96,7 @@ def run_networks(only: Sequence[str], emit: Callable[[list[Row]], None], say: Ca
     """The sections, all or some. ``only`` may name networks as well."""
     everyone = [name for name in PEERS if name != "vmap-compiled"]
     named = [name for name in only if name in NETWORKS]
-    sections = [s for s in SECTIONS if s in only] or (SECTIONS if not named else ("networks",))
+    sections = [s for s in SECTIONS if s in only or (s == "networks" and named)] or SECTIONS
     if "networks" in sections:
         for i, name in enumerate(named or NETWORKS):
             emit(beside(name, *SHAPE, everyone, rounds=5, budget_s=2.0))

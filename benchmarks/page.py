@@ -14,7 +14,7 @@ from wslfast.page.html import document
 
 from . import ceilings, tables
 from .cases import architecture_of, needed_bytes, needed_flops
-from .derived import Rows
+from .derived import Rows, by_device
 from .providers import OURS
 from .recording import GIVEN, RECOMPUTED, Row
 from .tables import Table
@@ -177,7 +177,7 @@ def _table(table: Table) -> str:
 def html(rows: Sequence[Row]) -> str:
     """The page for these rows."""
     sections = []
-    for device, some in tables.of(rows).items():
+    for device, some in by_device(rows).items():
         sections.append(f"<section><p class='headline'>{escape(device)}</p><p class='note'>{escape(tables.machine(some))}</p></section>")
         verdicts, *rest = tables.everything(some)
         sections.append(_table(verdicts))

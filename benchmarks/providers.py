@@ -375,7 +375,8 @@ def _engine_forward(weights: Tensor, queries: Tensor, architecture: Architecture
 
 @provider("wslfast-torch", _engine_forward)
 def wslfast_torch(weights: Tensor, original: Tensor, queries: Tensor, targets: Tensor | None, architecture: Architecture) -> Result:
-    """The engine without its Triton kernels, as a user on this device meets it."""
+    """The engine without its Triton kernels, called as ``batched_behavioral_loss`` calls it: that one's checks and its part in autograd,
+    tenths of a millisecond, are not on the clock."""
     targets = _targets("wslfast-torch", original, queries, targets, architecture)
     backend = "torch" if weights.is_cuda else "auto"
     return engine.loss_and_gradient(weights, queries, targets, architecture, CRITERION, backend=backend)

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from . import tables
+from .derived import by_device
 from .recording import DATA, ROOT, Row, read_rows
 from .tables import Table
 
@@ -44,10 +45,10 @@ def _markdown(table: Table) -> str:
     return "\n".join(lines) + "\n"
 
 
-def text(rows: Sequence[Row]) -> str:
-    """The page for these rows."""
+def text(*suites: Sequence[Row]) -> str:
+    """The page for the rows of these suites."""
     parts = [_HEAD, "\n\n".join(tables.METHOD) + "\n"]
-    devices = tables.of(rows)
+    devices = by_device(*suites)
     if not any(some.cuda for some in devices.values()):
         parts.append("No rows of a GPU are tracked yet: nothing here speaks of one.\n")
     for device, some in devices.items():
@@ -56,9 +57,9 @@ def text(rows: Sequence[Row]) -> str:
     return "\n".join(parts)
 
 
-def tracked() -> list[Row]:
-    """All rows of ``benchmarks/data``."""
-    return [row for path in sorted(DATA.glob("*.csv")) for row in read_rows(path)]
+def tracked() -> list[list[Row]]:
+    """All rows of ``benchmarks/data``, those of each suite for itself: it has a file."""
+    return [read_rows(path) for path in sorted(DATA.glob("*.csv"))]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -66,7 +67,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks readme", description="README.md from the tracked rows")
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if the page is stale")
     options = parser.parse_args(list(arguments))
-    wanted = text(tracked())
+    wanted = text(*tracked())
     if options.check:
         fresh = PATH.exists() and PATH.read_text() == wanted
         print(f"{PATH.name} is {'fresh' if fresh else 'stale: python -m benchmarks readme'}")

@@ -87,8 +87,22 @@ def peers(rows: Rows) -> Table:
 
 
 def growth(rows: Rows) -> Table:
-    """Time per (model, query) pair over k, n and width."""
-    timed = [r for r in rows.timed() if r.variant == GIVEN]
+    """Time per (model, query) pair over k, n and width, of each suite for itself."""
+    lines: list[tuple[str, ...]] = []
+    for suite in rows.suites:
+        timed = [r for r in rows.timed(suite=suite) if r.variant == GIVEN]
+        lines += [*_growth_in_size(timed), *_growth_in_width(timed)]
+    return Table(
+        "Growth",
+        "Time per pair of a model and a query, over that of the first point: 1 is linear growth.",
+        ("provider", "", "over"),
+        lines,
+        3,
+    )
+
+
+def _growth_in_size(timed: Sequence[Row]) -> list[tuple[str, ...]]:
+    """Time per pair over k and over n, wherever four points or more share the rest."""
     lines: list[tuple[str, ...]] = []
     for provider, net, precision in sorted({(r.provider, r.architecture, r.precision) for r in timed}):
         mine = [r for r in timed if (r.provider, r.architecture, r.precision) == (provider, net, precision)]
@@ -99,14 +113,7 @@ def growth(rows: Rows) -> Table:
                     base = line[0].value / line[0].k / line[0].n  # type: ignore[operator]
                     text = ", ".join(f"{getattr(r, along)}: {r.value / r.k / r.n / base:.2f}" for r in line)  # type: ignore[operator]
                     lines.append((provider, f"{net} {precision}, {fixed}={at}", f"{along} = {text}"))
-    lines += _growth_in_width(timed)
-    return Table(
-        "Growth",
-        "Time per pair of a model and a query, over that of the first point: 1 is linear growth.",
-        ("provider", "", "over"),
-        lines,
-        3,
-    )
+    return lines
 
 
 def _growth_in_width(timed: Sequence[Row]) -> list[tuple[str, ...]]:
@@ -208,23 +215,10 @@ def everything(rows: Rows) -> list[Table]:
 
 def machine(rows: Rows) -> str:
     """What the rows were measured on, in a line."""
-    first = rows.all[0]
-    parts = [
-        first.device,
-        f"driver {first.driver}" if first.driver else "",
-        f"torch {first.torch}",
-        f"triton {first.triton}" if first.triton else "",
-    ]
-    commits = sorted({r.commit for r in rows.all if r.commit})
+    columns = {"driver": "driver", "torch": "torch", "triton": "triton", "Python": "python", "commit": "commit"}
+    parts = [rows.all[0].device]
+    for word, column in columns.items():  # rows of several sittings may differ in any of them
+        found = sorted({getattr(row, column) for row in rows.all if getattr(row, column)})
+        parts += [f"{word} {', '.join(found)}"] if found else []
     dates = sorted({r.date for r in rows.all})
-    parts += [
-        f"Python {first.python}",
-        f"commit {', '.join(commits)}" if commits else "",
-        " to ".join(dict.fromkeys((dates[0], dates[-1]))),
-    ]
-    return "; ".join(filter(None, parts))
-
-
-def of(rows: Sequence[Row]) -> dict[str, Rows]:
-    """Rows by device."""
-    return derived.by_device(rows)
+    return "; ".join([*parts, " to ".join(dict.fromkeys((dates[0], dates[-1])))])

@@ -159,14 +159,26 @@ def _why(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:120]}"
 
 
-def _judged(row: Row, ms: float, default: float, error: float | None = None) -> Row:
-    keep = "yes" if ms < KEEP * default and (error is None or error < AGREES) else "no"
-    note = "" if error is None or error < AGREES else "its result differs"
+def _judged(row: Row, ms: float, default: float, error: float) -> Row:
+    keep = "yes" if ms < KEEP * default and error < AGREES else "no"
+    note = "" if error < AGREES else "its result differs"
     return replace(row, ms=ms, default_ms=default, ratio=ms / default, error=error, keep=keep, note=note)
 
 
+def _by_kernel(job: Job, chosen: dict[str, Lever]) -> Tuning:
+    """The hook's argument: for each of these kernels its own lever."""
+
+    def choose(role: str, stage: Stage, precision: str, c: Configuration) -> Configuration:
+        lever = chosen.get(f"{role} {job.schedule.stages.index(stage)}") if stage in job.schedule.stages else None
+        return c if lever is None else lever.change(c)
+
+    return Tuning(choose)
+
+
 def kernel_rows(job: Job, levers: tuple[Lever, ...], device: str, base: Row, repeats: int, end: float) -> Iterator[Row]:
-    """Each stage kernel alone under each lever of its role (split counts change buffers: they are for whole steps)."""
+    """Each stage kernel alone under each lever of its role (split counts change buffers: they are for whole steps). Its result is judged by
+    the gradient of a step in which that kernel alone has the lever: launched by itself, it works on what it has overwritten."""
+    _, expected = job.step()
     for name, _, config, again in job.launches():
         role, default = name.split()[0], milliseconds(lambda again=again, config=config: again(config), device, repeats)
         yield replace(base, part="kernel", kernel=name, lever="default", ms=default, default_ms=default, ratio=1.0)
@@ -176,8 +188,11 @@ def kernel_rows(job: Job, levers: tuple[Lever, ...], device: str, base: Row, rep
                 continue
             row = replace(base, part="kernel", kernel=name, lever=lever.name)
             try:
-                again(other)  # compiles
-                yield _judged(row, milliseconds(lambda again=again, other=other: again(other), device, repeats), default)
+                with tuned(_by_kernel(job, {name: lever})):
+                    _, gradient = job.step()
+                again(other)
+                ms = milliseconds(lambda again=again, other=other: again(other), device, repeats)
+                yield _judged(row, ms, default, _difference(gradient, expected))
             except Exception as error:  # does not compile, or asks for more than the device has
                 yield replace(row, keep="no", note=_why(error))
 
@@ -189,14 +204,9 @@ def step_rows(
     _, expected = job.step()
     default = milliseconds(job.step, device, repeats)
     yield replace(base, part="step", kernel="step", lever="default", ms=default, default_ms=default, ratio=1.0)
-
-    def best(role: str, stage: Stage, precision: str, c: Configuration) -> Configuration:
-        lever = chosen.get(f"{role} {job.schedule.stages.index(stage)}") if stage in job.schedule.stages else None
-        return c if lever is None else lever.change(c)
-
     attempts = [(lever.name, lever.tuning()) for lever in levers]
     if chosen:
-        attempts.insert(0, ("best of each kernel", Tuning(best)))
+        attempts.insert(0, ("best of each kernel", _by_kernel(job, chosen)))
     for name, tuning in attempts:
         if time.monotonic() > end:
             return

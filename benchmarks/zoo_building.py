@@ -2,7 +2,8 @@
 
 The baseline is what a zoo script does: an ``nn.Sequential``, NCHW batches of 32, ``F.cross_entropy``, ``torch.optim.Adam``, all
 threads. Beside it stands the loop that one would tune by hand: images and kernels channels-last, Adam's one fused call. All sides draw
-their batches from the same resident images and are timed per model and step, taking turns.
+their batches from the same resident images and are timed per model and step, taking turns. What a zoo needs once, however long it trains,
+is not on the clock: modules, optimisers, and the images in the order of axes that a side wants.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from .timing import take_turns
 BATCH, IMAGES, LR = 32, 2048, 1e-3
 BOUNDS = {"highest": 1e-4, "tf32": 1e-2}  # of the weights after two steps, against float64
 VARIANT = "a model and step"
+OURS = "wslfast"  # in zoo rows, of both suites
 TUNED = "one-after-another-channels-last"
 
 
@@ -52,22 +54,35 @@ def plain_module(architecture: Architecture, row: Tensor) -> nn.Sequential:
     return module
 
 
+class Loop:
+    """Models one after another, made ready to train; ``tuned``: kernels channels-last, Adam fused."""
+
+    def __init__(self, architecture: Architecture, weights: Tensor, tuned: bool = False) -> None:
+        self.layout = torch.channels_last if tuned else torch.contiguous_format
+        self.modules = [plain_module(architecture, row).to(memory_format=self.layout) for row in weights]
+        self.optimisers = [torch.optim.Adam(m.parameters(), lr=LR, weight_decay=1e-4, fused=tuned or None) for m in self.modules]
+
+    def train(self, images: Tensor, labels: Tensor, order: Tensor) -> None:
+        """Every model on its own batches ``order [k, steps, batch]``."""
+        for module, optimiser, batches in zip(self.modules, self.optimisers, order, strict=True):
+            for batch in batches:
+                optimiser.zero_grad()
+                F.cross_entropy(module(images[batch]), labels[batch]).backward()
+                optimiser.step()
+
+    @property
+    def rows(self) -> Tensor:
+        """The models' weights ``[k, P]``."""
+        return torch.stack([torch.cat([p.detach().reshape(-1) for p in module.parameters()]) for module in self.modules])
+
+
 def one_after_another(
     architecture: Architecture, weights: Tensor, images: Tensor, labels: Tensor, order: Tensor, tuned: bool = False
 ) -> Tensor:
     """Train every row on its own batches ``order [k, steps, batch]``; returns the trained rows. ``tuned``: channels-last, Adam fused."""
-    rows = []
-    layout = torch.channels_last if tuned else torch.contiguous_format
-    images = images.contiguous(memory_format=layout)
-    for row, batches in zip(weights, order, strict=True):
-        module = plain_module(architecture, row).to(memory_format=layout)
-        optimiser = torch.optim.Adam(module.parameters(), lr=LR, weight_decay=1e-4, fused=tuned or None)
-        for batch in batches:
-            optimiser.zero_grad()
-            F.cross_entropy(module(images[batch]), labels[batch]).backward()
-            optimiser.step()
-        rows.append(torch.cat([p.detach().reshape(-1) for p in module.parameters()]))
-    return torch.stack(rows)
+    loop = Loop(architecture, weights, tuned)
+    loop.train(images.contiguous(memory_format=loop.layout), labels, order)
+    return loop.rows
 
 
 def tuned_loop(architecture: Architecture, weights: Tensor, images: Tensor, labels: Tensor, order: Tensor) -> Tensor:
@@ -90,7 +105,7 @@ def _gate(architecture: Architecture, images: Tensor, labels: Tensor) -> dict[st
     """Relative error of each way's weights after two steps, against float64."""
     weights, order = models(architecture, 3, 0).to(images.device), torch.arange(3 * 2 * BATCH, device=images.device).view(3, 2, BATCH)
     truth = one_after_another(architecture, weights.double(), images.double(), labels, order)
-    ways = {"one-after-another": one_after_another, TUNED: tuned_loop, "wslfast": together}
+    ways = {"one-after-another": one_after_another, TUNED: tuned_loop, OURS: together}
     found = {name: way(architecture, weights, images, labels, order) for name, way in ways.items()}
     return {name: digits(relative_error(value, truth), 2) for name, value in found.items()}
 
@@ -101,23 +116,29 @@ def measure(architecture_name: str, k: int, rounds: int = 5, baseline_models: in
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(IMAGES, *architecture.input_shape, generator=generator).to(device)
     labels = torch.randint(10, (IMAGES,), generator=generator).to(device)
+    last = images.contiguous(memory_format=torch.channels_last)
+    loops = {"one-after-another": (images, False), TUNED: (last, True)}
 
-    def arguments() -> tuple[Tensor, Tensor]:
+    def arguments() -> tuple[Tensor, Tensor, dict[str, Loop]]:
         order = torch.randint(IMAGES, (k, 4 * steps, BATCH), generator=generator)
-        return models(architecture, k, 0).to(device), order.to(device)
+        weights = models(architecture, k, 0).to(device)
+        ready = {name: Loop(architecture, weights[:baseline_models], tuned) for name, (_, tuned) in loops.items() if name not in red}
+        order = order.to(device)
+        finished(None)
+        return weights, order, ready
 
-    def finished(trained: Tensor) -> None:
+    def finished(_: object) -> None:
         if cuda:
             torch.cuda.synchronize()
 
-    calls: dict[str, Callable[[Tensor, Tensor], object]] = {
+    calls: dict[str, Callable[[Tensor, Tensor, dict[str, Loop]], object]] = {
         **{
-            name: lambda w, o, way=way: finished(way(architecture, w[:baseline_models], images, labels, o[:baseline_models]))  # type: ignore[misc]
-            for name, way in (("one-after-another", one_after_another), (TUNED, tuned_loop))
+            name: lambda w, o, ready, name=name, x=x: finished(ready[name].train(x, labels, o[:baseline_models]))  # type: ignore[misc]
+            for name, (x, _) in loops.items()
         },
-        "wslfast": lambda w, o: finished(together(architecture, w, images, labels, o[:, :steps])),
+        OURS: lambda w, o, _: finished(together(architecture, w, last, labels, o[:, :steps])),
     }
-    per = {name: k * steps if name == "wslfast" else baseline_models * 4 * steps for name in calls}
+    per = {name: k * steps if name == OURS else baseline_models * 4 * steps for name in calls}
     precision = "tf32" if cuda else "highest"
     row = Row("", architecture_name, k, BATCH, "zoo", precision, "wall_ms", **environment(cuda))
     with numerics(precision, device):

@@ -13,7 +13,10 @@ from .stages import Schedule, blocks
 
 OFFSETS = 2**31  # numbers of one model that the kernels' 32-bit offsets reach
 MEMORY = 2**33  # bytes of activations in flight unless the caller says otherwise: no device query, and graphs can capture
-FEW_MODELS, FEW_PAIRS = 64, 2**14  # a chunk with fewer models and fewer (model, query) pairs leaves a GPU idle
+# (model, query) pairs that fill a GPU, the published batch's 128 models and 256 queries: with more, everything takes longer in proportion.
+# An estimate; no GPU has been asked.
+FULL_PAIRS = 2**15
+FEW_MODELS = 64  # a chunk with fewer models, that does not fill a GPU with its pairs either, leaves one idle
 
 
 @lru_cache(maxsize=256)
@@ -58,7 +61,7 @@ def choose_mode(schedule: Schedule, n: int, precision: str, gradient: bool, memo
         return "network", "forward alone: what lies between two layers need not leave the chip"
     models = memory // model_bytes(schedule, n, precision, gradient)
     held = f"{memory >> 20} MiB hold the activations of {models} models of {n} queries at a time"
-    if models < FEW_MODELS and models * n < FEW_PAIRS:
+    if models < FEW_MODELS and models * n < FULL_PAIRS:
         return "network", f"{held}, too few for a launch a layer"
     return "layers", held
 

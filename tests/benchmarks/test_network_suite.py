@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from tolerances import FP32
 
 from benchmarks import __main__ as command
-from benchmarks import network_suite, network_zoos
+from benchmarks import network_peers, network_suite, network_zoos
 from benchmarks.network_peers import OURS, PEERS
 from benchmarks.network_suite import beside, draws, error_of
 from benchmarks.networks import NETWORKS, architecture_of_network
@@ -34,6 +35,21 @@ def test_every_peer_computes_what_float64_does(name: str, peer: str) -> None:
             PEERS[peer](module, architecture, 3)
         return
     assert error_of(PEERS[peer](module, architecture, 3), next(draws(name, 3, 5))) < network_suite.BOUND
+
+
+def test_ours_is_the_librarys_own_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[torch.Size] = []
+    real = network_peers.batched_behavioral_loss
+
+    def spy(reconstructed: torch.Tensor, *arguments: object, **options: object) -> torch.Tensor:
+        called.append(reconstructed.shape)
+        return real(reconstructed, *arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(network_peers, "batched_behavioral_loss", spy)
+    architecture = architecture_of_network("mlp-tiny")
+    made = PEERS[OURS](NETWORKS["mlp-tiny"][0]().eval(), architecture, 3)
+    assert error_of(made, next(draws("mlp-tiny", 3, 5))) < FP32
+    assert called == [(3, architecture.num_weights)]
 
 
 def test_a_wrong_peer_has_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,6 +87,25 @@ def test_a_tuned_loop_trains_the_same_zoo_and_a_red_gate_gives_no_number(name: s
         assert rows[network_zoos.TUNED].value is not None
 
 
+@pytest.mark.parametrize("name", ["mlp-batch-norm", "siren-32"])
+def test_modules_are_not_on_the_clock_of_zoos(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("on the clock")
+
+    def turns(calls: dict[str, Callable[..., object]], arguments: Callable[[], tuple[object, ...]], rounds: int) -> dict[str, list[float]]:
+        given = arguments()
+        with monkeypatch.context() as inside:
+            inside.setitem(NETWORKS, name, (never, NETWORKS[name][1]))
+            inside.setattr(torch.optim, "Adam", never)
+            for call in calls.values():
+                call(*given)
+        return {provider: [48.0] for provider in calls}
+
+    monkeypatch.setattr(network_zoos, "take_turns", turns)
+    rows = {row.provider: row.value for row in network_zoos.measure(name, 4, baseline_models=2, steps=2)}
+    assert rows == {"one-after-another": 3.0, network_zoos.TUNED: 3.0, network_zoos.OURS: 6.0}
+
+
 def test_the_command_writes_rows_and_page(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(network_suite, "SHAPE", (3, 4))
     assert command.main(["--suite", "networks", "--only", "mlp-tiny", "mlp-residual", "--out", str(tmp_path)]) == 0
@@ -80,6 +115,14 @@ def test_the_command_writes_rows_and_page(tmp_path: Path, capsys: pytest.Capture
     assert all(row.details for row in missing)
     assert "mlp-residual" in html(rows)
     assert command.main(["--suite", "networks", "--only", "nothing", "--out", str(tmp_path)]) == 2
+
+
+def test_a_network_that_is_named_beside_a_section_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    run: list[str] = []
+    monkeypatch.setattr(network_suite, "beside", lambda name, *_, **__: [run.append(name)])
+    monkeypatch.setattr(network_suite, "GROWTH", ("siren-32", 4, (2,)))
+    network_suite.run_networks(["growth", "mlp-tiny"], lambda rows: None, lambda line: None)
+    assert run == ["mlp-tiny", "siren-32"]
 
 
 def test_growth_reaches_as_many_models_as_it_says() -> None:

@@ -237,6 +237,26 @@ def test_tracked_rows(path: Path) -> None:
         assert not timed or (isinstance(r.relative_error, float) and r.relative_error <= gate.BOUNDS[r.precision])
 
 
+def test_modules_and_copies_of_images_are_not_on_the_clock_of_zoo_building(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("on the clock")
+
+    def turns(calls: dict[str, Callable[..., object]], arguments: Callable[[], tuple[object, ...]], rounds: int) -> dict[str, list[float]]:
+        given = arguments()
+        with monkeypatch.context() as inside:
+            for name in ("plain_module", "Loop"):
+                inside.setattr(zoo_building, name, never)
+            inside.setattr(torch.optim, "Adam", never)
+            for call in calls.values():
+                call(*given)
+        return {name: [48.0] for name in calls}
+
+    monkeypatch.setattr(zoo_building, "take_turns", turns)
+    rows = {r.provider: r for r in zoo_building.measure("cnn", 4, baseline_models=2, steps=2)}
+    assert {name: r.value for name, r in rows.items()} == {"one-after-another": 3.0, zoo_building.TUNED: 3.0, zoo_building.OURS: 6.0}
+    assert all(0 < float(r.relative_error) < zoo_building.BOUNDS["highest"] for r in rows.values())
+
+
 def test_suites_hold_what_was_asked() -> None:
     gpu = [cell for make in suites.GPU_CELLS.values() for cell in make()]
     assert {cell.provider for cell in suites.core_cells()} == NAMES
@@ -309,6 +329,43 @@ def test_where_a_peer_wins_is_said() -> None:
     assert table.rows == [("cnn3 k=1 n=16", f"{GIVEN}, highest", "loop", "1.50")]
     assert "1.50" in readme.text(rows)
     assert "At no shape" in readme.text(rows[-2:])
+
+
+def test_growth_is_told_of_one_suite_at_a_time() -> None:
+    """The networks' suite times a CNN3, too, on another loss, and in another run."""
+    one = [row("loop", 16, 2.0 * n, n=n) for n in (64, 128, 256, 512)]
+    other = [row("loop", 16, 320.0, n=32)]
+    (found,) = readme.by_device(one, other).values()
+    expected = ("loop", "cnn3 highest, k=16", "n = 64: 1.00, 128: 1.00, 256: 1.00, 512: 1.00")
+    assert tables.growth(found).rows == [expected]
+    assert "| n = 64: 1.00, 128: 1.00" in readme.text(one, other)
+
+
+def test_no_two_suites_time_the_same_thing() -> None:
+    """What stands beside ours is looked up by what was measured, over all suites: one of them would hide the other."""
+    keys = [(row.device, *row.key) for suite in readme.tracked() for row in suite]
+    assert len(set(keys)) == len(keys)
+
+
+def test_all_versions_that_rows_were_measured_with_are_named() -> None:
+    rows = [row(), replace(row("vmap"), torch="3", commit="c0ffee"), replace(row("grouped"), python="3.12", date="2026-01-02")]
+    assert tables.machine(derived.Rows(rows)) == "a machine; torch 2, 3; Python 3.12; commit c0ffee; 2026-01-01 to 2026-01-02"
+
+
+@pytest.mark.parametrize("clock", ["wall_ms", "gpu_ms"])
+def test_a_loop_that_builds_a_zoo_faster_is_a_peer_that_wins(clock: str) -> None:
+    where = {"direction": "zoo", "note": f"{zoo_building.VARIANT}; Adam, batch 32"}
+    rows = [row(name, 64, ms, **where) for name, ms in (("wslfast", 3.0), ("one-after-another", 6.0), (zoo_building.TUNED, 2.0))]
+    rows.append(row("loop", 1, 2.0, metric=clock))  # on a GPU zoo rows have the host's clock, too
+    rows += [
+        row(name, 64, ms, "tokens of weights; n is the number of tokens", direction="forward", metric=clock)
+        for name, ms in (("wslfast", 5.0), ("loop", 4.0))
+    ]
+    table = tables.peers(derived.Rows(rows))
+    assert table.rows == [
+        ("cnn3 k=64 n=16", f"{zoo_building.VARIANT}, highest", zoo_building.TUNED, "1.50"),
+        ("cnn3 k=64 n=16", "tokens of weights, highest", "loop", "1.25"),
+    ]
 
 
 def test_the_page_is_one_file_with_figures(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ if not triton.knobs.runtime.interpret:
 
 from benchmarks import tune
 from wslfast.kernels.triton import configurations as module
+from wslfast.kernels.triton import launch
 from wslfast.kernels.triton.schedule import schedule
 
 
@@ -44,6 +46,25 @@ def test_a_sweep_of_one_case() -> None:
     assert steps["rows 32"].error < tune.AGREES
     assert steps["split rows 1"].error is not None
     assert steps["split rows 1"].error < tune.AGREES
+
+
+def test_a_kernel_that_is_fast_and_wrong_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    right, output = launch.stage_forward, 4  # its argument
+
+    def wrong(*arguments: Any, **options: Any) -> None:
+        right(*arguments, **options)
+        if next(a for a in arguments if isinstance(a, module.Configuration)).BM == 32:
+            arguments[output].zero_()
+
+    times = iter([1.0, 0.5, 1.0, 0.5])  # two kernels, the default and the lever of each
+    monkeypatch.setattr(launch, "stage_forward", wrong)
+    monkeypatch.setattr(tune, "milliseconds", lambda *_: next(times, 1.0))
+    levers = (tune.Lever("rows 32", ("forward",), lambda c: replace(c, BM=32)),)
+    rows = list(tune.kernel_rows(_job(), levers, "cpu", tune.Row("", "mlp", "fp16", 2, 2, "", ""), 1, time.monotonic() + 600))
+    tried = [row for row in rows if row.lever == "rows 32"]
+    assert [(row.kernel, row.ms, row.keep, row.note) for row in tried] == [
+        (f"forward {i}", 0.5, "no", "its result differs") for i in range(2)
+    ]
 
 
 def test_the_hook_changes_launches_inside_it_alone() -> None:

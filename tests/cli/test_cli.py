@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+import wslfast
 from wslfast import load_zoo
-from wslfast.cli import main
+from wslfast.cli import evaluation, main
 from wslfast.measure.results import read_results
 
 Shell = Callable[..., str]
@@ -225,6 +226,8 @@ def test_info(shell: Shell) -> None:
         (("evaluate", "--run", "a", "b", "--out", "figures.json"), "--out"),
         (("evaluate", "--run", "a", "--out", "results", "--split", "val"), "--split"),
         (("evaluate", "--zoo", "z", "--run", "nowhere", "--out", "results"), "nowhere"),
+        (("evaluate", "--run", "a", "--quick"), "--quick is for the page"),
+        (("evaluate", "--run", "a", "--name", "digits"), "--name is for the page"),
         (("report", "--out", "nowhere"), "nowhere"),
         (("report", "nowhere"), "nowhere"),
         (("report",), "wslfast report FOLDER"),
@@ -238,6 +241,10 @@ def test_info(shell: Shell) -> None:
         (("zoo", "build", "--network", "net.py:Net", "--architecture", "cnn", "--out", "x"), "are two networks"),
         (("zoo", "build", "--output", "logits", "--out", "x"), "--output: it is for --network"),
         (("zoo", "build", "--input-shape", 1, 8, 8, "--out", "x"), "--input-shape: it is for --network"),
+        (("zoo", "build", "--architecture", "cnn3", "--width", 32, "--out", "x"), "--width: it is for --architecture resnet18"),
+        (("zoo", "import", "models", "x", "--activation", "tanh"), "--activation: name a network with --architecture"),
+        (("zoo", "import", "models", "x", "--channels", 1), "--channels: name a network with --architecture"),
+        (("zoo", "import", "models", "x", "--architecture", "resnet18", "--activation", "tanh"), "--activation: resnet18 has its own"),
         (("train", "--zoo", "z", "--out", "o", "--query-set", "svnh"), "svnh"),
         (("queries", "--zoo", "nowhere", "--out", "q.npz"), "nowhere"),
         (("ablate", "nowhere.toml"), "nowhere.toml"),
@@ -254,6 +261,19 @@ def test_a_mistake_is_named_and_nothing_is_left_behind(
     assert says in text
     assert "Traceback" not in text
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def test_figures_of_new_models_leave_out_those_that_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(evaluation, "say", said.append)
+    arch = wslfast.Architecture.mlp(2, (3,), 4, dropout=0.0)
+    columns: dict[str, tuple[float | None, ...]] = {"epoch": (0,) * 4, "test_acc": (0.1, 0.2, 0.6, 0.3), "novelty": (1.0, 2.0, None, 6.0)}
+    columns["novelty_behavior"] = (None,) * 4  # as of a zoo without classes
+    evaluation.Generate("run")._told(wslfast.Population(arch, torch.zeros(4, arch.num_weights), columns), "")
+    assert said == [
+        "test_acc: mean 0.300, median 0.200, from 0.100 to 0.600",
+        "novelty: mean 3.000, median 2.000, from 1.000 to 6.000; 1 of 4 have none",
+    ]
 
 
 def test_python_m_wslfast_is_the_same(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from wslfast.errors import WslfastError
 from wslfast.measure.reconstruction import collapse
 from wslfast.measure.results import KEY, Unit, from_csv, read_results, to_csv, write_tables
 from wslfast.page import analysis, drawing, headline, published, report, tables
+from wslfast.page.html import number
 
 pytest.importorskip("matplotlib")
 RECONSTRUCTED = (
@@ -269,6 +270,14 @@ def test_the_papers_figures_are_tinted_and_told_apart(tmp_path: Path, undrawn: N
     assert "CIFAR-10</t" not in plain  # nowhere outside the tint
 
 
+def test_a_run_whose_name_begins_like_the_zoos_is_not_shown_as_the_zoo(tmp_path: Path) -> None:
+    units = [_unit("digits", "zoo", 0, "zoo", 0.9, **ZOO_FACTS), _unit("digits", "zoo-ae", 0, "run", 0.3, losses="S+B", beta=0.1)]
+    write_tables(tmp_path, units, {})
+    text = _text(tables.side_by_side(read_results(tmp_path), "diversity", published.DIVERSITY, number, extra={"zoo": "zoo"}))
+    assert "zoo 12.0 23.3" in text
+    assert "zoo-ae (S+B) 0.30 " in text
+
+
 def test_goals_are_met_or_missed_in_words(tmp_path: Path, undrawn: None) -> None:
     text = _text(_page(_folder(tmp_path, facts={"goals": True})))
     assert "Where we stand" in text
@@ -373,6 +382,7 @@ def test_ablations_beside_the_rows_are_shown(tmp_path: Path) -> None:
     text = _text(page)
     assert "beta, digits" in text
     assert "11.0 ± 1.0" in text  # mean and deviation over three seeds
+    assert "of the change in accuracy the median" in text
     assert "&lt;b&gt;0.1" in page
     assert "<b>0.1" not in page
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from wslfast.codes.autoencoder import Autoencoder
 from wslfast.errors import WslfastError
 from wslfast.population import unstack
 from wslfast.sane import AE, AEModule, load_state
+from wslfast.sane.autoencoder import supports
 from wslfast.sane.feedforward import feed_forward
 from wslfast.sane.state import with_template, without_template
 from wslfast.tokens import TokenLayout
@@ -181,11 +183,24 @@ def test_attention_masks_and_two_position_tables() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [({"ae:transformer_type": "perceiver"}, "ae:transformer_type"), ({"ae:nhead": 5}, "ae:d_model"), ({"ae:max_positions": [3]}, "ae:max_positions"),
-     ({"ae:use_layer_embs": True}, "fork's network"), ({"ae:weight_init_type": "xavier"}, "fork's network")],
+     ({"ae:use_layer_embs": True}, "fork's network"), ({"ae:weight_init_type": "xavier"}, "fork's network"),
+     ({"ae:nhead": 0}, "ae:nhead"), ({"ae:nhead": None}, "ae:nhead"), ({"ae:d_model": "64"}, "ae:d_model"), ({"ae:lat_dim": 0}, "ae:lat_dim"),
+     ({"ae:num_layers": 2.0}, "ae:num_layers"), ({"ae:max_positions": 100}, "ae:max_positions"), ({"ae:max_positions": [100, 0]}, "ae:max_pos"),
+     ({"ae:dropout": 2}, "ae:dropout"), ({"training::windowsize": None}, "training::windowsize")],
 )  # fmt: skip
 def test_bad_configs(change: dict[str, Any], message: str) -> None:
     with pytest.raises(WslfastError, match=message):
         AE(CONFIG | change)
+    assert message in str(supports(CONFIG | change))
+
+
+def test_a_config_is_a_mapping_of_whole_numbers_numpys_too() -> None:
+    for wrong in (None, 5, ["ae:d_model"]):
+        with pytest.raises(WslfastError, match="config: expected a mapping"):
+            AE(wrong)  # type: ignore[arg-type]
+    sizes = {key: np.int64(value) for key, value in CONFIG.items() if isinstance(value, int)}
+    assert len(sizes) >= 4
+    assert [p.shape for p in AE({**CONFIG, **sizes}).parameters()] == [p.shape for p in AE(CONFIG).parameters()]
 
 
 # -- states ------------------------------------------------------------------------------------------------------------

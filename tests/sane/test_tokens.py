@@ -118,6 +118,14 @@ def test_wrong_checkpoints() -> None:
         tokenize_checkpoint({}, 0)
     with pytest.raises(WslfastError, match="pos: expected positions"):
         tokens_to_checkpoint(torch.ones(1, 2), None, {"weight": torch.ones(1, 2)})
+    with pytest.raises(WslfastError, match="pos: expected positions"):
+        tokens_to_checkpoint(torch.ones(1, 2), torch.zeros(3), {"weight": torch.ones(1, 2)})
+    with pytest.raises(WslfastError, match=r"tokens: expected those of one model, \[T, D\], got \[1, 1, 2\]"):
+        tokens_to_checkpoint(torch.ones(1, 1, 2), torch.zeros(1, 3), {"weight": torch.ones(1, 2)})
+    with pytest.raises(WslfastError, match=r"'a.bias': expected \[3\], a number for each channel of 'a.weight', got \[2\]"):
+        tokenize_checkpoint({"a.weight": torch.ones(3, 2), "a.bias": torch.ones(2)}, 0)
+    with pytest.raises(WslfastError, match=r"'a.weight' \[\] has no channels"):
+        tokenize_checkpoint({"a.weight": torch.tensor(1.0), "b.weight": torch.ones(2, 2)}, 4)
     assert test_checkpoint_for_nan({"a": torch.tensor([1.0, float("nan")])})
     assert not test_checkpoint_for_nan({"a": torch.ones(2)})
     assert test_checkpoint_with_threshold({"a": torch.tensor([-3.0])}, 2)
@@ -264,6 +272,50 @@ def test_published_densities_share_anchor_and_noise_and_a_generator_parts_them()
     assert 0 < np.abs(near - 1).max() < 0.01
     with pytest.raises(WslfastError, match="mode: expected one of"):
         sample_latents(anchors, 3, "umap")
+
+
+def test_a_decoder_of_ones_own_needs_nothing_but_its_method() -> None:
+    arch = Architecture.mlp(2, (3,), 4, dropout=0.0)
+    reference = _checkpoint(arch)
+    tokens, _, pos = tokenize_checkpoint(reference, 0)
+
+    class Decoder:
+        def forward_decoder(self, z: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+            assert (z.dtype, tuple(p.shape)) == (torch.float32, (*z.shape[:2], 3))
+            return z.mean(2, keepdim=True).expand(*z.shape[:2], tokens.shape[1])
+
+    made, z, _, _ = sample_models(Decoder(), reference, 2, torch.randn(3, len(tokens), 5), pos, [3, *tokens.shape])
+    for row, checkpoint in zip(z.mean(2), made):
+        weight = next(iter(checkpoint.values()))
+        assert torch.equal(weight, row[: len(weight), None].expand_as(weight))
+
+
+def test_anchors_of_another_length_are_not_cut_to_fit() -> None:
+    reference = _checkpoint(Architecture.mlp(2, (3,), 4, dropout=0.0))
+    tokens, _, pos = tokenize_checkpoint(reference, 0)
+    t, shape = len(tokens), [3, *tokens.shape]
+
+    class Decoder:
+        def forward_decoder(self, z: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+            return torch.zeros(*z.shape[:2], tokens.shape[1])
+
+    for z, p, of, message in (
+        (torch.randn(3, t + 2, 5), pos, shape, r"anchor_z: expected latents \[M, 7, latent\]"),
+        (torch.randn(3, t, 5), pos.unsqueeze(0), shape, r"anchor_pos: expected positions \[7, 3\]"),
+        (torch.randn(3, t, 5), pos[:-1], shape, "anchor_pos"),
+        (torch.randn(3, t, 5), pos, [t], "anchor_w_shape"),
+    ):
+        with pytest.raises(WslfastError, match=message):
+            sample_models(Decoder(), reference, 2, z, p, of)
+
+
+@pytest.mark.parametrize("anchors", ["text", torch.zeros(3), [], torch.zeros(0, 3), None], ids=str)
+def test_anchors_are_numbers_by_model(anchors: Any) -> None:
+    with pytest.raises(WslfastError, match=r"anchors: expected numbers \[M, n\]"):
+        generate_z_samples(anchors)
+    with pytest.raises(WslfastError, match="samples"):
+        generate_z_samples([[1.0, 2.0]], samples=-1)
+    assert generate_z_samples(torch.zeros(2, 3, requires_grad=True), 4).shape == (4, 3)
 
 
 def test_models_are_decoded_whole_and_by_windows() -> None:

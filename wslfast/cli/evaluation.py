@@ -68,6 +68,8 @@ class Evaluate:
         require(len(self.run_folders) > 0, "run: expected at least one folder")
         run = self.run_folders[0]
         if len(self.run_folders) == 1 and (self.out is None or self.out.endswith(".json")):
+            require(not self.quick, "quick: the table of one run has no quick form; --quick is for the page (--out DIR)")
+            require(self.name is None, "name: the table of one run names no zoo; --name is for the page (--out DIR)")
             out = self.out or str(Path(run) / f"evaluation-{self._label(run)}.json")
             settings: dict[str, Any] = {"device": self.device, "backend": self.backend, "skip_bad": self.skip_bad, "log_to": self.log_to}
             results = evaluate(run, self.zoo, split=self.split, out=out, **settings)
@@ -226,11 +228,13 @@ class Generate:
             names = ("test_acc", "novelty", "novelty_behavior") if e == 0 else ("test_acc",)
             after = f" after {e} epoch{'s' * (e > 1)}" if e else ""
             for name in names:
-                values = made.column(name)[epoch == e]
-                if not bool(values.isfinite().any()):  # no classes, no accuracy
+                every = made.column(name)[epoch == e]
+                values = every[every.isfinite()]
+                if len(values) == 0:  # no classes, no accuracy
                     continue
                 spread = f"from {values.min():.3f} to {values.max():.3f}"
-                say(f"{indent}{name}{after}: mean {values.mean():.3f}, median {values.median():.3f}, {spread}")
+                broken = f"; {len(every) - len(values)} of {len(every)} have none" if len(values) < len(every) else ""
+                say(f"{indent}{name}{after}: mean {values.mean():.3f}, median {values.median():.3f}, {spread}{broken}")
 
 
 @dataclass(frozen=True)

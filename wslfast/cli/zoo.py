@@ -44,8 +44,8 @@ class ZooBuild:
     """Which part of the network's answer counts, if it returns a tuple (a number) or a dict (a name)."""
     dropout: float = 0.0
     """Probability of dropout in a published CNN; every model draws its own."""
-    width: int = 16
-    """Channels of resnet18's first stage (64 in the paper)."""
+    width: int | None = None
+    """Channels of resnet18's first stage (default: 16; 64 in the paper)."""
     models: int = 64
     """Networks to train."""
     epochs: int = 5
@@ -97,6 +97,8 @@ class ZooBuild:
         say(f"{self.out}: {len(population)} rows, {what} {values.mean():.3g} +- {values.std():.3g}")
 
     def _architecture(self) -> Architecture | None:
+        wide = self.width is None or self.architecture == "resnet18"
+        require(wide, "--width: it is for --architecture resnet18; other networks have their own")
         if self.network is not None:
             require(
                 self.architecture == "auto", f"--network: {self.network} and --architecture {self.architecture} are two networks; name one"
@@ -111,7 +113,7 @@ class ZooBuild:
         channels = image_shape(self.dataset)[0]
         if self.architecture == "resnet18":
             require(self.dropout == 0, "--dropout: resnet18 has none")
-            return Architecture.resnet18(channels, width=self.width)
+            return Architecture.resnet18(channels, width=16 if self.width is None else self.width)
         return network(self.architecture, channels, dropout=self.dropout)
 
 
@@ -187,10 +189,10 @@ class ZooImport:
     """Epochs to keep (default: every one that is there)."""
     architecture: Literal["auto", "cnn", "cnn2", "cnn3", "lenet5", "resnet18"] = "auto"
     """What the models are, for published ones; auto reads params.json, and the names and shapes of the weights."""
-    activation: str = "relu"
-    """Activation of a named architecture."""
-    channels: int = 3
-    """Input channels of a named architecture."""
+    activation: str | None = None
+    """Activation of a named --architecture (default: relu). Without one it is what params.json says."""
+    channels: int | None = None
+    """Input channels of a named --architecture (default: 3)."""
     threshold: float = 10_000.0
     """Leave out checkpoints with a larger weight."""
     split: tuple[float, float, float] = (0.7, 0.15, 0.15)
@@ -242,11 +244,16 @@ class ZooImport:
         say(f"next: wslfast train --zoo {self.out} --out RUN{again}")
 
     def _architecture(self) -> Architecture | None:
-        if self.architecture == "auto":
+        named = self.architecture != "auto"
+        for flag, value in (("--activation", self.activation), ("--channels", self.channels)):
+            require(named or value is None, f"{flag}: name a network with --architecture, got {flag} {value} alone")
+        if not named:
             return None
+        channels = 3 if self.channels is None else self.channels
         if self.architecture == "resnet18":
-            return Architecture.resnet18(self.channels)
-        return getattr(Architecture, self.architecture)(self.channels, self.activation)
+            require(self.activation is None, f"--activation: resnet18 has its own, got {self.activation}")
+            return Architecture.resnet18(channels)
+        return getattr(Architecture, self.architecture)(channels, self.activation or "relu")
 
 
 @dataclass(frozen=True)

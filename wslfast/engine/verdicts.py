@@ -32,13 +32,13 @@ from ..architecture import Architecture
 from ..errors import WslfastError, require, say_once
 from ..files import write_json
 from ..kernels.triton import sources
+from ..kernels.triton.budget import FULL_PAIRS
 from ..kernels.triton.configurations import CHOICES
 
 FORMS = ("forward", "loss", "indexed")  # outputs and their graph; loss and gradient; the same with rows of a pool
 RIGHT, WRONG, FAILED, UNKNOWN = "right", "wrong", "failed", "unknown"
 FASTER = 0.9  # of torch's time
 NEAR = 8  # times as many models or queries, or as few, that a time still says something of
-FULL = 2**15  # pairs of model and query that fill a GPU: with more models everything takes longer in proportion
 SETTINGS = ("auto", "on", "off")
 SCHEMA = 1
 FORMER = {"long": "default"}  # choices of earlier versions, in checkpoints, and what gives the same bits
@@ -88,7 +88,7 @@ class Speed:
 
     def near(self, models: int, queries: int) -> bool:
         """Whether it says something of a call of that size."""
-        alike = 1 / NEAR <= self.k / models <= NEAR or (models > self.k and self.k * self.n >= FULL)
+        alike = 1 / NEAR <= self.k / models <= NEAR or (models > self.k and self.k * self.n >= FULL_PAIRS)
         return alike and 1 / NEAR <= self.n / queries <= NEAR
 
     def __str__(self) -> str:

@@ -41,7 +41,10 @@ def ablations(results: Results) -> str:
             parts.append(figure(_ablation(figures, setting, drawn, axis, f"{zoo}/ablation {name}"), f"{name} on {zoo}."))
     if not parts:
         return ""
-    small = note("Mean over held-out models; ± and bars: standard deviation over seeds. Settings that are not named are those of the file.")
+    small = note(
+        "Means over held-out models, of the change in accuracy the median; ± and bars: standard deviation over seeds. Settings that are "
+        "not named are those of the file."
+    )
     return section("Ablations", *parts, small, lead="One setting varied at a time, every variant with the same seeds, on the zoos here.")
 
 

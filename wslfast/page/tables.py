@@ -222,7 +222,7 @@ def side_by_side(
 ) -> str:
     """One metric of our runs on our zoos, beside the paper's on its own; rows are loss combinations.
 
-    ``extra``: the paper's row name -> the variant (or its beginning) that stands for it here.
+    ``extra``: the paper's row name -> the variant (or its beginning) that stands for it here, which is no run.
     """
     ours = results.zoos
     lines: list[tuple[str, str, dict[str, str]]] = []  # label, losses, variant by zoo
@@ -235,7 +235,8 @@ def side_by_side(
                 lines.append(line := (label, losses, {}))
             line[2][zoo] = variant
     for name, stands in (extra or {}).items():
-        lines.insert(0, (name, name, {z: v for z in ours for v in results.variants(z) if v.startswith(stands)}))
+        no_runs = {z: [v for v in results.variants(z) if v.startswith(stands) and not results.losses(z, v)] for z in ours}
+        lines.insert(0, (name, name, {z: named[0] for z, named in no_runs.items() if named}))
     lines += [(name, name, {}) for name in paper if name not in {losses for _, losses, _ in lines}]
     order = list(paper)
     lines.sort(key=lambda x: order.index(x[1]) if x[1] in order else len(order))

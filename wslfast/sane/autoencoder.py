@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -16,13 +17,21 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..codes.transformer import ProjectionHead, Transformer
-from ..errors import describe, require
+from ..errors import WslfastError, describe, require
 from .feedforward import feed_forward
 from .semantics import Choice, resolve
 
 TYPES = ("pytorch", "gpt2")
 _STD = 0.02
 _PROJECTION = 30
+_SIZES = {
+    "ae:i_dim": 1,
+    "ae:d_model": 2,
+    "ae:nhead": 1,
+    "ae:num_layers": 0,
+    "ae:lat_dim": 1,
+    "training::windowsize": 1,
+}  # the least of each
 _DECODER_DROPOUT = 0.1  # torch's default: the published decoder does not pass its own
 # keys of forks that change the network; they are not built here
 _FOREIGN = (
@@ -76,11 +85,11 @@ class AE(nn.Module):
     def __init__(self, config: Mapping[str, Any], *, semantics: Choice = "published", **flags: bool) -> None:
         super().__init__()
         self.semantics = resolve(semantics, flags)
+        _check(config)
         d = config.get("ae:d_model", 512)
         heads, layers, latent = config.get("ae:nhead", 8), config.get("ae:num_layers", 6), config.get("ae:lat_dim", 16)
         window, i_dim = config.get("training::windowsize", 16), config.get("ae:i_dim", 201)
         dropout, kind = float(config.get("ae:dropout", 0.0) or 0.0), config.get("ae:transformer_type", "pytorch")
-        _check(config, d, heads, kind)
         self.transformer_type = kind
 
         def stack(p: float) -> nn.Module:
@@ -169,20 +178,36 @@ def _masked(block: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
     return x + block.mlp(block.ln_2(x))  # type: ignore[operator]
 
 
-def _check(config: Mapping[str, Any], d: int, heads: int, kind: Any) -> None:
+def _check(config: Any) -> None:
+    """Raises WslfastError naming the key that :class:`AE` cannot be built with."""
     require(isinstance(config, Mapping), f"config: expected a mapping of published keys, got {describe(config)}")
+    for key, least in _SIZES.items():
+        _check_size(key, config.get(key, least), least)
+    d, heads, kind = config.get("ae:d_model", 512), config.get("ae:nhead", 8), config.get("ae:transformer_type", "pytorch")
     require(d % heads == 0 and d % 2 == 0, f"ae:d_model: expected a multiple of 2 and of ae:nhead={heads}, got {d}")
+    dropout, places = config.get("ae:dropout") or 0.0, config.get("ae:max_positions", (48, d))
+    number = isinstance(dropout, (int, float)) and not isinstance(dropout, bool) and 0 <= dropout <= 1
+    require(number, f"ae:dropout: expected a number from 0 to 1, got {dropout!r}")
+    tables = hasattr(places, "__len__") and len(places) in (2, 3)
+    require(tables, f"ae:max_positions: expected two or three sizes, got {places!r}")
+    for size in places:
+        _check_size("ae:max_positions", size, 1)
     require(kind in TYPES, f"ae:transformer_type: expected one of {list(TYPES)}, got {kind!r}")
     for key in _FOREIGN:
         value = config.get(key)
         require(not value or _HARMLESS.get(key) == value, f"config: {key}={value!r} is a fork's network, which is not built here")
 
 
+def _check_size(key: str, value: Any, least: int) -> None:
+    whole = isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least  # numpy's, too
+    require(whole, f"{key}: expected a whole number of at least {least}, got {value!r}")
+
+
 def supports(config: Any) -> str | None:
     """None if :class:`AE` builds what the published class would, else the reason."""
     try:
-        _check(config, config.get("ae:d_model", 512), config.get("ae:nhead", 8), config.get("ae:transformer_type", "pytorch"))
-    except (ValueError, AttributeError, TypeError) as error:
+        _check(config)
+    except WslfastError as error:
         return str(error)
     return None
 

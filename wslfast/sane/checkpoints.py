@@ -50,7 +50,7 @@ def tokenize_checkpoint(checkpoint: Checkpoint, tokensize: int, return_mask: boo
         ``tokens [T, D]``, ``mask [T, D]`` (True on weights), ``positions [T, 3]`` (token, layer, channel), int16 where they fit.
 
     Raises:
-        WslfastError: where there is nothing to tokenise.
+        WslfastError: where there is nothing to tokenise, or a bias is not one number per channel of its weight.
     """
     return tokenize(checkpoint, tokensize, return_mask, ignore_bn, PUBLISHED)
 
@@ -95,7 +95,7 @@ def tokens_to_checkpoint(
         recipe: from :func:`tokens_to_recipe`.
 
     Raises:
-        WslfastError: where a layer's rows are not there.
+        WslfastError: tokens or positions of another shape, or a layer whose rows are not there.
     """
     return fill(tokens, pos, reference_checkpoint, ignore_bn, recipe, PUBLISHED)
 
@@ -104,7 +104,9 @@ def fill(
     tokens: Tensor, pos: Tensor | None, reference_checkpoint: Checkpoint, ignore_bn: bool, recipe: Mapping[str, Tensor] | None, rule: Rule
 ) -> OrderedDict[str, Tensor]:
     """A state dict of tokens by a package's rule; see :func:`tokens_to_checkpoint`."""
-    require(bool(recipe) or pos is not None, "pos: expected positions [T, 3] where there is no recipe, got None")
+    require(isinstance(tokens, Tensor) and tokens.ndim == 2, f"tokens: expected those of one model, [T, D], got {describe(tokens)}")
+    fits = isinstance(pos, Tensor) and pos.ndim == 2 and pos.shape[1] >= 2
+    require(bool(recipe) or fits, f"pos: expected positions [T, 3] where there is no recipe, got {describe(pos)}")
     names = _layers(reference_checkpoint, ignore_bn, rule)
     if not recipe:
         assert pos is not None
@@ -181,6 +183,12 @@ class _Plan:
     def __init__(self, signature: tuple[tuple[str, tuple[int, ...]], ...], token_size: int, ignore_bn: bool, rule: Rule) -> None:
         shapes = dict(signature)
         names = rule.chosen(shapes, rule.skipped if ignore_bn else ())
+        for name in names:
+            shape, bias = shapes[name], name.replace("weight", "bias")
+            require(len(shape) > 0 and 0 not in shape, f"checkpoint: {name!r} {list(shape)} has no channels to tokenise")
+            one = "weight" not in name or shapes.get(bias, shape[:1]) == shape[:1]
+            expected = f"expected {list(shape[:1])}, a number for each channel of {name!r}"
+            require(one, f"checkpoint: {bias!r}: {expected}, got {list(shapes.get(bias, ()))}")
         require(bool(names), f"checkpoint: expected a layer (a key with 'weight' or a running statistic), got {list(shapes)[:5]}")
         if token_size == 0:
             # running statistics map onto themselves, and so count as having a bias
@@ -192,11 +200,11 @@ class _Plan:
         masks, places = [], []
         for index, name in enumerate(names):
             channels = shapes[name][0]
-            bias: str | None = name.replace("weight", "bias")
-            bias = bias if "weight" in name and bias in shapes else None
-            width = math.prod(shapes[name]) // channels + (bias is not None)
+            twin = name.replace("weight", "bias")
+            own = twin if "weight" in name and twin in shapes else None
+            width = math.prod(shapes[name]) // channels + (own is not None)
             chunks = -(-width // token_size)
-            self.layers.append((name, bias, chunks * token_size - width))
+            self.layers.append((name, own, chunks * token_size - width))
             masks.append((torch.arange(chunks * token_size) < width).expand(channels, -1).reshape(-1, token_size))
             channel = torch.arange(channels).repeat_interleave(chunks)
             places.append(torch.stack([torch.full_like(channel, index), channel], 1))

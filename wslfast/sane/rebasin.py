@@ -125,11 +125,12 @@ _last: list[_Reference] = []  # a zoo is matched to one model
 
 
 def _reference(spec: Any, params: State, keep: bool) -> _Reference:
-    if _last and _last[0].is_of(spec, params):
-        return _last[0]
+    last = next(iter(_last), None)  # looked at once: another thread may put its own there at any time
+    if last is not None and last.is_of(spec, params):
+        return last
     shapes = {name: tuple(params[name].shape) for axes in spec.perm_to_axes.values() for name, _ in axes}
-    same = bool(_last) and _last[0].plan.spec is spec and _last[0].plan.shapes == shapes
-    made = _Reference(_last[0].plan if same else _Plan(spec, shapes), params)
+    same = last is not None and last.plan.spec is spec and last.plan.shapes == shapes
+    made = _Reference(last.plan if last is not None and same else _Plan(spec, shapes), params)
     if keep:
         _last[:] = [made]
     return made
@@ -146,22 +147,29 @@ def weight_matching(
         params_a, params_b: state dicts of one network.
         max_iter: sweeps over all permutations at most.
         init_perm: where to begin, filled in place; by default nothing is moved.
-        original: what serves tensors that this function does not (on a GPU, of mixed dtypes); None raises.
+        original: what serves tensors that this function does not (on a GPU, of other dtypes than float32); None raises.
 
     Returns:
         ``{permutation: float indices [n]}``, as published.
+
+    Raises:
+        WslfastError: state dicts that the spec does not fit, tensors that are not float32 on the CPU, an ``init_perm`` that is none, or
+            scipy is missing.
     """
     assign = solver()
     try:
+        _check(ps, params_a, params_b)
         a = _reference(ps, params_a, keep=params_a is not params_b)
-        _check(a, params_b)
         b = _Side(a.plan, params_b)
     except (KeyError, IndexError, AttributeError, RuntimeError, WslfastError) as error:
         if original is not None:
             return original(ps, params_a, params_b, max_iter, init_perm)  # type: ignore[no-any-return]
         raise WslfastError(f"weight_matching: the spec does not fit the state dicts: {error}") from None
     plan = a.plan
-    perm: Permutation = {p: torch.arange(n) for p, n in plan.sizes.items()} if init_perm is None else init_perm
+    whole = {p: torch.arange(n) for p, n in plan.sizes.items()}
+    perm: Permutation = dict(whole) if init_perm is None else init_perm
+    wrong = sorted(p for p in whole | perm if p not in perm or p not in whole or not torch.equal(perm[p].long().sort().values, whole[p]))
+    require(not wrong, lambda: f"init_perm: expected a permutation of each size in {plan.sizes}, not so for {wrong}")
     names = list(perm)
     places = {p: value.long().numpy() for p, value in perm.items()}
     gains = {p: np.empty((n, n), np.float32) for p, n in plan.sizes.items()}
@@ -196,9 +204,9 @@ def weight_matching(
     return perm
 
 
-def _check(a: _Reference, params: State) -> None:
-    for name, value in a.copy.items():
-        other = params[name]
+def _check(spec: Any, params_a: State, params_b: State) -> None:
+    for name in dict.fromkeys(name for axes in spec.perm_to_axes.values() for name, _ in axes):
+        value, other = params_a[name], params_b[name]
         same = value.dtype == other.dtype == torch.float32 and value.shape == other.shape
         if not same or value.device.type != "cpu" or other.device.type != "cpu":
             raise WslfastError(f"{name!r}: expected float32 tensors of one shape on the CPU, got {describe(value)} and {describe(other)}")

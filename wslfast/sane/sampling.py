@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import check_positive, describe, require
+from ..errors import check_positive, check_seed, describe, require
 from .checkpoints import tokenize_checkpoint, tokens_to_checkpoint
 
 MODES = ("individual", "token", "joint")
@@ -78,7 +78,8 @@ def sample_models(
     """New models from the latents of anchors.
 
     Args:
-        ae_model: anything with ``forward_decoder(z [k, T, latent], p [k, T, 3]) -> tokens``, such as ``AEModule`` or ``AE``.
+        ae_model: anything with ``forward_decoder(z [k, T, latent], p [k, T, 3]) -> tokens [k, T, D]``, such as ``AEModule`` or ``AE``.
+            It is given latents in the dtype and on the device of its ``decoder_comp`` or, where it has none, of its first parameter.
         checkpoint_ref: a state dict of the network that is wanted.
         repetitions: how many.
         anchor_z: latents ``[M, T, latent]`` of the anchors.
@@ -92,17 +93,24 @@ def sample_models(
 
     Returns:
         A list of state dicts, or ``(list, latents, positions, shape)``.
+
+    Raises:
+        WslfastError: latents, mode or sizes that do not fit, or a wanted network of another number of tokens without ``reset_classifier``.
     """
     z = sample_latents(anchor_z, repetitions, mode, bandwidth=bandwidth, generator=generator)
-    pos = anchor_pos.to(torch.int)
+    require(len(anchor_w_shape) >= 2, f"anchor_w_shape: expected the shape of the anchors' tokens [M, T, D], got {list(anchor_w_shape)}")
     t, d = anchor_w_shape[-2:]
+    require(z.shape[1] == t, f"anchor_z: expected latents [M, {t}, latent], as anchor_w_shape says, got {describe(anchor_z)}")
+    placed = isinstance(anchor_pos, Tensor) and anchor_pos.ndim == 2 and len(anchor_pos) == t
+    require(placed, f"anchor_pos: expected positions [{t}, 3] of one anchor, got {describe(anchor_pos)}")
+    pos = anchor_pos.to(torch.int)
     wanted, _, positions = tokenize_checkpoint(checkpoint_ref, d)
     same = len(wanted) == t
     require(
         same or reset_classifier, f"checkpoint_ref: expected a network of {t} tokens (or reset_classifier=True), got {len(wanted)} tokens"
     )
     windows = _windows(t, halo_wse, halo_hs) if halo else [(0, t, 0, t)]
-    decoder = getattr(ae_model, "model", ae_model).decoder_comp.weight
+    decoder = _example(getattr(ae_model, "model", ae_model))
     # a model's windows follow each other, as published: where attention is over the batch, its composition matters
     pieces = torch.stack([z[:, low:high] for low, high, _, _ in windows], 1).flatten(0, 1)
     places = torch.stack([pos[low:high] for low, high, _, _ in windows]).repeat(repetitions, 1, 1)
@@ -124,13 +132,27 @@ def generate_z_samples(anchors: Any, samples: int | None = None, bandwidth: floa
     """Latents ``[samples, n]`` near anchors ``[M, n]`` (as many as anchors by default): a joint Gaussian kernel density.
 
     The published notebooks call a function of this name that was never published; the bandwidth is that of the sampler in the
-    same repository.
+    same repository. Returns a float64 numpy array.
+
+    Raises:
+        WslfastError: anchors of another shape, or no positive number of samples.
     """
-    values = np.asarray(anchors, dtype=np.float64)
-    require(values.ndim == 2 and len(values) > 0, f"anchors: expected [M, n] with M >= 1, got shape {list(values.shape)}")
-    generator = np.random.default_rng(seed)
+    try:
+        values = np.asarray(anchors.detach().cpu() if isinstance(anchors, Tensor) else anchors, dtype=np.float64)
+    except (TypeError, ValueError):
+        values = np.empty(0)
+    require(values.ndim == 2 and len(values) > 0, f"anchors: expected numbers [M, n] with M >= 1, got {describe(anchors)}")
+    generator = np.random.default_rng(check_seed(seed))
     count = len(values) if samples is None else samples
+    check_positive("samples", count)
     return values[generator.integers(len(values), size=count)] + bandwidth * generator.normal(size=(count, values.shape[1]))
+
+
+def _example(model: Any) -> Tensor:
+    """A tensor of the kind that a model's decoder computes with."""
+    comp = getattr(model, "decoder_comp", None)
+    parameters: Iterator[Tensor] = iter(getattr(model, "parameters", tuple)())
+    return comp.weight if comp is not None else next(parameters, torch.empty(0))  # type: ignore[no-any-return]
 
 
 def _windows(t: int, size: int, halo: int) -> list[tuple[int, int, int, int]]:

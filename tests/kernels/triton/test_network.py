@@ -276,6 +276,8 @@ def test_the_mode_is_a_function_of_shape_and_budget(monkeypatch: pytest.MonkeyPa
         (1, 2**32, "layers"),
         (20_000, 2**32, "layers"),
         (20_000, 2**27, "network"),
+        (512, 2**29, "network"),  # 44 models, 22,528 pairs: a GPU is not full yet
+        (1024, 2**29 + 2**28, "layers"),  # 34 models, 34,816 pairs
     ):
         assert budget.choose_mode(scheduled, n, "tf32", True, memory)[0] == expected, (n, memory)
         assert budget.choose_mode(scheduled, n, "tf32", False, memory)[0] == "network"

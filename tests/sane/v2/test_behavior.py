@@ -257,6 +257,24 @@ def test_it_composes_and_scripts_find_it_by_name(sane2: SimpleNamespace, tmp_pat
     assert images.shape == (9, 3, 32, 32)
 
 
+def test_tokens_without_a_mask_that_may_be_of_two_tokenizers_are_not_guessed_at(sane2: SimpleNamespace) -> None:  # noqa: F811
+    network = nn.Sequential(nn.Flatten(), nn.Linear(5, 2)).eval()  # of 12 numbers two tokens of 10, dense or sparse
+    state = network.state_dict()
+    values = {}
+    for kind in ("Dense", "Sparse"):
+        made = getattr(sane2.tokenizers, f"{kind}Tokenizer")(tokensize=10, mode="full_model")
+        x, mask, position = (part.unsqueeze(0) for part in made.tokenize(state))
+        assert x.shape == (1, 2, 10)
+        parts = {"x": x, "x_hat": 1.1 * x}
+        settings: dict[str, Any] = {"zoo": network, "n_queries": 7, "input_shape": (5,)}
+        with pytest.raises(WslfastError, match="as many dense as sparse ones"):
+            v2.BehavioralLoss(**settings)(parts)
+        for more, own in (({"mask": mask, "p": position}, {}), ({}, {"tokenizer": kind.lower()})):
+            torch.manual_seed(0)
+            values[kind, len(own)] = float(v2.BehavioralLoss(**settings, **own)({**parts, **more})["loss"])
+    assert len(set(values.values())) == 1
+
+
 def test_no_mask_no_positions_and_other_input(sane2: SimpleNamespace) -> None:  # noqa: F811
     models, parts = _batch(sane2, [CNN3] * 2)
     loss = v2.BehavioralLoss(
@@ -281,10 +299,14 @@ def test_no_mask_no_positions_and_other_input(sane2: SimpleNamespace) -> None:  
         ({"criterion": "l2"}, "criterion"), ({"queryset": "mine"}, "queryset"), ({"normalize": "token"}, "normalize"), ({"reduction": "none"}, "reduction"),
         ({"statistics": "own"}, "statistics"), ({"tokenizer": "dense "}, "tokenizer"), ({"zoo": None}, "zoo"), ({"zoo": "nowhere"}, "no such folder"),
         ({"queryset": "data"}, "dump"), ({"normalize": "batch", "criterion": "distillation"}, "normalize"), ({"input_shape": None}, "input_shape"),
+        ({"n_querys": 3}, r"expected settings of \['queryset', .*\], got \['n_querys'\]"),
     ]  # fmt: skip
     for settings, words in wrong:
         with pytest.raises(WslfastError, match=words):
             v2.BehavioralLoss(**{"zoo": models[0], "input_shape": (3, 32, 32), **settings})
+    for lacking in (None, {}, {"n_queries": 3}):
+        with pytest.raises(WslfastError, match="behavior: expected the settings of BehavioralLoss, with 'zoo'"):
+            v2.GammaContrastReconBehavioralLoss(behavior=lacking)
 
 
 def test_a_broken_reconstruction_is_left_out_where_asked(sane2: SimpleNamespace) -> None:  # noqa: F811

@@ -184,7 +184,11 @@ def test_the_filter_judges_as_published(sane2: SimpleNamespace, tmp_path: Path) 
         state["1.num_batches_tracked"] = torch.tensor(steps)
         cases.append(SimpleNamespace(state_dict_path=str(tmp_path / f"{len(cases)}.pt")))
         torch.save(state, cases[-1].state_dict_path)
-    for limit in (None, 100.0):
+    clipped = {name: tensor.clamp(-0.1, 0.1) for name, tensor in net.state_dict().items() if tensor.is_floating_point()}
+    cases.append(SimpleNamespace(state_dict_path=str(tmp_path / "clipped.pt")))
+    torch.save(clipped, cases[-1].state_dict_path)
+    assert loading.within_magnitude(kind(0.1, True), cases[-1], original=lambda *_: pytest.fail("the original was asked"))
+    for limit in (None, 100.0, 0.1):
         for drop in (True, False):
             made = kind(limit, drop)
             for info in cases:
@@ -299,6 +303,7 @@ def test_our_zoos_are_read_by_their_data_set_and_theirs_are_a_population(sane2: 
     assert not (tmp_path / "tree" / "dataset.pt").exists()
     with pytest.raises(WslfastError, match="does not say which data set"):
         v2.export_zoo(tmp_path / "zoo", tmp_path / "tree2", with_images=True)
+    assert not (tmp_path / "tree2").exists()  # so that the same folder can be asked for without images
     infos = []
     for model, epoch in ((0, 1), (0, 2), (1, 2)):
         home = tmp_path / "tree" / f"NN_tune_trainable_{model:05d}"
@@ -321,6 +326,12 @@ def test_our_zoos_are_read_by_their_data_set_and_theirs_are_a_population(sane2: 
     assert back.architecture.layers == population.architecture.layers
     with pytest.raises(WslfastError, match="at least one checkpoint"):
         v2.population([])
+    several = [SimpleNamespace(model=sane2.zoo_dataset_models.get_model(CNN3), metadata={}) for _ in range(3)]
+    several[1].model.module_list[3].p = 0.3
+    assert len(v2.population(several, (3, 32, 32))) == 3  # dropout has no part in what a network answers
+    several[2].model.module_list[2] = torch.nn.Tanh()
+    with pytest.raises(WslfastError, match=r"source\[2\]: expected the layers of the first, got Tanh\(\), not ReLU\(\)"):
+        v2.population(several, (3, 32, 32))
     # and the tree comes in as any ray tree does, with the images of its dataset.pt
     pixels, labels = torch.rand(40, 3, 32, 32) * 2 - 1, torch.arange(40) % 10
     images.write({"train": (pixels, labels), "test": (pixels, labels)}, tmp_path / "tree")

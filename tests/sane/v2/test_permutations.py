@@ -76,6 +76,23 @@ def test_a_reference_that_changed_is_not_taken_for_the_old_one() -> None:
     assert any(not torch.equal(first[p], second[p]) for p in first)
 
 
+def test_another_threads_reference_is_not_taken_for_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, a, b, other = mlp_permutation_spec(3), _mlp(0), _mlp(1), _mlp(2)
+    torch.manual_seed(0)
+    expected = rebasin.weight_matching(spec, a, b)
+    real = rebasin._Reference.is_of
+    theirs = rebasin._Reference(rebasin._last[0].plan, other)
+
+    def meanwhile(self: rebasin._Reference, *arguments: Any) -> bool:
+        found = real(self, *arguments)
+        rebasin._last[:] = [theirs]
+        return found
+
+    monkeypatch.setattr(rebasin._Reference, "is_of", meanwhile)
+    torch.manual_seed(0)
+    _same(rebasin.weight_matching(spec, a, b), expected)
+
+
 def test_a_permuted_model_is_found_again_and_a_first_guess_is_used() -> None:
     spec, a = mlp_permutation_spec(3), _mlp(0)
     from wslfast.sane import apply_permutation
@@ -95,6 +112,16 @@ def test_what_it_cannot_match_is_the_originals_or_an_error() -> None:
     assert rebasin.weight_matching(spec, a, half, original=lambda *_: "theirs") == "theirs"
     with pytest.raises(WslfastError, match="float32 tensors of one shape"):
         rebasin.weight_matching(spec, a, half)
+    for a_too in (half, {name: value.bfloat16() for name, value in a.items()}, {name: value.to("meta") for name, value in a.items()}):
+        assert rebasin.weight_matching(spec, a_too, a_too, original=lambda *_: "theirs") == "theirs"
+        with pytest.raises(WslfastError, match=r"layer0\.weight': expected float32 tensors of one shape on the CPU"):
+            rebasin.weight_matching(spec, a_too, a)
+    whole = {f"P_{i}": torch.arange(12.0) for i in range(3)}
+    for change in ({"P_0": torch.arange(5.0)}, {"P_1": torch.zeros(12)}, {"P_9": torch.arange(12.0)}):
+        with pytest.raises(WslfastError, match=f"init_perm: expected a permutation .* not so for {list(change)}".replace("[", r"\[")):
+            rebasin.weight_matching(spec, a, a, init_perm={**whole, **change})
+    with pytest.raises(WslfastError, match=r"not so for \['P_2'\]"):
+        rebasin.weight_matching(spec, a, a, init_perm={p: v for p, v in whole.items() if p != "P_2"})
     with pytest.raises(WslfastError, match="layer3"):
         rebasin.weight_matching(spec, a, {name: value for name, value in a.items() if "layer3" not in name})
 

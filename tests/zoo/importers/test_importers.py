@@ -249,8 +249,15 @@ def test_shards_are_written_as_they_fill(tmp_path: Path, tree: Path, monkeypatch
         ({"split": (1.0, 1.0, 1.0)}, "split: expected three shares"),
         ({"architecture": Architecture.cnn3()}, r"no usable checkpoint \(another architecture: 18\)"),
         ({"dataset": "no-such.npz"}, "no-such.npz"),
+        ({"input_shape": (1, 28, 28)}, "input_shape: expected None without network="),
+        ({"output": 0}, "output: expected None without network="),
+        ({"standardise": True}, "standardise: expected none without dataset="),
+        ({"mean": [0.5]}, "mean: expected none without dataset="),
+        ({"padding": "full"}, "padding: expected one of"),
+        ({"omega": 0.0}, "omega: expected a positive number"),
     ],
-    ids=["nowhere", "empty", "epochs", "no-such-epoch", "threshold", "split", "architecture", "dataset"],
+    ids=["nowhere", "empty", "epochs", "no-such-epoch", "threshold", "split", "architecture", "dataset", "shape", "output", "standardise",
+         "mean", "padding", "omega"],
 )  # fmt: skip
 def test_what_cannot_be_imported_is_one_clear_error(tmp_path: Path, tree: Path, arguments: dict[str, Any], message: str) -> None:
     (tmp_path / "empty").mkdir()

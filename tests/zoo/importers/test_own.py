@@ -135,7 +135,8 @@ def test_four_commands_and_the_owners_accuracies(tmp_path: Path, nets: list[nn.M
         ({"table": "net.py"}, "net.py"),
         ({"table": "bad.csv"}, "expected a column 'file'"),
         ({"dataset": "images.npz", "input_shape": None, "mean": (0.5,)}, "mean, std: expected both or neither"),
-        ({"network": None}, "--network FILE.py:NAME"),
+        ({"network": None, "input_shape": None}, r"no known network.*--network FILE.py:NAME"),
+        ({"network": None}, r"input_shape: expected None without network= \(--network FILE.py:NAME\)"),
     ],
 )
 def test_a_mistake_is_one_clear_error(

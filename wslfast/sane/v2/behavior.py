@@ -228,6 +228,8 @@ class Behavior:
         require(
             len(fit) > 0, f"x: expected {expected} tokens of {x.shape[2]} (all of the network) where there is no mask, got {describe(x)}"
         )
+        alike = all(torch.equal(layout.index, fit[0].index) for layout in fit)
+        require(alike, f"mask: {x.shape[1]} tokens of {x.shape[2]} are as many dense as sparse ones; pass a mask, or tokenizer=")
         return fit[0].on(x.device)[2].expand(len(x), -1, -1)
 
 

@@ -6,6 +6,7 @@ Their bases are the installed package's, so they are made when they are first as
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from .behavior import Behavior
 
 LOSSES = ("BehavioralLoss", "GammaContrastReconBehavioralLoss")
 HOME = "wslfast.sane.v2"
+_SETTINGS = tuple(inspect.signature(Behavior.set_up).parameters)[2:]  # without self and zoo
 _made: dict[tuple[str, int], type] = {}
 
 
@@ -56,6 +58,8 @@ def _behavioral(base: Any) -> type:
 {(Behavior.__doc__ or "").partition(chr(10))[2]}"""
 
         def __init__(self, name: str = "loss_behavioral", zoo: Any = None, **settings: Any) -> None:
+            unknown = sorted(set(settings) - set(_SETTINGS))
+            require(not unknown, f"BehavioralLoss: expected settings of {list(_SETTINGS)}, got {unknown}")
             super().__init__(name)
             self.set_up(zoo, **settings)
 
@@ -88,7 +92,8 @@ def _composite() -> type:
             std_eps: float = 1e-6,
             behavior: Mapping[str, Any] | None = None,
         ) -> None:
-            require(isinstance(behavior, Mapping), f"behavior: expected the settings of BehavioralLoss, with 'zoo', got {behavior!r}")
+            given = isinstance(behavior, Mapping) and "zoo" in behavior
+            require(given, f"behavior: expected the settings of BehavioralLoss, with 'zoo', got {behavior!r}")
             assert behavior is not None
             weights = term_weights(gamma, beta)
             losses = [

@@ -34,19 +34,22 @@ def population(source: Any, input_shape: Sequence[int] | None = None) -> Populat
         A population; its properties are the numbers and words of each checkpoint's results, and of its settings.
 
     Raises:
-        WslfastError: no checkpoint, or networks that differ.
+        WslfastError: no checkpoint, or networks that differ, be it in an activation alone.
     """
     checkpoints = list(_checkpoints(source))
     require(bool(checkpoints), "source: expected at least one checkpoint, got none")
     first = checkpoints[0]
     shape = shape_of(first, input_shape)
     architecture = Architecture.from_module(first.model, shape)
+    layers = _layers(first.model)
     states, rows = [], []
     for j, checkpoint in enumerate(checkpoints):
         states.append(checkpoint.model.state_dict())
         rows.append(_properties(checkpoint))
         same = type(checkpoint.model) is type(first.model)
         require(same, f"source[{j}]: expected a {type(first.model).__name__} like the first, got a {type(checkpoint.model).__name__}")
+        other = next((f"{b}, not {a}" for a, b in zip(layers, _layers(checkpoint.model)) if a != b), None)
+        require(other is None, f"source[{j}]: expected the layers of the first, got {other}; a population is of one network")
     names = list(dict.fromkeys(name for row in rows for name in row))
     return Population(
         architecture,
@@ -64,6 +67,12 @@ def _checkpoints(source: Any) -> Iterator[Any]:
         item = item[0] if isinstance(item, (list, tuple)) else item
         require(isinstance(getattr(item, "model", None), torch.nn.Module), f"source[{j}]: expected a checkpoint, got {describe(item)}")
         yield item
+
+
+def _layers(model: torch.nn.Module) -> list[str]:
+    """What each layer is; dropout has no part in evaluation."""
+    modules = (m for m in model.modules() if not isinstance(m, torch.nn.modules.dropout._DropoutNd))
+    return [f"{type(m).__name__}({m.extra_repr()})" for m in modules]
 
 
 def _properties(checkpoint: Any) -> dict[str, Any]:
@@ -92,20 +101,19 @@ def export_zoo(zoo: str | Path, out: str | Path, *, split: str | None = None, wi
         WslfastError: what :func:`wslfast.zoo.export_zoo` refuses; images asked for that are not there.
     """
     record = read_manifest(zoo)
+    data = None
+    try:
+        data = None if with_images is False else dataset_of(zoo, Architecture.from_dict(record.architecture))
+    except WslfastError:
+        if with_images:  # said before anything is written
+            raise
     count = export_tree(zoo, out, format="ray", split=split)
     folder = Path(out)
     for file in sorted(folder.glob("*/params.json")):
         settings = json.loads(file.read_bytes())
         write_text(file, json.dumps(_settings(settings, file.parent), indent=1) + "\n")
-    if with_images is False:
-        return count
-    try:
-        data = dataset_of(zoo, Architecture.from_dict(record.architecture))
-    except WslfastError:
-        if with_images:
-            raise
-        return count
-    images.write({name: data.split(name) for name in images.SPLITS}, folder / images.FILE)
+    if data is not None:
+        images.write({name: data.split(name) for name in images.SPLITS}, folder / images.FILE)
     return count
 
 

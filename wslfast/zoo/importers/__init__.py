@@ -112,6 +112,15 @@ def import_zoo(
     kept = None if epochs is None else frozenset(epochs)
     require(kept is None or all(type(e) is int and e >= 0 for e in kept), f"epochs: expected integers >= 0, got {epochs!r}")
     require(architecture is None or network is None, "network: expected None beside architecture= (only one of the two is used)")
+    for argument, value in (("input_shape", input_shape), ("output", output)):
+        wanted = f"{argument}: expected None without network= (--network FILE.py:NAME), which it is said of, got {value!r}"
+        require(network is not None or value is None, wanted)
+    for argument, given_as in (("standardise", standardise or None), ("mean", mean), ("std", std)):
+        wanted = f"{argument}: expected none without dataset=, whose images it is said of, got {given_as!r}"
+        require(dataset is not None or given_as is None, wanted)
+    require(padding in small_cnn.PADDINGS, f"padding: expected one of {small_cnn.PADDINGS}, got {padding!r}")
+    sensible = isinstance(omega, (int, float)) and not isinstance(omega, bool) and 0 < omega < math.inf
+    require(sensible, f"omega: expected a positive number, got {omega!r}")
     plan = Split(tuple(split), seed)  # type: ignore[arg-type]
     named = [] if network is None else [network] if isinstance(network, str) else list(network)
     networks = [(name.rpartition(":")[2], network_files.architecture_of(name, input_shape, dataset, output)) for name in named]
