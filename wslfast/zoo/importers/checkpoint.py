@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from ...architecture import Architecture
@@ -20,6 +23,7 @@ UNKNOWN = "no matching results"
 UNTOLD = "not in the table"
 _DEEPEST = 8  # folders below a source that are looked into
 _WRAPPERS = ("model_state_dict", "state_dict", "model", "params", "net", "network", "weights")  # keys that a state dict lies under
+_SCALARS = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
 _PARTS = ("_parameters", "_buffers", "_modules")  # of a module that was pickled whole
 
 
@@ -116,8 +120,26 @@ def unwrapped(value: Any) -> tuple[Any, dict[str, Any]]:
         if inner is None:
             tensors = {k: v for k, v in value.items() if isinstance(v, StoredTensor)}
             return (tensors or value), beside
+        beside |= {str(k): number for k, v in value.items() if (number := _number(v)) is not None}
         value = inner
     return value, beside
+
+
+def _number(value: Any) -> int | float | None:
+    """The number in a tensor of one element, or in one of numpy's scalars, as accuracies are saved; None for anything else."""
+    if isinstance(value, StoredTensor):
+        return value.tensor().item() if math.prod(value.shape) == 1 else None  # type: ignore[no-any-return]
+    if not (isinstance(value, Stub) and value.kind in _SCALARS and len(value.arguments) == 2):
+        return None
+    kind, data = value.arguments
+    if isinstance(data, Stub) and data.kind == "_codecs.encode" and data.arguments and isinstance(data.arguments[0], str):
+        data = data.arguments[0].encode("latin1", "replace")
+    code = kind.arguments[0] if isinstance(kind, Stub) and kind.kind == "numpy.dtype" and kind.arguments else None
+    state = kind.state if isinstance(kind, Stub) and isinstance(kind.state, tuple) else ()
+    known = isinstance(code, str) and re.fullmatch("[iu][1248]|f[248]", code) and ">" not in state[:2]
+    if not known or not isinstance(data, bytes) or len(data) != int(str(code)[1]):
+        return None
+    return np.frombuffer(data, dtype=f"<{code}")[0].item()  # type: ignore[no-any-return]
 
 
 def _holds_tensors(value: Any) -> bool:
