@@ -12,6 +12,7 @@ from own_networks import SHAPE
 from torch import Tensor, nn
 
 from wslfast import Population, WslfastError, load_zoo
+from wslfast.cli import main
 from wslfast.zoo import Imported, import_zoo
 
 
@@ -93,6 +94,18 @@ def test_names_of_files_are_no_numbers(tmp_path: Path, nets: list[nn.Module]) ->
     done = _imported(tmp_path, [net.state_dict() for net in nets], table=tmp_path / "t.csv")
     assert load_zoo(tmp_path / "zoo").properties["score"] == (0.0, 0.125, 0.25, 0.375, 0.5, None)
     assert dict(done.skipped) == {"no file": 2, "not in the table": 1}
+
+
+def test_the_shell_tells_notes_from_what_is_left_out(tmp_path: Path, nets: list[nn.Module], capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "models").mkdir()
+    for i, net in enumerate(nets):
+        torch.save(net.state_dict(), tmp_path / "models" / f"{i}.pt")
+    (tmp_path / "models" / "5.pt").write_bytes(b"nothing")
+    (tmp_path / "t.csv").write_text("file,score\n0,1\n1,1\n9,1\n")
+    common = ["--network", f"{tmp_path}/net.py:Net", "--input-shape", *map(str, SHAPE)]
+    main(["zoo", "import", str(tmp_path / "models"), str(tmp_path / "zoo"), *common, "--table", str(tmp_path / "t.csv")])
+    said = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert {"note: 3 x not in the table", "note: 1 x no file", "skipped: 1 x unreadable checkpoint"} <= set(said)
 
 
 def test_single_numbers_in_npz(tmp_path: Path) -> None:

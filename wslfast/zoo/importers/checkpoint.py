@@ -21,6 +21,7 @@ from ...safe.inert import StoredTensor, Stub
 State = Mapping[str, Tensor]
 UNKNOWN = "no matching results"
 UNTOLD = "not in the table"
+_NOTES = (UNKNOWN, UNTOLD, "no file", "activation not stated", "epochs not stated")
 _DEEPEST = 8  # folders below a source that are looked into
 _WRAPPERS = ("model_state_dict", "state_dict", "model", "params", "net", "network", "weights")  # keys that a state dict lies under
 _SCALARS = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
@@ -49,7 +50,7 @@ class Checkpoint:
 
 @dataclass
 class Skips:
-    """What was left out: ``{"where", "reason", "detail"}`` each. A second pass over the same source notes nothing twice."""
+    """What was left out or is not known: ``{"where", "reason", "detail"}`` each. A second pass over the same source notes nothing twice."""
 
     entries: list[dict[str, str]] = field(default_factory=list)
 
@@ -64,6 +65,11 @@ class Skips:
     def counts(self) -> dict[str, int]:
         """How many for each reason, most frequent first."""
         return dict(Counter(entry["reason"] for entry in self.entries).most_common())
+
+
+def is_note(reason: str) -> bool:
+    """Whether a reason is of what is not known of networks, which are stored all the same; else something was left out."""
+    return reason in _NOTES or reason.endswith(".json")  # files of settings and results
 
 
 def held(state: State) -> Callable[[], State]:
