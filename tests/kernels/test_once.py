@@ -1,18 +1,20 @@
-"""Gradients that have none of their own: whatever of torch's asks for a second derivative gets an error, never zeros."""
+"""Second derivatives: gradients that have none of their own give an error and never zeros; where there are some, they are right."""
 
 from __future__ import annotations
 
 import gc
+import math
 import weakref
 
 import pytest
 import torch
 from behavior_cases import case, functional_oracle
 from small_networks import SMALL
-from tolerances import FP32
-from torch import Tensor
+from tolerances import FP32, FP64
+from torch import Tensor, nn
 
-from wslfast.behavior import batched_behavioral_loss
+from wslfast.architecture import Architecture
+from wslfast.behavior import batched_behavioral_loss, batched_forward
 from wslfast.kernels.once import link, once
 from wslfast.testing import relative_error
 from wslfast.tokens import TokenLayout
@@ -62,3 +64,25 @@ def test_a_link_leads_to_its_tensor_and_does_not_keep_it() -> None:
     del between
     gc.collect()
     assert held() is None
+
+
+@pytest.mark.parametrize("shape", [(6,), (2, 6)])
+def test_forward_mode_over_forward_mode_of_a_layer_norm(shape: tuple[int, ...]) -> None:
+    """torch's own layer norm gives a wrong second derivative here; that of a gradient, in reverse mode twice, is right."""
+    torch.manual_seed(0)
+    first = nn.Linear(shape[-1], shape[-1])
+    architecture = Architecture.from_module(nn.Sequential(first, nn.LayerNorm(shape), nn.Flatten(), nn.Linear(math.prod(shape), 2)), shape)
+    rows = torch.randn(2, architecture.num_weights, dtype=torch.float64)
+    originals, queries = torch.randn_like(rows), torch.randn(3, *shape, dtype=torch.float64)
+
+    def loss(weights: Tensor) -> Tensor:
+        return batched_behavioral_loss(weights, originals, queries, architecture)
+
+    along = torch.randn_like(rows)
+    slope = torch.func.jvp(lambda w: torch.func.jvp(loss, (w,), (along,))[1], (rows,), (along,))[1]
+    leaf = rows.clone().requires_grad_()
+    wanted = batched_forward(originals, queries, architecture)
+    value = (batched_forward(leaf, queries, architecture) - wanted).square().sum() / (2 * len(queries) * len(rows))
+    (gradient,) = torch.autograd.grad(value, leaf, create_graph=True)
+    (curved,) = torch.autograd.grad((gradient * along).sum(), leaf)
+    torch.testing.assert_close(slope, (curved * along).sum(), rtol=FP64, atol=FP64)
