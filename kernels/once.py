@@ -8,19 +8,30 @@ import torch
 from torch import Tensor
 
 
-def once(gradient: Tensor) -> Tensor:
+def once(gradient: Tensor, *of: Tensor) -> Tensor:
     """The same numbers; where graphs are recorded (``create_graph=True``), differentiating them raises RuntimeError.
 
     torch's own once_differentiable keeps silent where the incoming gradient is a constant, as it is behind a mean.
+
+    Args:
+        gradient: the numbers.
+        of: what they depend on, or a :func:`link` to it. Without, only ``backward()`` raises: ``torch.autograd.grad`` passes by what does
+            not lead to the tensors it was asked for, and torch.autograd.functional takes that for zeros.
     """
     if not torch.is_grad_enabled():
         return gradient
-    return _Once.apply(gradient, gradient.new_zeros(()).requires_grad_())
+    markers = of if any(tensor.requires_grad for tensor in of) else (gradient.new_zeros(()).requires_grad_(),)
+    return _Once.apply(gradient, *markers)
+
+
+def link(tensor: Tensor) -> Tensor:
+    """A number whose graph leads to ``tensor``, and that keeps neither its memory nor what it held."""
+    return tensor[:0].sum()
 
 
 class _Once(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor, marker: Tensor) -> Tensor:
+    def forward(ctx: Any, gradient: Tensor, *of: Tensor) -> Tensor:
         return gradient.view_as(gradient)
 
     @staticmethod

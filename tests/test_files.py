@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from wslfast.errors import WslfastError
-from wslfast.files import check_empty, make_folder, npz_archive, write_arrays, write_atomically
+from wslfast.files import check_empty, folder_made, make_folder, npz_archive, write_arrays, write_atomically
 
 
 @pytest.mark.parametrize("compressed", [True, False])
@@ -82,3 +82,20 @@ def test_two_threads_write_one_file_each_whole(tmp_path: Path) -> None:
     assert not errors
     assert path.read_bytes() == b"second"
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_folder_that_stays_empty_goes_again(tmp_path: Path) -> None:
+    with pytest.raises(WslfastError), folder_made(tmp_path / "a" / "b"):
+        raise WslfastError("no data")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(KeyboardInterrupt), folder_made(tmp_path / "mine"):
+        raise KeyboardInterrupt
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "kept").write_text("")
+    with pytest.raises(KeyboardInterrupt), folder_made(tmp_path / "c"):
+        raise KeyboardInterrupt
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["c", "kept", "mine"]
+    with folder_made(tmp_path / "e"):
+        pass
+    assert (tmp_path / "e").is_dir()

@@ -34,7 +34,6 @@ kernels/stacked/test_tape.py         kernels/stacked/norms kernels/stacked/passe
 kernels/test_hostile_graphs.py       kernels/graph
 kernels/test_operations.py           kernels/reference kernels/stacked/calls kernels/stacked/forms kernels/stacked/layouts kernels/stacked/product_forms
 kernels/test_random_graphs.py        kernels/stacked/compiler kernels/stacked/engine kernels/stacked/program
-kernels/triton/test_differentiable.py kernels/once
 kernels/triton/test_interpreter.py   kernels/triton/activations kernels/triton/convolution kernels/triton/criterion kernels/triton/head
                                      kernels/triton/input_gradients kernels/triton/stages kernels/triton/tiles
                                      kernels/triton/weight_gradients
@@ -61,7 +60,7 @@ study/test_ablations.py              wslfast/sane/ablation
 study/test_kinds_of_zoos.py          wslfast/page/psnr
 study/test_study.py                  wslfast/measure/evaluation wslfast/measure/goals wslfast/study/loaded_zoo
                                      wslfast/study/trained wslfast/study/units
-test_architecture.py                 wslfast/tracing/rebuilt wslfast/tracing/state
+test_architecture.py                 wslfast/tracing/rebuilt
 test_behavior.py                     kernels/criteria wslfast/testing
 test_hub.py                          wslfast/page/card
 test_proof.py                        wslfast/engine/verdicts
@@ -71,7 +70,7 @@ tracing/test_tracing.py              wslfast/tracing/convert wslfast/tracing/gra
 training/test_query_sets.py          wslfast/queries/images wslfast/queries/stored wslfast/queries/synthetic
 training/test_trainer.py             wslfast/training/checkpoint wslfast/training/config wslfast/training/descent wslfast/training/loop
                                      wslfast/training/records
-zoo/importers/test_importers.py      wslfast/zoo/importers/checkpoint wslfast/zoo/importers/files wslfast/zoo/importers/ray
+zoo/importers/test_importers.py      wslfast/zoo/importers/files wslfast/zoo/importers/ray
                                      wslfast/zoo/importers/rows
 zoo/importers/test_own.py            wslfast/zoo/export
 zoo/test_build.py                    wslfast/zoo/adam wslfast/zoo/grid

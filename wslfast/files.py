@@ -96,6 +96,21 @@ def make_folder(out: str | Path) -> None:
         raise WslfastError(f"out: {out}: cannot be made: {error.strerror or error}") from None
 
 
+@contextlib.contextmanager
+def folder_made(out: str | Path) -> Iterator[None]:
+    """A folder to write into: what the block leaves empty when it fails is removed, as far as it was made for it."""
+    folder = Path(out)
+    new = [place for place in (folder, *folder.parents) if not place.exists()]
+    make_folder(folder)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # it has something in it
+            for place in new:
+                place.rmdir()
+        raise
+
+
 def check_empty(out: str | Path) -> None:
     """Raise WslfastError for a folder that has something in it, and for what is no folder."""
     folder = Path(out)

@@ -25,7 +25,7 @@ from . import engine
 from .architecture import Architecture, from_handle
 from .engine import in_chunks
 from .kernels.criteria import criterion_values
-from .kernels.once import once
+from .kernels.once import link, once
 from .nan_policy import bad_models, check_models, reduce
 from .tokens import layout, num_tokens
 
@@ -199,7 +199,7 @@ def behavioral_loss(rows: Tensor, queries: Tensor, targets: Tensor, options: Opt
         values, bad, _ = _behavioral_loss(rows, queries, targets, architecture.handle, *rest, autocast, gradient)
         return reduce(values, bad, options.reduction, options.nan_policy)
     if gradient:
-        return _Loss.apply(rows, queries, targets, options)
+        return _Loss.apply(rows, queries, targets, options, (link(rows),))
     with torch.no_grad():
         values, bad, _ = _evaluate(rows, queries, targets, options, False)
     return reduce(values, bad, options.reduction, options.nan_policy)
@@ -234,9 +234,10 @@ class _Loss(torch.autograd.Function):
     """What eager code runs: one node of the graph, reduction included."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, queries: Tensor, targets: Tensor, options: Options) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, queries: Tensor, targets: Tensor, options: Options, linked: tuple[Tensor]) -> Tensor:
         values, bad, gradient = _evaluate(rows, queries, targets, options, True)
         ctx.save_for_backward(gradient)
+        (ctx.link,) = linked  # in a tuple: to torch it is no input, whose gradient somebody would ask for
         count = values.shape[0] if bad is None or options.reduction != "mean" else (~bad).sum()
         ctx.divisor = count if options.reduction == "mean" else None
         return reduce(values, bad, options.reduction, options.nan_policy)
@@ -245,13 +246,13 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.divisor is not None:
             grad = grad / ctx.divisor
-        return once(_times(ctx.saved_tensors[0], grad.unsqueeze(1) if grad.ndim else grad)), None, None, None
+        return once(_times(ctx.saved_tensors[0], grad.unsqueeze(1) if grad.ndim else grad), ctx.link), None, None, None, None
 
 
 def _times(gradient: Tensor, factor: Tensor) -> Tensor:
     """Their product, over the memory of a gradient ``[k, P]`` that nobody will ask for again: for large networks fresh memory takes longer
     than the product."""
-    if torch.is_grad_enabled() or _kept():
+    if torch.is_grad_enabled() or _kept() or torch._C._functorch.is_legacy_batchedtensor(factor):  # is_grads_batched: several at once
         return gradient * factor
     if factor.device.type == "cpu" and factor.ndim == 0 and factor.item() == 1:
         return gradient

@@ -248,8 +248,20 @@ def group_norm(call: Call, a: Values, models: int) -> Tensor:
 
 def layer_norm(call: Call, a: Values, models: int) -> Tensor:
     """Layer norm over the last axes."""
-    made = F.layer_norm(a["input"], a["normalized_shape"], eps=a.get("eps", 1e-5))
-    return _scaled(call, a, made, models)
+    x, shape, eps = a["input"], a["normalized_shape"], a.get("eps", 1e-5)
+    if _forward_twice():
+        variance, mean = torch.var_mean(x, tuple(range(-len(shape), 0)), correction=0, keepdim=True)
+        return _scaled(call, a, (x - mean) * torch.rsqrt(variance + eps), models)
+    return _scaled(call, a, F.layer_norm(x, shape, eps=eps), models)
+
+
+def _forward_twice() -> bool:
+    """Whether a forward-mode derivative of another is taken (``jacfwd`` of ``jacfwd``).
+
+    The tangent of torch's layer norm takes its mean and deviation for constants, so the outer one is wrong without a word.
+    """
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in levels) > 1
 
 
 def rms_norm(call: Call, a: Values, models: int) -> Tensor:

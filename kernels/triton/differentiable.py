@@ -39,6 +39,7 @@ class _Forward(torch.autograd.Function):
         with tuned(choice):  # this is autograd's thread
             if ctx.needs_input_grad[1]:
                 gradient, to_queries = gradients(weights.detach(), queries.detach(), slope, layers, precision, memory=memory)
-                return once(gradient.to(weights.dtype)), once(to_queries.to(queries.dtype)), None, None, None
+                of = weights, queries, grad
+                return once(gradient.to(weights.dtype), *of), once(to_queries.to(queries.dtype), *of), None, None, None
             _, gradient = loss_and_gradient(weights.detach(), queries, slope, layers, "gradient", 1.0, precision, memory=memory)
-        return once(gradient.to(weights.dtype)), None, None, None, None
+        return once(gradient.to(weights.dtype), weights, queries, grad), None, None, None, None

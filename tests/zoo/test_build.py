@@ -269,6 +269,13 @@ def test_a_zoo_that_is_there_is_noticed_before_training(data: Dataset, tmp_path:
         small(data, out=tmp_path / "file")
 
 
+def test_a_build_that_fails_leaves_no_folder(data: Dataset, tmp_path: Path) -> None:
+    for options in ({"dataset": tmp_path / "gone.npz"}, {"dataset": data, "models": 10**9}, {"dataset": data, "architecture": 3}):
+        with pytest.raises(WslfastError):
+            build_zoo(**{"models": 2, **options}, out=tmp_path / "runs" / "zoo")  # type: ignore[arg-type]
+        assert list(tmp_path.iterdir()) == []
+
+
 def test_an_npz_file_is_enough(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "mine.npz", images=rng.integers(0, 256, (40, 28, 28, 3), dtype=np.uint8), labels=rng.integers(0, 10, 40))

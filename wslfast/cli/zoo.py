@@ -10,6 +10,7 @@ import tyro
 from ..architecture import Architecture
 from ..errors import require
 from ..zoo import Signals, build_zoo, export_zoo, image_shape, image_signals, import_zoo, load_dataset, network, read_manifest, summarize
+from ..zoo.importers.checkpoint import is_note
 from ..zoo.importers.network_files import architecture_of
 from .console import console, say, show
 from .options import Networks
@@ -232,7 +233,7 @@ class ZooImport:
         what = f"architecture {names[0]}" if len(names) == 1 else f"{len(names)} architectures: {few}"
         say(f"{self.out}: {done.rows} rows of {done.models} models, {what}")
         for reason, count in done.skipped.items():
-            say(f"  skipped: {count} x {reason}")
+            say(f"  {'note' if is_note(reason) else 'skipped'}: {count} x {reason}")
         if not done.has_dataset:
             say("  no --dataset: evaluate and generate need what the models were trained on")
         opaque = [kind for kind in done.architectures.values() if kind.graph is None]

@@ -30,6 +30,7 @@ _STORAGES = {
     "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16, "CharStorage": torch.int8,
     "ByteStorage": torch.uint8, "BoolStorage": torch.bool, "UntypedStorage": torch.uint8,
 }  # fmt: skip
+_PARAMETERS = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state", "torch.nn.parameter.Parameter")
 _Read = Callable[["_Storage"], bytearray]
 
 
@@ -142,7 +143,7 @@ class _Machine(_PurePython):
         if what.kind == "torch._utils._rebuild_tensor_v2" and len(arguments) >= 4 and isinstance(arguments[0], _Storage):
             shape, stride = (tuple(v) if isinstance(v, (tuple, list)) else (None,) for v in arguments[2:4])
             return StoredTensor(arguments[0], arguments[1], shape, stride, self._storage_reader)  # type: ignore[arg-type]
-        if what.kind in ("torch._utils._rebuild_parameter", "torch.nn.parameter.Parameter") and arguments:
+        if what.kind in _PARAMETERS and arguments:
             return arguments[0]
         if what.kind == "torch.Size" and len(arguments) == 1 and isinstance(arguments[0], tuple):
             return arguments[0]

@@ -9,14 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import WslfastError
+
 _STEP = "num_batches_tracked"  # batch norm's counter, which no answer depends on
 _PARAMETRISED = re.compile(r"^(?P<path>(?:.*\.)?)parametrizations\.(?P<name>[^.]+)\.(?P<rest>.+)$")
 
 
 def effective_state(state: Mapping[str, Any], known: Container[str]) -> dict[str, Any]:
     """A state dict with the keys that an architecture knows: prefixes of wrappers taken off (``module.`` of DataParallel, ``_orig_mod.`` of
-    torch.compile), weights in place of what weight norm, spectral norm and pruning store. Other keys stay as they are."""
-    plain = {_plain(key, known) if isinstance(key, str) else key: value for key, value in state.items()}
+    torch.compile), weights in place of what weight norm, spectral norm and pruning store. Other keys stay as they are.
+
+    Raises WslfastError where two keys name one entry and hold other numbers."""
+    plain: dict[str, Any] = {}
+    for key, value in state.items():
+        name = _plain(key, known) if isinstance(key, str) else key
+        if name in plain and not (isinstance(value, Tensor) and isinstance(plain[name], Tensor) and torch.equal(value, plain[name])):
+            raise WslfastError(f"{key!r} and another key both name {name!r}, with other numbers")
+        plain[name] = value
     if all(key in known or str(key).endswith(_STEP) for key in plain):
         return plain
     made: dict[str, Any] = {}
@@ -64,13 +73,15 @@ def _weight(parts: Mapping[str, Tensor]) -> Tensor | None:
     if kinds in ({"_g", "_v"}, {"original0", "original1"}):
         g, v = (parts["_g"], parts["_v"]) if "_g" in parts else (parts["original0"], parts["original1"])
         axes = [d for d in range(v.ndim) if g.ndim != v.ndim or g.shape[d] == 1]
-        return v * (g / torch.linalg.vector_norm(v, dim=axes, keepdim=True))
+        norm = torch.linalg.vector_norm(v, dim=axes, keepdim=True) if axes else v.abs()  # no axes are all axes to torch
+        return v * (g / norm)
     if kinds in ({"_orig", "_u", "_v"}, {"_orig", "_u"}, {"original", "0._u", "0._v"}):
         weight = parts["_orig"] if "_orig" in parts else parts["original"]
         if not kinds & {"_v", "0._v"}:
             return None
         u, v = (parts[f"_{x}" if f"_{x}" in parts else f"0._{x}"] for x in "uv")
-        first = 0 if len(u) == weight.shape[0] else 1  # transposed convolutions are normed along their second axis
-        matrix = weight.transpose(0, first).flatten(1)
-        return weight / torch.dot(u, matrix @ v)
+        matrices = [weight.transpose(0, axis).flatten(1) for axis in (0, 1) if axis < weight.ndim and len(u) == weight.shape[axis]]
+        if len(matrices) == 2 and weight.ndim > 2:  # a transposed convolution is normed along its second axis, and both are as long
+            matrices.sort(key=lambda matrix: -float(torch.cosine_similarity(matrix.T @ u, v, dim=0)))  # v was made so by training
+        return weight / torch.dot(u, matrices[0] @ v)
     return None

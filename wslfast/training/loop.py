@@ -6,6 +6,7 @@ import logging
 import re
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Union
 
@@ -30,7 +31,7 @@ from .mixed import MixedTrainer
 from .progress import Interrupted, finishing_steps, shown
 from .query_sets import query_images, set_names
 from .records import OnRecord, Record, Recorder, RunLog
-from .trainer import Trainer, behavior_precision, seed_generators
+from .trainer import Trainer, behavior_precision, check_resumed, seed_generators
 
 logger = logging.getLogger("wslfast")
 
@@ -94,6 +95,7 @@ def train(
         require(resume or not checkpoint_path(out).exists(), f"{out} already holds a run; resume it, or choose another folder")
         config = settled(config, device, saved)
         if saved is not None and saved["step"] >= config.steps:
+            check_resumed(replace(config, steps=TrainConfig.from_dict(saved["config"]).steps), saved)  # fewer steps are no other path here
             logger.info("%s is finished (%d steps); nothing to do", out, saved["step"])
             return load_run(out, device=device, architecture=None if population is None else population.architecture)
         parts = mapped_parts(config.zoo, "train", skip_bad=config.skip_bad) if population is None else {}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from .. import engine
 from ..architecture import Architecture
 from ..engine.ranks import joined
 from ..errors import check_positive, logger, require
-from ..files import check_folder, make_folder
+from ..files import check_folder, folder_made
 from ..population import Population
 from ..profiling import region
 from ..proof import proved
@@ -120,60 +121,60 @@ def build_zoo(
         check_folder(Path(out), "zoo")
         exists = (Path(out) / MANIFEST).exists()
         require(overwrite or not exists, f"out: {out}: there is a zoo already; overwrite=True (--overwrite) replaces it")
-        make_folder(out)
-    with region("dataset"):
-        architecture, data = _matched(dataset, architecture, root)
-    if isinstance(data, Signals) and data.count is not None:
-        require(models <= data.count, f"models: expected at most {data.count}, one per signal of {data.name!r}, got {models}")
-    kind = {"signals": "own", "classes": 0} if isinstance(data, Signals) else {"classes": data.classes}
-    settings = {
-        "dataset": {"name": data.name, **kind, **data.provenance},
-        "architecture": hashlib.sha256(architecture.handle.encode()).hexdigest(),
-        "grid": chosen.to_dict(),
-        "models": models,
-        "epochs": epochs,
-        "kept_epochs": list(kept),
-        "batch_size": batch_size,
-        "seed": seed,
-    }
-    steps = kept[-1] * math.ceil(_points(data) / batch_size)
-    with joined(device, patient=True) as (world, where), engine.using(backend), bar(progress and world.writes, steps) as advance:
-        alone = world.size == 1
-        require(models >= world.size, f"models: expected at least one for each of the {world.size} processes, got {models}")
-        own = isinstance(data, Signals) and data.count is not None
-        require(alone or not own, "dataset: signals of each model's own are fitted by one process; start without torchrun")
-        unfinished = Unfinished(out, settings) if out is not None and alone else None  # several processes keep whole parts
-        if unfinished is not None and unfinished.exists() and not resume:
-            again = "resume=True (--resume) goes on, overwrite=True (--overwrite) begins anew"
-            require(overwrite, f"out: {out}: an unfinished zoo is there; {again}")
-            unfinished.remove()
-
-        def part(some: Sequence[Cell]) -> Population:
-            with region("initialise"):
-                weights = architecture.initial_weights([c.init_type for c in some], [c.seed for c in some]).to(where)
-            return _train(weights, architecture, data, some, kept, batch_size, advance, unfinished)
-
-        ran = {"backend": backend, "device": where.type, "torch": torch.__version__}
-        keyed = {**settings, **ran} | ({} if alone else {"data": data_digest(data)})
-        with proved(architecture, where, ("indexed", "forward"), math.ceil(models / world.size), batch_size):  # by all, or by none
-            trained = trained_in_parts(world, architecture, cells, part, None if out is None else Path(out), keyed)
-        population, dropped = _split(plan, *_sound(trained))
-        if out is not None and world.writes:
-            from .. import __version__
-
-            provenance = {
-                "made_by": "wslfast.build_zoo",
-                "wslfast": __version__,
-                **ran,
-                **{key: value for key, value in settings.items() if key != "architecture"},
-                "optimizer": {"name": "adam", "betas": [*BETAS], "eps": EPS},
-                "dropped_rows": dropped,
-            }
-            save_zoo(population, out, splits=plan, provenance=provenance, overwrite=overwrite)
-            discard_parts(Path(out))
-            if unfinished is not None:
+    with nullcontext() if out is None else folder_made(out):
+        with region("dataset"):
+            architecture, data = _matched(dataset, architecture, root)
+        if isinstance(data, Signals) and data.count is not None:
+            require(models <= data.count, f"models: expected at most {data.count}, one per signal of {data.name!r}, got {models}")
+        kind = {"signals": "own", "classes": 0} if isinstance(data, Signals) else {"classes": data.classes}
+        settings = {
+            "dataset": {"name": data.name, **kind, **data.provenance},
+            "architecture": hashlib.sha256(architecture.handle.encode()).hexdigest(),
+            "grid": chosen.to_dict(),
+            "models": models,
+            "epochs": epochs,
+            "kept_epochs": list(kept),
+            "batch_size": batch_size,
+            "seed": seed,
+        }
+        steps = kept[-1] * math.ceil(_points(data) / batch_size)
+        with joined(device, patient=True) as (world, where), engine.using(backend), bar(progress and world.writes, steps) as advance:
+            alone = world.size == 1
+            require(models >= world.size, f"models: expected at least one for each of the {world.size} processes, got {models}")
+            own = isinstance(data, Signals) and data.count is not None
+            require(alone or not own, "dataset: signals of each model's own are fitted by one process; start without torchrun")
+            unfinished = Unfinished(out, settings) if out is not None and alone else None  # several processes keep whole parts
+            if unfinished is not None and unfinished.exists() and not resume:
+                again = "resume=True (--resume) goes on, overwrite=True (--overwrite) begins anew"
+                require(overwrite, f"out: {out}: an unfinished zoo is there; {again}")
                 unfinished.remove()
-        world.wait()
+
+            def part(some: Sequence[Cell]) -> Population:
+                with region("initialise"):
+                    weights = architecture.initial_weights([c.init_type for c in some], [c.seed for c in some]).to(where)
+                return _train(weights, architecture, data, some, kept, batch_size, advance, unfinished)
+
+            ran = {"backend": backend, "device": where.type, "torch": torch.__version__}
+            keyed = {**settings, **ran} | ({} if alone else {"data": data_digest(data)})
+            with proved(architecture, where, ("indexed", "forward"), math.ceil(models / world.size), batch_size):  # by all, or by none
+                trained = trained_in_parts(world, architecture, cells, part, None if out is None else Path(out), keyed)
+            population, dropped = _split(plan, *_sound(trained))
+            if out is not None and world.writes:
+                from .. import __version__
+
+                provenance = {
+                    "made_by": "wslfast.build_zoo",
+                    "wslfast": __version__,
+                    **ran,
+                    **{key: value for key, value in settings.items() if key != "architecture"},
+                    "optimizer": {"name": "adam", "betas": [*BETAS], "eps": EPS},
+                    "dropped_rows": dropped,
+                }
+                save_zoo(population, out, splits=plan, provenance=provenance, overwrite=overwrite)
+                discard_parts(Path(out))
+                if unfinished is not None:
+                    unfinished.remove()
+            world.wait()
     return population
 
 

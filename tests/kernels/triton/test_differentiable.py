@@ -117,6 +117,8 @@ def test_differentiated_twice_is_an_error() -> None:
         (slope,) = torch.autograd.grad(value, weights, create_graph=True)
         with pytest.raises(RuntimeError, match="once"):
             (weights.sum() + slope.sum()).backward()
+        with pytest.raises(RuntimeError, match="once"):
+            torch.autograd.grad(slope.sum(), weights, allow_unused=True)  # None is zeros to torch.autograd.functional
 
 
 def test_without_a_gradient_there_is_no_graph() -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from ...architecture import Architecture
@@ -18,8 +21,10 @@ from ...safe.inert import StoredTensor, Stub
 State = Mapping[str, Tensor]
 UNKNOWN = "no matching results"
 UNTOLD = "not in the table"
+_NOTES = (UNKNOWN, UNTOLD, "no file", "activation not stated", "epochs not stated")
 _DEEPEST = 8  # folders below a source that are looked into
 _WRAPPERS = ("model_state_dict", "state_dict", "model", "params", "net", "network", "weights")  # keys that a state dict lies under
+_SCALARS = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
 _PARTS = ("_parameters", "_buffers", "_modules")  # of a module that was pickled whole
 
 
@@ -45,7 +50,7 @@ class Checkpoint:
 
 @dataclass
 class Skips:
-    """What was left out: ``{"where", "reason", "detail"}`` each. A second pass over the same source notes nothing twice."""
+    """What was left out or is not known: ``{"where", "reason", "detail"}`` each. A second pass over the same source notes nothing twice."""
 
     entries: list[dict[str, str]] = field(default_factory=list)
 
@@ -60,6 +65,11 @@ class Skips:
     def counts(self) -> dict[str, int]:
         """How many for each reason, most frequent first."""
         return dict(Counter(entry["reason"] for entry in self.entries).most_common())
+
+
+def is_note(reason: str) -> bool:
+    """Whether a reason is of what is not known of networks, which are stored all the same; else something was left out."""
+    return reason in _NOTES or reason.endswith(".json")  # files of settings and results
 
 
 def held(state: State) -> Callable[[], State]:
@@ -116,8 +126,26 @@ def unwrapped(value: Any) -> tuple[Any, dict[str, Any]]:
         if inner is None:
             tensors = {k: v for k, v in value.items() if isinstance(v, StoredTensor)}
             return (tensors or value), beside
+        beside |= {str(k): number for k, v in value.items() if (number := _number(v)) is not None}
         value = inner
     return value, beside
+
+
+def _number(value: Any) -> int | float | None:
+    """The number in a tensor of one element, or in one of numpy's scalars, as accuracies are saved; None for anything else."""
+    if isinstance(value, StoredTensor):
+        return value.tensor().item() if math.prod(value.shape) == 1 else None  # type: ignore[no-any-return]
+    if not (isinstance(value, Stub) and value.kind in _SCALARS and len(value.arguments) == 2):
+        return None
+    kind, data = value.arguments
+    if isinstance(data, Stub) and data.kind == "_codecs.encode" and data.arguments and isinstance(data.arguments[0], str):
+        data = data.arguments[0].encode("latin1", "replace")
+    code = kind.arguments[0] if isinstance(kind, Stub) and kind.kind == "numpy.dtype" and kind.arguments else None
+    state = kind.state if isinstance(kind, Stub) and isinstance(kind.state, tuple) else ()
+    known = isinstance(code, str) and re.fullmatch("[iu][1248]|f[248]", code) and ">" not in state[:2]
+    if not known or not isinstance(data, bytes) or len(data) != int(str(code)[1]):
+        return None
+    return np.frombuffer(data, dtype=f"<{code}")[0].item()  # type: ignore[no-any-return]
 
 
 def _holds_tensors(value: Any) -> bool:

@@ -93,7 +93,11 @@ def _safetensors(path: Path) -> State:
 
 def _arrays(path: Path) -> Loaded:
     with npz_archive(path) as file:
-        arrays = {name: np.ascontiguousarray(file[name]) for name in file.files}
+        arrays = {name: np.asarray(file[name], order="C") for name in file.files}  # ascontiguousarray makes a vector of a single number
     wrong = [name for name, value in arrays.items() if value.dtype.kind not in "fiub"]
     require(not wrong, f"{path}: expected arrays of numbers; {wrong[:1]} is something else")
-    return _apart({name: torch.from_numpy(value) for name, value in arrays.items()}, {})
+    try:
+        tensors = {name: torch.from_numpy(value.astype(value.dtype.newbyteorder("="), copy=False)) for name, value in arrays.items()}
+    except TypeError as error:  # numbers of 80 bits, say
+        raise WslfastError(f"{path}: {error}") from None
+    return _apart(tensors, {})

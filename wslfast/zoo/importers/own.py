@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ...architecture import Architecture
 from ...errors import WslfastError, require
 from ...tracing import effective_state
@@ -37,10 +39,10 @@ class Table:
         """The table of a CSV file; an empty one of None."""
         if path is None:
             return cls({})
-        lines = read_table(path)
+        lines = read_table(path, text=("file",))
         names = list(lines[0]) if lines else []
         require("file" in names, f"table: {path}: expected a column 'file' with the names of the models' files, got {names[:12]}")
-        keys = [_key(str(line["file"])) for line in lines]
+        keys = [_key(line["file"]) if line.get("file") else f"line {number}" for number, line in enumerate(lines, 2)]
         twice = sorted({key for key in keys if keys.count(key) > 1}) if len(set(keys)) < len(keys) else []
         require(not twice, f"table: {path}: files that are there twice: {twice[:4]}")
         return cls(dict(zip(keys, lines, strict=True)), str(path))
@@ -68,7 +70,10 @@ class Table:
         """Note the rows that no network was found for."""
         for name in self.rows:
             if name not in used:
-                skips.add(name, "no file", f"{self.where} names it, and it is not in {source}")
+                named = (
+                    f"{self.where} names it, and it is not in {source}" if self.rows[name].get("file") else f"{self.where} names none there"
+                )
+                skips.add(name, "no file", named)
 
 
 def _key(name: str) -> str:
@@ -177,9 +182,35 @@ def _chosen(entries: State, networks: Sequence[tuple[str, Architecture]], named:
     require(bool(candidates), f"its network is {named!r}, expected one of {[name for name, _ in networks]}")
     for _, architecture in candidates:
         state = effective_state(_without_prefix(entries, architecture), architecture.known)
-        if fits(architecture, {name: tuple(value.shape) for name, value in state.items() if name not in architecture.constants}):
+        if _is_of(state, architecture):
             return state, architecture
+    for _, architecture in candidates:
+        inner = _among_others(entries, architecture)
+        if inner is not None:
+            return inner, architecture
     raise WslfastError(_difference(entries, candidates[0][1]))
+
+
+def _is_of(state: State, architecture: Architecture) -> bool:
+    return fits(architecture, {name: tuple(value.shape) for name, value in state.items() if name not in architecture.constants})
+
+
+def _among_others(state: State, architecture: Architecture) -> State | None:
+    """The network's entries where a trainer has more beside them (Lightning: ``model.``, and the weights of its loss); None where it has
+    none. Raises WslfastError where it has several networks (an average beside the weights), and nothing says which counts."""
+    heads = dict.fromkeys(name[: at + 1] for name in state for at, letter in enumerate(name) if letter == ".")
+    found: dict[str, State] = {}
+    for head in heads:
+        if not any(head.startswith(outer) for outer in found):
+            inner = {name.removeprefix(head): value for name, value in state.items() if name.startswith(head)}
+            inner = effective_state(inner, architecture.known)
+            if _is_of(inner, architecture):
+                found[head] = inner
+    first = next(iter(found.values()), None)
+    alike = first is None or all(torch.equal(one[s.name], first[s.name]) for one in found.values() for s in architecture.parameters)
+    names = [head.rstrip(".") for head in found]
+    require(alike, f"it has several networks of these names and shapes, {names[:4]}; save the one that counts alone")
+    return first
 
 
 def _without_prefix(state: State, architecture: Architecture) -> State:
