@@ -183,6 +183,18 @@ def test_resuming_on_another_zoo_is_refused(tmp_path: Path, population: Populati
     train(config(tmp_path, steps=4), population=population, images=images)
     with pytest.raises(WslfastError, match=r"18 training rows, the checkpoint saw 20"):
         train(config(tmp_path), population=population[:18], images=images, resume=True)
+    others = population[torch.arange(len(population)).flip(0)]  # as many of the same architecture
+    with pytest.raises(WslfastError, match="other training models than the checkpoint saw"):
+        train(config(tmp_path), population=others, images=images, resume=True)
+    assert train(config(tmp_path), population=population, images=images, resume=True).finished
+
+
+def test_a_checkpoint_that_does_not_say_which_models_it_saw_goes_on(tmp_path: Path, population: Population, images: Tensor) -> None:
+    train(config(tmp_path, steps=4), population=population, images=images)
+    state = {name: value for name, value in load_checkpoint(tmp_path).items() if name != "schema"}
+    del state["sampler"]["models"]
+    save_checkpoint(tmp_path, state)
+    assert train(config(tmp_path), population=population, images=images, resume=True).finished
 
 
 @pytest.mark.slow

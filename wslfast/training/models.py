@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from typing import Union
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from ..population import Population
 from ..zoo import MappedZoo
 
+_LOOKED_AT = 16  # rows that tell one zoo from another
 SAMPLE = 4096  # rows that stand for a larger zoo where a statistic of it is wanted: the linear start, the normalisers
 
 
@@ -46,6 +48,11 @@ class TrainingModels:
             return self._weights[index.to(self.device)]
         assert isinstance(self.source, MappedZoo)
         return self.source.rows(index).to(self.device)
+
+    def fingerprint(self) -> int:
+        """A number that another zoo of the same size has not: a checksum of rows here and there, so that a large zoo is not read whole."""
+        index = torch.linspace(0, len(self) - 1, min(len(self), _LOOKED_AT)).long()
+        return zlib.crc32(self.rows(index).cpu().contiguous().view(torch.uint8).numpy().tobytes())
 
     def shuffle(self, generator: torch.Generator) -> Tensor:
         """The order of one epoch, int64 ``[len]`` on the CPU; shard-aware for zoos of many shards, wherever they are kept."""

@@ -306,7 +306,7 @@ class Trainer:
             "schedule": None if self.schedule is None else self.schedule.state_dict(),
             "normalizers": self.normalizers.to_dict(),
             "rng": state,
-            "sampler": {"permutation": self.permutation, "position": self.position},
+            "sampler": {"permutation": self.permutation, "position": self.position, "models": self.models.fingerprint()},
             "kernels": [[*key, verdicts.to_dict(decision)] for key, decision in self.kernels.items()],
         }
 
@@ -329,7 +329,10 @@ class Trainer:
         self.restore_draws(state["rng"], state["sampler"])
 
     def restore_draws(self, rng: Mapping[str, Tensor], sampler: Mapping[str, Any]) -> None:
-        """The states of the generators, and the place in the epoch."""
+        """The states of the generators, and the place in the epoch. Raises WslfastError where the training models are others."""
+        known = sampler.get("models")  # checkpoints of earlier versions have none
+        others = "cannot resume: the zoo has other training models than the checkpoint saw; start a new run (another --out)"
+        require(known is None or known == self.models.fingerprint(), others)
         for name, generator in (("order", self.order), ("views", self.views), ("draws", self.draws)):
             generator.set_state(rng[name].cpu())
         if self.device.type == "cuda" and "cuda" in rng:
