@@ -137,6 +137,25 @@ def test_feed_forward_against_torch(rows: tuple[int, int], p: float, poisoned_em
     torch.testing.assert_close(plain, F.linear(F.relu(F.linear(x, w1, b1)), w2, b2))
 
 
+@pytest.mark.parametrize("p", [0.0, 0.25])
+def test_feed_forward_twice_against_torch(p: float) -> None:
+    """Second derivatives, behind a gradient that is a constant."""
+    values = [torch.randn(size) for size in ((7, 5, 6), (11, 6), (11,), (6, 11), (6,))]
+    directions = [torch.randn_like(value) for value in values]
+    found = []
+    for own in (True, False):
+        leaves = [value.clone().requires_grad_() for value in values]
+        a, u1, c1, u2, c2 = leaves
+        torch.manual_seed(2)
+        y = feed_forward(a, u1, c1, u2, c2, p, True) if own else F.linear(F.dropout(F.relu(F.linear(a, u1, c1)), p), u2, c2)
+        slopes = torch.autograd.grad(y.sum(), leaves, create_graph=True)
+        along = sum((slope * direction).sum() for slope, direction in zip(slopes, directions, strict=True))
+        assert isinstance(along, torch.Tensor)
+        found.append([*(s.detach() for s in slopes), *torch.autograd.grad(along, leaves[:4])])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=FP32_DEEP, atol=FP32_DEEP)
+
+
 # -- departures --------------------------------------------------------------------------------------------------------
 
 

@@ -96,6 +96,15 @@ def test_an_original_that_is_not_finite_under_another_default_type() -> None:
     torch.testing.assert_close(found, expected, equal_nan=True)
 
 
+def test_a_second_derivative_of_raw_cross_entropy_is_an_error_and_not_zero() -> None:
+    checkpoint, params, x, mask, p = case("CNN3")
+    made = DistillationLoss(checkpoint, params, n_queries=5, loss="cross_entropy")
+    y = (1.3 * x + 0.01).requires_grad_()
+    (slope,) = torch.autograd.grad(made(y, x, mask, p)["loss_recon"], y, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        torch.autograd.grad(slope.square().sum(), y, allow_unused=True)
+
+
 @pytest.mark.parametrize("nan_gradients", [True, False])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_raw_cross_entropy_is_the_same_on_every_path(reduction: str, nan_gradients: bool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from .. import engine
 from ..architecture import Architecture
 from ..behavior import batched_behavioral_loss
 from ..errors import WslfastError, describe, require
+from ..kernels.once import link, once
 from ..nan_policy import bad_models
 from ..tokens import layout
 from .loss_scale import ScaledLoss
@@ -208,7 +208,7 @@ class DistillationLoss(ScaledLoss):
     def _raw_cross_entropy(self, rows: Tensor, targets: Tensor, queries: Tensor) -> Tensor:
         """Cross-entropy with logits for class probabilities: a criterion of its own, so the engine gets it as a function."""
         if rows.requires_grad and torch.is_grad_enabled():
-            values = _RawCrossEntropy.apply(rows, queries, targets, self)
+            values = _RawCrossEntropy.apply(rows, queries, targets, self, (link(rows),))
             return self._repaired(values, ~values.detach().isfinite(), rows, targets, queries)
         with torch.no_grad():
             return self._published(rows, targets, queries)
@@ -266,7 +266,8 @@ class _RawCrossEntropy(torch.autograd.Function):
     """Raw-logit cross-entropy ``[k]`` of one model each, loss and gradient together; a model whose outputs are not finite is NaN."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, queries: Tensor, targets: Tensor, loss: DistillationLoss) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, queries: Tensor, targets: Tensor, loss: DistillationLoss, linked: tuple[Tensor]) -> Tensor:
+        (ctx.link,) = linked  # in a tuple: to torch it is no input
         divisor = targets.shape[1] if loss.reduction == "mean" else 1
 
         def share(outputs: Tensor, wanted: Tensor) -> Tensor:
@@ -282,10 +283,9 @@ class _RawCrossEntropy(torch.autograd.Function):
         return values
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_values.unsqueeze(1), None, None, None
+        return once(gradient * grad_values.unsqueeze(1), ctx.link), None, None, None, None
 
 
 class ReconDistillationLoss(nn.Module):

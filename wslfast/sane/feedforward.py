@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 _ROWS = 512  # a block's hidden layer stays in a core's cache for its second product
 
@@ -37,14 +36,18 @@ class _FeedForward(torch.autograd.Function):
             if kept is not None:
                 h.mul_(kept[rows]).mul_(1 / (1 - p))
             torch.addmm(b2, h, w2.T, out=y[rows])
-        ctx.save_for_backward(x, w1, w2, hidden)
+        ctx.save_for_backward(x, w1, b1, w2, hidden)
         ctx.p = p
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, w1, w2, hidden = ctx.saved_tensors
+        x, w1, b1, w2, hidden = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph: in operators that torch differentiates again
+            through = (hidden > 0).to(x.dtype) / (1 - ctx.p)
+            inner = (gradient @ w2) * through
+            hidden = F.linear(x, w1, b1) * through
+            return inner @ w1, inner.T @ x, inner.sum(0), gradient.T @ hidden, gradient.sum(0), None
         gradient = gradient.contiguous()
         grad_x = torch.empty_like(x)
         grad_w1, grad_w2, grad_b1 = torch.zeros_like(w1), torch.zeros_like(w2), w1.new_zeros(len(w1))

@@ -41,6 +41,18 @@ def test_values_and_gradients(sane2: SimpleNamespace, normalize: str | None, red
     assert found["loss"] is found[made.name]
 
 
+@pytest.mark.parametrize("normalize", [None, "batch", "window", "token"])
+def test_second_derivatives(sane2: SimpleNamespace, normalize: str | None) -> None:  # noqa: F811
+    made = sane2.reconstruction.MSEReconstructionLoss(normalize=normalize)
+    tensors = _tensors()
+    direction, found = torch.randn(5, 7, 9), []
+    for loss in (made.forward(tensors)["loss"], losses.reconstruct(made, tensors, original=_never)["loss"]):
+        (slope,) = torch.autograd.grad(loss, tensors["x_hat"], create_graph=True)
+        found.append(torch.autograd.grad((slope * direction).sum(), tensors["x_hat"])[0])
+    assert bool(found[0].any())
+    torch.testing.assert_close(found[1], found[0], rtol=FP32, atol=FP32_SMALL)
+
+
 def test_two_views_are_averaged_and_a_missing_mask_keeps_everything(sane2: SimpleNamespace) -> None:  # noqa: F811
     made = sane2.reconstruction.MSEReconstructionLoss(normalize="batch")
     both = _tensors("_i") | _tensors("_j")

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ...losses import nt_xent
 
@@ -74,7 +73,7 @@ def _scale(normalize: Any, target: Tensor, keep: Tensor, chosen: Tensor, eps: fl
 
 
 class _MaskedSquares(torch.autograd.Function):
-    """Sums of squared differences where ``keep``: over ``scale``, and as they are. Differentiable once, in the output."""
+    """Sums of squared differences where ``keep``: over ``scale``, and as they are. Differentiable in the output."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, target: Tensor, keep: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,15 +81,16 @@ class _MaskedSquares(torch.autograd.Function):
         squares = difference.square().sum()
         whole = scale.ndim == 0
         loss = squares / scale.square() if whole else (difference / scale).square().sum()
-        ctx.save_for_backward(difference, scale)
+        ctx.save_for_backward(output, target, keep, difference, scale)
         ctx.dtype = output.dtype
         ctx.mark_non_differentiable(squares)
         return loss, squares
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor, None, None, None]:
-        difference, scale = ctx.saved_tensors
+        output, target, keep, difference, scale = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph: this gradient depends on the output, too
+            difference = torch.where(keep, output.float() - target, 0.0)
         return (difference * (2 * gradient / scale.square())).to(ctx.dtype), None, None, None
 
 
