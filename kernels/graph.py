@@ -51,8 +51,8 @@ class Slot:
     shape: tuple[int, ...]
     offset: int
 
-    @cached_property
-    def size(self) -> int:
+    @property
+    def size(self) -> int:  # not kept: torch.compile does not see through the lock of a cached_property
         return math.prod(self.shape)
 
     @property

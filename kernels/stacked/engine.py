@@ -178,7 +178,7 @@ class Call:
 
 def leaves_of(rows: Tensor, graph: Graph) -> list[Tensor]:
     """Each parameter of every model, ``[M, *shape]``, through one split: its backward is one concatenation."""
-    parts = rows.split(graph.sizes, 1)
+    parts = rows.split([slot.size for slot in graph.slots], 1)
     return [part.reshape(rows.shape[0], *slot.shape) for part, slot in zip(parts, graph.slots, strict=True)]
 
 
