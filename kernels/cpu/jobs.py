@@ -146,8 +146,8 @@ def run_here(jobs: Sequence[Callable[[], None]], share_products: bool = False) -
     ``share_products``: MKL's matrix products alone may use all threads, where the caller has seen that they then give the same bits.
     """
     library, threads = controls(), torch.get_num_threads()
-    if threads == 1:  # MKL's, too: torch takes its number of threads from there
-        library = None
-    with _alone(library, threads, threads if share_products and not _forked else 1) if library is not None else nullcontext():
+    inside = threads if share_products and not _forked else 1
+    # where torch has one thread, MKL has one, too: torch takes the number from there
+    with _alone(library, threads, inside) if library is not None and threads > 1 else nullcontext():
         for job in jobs:
             job()

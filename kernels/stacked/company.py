@@ -68,7 +68,7 @@ def split(count: int, full: int, key: Hashable, trial: Trial, threads: int = 1, 
     if full <= 2:
         return full, full
     asked = key, count, full, threads, least, multiple
-    return kept(_split, asked, lambda: _chosen(count, full, key, _with_one_full_group(trial, full), threads, least, multiple))
+    return _kept(_split, asked, lambda: _chosen(count, full, key, _with_one_full_group(trial, full), threads, least, multiple))
 
 
 def _chosen(count: int, full: int, key: Hashable, trial: Trial, threads: int, least: int, multiple: int) -> tuple[int, int]:
@@ -121,7 +121,7 @@ def agrees_when_shared(size: int, key: Hashable, run: Callable[[int, Sequence[in
         alone, shared = run(size, range(size), False), run(size, range(size), True)
         return all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
 
-    return kept(_shared, (key, size), same)
+    return _kept(_shared, (key, size), same)
 
 
 def agrees_everywhere(key: Hashable, run: Callable[[int], Sequence[Tensor]], places: int = 16) -> bool:
@@ -133,7 +133,7 @@ def agrees_everywhere(key: Hashable, run: Callable[[int], Sequence[Tensor]], pla
     def same() -> bool:
         return all(torch.equal(result, result[:1].expand_as(result)) for result in run(places))
 
-    return kept(_everywhere, key, same)
+    return _kept(_everywhere, key, same)
 
 
 def _agrees(size: int, full: int, key: Hashable, trial: Trial) -> bool:
@@ -147,7 +147,7 @@ def _agrees(size: int, full: int, key: Hashable, trial: Trial) -> bool:
             logger.debug("groups of %d give other bits than groups of %d", size, full)
         return agree
 
-    return kept(_agree, (key, size, full), same)
+    return _kept(_agree, (key, size, full), same)
 
 
 @contextmanager
@@ -162,7 +162,7 @@ def _as_it_is(x: Tensor) -> Tensor:
     return x
 
 
-def kept(answers: dict[Hashable, Answer], asked: Hashable, find: Callable[[], Answer]) -> Answer:
+def _kept(answers: dict[Hashable, Answer], asked: Hashable, find: Callable[[], Answer]) -> Answer:
     """The answer that is there, or is found now. Where there are too many, all make room; threads may ask at the same time."""
     known = answers.get(asked)
     if known is not None:

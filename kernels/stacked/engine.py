@@ -26,14 +26,13 @@ from ..cpu.products import operand_dtype
 from ..criteria import Named, share_of_loss
 from ..graph import Graph
 from ..reference import value_shapes
-from .company import agrees_when_shared, by_itself, kept, split
+from .company import agrees_when_shared, by_itself, split
 from .compiler import compile_program
 from .costs import FILL, group_shape, least_worth, sizes, whole_models
 from .passes import by_graph, by_tape, no_gradients
 
 _PACKED = 1 << 15  # numbers of one model's parameter
 _FEW = 1000  # numbers of a product: so few could agree by chance, and a group is always filled
-_sizes_found: dict[Hashable, tuple[int, int]] = {}  # of calls of each kind
 
 
 class Call:
@@ -84,11 +83,6 @@ class Call:
         return self.n if self.n < self.slab else self.slab + self.n % self.slab
 
     def _sizes(self, full: int) -> tuple[int, int]:
-        asked = self._key(), self.weights.shape[0], self.n, full, torch.get_num_threads()
-        return kept(_sizes_found, asked, lambda: self._sizes_of(full))
-
-    def _sizes_of(self, full: int) -> tuple[int, int]:
-        """What :meth:`_sizes` returns, when it is asked for the first time."""
         multiple = self._multiple()
         if full % multiple:  # a large network: each model by itself
             full = 1
@@ -155,7 +149,7 @@ class Call:
         elif self.own:
             x = self.queries[group : group + self.models, part]
         else:
-            x = self.queries if whole or self.n <= self.slab else self.queries[part]
+            x = self.queries[part]
         idle = self.filled(group) - len(x) if self.own else 0
         if idle:
             x = torch.cat((x, x[-1:].expand(idle, *x.shape[1:])))

@@ -69,7 +69,7 @@ class FoldPlan:
 
     def __init__(self, graph: Graph, segment: Segment) -> None:
         slots = {f"@w:{slot.name}": i for i, slot in enumerate(graph.slots)}
-        self._slot_sizes = [slot.size for slot in graph.slots]
+        self._slot_sizes = graph.sizes
         self._steps: list[_Step] = []
         self._row_sizes: list[int] = []
         self._channels: list[int] = []  # of each norm

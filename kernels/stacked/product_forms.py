@@ -34,7 +34,7 @@ def products(x: Tensor, weight: Tensor, bias: Tensor | None, own: bool, aligned:
     models, out, features = weight.shape
     lead = x.shape[own:-1]
     rows = x if len(lead) == 1 else x.reshape(models, -1, features) if own else x.reshape(-1, features)
-    if aligned and filling.ragged((out, features)):
+    if aligned:
         rows, weight = filling.rows_and_weight(rows, weight)
     if not own:
         rows = rows.expand(models, *rows.shape)

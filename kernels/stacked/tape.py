@@ -44,22 +44,15 @@ class Ruled:
         return saved
 
     def backward(self, gradients: list[Any], saved: Any, models: int, into: Into) -> None:
-        g = gradients[self._out]
+        g = _taken(gradients, self._out)
         if g is None:
             return
-        gradients[self._out] = None
-        if isinstance(g, Within):
-            g = g.whole()
         if self._linear is not None and self._weight in into and gradients[self._weight] is None:
             found = self._linear.backward(g, saved, models, into[self._weight])
         else:
             found = self._rule.backward(g, saved, models)
         for name, part in found.items():
-            place = self._places[name]
-            if gradients[place] is None:
-                gradients[place] = part
-            else:
-                _add(gradients, place, part, self._fresh)
+            _add(gradients, self._places[name], part, self._fresh)
 
 
 @dataclass(frozen=True)
@@ -165,7 +158,7 @@ class Tape:
             gradients[place] = slope
         for call in reversed(self.calls):
             call.backward(gradients, saved.pop(), models, into)
-        return [g.whole() if isinstance(g := gradients[place], Within) else g for place in self.inputs]
+        return [_taken(gradients, place) for place in self.inputs]
 
 
 def tape_of(steps: Sequence[Step], inputs: Sequence[int], outputs: Sequence[int]) -> Tape:

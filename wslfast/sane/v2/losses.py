@@ -72,12 +72,16 @@ def _scale(normalize: Any, target: Tensor, keep: Tensor, chosen: Tensor, eps: fl
     return (((target - mean).square() * weights).sum(dim=over, keepdim=True) / counts).sqrt() + eps
 
 
+def _difference(output: Tensor, target: Tensor, keep: Tensor) -> Tensor:
+    return torch.where(keep, output.float() - target, 0.0)
+
+
 class _MaskedSquares(torch.autograd.Function):
     """Sums of squared differences where ``keep``: over ``scale``, and as they are. Differentiable in the output."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, target: Tensor, keep: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        difference = torch.where(keep, output.float() - target, 0.0)
+        difference = _difference(output, target, keep)
         squares = difference.square().sum()
         whole = scale.ndim == 0
         loss = squares / scale.square() if whole else (difference / scale).square().sum()
@@ -90,7 +94,7 @@ class _MaskedSquares(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor, None, None, None]:
         output, target, keep, difference, scale = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph: this gradient depends on the output, too
-            difference = torch.where(keep, output.float() - target, 0.0)
+            difference = _difference(output, target, keep)
         return (difference * (2 * gradient / scale.square())).to(ctx.dtype), None, None, None
 
 
