@@ -37,10 +37,11 @@ from .padded_channels import Wide, widened
 from .products import operand_dtype
 from .program import Program, compile_program
 from .queries import own_slab, shared_slabs
+from .replay import run_or_replay
 from .rewrites import blocked, flattened, in_blocks, paired
 from .steps import backward_through, forward_through, values_through
 
-__all__ = ["forward", "group_shape", "loss_and_gradient", "supports"]
+__all__ = ["forward", "group_shape", "in_one_thread", "loss_and_gradient", "supports"]
 
 
 _MODELS = 8  # of a group
@@ -213,7 +214,29 @@ def loss_and_gradient(
     """
     if isinstance(criterion, str):
         criterion_of(criterion)  # raises for an unknown name
-    return _loss_and_gradient(_Call(weights, queries, layers, index), targets, criterion, temperature)
+
+    def run(weights: Tensor, queries: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return _loss_and_gradient(_Call(weights, queries, layers, index), targets, criterion, temperature)
+
+    weights, queries = weights.detach(), queries.detach()
+    if index is not None or not isinstance(criterion, str):
+        return run(weights, queries, targets)
+    share = partial(_share, weights, queries, layers)
+    losses, gradient = run_or_replay((layers, criterion, temperature), run, (weights, queries, targets), share)
+    return losses, gradient
+
+
+def _share(weights: Tensor, queries: Tensor, layers: Layers) -> bool | None:
+    """That products do not take all threads (False); None where a call does not stay in the thread that makes it."""
+    return False if in_one_thread(weights.shape[0], queries, layers) else None
+
+
+def in_one_thread(models: int, queries: Tensor, layers: Layers) -> bool:
+    """Whether loss and gradient of so many models are one job."""
+    if torch.get_num_threads() == 1:
+        return True
+    call = _Call(queries.new_empty(models, numbers_of(layers)), queries, layers)
+    return call.models >= models and len(call.starts) == 1
 
 
 class _Group:
@@ -347,7 +370,13 @@ def _smaller_groups(layers: Layers, image: tuple[int, ...], own: bool, n: int, d
 
 def forward(weights: Tensor, queries: Tensor, layers: Layers) -> Tensor:
     """Outputs ``[k, n, K]``: bit for bit those inside :func:`loss_and_gradient`. Not differentiable."""
-    call = _Call(weights, queries, layers)
+    run = lambda weights, queries: (_forward(_Call(weights, queries, layers)),)  # noqa: E731
+    weights, queries = weights.detach(), queries.detach()
+    return run_or_replay((forward, layers), run, (weights, queries), partial(_share, weights, queries, layers))[0]
+
+
+def _forward(call: _Call) -> Tensor:
+    weights = call.weights
     outputs = call.weights.new_empty(weights.shape[0], call.n, call.program.outputs)
 
     def part(group: int, starts: Sequence[int]) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 from ..cpu import jobs
 from ..cpu.memory import fresh_like, keep_freed_memory
 from ..cpu.products import operand_dtype
+from ..cpu.replay import run_or_replay
 from ..criteria import Named, share_of_loss
 from ..graph import Graph
 from ..reference import value_shapes
@@ -217,8 +218,22 @@ def loss_and_gradient(
     Queries ``[n, *input]`` shared by all models or ``[k, n, *input]``; with ``index [k, n]``, a pool ``[N, *input]`` from which each model
     takes its own. Targets ``[k, n, *out]``, or labels ``[k, n]`` for ``cross_entropy``.
     """
-    call = Call(weights.detach(), queries.detach(), graph, index)
-    return loss_and_gradient_of(call, targets, criterion, temperature)
+
+    def run(weights: Tensor, queries: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return loss_and_gradient_of(Call(weights, queries, graph, index), targets, criterion, temperature)
+
+    weights, queries = weights.detach(), queries.detach()
+    if index is not None or not isinstance(criterion, str):
+        return run(weights, queries, targets)
+    share = partial(_share, weights, queries, graph)
+    losses, gradient = run_or_replay((graph, criterion, temperature), run, (weights, queries, targets), share)
+    return losses, gradient
+
+
+def _share(weights: Tensor, queries: Tensor, graph: Graph) -> bool | None:
+    """Whether a call's products take all threads; None where its groups do not stay in the thread that makes it."""
+    call = Call(weights, queries, graph, None)
+    return call.shares_products() if in_one_thread(call) else None if torch.get_num_threads() > 1 else False
 
 
 def loss_and_gradient_of(call: Call, targets: Tensor, criterion: Named, temperature: float) -> tuple[Tensor, Tensor]:
@@ -295,7 +310,13 @@ def _autocast(device: str) -> Callable[[], Any]:
 
 def forward(weights: Tensor, queries: Tensor, graph: Graph) -> Tensor:
     """Outputs ``[k, n, *out]``, not differentiable."""
-    call = Call(weights.detach(), queries.detach(), graph, None)
+    weights, queries = weights.detach(), queries.detach()
+    run = lambda weights, queries: (_forward(Call(weights, queries, graph, None)),)  # noqa: E731
+    return run_or_replay((forward, graph), run, (weights, queries), partial(_share, weights, queries, graph))[0]
+
+
+def _forward(call: Call) -> Tensor:
+    weights, graph = call.weights, call.graph
     autocast = _autocast(weights.device.type)
     with torch.no_grad(), autocast():
         shared = call.shared()

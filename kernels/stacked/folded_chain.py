@@ -17,6 +17,7 @@ from torch import Tensor
 from ..cpu import engine as cpu
 from ..cpu import jobs
 from ..cpu.memory import fresh_like
+from ..cpu.replay import run_or_replay
 from ..cpu.rewrites import joined
 from ..criteria import Named
 from ..graph import QUERY, Graph
@@ -62,10 +63,22 @@ def folded_rows(weights: Tensor, graph: Graph, segment: Segment) -> Tensor:
 
 def forward(weights: Tensor, queries: Tensor, graph: Graph) -> Tensor:
     """Outputs ``[k, n, K]``, not differentiable. Arguments as :func:`wslfast.kernels.cpu.engine.forward` has them."""
-    segment, plan = _segment(graph), _plan(graph)
-    made = [plan.fold(part)[0] for part in weights.detach().split(_models(graph))]
+    run = lambda weights, queries: (_forward(weights, queries, graph),)  # noqa: E731
+    weights, queries = weights.detach(), queries.detach()
+    return run_or_replay((forward, graph), run, (weights, queries), partial(_share, weights, queries, graph))[0]
+
+
+def _forward(weights: Tensor, queries: Tensor, graph: Graph) -> Tensor:
+    plan = _plan(graph)
+    made = [plan.fold(part)[0] for part in weights.split(_models(graph))]
     with torch.no_grad():
-        return cpu.forward(joined(made), queries, segment.layers)
+        return cpu.forward(joined(made), queries, _segment(graph).layers)
+
+
+def _share(weights: Tensor, queries: Tensor, graph: Graph) -> bool | None:
+    """That products do not take all threads (False); None where a call does not stay in the thread that makes it."""
+    alone = len(weights) <= _a_job(weights) and cpu.in_one_thread(len(weights), queries, _segment(graph).layers)
+    return False if alone else None
 
 
 def loss_and_gradient(
@@ -82,7 +95,28 @@ def loss_and_gradient(
     Arguments as :func:`wslfast.kernels.cpu.engine.loss_and_gradient` has them. Memory beyond inputs and results: folded weights of some
     models, and their gradients.
     """
-    k, weights = len(weights), weights.detach()
+
+    def run(weights: Tensor, queries: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return _loss_and_gradient(weights, queries, targets, graph, criterion, temperature, index)
+
+    weights, queries = weights.detach(), queries.detach()
+    if index is not None or not isinstance(criterion, str):
+        return run(weights, queries, targets)
+    share = partial(_share, weights, queries, graph)
+    losses, gradient = run_or_replay((graph, criterion, temperature), run, (weights, queries, targets), share)
+    return losses, gradient
+
+
+def _loss_and_gradient(
+    weights: Tensor,
+    queries: Tensor,
+    targets: Tensor,
+    graph: Graph,
+    criterion: Named,
+    temperature: float,
+    index: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    k = len(weights)
     own = index is None and queries.ndim == len(graph.input_shape) + 2
     gradient, size = fresh_like(weights), _models(graph)
     if k <= size:  # small calls are many, and a view is a microsecond

@@ -1,0 +1,303 @@
+"""Small calls again and again: the functions of torch that one of them called, called once more on the memory that they used.
+
+Between the torch calls of a small loss there is as much Python as there is arithmetic: which rule, which view, which place. A training run
+asks for the same loss thousands of times on tensors of the same shapes, and all that Python comes to the same decisions. So the second call
+of a kind is recorded: every function of torch that writes something, with its arguments. Later calls put their numbers into the memory of
+that one's inputs and call these functions in turn; views are there already, and results come where they came. It is to a CPU what a CUDA
+graph is to a GPU.
+
+That holds as long as nothing that depends on numbers is decided in Python. A recording is given up where a function returns anything but
+tensors and is none of those that tell a shape or a type, where random numbers are drawn, and where torch's own graph is recorded. What is
+left is held against the call itself before it is used: on other numbers, with NaN in all the memory that it has to write, to the bit.
+The twin is the call.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from . import jobs
+
+__all__ = ["ALL_BYTES", "MOST_BYTES", "Recording", "record", "run_or_replay"]
+
+logger = logging.getLogger("wslfast")
+MOST_BYTES = 16 << 20  # of one recording: from there on a call takes as long either way, and its memory had better be given back
+ALL_BYTES = 64 << 20  # of a thread's recordings
+_KINDS = 64  # of calls that a thread remembers
+
+# functions whose answer no number of a tensor decides
+_TELLS = frozenset(
+    {
+        *("__get__", "__len__", "data_ptr", "dim", "element_size", "get_device", "is_complex", "is_contiguous", "is_floating_point"),
+        *("is_inference", "ndimension", "nelement", "numel", "size", "storage_offset", "stride", "type", "_set_grad_enabled"),
+    }
+)
+_UNWRITTEN = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})
+_SAME = frozenset({"clone", "contiguous", "double", "float", "to", "type_as"})  # a copy in the same shape, where they give no view
+_RESHAPED = frozenset({"flatten", "reshape", "reshape_as", "unflatten", "view_as"})
+_RANDOM = frozenset({"bernoulli", "multinomial", "normal", "poisson"} | {f"{kind}_" for kind in ("bernoulli", "cauchy", "exponential")})
+_RANDOM |= {f"{kind}_" for kind in ("geometric", "log_normal", "normal", "random", "uniform")}
+_TURNS = frozenset({f"{kind}_" for kind in ("as_strided", "resize", "resize_as", "set", "squeeze", "swapaxes", "swapdims", "t")})
+_TURNS |= {"transpose_", "unsqueeze_"}
+
+# Results of inputs: new tensors, that nobody else holds.
+Run = Callable[..., Sequence[Tensor]]
+# Whether matrix products take all threads (``jobs.run_here``); None where a call does not stay in the thread that makes it.
+Share = Callable[[], "bool | None"]
+
+
+class Recording:
+    """The functions of a call, bound to the memory that they read and write.
+
+    Args:
+        inputs, results: tensors in that memory.
+        steps: the functions.
+        made: all that they write.
+        share: whether matrix products take all threads.
+    """
+
+    def __init__(
+        self, inputs: Sequence[Tensor], steps: Sequence[partial[Any]], results: Sequence[Tensor], made: Sequence[Tensor], share: bool
+    ) -> None:
+        self.bytes = sum(map(_bytes, (*inputs, *made)))
+        self._inputs, self._results, self._made, self._share = tuple(inputs), tuple(results), tuple(made), share
+        last = steps[-1]
+        # what the last function joins is a result: the next call needs another
+        joins = last.func is torch.cat and any(last.keywords["out"] is result for result in results)
+        self._last = partial(last.func, *last.args) if joins else None
+        self._steps = tuple(steps[:-1] if joins else steps)
+        self._joined = last.keywords["out"] if joins else None
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The results, in memory of their own."""
+        for here, given in zip(self._inputs, inputs, strict=True):
+            here.copy_(given)
+        results: list[Tensor] = []
+        jobs.run_here((partial(self._run, results),), self._share)
+        return tuple(results)
+
+    def _run(self, results: list[Tensor]) -> None:
+        for step in self._steps:
+            step()
+        for result in self._results:
+            results.append(self._last() if self._last is not None and result is self._joined else result.clone())
+
+    def forget(self) -> None:
+        """Puts NaN, ones in every bit, in all memory that a call writes."""
+        for tensor in self._made:
+            tensor.untyped_storage().fill_(255)
+
+
+def record(run: Run, inputs: Sequence[Tensor], share: bool = False) -> Recording | str:
+    """A recording of ``run(*inputs)`` that was held against it, or why there is none."""
+    with torch.inference_mode(False), torch.no_grad():
+        own = [t.clone() for t in inputs]
+        try:
+            with _Recorder(own) as recorder:
+                results = run(*own)
+            if recorder.refused is not None:
+                return recorder.refused
+            if not recorder.steps or not {_storage(t) for t in results} <= {_storage(t) for t in recorder.made}:
+                return "its results come from elsewhere"
+            recording = Recording(own, recorder.steps, results, recorder.made, share)
+            other = [_other(t) for t in inputs]
+            recording.forget()
+            same = all(map(_same_bits, recording(*other), run(*other)))
+        except Exception as error:  # the caller runs the call as it is, and sees what is wrong with it
+            return f"{type(error).__name__}: {error}"
+        return recording if same else "its replay gives other bits"
+
+
+def _other(numbers: Tensor) -> Tensor:
+    """Other numbers of the same kind."""
+    turned = numbers.flip(0)
+    return turned.mul_(0.75).add_(0.125) if numbers.is_floating_point() else turned
+
+
+class _Recorder(TorchFunctionMode):
+    """Keeps what its block calls, and every tensor of it alive, so that none takes another's memory.
+
+    Attributes:
+        steps: functions that write.
+        made: tensors that are new.
+        refused: why this cannot be replayed.
+    """
+
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.refused: str | None = None
+        self.steps: list[partial[Any]] = []
+        self.made: list[Tensor] = []
+        self._kept: list[Any] = []
+        self._storages = {_storage(t) for t in inputs}
+        self._bytes = sum(map(_bytes, inputs))
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if self.refused is None:
+            self._note(func, args, kwargs, result)
+            self._kept.append((args, kwargs, result))
+        if self.refused is not None:
+            self._kept.clear()
+        return result
+
+    def _note(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        name = str(getattr(func, "__name__", func)).partition(".")[0]
+        results, read = list(_tensors(result)), {_storage(t) for t in _tensors((args, kwargs))}
+        fresh = [t for t in results if _storage(t) not in read]
+        if name in _RANDOM or name.startswith("rand") or "dropout" in name:
+            self.refused = f"{name} draws random numbers"
+        elif name in _TURNS or any(t.requires_grad or t.device.type != "cpu" or t.layout != torch.strided for t in results):
+            self.refused = f"{name} makes what is no plain tensor"
+        elif _writes(name, args, kwargs, result):
+            self.steps.append(partial(func, *args, **kwargs))
+        elif not results and result != () and name not in _TELLS:  # (): a split into no parts
+            self.refused = f"{name} returns no tensor"
+        elif fresh:
+            self._keep(name, fresh)
+            if name not in _UNWRITTEN and self.refused is None:
+                self.steps.append(_again(name, func, args, kwargs, result))
+
+    def _keep(self, name: str, fresh: Sequence[Tensor]) -> None:
+        made = {_storage(t) for t in fresh}
+        if made & self._storages:
+            self.refused = f"{name} returns what was there before"
+        self._storages |= made
+        self.made += fresh
+        self._bytes += sum(map(_bytes, fresh))
+        if self._bytes > MOST_BYTES:
+            self.refused = f"it takes more than {MOST_BYTES >> 20} MiB"
+
+
+def _writes(name: str, args: Any, kwargs: Any, result: Any) -> bool:
+    """Whether a function writes over an argument."""
+    assigned = name == "__setitem__" or (name.startswith("__i") and len(args) > 0 and result is args[0])
+    return assigned or (name.endswith("_") and not name.endswith("__")) or "out" in kwargs or "grad_input" in kwargs
+
+
+def _again(name: str, func: Any, args: Any, kwargs: Any, result: Any) -> partial[Any]:
+    """The same call, whose result comes into the memory of the first one."""
+    first = args[0] if args else None
+    if isinstance(result, Tensor) and isinstance(first, Tensor):
+        if name in _SAME and first.shape == result.shape:
+            return partial(result.copy_, first)
+        if name in _RESHAPED and result.is_contiguous() and first.numel() == result.numel():
+            return partial(result.view(first.shape).copy_, first)
+    plain, operator = getattr(torch, name, None), getattr(torch.ops.aten, name, None)
+    for function, keyword in ((plain, "out"), (operator, "out"), (operator, "grad_input")):
+        if function is not None and _comes_out(function, keyword, args, kwargs, result):
+            return partial(function, *args, **kwargs, **{keyword: result})
+    return partial(_copied, result, func, args, kwargs)
+
+
+def _comes_out(function: Any, keyword: str, args: Any, kwargs: Any, result: Any) -> bool:
+    """Whether a function takes memory for its results, and puts the same bits there."""
+    trial = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu") for t in _tensors(result)]
+    places = [t.data_ptr() for t in trial]
+    try:
+        function(*args, **kwargs, **{keyword: trial[0] if isinstance(result, Tensor) else trial})
+    except (TypeError, RuntimeError, ValueError):  # it has no such argument
+        return False
+    return places == [t.data_ptr() for t in trial] and all(map(_same_bits, trial, _tensors(result)))
+
+
+def _copied(result: Any, func: Any, args: Any, kwargs: Any) -> None:
+    for here, made in zip(_tensors(result), _tensors(func(*args, **kwargs)), strict=True):
+        here.copy_(made)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        yield from _tensors(tuple(value.values()))
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.untyped_storage().nbytes()
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    alike = a.shape == b.shape and a.dtype == b.dtype
+    return alike and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+
+
+class _Seen(threading.local):
+    """The kinds of calls that a thread has seen, the latest last: with a recording, None after the first call, False where there is none.
+    Each thread has memory of its own to write over."""
+
+    def __init__(self) -> None:
+        self.kinds: OrderedDict[Hashable, Recording | bool | None] = OrderedDict()
+        self.busy = False
+
+    def keep(self, kind: Hashable, value: Recording | bool | None) -> None:
+        self.kinds[kind] = value
+        self.kinds.move_to_end(kind)
+        while len(self.kinds) > _KINDS or sum(r.bytes for r in self.kinds.values() if isinstance(r, Recording)) > ALL_BYTES:
+            self.kinds.popitem(last=False)
+
+
+_seen = _Seen()
+_NEVER = object()
+
+
+def run_or_replay(kind: Hashable, run: Run, inputs: Sequence[Tensor], share: Share) -> Sequence[Tensor]:
+    """What ``run(*inputs)`` returns, to the bit.
+
+    ``kind``: all that Python's decisions depend on beside the inputs' shapes and types and torch's settings.
+    """
+    seen = _seen
+    if seen.busy or not _small_and_plain(inputs):  # what a call calls is part of its recording
+        return run(*inputs)
+    asked = (kind, _settings(), *[(t.shape, t.dtype) for t in inputs])
+    known: Any = seen.kinds.get(asked, _NEVER)
+    if known is _NEVER:
+        seen.keep(asked, None)
+        return run(*inputs)
+    if known is False:
+        return run(*inputs)
+    seen.busy = True
+    try:
+        if known is None:
+            wanted = share()
+            known = record(run, inputs, wanted) if wanted is not None else "it does not stay in its thread"
+            if isinstance(known, str):
+                logger.debug("a call is not replayed: %s", known)
+            seen.keep(asked, known if isinstance(known, Recording) else False)
+        else:
+            seen.kinds.move_to_end(asked)
+        return known(*inputs) if isinstance(known, Recording) else run(*inputs)
+    finally:
+        seen.busy = False
+
+
+def _settings() -> Hashable:
+    """What of torch's settings code in Python may look at."""
+    return torch.get_num_threads(), torch._C._get_mkldnn_enabled(), torch.are_deterministic_algorithms_enabled(), torch.get_default_dtype()
+
+
+def _small_and_plain(inputs: Sequence[Tensor]) -> bool:
+    """Whether a call may be recorded as far as one sees from outside: nobody looks on, and its inputs are small and dense."""
+    if torch._C._len_torch_function_stack() > 0 or torch.is_autocast_enabled("cpu"):
+        return False
+    for t in inputs:  # noqa: SIM110 (a generator costs more than the checks)
+        if t.device.type != "cpu" or not t.is_contiguous() or t.nbytes > MOST_BYTES >> 2:
+            return False
+    return True

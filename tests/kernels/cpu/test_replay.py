@@ -1,0 +1,274 @@
+"""Recordings: what replays gives the bits of the call itself on other numbers, what cannot be replayed is run, and nobody shares memory."""
+
+from __future__ import annotations
+
+import threading
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from field_images import IMAGES
+from field_sequences import SEQUENCES
+from field_vectors import VECTORS
+from torch import Tensor
+
+import wslfast
+from wslfast import engine
+from wslfast.kernels.cpu import replay
+
+K, N = 3, 5
+
+
+@pytest.fixture(autouse=True)
+def _nothing_seen(monkeypatch):
+    monkeypatch.setattr(replay, "_seen", replay._Seen())
+
+
+def _call(run, *inputs):
+    return replay.run_or_replay(run, run, inputs, lambda: False)
+
+
+def _same(a, b) -> bool:
+    return all(map(replay._same_bits, a, b))
+
+
+def _recordings() -> list[replay.Recording]:
+    return [known for known in replay._seen.kinds.values() if isinstance(known, replay.Recording)]
+
+
+def _plain(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    total = torch.zeros(3)
+    total += x.transpose(0, 1).sum(1)
+    total[0] = 7
+    kept = torch.empty_like(x)
+    torch.mul(x, y, out=kept)
+    return total.clone(), torch.cat([kept.exp_(), y.view(-1, 3)], 1, out=torch.empty(2, 6))
+
+
+def test_a_replay_is_the_call_on_other_numbers():
+    for seed in range(5):
+        torch.manual_seed(seed)
+        x, y = torch.randn(2, 3), torch.randn(2, 3)
+        made = _call(_plain, x, y)
+        assert _same(made, _plain(x, y))
+        assert len(_recordings()) == (1 if seed >= 1 else 0)
+
+
+def test_results_stay_what_they_were():
+    calls = [(torch.full((2, 3), float(i)), torch.ones(2, 3)) for i in range(4)]
+    made = [_call(_plain, *inputs) for inputs in calls]
+    assert all(_same(results, _plain(*inputs)) for results, inputs in zip(made, calls, strict=True))
+
+
+def test_inputs_are_not_kept():
+    x, y = torch.randn(2, 3), torch.randn(2, 3)
+    for _ in range(3):
+        _call(_plain, x, y)
+    wanted = _plain(x, y)
+    x.zero_()
+    assert not _same(_call(_plain, x, y), wanted)
+    assert _same(_call(_plain, x, y), _plain(x, y))
+
+
+def _decides(x: Tensor) -> tuple[Tensor, ...]:
+    return (x * 2 if float(x.sum()) > 0 else x * 3,)
+
+
+def _counts(x: Tensor) -> tuple[Tensor, ...]:
+    return (x.new_full((), len((x > 0).nonzero().tolist())),)
+
+
+def _draws(x: Tensor) -> tuple[Tensor, ...]:
+    return (x + torch.rand(x.shape, generator=torch.Generator().manual_seed(0)),)
+
+
+def _graph(x: Tensor) -> tuple[Tensor, ...]:
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        return (torch.autograd.grad(leaf.square().sum(), leaf)[0],)
+
+
+def _turned(x: Tensor) -> tuple[Tensor, ...]:
+    return (x.clone().unsqueeze_(0) + 1,)
+
+
+def _itself(x: Tensor) -> tuple[Tensor, ...]:
+    return (x.view(-1),)
+
+
+def _elsewhere(x: Tensor) -> tuple[Tensor, ...]:
+    return (torch.from_numpy(np.exp(x.numpy())) + 1,)
+
+
+_KEPT = torch.zeros(2, 3)
+
+
+def _hidden(x: Tensor) -> tuple[Tensor, ...]:
+    """Writes memory that torch's functions do not show: a replay finds other numbers there."""
+    with torch._C.DisableTorchFunction():
+        _KEPT.copy_(x)
+    return (_KEPT + 1,)
+
+
+def _stale(x: Tensor) -> tuple[Tensor, ...]:
+    with torch._C.DisableTorchFunction():
+        made = x.exp()
+    return (made + x,)
+
+
+REFUSED = {
+    "decides": (_decides, "returns no tensor"),
+    "counts": (_counts, "returns no tensor"),
+    "draws": (_draws, "random"),
+    "torch's graph": (_graph, "no plain tensor"),
+    "turned in place": (_turned, "no plain tensor"),
+    "its own input": (_itself, "elsewhere"),
+    "numpy": (_elsewhere, ""),
+    "hidden write": (_hidden, "other bits"),
+    "hidden function": (_stale, "other bits"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_replayed_is_run(name):
+    run, reason = REFUSED[name]
+    x = torch.randn(2, 3)
+    made = replay.record(run, [x])
+    assert isinstance(made, str) and reason in made
+    for i in range(4):
+        assert _same(_call(run, x * (-1) ** i), run(x * (-1) ** i))
+    assert not _recordings()
+
+
+def test_a_recording_that_misses_a_function_is_not_used(monkeypatch):
+    noted = replay._Recorder._note
+
+    def forgets(self, func, args, kwargs, result):
+        if getattr(func, "__name__", "") != "exp_":
+            noted(self, func, args, kwargs, result)
+
+    monkeypatch.setattr(replay._Recorder, "_note", forgets)
+    assert replay.record(_plain, [torch.zeros(2, 3), torch.zeros(2, 3)]) == "its replay gives other bits"
+
+
+def test_errors_are_those_of_the_call():
+    def run(x: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        return (x.gather(1, labels.unsqueeze(1)) * 2,)
+
+    good, bad = torch.tensor([0, 2]), torch.tensor([0, 3])
+    for labels in (good, good, good):
+        _call(run, torch.randn(2, 3), labels)
+    assert len(_recordings()) == 1
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        _call(run, torch.randn(2, 3), bad)
+    x = torch.randn(2, 3)
+    assert _same(_call(run, x, good), run(x, good))
+
+
+def test_every_thread_has_memory_of_its_own():
+    results: dict[int, list] = {}
+    inputs = {i: torch.full((2, 3), float(i)) for i in range(4)}
+    ones = torch.ones(2, 3)
+
+    def work(i: int) -> None:
+        results[i] = [_call(_plain, inputs[i], ones) for _ in range(50)]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in inputs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(_same(made, _plain(inputs[i], ones)) for i, every in results.items() for made in every)
+    assert not _recordings()  # of this thread
+
+
+def test_a_call_inside_of_a_recorded_one_is_part_of_it():
+    def outer(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        return (_call(_plain, x, y)[0] * 2,)
+
+    x, y = torch.randn(2, 3), torch.randn(2, 3)
+    for _ in range(6):
+        assert _same(_call(outer, x, y), (_plain(x, y)[0] * 2,))
+    assert len(_recordings()) == 1
+
+
+def test_what_is_kept_has_bounds(monkeypatch):
+    monkeypatch.setattr(replay, "ALL_BYTES", 3 * 4096)
+    run = lambda x: (x * 2 + 1,)  # noqa: E731
+    for n in range(1, 9):
+        for _ in range(3):
+            _call(run, torch.ones(100, n))
+        assert sum(r.bytes for r in _recordings()) <= 3 * 4096
+    assert _recordings()
+    monkeypatch.setattr(replay, "_KINDS", 4)
+    for n in range(1, 20):
+        _call(run, torch.ones(n))
+    assert len(replay._seen.kinds) <= 4
+
+
+def test_large_calls_are_run(monkeypatch):
+    monkeypatch.setattr(replay, "MOST_BYTES", 4096)
+    assert "takes more than" in replay.record(lambda x: (x.repeat(1, 40) + 1,), [torch.zeros(4, 10)])
+    for _ in range(3):
+        _call(lambda x: (x + 1,), torch.zeros(4000))
+    assert not replay._seen.kinds
+
+
+def test_settings_are_part_of_the_kind():
+    x, y = torch.randn(2, 3), torch.randn(2, 3)
+    for _ in range(3):
+        _call(_plain, x, y)
+    kinds = len(replay._seen.kinds)
+    with torch.backends.mkldnn.flags(enabled=False):
+        _call(_plain, x, y)
+    assert len(replay._seen.kinds) == kinds + 1
+    before = len(_recordings())
+    with torch.device("cpu"), pytest.MonkeyPatch.context() as patch:  # a mode looks on
+        patch.setattr(replay.Recording, "__call__", lambda *_: pytest.fail("replayed"))
+        assert _same(_call(_plain, x, y), _plain(x, y))
+    assert len(_recordings()) == before
+
+
+def test_inference_mode_before_and_after():
+    x, y = torch.randn(2, 3), torch.randn(2, 3)
+    for inference in (True, True, True, False, True):
+        with torch.inference_mode(inference):
+            made = _call(_plain, x, y)
+        assert _same(made, _plain(x, y)) and made[0].is_inference() == inference
+    assert len(_recordings()) == 1
+
+
+NETWORKS = {**IMAGES, **VECTORS, **SEQUENCES}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
+def test_losses_of_the_field_are_those_of_the_call(name, own):
+    make, shape = NETWORKS[name]
+    torch.manual_seed(0)
+    models = [make().eval() for _ in range(K)]
+    for model in models:
+        model(_queries(name, 1, shape))  # some learn their shapes from the first batch
+    try:
+        architecture = wslfast.Architecture.from_module(models[0], shape)
+    except wslfast.WslfastError:
+        pytest.skip("its output has several parts")
+    if architecture.graph is None:
+        pytest.skip("it is not traced")
+    rows = wslfast.Population.from_state_dicts(architecture, [model.state_dict() for model in models]).weights
+    loss = partial(engine.loss_and_gradient, architecture=architecture, criterion="huber")
+    for seed in range(4):
+        torch.manual_seed(seed)
+        x = _queries(name, K * N, shape).unflatten(0, (K, N)) if own else _queries(name, N, shape)
+        weights = rows * (1 + 0.1 * seed)
+        targets = torch.randn(K, N, *architecture.output_shape)
+        made, outputs = loss(weights, x, targets), engine.forward(weights, x, architecture)
+        replay._seen.busy = True  # runs
+        wanted, expected = loss(weights, x, targets), engine.forward(weights, x, architecture)
+        replay._seen.busy = False
+        assert _same(made, wanted) and _same([outputs], [expected])
+
+
+def _queries(name: str, n: int, shape: tuple[int, ...]) -> Tensor:
+    return torch.randint(0, 3, (n, *shape)).float() if name == "LanguageModel" else torch.randn(n, *shape)
