@@ -1,15 +1,14 @@
-"""Small calls again and again: the functions of torch that one of them called, called once more on the memory that they used.
+"""Small calls again and again: the operators of torch that one of them called, called once more on the memory that they used.
 
 Between the torch calls of a small loss there is as much Python as there is arithmetic: which rule, which view, which place. A training run
 asks for the same loss thousands of times on tensors of the same shapes, and all that Python comes to the same decisions. So the second call
-of a kind is recorded: every function of torch that writes something, with its arguments. Later calls put their numbers into the memory of
-that one's inputs and call these functions in turn; views are there already, and results come where they came. It is to a CPU what a CUDA
-graph is to a GPU.
+of a kind is recorded: every operator that writes something, with its arguments, those of torch's own backward included. Later calls put
+their numbers into the memory of that one's inputs and call these operators in turn; views are there already, and results come where they
+came. It is to a CPU what a CUDA graph is to a GPU.
 
 That holds as long as nothing that depends on numbers is decided in Python. A recording is given up where a function returns anything but
-tensors and is none of those that tell a shape or a type, where random numbers are drawn, and where torch's own graph is recorded. What is
-left is held against the call itself before it is used: on other numbers, with NaN in all the memory that it has to write, to the bit.
-The twin is the call.
+tensors and is none of those that tell a shape or a type, and where random numbers are drawn. What is left is held against the call itself
+before it is used: on other numbers, with NaN in all the memory that it has to write, to the bit. The twin is the call.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import jobs
 
@@ -38,16 +38,12 @@ _KINDS = 64  # of calls that a thread remembers
 _TELLS = frozenset(
     {
         *("__get__", "__len__", "data_ptr", "dim", "element_size", "get_device", "is_complex", "is_contiguous", "is_floating_point"),
-        *("is_inference", "ndimension", "nelement", "numel", "size", "storage_offset", "stride", "type", "_set_grad_enabled"),
+        *("is_inference", "ndimension", "nelement", "numel", "size", "storage_offset", "stride", "type"),
     }
 )
 _UNWRITTEN = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})
-_SAME = frozenset({"clone", "contiguous", "double", "float", "to", "type_as"})  # a copy in the same shape, where they give no view
-_RESHAPED = frozenset({"flatten", "reshape", "reshape_as", "unflatten", "view_as"})
-_RANDOM = frozenset({"bernoulli", "multinomial", "normal", "poisson"} | {f"{kind}_" for kind in ("bernoulli", "cauchy", "exponential")})
-_RANDOM |= {f"{kind}_" for kind in ("geometric", "log_normal", "normal", "random", "uniform")}
-_TURNS = frozenset({f"{kind}_" for kind in ("as_strided", "resize", "resize_as", "set", "squeeze", "swapaxes", "swapdims", "t")})
-_TURNS |= {"transpose_", "unsqueeze_"}
+_SAME = frozenset({"_to_copy", "clone"})
+_MOVES = frozenset({"resize_", "resize_as_", "set_"})  # a tensor to other memory
 
 # Results of inputs: new tensors, that nobody else holds.
 Run = Callable[..., Sequence[Tensor]]
@@ -56,11 +52,11 @@ Share = Callable[[], "bool | None"]
 
 
 class Recording:
-    """The functions of a call, bound to the memory that they read and write.
+    """The operators of a call, bound to the memory that they read and write.
 
     Args:
         inputs, results: tensors in that memory.
-        steps: the functions.
+        steps: the operators.
         made: all that they write.
         share: whether matrix products take all threads.
     """
@@ -70,31 +66,34 @@ class Recording:
     ) -> None:
         self.bytes = sum(map(_bytes, (*inputs, *made)))
         self._inputs, self._results, self._made, self._share = tuple(inputs), tuple(results), tuple(made), share
-        last = steps[-1]
-        # what the last function joins is a result: the next call needs another
-        joins = last.func is torch.cat and any(last.keywords["out"] is result for result in results)
-        self._last = partial(last.func, *last.args) if joins else None
-        self._steps = tuple(steps[:-1] if joins else steps)
-        self._joined = last.keywords["out"] if joins else None
+        # a result that the last operator joins is joined anew: it is the caller's
+        self._steps, self._joined = tuple(steps), -1
+        self._join: partial[Tensor] | None = None
+        last: Any = steps[-1]
+        joined: Any = last.keywords["out"] if last.func is torch.cat else None
+        places = [i for i, result in enumerate(results) if joined is not None and _storage(result) == _storage(joined)]
+        if len(places) == 1 and _place(results[places[0]]) == _place(joined):
+            self._steps, self._joined, self._join = self._steps[:-1], places[0], partial(last.func, *last.args)
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The results, in memory of their own."""
-        for here, given in zip(self._inputs, inputs, strict=True):
-            here.copy_(given)
         results: list[Tensor] = []
-        jobs.run_here((partial(self._run, results),), self._share)
+        with torch.no_grad():
+            for here, given in zip(self._inputs, inputs, strict=True):
+                here.copy_(given)
+            jobs.run_here((partial(self._run, results),), self._share)
         return tuple(results)
 
     def _run(self, results: list[Tensor]) -> None:
         for step in self._steps:
             step()
-        for result in self._results:
-            results.append(self._last() if self._last is not None and result is self._joined else result.clone())
+        for i, result in enumerate(self._results):
+            results.append(self._join() if self._join is not None and i == self._joined else result.clone())
 
     def forget(self) -> None:
         """Puts NaN, ones in every bit, in all memory that a call writes."""
         for tensor in self._made:
-            tensor.untyped_storage().fill_(255)
+            torch.tensor([], dtype=torch.uint8).set_(tensor.untyped_storage()).fill_(255)
 
 
 def record(run: Run, inputs: Sequence[Tensor], share: bool = False) -> Recording | str:
@@ -102,16 +101,17 @@ def record(run: Run, inputs: Sequence[Tensor], share: bool = False) -> Recording
     with torch.inference_mode(False), torch.no_grad():
         own = [t.clone() for t in inputs]
         try:
-            with _Recorder(own) as recorder:
+            recorder = _Recorder(own)
+            with _Watch(), recorder:
                 results = run(*own)
-            if recorder.refused is not None:
-                return recorder.refused
             if not recorder.steps or not {_storage(t) for t in results} <= {_storage(t) for t in recorder.made}:
                 return "its results come from elsewhere"
-            recording = Recording(own, recorder.steps, results, recorder.made, share)
+            recording = Recording(own, recorder.steps, _bare(results), recorder.made, share)
             other = [_other(t) for t in inputs]
             recording.forget()
             same = all(map(_same_bits, recording(*other), run(*other)))
+        except _Refused as reason:
+            return str(reason)
         except Exception as error:  # the caller runs the call as it is, and sees what is wrong with it
             return f"{type(error).__name__}: {error}"
         return recording if same else "its replay gives other bits"
@@ -123,81 +123,91 @@ def _other(numbers: Tensor) -> Tensor:
     return turned.mul_(0.75).add_(0.125) if numbers.is_floating_point() else turned
 
 
-class _Recorder(TorchFunctionMode):
+class _Refused(Exception):
+    """Raised where a call cannot be replayed, as soon as that is known: a large one would be run twice."""
+
+
+class _Watch(TorchFunctionMode):
+    """Refuses what tells Python of numbers in its block."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = str(getattr(func, "__name__", func))
+        nothing = result is None or (isinstance(result, (tuple, list)) and not result)  # or a split into no parts
+        if not nothing and name not in _TELLS and next(_tensors(result), None) is None:
+            raise _Refused(f"{name} returns no tensor")
+        return result
+
+
+class _Recorder(TorchDispatchMode):
     """Keeps what its block calls, and every tensor of it alive, so that none takes another's memory.
 
     Attributes:
-        steps: functions that write.
+        steps: operators that write.
         made: tensors that are new.
-        refused: why this cannot be replayed.
     """
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         super().__init__()
-        self.refused: str | None = None
         self.steps: list[partial[Any]] = []
         self.made: list[Tensor] = []
         self._kept: list[Any] = []
         self._storages = {_storage(t) for t in inputs}
         self._bytes = sum(map(_bytes, inputs))
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if self.refused is None:
+        with torch._C.DisableTorchFunction():  # nobody watches what is asked here
             self._note(func, args, kwargs, result)
-            self._kept.append((args, kwargs, result))
-        if self.refused is not None:
-            self._kept.clear()
+        self._kept.append((args, kwargs, result))
         return result
 
     def _note(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        name = str(getattr(func, "__name__", func)).partition(".")[0]
+        name = func.overloadpacket.__name__
         results, read = list(_tensors(result)), {_storage(t) for t in _tensors((args, kwargs))}
         fresh = [t for t in results if _storage(t) not in read]
-        if name in _RANDOM or name.startswith("rand") or "dropout" in name:
-            self.refused = f"{name} draws random numbers"
-        elif name in _TURNS or any(t.requires_grad or t.device.type != "cpu" or t.layout != torch.strided for t in results):
-            self.refused = f"{name} makes what is no plain tensor"
-        elif _writes(name, args, kwargs, result):
-            self.steps.append(partial(func, *args, **kwargs))
-        elif not results and result != () and name not in _TELLS:  # (): a split into no parts
-            self.refused = f"{name} returns no tensor"
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise _Refused(f"{name} draws random numbers")
+        if name in _MOVES or any(t.device.type != "cpu" or t.layout != torch.strided for t in results):
+            raise _Refused(f"{name} makes what is no plain tensor")
+        if torch.Tag.inplace_view in func.tags:
+            return  # later operators see the tensor as it is now, and those before as it was
+        if func._schema.is_mutable:
+            self.steps.append(_bound(name, func, *_bare((args, kwargs))))
+        elif not results and not isinstance(result, list):  # a split into no parts
+            raise _Refused(f"{name} returns no tensor")
         elif fresh:
             self._keep(name, fresh)
-            if name not in _UNWRITTEN and self.refused is None:
-                self.steps.append(_again(name, func, args, kwargs, result))
+            if name not in _UNWRITTEN:
+                given, named = _bare((args, kwargs))
+                self.steps.append(_again(name, func, given, named, _bare(result)))
 
     def _keep(self, name: str, fresh: Sequence[Tensor]) -> None:
         made = {_storage(t) for t in fresh}
         if made & self._storages:
-            self.refused = f"{name} returns what was there before"
+            raise _Refused(f"{name} returns what was there before")
         self._storages |= made
-        self.made += fresh
+        self.made += map(_bare, fresh)
         self._bytes += sum(map(_bytes, fresh))
         if self._bytes > MOST_BYTES:
-            self.refused = f"it takes more than {MOST_BYTES >> 20} MiB"
+            raise _Refused(f"it takes more than {MOST_BYTES >> 20} MiB")
 
 
-def _writes(name: str, args: Any, kwargs: Any, result: Any) -> bool:
-    """Whether a function writes over an argument."""
-    assigned = name == "__setitem__" or (name.startswith("__i") and len(args) > 0 and result is args[0])
-    return assigned or (name.endswith("_") and not name.endswith("__")) or "out" in kwargs or "grad_input" in kwargs
+def _bound(name: str, func: Any, args: Any, kwargs: Any) -> partial[Any]:
+    """A call that writes over arguments, by torch's function or method of that name: an operator itself takes longer to call."""
+    function = getattr(torch, name, None) if "out" in kwargs else getattr(Tensor, name, None)
+    return partial(func if function is None else function, *args, **kwargs)
 
 
 def _again(name: str, func: Any, args: Any, kwargs: Any, result: Any) -> partial[Any]:
     """The same call, whose result comes into the memory of the first one."""
-    first = args[0] if args else None
-    if isinstance(result, Tensor) and isinstance(first, Tensor):
-        if name in _SAME and first.shape == result.shape:
-            return partial(result.copy_, first)
-        if name in _RESHAPED and result.is_contiguous() and first.numel() == result.numel():
-            return partial(result.view(first.shape).copy_, first)
-    plain, operator = getattr(torch, name, None), getattr(torch.ops.aten, name, None)
-    for function, keyword in ((plain, "out"), (operator, "out"), (operator, "grad_input")):
+    if name in _SAME:
+        return partial(result.copy_, args[0])
+    for function, keyword in ((getattr(torch, name, None), "out"), (func.overloadpacket, "out"), (func.overloadpacket, "grad_input")):
         if function is not None and _comes_out(function, keyword, args, kwargs, result):
             return partial(function, *args, **kwargs, **{keyword: result})
-    return partial(_copied, result, func, args, kwargs)
+    return partial(_copied, result, func.overloadpacket, args, kwargs)
 
 
 def _comes_out(function: Any, keyword: str, args: Any, kwargs: Any, result: Any) -> bool:
@@ -216,6 +226,15 @@ def _copied(result: Any, func: Any, args: Any, kwargs: Any) -> None:
         here.copy_(made)
 
 
+def _bare(value: Any) -> Any:
+    """The same with tensors on that memory that are no part of torch's graph, and will be none."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, (tuple, list)):
+        return type(value)(_bare(item) for item in value)
+    return {key: _bare(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
@@ -228,6 +247,11 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
+
+
+def _place(tensor: Tensor) -> Hashable:
+    """Where a tensor lies in its storage."""
+    return tensor.shape, tensor.stride(), tensor.storage_offset()
 
 
 def _bytes(tensor: Tensor) -> int:
