@@ -66,6 +66,14 @@ class Recording:
     ) -> None:
         self.bytes = sum(map(_bytes, (*inputs, *made)))
         self._inputs, self._results, self._made, self._share = tuple(inputs), tuple(results), tuple(made), share
+        steps = list(steps)
+        # the first input, rows of weights, is mostly read by one copy alone: it may as well copy the caller's
+        readers = [s for s in steps if _storage(inputs[0]) in map(_storage, _tensors((s.args, s.keywords)))]
+        self._split: Callable[[Tensor], Any] | None = None
+        if [s.func for s in readers] == [torch.split_with_sizes_copy] and _place(readers[0].args[0]) == _place(inputs[0]):
+            split = readers[0]
+            steps.remove(split)
+            self._split = lambda rows: split.func(rows, *split.args[1:], **split.keywords)
         # a result that the last operator joins is joined anew: it is the caller's
         self._steps, self._joined = tuple(steps), -1
         self._join: partial[Tensor] | None = None
@@ -80,11 +88,14 @@ class Recording:
         results: list[Tensor] = []
         with torch.no_grad():
             for here, given in zip(self._inputs, inputs, strict=True):
-                here.copy_(given)
-            jobs.run_here((partial(self._run, results),), self._share)
+                if self._split is None or here is not self._inputs[0]:
+                    here.copy_(given)
+            jobs.run_here((partial(self._run, inputs[0], results),), self._share)
         return tuple(results)
 
-    def _run(self, results: list[Tensor]) -> None:
+    def _run(self, rows: Tensor, results: list[Tensor]) -> None:
+        if self._split is not None:
+            self._split(rows)
         for step in self._steps:
             step()
         for i, result in enumerate(self._results):
@@ -312,14 +323,21 @@ def run_or_replay(kind: Hashable, run: Run, inputs: Sequence[Tensor], share: Sha
         seen.busy = False
 
 
+# the hooks on what torch's graph saves; the argument: also where a compiler traces
+_saves: Callable[[bool], Any] = torch._C._autograd._top_saved_tensors_default_hooks
+
+
 def _settings() -> Hashable:
     """What of torch's settings code in Python may look at."""
     return torch.get_num_threads(), torch._C._get_mkldnn_enabled(), torch.are_deterministic_algorithms_enabled(), torch.get_default_dtype()
 
 
 def _small_and_plain(inputs: Sequence[Tensor]) -> bool:
-    """Whether a call may be recorded as far as one sees from outside: nobody looks on, and its inputs are small and dense."""
-    if torch._C._len_torch_function_stack() > 0 or torch.is_autocast_enabled("cpu"):
+    """Whether a call may be recorded as far as one sees from outside: nobody looks on, and its inputs are small and dense.
+
+    A checkpoint looks on: it counts what torch's graph saves, and a replay saves nothing.
+    """
+    if torch._C._len_torch_function_stack() > 0 or torch.is_autocast_enabled("cpu") or _saves(True) is not None:
         return False
     for t in inputs:  # noqa: SIM110 (a generator costs more than the checks)
         if t.device.type != "cpu" or not t.is_contiguous() or t.nbytes > MOST_BYTES >> 2:

@@ -12,6 +12,7 @@ from field_images import IMAGES
 from field_sequences import SEQUENCES
 from field_vectors import VECTORS
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import wslfast
 from wslfast import engine
@@ -239,6 +240,22 @@ def test_settings_are_part_of_the_kind():
         patch.setattr(replay.Recording, "__call__", lambda *_: pytest.fail("replayed"))
         assert _same(_call(_plain, x, y), _plain(x, y))
     assert len(_recordings()) == before
+
+
+def test_a_checkpoint_counts_the_same_before_and_after():
+    make, shape = VECTORS["mlp_with_batch_norm"]  # a part of it runs through torch's own graph
+    models = [make().eval() for _ in range(K)]
+    architecture = wslfast.Architecture.from_module(models[0], shape)
+    rows = wslfast.Population.from_state_dicts(architecture, [model.state_dict() for model in models]).weights
+    x, targets = torch.randn(N, *shape), torch.randn(K, N, *architecture.output_shape)
+    loss = partial(wslfast.batched_behavioral_loss, original=None, queries=x, architecture=architecture, targets=targets)
+    slopes = []
+    for checkpointed in (True, True, True, False, False, False, True):
+        leaf = rows.clone().requires_grad_()
+        value = checkpoint(lambda leaf: loss(leaf * 1), leaf, use_reentrant=False) if checkpointed else loss(leaf * 1)
+        slopes += torch.autograd.grad(value, leaf)
+    assert all(_same([slope], slopes[:1]) for slope in slopes)
+    assert len(_recordings()) == (torch.get_num_threads() == 1)
 
 
 def test_inference_mode_before_and_after():
