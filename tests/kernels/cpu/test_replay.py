@@ -133,7 +133,7 @@ def test_what_cannot_be_replayed_is_run(name):
     assert not _recordings()
 
 
-def test_a_recording_that_misses_a_function_is_not_used(monkeypatch):
+def test_a_recording_that_misses_an_operator_is_not_used(monkeypatch):
     noted = replay._Recorder._note
 
     def forgets(self, func, args, kwargs, result):
