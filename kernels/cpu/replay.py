@@ -43,6 +43,7 @@ _TELLS = frozenset(
 )
 _UNWRITTEN = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})
 _SAME = frozenset({"_to_copy", "clone"})
+_ZEROS = frozenset({"new_zeros", "zeros", "zeros_like"})
 _MOVES = frozenset({"resize_", "resize_as_", "set_"})  # a tensor to other memory
 
 # Results of inputs: new tensors, that nobody else holds.
@@ -215,6 +216,8 @@ def _again(name: str, func: Any, args: Any, kwargs: Any, result: Any) -> partial
     """The same call, whose result comes into the memory of the first one."""
     if name in _SAME:
         return partial(result.copy_, args[0])
+    if name in _ZEROS:
+        return partial(result.zero_)
     for function, keyword in ((getattr(torch, name, None), "out"), (func.overloadpacket, "out"), (func.overloadpacket, "grad_input")):
         if function is not None and _comes_out(function, keyword, args, kwargs, result):
             return partial(function, *args, **kwargs, **{keyword: result})
