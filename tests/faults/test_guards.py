@@ -14,10 +14,10 @@ def test_a_guard_is_where_it_is_said_to_be(guard: guards.Guard) -> None:
     assert (guards.ROOT / guard.file).read_text().count(guard.text) == 1
     file, _, name = guard.test.partition("::")
     assert f"def {name.partition('[')[0]}(" in (guards.ROOT / file).read_text() or not name
-    assert Path(file).parent == Path("tests/faults")
+    assert Path(file).parts[0] == "tests"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [0, 4, 9])
+@pytest.mark.parametrize("number", [0, 4, 9, 12])
 def test_without_it_its_test_fails(number: int) -> None:
     assert guards.check(guards.GUARDS[number])["fails"]
