@@ -37,7 +37,7 @@ from .padded_channels import Wide, widened
 from .products import operand_dtype
 from .program import Program, compile_program
 from .queries import own_slab, shared_slabs
-from .replay import run_or_replay
+from .replay import kind_of_loss, run_or_replay
 from .rewrites import blocked, flattened, in_blocks, paired
 from .steps import backward_through, forward_through, values_through
 
@@ -218,15 +218,12 @@ def loss_and_gradient(
     def run(weights: Tensor, queries: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         return _loss_and_gradient(_Call(weights, queries, layers, index), targets, criterion, temperature)
 
-    weights, queries = weights.detach(), queries.detach()
-    if index is not None or not isinstance(criterion, str):
-        return run(weights, queries, targets)
-    share = partial(_share, weights, queries, layers)
-    losses, gradient = run_or_replay((layers, criterion, temperature), run, (weights, queries, targets), share)
+    kind = kind_of_loss("cpu", layers, criterion, temperature, index)
+    losses, gradient = run_or_replay(kind, run, partial(_share, layers), weights, queries, targets)
     return losses, gradient
 
 
-def _share(weights: Tensor, queries: Tensor, layers: Layers) -> bool | None:
+def _share(layers: Layers, weights: Tensor, queries: Tensor) -> bool | None:
     """That products do not take all threads (False); None where a call does not stay in the thread that makes it."""
     return False if in_one_thread(weights.shape[0], queries, layers) else None
 
@@ -371,8 +368,7 @@ def _smaller_groups(layers: Layers, image: tuple[int, ...], own: bool, n: int, d
 def forward(weights: Tensor, queries: Tensor, layers: Layers) -> Tensor:
     """Outputs ``[k, n, K]``: bit for bit those inside :func:`loss_and_gradient`. Not differentiable."""
     run = lambda weights, queries: (_forward(_Call(weights, queries, layers)),)  # noqa: E731
-    weights, queries = weights.detach(), queries.detach()
-    return run_or_replay((forward, layers), run, (weights, queries), partial(_share, weights, queries, layers))[0]
+    return run_or_replay((forward, layers), run, partial(_share, layers), weights, queries)[0]
 
 
 def _forward(call: _Call) -> Tensor:

@@ -18,16 +18,17 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..criteria import Named
 from . import jobs
 
-__all__ = ["ALL_BYTES", "MOST_BYTES", "Recording", "record", "run_or_replay"]
+__all__ = ["ALL_BYTES", "MOST_BYTES", "Recording", "kind_of_loss", "record", "run_or_replay"]
 
 logger = logging.getLogger("wslfast")
 MOST_BYTES = 16 << 20  # of one recording: from there on a call takes as long either way, and its memory had better be given back
@@ -48,8 +49,8 @@ _MOVES = frozenset({"resize_", "resize_as_", "set_"})  # a tensor to other memor
 
 # Results of inputs: new tensors, that nobody else holds.
 Run = Callable[..., Sequence[Tensor]]
-# Whether matrix products take all threads (``jobs.run_here``); None where a call does not stay in the thread that makes it.
-Share = Callable[[], "bool | None"]
+# Of weights and queries, whether matrix products take all threads (``jobs.run_here``); None where a call does not stay in its thread.
+Share = Callable[[Tensor, Tensor], "bool | None"]
 
 
 class Recording:
@@ -116,10 +117,12 @@ def record(run: Run, inputs: Sequence[Tensor], share: bool = False) -> Recording
             recorder = _Recorder(own)
             with _Watch(), recorder:
                 results = run(*own)
-            if not recorder.steps or not {_storage(t) for t in results} <= {_storage(t) for t in recorder.made}:
+            if not recorder.operators or not {_storage(t) for t in results} <= {_storage(t) for t in recorder.made}:
                 return "its results come from elsewhere"
-            recording = Recording(own, recorder.steps, _bare(results), recorder.made, share)
             other = [_other(t) for t in inputs]
+            for here, given in zip(own, other, strict=True):
+                here.copy_(given)
+            recording = Recording(own, [operator.again() for operator in recorder.operators], _bare(results), recorder.made, share)
             recording.forget()
             same = all(map(_same_bits, recording(*other), run(*other)))
         except _Refused as reason:
@@ -155,13 +158,13 @@ class _Recorder(TorchDispatchMode):
     """Keeps what its block calls, and every tensor of it alive, so that none takes another's memory.
 
     Attributes:
-        steps: operators that write.
+        operators: those that write.
         made: tensors that are new.
     """
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         super().__init__()
-        self.steps: list[partial[Any]] = []
+        self.operators: list[_Operator] = []
         self.made: list[Tensor] = []
         self._kept: list[Any] = []
         self._storages = {_storage(t) for t in inputs}
@@ -185,15 +188,15 @@ class _Recorder(TorchDispatchMode):
             raise _Refused(f"{name} makes what is no plain tensor")
         if torch.Tag.inplace_view in func.tags:
             return  # later operators see the tensor as it is now, and those before as it was
+        given, named = _bare((args, kwargs))
         if func._schema.is_mutable:
-            self.steps.append(_bound(name, func, *_bare((args, kwargs))))
+            self.operators.append(_Operator(name, func, given, named, None))
         elif not results and not isinstance(result, list):  # a split into no parts
             raise _Refused(f"{name} returns no tensor")
         elif fresh:
             self._keep(name, fresh)
             if name not in _UNWRITTEN:
-                given, named = _bare((args, kwargs))
-                self.steps.append(_again(name, func, given, named, _bare(result)))
+                self.operators.append(_Operator(name, func, given, named, _bare(result)))
 
     def _keep(self, name: str, fresh: Sequence[Tensor]) -> None:
         made = {_storage(t) for t in fresh}
@@ -206,22 +209,33 @@ class _Recorder(TorchDispatchMode):
             raise _Refused(f"it takes more than {MOST_BYTES >> 20} MiB")
 
 
-def _bound(name: str, func: Any, args: Any, kwargs: Any) -> partial[Any]:
-    """A call that writes over arguments, by torch's function or method of that name: an operator itself takes longer to call."""
-    function = getattr(torch, name, None) if "out" in kwargs else getattr(Tensor, name, None)
-    return partial(func if function is None else function, *args, **kwargs)
+class _Operator(NamedTuple):
+    """An operator that was called, with all that it read and wrote; ``result``: what it made, None where it wrote over arguments."""
 
+    name: str
+    func: Any
+    args: Any
+    kwargs: Any
+    result: Any
 
-def _again(name: str, func: Any, args: Any, kwargs: Any, result: Any) -> partial[Any]:
-    """The same call, whose result comes into the memory of the first one."""
-    if name in _SAME:
-        return partial(result.copy_, args[0])
-    if name in _ZEROS:
-        return partial(result.zero_)
-    for function, keyword in ((getattr(torch, name, None), "out"), (func.overloadpacket, "out"), (func.overloadpacket, "grad_input")):
-        if function is not None and _comes_out(function, keyword, args, kwargs, result):
-            return partial(function, *args, **kwargs, **{keyword: result})
-    return partial(_copied, result, func.overloadpacket, args, kwargs)
+    def again(self) -> partial[Any]:
+        """The same call into the memory of the first one, and makes it: in the order of the operators, so that each finds its arguments."""
+        name, packet = self.name, self.func.overloadpacket
+        if self.result is None:  # torch's function or method of that name: an operator itself takes longer to call
+            function = getattr(torch if "out" in self.kwargs else Tensor, name, self.func)
+            step = partial(function, *self.args, **self.kwargs)
+            step()
+            return step
+        copied = partial(_copied, self.result, packet, self.args, self.kwargs)
+        copied()
+        if name in _SAME:
+            return partial(self.result.copy_, self.args[0])
+        if name in _ZEROS:
+            return partial(self.result.zero_)
+        for function, keyword in ((getattr(torch, name, None), "out"), (packet, "out"), (packet, "grad_input")):
+            if function is not None and _comes_out(function, keyword, self.args, self.kwargs, self.result):
+                return partial(function, *self.args, **self.kwargs, **{keyword: self.result})
+        return copied
 
 
 def _comes_out(function: Any, keyword: str, args: Any, kwargs: Any, result: Any) -> bool:
@@ -296,13 +310,19 @@ _seen = _Seen()
 _NEVER = object()
 
 
-def run_or_replay(kind: Hashable, run: Run, inputs: Sequence[Tensor], share: Share) -> Sequence[Tensor]:
-    """What ``run(*inputs)`` returns, to the bit.
+def kind_of_loss(engine: str, network: Hashable, criterion: Named, temperature: float, index: Tensor | None) -> Hashable | None:
+    """The kind of a loss's calls; None where they are run: with a criterion of the caller's own, or each model's part of a pool."""
+    return (engine, network, criterion, temperature) if index is None and isinstance(criterion, str) else None
 
-    ``kind``: all that Python's decisions depend on beside the inputs' shapes and types and torch's settings.
+
+def run_or_replay(kind: Hashable | None, run: Run, share: Share, *inputs: Tensor) -> Sequence[Tensor]:
+    """What ``run(*inputs)`` returns, to the bit; ``inputs``: weights, queries, and what else there is.
+
+    ``kind``: all that Python's decisions depend on beside the inputs' shapes and types and torch's settings: the engine is part of it.
+    A call of no kind (None) is run.
     """
-    seen = _seen
-    if seen.busy or not _small_and_plain(inputs):  # what a call calls is part of its recording
+    seen, inputs = _seen, tuple(t.detach() for t in inputs)
+    if kind is None or seen.busy or not _small_and_plain(inputs):  # what a call calls is part of its recording
         return run(*inputs)
     asked = (kind, _settings(), *[(t.shape, t.dtype) for t in inputs])
     known: Any = seen.kinds.get(asked, _NEVER)
@@ -314,7 +334,7 @@ def run_or_replay(kind: Hashable, run: Run, inputs: Sequence[Tensor], share: Sha
     seen.busy = True
     try:
         if known is None:
-            wanted = share()
+            wanted = share(*inputs[:2])
             known = record(run, inputs, wanted) if wanted is not None else "it does not stay in its thread"
             if isinstance(known, str):
                 logger.debug("a call is not replayed: %s", known)

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..cpu import jobs
 from ..cpu.memory import fresh_like, keep_freed_memory
 from ..cpu.products import operand_dtype
-from ..cpu.replay import run_or_replay
+from ..cpu.replay import kind_of_loss, run_or_replay
 from ..criteria import Named, share_of_loss
 from ..graph import Graph
 from ..reference import value_shapes
@@ -222,15 +222,12 @@ def loss_and_gradient(
     def run(weights: Tensor, queries: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         return loss_and_gradient_of(Call(weights, queries, graph, index), targets, criterion, temperature)
 
-    weights, queries = weights.detach(), queries.detach()
-    if index is not None or not isinstance(criterion, str):
-        return run(weights, queries, targets)
-    share = partial(_share, weights, queries, graph)
-    losses, gradient = run_or_replay((graph, criterion, temperature), run, (weights, queries, targets), share)
+    kind = kind_of_loss("stacked", graph, criterion, temperature, index)
+    losses, gradient = run_or_replay(kind, run, partial(_share, graph), weights, queries, targets)
     return losses, gradient
 
 
-def _share(weights: Tensor, queries: Tensor, graph: Graph) -> bool | None:
+def _share(graph: Graph, weights: Tensor, queries: Tensor) -> bool | None:
     """Whether a call's products take all threads; None where its groups do not stay in the thread that makes it."""
     call = Call(weights, queries, graph, None)
     return call.shares_products() if in_one_thread(call) else None if torch.get_num_threads() > 1 else False
@@ -310,9 +307,8 @@ def _autocast(device: str) -> Callable[[], Any]:
 
 def forward(weights: Tensor, queries: Tensor, graph: Graph) -> Tensor:
     """Outputs ``[k, n, *out]``, not differentiable."""
-    weights, queries = weights.detach(), queries.detach()
     run = lambda weights, queries: (_forward(Call(weights, queries, graph, None)),)  # noqa: E731
-    return run_or_replay((forward, graph), run, (weights, queries), partial(_share, weights, queries, graph))[0]
+    return run_or_replay((forward, graph), run, partial(_share, graph), weights, queries)[0]
 
 
 def _forward(call: Call) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..cpu import engine as cpu
 from ..cpu import jobs
 from ..cpu.memory import fresh_like
-from ..cpu.replay import run_or_replay
+from ..cpu.replay import kind_of_loss, run_or_replay
 from ..cpu.rewrites import joined
 from ..criteria import Named
 from ..graph import QUERY, Graph
@@ -64,8 +64,7 @@ def folded_rows(weights: Tensor, graph: Graph, segment: Segment) -> Tensor:
 def forward(weights: Tensor, queries: Tensor, graph: Graph) -> Tensor:
     """Outputs ``[k, n, K]``, not differentiable. Arguments as :func:`wslfast.kernels.cpu.engine.forward` has them."""
     run = lambda weights, queries: (_forward(weights, queries, graph),)  # noqa: E731
-    weights, queries = weights.detach(), queries.detach()
-    return run_or_replay((forward, graph), run, (weights, queries), partial(_share, weights, queries, graph))[0]
+    return run_or_replay((forward, graph), run, partial(_share, graph), weights, queries)[0]
 
 
 def _forward(weights: Tensor, queries: Tensor, graph: Graph) -> Tensor:
@@ -75,7 +74,7 @@ def _forward(weights: Tensor, queries: Tensor, graph: Graph) -> Tensor:
         return cpu.forward(joined(made), queries, _segment(graph).layers)
 
 
-def _share(weights: Tensor, queries: Tensor, graph: Graph) -> bool | None:
+def _share(graph: Graph, weights: Tensor, queries: Tensor) -> bool | None:
     """That products do not take all threads (False); None where a call does not stay in the thread that makes it."""
     alone = len(weights) <= _a_job(weights) and cpu.in_one_thread(len(weights), queries, _segment(graph).layers)
     return False if alone else None
@@ -97,35 +96,20 @@ def loss_and_gradient(
     """
 
     def run(weights: Tensor, queries: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        return _loss_and_gradient(weights, queries, targets, graph, criterion, temperature, index)
+        k = len(weights)
+        own = index is None and queries.ndim == len(graph.input_shape) + 2
+        gradient, size = fresh_like(weights), _models(graph)
+        if k <= size:  # small calls are many, and a view is a microsecond
+            return _piece(weights, queries, targets, graph, criterion, temperature, index, gradient), gradient
+        losses = weights.new_empty(k)
+        for start in range(0, k, size):
+            part = slice(start, start + size)
+            x, of = queries[part] if own else queries, None if index is None else index[part]
+            losses[part] = _piece(weights[part], x, targets[part], graph, criterion, temperature, of, gradient[part])
+        return losses, gradient
 
-    weights, queries = weights.detach(), queries.detach()
-    if index is not None or not isinstance(criterion, str):
-        return run(weights, queries, targets)
-    share = partial(_share, weights, queries, graph)
-    losses, gradient = run_or_replay((graph, criterion, temperature), run, (weights, queries, targets), share)
-    return losses, gradient
-
-
-def _loss_and_gradient(
-    weights: Tensor,
-    queries: Tensor,
-    targets: Tensor,
-    graph: Graph,
-    criterion: Named,
-    temperature: float,
-    index: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    k = len(weights)
-    own = index is None and queries.ndim == len(graph.input_shape) + 2
-    gradient, size = fresh_like(weights), _models(graph)
-    if k <= size:  # small calls are many, and a view is a microsecond
-        return _piece(weights, queries, targets, graph, criterion, temperature, index, gradient), gradient
-    losses = weights.new_empty(k)
-    for start in range(0, k, size):
-        part = slice(start, start + size)
-        x, of = queries[part] if own else queries, None if index is None else index[part]
-        losses[part] = _piece(weights[part], x, targets[part], graph, criterion, temperature, of, gradient[part])
+    kind = kind_of_loss("folded chain", graph, criterion, temperature, index)
+    losses, gradient = run_or_replay(kind, run, partial(_share, graph), weights, queries, targets)
     return losses, gradient
 
 

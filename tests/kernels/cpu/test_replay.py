@@ -27,7 +27,7 @@ def _nothing_seen(monkeypatch):
 
 
 def _call(run, *inputs):
-    return replay.run_or_replay(run, run, inputs, lambda: False)
+    return replay.run_or_replay(run, run, lambda *_: False, *inputs)
 
 
 def _same(a, b) -> bool:
@@ -302,6 +302,22 @@ def test_losses_of_the_field_are_those_of_the_call(name, own, monkeypatch):
         assert _same([outputs], [expected])
     if torch.get_num_threads() == 1 and name not in RUN:
         assert len(_recordings()) == 2  # of the loss, and of the outputs
+
+
+def test_engines_of_one_graph_have_recordings_of_their_own():
+    make, shape = IMAGES["zoo_cnn_with_batch_norm"]
+    models = [make().eval() for _ in range(K)]
+    architecture = wslfast.Architecture.from_module(models[0], shape)
+    rows = wslfast.Population.from_state_dicts(architecture, [model.state_dict() for model in models]).weights
+    x, targets = torch.randn(N, *shape), torch.randn(K, N, *architecture.output_shape)
+    loss = partial(engine.loss_and_gradient, rows, x, targets, architecture, "mse")
+    for _ in range(4):
+        made = {backend: loss(backend=backend) for backend in ("auto", "torch")}
+    replay._seen.busy = True  # runs
+    wanted = {backend: loss(backend=backend) for backend in ("auto", "torch")}
+    replay._seen.busy = False
+    assert not _same(wanted["auto"], wanted["torch"])  # they are two engines
+    assert all(_same(made[backend], wanted[backend]) for backend in wanted)
 
 
 def _queries(name: str, n: int, shape: tuple[int, ...]) -> Tensor:
