@@ -9,8 +9,10 @@ import torch
 from place_cases import FEATURES, Of, check_places, population
 from tolerances import FP32
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from wslfast import Architecture, Population, batched_behavioral_loss, batched_forward
+from wslfast.engine.module_path import Module
 from wslfast.testing import relative_error
 
 UNTRACED = {
@@ -32,6 +34,22 @@ def test_weights_may_have_any_strides(name: str) -> None:
     _, weights, arch = population(UNTRACED[name], traced=False)
     x, apart = torch.randn(40, FEATURES), torch.stack([weights, weights], -1)[..., 0]
     assert torch.equal(batched_forward(apart, x, arch), batched_forward(weights, x, arch))
+
+
+def test_a_checkpoint_runs_a_loss_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backward pass within a loss is nobody else's: for every tensor that it reads, a checkpoint would run the whole call again."""
+    _, weights, arch = population(UNTRACED["fft"], traced=False)
+    x, calls, run = torch.randn(40, FEATURES), [], Module.loss_and_gradient
+    monkeypatch.setattr(Module, "loss_and_gradient", lambda *arguments: calls.append(1) or run(*arguments))
+    targets = batched_forward(weights, x, arch) + 1
+    slopes = []
+    for checkpointed in (False, True):
+        leaf = weights.clone().requires_grad_()
+        loss = lambda leaf: batched_behavioral_loss(leaf * 1, None, x, arch, targets=targets)  # noqa: E731
+        value = checkpoint(loss, leaf, use_reentrant=False) if checkpointed else loss(leaf)
+        slopes += torch.autograd.grad(value, leaf)
+    assert torch.equal(*slopes)
+    assert len(calls) == 1 + 2
 
 
 class Bag(nn.Module):

@@ -27,7 +27,7 @@ from .module_path import Module
 from .paths import Path, per_model
 from .preference import check_backend, preferred, using
 from .training import check_trainable, random_in_training, training_step
-from .transforms import looked_through
+from .transforms import graphs_of_our_own, looked_through
 from .triton_path import Unbuildable, form_of, reaches_queries
 
 __all__ = [
@@ -97,7 +97,7 @@ def loss_and_gradient(
     device, backend = weights.device.type, preferred(backend)
     weights, targets = weights.detach(), targets.detach()
     call = Call(form_of(criterion, index), weights.shape[0], targets.shape[1], weights.device.index)
-    with region("loss"):
+    with region("loss"), graphs_of_our_own():
         while True:
             path = choose(architecture, device, weights.dtype, backend, torch.is_autocast_enabled(device), call)
             _say_module(architecture, path)
