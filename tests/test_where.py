@@ -25,7 +25,8 @@ engine/test_trial.py                 wslfast/engine/trial_process
 faults/test_backends.py              wslfast/engine/triton_path
 faults/test_fuzz.py                  wslfast/safe/state
 faults/test_memory.py                wslfast/engine/chunks wslfast/engine/memory
-kernels/cpu/test_engine.py           kernels/cpu/program kernels/cpu/queries kernels/cpu/rewrites kernels/cpu/steps
+kernels/cpu/test_engine.py           kernels/cpu/program kernels/cpu/queries kernels/cpu/rewrites kernels/cpu/sizes kernels/cpu/steps
+kernels/cpu/test_replay.py           kernels/cpu/recording
 kernels/stacked/test_image_rules.py  kernels/stacked/sub_pixels kernels/stacked/transposed
 kernels/stacked/test_recurrence.py   kernels/stacked/recurrent
 kernels/stacked/test_segments.py     kernels/stacked/through
@@ -33,7 +34,7 @@ kernels/stacked/test_tape.py         kernels/stacked/norms kernels/stacked/passe
                                      kernels/stacked/rules
 kernels/test_hostile_graphs.py       kernels/graph
 kernels/test_operations.py           kernels/reference kernels/stacked/calls kernels/stacked/forms kernels/stacked/layouts kernels/stacked/product_forms
-kernels/test_random_graphs.py        kernels/stacked/compiler kernels/stacked/engine kernels/stacked/program
+kernels/test_random_graphs.py        kernels/stacked/compiler kernels/stacked/engine kernels/stacked/leaves kernels/stacked/program
 kernels/triton/test_interpreter.py   kernels/triton/activations kernels/triton/convolution kernels/triton/criterion kernels/triton/head
                                      kernels/triton/input_gradients kernels/triton/stages kernels/triton/tiles
                                      kernels/triton/weight_gradients

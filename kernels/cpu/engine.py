@@ -18,7 +18,7 @@ float32, and under CPU autocast its dtype (operands; losses, sums over slabs and
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from typing import Any
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..criteria import Named, share_of_loss
 from ..criteria import criterion as criterion_of
-from ..layers import Conv2d, Layers, Linear, Unplannable, layer_slots, numbers_of, shapes
+from ..layers import Conv2d, Layers, Linear, Unplannable, layer_slots, numbers_of
 from ..reference import per_model_queries
 from . import jobs
 from .half_pooling import HALVES
@@ -37,38 +37,16 @@ from .padded_channels import Wide, widened
 from .products import operand_dtype
 from .program import Program, compile_program
 from .queries import own_slab, shared_slabs
-from .replay import kind_of_loss, run_or_replay
-from .rewrites import blocked, flattened, in_blocks, paired
+from .recording import Run
+from .replay import kind_of_loss, own_queries, replay, run_or_replay
+from .rewrites import blocked, flattened, paired
+from .sizes import activations, group_shape
 from .steps import backward_through, forward_through, values_through
 
-__all__ = ["forward", "group_shape", "in_one_thread", "loss_and_gradient", "supports"]
+__all__ = ["forward", "group_shape", "loss_and_gradient", "models_of_a_job", "supports"]
 
 
-_MODELS = 8  # of a group
 _ALONE = 1_000_000  # activations of a call: below, one thread is done before another has joined in
-
-
-@lru_cache(maxsize=256)
-def group_shape(layers: Layers, input_shape: tuple[int, ...]) -> tuple[int, int]:
-    """Models a group and queries a slab; k plays no part, or a model's bits would depend on its company.
-
-    - Models: 8. Of the networks met in practice, eight fill the vectors of the first convolution (48 outputs and more); more would be
-      waste where the last group is filled up with idle models.
-    - Queries: up to 128, while the largest activation that is whole at any time stays below 12 MiB (the first convolution's
-      is cut up, :func:`~.rewrites.blocked`). More leaves the caches, fewer spend their time on calls.
-    """
-    cut = in_blocks(layers)
-    largest = max(math.prod(shape) for i, shape in enumerate(shapes(layers, input_shape)[1:]) if i not in cut)
-    queries = 2
-    while queries < 128 and 2 * 4 * _MODELS * queries * largest <= 12 << 20:
-        queries *= 2
-    return _MODELS, queries
-
-
-@lru_cache(maxsize=256)
-def _numbers(layers: Layers, input_shape: tuple[int, ...]) -> int:
-    """Activations of one model and query."""
-    return sum(math.prod(shape) for shape in shapes(layers, input_shape)[1:])
 
 
 @lru_cache(maxsize=64)
@@ -123,6 +101,8 @@ class _Call:
         shape: tuple[int, int] | None = None,
         sizes: tuple[int, ...] | None = None,
     ) -> None:
+        self.layers, self.given, self._token = layers, queries, object()
+        self.own_given = index is None and per_model_queries(queries, layers)
         self.wide = _widened(queries, layers, index is not None)
         inside = layers if self.wide is None else self.wide.layers
         self.program, self.queries, axis = _compile(weights, queries, inside, index is not None)
@@ -135,7 +115,7 @@ class _Call:
         self.models = full
         if sizes is None:
             k, threads = weights.shape[0], torch.get_num_threads()
-            few = k < full * threads and jobs.threads_inside() < threads and k * self.n * _numbers(layers, image) > _ALONE
+            few = k < full * threads and jobs.threads_inside() < threads and k * self.n * activations(layers, image) > _ALONE
             whole = not few and k % full == 0
             n = self.n if self.n < self.slab else self.slab + self.n % self.slab  # a full slab and the last one
             sizes = () if whole else _sizes(layers, image, self.own, n, self.dtype, jobs.threads_inside())
@@ -143,18 +123,33 @@ class _Call:
                 self.models = next(size for size in (*sizes, full) if size * threads >= k)
         self.sizes = *sizes, full
         self.starts = range(0, self.n, self.slab)
-        with _plain():
-            self.slabs = [] if self.own else shared_slabs(self.queries, self.program, self.slab, self.dtype)
+        self._slabs: list[Any] = []  # of queries that all models see; of one slab when it is asked for: groups that are replayed do not
+        if not self.own and len(self.starts) > 1:
+            self._slabs = self._shared()
+
+    def filled(self, models: int) -> int:
+        """Models that run in a group of so many: those, and idle ones."""
+        return next(size for size in self.sizes if size >= models)
 
     def rows(self, group: int) -> Tensor:
         """Weights ``[M, P]`` of a group, filled up with idle models of zeros, as the compiled network has them."""
         rows = self.weights[group : group + self.models]
-        filled = next(size for size in self.sizes if size >= rows.shape[0])
+        filled = self.filled(rows.shape[0])
         if self.wide is not None:
             return self.wide.rows(rows, filled)
         if rows.shape[0] == filled:
             return rows
         return torch.cat((rows, rows.new_zeros(filled - rows.shape[0], rows.shape[1])))
+
+    def replayed(self, part: slice, kind: Hashable | None, run: Run, places: Sequence[Tensor], *more: Tensor) -> bool:
+        """Whether results of a group's models were replayed, into ``places``; if not, they have to be run. ``run``: of a call that is that
+        group alone, and ``more``."""
+        if kind is None or len(self.starts) > 1:
+            return False
+        weights, queries = self.weights[part], self.given[part] if self.own_given else self.given
+        shape = self.filled(weights.shape[0]), self.slab
+        again = lambda weights, queries, *more: run(_Call(weights, queries, self.layers, None, shape, ()), *more)  # noqa: E731
+        return replay((kind, shape), again, (weights, queries, *more), places, call=self._token) is not None
 
     def keep(self, grads: Tensor, gradient: Tensor) -> None:
         """Write a group's gradients ``[M, P]`` to its rows ``[m, P]`` of the result."""
@@ -168,10 +163,15 @@ class _Call:
         """The weights of a group, a step each."""
         return [step.pack(rows, self.dtype) for step in self.steps]
 
+    def _shared(self) -> list[Any]:
+        with _plain():
+            return shared_slabs(self.queries, self.program, self.slab, self.dtype)
+
     def slab_of(self, group: int, start: int, models: int) -> Tensor:
         """Input of the first layer with parameters."""
         if not self.own:
-            return self.slabs[start // self.slab]
+            self._slabs = slabs = self._slabs or self._shared()
+            return slabs[start // self.slab]
         part = slice(group, group + self.models), slice(start, start + self.slab)
         return own_slab(self.queries, self.index, part, self.program, models, self.dtype)
 
@@ -215,25 +215,25 @@ def loss_and_gradient(
     if isinstance(criterion, str):
         criterion_of(criterion)  # raises for an unknown name
 
-    def run(weights: Tensor, queries: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        return _loss_and_gradient(_Call(weights, queries, layers, index), targets, criterion, temperature)
+    queries, index = own_queries(queries, index)
+    kind = kind_of_loss("cpu", layers, criterion, temperature) if index is None else None
 
-    kind = kind_of_loss("cpu", layers, criterion, temperature, index)
+    def run(weights: Tensor, queries: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return _loss_and_gradient(_Call(weights, queries, layers, index), targets, criterion, temperature, kind)
+
     losses, gradient = run_or_replay(kind, run, partial(_share, layers), weights, queries, targets)
     return losses, gradient
 
 
 def _share(layers: Layers, weights: Tensor, queries: Tensor) -> bool | None:
-    """That products do not take all threads (False); None where a call does not stay in the thread that makes it."""
-    return False if in_one_thread(weights.shape[0], queries, layers) else None
+    """That products do not take all threads (False); None where a call is more than one job: each is replayed by itself."""
+    return False if models_of_a_job(weights, queries, layers) >= len(weights) else None
 
 
-def in_one_thread(models: int, queries: Tensor, layers: Layers) -> bool:
-    """Whether loss and gradient of so many models are one job."""
-    if torch.get_num_threads() == 1:
-        return True
-    call = _Call(queries.new_empty(models, numbers_of(layers)), queries, layers)
-    return call.models >= models and len(call.starts) == 1
+def models_of_a_job(weights: Tensor, queries: Tensor, layers: Layers) -> int:
+    """Of how many models one job computes loss and gradient; 0 where queries are cut, too. Of weights only the number is looked at."""
+    call = _Call(weights, queries, layers)
+    return call.models if len(call.starts) == 1 else 0
 
 
 class _Group:
@@ -271,7 +271,10 @@ class _Group:
             self.call.keep(grads, gradient)
 
 
-def _loss_and_gradient(call: _Call, targets: Tensor, criterion: Named, temperature: float) -> tuple[Tensor, Tensor]:
+def _loss_and_gradient(
+    call: _Call, targets: Tensor, criterion: Named, temperature: float, kind: Hashable | None = None
+) -> tuple[Tensor, Tensor]:
+    """Arguments as :func:`loss_and_gradient` has them; ``kind`` of its groups, None where they are run."""
     k, models = call.weights.shape[0], call.models
     losses = call.weights.new_empty(k)
     gradient = fresh_like(call.weights)
@@ -279,9 +282,13 @@ def _loss_and_gradient(call: _Call, targets: Tensor, criterion: Named, temperatu
     if call.n == 0:  # the mean over no queries, as the reference has it
         return losses.fill_(float("nan")), gradient.zero_()
 
+    alone = partial(_loss_and_gradient, criterion=criterion, temperature=temperature)
+
     def whole(group: int) -> None:
         with _plain():
             rows = slice(group, group + models)
+            if call.replayed(rows, kind, alone, (losses[rows], gradient[rows]), targets[rows]):
+                return
             _Group(call, group, targets, criterion, temperature).all(losses[rows], gradient[rows])
 
     if len(groups) >= torch.get_num_threads() or len(call.starts) == 1:
@@ -367,23 +374,27 @@ def _smaller_groups(layers: Layers, image: tuple[int, ...], own: bool, n: int, d
 
 def forward(weights: Tensor, queries: Tensor, layers: Layers) -> Tensor:
     """Outputs ``[k, n, K]``: bit for bit those inside :func:`loss_and_gradient`. Not differentiable."""
-    run = lambda weights, queries: (_forward(_Call(weights, queries, layers)),)  # noqa: E731
-    return run_or_replay((forward, layers), run, partial(_share, layers), weights, queries)[0]
+    kind = None if torch.is_autocast_enabled("cpu") else (forward, layers)
+    run = lambda weights, queries: _forward(_Call(weights, queries, layers), kind)  # noqa: E731
+    return run_or_replay(kind, run, partial(_share, layers), weights, queries)[0]
 
 
-def _forward(call: _Call) -> Tensor:
+def _forward(call: _Call, kind: Hashable | None = None) -> tuple[Tensor]:
     weights = call.weights
     outputs = call.weights.new_empty(weights.shape[0], call.n, call.program.outputs)
 
     def part(group: int, starts: Sequence[int]) -> None:
+        models = slice(group, group + call.models)
         with _plain():
+            if call.replayed(models, kind, _forward, (outputs[models],)):
+                return
             rows = call.rows(group)
             packed = call.pack(rows)
             for start in starts:
-                mine = outputs[group : group + call.models, start : start + call.slab]
+                mine = outputs[models, start : start + call.slab]
                 mine.copy_(call.outputs(group, start, packed, rows.shape[0])[: mine.shape[0], : mine.shape[1]])
 
     groups = range(0, weights.shape[0], call.models)
     cuts = [call.starts] if len(groups) >= torch.get_num_threads() else [(start,) for start in call.starts]
     jobs.run([partial(part, group, starts) for group in groups for starts in cuts])
-    return outputs
+    return (outputs,)

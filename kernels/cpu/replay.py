@@ -1,318 +1,150 @@
-"""Small calls again and again: the operators of torch that one of them called, called once more on the memory that they used.
+"""Small calls again and again: which are recorded (recording.py), and which are replayed.
 
 Between the torch calls of a small loss there is as much Python as there is arithmetic: which rule, which view, which place. A training run
 asks for the same loss thousands of times on tensors of the same shapes, and all that Python comes to the same decisions. So the second call
-of a kind is recorded: every operator that writes something, with its arguments, those of torch's own backward included. Later calls put
-their numbers into the memory of that one's inputs and call these operators in turn; views are there already, and results come where they
-came. It is to a CPU what a CUDA graph is to a GPU.
+of a kind is recorded, and later ones are replayed. It is to a CPU what a CUDA graph is to a GPU.
 
-That holds as long as nothing that depends on numbers is decided in Python. A recording is given up where a function returns anything but
-tensors and is none of those that tell a shape or a type, and where random numbers are drawn. What is left is held against the call itself
-before it is used: on other numbers, with NaN in all the memory that it has to write, to the bit. The twin is the call.
+Of a call of many models each group is a call. A recording has one piece of memory, so it is lent to one thread at a time; a thread that
+finds none makes its own.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..criteria import Named
-from . import jobs
+from .recording import MOST_BYTES, Recording, Run, record
 
-__all__ = ["ALL_BYTES", "MOST_BYTES", "Recording", "kind_of_loss", "record", "run_or_replay"]
+__all__ = ["ALL_BYTES", "Recording", "kind_of_loss", "own_queries", "replay", "run_or_replay"]
 
 logger = logging.getLogger("wslfast")
-MOST_BYTES = 16 << 20  # of one recording: from there on a call takes as long either way, and its memory had better be given back
-ALL_BYTES = 64 << 20  # of a thread's recordings
-_KINDS = 64  # of calls that a thread remembers
+ALL_BYTES = (4 + (os.cpu_count() or 1)) * MOST_BYTES  # of all recordings: each thread needs its own
+_INPUT = MOST_BYTES >> 2  # bytes of one input
+_KINDS = 256  # of calls that are remembered
 
-# functions whose answer no number of a tensor decides
-_TELLS = frozenset(
-    {
-        *("__get__", "__len__", "data_ptr", "dim", "element_size", "get_device", "is_complex", "is_contiguous", "is_floating_point"),
-        *("is_inference", "ndimension", "nelement", "numel", "size", "storage_offset", "stride", "type"),
-    }
-)
-_UNWRITTEN = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})
-_SAME = frozenset({"_to_copy", "clone"})
-_ZEROS = frozenset({"new_zeros", "zeros", "zeros_like"})
-_MOVES = frozenset({"resize_", "resize_as_", "set_"})  # a tensor to other memory
-
-# Results of inputs: new tensors, that nobody else holds.
-Run = Callable[..., Sequence[Tensor]]
 # Of weights and queries, whether matrix products take all threads (``jobs.run_here``); None where a call does not stay in its thread.
 Share = Callable[[Tensor, Tensor], "bool | None"]
 
 
-class Recording:
-    """The operators of a call, bound to the memory that they read and write.
-
-    Args:
-        inputs, results: tensors in that memory.
-        steps: the operators.
-        made: all that they write.
-        share: whether matrix products take all threads.
-    """
-
-    def __init__(
-        self, inputs: Sequence[Tensor], steps: Sequence[partial[Any]], results: Sequence[Tensor], made: Sequence[Tensor], share: bool
-    ) -> None:
-        self.bytes = sum(map(_bytes, (*inputs, *made)))
-        self._inputs, self._results, self._made, self._share = tuple(inputs), tuple(results), tuple(made), share
-        steps = list(steps)
-        # the first input, rows of weights, is mostly read by one copy alone: it may as well copy the caller's
-        readers = [s for s in steps if _storage(inputs[0]) in map(_storage, _tensors((s.args, s.keywords)))]
-        self._split: Callable[[Tensor], Any] | None = None
-        if [s.func for s in readers] == [torch.split_with_sizes_copy] and _place(readers[0].args[0]) == _place(inputs[0]):
-            split = readers[0]
-            steps.remove(split)
-            self._split = lambda rows: split.func(rows, *split.args[1:], **split.keywords)
-        # a result that the last operator joins is joined anew: it is the caller's
-        self._steps, self._joined = tuple(steps), -1
-        self._join: partial[Tensor] | None = None
-        last: Any = steps[-1]
-        joined: Any = last.keywords["out"] if last.func is torch.cat else None
-        places = [i for i, result in enumerate(results) if joined is not None and _storage(result) == _storage(joined)]
-        if len(places) == 1 and _place(results[places[0]]) == _place(joined):
-            self._steps, self._joined, self._join = self._steps[:-1], places[0], partial(last.func, *last.args)
-
-    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """The results, in memory of their own."""
-        results: list[Tensor] = []
-        with torch.no_grad():
-            for here, given in zip(self._inputs, inputs, strict=True):
-                if self._split is None or here is not self._inputs[0]:
-                    here.copy_(given)
-            jobs.run_here((partial(self._run, inputs[0], results),), self._share)
-        return tuple(results)
-
-    def _run(self, rows: Tensor, results: list[Tensor]) -> None:
-        if self._split is not None:
-            self._split(rows)
-        for step in self._steps:
-            step()
-        for i, result in enumerate(self._results):
-            results.append(self._join() if self._join is not None and i == self._joined else result.clone())
-
-    def forget(self) -> None:
-        """Puts NaN, ones in every bit, in all memory that a call writes."""
-        for tensor in self._made:
-            torch.tensor([], dtype=torch.uint8).set_(tensor.untyped_storage()).fill_(255)
-
-
-def record(run: Run, inputs: Sequence[Tensor], share: bool = False) -> Recording | str:
-    """A recording of ``run(*inputs)`` that was held against it, or why there is none."""
-    with torch.inference_mode(False), torch.no_grad():
-        own = [t.clone() for t in inputs]
-        try:
-            recorder = _Recorder(own)
-            with _Watch(), recorder:
-                results = run(*own)
-            if not recorder.operators or not {_storage(t) for t in results} <= {_storage(t) for t in recorder.made}:
-                return "its results come from elsewhere"
-            other = [_other(t) for t in inputs]
-            for here, given in zip(own, other, strict=True):
-                here.copy_(given)
-            recording = Recording(own, [operator.again() for operator in recorder.operators], _bare(results), recorder.made, share)
-            recording.forget()
-            same = all(map(_same_bits, recording(*other), run(*other)))
-        except _Refused as reason:
-            return str(reason)
-        except Exception as error:  # the caller runs the call as it is, and sees what is wrong with it
-            return f"{type(error).__name__}: {error}"
-        return recording if same else "its replay gives other bits"
-
-
-def _other(numbers: Tensor) -> Tensor:
-    """Other numbers of the same kind."""
-    turned = numbers.flip(0)
-    return turned.mul_(0.75).add_(0.125) if numbers.is_floating_point() else turned
-
-
-class _Refused(Exception):
-    """Raised where a call cannot be replayed, as soon as that is known: a large one would be run twice."""
-
-
-class _Watch(TorchFunctionMode):
-    """Refuses what tells Python of numbers in its block."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        name = str(getattr(func, "__name__", func))
-        nothing = result is None or (isinstance(result, (tuple, list)) and not result)  # or a split into no parts
-        if not nothing and name not in _TELLS and next(_tensors(result), None) is None:
-            raise _Refused(f"{name} returns no tensor")
-        return result
-
-
-class _Recorder(TorchDispatchMode):
-    """Keeps what its block calls, and every tensor of it alive, so that none takes another's memory.
+class _Kind:
+    """What is known of a kind of call.
 
     Attributes:
-        operators: those that write.
-        made: tensors that are new.
+        first: the call in which it was seen first.
+        free: recordings that nobody uses.
+        bytes: of all its recordings, those in use included.
+        run: it is not replayed.
+        full: no more recordings are made.
     """
 
-    def __init__(self, inputs: Sequence[Tensor]) -> None:
-        super().__init__()
-        self.operators: list[_Operator] = []
-        self.made: list[Tensor] = []
-        self._kept: list[Any] = []
-        self._storages = {_storage(t) for t in inputs}
-        self._bytes = sum(map(_bytes, inputs))
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        with torch._C.DisableTorchFunction():  # nobody watches what is asked here
-            self._note(func, args, kwargs, result)
-        self._kept.append((args, kwargs, result))
-        return result
-
-    def _note(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        name = func.overloadpacket.__name__
-        results, read = list(_tensors(result)), {_storage(t) for t in _tensors((args, kwargs))}
-        fresh = [t for t in results if _storage(t) not in read]
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            raise _Refused(f"{name} draws random numbers")
-        if name in _MOVES or any(t.device.type != "cpu" or t.layout != torch.strided for t in results):
-            raise _Refused(f"{name} makes what is no plain tensor")
-        if torch.Tag.inplace_view in func.tags:
-            return  # later operators see the tensor as it is now, and those before as it was
-        given, named = _bare((args, kwargs))
-        if func._schema.is_mutable:
-            self.operators.append(_Operator(name, func, given, named, None))
-        elif not results and not isinstance(result, list):  # a split into no parts
-            raise _Refused(f"{name} returns no tensor")
-        elif fresh:
-            self._keep(name, fresh)
-            if name not in _UNWRITTEN:
-                self.operators.append(_Operator(name, func, given, named, _bare(result)))
-
-    def _keep(self, name: str, fresh: Sequence[Tensor]) -> None:
-        made = {_storage(t) for t in fresh}
-        if made & self._storages:
-            raise _Refused(f"{name} returns what was there before")
-        self._storages |= made
-        self.made += map(_bare, fresh)
-        self._bytes += sum(map(_bytes, fresh))
-        if self._bytes > MOST_BYTES:
-            raise _Refused(f"it takes more than {MOST_BYTES >> 20} MiB")
+    def __init__(self, first: object) -> None:
+        self.first = first
+        self.free: list[Recording] = []
+        self.bytes, self.run, self.full = 0, False, False
 
 
-class _Operator(NamedTuple):
-    """An operator that was called, with all that it read and wrote; ``result``: what it made, None where it wrote over arguments."""
-
-    name: str
-    func: Any
-    args: Any
-    kwargs: Any
-    result: Any
-
-    def again(self) -> partial[Any]:
-        """The same call into the memory of the first one, and makes it: in the order of the operators, so that each finds its arguments."""
-        name, packet = self.name, self.func.overloadpacket
-        if self.result is None:  # torch's function or method of that name: an operator itself takes longer to call
-            function = getattr(torch if "out" in self.kwargs else Tensor, name, self.func)
-            step = partial(function, *self.args, **self.kwargs)
-            step()
-            return step
-        copied = partial(_copied, self.result, packet, self.args, self.kwargs)
-        copied()
-        if name in _SAME:
-            return partial(self.result.copy_, self.args[0])
-        if name in _ZEROS:
-            return partial(self.result.zero_)
-        for function, keyword in ((getattr(torch, name, None), "out"), (packet, "out"), (packet, "grad_input")):
-            if function is not None and _comes_out(function, keyword, self.args, self.kwargs, self.result):
-                return partial(function, *self.args, **self.kwargs, **{keyword: self.result})
-        return copied
-
-
-def _comes_out(function: Any, keyword: str, args: Any, kwargs: Any, result: Any) -> bool:
-    """Whether a function takes memory for its results, and puts the same bits there."""
-    trial = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu") for t in _tensors(result)]
-    places = [t.data_ptr() for t in trial]
-    try:
-        function(*args, **kwargs, **{keyword: trial[0] if isinstance(result, Tensor) else trial})
-    except (TypeError, RuntimeError, ValueError):  # it has no such argument
-        return False
-    return places == [t.data_ptr() for t in trial] and all(map(_same_bits, trial, _tensors(result)))
-
-
-def _copied(result: Any, func: Any, args: Any, kwargs: Any) -> None:
-    for here, made in zip(_tensors(result), _tensors(func(*args, **kwargs)), strict=True):
-        here.copy_(made)
-
-
-def _bare(value: Any) -> Any:
-    """The same with tensors on that memory that are no part of torch's graph, and will be none."""
-    if isinstance(value, Tensor):
-        return value.detach()
-    if isinstance(value, (tuple, list)):
-        return type(value)(_bare(item) for item in value)
-    return {key: _bare(item) for key, item in value.items()} if isinstance(value, dict) else value
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        yield from _tensors(tuple(value.values()))
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
-def _place(tensor: Tensor) -> Hashable:
-    """Where a tensor lies in its storage."""
-    return tensor.shape, tensor.stride(), tensor.storage_offset()
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.untyped_storage().nbytes()
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    alike = a.shape == b.shape and a.dtype == b.dtype
-    return alike and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
-
-
-class _Seen(threading.local):
-    """The kinds of calls that a thread has seen, the latest last: with a recording, None after the first call, False where there is none.
-    Each thread has memory of its own to write over."""
+class _Kept:
+    """The kinds of calls that were seen, the latest last."""
 
     def __init__(self) -> None:
-        self.kinds: OrderedDict[Hashable, Recording | bool | None] = OrderedDict()
-        self.busy = False
+        self.kinds: OrderedDict[Hashable, _Kind] = OrderedDict()
+        self._lock = threading.Lock()
 
-    def keep(self, kind: Hashable, value: Recording | bool | None) -> None:
-        self.kinds[kind] = value
-        self.kinds.move_to_end(kind)
-        while len(self.kinds) > _KINDS or sum(r.bytes for r in self.kinds.values() if isinstance(r, Recording)) > ALL_BYTES:
-            self.kinds.popitem(last=False)
+    def take(self, kind: Hashable, call: object) -> tuple[Recording | None, bool]:
+        """A recording that nobody else has; if there is none, whether one should be made: not in the call that is the first of its kind."""
+        with self._lock:
+            known = self.kinds.get(kind)
+            if known is None:
+                self.kinds[kind] = _Kind(call)
+                while len(self.kinds) > _KINDS:
+                    self.kinds.popitem(last=False)
+                return None, False
+            self.kinds.move_to_end(kind)
+            if known.free:
+                return known.free.pop(), False
+            return None, not (known.run or known.full or known.first is call)
+
+    def give(self, kind: Hashable, recording: Recording, new: bool) -> None:
+        """A recording comes back, or is ``new``."""
+        with self._lock:
+            known = self.kinds.get(kind)
+            if known is None or known.run:  # it was given up meanwhile
+                return
+            known.free.append(recording)
+            if new:
+                known.bytes += recording.bytes
+                self._make_room(known, recording)
+
+    def run(self, kind: Hashable) -> None:
+        """Calls of a kind are run from now on."""
+        with self._lock:
+            if kind in self.kinds:
+                self._give_up(self.kinds[kind])
+
+    def _make_room(self, mine: _Kind, recording: Recording) -> None:
+        """The oldest kinds are run, and stay so, or recordings would be made in turn for ever; a kind does not drive itself out."""
+        over = sum(known.bytes for known in self.kinds.values()) - ALL_BYTES
+        for known in self.kinds.values():
+            if over <= 0:
+                return
+            if known is not mine and known.bytes:
+                over -= known.bytes
+                self._give_up(known)
+        if over > 0:
+            mine.free.remove(recording)
+            mine.bytes -= recording.bytes
+            mine.full = True
+
+    @staticmethod
+    def _give_up(known: _Kind) -> None:
+        known.free.clear()
+        known.bytes, known.run = 0, True
 
 
-_seen = _Seen()
-_NEVER = object()
+_kept = _Kept()
 
 
-def kind_of_loss(engine: str, network: Hashable, criterion: Named, temperature: float, index: Tensor | None) -> Hashable | None:
-    """The kind of a loss's calls; None where they are run: with a criterion of the caller's own, or each model's part of a pool."""
-    return (engine, network, criterion, temperature) if index is None and isinstance(criterion, str) else None
+def _forget() -> None:
+    """All of it, lock and all: in a forked process somebody else may hold it."""
+    global _kept
+    _kept = _Kept()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
+
+
+class _Here(threading.local):
+    """Whether this thread is recording: what a call calls is part of its recording."""
+
+    busy = False
+
+
+_here = _Here()
+
+
+def kind_of_loss(engine: str, network: Hashable, criterion: Named, temperature: float) -> Hashable | None:
+    """The kind of a loss's calls; None where they are run: with a criterion of the caller's own, and under autocast.
+
+    Asked in the caller's thread: those that take a part of a call know nothing of its autocast.
+    """
+    plain = isinstance(criterion, str) and not torch.is_autocast_enabled("cpu")
+    return (engine, network, criterion, temperature) if plain else None
+
+
+def own_queries(queries: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Queries and index of a call; where they are few, each model's part of the pool, and no index: such calls can be replayed."""
+    if index is None or queries.device.type != "cpu" or len(queries) == 0 or queries[0].nbytes * index.numel() > _INPUT:
+        return queries, index
+    return queries.index_select(0, index.reshape(-1)).unflatten(0, index.shape), None
 
 
 def run_or_replay(kind: Hashable | None, run: Run, share: Share, *inputs: Tensor) -> Sequence[Tensor]:
@@ -321,29 +153,55 @@ def run_or_replay(kind: Hashable | None, run: Run, share: Share, *inputs: Tensor
     ``kind``: all that Python's decisions depend on beside the inputs' shapes and types and torch's settings: the engine is part of it.
     A call of no kind (None) is run.
     """
-    seen, inputs = _seen, tuple(t.detach() for t in inputs)
-    if kind is None or seen.busy or not _small_and_plain(inputs):  # what a call calls is part of its recording
-        return run(*inputs)
+    inputs = tuple(t.detach() for t in inputs)
+    made = replay(kind, run, inputs, share=share)
+    return run(*inputs) if made is None else made
+
+
+def replay(
+    kind: Hashable | None,
+    run: Run,
+    inputs: Sequence[Tensor],
+    places: Sequence[Tensor | None] | None = None,
+    *,
+    call: object = None,
+    share: Share | None = None,
+) -> Sequence[Tensor] | None:
+    """What ``run(*inputs)`` returns, replayed; None where it has to be run.
+
+    Arguments as :func:`run_or_replay` has them; inputs that no graph is made of.
+
+    Args:
+        places: where results go; None makes new memory.
+        call: of which this is a part, in one thread. The parts of the first one that has a kind are run.
+    """
+    if kind is None or _here.busy or not _small_and_plain(inputs):
+        return None
     asked = (kind, _settings(), *[(t.shape, t.dtype) for t in inputs])
-    known: Any = seen.kinds.get(asked, _NEVER)
-    if known is _NEVER:
-        seen.keep(asked, None)
-        return run(*inputs)
-    if known is False:
-        return run(*inputs)
-    seen.busy = True
+    known, wanted = _kept.take(asked, object() if call is None else call)
+    if wanted:
+        known = _made(asked, run, share, inputs)
+    if known is None:
+        return None
     try:
-        if known is None:
-            wanted = share(*inputs[:2])
-            known = record(run, inputs, wanted) if wanted is not None else "it does not stay in its thread"
-            if isinstance(known, str):
-                logger.debug("a call is not replayed: %s", known)
-            seen.keep(asked, known if isinstance(known, Recording) else False)
-        else:
-            seen.kinds.move_to_end(asked)
-        return known(*inputs) if isinstance(known, Recording) else run(*inputs)
+        return known.into(places, *inputs)
     finally:
-        seen.busy = False
+        _kept.give(asked, known, wanted)
+
+
+def _made(asked: Hashable, run: Run, share: Share | None, inputs: Sequence[Tensor]) -> Recording | None:
+    """A recording of a call; None where there cannot be one, and its kind is run from now on."""
+    _here.busy = True
+    try:
+        shared = False if share is None else share(*inputs[:2])
+        made = record(run, inputs, shared) if shared is not None else "it does not stay in its thread"
+    finally:
+        _here.busy = False
+    if isinstance(made, Recording):
+        return made
+    logger.debug("a call is not replayed: %s", made)
+    _kept.run(asked)
+    return None
 
 
 # the hooks on what torch's graph saves; the argument: also where a compiler traces
@@ -363,6 +221,6 @@ def _small_and_plain(inputs: Sequence[Tensor]) -> bool:
     if torch._C._len_torch_function_stack() > 0 or torch.is_autocast_enabled("cpu") or _saves(True) is not None:
         return False
     for t in inputs:  # noqa: SIM110 (a generator costs more than the checks)
-        if t.device.type != "cpu" or not t.is_contiguous() or t.nbytes > MOST_BYTES >> 2:
+        if t.device.type != "cpu" or not t.is_contiguous() or t.nbytes > _INPUT:
             return False
     return True

@@ -10,12 +10,17 @@ trial may miss: callers say of what a size has to be a multiple (``costs.whole_m
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from functools import lru_cache
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from ..graph import Graph
+from ..reference import value_shapes
 
 logger = logging.getLogger("wslfast")
 SIZES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192)
@@ -172,3 +177,16 @@ def _kept(answers: dict[Hashable, Answer], asked: Hashable, find: Callable[[], A
         answers.clear()
     answers[asked] = found
     return found
+
+
+@lru_cache(maxsize=2)  # trials of one call follow each other; queries of each model's own may be hundreds of megabytes
+def random_models(graph: Graph, n: int, own: bool, full: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights ``[full, P]``, queries ``[n, *input]`` (``own``: ``[full, n, *input]``) and targets ``[full, n, *out]`` of a trial."""
+    generator = torch.Generator().manual_seed(0)
+    kind: Any = {"generator": generator, "dtype": dtype, "device": "cpu"}
+    weights = torch.cat(
+        [torch.randn(full, s.size, **kind).abs() / math.sqrt(max(1, math.prod(s.shape[1:]))) for s in graph.slots], 1
+    )  # positive: variances are among them
+    queries = torch.rand(*((full,) if own else ()), n, *graph.input_shape, **kind)
+    out = value_shapes(graph, n)[graph.output][1:]
+    return weights, queries, torch.randn(full, n, *out, **kind)

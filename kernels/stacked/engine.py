@@ -11,10 +11,9 @@ Groups are jobs of one thread each (``cpu/jobs.py``) where there is enough work 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import nullcontext
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,16 +22,16 @@ from torch import Tensor
 from ..cpu import jobs
 from ..cpu.memory import fresh_like, keep_freed_memory
 from ..cpu.products import operand_dtype
-from ..cpu.replay import kind_of_loss, run_or_replay
+from ..cpu.recording import Run
+from ..cpu.replay import kind_of_loss, own_queries, replay, run_or_replay
 from ..criteria import Named, share_of_loss
 from ..graph import Graph
-from ..reference import value_shapes
-from .company import agrees_when_shared, by_itself, split
+from .company import agrees_when_shared, by_itself, random_models, split
 from .compiler import compile_program
 from .costs import FILL, group_shape, least_worth, sizes, whole_models
+from .leaves import PACKED, copies_of, leaves_of
 from .passes import by_graph, by_tape, no_gradients
 
-_PACKED = 1 << 15  # numbers of one model's parameter
 _FEW = 1000  # numbers of a product: so few could agree by chance, and a group is always filled
 
 
@@ -46,7 +45,8 @@ class Call:
     ) -> None:
         """``once``: nobody differentiates twice, or with respect to the queries. If not, torch's graph is what runs."""
         self.graph, self.index, self.once = graph, index, once
-        self.weights, self.queries = weights, queries
+        self.weights, self.queries, self._token = weights, queries, object()
+        self._shared: dict[int, list[Any]] = {}  # what is made of slabs that all models see
         self.own = index is not None or queries.ndim == len(graph.input_shape) + 2
         self.n = index.shape[1] if index is not None else queries.shape[int(self.own)]
         self.plain = weights.device.type == "cpu"
@@ -61,8 +61,8 @@ class Call:
         chosen = (size, size) if size else self._sizes(full) if self.plain and weights.shape[0] else (full, full)
         self.models, self.last = chosen  # of a group, and of the last one
         # parameters whose gradients may be written where the result is: with several slabs they are sums
-        one = self.plain and self.n <= self.slab and graph.parameters >= _PACKED
-        self.large = [(p, s) for p, s in zip(self.program.places, graph.slots, strict=True) if s.size >= _PACKED] if one else []
+        one = self.plain and self.n <= self.slab and graph.parameters >= PACKED
+        self.large = [(p, s) for p, s in zip(self.program.places, graph.slots, strict=True) if s.size >= PACKED] if one else []
 
     def shared_among(self) -> tuple[int, int]:
         """Threads that take groups side by side, and models of the smallest group that is worth one."""
@@ -163,28 +163,31 @@ class Call:
             x = torch.cat((x, more.expand(shape)), axis)
         return x
 
-    def shared(self) -> dict[int, list[Any]]:
-        """Values that all models share, slab by slab; nothing where queries are each model's own."""
-        return {} if self.own else {start: self.program.prepare(self.slab_of(0, start)) for start in self.starts()}
+    def share_values(self) -> None:
+        """Make :meth:`values` of all slabs that all models see, by all threads. One slab is made when it is asked for: groups that are
+        replayed do not."""
+        if not self.own and self.n > self.slab:
+            self._shared = {start: self.program.prepare(self.slab_of(0, start)) for start in self.starts()}
 
-    def values(self, shared: dict[int, list[Any]], group: int, start: int) -> list[Any]:
-        return self.program.prepare(self.slab_of(group, start)) if self.own else shared[start]
+    def values(self, group: int, start: int) -> list[Any]:
+        """What is made of a slab's queries alone."""
+        made = self._shared.get(start)
+        if made is None:
+            made = self.program.prepare(self.slab_of(group, start))
+            if not self.own:
+                self._shared[start] = made
+        return made
 
-
-def leaves_of(rows: Tensor, graph: Graph) -> list[Tensor]:
-    """Each parameter of every model, ``[M, *shape]``, through one split: its backward is one concatenation."""
-    parts = rows.split([slot.size for slot in graph.slots], 1)
-    return [part.reshape(rows.shape[0], *slot.shape) for part, slot in zip(parts, graph.slots, strict=True)]
-
-
-def _copies_of(rows: Tensor, graph: Graph) -> list[Tensor]:
-    """The same in memory of their own, as how small operands lie there decides a BLAS's bits; large ones it packs, and they stay."""
-    if max(graph.sizes) >= _PACKED:
-        parts: Any = [part if part.shape[1] >= _PACKED else part.contiguous() for part in rows.split(graph.sizes, 1)]
-    else:
-        parts = torch.split_with_sizes_copy(rows, graph.sizes, 1)  # type: ignore[func-returns-value]
-    models = rows.shape[0]
-    return [part if len(s.shape) == 1 else part.view(models, *s.shape) for part, s in zip(parts, graph.slots, strict=True)]
+    def replayed(
+        self, part: slice, kind: Hashable | None, run: Run, places: Sequence[Tensor] | None, *more: Tensor
+    ) -> Sequence[Tensor] | None:
+        """Results of a group's models, replayed; None where they have to be run. ``run``: of a call that is that group alone, and
+        ``more``."""
+        if kind is None or self.n > self.slab:
+            return None
+        queries, filled = self.queries[part] if self.own else self.queries, self.filled(part.start)
+        again = lambda weights, queries, *more: run(Call(weights, queries, self.graph, None, size=filled), *more)  # noqa: E731
+        return replay((kind, filled), again, (self.weights[part], queries, *more), places, call=self._token)
 
 
 def _jobs(count: int, call: Call, run: Callable[[int], None]) -> None:
@@ -218,28 +221,32 @@ def loss_and_gradient(
     Queries ``[n, *input]`` shared by all models or ``[k, n, *input]``; with ``index [k, n]``, a pool ``[N, *input]`` from which each model
     takes its own. Targets ``[k, n, *out]``, or labels ``[k, n]`` for ``cross_entropy``.
     """
+    queries, index = own_queries(queries, index)
+    kind = kind_of_loss("stacked", graph, criterion, temperature) if index is None else None
 
     def run(weights: Tensor, queries: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        return loss_and_gradient_of(Call(weights, queries, graph, index), targets, criterion, temperature)
+        return loss_and_gradient_of(Call(weights, queries, graph, index), targets, criterion, temperature, kind)
 
-    kind = kind_of_loss("stacked", graph, criterion, temperature, index)
     losses, gradient = run_or_replay(kind, run, partial(_share, graph), weights, queries, targets)
     return losses, gradient
 
 
 def _share(graph: Graph, weights: Tensor, queries: Tensor) -> bool | None:
-    """Whether a call's products take all threads; None where its groups do not stay in the thread that makes it."""
+    """Whether a call's products take all threads; None where it has several groups: each is replayed by itself."""
     call = Call(weights, queries, graph, None)
-    return call.shares_products() if in_one_thread(call) else None if torch.get_num_threads() > 1 else False
+    return call.shares_products() if weights.shape[0] <= call.models else None
 
 
-def loss_and_gradient_of(call: Call, targets: Tensor, criterion: Named, temperature: float) -> tuple[Tensor, Tensor]:
+def loss_and_gradient_of(
+    call: Call, targets: Tensor, criterion: Named, temperature: float, kind: Hashable | None = None
+) -> tuple[Tensor, Tensor]:
+    """Arguments as :func:`loss_and_gradient` has them; ``kind`` of its groups, None where they are run."""
     weights, graph, n, k = call.weights, call.graph, call.n, call.weights.shape[0]
     if n == 0:  # the mean over no queries, as the reference has it
         return weights.new_full((k,), float("nan")), torch.zeros_like(weights, memory_format=torch.contiguous_format)
     autocast = _autocast(weights.device.type)
     with no_gradients(), autocast():
-        shared = call.shared()
+        call.share_values()
 
     def group(start: int, into: Mapping[int, Tensor]) -> tuple[Tensor, list[Tensor]]:
         rows = call.rows(start)
@@ -260,10 +267,10 @@ def loss_and_gradient_of(call: Call, targets: Tensor, criterion: Named, temperat
 
         def prepared(at: int) -> list[Any]:
             with no_gradients(), autocast():
-                return call.values(shared, start, at)
+                return call.values(start, at)
 
         slabs = ((at, prepared(at)) for at in call.starts())
-        leaves = _copies_of(rows, graph)
+        leaves = copies_of(rows, graph)
         if call.plain and autocast is nullcontext:
             value, slopes = by_tape(call.program, leaves, slabs, share, into)
         else:
@@ -279,9 +286,13 @@ def loss_and_gradient_of(call: Call, targets: Tensor, criterion: Named, temperat
         ((losses, slopes),) = results
         return losses, torch.cat(slopes, 1, out=fresh_like(weights))
     losses, gradient = weights.new_empty(k), fresh_like(weights)
+    alone = partial(loss_and_gradient_of, criterion=criterion, temperature=temperature)
 
     def keep(start: int) -> None:
         rows = gradient[start : start + call.models]
+        models = slice(start, start + call.models)
+        if call.replayed(models, kind, alone, (losses[models], rows), targets[models]) is not None:
+            return
         whole = rows.shape[0] == call.filled(start)  # no idle models, whose gradients would have no place
         into = {place: rows[:, slot.offset : slot.stop].view(-1, *slot.shape) for place, slot in call.large if whole}
         losses[start : start + rows.shape[0]], flat = group(start, into)
@@ -307,24 +318,29 @@ def _autocast(device: str) -> Callable[[], Any]:
 
 def forward(weights: Tensor, queries: Tensor, graph: Graph) -> Tensor:
     """Outputs ``[k, n, *out]``, not differentiable."""
-    run = lambda weights, queries: (_forward(Call(weights, queries, graph, None)),)  # noqa: E731
-    return run_or_replay((forward, graph), run, partial(_share, graph), weights, queries)[0]
+    kind = None if torch.is_autocast_enabled("cpu") else (forward, graph)
+    run = lambda weights, queries: (_forward(Call(weights, queries, graph, None), kind),)  # noqa: E731
+    return run_or_replay(kind, run, partial(_share, graph), weights, queries)[0]
 
 
-def _forward(call: Call) -> Tensor:
+def _forward(call: Call, kind: Hashable | None = None) -> Tensor:
     weights, graph = call.weights, call.graph
     autocast = _autocast(weights.device.type)
     with torch.no_grad(), autocast():
-        shared = call.shared()
+        call.share_values()
     pieces: dict[tuple[int, int], Tensor] = {}
 
     def group(start: int) -> None:
+        replayed = call.replayed(slice(start, start + call.models), kind, lambda call: (_forward(call),), None)
+        if replayed is not None:
+            pieces[start, 0] = replayed[0]
+            return
         with torch.no_grad(), autocast():
             rows = call.rows(start)
-            ready = call.program.weights(_copies_of(rows, graph))
+            ready = call.program.weights(copies_of(rows, graph))
             real = min(weights.shape[0] - start, call.models)
             for at in call.starts():
-                values = call.values(shared, start, at)
+                values = call.values(start, at)
                 made = call.program.outputs(values, ready, rows.shape[0], values[call.program.query].shape[int(call.own)])
                 pieces[start, at] = made[:real, : min(call.slab, call.n - at)]
 
@@ -374,18 +390,6 @@ def plain(weights: Tensor, queries: Tensor, graph: Graph) -> Tensor:
     program = compile_program(graph, own, False)
     ready = program.weights(leaves_of(weights, graph))
     return program.outputs(program.prepare(queries), ready, weights.shape[0], queries.shape[int(own)])
-
-
-@lru_cache(maxsize=2)  # trials of one call follow each other; queries of each model's own may be hundreds of megabytes
-def random_models(graph: Graph, n: int, own: bool, full: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    kind: Any = {"generator": generator, "dtype": dtype, "device": "cpu"}
-    weights = torch.cat(
-        [torch.randn(full, s.size, **kind).abs() / math.sqrt(max(1, math.prod(s.shape[1:]))) for s in graph.slots], 1
-    )  # positive: variances are among them
-    queries = torch.rand(*((full,) if own else ()), n, *graph.input_shape, **kind)
-    out = value_shapes(graph, n)[graph.output][1:]
-    return weights, queries, torch.randn(full, n, *out, **kind)
 
 
 __all__ = ["differentiable", "forward", "group_shape", "loss_and_gradient", "plain", "sizes"]

@@ -7,7 +7,7 @@ over models, or sums along axes of its own: its bits do not depend on its compan
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import lru_cache, partial
 from typing import Any, TypeVar
 
@@ -17,13 +17,14 @@ from torch import Tensor
 from ..cpu import engine as cpu
 from ..cpu import jobs
 from ..cpu.memory import fresh_like
-from ..cpu.replay import kind_of_loss, run_or_replay
+from ..cpu.recording import Run
+from ..cpu.replay import kind_of_loss, own_queries, replay, run_or_replay
 from ..cpu.rewrites import joined
 from ..criteria import Named
 from ..graph import QUERY, Graph
 from ..layers import Affine, Conv2d, Linear, numbers_of
 from ..reference import value_shapes
-from .engine import leaves_of
+from .leaves import leaves_of
 from .planned_fold import FoldPlan, can_be_planned
 from .rows import rows_of
 from .segments import Segment, segments
@@ -75,8 +76,9 @@ def _forward(weights: Tensor, queries: Tensor, graph: Graph) -> Tensor:
 
 
 def _share(graph: Graph, weights: Tensor, queries: Tensor) -> bool | None:
-    """That products do not take all threads (False); None where a call does not stay in the thread that makes it."""
-    alone = len(weights) <= _a_job(weights) and cpu.in_one_thread(len(weights), queries, _segment(graph).layers)
+    """That products do not take all threads (False); None where a call is several jobs: each is replayed by itself."""
+    k = len(weights)
+    alone = k <= _a_job(weights) and cpu.models_of_a_job(weights, queries, _segment(graph).layers) >= k
     return False if alone else None
 
 
@@ -95,21 +97,49 @@ def loss_and_gradient(
     models, and their gradients.
     """
 
+    queries, index = own_queries(queries, index)
+    kind = kind_of_loss("folded chain", graph, criterion, temperature) if index is None else None
+
+    def piece(weights: Tensor, queries: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        gradient = fresh_like(weights)
+        return _piece(weights, queries, targets, graph, criterion, temperature, index, gradient), gradient
+
     def run(weights: Tensor, queries: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        k = len(weights)
+        k, threads = len(weights), torch.get_num_threads()
         own = index is None and queries.ndim == len(graph.input_shape) + 2
-        gradient, size = fresh_like(weights), _models(graph)
+        size = cpu.models_of_a_job(weights, queries, _segment(graph).layers) if threads > 1 and kind is not None else 0
+        if size < k <= size * threads:
+            return _one_a_thread(size, piece, kind, weights, queries, targets, own)
+        size = _models(graph)
         if k <= size:  # small calls are many, and a view is a microsecond
-            return _piece(weights, queries, targets, graph, criterion, temperature, index, gradient), gradient
-        losses = weights.new_empty(k)
+            return piece(weights, queries, targets)
+        losses, gradient = weights.new_empty(k), fresh_like(weights)
         for start in range(0, k, size):
             part = slice(start, start + size)
             x, of = queries[part] if own else queries, None if index is None else index[part]
             losses[part] = _piece(weights[part], x, targets[part], graph, criterion, temperature, of, gradient[part])
         return losses, gradient
 
-    kind = kind_of_loss("folded chain", graph, criterion, temperature, index)
     losses, gradient = run_or_replay(kind, run, partial(_share, graph), weights, queries, targets)
+    return losses, gradient
+
+
+def _one_a_thread(
+    size: int, piece: Run, kind: Hashable, weights: Tensor, queries: Tensor, targets: Tensor, own: bool
+) -> tuple[Tensor, Tensor]:
+    """Losses and gradients of so few models that each thread has one job, of ``size`` models: it folds their weights as well, and is
+    replayed as a whole."""
+    k, call = len(weights), object()
+    losses, gradient = weights.new_empty(k), fresh_like(weights)
+
+    def job(start: int) -> None:
+        part = slice(start, start + size)
+        inputs, places = (weights[part], queries[part] if own else queries, targets[part]), (losses[part], gradient[part])
+        if replay((kind, size), piece, inputs, places, call=call) is None:
+            for place, made in zip(places, piece(*inputs), strict=True):
+                place.copy_(made)
+
+    jobs.run([partial(job, start) for start in range(0, k, size)])
     return losses, gradient
 
 

@@ -98,8 +98,8 @@ class _Training(Call):
         own = [torch.Generator().manual_seed(row) for row in rows]
         return _Training(weights, queries, self.graph, None, own, len(rows))
 
-    def values(self, shared: dict[int, list[Any]], group: int, start: int) -> list[Any]:
-        values = list(super().values(shared, group, start))
+    def values(self, group: int, start: int) -> list[Any]:
+        values = list(super().values(group, start))
         given: dict[str, Any] = {}
         if self.noise.nodes:
             drawn = self.noise.draw(self.generators[group : group + self.models])

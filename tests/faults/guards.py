@@ -82,7 +82,7 @@ GUARDS = (
         "tests/faults/test_determinism.py::test_broken_models_among_64_touch_nobody_else[nan]",
     ),
     Guard(
-        "a replay is held against the call", "kernels/cpu/replay.py", 'return recording if same else "its replay gives other bits"', "return recording",
+        "a replay is held against the call", "kernels/cpu/recording.py", 'return recording if same else "its replay gives other bits"', "return recording",
         "tests/kernels/cpu/test_replay.py::test_a_recording_that_misses_an_operator_is_not_used",
     ),
 )  # fmt: skip

@@ -16,14 +16,16 @@ from torch.utils.checkpoint import checkpoint
 
 import wslfast
 from wslfast import engine
-from wslfast.kernels.cpu import replay
+from wslfast.kernels.cpu import recording, replay
+from wslfast.kernels.stacked import company
+from wslfast.kernels.stacked import engine as stacked
 
 K, N = 3, 5
 
 
 @pytest.fixture(autouse=True)
 def _nothing_seen(monkeypatch):
-    monkeypatch.setattr(replay, "_seen", replay._Seen())
+    monkeypatch.setattr(replay, "_kept", replay._Kept())
 
 
 def _call(run, *inputs):
@@ -31,11 +33,11 @@ def _call(run, *inputs):
 
 
 def _same(a, b) -> bool:
-    return all(map(replay._same_bits, a, b))
+    return all(map(recording._same_bits, a, b))
 
 
-def _recordings() -> list[replay.Recording]:
-    return [known for known in replay._seen.kinds.values() if isinstance(known, replay.Recording)]
+def _recordings() -> list[recording.Recording]:
+    return [free for known in replay._kept.kinds.values() for free in known.free]
 
 
 def _plain(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,7 +127,7 @@ REFUSED = {
 def test_what_cannot_be_replayed_is_run(name):
     run, reason = REFUSED[name]
     x = torch.randn(2, 3)
-    made = replay.record(run, [x])
+    made = recording.record(run, [x])
     assert isinstance(made, str)
     assert reason in made
     for i in range(4):
@@ -134,14 +136,14 @@ def test_what_cannot_be_replayed_is_run(name):
 
 
 def test_a_recording_that_misses_an_operator_is_not_used(monkeypatch):
-    noted = replay._Recorder._note
+    noted = recording._Recorder._note
 
     def forgets(self, func, args, kwargs, result):
         if func.overloadpacket.__name__ != "exp_":
             noted(self, func, args, kwargs, result)
 
-    monkeypatch.setattr(replay._Recorder, "_note", forgets)
-    assert replay.record(_plain, [torch.zeros(2, 3), torch.zeros(2, 3)]) == "its replay gives other bits"
+    monkeypatch.setattr(recording._Recorder, "_note", forgets)
+    assert recording.record(_plain, [torch.zeros(2, 3), torch.zeros(2, 3)]) == "its replay gives other bits"
 
 
 def _graph(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
@@ -192,7 +194,89 @@ def test_every_thread_has_memory_of_its_own():
     for thread in threads:
         thread.join()
     assert all(_same(made, _plain(inputs[i], ones)) for i, every in results.items() for made in every)
-    assert not _recordings()  # of this thread
+    assert 1 <= len(_recordings()) <= len(threads)
+
+
+def test_two_threads_at_once_have_two_recordings(monkeypatch):
+    x, y = torch.randn(2, 3), torch.randn(2, 3)
+    for _ in range(2):
+        _call(_plain, x, y)
+    both, replayed, seen = threading.Barrier(2, timeout=60), recording.Recording.into, []
+
+    def meet(self, *arguments):
+        if replay._here.busy:  # a new one is held against the call
+            return replayed(self, *arguments)
+        both.wait()
+        seen.append(self)
+        made = replayed(self, *arguments)
+        both.wait()
+        return made
+
+    monkeypatch.setattr(recording.Recording, "into", meet)
+    inputs = {i: torch.full((2, 3), float(i)) for i in range(2)}
+    results: dict[int, list] = {}
+    threads = [threading.Thread(target=lambda i=i: results.update({i: [_call(_plain, inputs[i], y) for _ in range(5)]})) for i in inputs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    monkeypatch.undo()
+    assert len(set(seen)) == 2
+    assert all(a is not b for a, b in zip(seen[::2], seen[1::2], strict=True))
+    assert all(_same(made, _plain(inputs[i], y)) for i, every in results.items() for made in every)
+
+
+def test_kinds_that_were_driven_out_are_run(monkeypatch):
+    """Or recordings would be made for ever, each in the place of the next."""
+    monkeypatch.setattr(replay, "ALL_BYTES", 5000)
+    recorded = []
+    monkeypatch.setattr(replay, "record", lambda *arguments: recorded.append(1) or recording.record(*arguments))
+    run = lambda x: (x * 2 + 1,)  # noqa: E731
+    for _ in range(10):
+        for n in range(100, 105):
+            x = torch.randn(n)
+            assert _same(_call(run, x), run(x))
+    assert len(recorded) == 5
+    assert 0 < sum(r.bytes for r in _recordings()) <= 5000
+
+
+def test_a_forked_process_begins_anew():
+    x, y = torch.randn(2, 3), torch.randn(2, 3)
+    for _ in range(2):
+        _call(_plain, x, y)
+    before = replay._kept
+    replay._forget()
+    assert not _recordings()
+    assert replay._kept is not before
+    assert _same(_call(_plain, x, y), _plain(x, y))
+
+
+def _convolved(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    """Two results that torch puts into memory of its own, views of both, a place that is written over, and one that is returned."""
+    made = torch.nn.functional.conv2d(x, w)
+    part = made[:, :, 1:, 1:]
+    part.mul_(2)
+    again = torch.nn.functional.conv2d(made.flip(1), w)
+    again.add_(made.mean())
+    return again.transpose(1, 2).sum(1), again
+
+
+def test_memory_that_torch_makes_is_given_back(monkeypatch):
+    monkeypatch.setattr(recording, "_LOOSE", 1)
+    shapes = (2, 3, 8, 8), (3, 3, 3, 3)
+    x, w = map(torch.randn, shapes)
+    held = recording.record(_convolved, [x, w])
+    assert isinstance(held, recording.Recording)
+    kept = []
+    for _ in range(3):
+        x, w = map(torch.randn, shapes)
+        kept.append((held(x, w), _convolved(x, w)))
+    assert all(_same(made, wanted) for made, wanted in kept)
+    monkeypatch.setattr(recording, "_LOOSE", 1 << 30)
+    copied = recording.record(_convolved, [x, w])
+    assert isinstance(copied, recording.Recording)
+    assert copied.bytes > held.bytes
+    assert _same(copied(x, w), _convolved(x, w))
 
 
 def test_a_call_inside_of_a_recorded_one_is_part_of_it():
@@ -216,28 +300,29 @@ def test_what_is_kept_has_bounds(monkeypatch):
     monkeypatch.setattr(replay, "_KINDS", 4)
     for n in range(1, 20):
         _call(run, torch.ones(n))
-    assert len(replay._seen.kinds) <= 4
+    assert len(replay._kept.kinds) <= 4
 
 
 def test_large_calls_are_run(monkeypatch):
-    monkeypatch.setattr(replay, "MOST_BYTES", 4096)
-    assert "takes more than" in replay.record(lambda x: (x.repeat(1, 40) + 1,), [torch.zeros(4, 10)])
+    monkeypatch.setattr(recording, "MOST_BYTES", 4096)
+    assert "takes more than" in recording.record(lambda x: (x.repeat(1, 40) + 1,), [torch.zeros(4, 10)])
+    monkeypatch.setattr(replay, "_INPUT", 1024)
     for _ in range(3):
         _call(lambda x: (x + 1,), torch.zeros(4000))
-    assert not replay._seen.kinds
+    assert not replay._kept.kinds
 
 
 def test_settings_are_part_of_the_kind():
     x, y = torch.randn(2, 3), torch.randn(2, 3)
     for _ in range(3):
         _call(_plain, x, y)
-    kinds = len(replay._seen.kinds)
+    kinds = len(replay._kept.kinds)
     with torch.backends.mkldnn.flags(enabled=False):
         _call(_plain, x, y)
-    assert len(replay._seen.kinds) == kinds + 1
+    assert len(replay._kept.kinds) == kinds + 1
     before = len(_recordings())
     with torch.device("cpu"), pytest.MonkeyPatch.context() as patch:  # a mode looks on
-        patch.setattr(replay.Recording, "__call__", lambda *_: pytest.fail("replayed"))
+        patch.setattr(recording.Recording, "into", lambda *_: pytest.fail("replayed"))
         assert _same(_call(_plain, x, y), _plain(x, y))
     assert len(_recordings()) == before
 
@@ -268,6 +353,7 @@ def test_inference_mode_before_and_after():
     assert len(_recordings()) == 1
 
 
+PLAIN = replay._small_and_plain
 NETWORKS = {**IMAGES, **VECTORS, **SEQUENCES}
 RUN = {"every_activation"}  # torch's RReLU makes noise in evaluation mode, too
 
@@ -275,7 +361,7 @@ RUN = {"every_activation"}  # torch's RReLU makes noise in evaluation mode, too
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
 def test_losses_of_the_field_are_those_of_the_call(name, own, monkeypatch):
-    monkeypatch.setattr(replay, "MOST_BYTES", 64 << 20)
+    monkeypatch.setattr(recording, "MOST_BYTES", 64 << 20)
     make, shape = NETWORKS[name]
     torch.manual_seed(0)
     models = [make().eval() for _ in range(K)]
@@ -295,13 +381,63 @@ def test_losses_of_the_field_are_those_of_the_call(name, own, monkeypatch):
         weights = rows * (1 + 0.1 * seed)
         targets = torch.randn(K, N, *architecture.output_shape)
         made, outputs = loss(weights, x, targets), engine.forward(weights, x, architecture)
-        replay._seen.busy = True  # runs
+        replay._here.busy = True  # runs
         wanted, expected = loss(weights, x, targets), engine.forward(weights, x, architecture)
-        replay._seen.busy = False
+        replay._here.busy = False
         assert _same(made, wanted)
         assert _same([outputs], [expected])
     if torch.get_num_threads() == 1 and name not in RUN:
         assert len(_recordings()) == 2  # of the loss, and of the outputs
+
+
+FEW = ("zoo_cnn_with_batch_norm", "ResNet", "every_pooling", "siren", "mlp_with_batch_norm", "LstmClassifier", "VisionTransformer")
+
+
+@pytest.mark.parametrize("own", ["shared", "own", "index"])
+@pytest.mark.parametrize("name", FEW)
+def test_groups_are_replayed_one_by_one(name, own, monkeypatch):
+    """Groups of four models, the last one not full; each thread has its own recording."""
+    monkeypatch.setattr(stacked, "group_shape", lambda graph, n: (4, n))
+    monkeypatch.setattr(company, "_split", {})
+    make, shape = NETWORKS[name]
+    torch.manual_seed(0)
+    models = [make().eval() for _ in range(11)]
+    for model in models:
+        model(torch.randn(1, *shape))
+    architecture = wslfast.Architecture.from_module(models[0], shape)
+    rows = wslfast.Population.from_state_dicts(architecture, [model.state_dict() for model in models]).weights
+    replayed, into = [], recording.Recording.into
+    monkeypatch.setattr(recording.Recording, "into", lambda self, *arguments: replayed.append(self) or into(self, *arguments))
+    for seed in range(4):
+        torch.manual_seed(seed)
+        x = torch.randn(*((11,) if own == "own" else ()), N, *shape)
+        index = torch.randint(N, (11, N)) if own == "index" else None
+        weights, targets = rows * (1 + 0.1 * seed), torch.randn(11, N, *architecture.output_shape)
+        calls = [partial(engine.loss_and_gradient, weights, x, targets, architecture, "mse", index=index, backend="torch")]
+        calls += [] if own == "index" else [lambda x=x, weights=weights: (engine.forward(weights, x, architecture, backend="torch"),)]
+        made = [call() for call in calls]
+        monkeypatch.setattr(replay, "_small_and_plain", lambda inputs: False)  # runs
+        wanted = [call() for call in calls]
+        monkeypatch.setattr(replay, "_small_and_plain", PLAIN)
+        assert all(map(_same, made, wanted))
+    assert len(replayed) >= 2 * len(calls) * 2  # of the last two calls at least, all groups that one thread takes
+
+
+def test_autocast_of_the_caller_is_that_of_its_groups(monkeypatch):
+    """A thread that takes a group knows nothing of it."""
+    monkeypatch.setattr(stacked, "group_shape", lambda graph, n: (4, n))
+    monkeypatch.setattr(company, "_split", {})
+    make, shape = NETWORKS["siren"]
+    architecture = wslfast.Architecture.from_module(make().eval(), shape)
+    weights, x = torch.randn(9, architecture.num_weights), torch.randn(N, *shape)
+    targets = torch.randn(9, N, *architecture.output_shape)
+    loss = partial(engine.loss_and_gradient, weights, x, targets, architecture, "mse", backend="torch")
+    for _ in range(4):
+        plain = loss()
+    for _ in range(4):
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = loss()
+        assert not _same(plain, cast)
 
 
 def test_engines_of_one_graph_have_recordings_of_their_own():
@@ -313,9 +449,9 @@ def test_engines_of_one_graph_have_recordings_of_their_own():
     loss = partial(engine.loss_and_gradient, rows, x, targets, architecture, "mse")
     for _ in range(4):
         made = {backend: loss(backend=backend) for backend in ("auto", "torch")}
-    replay._seen.busy = True  # runs
+    replay._here.busy = True  # runs
     wanted = {backend: loss(backend=backend) for backend in ("auto", "torch")}
-    replay._seen.busy = False
+    replay._here.busy = False
     assert not _same(wanted["auto"], wanted["torch"])  # they are two engines
     assert all(_same(made[backend], wanted[backend]) for backend in wanted)
 

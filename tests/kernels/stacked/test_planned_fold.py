@@ -7,7 +7,7 @@ import torch
 from graph_oracle import close, rows_near
 from segment_cases import CASES, found, traced
 
-from wslfast.kernels.stacked.engine import leaves_of
+from wslfast.kernels.stacked.leaves import leaves_of
 from wslfast.kernels.stacked.planned_fold import FoldPlan, can_be_planned
 from wslfast.kernels.stacked.rows import rows_of
 

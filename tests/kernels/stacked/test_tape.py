@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from wslfast.kernels.stacked import engine, passes, rules
 from wslfast.kernels.stacked.compiler import compile_program
+from wslfast.kernels.stacked.leaves import copies_of
 from wslfast.kernels.stacked.tape import Island, Ruled
 
 
@@ -180,7 +181,7 @@ def test_tape_and_graph_agree() -> None:
 
     ways = []
     for way in (passes.by_tape, lambda *a: passes.by_graph(*a, nullcontext)):
-        leaves = engine._copies_of(weights, architecture.graph)
+        leaves = copies_of(weights, architecture.graph)
         ways.append(way(program, leaves, [(0, program.prepare(queries))], share))
     torch.testing.assert_close(ways[0][0], ways[1][0])
     for a, b in zip(ways[0][1], ways[1][1], strict=True):
