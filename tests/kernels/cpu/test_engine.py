@@ -18,7 +18,7 @@ from torch_settings import default_dtype, threads_of
 from wslfast.kernels import criteria, reference
 from wslfast.kernels import layers as layers_module
 from wslfast.kernels.cpu import engine as cpu
-from wslfast.kernels.cpu import jobs
+from wslfast.kernels.cpu import jobs, rewrites
 from wslfast.kernels.cpu.activations import TABLE, function_of
 from wslfast.kernels.layers import Activation, Conv2d, Dropout, Flatten, Layers, Linear, Pool2d, Unplannable, layer_slots, shapes
 from wslfast.zoo.build import StackedAdam
@@ -460,11 +460,14 @@ def test_small_groups_are_only_used_where_they_were_seen_to_agree(monkeypatch: p
 @pytest.mark.parametrize("own", [False, True], ids=["shared", "own-queries"])
 def test_two_columns_at_once_are_the_plain_convolution(name: str, own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Narrow layers run in pairs of columns; without, gradients are the same to rounding."""
+    monkeypatch.setattr(rewrites, "_vector", lambda: 16)  # whatever this machine has
+    cpu._program.cache_clear()
     weights, queries, targets, layers = _case(NETS[name], 5, 6, own)
     losses, gradient = cpu.loss_and_gradient(weights, queries, targets, layers, "mse")
     kinds = {type(step).__name__ for step in cpu._program(layers, NETS[name][1], own, True).steps}
     assert "NarrowConvStep" in kinds
     assert ("PairedConvStep" in kinds) == (own and name != "cnn")  # one channel is left to the grouped convolution
+    cpu._program.cache_clear()
     monkeypatch.setattr(cpu, "_program", lambda layers, shape, own, _: cpu.compile_program(layers, shape, own))
     values, plain = cpu.loss_and_gradient(weights, queries, targets, layers, "mse")
     torch.testing.assert_close(losses, values, rtol=FP32, atol=FP32_SMALL)
