@@ -236,6 +236,8 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object a network")
     parser.add_argument("--many", action="store_true", help="as many programs as there are tiles")
     options = parser.parse_args()
+    if unknown := sorted({*options.networks} - {*ARCHITECTURES}):
+        parser.error(f"no such network: {', '.join(unknown)}; there are {', '.join(sorted(ARCHITECTURES))}")
     worst = 0
     for name in options.networks or ARCHITECTURES:
         with watching() as found:

@@ -174,3 +174,12 @@ def test_architectures_of_one_model_each(tmp_path: Path, caplog: pytest.LogCaptu
         evaluate(tmp_path / "run")
     assert evaluate(tmp_path / "run", split="train", baselines=False)["run"]["n_models"] == 3
     assert list(generate_each(run, samples=2)) == ["net3", "net4", "net5"]
+
+
+def test_bf16_on_a_cpu_that_imitates_it_is_warned_of(
+    zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+    train(TrainConfig(zoo=str(zoo), out=str(tmp_path / "run"), steps=1, precision="bf16", **SMALL))
+    assert "imitates them: precision = bf16 makes" in caplog.text

@@ -183,7 +183,6 @@ def _announce(trainer: Union[Trainer, MixedTrainer], resumed: bool) -> None:
     if isinstance(trainer, MixedTrainer):
         counts = ", ".join(f"{name} {len(part.models)}" for name, part in trainer.parts.items())
         logger.info("one autoencoder over %d architectures, a batch of one of them a step; models: %s", len(trainer.parts), counts)
-        return
     config = trainer.config
     if trainer.device.type == "cpu":
         known = has_bf16(trainer.device)
@@ -192,6 +191,8 @@ def _announce(trainer: Union[Trainer, MixedTrainer], resumed: bool) -> None:
         slow = [name for name in ("precision", "behavior_precision") if getattr(config, name) == "bf16"]
         if slow and not known:
             logger.warning("this CPU has no bf16 products and imitates them: %s = bf16 makes a step many times as slow", " and ".join(slow))
+    if isinstance(trainer, MixedTrainer):
+        return
     backend = trainer.config.backend
     with behavior_precision(config, trainer.device):
         path = engine.choose(trainer.architecture, trainer.device.type, torch.float32, backend, config.behavior_precision == "bf16")
