@@ -123,9 +123,7 @@ class _Call:
                 self.models = next(size for size in (*sizes, full) if size * threads >= k)
         self.sizes = *sizes, full
         self.starts = range(0, self.n, self.slab)
-        self._slabs: list[Any] = []  # of queries that all models see; of one slab when it is asked for: groups that are replayed do not
-        if not self.own and len(self.starts) > 1:
-            self._slabs = self._shared()
+        self._slabs: list[Any] = []  # of queries that all models see, made when they are asked for
 
     def filled(self, models: int) -> int:
         """Models that run in a group of so many: those, and idle ones."""
@@ -142,9 +140,8 @@ class _Call:
         return torch.cat((rows, rows.new_zeros(filled - rows.shape[0], rows.shape[1])))
 
     def replayed(self, part: slice, kind: Hashable | None, run: Run, places: Sequence[Tensor], *more: Tensor) -> bool:
-        """Whether results of a group's models were replayed, into ``places``; if not, they have to be run. ``run``: of a call that is that
-        group alone, and ``more``."""
-        if kind is None or len(self.starts) > 1:
+        """Whether a group's results were replayed, into ``places``; if not, it has to be run. ``run``: of a call of that group alone."""
+        if kind is None or len(self.starts) > 1 or len(self.weights) <= self.models:
             return False
         weights, queries = self.weights[part], self.given[part] if self.own_given else self.given
         shape = self.filled(weights.shape[0]), self.slab
@@ -163,15 +160,17 @@ class _Call:
         """The weights of a group, a step each."""
         return [step.pack(rows, self.dtype) for step in self.steps]
 
-    def _shared(self) -> list[Any]:
-        with _plain():
-            return shared_slabs(self.queries, self.program, self.slab, self.dtype)
+    def share_slabs(self, fewest: int = 1) -> None:
+        """Make the slabs that all models see, where there are so many."""
+        if not self.own and not self._slabs and len(self.starts) >= fewest:
+            with _plain():
+                self._slabs = shared_slabs(self.queries, self.program, self.slab, self.dtype)
 
     def slab_of(self, group: int, start: int, models: int) -> Tensor:
         """Input of the first layer with parameters."""
         if not self.own:
-            self._slabs = slabs = self._slabs or self._shared()
-            return slabs[start // self.slab]
+            self.share_slabs()
+            return self._slabs[start // self.slab]
         part = slice(group, group + self.models), slice(start, start + self.slab)
         return own_slab(self.queries, self.index, part, self.program, models, self.dtype)
 
@@ -208,15 +207,13 @@ def loss_and_gradient(
 
     Queries ``[n, *input]`` shared by all models or ``[k, n, *input]``; with ``index [k, n]`` (int64 or int32), a pool
     ``[N, *input]`` from which each model takes its own (fastest where the pool is channels-last).
-    Targets ``[k, n, K]``, or labels ``[k, n]`` for
-    ``cross_entropy``. A criterion that has no name here may be a function (:data:`Named`), which torch differentiates with
-    respect to the outputs alone. Raises :class:`Unplannable` for what the reference has to run.
+    Targets ``[k, n, K]``, or labels ``[k, n]`` for ``cross_entropy``. A criterion that has no name here may be a function
+    (:data:`Named`), which torch differentiates with respect to the outputs alone. Raises :class:`Unplannable` for what it leaves to others.
     """
     if isinstance(criterion, str):
         criterion_of(criterion)  # raises for an unknown name
 
-    queries, index = own_queries(queries, index)
-    kind = kind_of_loss("cpu", layers, criterion, temperature) if index is None else None
+    queries, index, kind = own_queries(queries, index, kind_of_loss("cpu", layers, criterion, temperature))
 
     def run(weights: Tensor, queries: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         return _loss_and_gradient(_Call(weights, queries, layers, index), targets, criterion, temperature, kind)
@@ -233,7 +230,7 @@ def _share(layers: Layers, weights: Tensor, queries: Tensor) -> bool | None:
 def models_of_a_job(weights: Tensor, queries: Tensor, layers: Layers) -> int:
     """Of how many models one job computes loss and gradient; 0 where queries are cut, too. Of weights only the number is looked at."""
     call = _Call(weights, queries, layers)
-    return call.models if len(call.starts) == 1 else 0
+    return call.models if len(call.starts) == 1 or torch.get_num_threads() == 1 else 0
 
 
 class _Group:
@@ -282,6 +279,7 @@ def _loss_and_gradient(
     if call.n == 0:  # the mean over no queries, as the reference has it
         return losses.fill_(float("nan")), gradient.zero_()
 
+    call.share_slabs(fewest=2)  # by all threads
     alone = partial(_loss_and_gradient, criterion=criterion, temperature=temperature)
 
     def whole(group: int) -> None:
@@ -382,6 +380,8 @@ def forward(weights: Tensor, queries: Tensor, layers: Layers) -> Tensor:
 def _forward(call: _Call, kind: Hashable | None = None) -> tuple[Tensor]:
     weights = call.weights
     outputs = call.weights.new_empty(weights.shape[0], call.n, call.program.outputs)
+
+    call.share_slabs(fewest=2)
 
     def part(group: int, starts: Sequence[int]) -> None:
         models = slice(group, group + call.models)

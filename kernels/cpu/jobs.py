@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["controls", "run", "run_here", "threads_inside"]
+__all__ = ["controls", "forked", "run", "run_here", "threads_inside"]
 
 Setter = Callable[[int], "int | None"]
 _Body = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
@@ -80,6 +80,11 @@ def _note_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_note_fork)
+
+
+def forked() -> bool:
+    """Whether this process was forked: it has one thread, and what OpenMP would share out waits for ever."""
+    return _forked
 
 
 def _next(waiting: deque[Callable[[], None]]) -> Callable[[], None] | None:

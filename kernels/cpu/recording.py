@@ -51,6 +51,7 @@ class Recording:
         inputs, results: tensors in that memory.
         steps: the operators.
         memory: all that they write.
+        loose: what stands for memory that torch makes, and that no step gives back.
         share: whether matrix products take all threads.
 
     Attributes:
@@ -58,8 +59,15 @@ class Recording:
     """
 
     def __init__(
-        self, inputs: Sequence[Tensor], steps: Sequence[partial[Any]], results: Sequence[Tensor], memory: Tensor, share: bool
+        self,
+        inputs: Sequence[Tensor],
+        steps: Sequence[partial[Any]],
+        results: Sequence[Tensor],
+        memory: Tensor,
+        loose: Sequence[Sequence[Tensor]],
+        share: bool,
     ) -> None:
+        self._loose = loose
         self.bytes = sum(map(_bytes, (*inputs, memory)))
         self._inputs, self._results, self._memory, self._share = tuple(inputs), tuple(results), memory, share
         self._anywhere = (None,) * len(results)
@@ -107,6 +115,8 @@ class Recording:
                 results.append(self._join() if place is None else self._join(out=place))
             else:
                 results.append(result.clone() if place is None else place.copy_(result))
+        for aliases in self._loose:
+            _released(aliases)
 
     def forget(self) -> None:
         """Puts NaN, ones in every bit, in all memory that a call writes."""
@@ -159,7 +169,8 @@ def _settled(inputs: Sequence[Tensor], recorder: _Recorder, results: Sequence[Te
         steps += [partial(_released, aliases.known[name]) for name in ended]
         for name in ended:
             _released(aliases.known[name])
-    return Recording(inputs, steps, results, arena.memory, share)
+    last = [aliases.known[name] for name in loose if lives[name][1] >= len(operators) - 1]
+    return Recording(inputs, steps, results, arena.memory, last, share)
 
 
 class _Aliases:
@@ -247,6 +258,9 @@ class _Recorder(TorchDispatchMode):
         fresh = [t for t in results if _storage(t) not in read]
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise _Refused(f"{name} draws random numbers")
+        counted = name != "index" or any(t.dtype in (torch.bool, torch.uint8) for t in _tensors(args[1]))
+        if torch.Tag.dynamic_output_shape in func.tags and counted:
+            raise _Refused(f"{name} makes as much as its numbers say")
         if name in _MOVES or any(t.device.type != "cpu" or t.layout != torch.strided for t in results):
             raise _Refused(f"{name} makes what is no plain tensor")
         if torch.Tag.inplace_view in func.tags:

@@ -14,16 +14,18 @@ import logging
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..criteria import Named
+from . import jobs
 from .recording import MOST_BYTES, Recording, Run, record
 
-__all__ = ["ALL_BYTES", "Recording", "kind_of_loss", "own_queries", "replay", "run_or_replay"]
+__all__ = ["ALL_BYTES", "Recording", "kind_of_loss", "own_queries", "replay", "run_or_replay", "unrecorded"]
 
 logger = logging.getLogger("wslfast")
 ALL_BYTES = (4 + (os.cpu_count() or 1)) * MOST_BYTES  # of all recordings: each thread needs its own
@@ -131,6 +133,16 @@ class _Here(threading.local):
 _here = _Here()
 
 
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """A block whose calls are run: they are parts of one that will be recorded as a whole."""
+    before, _here.busy = _here.busy, True
+    try:
+        yield
+    finally:
+        _here.busy = before
+
+
 def kind_of_loss(engine: str, network: Hashable, criterion: Named, temperature: float) -> Hashable | None:
     """The kind of a loss's calls; None where they are run: with a criterion of the caller's own, and under autocast.
 
@@ -140,11 +152,14 @@ def kind_of_loss(engine: str, network: Hashable, criterion: Named, temperature: 
     return (engine, network, criterion, temperature) if plain else None
 
 
-def own_queries(queries: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Queries and index of a call; where they are few, each model's part of the pool, and no index: such calls can be replayed."""
-    if index is None or queries.device.type != "cpu" or len(queries) == 0 or queries[0].nbytes * index.numel() > _INPUT:
-        return queries, index
-    return queries.index_select(0, index.reshape(-1)).unflatten(0, index.shape), None
+def own_queries(queries: Tensor, index: Tensor | None, kind: Hashable | None) -> tuple[Tensor, Tensor | None, Hashable | None]:
+    """Queries and index of a call, and its kind; where queries are few, each model's part of the pool, and no index. With an index there is
+    no kind."""
+    if index is None or kind is None:
+        return queries, index, kind if index is None else None
+    if not queries.is_contiguous() or len(queries) == 0 or queries[0].nbytes * index.numel() > _INPUT:
+        return queries, index, None
+    return queries.index_select(0, index.reshape(-1)).unflatten(0, index.shape), None, kind
 
 
 def run_or_replay(kind: Hashable | None, run: Run, share: Share, *inputs: Tensor) -> Sequence[Tensor]:
@@ -175,7 +190,7 @@ def replay(
         places: where results go; None makes new memory.
         call: of which this is a part, in one thread. The parts of the first one that has a kind are run.
     """
-    if kind is None or _here.busy or not _small_and_plain(inputs):
+    if kind is None or _here.busy or jobs.forked() or not _small_and_plain(inputs):
         return None
     asked = (kind, _settings(), *[(t.shape, t.dtype) for t in inputs])
     known, wanted = _kept.take(asked, object() if call is None else call)
@@ -218,7 +233,9 @@ def _small_and_plain(inputs: Sequence[Tensor]) -> bool:
 
     A checkpoint looks on: it counts what torch's graph saves, and a replay saves nothing.
     """
-    if torch._C._len_torch_function_stack() > 0 or torch.is_autocast_enabled("cpu") or _saves(True) is not None:
+    if torch._C._len_torch_function_stack() > 0 or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    if torch.is_autocast_enabled("cpu") or _saves(True) is not None:
         return False
     for t in inputs:  # noqa: SIM110 (a generator costs more than the checks)
         if t.device.type != "cpu" or not t.is_contiguous() or t.nbytes > _INPUT:

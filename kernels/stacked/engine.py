@@ -183,11 +183,17 @@ class Call:
     ) -> Sequence[Tensor] | None:
         """Results of a group's models, replayed; None where they have to be run. ``run``: of a call that is that group alone, and
         ``more``."""
-        if kind is None or self.n > self.slab:
+        if kind is None or self.n > self.slab or self.weights.shape[0] <= self.models:
             return None
         queries, filled = self.queries[part] if self.own else self.queries, self.filled(part.start)
-        again = lambda weights, queries, *more: run(Call(weights, queries, self.graph, None, size=filled), *more)  # noqa: E731
-        return replay((kind, filled), again, (self.weights[part], queries, *more), places, call=self._token)
+        share = bool(self.share)
+
+        def again(weights: Tensor, queries: Tensor, *more: Tensor) -> Sequence[Tensor]:
+            call = Call(weights, queries, self.graph, None, size=filled)
+            call.share = share
+            return run(call, *more)
+
+        return replay((kind, filled, share), again, (self.weights[part], queries, *more), places, call=self._token)
 
 
 def _jobs(count: int, call: Call, run: Callable[[int], None]) -> None:
@@ -221,8 +227,7 @@ def loss_and_gradient(
     Queries ``[n, *input]`` shared by all models or ``[k, n, *input]``; with ``index [k, n]``, a pool ``[N, *input]`` from which each model
     takes its own. Targets ``[k, n, *out]``, or labels ``[k, n]`` for ``cross_entropy``.
     """
-    queries, index = own_queries(queries, index)
-    kind = kind_of_loss("stacked", graph, criterion, temperature) if index is None else None
+    queries, index, kind = own_queries(queries, index, kind_of_loss("stacked", graph, criterion, temperature))
 
     def run(weights: Tensor, queries: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         return loss_and_gradient_of(Call(weights, queries, graph, index), targets, criterion, temperature, kind)

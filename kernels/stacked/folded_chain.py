@@ -18,7 +18,7 @@ from ..cpu import engine as cpu
 from ..cpu import jobs
 from ..cpu.memory import fresh_like
 from ..cpu.recording import Run
-from ..cpu.replay import kind_of_loss, own_queries, replay, run_or_replay
+from ..cpu.replay import kind_of_loss, own_queries, replay, run_or_replay, unrecorded
 from ..cpu.rewrites import joined
 from ..criteria import Named
 from ..graph import QUERY, Graph
@@ -97,8 +97,7 @@ def loss_and_gradient(
     models, and their gradients.
     """
 
-    queries, index = own_queries(queries, index)
-    kind = kind_of_loss("folded chain", graph, criterion, temperature) if index is None else None
+    queries, index, kind = own_queries(queries, index, kind_of_loss("folded chain", graph, criterion, temperature))
 
     def piece(weights: Tensor, queries: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         gradient = fresh_like(weights)
@@ -136,8 +135,9 @@ def _one_a_thread(
         part = slice(start, start + size)
         inputs, places = (weights[part], queries[part] if own else queries, targets[part]), (losses[part], gradient[part])
         if replay((kind, size), piece, inputs, places, call=call) is None:
-            for place, made in zip(places, piece(*inputs), strict=True):
-                place.copy_(made)
+            with unrecorded():
+                for place, made in zip(places, piece(*inputs), strict=True):
+                    place.copy_(made)
 
     jobs.run([partial(job, start) for start in range(0, k, size)])
     return losses, gradient

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from functools import partial
 
@@ -82,6 +85,11 @@ def _counts(x: Tensor) -> tuple[Tensor, ...]:
     return (x.new_full((), len((x > 0).nonzero().tolist())),)
 
 
+def _large(x: Tensor) -> tuple[Tensor, ...]:
+    """Nothing in both trials, and much in a later call."""
+    return (x[x > 100].sum() + x.sum(),)
+
+
 def _draws(x: Tensor) -> tuple[Tensor, ...]:
     return (x + torch.rand(x.shape, generator=torch.Generator().manual_seed(0)),)
 
@@ -113,7 +121,8 @@ def _told(x: Tensor) -> tuple[Tensor, ...]:
 
 REFUSED = {
     "decides": (_decides, "returns no tensor"),
-    "counts": (_counts, "returns no tensor"),
+    "counts": (_counts, "its numbers say"),
+    "as many as there are": (_large, "its numbers say"),
     "draws": (_draws, "random"),
     "other memory": (_moved, "no plain tensor"),
     "its own input": (_itself, "elsewhere"),
@@ -240,15 +249,23 @@ def test_kinds_that_were_driven_out_are_run(monkeypatch):
     assert 0 < sum(r.bytes for r in _recordings()) <= 5000
 
 
-def test_a_forked_process_begins_anew():
-    x, y = torch.randn(2, 3), torch.randn(2, 3)
-    for _ in range(2):
-        _call(_plain, x, y)
-    before = replay._kept
-    replay._forget()
-    assert not _recordings()
-    assert replay._kept is not before
-    assert _same(_call(_plain, x, y), _plain(x, y))
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
+def test_a_forked_process_runs():
+    """OpenMP's threads do not survive a fork, and whatever is shared out among them waits for ever."""
+    code = """
+import os, sys, torch, wslfast
+from wslfast import engine
+architecture = wslfast.Architecture.mlp(64, (128,), 10)
+weights, x, y = torch.randn(8, architecture.num_weights), torch.randn(64, 64), torch.randn(8, 64, 10)
+wanted = engine.loss_and_gradient(weights, x, y, architecture, "mse")
+child = os.fork()
+if child == 0:
+    made = [engine.loss_and_gradient(weights, x, y, architecture, "mse") for _ in range(4)]
+    os._exit(0 if all((m[1].numpy() == wanted[1].numpy()).all() for m in made) else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=environment, timeout=120, check=False).returncode == 0
 
 
 def _convolved(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
@@ -421,6 +438,21 @@ def test_groups_are_replayed_one_by_one(name, own, monkeypatch):
         monkeypatch.setattr(replay, "_small_and_plain", PLAIN)
         assert all(map(_same, made, wanted))
     assert len(replayed) >= 2 * len(calls) * 2  # of the last two calls at least, all groups that one thread takes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_inference_mode_changes_no_gradient(dtype):
+    """Some paths go through torch's graph, and there is none in that mode."""
+    make, shape = NETWORKS["zoo_cnn_with_batch_norm"]
+    architecture = wslfast.Architecture.from_module(make().eval(), shape)
+    weights, x = torch.rand(3, architecture.num_weights, dtype=dtype), torch.randn(N, *shape, dtype=dtype)
+    targets = torch.randn(3, N, *architecture.output_shape, dtype=dtype)
+    wanted = engine.loss_and_gradient(weights, x, targets, architecture, "mse")
+    assert wanted[1].abs().max() > 0
+    for _ in range(4):
+        with torch.inference_mode():
+            made = engine.loss_and_gradient(weights.clone(), x, targets, architecture, "mse")
+        assert _same(made, wanted)
 
 
 def test_autocast_of_the_caller_is_that_of_its_groups(monkeypatch):
