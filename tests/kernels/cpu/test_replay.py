@@ -255,7 +255,7 @@ def test_a_forked_process_runs():
     code = """
 import os, sys, torch, wslfast
 from wslfast import engine
-architecture = wslfast.Architecture.mlp(64, (128,), 10)
+architecture = wslfast.Architecture.mlp(64, (32,), 10)
 weights, x, y = torch.randn(8, architecture.num_weights), torch.randn(64, 64), torch.randn(8, 64, 10)
 wanted = engine.loss_and_gradient(weights, x, y, architecture, "mse")
 child = os.fork()
