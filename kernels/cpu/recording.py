@@ -166,9 +166,9 @@ def _settled(inputs: Sequence[Tensor], recorder: _Recorder, results: Sequence[Te
         places = [aliases.known.get(_storage(t), here) for t, here in zip(_tensors(before.result), _tensors(operator.result), strict=True)]
         steps.append(operator.again(places))
         ended = [name for name in loose if lives[name][1] == i < len(operators) - 1]  # what the last one reads, it may read again
-        steps += [partial(_released, aliases.known[name]) for name in ended]
         for name in ended:
-            _released(aliases.known[name])
+            steps.append(partial(_released, aliases.known[name]))
+            steps[-1]()
     last = [aliases.known[name] for name in loose if lives[name][1] >= len(operators) - 1]
     return Recording(inputs, steps, results, arena.memory, last, share)
 

@@ -16,7 +16,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +24,7 @@ from ..criteria import Named
 from . import jobs
 from .recording import MOST_BYTES, Recording, Run, record
 
-__all__ = ["ALL_BYTES", "Recording", "kind_of_loss", "own_queries", "replay", "run_or_replay", "unrecorded"]
+__all__ = ["ALL_BYTES", "Recording", "kind_of_loss", "own_queries", "replay", "run_or_replay", "saving_is_watched", "unrecorded"]
 
 logger = logging.getLogger("wslfast")
 ALL_BYTES = (4 + (os.cpu_count() or 1)) * MOST_BYTES  # of all recordings: each thread needs its own
@@ -135,7 +134,7 @@ _here = _Here()
 
 @contextmanager
 def unrecorded() -> Iterator[None]:
-    """A block whose calls are run: they are parts of one that will be recorded as a whole."""
+    """A block whose calls are run, in this thread: they are parts of one that is recorded as a whole, or will be."""
     before, _here.busy = _here.busy, True
     try:
         yield
@@ -206,12 +205,9 @@ def replay(
 
 def _made(asked: Hashable, run: Run, share: Share | None, inputs: Sequence[Tensor]) -> Recording | None:
     """A recording of a call; None where there cannot be one, and its kind is run from now on."""
-    _here.busy = True
-    try:
+    with unrecorded():  # what a call calls is part of its recording
         shared = False if share is None else share(*inputs[:2])
         made = record(run, inputs, shared) if shared is not None else "it does not stay in its thread"
-    finally:
-        _here.busy = False
     if isinstance(made, Recording):
         return made
     logger.debug("a call is not replayed: %s", made)
@@ -219,8 +215,9 @@ def _made(asked: Hashable, run: Run, share: Share | None, inputs: Sequence[Tenso
     return None
 
 
-# the hooks on what torch's graph saves; the argument: also where a compiler traces
-_saves: Callable[[bool], Any] = torch._C._autograd._top_saved_tensors_default_hooks
+def saving_is_watched() -> bool:
+    """Whether somebody's hooks see what torch's graph saves in this thread: a checkpoint's, say."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # also where a compiler traces
 
 
 def _settings() -> Hashable:
@@ -235,7 +232,7 @@ def _small_and_plain(inputs: Sequence[Tensor]) -> bool:
     """
     if torch._C._len_torch_function_stack() > 0 or torch._C._len_torch_dispatch_stack() > 0:
         return False
-    if torch.is_autocast_enabled("cpu") or _saves(True) is not None:
+    if torch.is_autocast_enabled("cpu") or saving_is_watched():
         return False
     for t in inputs:  # noqa: SIM110 (a generator costs more than the checks)
         if t.device.type != "cpu" or not t.is_contiguous() or t.nbytes > _INPUT:

@@ -94,17 +94,11 @@ def loss_and_gradient(
     ``[k, n, K]``, or labels ``[k, n]`` for ``cross_entropy``. ``criterion`` is a name of the table in ``kernels/criteria.py``, or a
     function of outputs ``[m, q, K]`` and targets alike to values ``[m]`` that add up over queries (some paths take a few at a time).
     """
-    if torch.is_inference_mode_enabled():  # no graph is made there, and some of the paths below go through one
-        with torch.inference_mode(False):
-            given = [t.clone() if t is not None and t.is_inference() else t for t in (weights, queries, targets, index)]
-            weights, queries, targets, index = given  # type: ignore[assignment]
-            return loss_and_gradient(
-                weights, queries, targets, architecture, criterion, temperature=temperature, backend=backend, index=index
-            )
     device, backend = weights.device.type, preferred(backend)
-    weights, targets = weights.detach(), targets.detach()
     call = Call(form_of(criterion, index), weights.shape[0], targets.shape[1], weights.device.index)
     with region("loss"), graphs_of_our_own():
+        weights, queries, targets = (t.clone() if t.is_inference() else t for t in (weights, queries, targets))  # no graph takes those
+        weights, targets = weights.detach(), targets.detach()
         while True:
             path = choose(architecture, device, weights.dtype, backend, torch.is_autocast_enabled(device), call)
             _say_module(architecture, path)

@@ -6,16 +6,15 @@ out as zero, a counter would count nothing. A call that is looked through is ser
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.graph import saved_tensors_hooks
 
-_hooks: Callable[[bool], Any] = torch._C._autograd._top_saved_tensors_default_hooks  # the argument: also where a compiler traces
+from ..kernels.cpu.replay import saving_is_watched
+from ..kernels.stacked.company import by_itself
+
 _PLAIN = Tensor.__torch_dispatch__
 
 
@@ -33,14 +32,11 @@ def looked_through(*tensors: object) -> bool:
     return any(type(t).__torch_dispatch__ is not _PLAIN for t in given)
 
 
-def graphs_of_our_own() -> AbstractContextManager[Any]:
-    """A block whose graphs are gone at its end: a caller's hooks on saved tensors do not see them.
+def graphs_of_our_own() -> AbstractContextManager[None]:
+    """A block whose graphs are gone at its end: neither the caller's inference mode, in which there are none, nor hooks on saved tensors
+    reach it.
 
     A checkpoint counts what is saved, which may be another number the next time (threads save for themselves), and would run the whole
     call again for the backward pass within it.
     """
-    return nullcontext() if _hooks(True) is None else saved_tensors_hooks(_itself, _itself)
-
-
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
+    return by_itself() if torch.is_inference_mode_enabled() or saving_is_watched() else nullcontext()
