@@ -19,7 +19,8 @@ from .norms import PARAMETERS
 from .rows import Weighted, weighted
 from .segments import NormPart, Segment
 
-_NUMBERS = ("bias", *PARAMETERS)  # of a norm's channel; the first is the bias of the layer that the norm is behind
+_STATISTICS = PARAMETERS[:2]  # that every norm has
+_NUMBERS = ("bias ahead", *PARAMETERS)  # of a norm's channel; the first is the bias of the layer that the norm is behind
 
 
 class _Step(NamedTuple):
@@ -96,15 +97,15 @@ class FoldPlan:
         read = {reference for part in segment.parts for reference in part.references()}
         self._unread = [i for name, i in slots.items() if name not in read]
         self._spread, self._spread_sizes = self._places_of_spread()
-        columns_of_all, self._eps = (
-            torch.tensor(columns, dtype=torch.long, device="cpu").flatten(),
-            torch.tensor(eps, dtype=torch.float32, device="cpu"),
-        )
+        self._eps = torch.tensor(eps, dtype=torch.float32, device="cpu")
+        had = {name: known for name, known in zip(_NUMBERS, columns, strict=True) if name in _STATISTICS or max(known, default=-1) >= 0}
+        self._had = tuple(had)  # by some norm
+        columns_of_all = torch.tensor([*had.values()], dtype=torch.long, device="cpu").flatten()
         self._given = columns_of_all >= 0
         self._columns, self._own_columns = columns_of_all.clamp(min=0), columns_of_all[self._given]
         self._places = self._given.nonzero().flatten()
-        scales = torch.arange(len(columns_of_all), device="cpu") // max(1, len(eps)) == _NUMBERS.index("weight")
-        self._neutral = None if self._given.all() else scales.float()  # what a norm without a number has: a scale of 1, others of 0
+        neutral = [float(name == "weight") for name in had for _ in eps]  # what a norm without a number has: a scale of 1, others of 0
+        self._neutral = None if self._given.all() else torch.tensor(neutral, dtype=torch.float32, device="cpu")
 
     def fold(self, weights: Tensor) -> tuple[Tensor, Saved]:
         """Folded weights ``[k, P']`` of the graph's ``[k, P]``, and what :meth:`unfold` reads. Not differentiable."""
@@ -130,8 +131,10 @@ class FoldPlan:
                         source = torch.mul(source, factors[after].view(k, g, o, 1), out=target if before is None else None)
                     if before is not None:
                         torch.mul(source, next(spread).view(k, g, 1, -1), out=target)
-                        moved = (source * next(spread).view(k, g, 1, -1)).sum(3).view(k, g * o)
-                        shift = moved if shift is None else shift + moved
+                        moved = torch.sum(source * next(spread).view(k, g, 1, -1), 3, out=bias.view(k, g, o) if shift is None else None)
+                        if shift is not None:
+                            torch.add(shift, moved.view(k, g * o), out=bias)
+                            shift = None
                         saved.ahead.append(source)
                 if shift is not None:
                     bias.copy_(shift)
@@ -140,35 +143,36 @@ class FoldPlan:
     def unfold(self, slopes: Tensor, saved: Saved, out: Tensor) -> None:
         """Write gradients ``[k, P]`` of the graph's own weights, from those of the folded ones, ``[k, P']``."""
         with torch.no_grad():
-            k, channels = len(slopes), len(self._eps)
-            found, of_factor = slopes.new_empty(k, len(_NUMBERS) * channels), slopes.new_empty(k, channels)
-            of_bias, of_mean, of_variance, of_scale, of_shift = found.split_with_sizes([channels] * len(_NUMBERS), 1)
-            self._unfold_layers(slopes, saved, of_factor, of_shift, out)
-            torch.mul(of_shift, saved.factor, out=of_bias)
-            torch.neg(of_bias, out=of_mean)
-            torch.mul(of_factor.addcmul_(of_shift, saved.centered), saved.root, out=of_scale)
-            torch.mul(of_scale, saved.factor, out=of_variance).mul_(saved.root).mul_(-0.5)
-            if self._neutral is not None:
-                found = found.index_select(1, self._places)
+            k, channels, had = len(slopes), len(self._eps), self._had
+            names = [*(name for name in had if name != "bias"), "bias", "factor"]  # all that norms have, and behind it what none has
+            found = slopes.new_empty(k, len(names) * channels)
+            of = dict(zip(names, found.split_with_sizes([channels] * len(names), 1), strict=True))
+            self._unfold_layers(slopes, saved, found[:, -2 * channels :].unflatten(1, (2, channels)), out)
+            of_bias = torch.mul(of["bias"], saved.factor, out=of.get("bias ahead", of["running_mean"]))
+            torch.neg(of_bias, out=of["running_mean"])
+            of["factor"].addcmul_(of["bias"], saved.centered)
+            of_scale = torch.mul(of["factor"], saved.root, out=of.get("weight", of["factor"]))
+            torch.mul(of_scale, saved.factor, out=of["running_var"]).mul_(saved.root).mul_(-0.5)
+            found = found[:, : len(had) * channels] if self._neutral is None else found.index_select(1, self._places)
             out.index_copy_(1, self._own_columns, found)
 
-    def _unfold_layers(self, slopes: Tensor, saved: Saved, of_factor: Tensor, of_shift: Tensor, out: Tensor) -> None:
-        """Write the gradients of layers' own numbers, and those of all norms' factors and shifts."""
+    def _unfold_layers(self, slopes: Tensor, saved: Saved, of_norms: Tensor, out: Tensor) -> None:
+        """Write the gradients of layers' own numbers, and those of all norms' shifts and factors, ``[k, 2, C]``."""
         k, pieces, spread, ahead = len(slopes), iter(slopes.split_with_sizes(self._row_sizes, 1)), iter(saved.spread), iter(saved.ahead)
         own, made = (x.split_with_sizes(self._slot_sizes, 1) for x in (saved.weights, out))
-        factors, of_factors, of_shifts = (x.split_with_sizes(self._channels, 1) for x in (saved.factor, of_factor, of_shift))
+        factors, pairs = saved.factor.split_with_sizes(self._channels, 1), of_norms.split_with_sizes(self._channels, 2)
         for i in self._unread:
             made[i].zero_()
         for step in self._steps:
             slope, of_bias = next(pieces), next(pieces)
             after, before = step.after, step.before
             if after is not None:
-                of_shifts[after].copy_(of_bias)
+                pairs[after][:, 0].copy_(of_bias)
             elif step.bias is not None:
                 made[step.bias].copy_(of_bias)
             if step.shape is None or step.weight is None:
                 assert after is not None
-                of_factors[after].copy_(slope)
+                pairs[after][:, 1].copy_(slope)
                 continue
             if after is None and before is None:
                 made[step.weight].copy_(slope)
@@ -176,13 +180,18 @@ class FoldPlan:
             g, o, _ = step.shape
             slope, target = slope.view(k, *step.shape), made[step.weight].view(k, *step.shape)
             if before is not None:
-                source, of_bias, channels = next(ahead), of_bias.view(k, g, o, 1), self._channels[before]
-                torch.sum((slope * source).sum(2).view(k, channels, -1), 2, out=of_factors[before])
-                torch.sum((source * of_bias).sum(2).view(k, channels, -1), 2, out=of_shifts[before])
+                source, of_bias, pair = next(ahead), of_bias.view(k, g, o, 1), pairs[before]
+                products = slopes.new_empty(k, 2, *step.shape)
+                torch.mul(source, of_bias, out=products[:, 0])
+                torch.mul(source, slope, out=products[:, 1])
+                if pair[0, 0].numel() == source[0, :, 0].numel():  # a channel has one pixel
+                    torch.sum(products, 3, out=pair.unflatten(2, (g, -1)))
+                else:
+                    torch.sum(products.sum(3).view(*pair.shape, -1), 3, out=pair)
                 slope = torch.mul(slope, next(spread).view(k, g, 1, -1), out=target if after is None else None)
                 slope.addcmul_(of_bias, next(spread).view(k, g, 1, -1))
             if after is not None:
-                torch.sum(slope * own[step.weight].view(k, *step.shape), 3, out=of_factors[after].view(k, g, o))
+                torch.sum(slope * own[step.weight].view(k, *step.shape), 3, out=pairs[after][:, 1].view(k, g, o))
                 torch.mul(slope, factors[after].view(k, g, o, 1), out=target)
 
     def _numbers(self, weights: Tensor) -> Saved:
@@ -190,13 +199,20 @@ class FoldPlan:
         numbers, channels = weights.index_select(1, self._columns), len(self._eps)
         if self._neutral is not None:
             numbers = torch.where(self._given, numbers, self._neutral)
-        bias, mean, variance, scale, shift = numbers.split_with_sizes([channels] * len(_NUMBERS), 1)
-        centered, root = bias - mean, (variance + self._eps).rsqrt_()
-        both = weights.new_empty(len(weights), 2 * channels)
-        factor = torch.mul(root, scale, out=both[:, :channels])
-        shift = torch.addcmul(shift, centered, factor, out=both[:, channels:])
+        of = dict(zip(self._had, numbers.split_with_sizes([channels] * len(self._had), 1), strict=True))
+        bias, scale, shift, mean = of.get("bias ahead"), of.get("weight"), of.get("bias"), of["running_mean"]
+        centered, root = -mean if bias is None else bias - mean, (of["running_var"] + self._eps).rsqrt_()
+        factor, moved = (both := weights.new_empty(len(weights), 2 * channels)).split_with_sizes([channels] * 2, 1)
+        if scale is None:
+            factor.copy_(root)
+        else:
+            torch.mul(root, scale, out=factor)
+        if shift is None:
+            torch.mul(centered, factor, out=moved)
+        else:
+            torch.addcmul(shift, centered, factor, out=moved)
         spread = both.index_select(1, self._spread).split_with_sizes(self._spread_sizes, 1)
-        return Saved(weights, centered, root, factor, shift, spread)
+        return Saved(weights, centered, root, factor, moved, spread)
 
     def _places_of_spread(self) -> tuple[Tensor, list[int]]:
         """Columns of all factors and shifts that :class:`Saved` spreads, and how many there are of each."""
