@@ -64,9 +64,10 @@ def threads_inside() -> int:
 @contextmanager
 def _alone(library: Controls, threads: int, products: int = 1) -> Iterator[None]:
     """One torch thread in this thread, ``products`` in MKL; ``threads`` again afterwards."""
-    library.openmp(1)
-    before = library.mkl(products)
-    try:
+    before = None
+    try:  # an interrupt may come anywhere
+        library.openmp(1)
+        before = library.mkl(products)
         yield
     finally:
         library.mkl(before or 0)

@@ -124,7 +124,7 @@ class Recording:
 
 
 def record(run: Run, inputs: Sequence[Tensor], share: bool = False) -> Recording | str:
-    """A recording of ``run(*inputs)`` that was held against it, or why there is none."""
+    """A recording of ``run(*inputs)`` that was held against it, or why there is none. What a call raises is raised here."""
     with torch.inference_mode(False), torch.no_grad():
         own = [t.clone() for t in inputs]
         try:
@@ -142,8 +142,6 @@ def record(run: Run, inputs: Sequence[Tensor], share: bool = False) -> Recording
             same = all(map(_same_bits, recording(*other), run(*other)))
         except _Refused as reason:
             return str(reason)
-        except Exception as error:  # the caller runs the call as it is, and sees what is wrong with it
-            return f"{type(error).__name__}: {error}"
         return recording if same else "its replay gives other bits"
 
 

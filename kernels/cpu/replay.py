@@ -30,6 +30,7 @@ logger = logging.getLogger("wslfast")
 ALL_BYTES = (4 + (os.cpu_count() or 1)) * MOST_BYTES  # of all recordings: each thread needs its own
 _INPUT = MOST_BYTES >> 2  # bytes of one input
 _KINDS = 256  # of calls that are remembered
+_ERRORS = 3  # of calls that were to be recorded, until their kind is run: a label that is no class is the caller's to mend
 
 # Of weights and queries, whether matrix products take all threads (``jobs.run_here``); None where a call does not stay in its thread.
 Share = Callable[[Tensor, Tensor], "bool | None"]
@@ -42,14 +43,15 @@ class _Kind:
         first: the call in which it was seen first.
         free: recordings that nobody uses.
         bytes: of all its recordings, those in use included.
-        run: it is not replayed.
+        errors: in calls that were to be recorded.
+        run: it is not replayed, or was forgotten.
         full: no more recordings are made.
     """
 
     def __init__(self, first: object) -> None:
         self.first = first
         self.free: list[Recording] = []
-        self.bytes, self.run, self.full = 0, False, False
+        self.bytes, self.errors, self.run, self.full = 0, 0, False, False
 
 
 class _Kept:
@@ -59,36 +61,37 @@ class _Kept:
         self.kinds: OrderedDict[Hashable, _Kind] = OrderedDict()
         self._lock = threading.Lock()
 
-    def take(self, kind: Hashable, call: object) -> tuple[Recording | None, bool]:
-        """A recording that nobody else has; if there is none, whether one should be made: not in the call that is the first of its kind."""
+    def take(self, name: Hashable, call: object) -> tuple[_Kind, Recording | None, bool]:
+        """A kind; a recording that nobody else has; if there is none, whether one should be made: not in the call that is the first of its
+        kind."""
         with self._lock:
-            known = self.kinds.get(kind)
-            if known is None:
-                self.kinds[kind] = _Kind(call)
+            kind = self.kinds.get(name)
+            if kind is None:
+                kind = self.kinds[name] = _Kind(call)
                 while len(self.kinds) > _KINDS:
-                    self.kinds.popitem(last=False)
-                return None, False
-            self.kinds.move_to_end(kind)
-            if known.free:
-                return known.free.pop(), False
-            return None, not (known.run or known.full or known.first is call)
+                    self._give_up(self.kinds.popitem(last=False)[1])
+                return kind, None, False
+            self.kinds.move_to_end(name)
+            if kind.free:
+                return kind, kind.free.pop(), False
+            return kind, None, not (kind.run or kind.full or kind.first is call)
 
-    def give(self, kind: Hashable, recording: Recording, new: bool) -> None:
+    def give(self, kind: _Kind, recording: Recording, new: bool) -> None:
         """A recording comes back, or is ``new``."""
         with self._lock:
-            known = self.kinds.get(kind)
-            if known is None or known.run:  # it was given up meanwhile
+            if kind.run:  # it was given up meanwhile
                 return
-            known.free.append(recording)
+            kind.free.append(recording)
             if new:
-                known.bytes += recording.bytes
-                self._make_room(known, recording)
+                kind.bytes += recording.bytes
+                self._make_room(kind, recording)
 
-    def run(self, kind: Hashable) -> None:
-        """Calls of a kind are run from now on."""
+    def run(self, kind: _Kind, errors: int = _ERRORS) -> None:
+        """Calls of a kind are run from now on, if there were so many ``errors``."""
         with self._lock:
-            if kind in self.kinds:
-                self._give_up(self.kinds[kind])
+            kind.errors += errors
+            if kind.errors >= _ERRORS:
+                self._give_up(kind)
 
     def _make_room(self, mine: _Kind, recording: Recording) -> None:
         """The oldest kinds are run, and stay so, or recordings would be made in turn for ever; a kind does not drive itself out."""
@@ -191,27 +194,30 @@ def replay(
     """
     if kind is None or _here.busy or jobs.forked() or not _small_and_plain(inputs):
         return None
-    asked = (kind, _settings(), *[(t.shape, t.dtype) for t in inputs])
-    known, wanted = _kept.take(asked, object() if call is None else call)
+    of_kind, recording, wanted = _kept.take((kind, _settings(), *[(t.shape, t.dtype) for t in inputs]), object() if call is None else call)
     if wanted:
-        known = _made(asked, run, share, inputs)
-    if known is None:
+        recording = _made(of_kind, run, share, inputs)
+    if recording is None:
         return None
     try:
-        return known.into(places, *inputs)
+        return recording.into(places, *inputs)
     finally:
-        _kept.give(asked, known, wanted)
+        _kept.give(of_kind, recording, wanted)
 
 
-def _made(asked: Hashable, run: Run, share: Share | None, inputs: Sequence[Tensor]) -> Recording | None:
-    """A recording of a call; None where there cannot be one, and its kind is run from now on."""
+def _made(kind: _Kind, run: Run, share: Share | None, inputs: Sequence[Tensor]) -> Recording | None:
+    """A recording of a call; None where there is none: the call is run, and its kind mostly from now on."""
+    errors = _ERRORS
     with unrecorded():  # what a call calls is part of its recording
         shared = False if share is None else share(*inputs[:2])
-        made = record(run, inputs, shared) if shared is not None else "it does not stay in its thread"
+        try:
+            made = record(run, inputs, shared) if shared is not None else "it does not stay in its thread"
+        except Exception as error:  # the caller runs the call as it is, and sees what is wrong with it
+            made, errors = f"{type(error).__name__}: {error}", 1
     if isinstance(made, Recording):
         return made
     logger.debug("a call is not replayed: %s", made)
-    _kept.run(asked)
+    _kept.run(kind, errors)
     return None
 
 

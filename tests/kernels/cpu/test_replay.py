@@ -189,6 +189,36 @@ def test_errors_are_those_of_the_call():
     assert _same(_call(run, x, good), run(x, good))
 
 
+def test_a_call_that_fails_once_is_recorded_later():
+    def run(x: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        return (x.gather(1, labels.unsqueeze(1)) * 2,)
+
+    good, bad, x = torch.tensor([0, 2]), torch.tensor([0, 3]), torch.randn(2, 3)
+    for failures, recordings in ((2, 1), (3, 0)):
+        replay._kept.kinds.clear()
+        _call(run, x, good)
+        for _ in range(failures):
+            with pytest.raises(RuntimeError, match="out of bounds"):
+                _call(run, x, bad)
+        for _ in range(3):
+            assert _same(_call(run, x, good), run(x, good))
+        assert len(_recordings()) == recordings
+
+
+def test_recordings_of_a_kind_that_was_forgotten_are_not_kept(monkeypatch):
+    monkeypatch.setattr(replay, "_KINDS", 1)
+    kept, made = replay._Kept(), recording.record(_plain, [torch.ones(2, 3), torch.ones(2, 3)])
+    assert isinstance(made, recording.Recording)
+    kind, _, _ = kept.take("a kind", object())
+    kept.take("another", object())
+    again, _, _ = kept.take("a kind", object())
+    kept.give(kind, made, new=True)
+    assert again is not kind
+    assert not kind.free
+    assert not again.free
+    assert again.bytes == 0
+
+
 def test_every_thread_has_memory_of_its_own():
     results: dict[int, list] = {}
     inputs = {i: torch.full((2, 3), float(i)) for i in range(4)}
