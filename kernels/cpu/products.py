@@ -9,6 +9,11 @@ from torch import Tensor
 LANES = 16  # float32 numbers of a vector: a BLAS is slow where the rows of a product are shorter
 
 
+def vector() -> int:
+    """Float32 numbers of a vector on this machine: eight with AVX2. Elsewhere as many as with AVX-512, for which sizes were chosen."""
+    return 8 if torch.backends.cpu.get_cpu_capability() == "AVX2" else LANES
+
+
 def operand_dtype() -> torch.dtype:
     """The type that products and convolutions have on a CPU: autocast's, else float32."""
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32

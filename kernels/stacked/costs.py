@@ -1,7 +1,7 @@
 """How many models run in a group, how many queries in a slab, and how many models are worth a thread: what a graph costs.
 
-The first two depend on the graph and on the number of queries alone, never on how many models there are or on this machine: else a model's
-bits would depend on its company. The third decides who computes a group, not what comes out.
+The first two depend on the graph, the number of queries and the width of vectors alone, never on how many models or threads there are:
+else a model's bits would depend on its company. The third decides who computes a group, not what comes out.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 from functools import lru_cache
 from typing import Any
 
+from ..cpu.products import LANES, vector
 from ..graph import Graph
 from ..operations import TABLE
 from ..reference import value_shapes
@@ -24,6 +25,8 @@ _BY_TWO_FORMULAS = frozenset(
     | {"pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar"}
 )
 _CONVOLVED = 8  # models of a group whose time goes into convolutions (cpu/engine.py has the reasons)
+_CONVOLVED_SHORT = 2  # with vectors of eight numbers: oneDNN's 3 x 3 convolutions of eight channels take 1.4 to 1.5 times as long in groups
+# of eight, where a pixel of one model is half a line of the cache
 _MOST_CONVOLVED = 64  # where activations are so few that calls, not numbers, take the time:
 _CACHED = 20 << 20  # their bytes, of such a group's forward pass
 _SOME = 16  # models of a group that are enough for its calls to be worth their while
@@ -73,7 +76,7 @@ def group_shape(graph: Graph, n: int) -> tuple[int, int]:
     queries = min(_QUERIES, -(-n // FILL) * FILL)
     models = min(_MODELS, 1 << (_PAIRS // queries).bit_length() - 1)
     if convolved > products:
-        models = _CONVOLVED
+        models = _CONVOLVED if vector() == LANES else _CONVOLVED_SHORT
         while models < _MOST_CONVOLVED and 8 * models * made * queries <= _CACHED:
             models *= 2
     else:

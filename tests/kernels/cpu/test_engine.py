@@ -460,7 +460,7 @@ def test_small_groups_are_only_used_where_they_were_seen_to_agree(monkeypatch: p
 @pytest.mark.parametrize("own", [False, True], ids=["shared", "own-queries"])
 def test_two_columns_at_once_are_the_plain_convolution(name: str, own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Narrow layers run in pairs of columns; without, gradients are the same to rounding."""
-    monkeypatch.setattr(rewrites, "_vector", lambda: 16)  # whatever this machine has
+    monkeypatch.setattr(rewrites, "vector", lambda: 16)  # whatever this machine has
     cpu._program.cache_clear()
     weights, queries, targets, layers = _case(NETS[name], 5, 6, own)
     losses, gradient = cpu.loss_and_gradient(weights, queries, targets, layers, "mse")

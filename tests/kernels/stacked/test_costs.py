@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import product
 
+import pytest
 from torch import nn
 
 from wslfast import Architecture
@@ -31,6 +32,15 @@ def test_a_group_fits_memory_and_a_slab_its_filling() -> None:
         assert models >= 1
         assert queries % costs.FILL == 0
         assert models == 1 or models * graph.parameters * 4 <= 64 << 20
+
+
+def test_groups_of_convolutions_are_small_where_vectors_are_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    large, small = (_graph(nn.Conv2d(1, 8, 3, 1, 1), nn.Tanh(), nn.Conv2d(8, 8, 3, 1, 1), shape=(1, side, side)) for side in (32, 4))
+    models = {}
+    for numbers in (8, 16):
+        monkeypatch.setattr(costs, "vector", lambda numbers=numbers: numbers)  # whatever this machine has
+        models[numbers] = costs.group_shape(large, 64)[0], costs.group_shape(small, 16)[0]
+    assert models == {8: (2, 64), 16: (8, 64)}
 
 
 def test_more_work_makes_smaller_groups_worth_a_thread() -> None:
