@@ -28,7 +28,8 @@ __all__ = ["controls", "forked", "run", "run_here", "threads_inside"]
 
 Setter = Callable[[int], "int | None"]
 _Body = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-_forked = False  # OpenMP's threads do not survive a fork, and it waits for them: a forked process works alone
+_forked = False  # OpenMP's threads do not survive a fork, and it waits for them: a forked process works alone, in torch's operators as well
+_had_threads = False  # the process that was forked
 
 
 class Controls(NamedTuple):
@@ -74,17 +75,32 @@ def _alone(library: Controls, threads: int, products: int = 1) -> Iterator[None]
         library.openmp(threads)
 
 
+def _note_threads() -> None:
+    global _had_threads
+    try:
+        _had_threads = len(os.listdir("/proc/self/task")) > 1
+    except OSError:  # no Linux
+        _had_threads = True
+
+
 def _note_fork() -> None:
     global _forked
     _forked = True
+    if _had_threads and _waits_after_a_fork() and torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
+
+
+def _waits_after_a_fork() -> bool:
+    """Whether OpenMP's library is GCC's, which in a forked process waits for ever for threads that its parent had; others begin anew."""
+    return controls() is not None and not hasattr(ctypes.CDLL(torch._C.__file__), "__kmpc_fork_call")
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_note_fork)
+    os.register_at_fork(before=_note_threads, after_in_child=_note_fork)
 
 
 def forked() -> bool:
-    """Whether this process was forked: it has one thread, and what OpenMP would share out waits for ever."""
+    """Whether this process was forked: it has one thread."""
     return _forked
 
 

@@ -169,6 +169,26 @@ def test_shared_products_use_mkls_threads_and_nothing_else() -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_operators_of_a_forked_process_end() -> None:
+    """Also those that torch would share out, of whoever: a check of a caller's numbers, a gradient."""
+    x = torch.randn(1_000_000)
+    total = x.exp().sum().item()  # torch's threads are there
+    assert not jobs.controls() or torch.get_num_threads() == 3
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        leaf = x.requires_grad_()
+        leaf.exp().sum().backward()
+        assert leaf.grad is not None
+        os.write(writer, str(leaf.grad.sum().item()).encode())
+        os._exit(0)
+    assert select.select([reader], [], [], 30)[0], "the child hangs"
+    assert float(os.read(reader, 30)) == pytest.approx(total, rel=1e-4)
+    os.waitpid(child, 0)
+    assert torch.get_num_threads() == 3
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_process_works_alone() -> None:
     """OpenMP's threads do not survive a fork, and it would wait for them."""
     jobs.run([lambda: None] * 6)
