@@ -7,6 +7,7 @@ Run: python examples/own_zoo.py [folder]
 
 import argparse
 import csv
+import shlex
 import tempfile
 from pathlib import Path
 
@@ -67,10 +68,11 @@ with open(folder / "accuracies.csv", "w", newline="") as file:
 
 # the four commands
 for command in (
-    f"zoo import {folder}/models {folder}/zoo --network {folder}/net.py:Net --dataset {folder}/images.npz --table {folder}/accuracies.csv",
-    f"train --zoo {folder}/zoo --out {folder}/run --steps 60 --queries 64",
-    f"evaluate --run {folder}/run",
-    f"generate --run {folder}/run --samples 8 --out {folder}/new",
+    "zoo import {}/models {}/zoo --network {}/net.py:Net --dataset {}/images.npz --table {}/accuracies.csv",
+    "train --zoo {}/zoo --out {}/run --steps 60 --queries 64",
+    "evaluate --run {}/run",
+    "generate --run {}/run --samples 8 --out {}/new",
 ):
-    print(f"\n$ wslfast {command}")
-    main(command.split())
+    words = [word.replace("{}", str(folder)) for word in command.split()]  # a folder's name may have spaces
+    print(f"\n$ wslfast {shlex.join(words)}")
+    main(words)

@@ -22,6 +22,7 @@ from wslfast import Population, WslfastError, load_zoo, save_zoo
 from wslfast.cli import main
 from wslfast.measure.reconstruction import compare
 from wslfast.zoo import export_zoo, import_zoo, load_dataset, load_parts, read_manifest
+from wslfast.zoo.importers.own import Table
 
 # -- in ------------------------------------------------------------------------------------------------------------------
 
@@ -182,6 +183,26 @@ def test_what_is_not_there_is_said(tmp_path: Path, nets: list[nn.Module]) -> Non
     assert said == expected | {("z.pt", "no file")}
     zoo = load_zoo(tmp_path / "zoo")
     assert dict(zip(zoo.properties["name"], zoo.properties["acc"], strict=True)) == {"a": "0,5", "b": 0.25, "e": None}
+
+
+def test_a_split_has_its_usual_names_and_no_other(tmp_path: Path) -> None:
+    """A split under another name was passed over without a word, and its test models were trained on."""
+    usual = {
+        "train": "train",
+        "Training": "train",
+        "Val": "val",
+        "validation": "val",
+        "valid": "val",
+        "TEST": "test",
+        " testing ": "test",
+        "": None,
+    }
+    rows = "".join(f"m{i},{name}\n" for i, name in enumerate(usual))
+    (tmp_path / "t.csv").write_text("file,split\n" + rows)
+    assert [row["split"] for row in Table.read(tmp_path / "t.csv").rows.values()] == list(usual.values())
+    (tmp_path / "t.csv").write_text("file,split\nm0,train\nm1,foo\n")
+    with pytest.raises(WslfastError, match=r"t\.csv: line 3: split: expected one of train, val, test, got 'foo'"):
+        Table.read(tmp_path / "t.csv")
 
 
 def test_checkpoints_of_one_model_stay_together(tmp_path: Path, nets: list[nn.Module]) -> None:

@@ -21,6 +21,7 @@ from .recognise import fits
 from .tables import read_table
 
 INDEX = "index.json"  # of zoo export --format state-dicts
+_USUAL = {"train": ("training", "trainset"), "val": ("valid", "validation", "valset", "dev"), "test": ("testing", "testset")}
 _RESERVED = ("model", "epoch", "split", "file")  # columns of a table that are no properties
 
 
@@ -45,6 +46,9 @@ class Table:
         keys = [_key(line["file"]) if line.get("file") else f"line {number}" for number, line in enumerate(lines, 2)]
         twice = sorted({key for key in keys if keys.count(key) > 1}) if len(set(keys)) < len(keys) else []
         require(not twice, f"table: {path}: files that are there twice: {twice[:4]}")
+        for number, line in enumerate(lines, 2):
+            if line.get("split") is not None:
+                line["split"] = _split(line["split"], f"table: {path}: line {number}: split")
         return cls(dict(zip(keys, lines, strict=True)), str(path))
 
     def of(self, file: Path, source: Path) -> tuple[str, Mapping[str, Any]] | None:
@@ -74,6 +78,14 @@ class Table:
                     f"{self.where} names it, and it is not in {source}" if self.rows[name].get("file") else f"{self.where} names none there"
                 )
                 skips.add(name, "no file", named)
+
+
+def _split(stated: Any, where: str) -> str:
+    """One of the three splits, by whatever usual name and in whatever case."""
+    name = str(stated).strip().lower()
+    found = next((split for split in SPLITS if name == split or name in _USUAL[split]), None)
+    require(found is not None, f"{where}: expected one of {', '.join(SPLITS)}, got {stated!r:.40}")
+    return str(found)
 
 
 def _key(name: str) -> str:
@@ -124,7 +136,7 @@ def checkpoints(
             continue
         if epochs is not None and (epoch or 0) not in epochs:
             continue
-        split = facts.get("split") if facts.get("split") in SPLITS else None
+        split = facts.get("split") if facts.get("split") in SPLITS else None  # an index may hold anything
         properties = {"name": name_of(file), **{k: plain(v, k) for k, v in facts.items() if k not in _RESERVED}}
         if len(networks) > 1 and properties.pop("network", None) == properties.get(KIND):
             properties.pop(KIND, None)  # the zoo has that column of its own
