@@ -38,6 +38,7 @@ class Controls(NamedTuple):
     openmp: Setter  # threads of its parallel regions
     mkl: Setter  # threads of MKL's routines; returns what was set, 0 for "as everybody"
     region: Callable[[Any, None, int, int], None]  # calls a body once on each of so many threads, of which this is one, and waits for them
+    survives: bool  # a fork: LLVM's and Intel's begin anew there, GCC's waits for ever for threads that the parent had
 
 
 @lru_cache(maxsize=1)
@@ -54,7 +55,7 @@ def controls() -> Controls | None:
         return None
     openmp.restype = region.restype = None
     region.argtypes = (_Body, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-    return Controls(openmp, mkl, region)
+    return Controls(openmp, mkl, region, hasattr(linked, "__kmpc_fork_call"))
 
 
 def threads_inside() -> int:
@@ -86,13 +87,9 @@ def _note_threads() -> None:
 def _note_fork() -> None:
     global _forked
     _forked = True
-    if _had_threads and _waits_after_a_fork() and torch.get_num_threads() > 1:
+    library = controls()
+    if _had_threads and library is not None and not library.survives and torch.get_num_threads() > 1:
         torch.set_num_threads(1)
-
-
-def _waits_after_a_fork() -> bool:
-    """Whether OpenMP's library is GCC's, which in a forked process waits for ever for threads that its parent had; others begin anew."""
-    return controls() is not None and not hasattr(ctypes.CDLL(torch._C.__file__), "__kmpc_fork_call")
 
 
 if hasattr(os, "register_at_fork"):

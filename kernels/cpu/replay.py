@@ -86,7 +86,7 @@ class _Kept:
                 kind.bytes += recording.bytes
                 self._make_room(kind, recording)
 
-    def run(self, kind: _Kind, errors: int = _ERRORS) -> None:
+    def run(self, kind: _Kind, errors: int) -> None:
         """Calls of a kind are run from now on, if there were so many ``errors``."""
         with self._lock:
             kind.errors += errors

@@ -131,10 +131,12 @@ class FoldPlan:
                         source = torch.mul(source, factors[after].view(k, g, o, 1), out=target if before is None else None)
                     if before is not None:
                         torch.mul(source, next(spread).view(k, g, 1, -1), out=target)
-                        moved = torch.sum(source * next(spread).view(k, g, 1, -1), 3, out=bias.view(k, g, o) if shift is None else None)
-                        if shift is not None:
-                            torch.add(shift, moved.view(k, g * o), out=bias)
-                            shift = None
+                        moved = source * next(spread).view(k, g, 1, -1)
+                        if shift is None:
+                            torch.sum(moved, 3, out=bias.view(k, g, o))
+                        else:
+                            torch.add(shift, moved.sum(3).view(k, g * o), out=bias)
+                        shift = None  # it is there
                         saved.ahead.append(source)
                 if shift is not None:
                     bias.copy_(shift)
@@ -177,14 +179,14 @@ class FoldPlan:
             if after is None and before is None:
                 made[step.weight].copy_(slope)
                 continue
-            g, o, _ = step.shape
+            g, o, wide = step.shape
             slope, target = slope.view(k, *step.shape), made[step.weight].view(k, *step.shape)
             if before is not None:
                 source, of_bias, pair = next(ahead), of_bias.view(k, g, o, 1), pairs[before]
                 products = slopes.new_empty(k, 2, *step.shape)
                 torch.mul(source, of_bias, out=products[:, 0])
                 torch.mul(source, slope, out=products[:, 1])
-                if pair[0, 0].numel() == source[0, :, 0].numel():  # a channel has one pixel
+                if self._channels[before] == g * wide:  # a channel has one pixel
                     torch.sum(products, 3, out=pair.unflatten(2, (g, -1)))
                 else:
                     torch.sum(products.sum(3).view(*pair.shape, -1), 3, out=pair)
@@ -202,7 +204,8 @@ class FoldPlan:
         of = dict(zip(self._had, numbers.split_with_sizes([channels] * len(self._had), 1), strict=True))
         bias, scale, shift, mean = of.get("bias ahead"), of.get("weight"), of.get("bias"), of["running_mean"]
         centered, root = -mean if bias is None else bias - mean, (of["running_var"] + self._eps).rsqrt_()
-        factor, moved = (both := weights.new_empty(len(weights), 2 * channels)).split_with_sizes([channels] * 2, 1)
+        both = weights.new_empty(len(weights), 2 * channels)
+        factor, moved = both.split_with_sizes([channels] * 2, 1)
         if scale is None:
             factor.copy_(root)
         else:

@@ -30,7 +30,7 @@ _CALLED = {
     **dict.fromkeys(("images", "image", "x", "data", "inputs"), "images"),
     **dict.fromkeys(("labels", "label", "y", "targets", "target"), "labels"),
 }
-_SETS = {"trainset": "train", "valset": "val", "testset": "test"}
+SETS = {"trainset": "train", "valset": "val", "testset": "test"}
 
 
 def read_arrays(path: Path, unlabelled: bool = False) -> tuple[Raw, dict[str, Any]]:
@@ -145,7 +145,7 @@ def _pt(path: Path, unlabelled: bool) -> Read:
         root = file.root
         require(isinstance(root, dict), f"{path}: expected a dict of data sets or tensors")
         try:
-            sets = {split: root[key] for key, split in _SETS.items() if isinstance(root.get(key), Stub)}
+            sets = {split: root[key] for key, split in SETS.items() if isinstance(root.get(key), Stub)}
             if sets:
                 require("train" in sets and "test" in sets, f"expected trainset and testset, got {sorted(map(str, root))[:8]}")
                 pairs = {split: _labelled(stub, f"{split}set") for split, stub in sets.items()}

@@ -14,6 +14,7 @@ import torch
 from ...architecture import Architecture
 from ...errors import WslfastError, require
 from ...tracing import effective_state
+from ..arrays import SETS
 from ..manifest import KIND, SPLITS, plain
 from .checkpoint import Checkpoint, Skips, State, held, unreadable
 from .files import load, name_of, state_files
@@ -21,7 +22,15 @@ from .recognise import fits
 from .tables import read_table
 
 INDEX = "index.json"  # of zoo export --format state-dicts
-_USUAL = {"train": ("training", "trainset"), "val": ("valid", "validation", "valset", "dev"), "test": ("testing", "testset")}
+_CALLED = {
+    **{split: split for split in SPLITS},
+    **SETS,
+    "training": "train",
+    "testing": "test",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+}
 _RESERVED = ("model", "epoch", "split", "file")  # columns of a table that are no properties
 
 
@@ -82,10 +91,9 @@ class Table:
 
 def _split(stated: Any, where: str) -> str:
     """One of the three splits, by whatever usual name and in whatever case."""
-    name = str(stated).strip().lower()
-    found = next((split for split in SPLITS if name == split or name in _USUAL[split]), None)
-    require(found is not None, f"{where}: expected one of {', '.join(SPLITS)}, got {stated!r:.40}")
-    return str(found)
+    name = str(stated).lower()
+    require(name in _CALLED, f"{where}: expected one of {', '.join(SPLITS)}, got {stated!r:.40}")
+    return _CALLED[name]
 
 
 def _key(name: str) -> str:
