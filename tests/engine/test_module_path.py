@@ -123,3 +123,41 @@ def _in_rows(arch: Architecture, models: list[nn.Module], slopes: tuple[Tensor, 
     parts = iter(slopes)
     named = [{name: next(parts) for name, _ in model.named_parameters()} for model in models]
     return [each[slot.name] for each in named for slot in arch.parameters]
+
+
+class Hooked(nn.Module):
+    """Changes gradients on their way back: of a tensor, or of what goes into a part."""
+
+    def __init__(self, part: bool) -> None:
+        super().__init__()
+        self.part, self.first, self.middle, self.last = part, nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        if part:
+            self.middle.register_full_backward_hook(lambda module, into, out: (into[0] * 2,))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x))
+        if h.requires_grad and not self.part:
+            h.register_hook(lambda slope: slope * 2)
+        return self.last(torch.tanh(self.middle(h)))
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
+@pytest.mark.parametrize("part", [False, True], ids=["of a tensor", "of a part"])
+def test_hooks_of_gradients_are_run(part: bool, own: bool) -> None:
+    models, population, arch = _population(Hooked, (6,), part)
+    x, targets = torch.randn(*((5,) if own else ()), 7, 6), torch.randn(5, 7, 3)
+    expected = []
+    for j, model in enumerate(models):
+        w1, b1, w2, b2, w3, b3 = (p.detach().double().requires_grad_() for p in model.parameters())
+        h = torch.tanh((x[j] if own else x).double() @ w1.T + b1)
+        doubled = 2 * h - h.detach()  # the same value, twice the slope
+        made = torch.tanh(doubled @ w2.T + b2) @ w3.T + b3
+        value = (made - targets[j]).square().sum() / 14
+        expected.append(torch.cat([s.flatten() for s in torch.autograd.grad(value, (w1, b1, w2, b2, w3, b3))]))
+    leaf = population.weights.clone().requires_grad_()
+    losses = batched_behavioral_loss(leaf, None, x, arch, targets=targets, reduction="none")
+    (slopes,) = torch.autograd.grad(losses.sum(), leaf)
+    assert relative_error(slopes, torch.stack(expected)) < FP32
+    written = (batched_forward(leaf, x, arch) - targets).square().sum((1, 2)) / 14
+    (slopes,) = torch.autograd.grad(written.sum(), leaf)
+    assert relative_error(slopes, torch.stack(expected)) < FP32

@@ -230,7 +230,7 @@ def an_assertion(m: Written, x: Tensor) -> Tensor:
 
 @unfollowed("a query's place would count")
 def a_table_by_place(m: Written, x: Tensor) -> Tensor:
-    return m.out(m.fc(x)) + 0.001 * torch.eye(8)[: len(x), :3]
+    return m.out(m.fc(x)) + 1e-6 * torch.eye(900)[: len(x), :3]
 
 
 @unfollowed("another number of queries takes another way")
@@ -313,6 +313,11 @@ class _Noise(nn.Module):
         return x + torch.randn_like(x)
 
 
+class _First(nn.Module):
+    def forward(self, x: tuple[Tensor, ...]) -> Tensor:
+        return x[0]
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "dropout always on": (lambda: Written(lambda m, x: m.out(F.dropout(m.fc(x)))), r"random in evaluation mode \(dropout\): .*self.training"),
     "noise always on": (lambda: Written(lambda m, x: m.out(m.fc(x) + torch.randn_like(x))), r"random in evaluation mode \(randn_like\)"),
@@ -321,6 +326,12 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a draw of classes": (lambda: Written(lambda m, x: m.out(x.gather(1, torch.multinomial(m.fc(x).softmax(1), 6)))), r"\(multinomial\)"),
     "it counts": (lambda: Written(_counts), "keeps something between calls"),
     "a mean over queries": (lambda: Written(lambda m, x: m.out(m.fc(x) - x.mean(0))), "depends on the other queries"),
+    "a largest of all queries": (lambda: Written(lambda m, x: m.out(m.fc(x) / m.fc(x).abs().max())), "depends on the other queries"),
+    "sums of earlier queries": (lambda: Written(lambda m, x: m.out(m.fc(x).cumsum(0))), "depends on the other queries"),
+    "less the first query": (lambda: Written(lambda m, x: m.out(m.fc(x) - m.fc(x)[:1])), "depends on the other queries"),
+    "a query's place": (lambda: Written(lambda m, x: m.out(m.fc(x) + torch.arange(len(x))[:, None])), "depends on the other queries"),
+    "queries as time": (lambda: nn.Sequential(nn.GRU(6, 4), _First()), "without batch_first"),
+    "another way for many": (lambda: Written(lambda m, x: m.out(m.fc(x)) * (2 if len(x) > 100 else 1)), "another one among 600 than among 4"),
     "sorted queries": (lambda: Written(lambda m, x: m.out(m.fc(x)).sort(0).values), "depends on the other queries"),
     "batch norm without statistics": (lambda: nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4, track_running_stats=False)), "'1' is a batch norm without running statistics"),
     "two answers": (lambda: Written(lambda m, x: (m.out(x), x)), "got a tuple; name a part of it with output="),

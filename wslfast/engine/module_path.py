@@ -26,7 +26,7 @@ from ..kernels.criteria import Named, share_of_loss
 from ..kernels.picking import picks
 from ..kernels.reference import beside
 from ..kernels.stacked.company import agrees_everywhere, by_itself, group_size
-from ..tracing.module import in_precision, queries_for
+from ..tracing.module import alike, in_precision, queries_for
 from .chunks import in_chunks, is_shortage
 from .memory import default_budget, models_per_chunk
 from .paths import gathered, in_pieces, per_model
@@ -137,7 +137,8 @@ def _traits(architecture: Architecture) -> frozenset[str]:
             x = torch.zeros(2, *architecture.input_shape, dtype=torch.float32, device="cpu")
             for queries in (x, x.expand(2, *x.shape)):  # each model's own too: control flow may look at queries alone
                 path._outputs_and_gradient(row, queries, "writes" in traits)
-        traits.add("mapped")
+            if path._as_one_after_another("writes" in traits):
+                traits.add("mapped")
     except Exception:  # whatever vmap cannot follow runs one model after another
         pass
     return frozenset(traits)
@@ -259,6 +260,24 @@ class Module:
             leaf = rows.detach().requires_grad_()
             outputs = self._mapped(_leaves(leaf, self.architecture), x, writes)
             return outputs.detach(), torch.autograd.grad(outputs, leaf, torch.ones_like(outputs))[0]
+
+    def _as_one_after_another(self, writes: bool) -> bool:
+        """Whether vmap gives what a model gives that is run alone, outputs and gradients: it passes by what hooks do to gradients."""
+        assert self.architecture.module is not None
+        noise, x = self._random(2, (3, *self.architecture.input_shape), False, torch.float32)
+        state = self.architecture.module.state_dict()
+        own = torch.cat([state[slot.name].flatten() for slot in self.architecture.parameters])
+        bound = _bound(self.architecture, x.device, x.dtype)
+        found = []
+        with torch.enable_grad():
+            rows = (own + 0.05 * noise * math.sqrt(len(own))).requires_grad_()
+            leaves = _leaves(rows, self.architecture)
+            alone = [bound([leaf[j].clone() for leaf in leaves], x.clone()) for j in range(len(rows))]
+            for outputs in (torch.stack(alone), self._mapped(leaves, x, writes)):
+                slope = torch.linspace(0.5, 1.5, outputs.numel(), dtype=outputs.dtype, device="cpu").view(outputs.shape)
+                (gradient,) = torch.autograd.grad(outputs, rows, slope, retain_graph=True)
+                found.append((outputs, gradient))
+        return all(alike(mapped, single, 1e-3, 1e-4) for single, mapped in zip(*found, strict=True))
 
     def _run(self, weights: Tensor, queries: Tensor) -> Tensor:
         leaves = [leaf.contiguous() for leaf in _leaves(weights, self.architecture)]  # as a module's own parameters are

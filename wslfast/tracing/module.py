@@ -54,6 +54,9 @@ class FrozenNorms(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+_LEAST, _MOST = 36, 600  # queries that a template is tried on, so that what it does with many of them is seen
+_NUMBERS = 1 << 22  # of queries or of weights times queries there: at most some tenths of a second
+
 _NORM_FORWARDS = (nn.modules.batchnorm._BatchNorm.forward, nn.modules.instancenorm._InstanceNorm.forward, nn.SyncBatchNorm.forward)
 
 
@@ -307,7 +310,8 @@ def check_template(template: nn.Module, input_shape: tuple[int, ...], name: str)
         try:
             with RandomCalls(template) as random:
                 out = template(x.clone())
-            again, fewer = template(x.clone()), template(x[:2].clone())
+            again = template(x.clone())
+            halves = [template(x[2:].flip(0)), template(x[:2].clone())]  # in another order: a network may read them as time
         except Exception as error:
             raise WslfastError(f"architecture {name!r}: cannot run on {shape}: {first_line(error)}") from error
     if not isinstance(out, Tensor) or out.ndim == 0 or not out.is_floating_point():
@@ -319,13 +323,32 @@ def check_template(template: nn.Module, input_shape: tuple[int, ...], name: str)
     require(
         same, f"architecture {name!r} answers the same queries another way the second time: it keeps something between calls, or is random"
     )
-    alone = isinstance(fewer, Tensor) and fewer.ndim > 0 and fewer.shape[1:] == out.shape[1:] and len(fewer) == 2 and len(out) == 4
-    close = alone and alike(fewer, out[:2], 1e-3, 1e-4)
+    alone = all(isinstance(half, Tensor) and half.shape == (2, *out.shape[1:]) for half in halves)
+    close = alone and alike(torch.cat(halves), torch.cat((out.flip(0)[:2], out[:2])), 1e-3, 1e-4)
     require(
-        not isinstance(fewer, Tensor) or len(out) != 4 or close,
-        f"architecture {name!r}: its answer to a query depends on the other queries of the batch (a norm over the batch?)",
+        not isinstance(halves[0], Tensor) or len(out) != 4 or close,
+        f"architecture {name!r}: its answer to a query depends on the other queries of the batch "
+        "(a norm over the batch? a recurrent part or attention without batch_first?)",
     )
+    if len(out) == 4:
+        _check_many(template, x, out, name)
     return out
+
+
+def _check_many(template: nn.Module, x: Tensor, out: Tensor, name: str) -> None:
+    """Raises WslfastError for a template that computes something else where there are many queries: ``out`` are its answers to ``x``."""
+    size = max(x[0].numel(), sum(value.numel() for value in template.state_dict().values()))
+    times = min(_MOST, max(_LEAST, _NUMBERS // size)) // len(x)
+    many = x.repeat(times, *(1,) * (x.ndim - 1))
+    try:
+        with plainly():
+            answers = template(many)
+    except Exception:  # too many for it or for this machine: whoever asks for so many will see that
+        return
+    expected = out.repeat(times, *(1,) * (out.ndim - 1))
+    same = isinstance(answers, Tensor) and answers.shape == expected.shape and alike(answers, expected, 1e-3, 1e-4)
+    why = "its forward looks at how many there are, which its graph could not"
+    require(same, f"architecture {name!r}: its answer to a query is another one among {len(many)} than among {len(x)}: {why}")
 
 
 def alike(actual: Tensor, expected: Tensor, rtol: float, atol: float) -> bool:
