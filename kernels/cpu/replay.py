@@ -2,7 +2,9 @@
 
 Between the torch calls of a small loss there is as much Python as there is arithmetic: which rule, which view, which place. A training run
 asks for the same loss thousands of times on tensors of the same shapes, and all that Python comes to the same decisions. So the second call
-of a kind is recorded, and later ones are replayed. It is to a CPU what a CUDA graph is to a GPU.
+of a kind is recorded, and later ones are replayed. It is to a CPU what a CUDA graph is to a GPU. A recording takes as long as a dozen
+calls: where earlier ones have not been worth it, as with another number of queries in every step, a kind is recorded once it is called
+often.
 
 Of a call of many models each group is a call. A recording has one piece of memory, so it is lent to one thread at a time; a thread that
 finds none makes its own.
@@ -30,6 +32,9 @@ logger = logging.getLogger("wslfast")
 ALL_BYTES = (4 + (os.cpu_count() or 1)) * MOST_BYTES  # of all recordings: each thread needs its own
 _INPUT = MOST_BYTES >> 2  # bytes of one input
 _KINDS = 256  # of calls that are remembered
+_FREE = 8  # recordings that nobody has to have earned
+_EARNED = 8  # replays after which there may be one more
+_OFTEN = 12  # calls of a kind that is recorded in any case
 _ERRORS = 3  # of calls that were to be recorded, until their kind is run: a label that is no class is the caller's to mend
 
 # Of weights and queries, whether matrix products take all threads (``jobs.run_here``); None where a call does not stay in its thread.
@@ -40,7 +45,8 @@ class _Kind:
     """What is known of a kind of call.
 
     Attributes:
-        first: the call in which it was seen first.
+        latest: the call in which it was seen last.
+        calls: in which it was seen.
         free: recordings that nobody uses.
         bytes: of all its recordings, those in use included.
         errors: in calls that were to be recorded.
@@ -48,8 +54,9 @@ class _Kind:
         full: no more recordings are made.
     """
 
-    def __init__(self, first: object) -> None:
-        self.first = first
+    def __init__(self) -> None:
+        self.latest: object = None
+        self.calls = 0
         self.free: list[Recording] = []
         self.bytes, self.errors, self.run, self.full = 0, 0, False, False
 
@@ -59,22 +66,27 @@ class _Kept:
 
     def __init__(self) -> None:
         self.kinds: OrderedDict[Hashable, _Kind] = OrderedDict()
+        self.recorded = self.replayed = 0  # in how many calls, of all kinds
         self._lock = threading.Lock()
 
     def take(self, name: Hashable, call: object) -> tuple[_Kind, Recording | None, bool]:
-        """A kind; a recording that nobody else has; if there is none, whether one should be made: not in the call that is the first of its
-        kind."""
+        """A kind; a recording that nobody else has; if there is none, whether one should be made: never in the first call of a kind."""
         with self._lock:
             kind = self.kinds.get(name)
             if kind is None:
-                kind = self.kinds[name] = _Kind(call)
+                kind = self.kinds[name] = _Kind()
                 while len(self.kinds) > _KINDS:
                     self._give_up(self.kinds.popitem(last=False)[1])
-                return kind, None, False
             self.kinds.move_to_end(name)
+            if kind.latest is not call:
+                kind.latest, kind.calls = call, kind.calls + 1
             if kind.free:
+                self.replayed += 1
                 return kind, kind.free.pop(), False
-            return kind, None, not (kind.run or kind.full or kind.first is call)
+            worth = kind.calls >= (2 if self.recorded < _FREE + self.replayed // _EARNED else _OFTEN)
+            wanted = worth and not (kind.run or kind.full)
+            self.recorded += wanted
+            return kind, None, wanted
 
     def give(self, kind: _Kind, recording: Recording, new: bool) -> None:
         """A recording comes back, or is ``new``."""

@@ -188,5 +188,5 @@ def random_models(graph: Graph, n: int, own: bool, full: int, dtype: torch.dtype
         [torch.randn(full, s.size, **kind).abs() / math.sqrt(max(1, math.prod(s.shape[1:]))) for s in graph.slots], 1
     )  # positive: variances are among them
     queries = torch.rand(*((full,) if own else ()), n, *graph.input_shape, **kind)
-    out = value_shapes(graph, n)[graph.output][1:]
+    out = value_shapes(graph)[graph.output][1:]
     return weights, queries, torch.randn(full, n, *out, **kind)

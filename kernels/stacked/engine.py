@@ -80,8 +80,9 @@ class Call:
 
     @property
     def tried(self) -> int:
-        """Queries of a trial: those of a full slab and of the last one."""
-        return self.n if self.n < self.slab else self.slab + self.n % self.slab
+        """Queries of a trial: those of a full slab and of the last one. One stands for all numbers that are filled up to the same."""
+        whole, rest = (self.slab if self.n >= self.slab else 0), self.n % self.slab
+        return whole + (rest if rest < 2 or rest % self.fill == 0 else rest + -rest % self.fill - 1)
 
     def _sizes(self, full: int) -> tuple[int, int]:
         multiple = self._multiple()
@@ -362,8 +363,7 @@ def differentiable(weights: Tensor, queries: Tensor, graph: Graph) -> Tensor:
 
 def _differentiable(call: Call) -> Tensor:
     weights, graph = call.weights, call.graph
-    outputs: list[Tensor] = []
-    autocast = _autocast(weights.device.type)
+    outputs, autocast = list[Tensor](), _autocast(weights.device.type)
 
     def run() -> None:
         with torch.enable_grad(), autocast():

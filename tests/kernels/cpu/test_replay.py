@@ -61,6 +61,25 @@ def test_a_replay_is_the_call_on_other_numbers():
         assert len(_recordings()) == (1 if seed >= 1 else 0)
 
 
+def test_recordings_have_to_be_worth_it():
+    """A few are made at once; later ones when earlier ones were replayed, or where their kind is called often."""
+    sizes = range(2, 2 + replay._FREE)
+    for n in sizes:
+        for _ in range(2):
+            _call(_plain, torch.randn(n, 3), torch.randn(n, 3))
+    assert len(_recordings()) == replay._FREE
+    x, y = torch.randn(50, 3), torch.randn(50, 3)
+    for calls in range(1, replay._OFTEN + 1):
+        assert _same(_call(_plain, x, y), _plain(x, y))
+        assert len(_recordings()) == replay._FREE + (calls == replay._OFTEN)
+    for _ in range(replay._EARNED * 2):
+        _call(_plain, x, y)
+    before = len(_recordings())
+    for _ in range(2):
+        _call(_plain, torch.randn(60, 3), torch.randn(60, 3))
+    assert len(_recordings()) == before + 1
+
+
 def test_results_stay_what_they_were():
     calls = [(torch.full((2, 3), float(i)), torch.ones(2, 3)) for i in range(4)]
     made = [_call(_plain, *inputs) for inputs in calls]
