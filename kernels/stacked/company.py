@@ -124,7 +124,7 @@ def agrees_when_shared(size: int, key: Hashable, run: Callable[[int, Sequence[in
 
     def same() -> bool:
         alone, shared = run(size, range(size), False), run(size, range(size), True)
-        return all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
+        return all(map(_same_bits, alone, shared))
 
     return _kept(_shared, (key, size), same)
 
@@ -147,12 +147,16 @@ def _agrees(size: int, full: int, key: Hashable, trial: Trial) -> bool:
     def same() -> bool:
         straight = trial(full, range(full))
         turned = trial(size, range(full - 1, -1, -1))
-        agree = all(torch.equal(a, b.flip(0)[:size]) for a, b in zip(turned, straight, strict=True))
+        agree = all(_same_bits(a, b.flip(0)[:size]) for a, b in zip(turned, straight, strict=True))
         if not agree:
             logger.debug("groups of %d give other bits than groups of %d", size, full)
         return agree
 
     return _kept(_agree, (key, size, full), same)
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
 @contextmanager
@@ -184,9 +188,13 @@ def random_models(graph: Graph, n: int, own: bool, full: int, dtype: torch.dtype
     """Weights ``[full, P]``, queries ``[n, *input]`` (``own``: ``[full, n, *input]``) and targets ``[full, n, *out]`` of a trial."""
     generator = torch.Generator().manual_seed(0)
     kind: Any = {"generator": generator, "dtype": dtype, "device": "cpu"}
-    weights = torch.cat(
-        [torch.randn(full, s.size, **kind).abs() / math.sqrt(max(1, math.prod(s.shape[1:]))) for s in graph.slots], 1
-    )  # positive: variances are among them
+    rows = []
+    variances = {node.argument("running_var", None) for node in graph.nodes}
+    for slot in graph.slots:
+        values = torch.randn(full, slot.size, **kind) / math.sqrt(max(1, math.prod(slot.shape[1:])))
+        values[::2].abs_()  # half of the models: something may take their roots; the others, so that not all activations end at their limits
+        rows.append(values.abs_() if f"@w:{slot.name}" in variances else values)
+    weights = torch.cat(rows, 1)
     queries = torch.rand(*((full,) if own else ()), n, *graph.input_shape, **kind)
     out = value_shapes(graph)[graph.output][1:]
     return weights, queries, torch.randn(full, n, *out, **kind)

@@ -28,6 +28,9 @@ from .layouts import behind, everyone, mapped, repeated
 from .product_forms import addmm, attention, cdist, einsum, embedding, linear, matmul, tensordot
 from .recurrent import cell, recurrent
 
+_ADDED = ("mean.dim", "sum.dim_IntList", "adaptive_avg_pool2d")
+_FEW_PIXELS = 256  # whose sum, one after another, is as good as one of parts
+
 # -- elementwise, axes, shapes -----------------------------------------------------------------------------------------
 
 
@@ -42,7 +45,21 @@ def elementwise(call: Call, a: Values, models: int) -> Any:
 
 def axes(call: Call, a: Values, models: int) -> Any:
     """The same call as for one model, as its axes are counted from the end."""
+    if call.layout is Layout.CHANNELS and call.aligned and call.operation.name in (*_ADDED, "logsumexp", "var.correction", "std.correction"):
+        return _over_pixels(call, a, a.get("dim"), bool(a.get("keepdim")))
     return call.operation.invoke(a)
+
+
+def _over_pixels(call: Call, a: Values, dim: Any, keep: bool) -> Any:
+    """A reduction of images whose channels are added in the same order each. Of channels-last images torch adds up the last channels in
+    another order than the others, and a model's bits would depend on its place."""
+    x: Tensor = a["self"]
+    every = x.ndim == 4 and isinstance(dim, (tuple, list)) and sorted(dim) == [-2, -1] and a.get("dtype") is None
+    flat = x.dtype in (torch.float32, torch.float64) and x.is_contiguous(memory_format=torch.channels_last)
+    if not (every and flat and call.operation.name in _ADDED and x.shape[2:].numel() <= _FEW_PIXELS):
+        return call.operation.invoke({**a, "self": x.contiguous()})
+    made = F.avg_pool2d(x, x.shape[2:], divisor_override=1 if call.operation.name == "sum.dim_IntList" else None)  # type: ignore[arg-type]
+    return made if keep else made[..., 0, 0]
 
 
 def shape(call: Call, a: Values, models: int) -> Tensor:
@@ -94,6 +111,8 @@ def scatter(call: Call, a: Values, models: int) -> Tensor:
 def image(call: Call, a: Values, models: int) -> Any:
     """Models folded into the axis of queries, where there is one; in the layout of channels, nothing to do."""
     if call.layout is Layout.CHANNELS:
+        if call.operation.name == "adaptive_avg_pool2d" and call.aligned and _one_pixel(a["output_size"]):
+            return _over_pixels(call, a, (-2, -1), True)
         return call.operation.invoke(a)
     spatial = len(a["pad"]) // 2 if call.operation.name == "pad" else call.spatial or 1  # col2im reads [n, values, places]
     if not all(call.stacked(name) and rank == spatial + 2 for name, rank in call.ranks.items()):
@@ -105,6 +124,10 @@ def image(call: Call, a: Values, models: int) -> Any:
     made = call.operation.invoke(a)
     unfolded = [t.unflatten(0, (models, n)) for t in (made if isinstance(made, (tuple, list)) else (made,))]
     return unfolded if isinstance(made, (tuple, list)) else unfolded[0]
+
+
+def _one_pixel(size: Any) -> bool:
+    return all(each == 1 for each in (size if isinstance(size, (tuple, list)) else (size,)))
 
 
 def grid(call: Call, a: Values, models: int) -> Tensor:
@@ -156,7 +179,9 @@ def convolution(call: Call, a: Values, models: int) -> Tensor:
         return _with_shared_kernels(call, a, models)
     x, groups = a["input"], a.get("groups", 1)
     shared = call.layouts["input"] is Layout.SHARED
-    if shared and groups > 1:  # groups of shared channels and groups of models do not fit into one convolution
+    # groups of shared channels and groups of models do not fit into one convolution; and without AVX-512 oneDNN adds up a volume's gradient
+    # with respect to some of many kernels in another order
+    if shared and (groups > 1 or (call.spatial == 3 and call.aligned)):
         x, shared = repeated(x, models), False
     x, stride = unstrided(x, a["weight"].shape[-call.spatial :], a.get("stride", 1), a.get("padding", 0))
     weight, bias = _own_kernels(call, a, models)

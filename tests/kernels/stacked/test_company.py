@@ -241,3 +241,55 @@ def test_what_trials_have_found_takes_no_more_memory_than_so_much(monkeypatch: p
     assert len(log) == tried
     assert [company.split(5, 64, key, _library(lambda s: s % 4 == 0, log)) for key in asked] == first
     assert all(shared)
+
+
+class Squeezed(nn.Module):
+    """Images weighted by what a small network makes of their means."""
+
+    def __init__(self, over: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.over, self.first, self.inner, self.last = over, nn.Conv2d(2, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.first(x))
+        return self.last(x * torch.sigmoid(self.inner(self.over(x)))).mean((-1, -2))
+
+
+def _volumes() -> nn.Module:
+    return nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), nn.Tanh(), nn.Conv3d(4, 4, 2), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, 3))
+
+
+IMAGES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "means": (lambda: Squeezed(lambda x: x.mean((2, 3), keepdim=True)), (2, 9, 9)),
+    "means of many pixels": (lambda: Squeezed(lambda x: x.mean((2, 3), keepdim=True)), (2, 19, 19)),
+    "an average pooling": (lambda: Squeezed(nn.AdaptiveAvgPool2d(1)), (2, 9, 9)),
+    "sums of rows": (lambda: Squeezed(lambda x: x.sum(3, keepdim=True)), (2, 9, 9)),
+    "spreads": (lambda: Squeezed(lambda x: x.var((2, 3), keepdim=True)), (2, 9, 9)),
+    "soft extremes": (lambda: Squeezed(lambda x: x.logsumexp((2, 3), keepdim=True)), (2, 9, 9)),
+    "volumes": (_volumes, (1, 6, 6, 6)),
+}
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_bits_of_images_do_not_depend_on_the_place(name: str) -> None:
+    make, shape = IMAGES[name]
+    torch.manual_seed(0)
+    arch = Architecture.from_module(make(), shape)
+    assert arch.graph is not None
+    for n, k in ((12, 6), (26, 50), (3, 69)):
+        weights, x, targets = torch.randn(k, arch.num_weights) * 0.4, torch.randn(n, *shape), torch.randn(k, n, *arch.output_shape)
+        everyones = engine.loss_and_gradient(weights, x, targets, arch.graph, "mse")
+        for some in (torch.randperm(k)[: k - k // 6], torch.randperm(k)[:3]):
+            mine = engine.loss_and_gradient(weights[some], x, targets[some], arch.graph, "mse")
+            assert all(torch.equal(a, b[some]) for a, b in zip(mine, everyones, strict=True)), (n, len(some))
+
+
+def test_a_trial_has_weights_of_both_signs() -> None:
+    """Or activations would all end at their limits, where nothing that comes before makes a difference."""
+    arch = Architecture.from_module(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(36, 3)), (1, 5, 5))
+    assert arch.graph is not None
+    weights, _, _ = company.random_models(arch.graph, 5, False, 8, torch.float32)
+    for slot in arch.graph.slots:
+        part = weights[:, slot.offset : slot.stop]
+        assert (part[::2] >= 0).all()
+        assert (part[1::2] < 0).any() == (slot.name != "1.running_var")
