@@ -231,3 +231,61 @@ def test_handles() -> None:
     gc.collect()
     with pytest.raises(WslfastError, match="kept as long as"):
         from_handle(handle)
+
+
+def test_weights_by_name_need_no_call_before() -> None:
+    architecture = Architecture.mlp(5, (3,), 2, activation="tanh")
+    weights, queries, targets = _data(architecture)
+
+    def named(w: Tensor, q: Tensor) -> Tensor:
+        parts = {s.name: w[:, s.offset : s.stop].reshape(-1, *s.shape) for s in architecture.parameters}
+        return batched_behavioral_loss(parts, None, q, architecture, targets=targets)
+
+    found = torch.compile(named, fullgraph=True, backend="aot_eager")(weights, queries)
+    assert torch.equal(found, named(weights, queries))
+
+
+def test_another_axis_of_classes_needs_one_call_before() -> None:
+    architecture = Architecture.from_module(torch.nn.Sequential(torch.nn.Linear(6, 12), torch.nn.Unflatten(1, (3, 4))), (6,))
+    weights, queries, _ = _data(architecture)
+    targets = torch.randn(3, 4, 3, 4)
+
+    def loss(w: Tensor, q: Tensor) -> Tensor:
+        return batched_behavioral_loss(w, None, q, architecture, targets=targets, criterion="softmax_mse", class_axis=0)
+
+    with pytest.raises(Exception, match=r"call with_classes_last\(0\) of the architecture once"):
+        torch.compile(loss, fullgraph=True, backend="aot_eager")(weights, queries)
+    torch._dynamo.reset()
+    assert architecture.with_classes_last(0) is architecture.with_classes_last(-2)
+    _same(loss, (weights, queries))
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.grad_and_value, torch.vmap], ids=["grad", "grad and value", "vmap"])
+@pytest.mark.parametrize("call", ["loss", "forward"])
+def test_transforms_inside_what_is_compiled(call: str, transform: Any) -> None:
+    _, queries, targets = _data(MLP)
+    weights = torch.randn(*((5,) if transform is torch.vmap else ()), 3, MLP.num_weights)
+
+    def value(w: Tensor) -> Tensor:
+        if call == "forward":
+            return batched_forward(w, queries, MLP).square().sum()
+        return batched_behavioral_loss(w, None, queries, MLP, targets=targets, nan_policy="propagate")
+
+    found, expected = torch.compile(transform(value), backend="aot_eager")(weights), transform(value)(weights)
+    pairs = zip(*(made if isinstance(made, tuple) else (made,) for made in (found, expected)), strict=True)
+    assert all(torch.allclose(a, b, rtol=FP32_DEEP, atol=1e-6) for a, b in pairs)
+
+
+def test_what_a_hook_was_given_is_not_written_over() -> None:
+    weights, queries, targets = _data(MLP)
+    kept: list[tuple[Tensor, Tensor]] = []
+
+    def pack(saved: Tensor) -> Tensor:
+        kept.append((saved, saved.clone()))
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        loss = batched_behavioral_loss(weights, None, queries, MLP, targets=targets)
+    (3 * loss).backward()
+    assert kept
+    assert all(torch.equal(now, then) for now, then in kept)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from . import networks, tracing
 from .errors import WslfastError, describe, present, require
 from .kernels.chains import chain_of, graph_of
-from .kernels.graph import Graph, Slot, Training, slots_of
+from .kernels.graph import Graph, Slot, slots_of
 from .kernels.layers import RECORDS, Layer, Layers, check_layer, layer_from_dict
 from .kernels.operations import check_graph
 from .kernels.reference import check_values, value_shapes
@@ -47,6 +47,11 @@ class Architecture:
         num_weights: P, numbers in one row of weights (trainable parameters, and running statistics where there are any).
         output_shape: shape of the answer to one query.
         handle: what torch operators take in its place, see :func:`from_handle`.
+        slots: parameters by name.
+        aliases: further state-dict keys of tied parameters, by the name of the one entry that holds each.
+        constants: integer and boolean entries of the state dict by name: part of the network, the same for all models, not of a row of
+            weights.
+        known: every state-dict key that it has a place for.
     """
 
     name: str
@@ -58,6 +63,11 @@ class Architecture:
     num_weights: int
     output_shape: tuple[int, ...]
     handle: str
+    slots: dict[str, Slot]
+    aliases: dict[str, str]
+    constants: dict[str, Tensor]
+    known: frozenset[str]
+    _views: dict[int, Architecture]  # with classes last, by their axis counted from behind
 
     def __init__(
         self, name: str, input_shape: tuple[int, ...], graph: Graph | None, module: nn.Module | None = None, reason: str = ""
@@ -70,7 +80,9 @@ class Architecture:
     def _derive(self) -> None:
         """Plain attributes, as a compiler cannot follow properties that are computed once."""
         num_weights = self.parameters[-1].stop if self.parameters else 0
-        self.__dict__.update(num_weights=num_weights, output_shape=self._output_shape(), handle=self._handle())
+        self.__dict__.update(num_weights=num_weights, output_shape=self._output_shape(), handle=self._handle(), _views={})
+        slots, aliases, constants = {p.name: p for p in self.parameters}, self._aliases(), self._constants()
+        self.__dict__.update(slots=slots, aliases=aliases, constants=constants, known=frozenset((*slots, *aliases, *constants)))
 
     def __setattr__(self, key: str, value: Any) -> None:
         raise AttributeError(f"an Architecture does not change; {key!r} cannot be set")
@@ -152,29 +164,15 @@ class Architecture:
         """K: numbers in the last axis of an answer."""
         return self.output_shape[-1] if self.output_shape else 1
 
-    @cached_property
-    def aliases(self) -> dict[str, str]:
-        """Further state-dict keys of tied parameters, by the name of the one entry that holds each."""
+    def _aliases(self) -> dict[str, str]:
         return dict(self.graph.aliases) if self.graph is not None else _aliases(self.module)
 
-    @cached_property
-    def slots(self) -> dict[str, Slot]:
-        """Parameters by name."""
-        return {p.name: p for p in self.parameters}
-
-    @cached_property
-    def constants(self) -> dict[str, Tensor]:
-        """Integer and boolean entries of the state dict by name: part of the network, the same for all models, not of a row of weights."""
+    def _constants(self) -> dict[str, Tensor]:
         if self.graph is not None:
             return {c.name: c.value for c in self.graph.constants if c.kept}
         assert self.module is not None
         state = self.module.state_dict().items()
         return {key: t for key, t in state if not t.is_floating_point() and not key.endswith("num_batches_tracked")}
-
-    @cached_property
-    def known(self) -> frozenset[str]:
-        """Every state-dict key that it has a place for."""
-        return frozenset((*self.slots, *self.aliases, *self.constants))
 
     def _handle(self) -> str:
         if self.graph is not None:
@@ -282,7 +280,14 @@ class Architecture:
 
     def with_classes_last(self, axis: int) -> Architecture:
         """The same network with an axis of its answer moved to the end, for criteria over classes. A module must be traceable."""
-        return _with_classes_last(self, axis, self.graph.training if self.graph is not None else None)
+        behind = axis - len(self.output_shape) if axis >= 0 else axis
+        if behind not in self._views:
+            if torch.compiler.is_compiling():
+                torch._dynamo.graph_break(msg=f"call with_classes_last({axis}) of the architecture once before it is compiled")
+            remedy = "let its forward move the classes to the end"
+            graph = present(self.graph, f"class_axis: architecture {self.name!r} cannot be traced; {remedy}")
+            self._views[behind] = Architecture(self.name, self.input_shape, tracing.with_axis_last(graph, behind))
+        return self._views[behind]
 
     # -- weights -------------------------------------------------------------------------------------------------------
 
@@ -351,15 +356,6 @@ class Architecture:
         why = f"cannot be traced ({record.get('untraceable')}), so no file holds it"
         remedy = "name its code again with --network FILE.py:NAME; in Python keep Architecture.from_module of it, or pass architecture="
         return present(own, f"architecture {name!r} {why if 'untraceable' in record else 'has no graph'}; {remedy}")
-
-
-@lru_cache(maxsize=64)
-def _with_classes_last(architecture: Architecture, axis: int, training: Training | None) -> Architecture:
-    """``training`` is an argument of its own as two architectures are equal if their evaluation modes are."""
-    remedy = "let its forward move the classes to the end"
-    graph = present(architecture.graph, f"class_axis: architecture {architecture.name!r} cannot be traced; {remedy}")
-    behind = axis - len(architecture.output_shape) if axis >= 0 else axis
-    return Architecture(architecture.name, architecture.input_shape, tracing.with_axis_last(graph, behind))
 
 
 def from_handle(handle: str) -> Architecture:

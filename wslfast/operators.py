@@ -24,6 +24,7 @@ from torch import Tensor
 from . import engine
 from .architecture import Architecture, from_handle
 from .engine import in_chunks
+from .kernels.cpu.replay import saving_is_watched
 from .kernels.criteria import criterion_values
 from .kernels.once import link, once
 from .nan_policy import bad_models, check_models, reduce
@@ -88,10 +89,18 @@ _detokenize.register_autograd(lambda ctx, grad: (_tokenize(grad, ctx.architectur
 _tokenize.register_autograd(lambda ctx, grad: (_detokenize(grad, ctx.architecture), None, None), setup_context=_keep_rows)
 
 
+def _leave_transforms(*tensors: Tensor) -> None:
+    """Ends a compiled graph inside a transform of torch.func that differentiates: torch has no rule there for operators written in Python.
+    The transform then runs eagerly."""
+    if torch._C._functorch.maybe_current_level() is not None and any(t.requires_grad for t in tensors):
+        torch._dynamo.graph_break(msg="wslfast inside a transform of torch.func that differentiates; compile without fullgraph=True")
+
+
 def forward(weights: Tensor, queries: Tensor, architecture: Architecture, backend: str) -> Tensor:
     """:func:`engine.forward`, behind an operator while a compiler looks."""
     if not torch.compiler.is_compiling():
         return engine.forward(weights, queries, architecture, backend=backend)
+    _leave_transforms(weights, queries)
     graph = torch.is_grad_enabled() and (weights.requires_grad or queries.requires_grad)
     return _forward(weights, queries, architecture.handle, backend, autocast_name(weights.device.type), graph)
 
@@ -194,6 +203,7 @@ def behavioral_loss(rows: Tensor, queries: Tensor, targets: Tensor, options: Opt
     Raises WslfastError for bad models under nan_policy ``raise``, and where ``omit`` leaves nothing for a mean.
     """
     if torch.compiler.is_compiling():
+        _leave_transforms(rows)
         architecture, *rest = options
         autocast = autocast_name(rows.device.type)
         values, bad, _ = _behavioral_loss(rows, queries, targets, architecture.handle, *rest, autocast, gradient)
@@ -237,6 +247,7 @@ class _Loss(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, queries: Tensor, targets: Tensor, options: Options, linked: tuple[Tensor]) -> Tensor:
         values, bad, gradient = _evaluate(rows, queries, targets, options, True)
         ctx.save_for_backward(gradient)
+        ctx.watched = saving_is_watched()
         (ctx.link,) = linked  # in a tuple: to torch it is no input, whose gradient somebody would ask for
         count = values.shape[0] if bad is None or options.reduction != "mean" else (~bad).sum()
         ctx.divisor = count if options.reduction == "mean" else None
@@ -246,13 +257,15 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.divisor is not None:
             grad = grad / ctx.divisor
-        return once(_times(ctx.saved_tensors[0], grad.unsqueeze(1) if grad.ndim else grad), ctx.link), None, None, None, None
+        return once(_times(ctx.saved_tensors[0], grad.unsqueeze(1) if grad.ndim else grad, ctx.watched), ctx.link), None, None, None, None
 
 
-def _times(gradient: Tensor, factor: Tensor) -> Tensor:
+def _times(gradient: Tensor, factor: Tensor, watched: bool) -> Tensor:
     """Their product, over the memory of a gradient ``[k, P]`` that nobody will ask for again: for large networks fresh memory takes longer
-    than the product."""
-    if torch.is_grad_enabled() or _kept() or torch._C._functorch.is_legacy_batchedtensor(factor):  # is_grads_batched: several at once
+    than the product. ``watched``: somebody's hook has been given the gradient, and may hold it."""
+    if (
+        watched or torch.is_grad_enabled() or _kept() or torch._C._functorch.is_legacy_batchedtensor(factor)
+    ):  # is_grads_batched: several at once
         return gradient * factor
     if factor.device.type == "cpu" and factor.ndim == 0 and factor.item() == 1:
         return gradient

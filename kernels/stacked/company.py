@@ -192,7 +192,9 @@ def random_models(graph: Graph, n: int, own: bool, full: int, dtype: torch.dtype
     variances = {node.argument("running_var", None) for node in graph.nodes}
     for slot in graph.slots:
         values = torch.randn(full, slot.size, **kind) / math.sqrt(max(1, math.prod(slot.shape[1:])))
-        values[::2].abs_()  # half of the models: something may take their roots; the others, so that not all activations end at their limits
+        values[
+            ::2
+        ].abs_()  # half of the models: something may take their roots; the others, so that not all activations end at their limits
         rows.append(values.abs_() if f"@w:{slot.name}" in variances else values)
     weights = torch.cat(rows, 1)
     queries = torch.rand(*((full,) if own else ()), n, *graph.input_shape, **kind)

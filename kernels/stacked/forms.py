@@ -45,7 +45,11 @@ def elementwise(call: Call, a: Values, models: int) -> Any:
 
 def axes(call: Call, a: Values, models: int) -> Any:
     """The same call as for one model, as its axes are counted from the end."""
-    if call.layout is Layout.CHANNELS and call.aligned and call.operation.name in (*_ADDED, "logsumexp", "var.correction", "std.correction"):
+    if (
+        call.layout is Layout.CHANNELS
+        and call.aligned
+        and call.operation.name in (*_ADDED, "logsumexp", "var.correction", "std.correction")
+    ):
         return _over_pixels(call, a, a.get("dim"), bool(a.get("keepdim")))
     return call.operation.invoke(a)
 

@@ -256,7 +256,9 @@ class Squeezed(nn.Module):
 
 
 def _volumes() -> nn.Module:
-    return nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), nn.Tanh(), nn.Conv3d(4, 4, 2), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, 3))
+    return nn.Sequential(
+        nn.Conv3d(1, 4, 3, padding=1), nn.Tanh(), nn.Conv3d(4, 4, 2), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, 3)
+    )
 
 
 IMAGES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
