@@ -16,8 +16,8 @@ from __future__ import annotations
 import ctypes
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import lru_cache
 from threading import get_ident
 from typing import Any, NamedTuple
@@ -63,17 +63,21 @@ def threads_inside() -> int:
     return 1 if controls() is not None else torch.get_num_threads()
 
 
-@contextmanager
-def _alone(library: Controls, threads: int, products: int = 1) -> Iterator[None]:
-    """One torch thread in this thread, ``products`` in MKL; ``threads`` again afterwards."""
+def _alone(act: Callable[[], None], library: Controls, threads: int, products: int = 1) -> None:
+    """Calls ``act`` with one torch thread in this thread, ``products`` in MKL; there are ``threads`` again afterwards.
+
+    No context manager: an interrupt is raised behind any call, and so at the beginning of its ``__exit__``.
+    """
     before = None
-    try:  # an interrupt may come anywhere
+    try:
         library.openmp(1)
         before = library.mkl(products)
-        yield
+        act()
     finally:
-        library.mkl(before or 0)
-        library.openmp(threads)
+        try:
+            library.openmp(threads)
+        finally:
+            library.mkl(before or 0)
 
 
 def _note_threads() -> None:
@@ -127,10 +131,12 @@ def run(jobs: Sequence[Callable[[], None]]) -> None:
     errors: list[BaseException] = []
     caller, inference, flushed = get_ident(), torch.is_inference_mode_enabled(), _flushes_denormals()
 
+    def rest() -> None:
+        while (job := _next(waiting)) is not None:
+            job()
+
     def work() -> None:
-        with _alone(library, threads):
-            while (job := _next(waiting)) is not None:
-                job()
+        _alone(rest, library, threads)
 
     def work_elsewhere() -> None:
         """The same with the caller's modes, which belong to a thread, and which torch's thread gets back."""
@@ -166,7 +172,13 @@ def run_here(jobs: Sequence[Callable[[], None]], share_products: bool = False) -
     """
     library, threads = controls(), torch.get_num_threads()
     inside = threads if share_products and not _forked else 1
-    # where torch has one thread, MKL has one, too: torch takes the number from there
-    with _alone(library, threads, inside) if library is not None and threads > 1 else nullcontext():
+
+    def work() -> None:
         for job in jobs:
             job()
+
+    # where torch has one thread, MKL has one, too: torch takes the number from there
+    if library is None or threads == 1:
+        work()
+    else:
+        _alone(work, library, threads, inside)

@@ -7,7 +7,7 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -202,3 +202,27 @@ def test_a_forked_process_works_alone() -> None:
     assert select.select([reader], [], [], 30)[0], "the child hangs"
     assert os.read(reader, 10) == b"9"
     os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize("at", range(5))
+def test_an_interrupt_leaves_no_thread_alone(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever it comes: behind any of the calls that set a number, or in the job."""
+    told: dict[str, int] = {"openmp": 4, "mkl": 0}
+    calls: list[str] = []
+
+    def call(name: str, number: int) -> int:
+        before, told[name] = told.get(name, 0), number
+        calls.append(name)
+        if len(calls) == at + 1:
+            raise KeyboardInterrupt
+        return before
+
+    def setter(name: str) -> Callable[[int], int]:
+        return lambda number: call(name, number)
+
+    fakes = jobs.Controls(setter("openmp"), setter("mkl"), lambda *_: None, True)
+    monkeypatch.setattr(jobs, "controls", lambda: fakes)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    with pytest.raises(KeyboardInterrupt):
+        jobs.run_here([lambda: call("job", 1) and None])
+    assert (told["openmp"], told["mkl"]) == (4, 0)
