@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from . import networks, tracing
 from .errors import WslfastError, describe, present, require
 from .kernels.chains import chain_of, graph_of
+from .kernels.default_device import on_the_cpu
 from .kernels.graph import Graph, Slot, slots_of
 from .kernels.layers import RECORDS, Layer, Layers, check_layer, layer_from_dict
 from .kernels.operations import check_graph
@@ -69,6 +70,7 @@ class Architecture:
     known: frozenset[str]
     _views: dict[int, Architecture]  # with classes last, by their axis counted from behind
 
+    @on_the_cpu
     def __init__(
         self, name: str, input_shape: tuple[int, ...], graph: Graph | None, module: nn.Module | None = None, reason: str = ""
     ) -> None:
@@ -90,6 +92,7 @@ class Architecture:
     def __getstate__(self) -> dict[str, Any]:
         return {key: self.__dict__[key] for key in ("name", "input_shape", "graph", "parameters", "module", "reason")}
 
+    @on_the_cpu
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._derive()
@@ -196,6 +199,7 @@ class Architecture:
         return cls(name, shape, graph)
 
     @classmethod
+    @on_the_cpu
     def from_module(
         cls, module: nn.Module, input_shape: Sequence[int], name: str | None = None, *, output: str | int | None = None
     ) -> Architecture:
@@ -278,6 +282,7 @@ class Architecture:
         """ResNet-18 for 32x32 images (3x3 stem, no stem pooling), torchvision's key names: 11,173,962 parameters (He et al. 2016)."""
         return cls("resnet18", (channels_in, 32, 32), networks.resnet18(channels_in, num_classes, width))
 
+    @on_the_cpu
     def with_classes_last(self, axis: int) -> Architecture:
         """The same network with an axis of its answer moved to the end, for criteria over classes. A module must be traceable."""
         behind = axis - len(self.output_shape) if axis >= 0 else axis
@@ -291,6 +296,7 @@ class Architecture:
 
     # -- weights -------------------------------------------------------------------------------------------------------
 
+    @on_the_cpu
     def initial_weights(self, initialisations: Sequence[str], seeds: Sequence[int]) -> Tensor:
         """Fresh weights ``[k, P]`` of k models, each from its own initialisation and seed (the zoo code calls it ``init_type``).
 

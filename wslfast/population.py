@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .architecture import Architecture
 from .errors import WslfastError, describe, require
+from .kernels.default_device import on_the_cpu
 from .tracing import effective_state, prepared, queries_for, rebuilt
 
 _ROWS = 8  # a notebook shows the first rows of a longer table
@@ -56,6 +57,7 @@ class Population:
     def __len__(self) -> int:
         return self.weights.shape[0]
 
+    @on_the_cpu
     def __getitem__(self, index: Index) -> Population:
         """The models at ``index`` (an integer keeps a population of one; slices, masks and index lists as in torch)."""
         rows = torch.arange(len(self))
@@ -84,6 +86,7 @@ class Population:
         """The same population with its weights on ``device``."""
         return Population(self.architecture, self.weights.to(device), self.properties)
 
+    @on_the_cpu
     def column(self, name: str) -> Tensor:
         """A numeric property as float64 ``[k]``; None becomes NaN. Raises WslfastError for unknown or textual ones."""
         require(name in self.properties, f"property {name!r} is unknown; known: {list(self.properties)}")
@@ -93,6 +96,7 @@ class Population:
             raise WslfastError(f"property {name!r} is not numeric: {self.properties[name][:3]}...") from None
 
     @classmethod
+    @on_the_cpu
     def from_state_dicts(
         cls, architecture: Architecture, state_dicts: Sequence[Mapping[str, Tensor]], properties: Mapping[str, Sequence[Any]] | None = None
     ) -> Population:
@@ -126,6 +130,7 @@ class Population:
         return cls(architecture, weights, {name: tuple(column) for name, column in (properties or {}).items()})
 
     @classmethod
+    @on_the_cpu
     def from_modules(
         cls,
         modules: Sequence[nn.Module],
@@ -168,6 +173,7 @@ class Population:
                 require(fits, f"modules[{j}]: {what}; all modules have to be of one network")
         return population
 
+    @on_the_cpu
     def module(self, model: int) -> nn.Module:
         """One model as a module in evaluation mode, with its weights: torch's own layers for a plain chain, one reference call an
         operation for any other network. Its state dict loads into the network that the population was made from, unless that computes
@@ -180,6 +186,7 @@ class Population:
         module.load_state_dict({key: value for key, value in self.state_dict(model).items() if key in state})
         return module.to(self.weights.device).eval()
 
+    @on_the_cpu
     def state_dict(self, model: int) -> dict[str, Tensor]:
         """One model's parameters by name, ready for ``module.load_state_dict`` (copies)."""
         row = self[model].weights[0]

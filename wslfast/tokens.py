@@ -28,6 +28,7 @@ from torch import Tensor
 
 from .architecture import Architecture
 from .errors import describe, require
+from .kernels.default_device import on_the_cpu
 from .kernels.graph import Graph, Node, Slot
 from .kernels.operations import TABLE
 
@@ -60,6 +61,7 @@ class TokenLayout:
         complete: whether every weight has a token, as it has unless ``ignore_bn`` leaves some out.
     """
 
+    @on_the_cpu
     def __init__(self, architecture: Architecture, token_size: int = 0, *, ignore_bn: bool = False) -> None:
         require(isinstance(architecture, Architecture), f"architecture: expected an Architecture, got {describe(architecture)}")
         require(

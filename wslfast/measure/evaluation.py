@@ -18,6 +18,7 @@ from ..codes.linear import LinearCodec
 from ..engine.ranks import apart, joined
 from ..errors import logger, require
 from ..files import write_json
+from ..kernels.default_device import on_the_cpu
 from ..population import Population, html_table
 from ..profiling import region
 from ..proof import proved
@@ -100,6 +101,7 @@ class Figures(dict[str, dict[str, Any]]):
         return html_table(columns, [[v, *map(of.get, names)] for v, of in self.items()], f"means over {few} models; change: the median")
 
 
+@on_the_cpu
 def evaluate(
     run: str | Path,
     zoo: str | Path | None = None,

@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import engine
 from ..errors import check_positive, check_seed, logger, require
 from ..files import check_folder
+from ..kernels.default_device import on_the_cpu
 from ..population import Population
 from ..profiling import region
 from ..proof import proved
@@ -150,6 +151,7 @@ class Source:
         return self.decode(latents), None if of is None else self.rows[of.cpu()]
 
 
+@on_the_cpu
 def generate(
     run: str | Path | Run,
     zoo: str | Path | None = None,

@@ -18,6 +18,7 @@ from ..engine import device_errors, verdicts
 from ..engine.ranks import World, joined
 from ..errors import WslfastError, require
 from ..files import check_folder, remove_leftovers, write_text
+from ..kernels.default_device import on_the_cpu
 from ..population import Population
 from ..proof import ensure, standing
 from ..queries import load_queries, save_queries
@@ -36,6 +37,7 @@ from .trainer import Trainer, behavior_precision, check_resumed, seed_generators
 logger = logging.getLogger("wslfast")
 
 
+@on_the_cpu
 def train(
     config: TrainConfig,
     *,

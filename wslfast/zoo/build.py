@@ -20,6 +20,7 @@ from ..architecture import Architecture
 from ..engine.ranks import joined
 from ..errors import check_positive, logger, require
 from ..files import check_folder, folder_made
+from ..kernels.default_device import on_the_cpu
 from ..population import Population
 from ..profiling import region
 from ..proof import proved
@@ -43,6 +44,7 @@ _OWN = "pass architecture=, in a shell --network FILE.py:NAME"
 LARGEST_WEIGHT = 10_000.0  # a checkpoint with a larger one is dropped, as the published pipeline does
 
 
+@on_the_cpu
 def build_zoo(
     dataset: str | Path | Dataset | Signals = "digits",
     out: str | Path | None = None,

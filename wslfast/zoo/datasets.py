@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import WslfastError, check_seed, describe, present, require, say_once
+from ..kernels.default_device import on_the_cpu
 from .arrays import ENDINGS, as_images, fitted, read_arrays, shapes_of
 from .catalogue import NAMES, Parts, Source, named_shape, read_named
 from .coordinates import PREFIX, grid_points, is_grid
@@ -84,6 +85,7 @@ class Dataset:
         return getattr(self, f"{name}_images"), getattr(self, f"{name}_labels")
 
 
+@on_the_cpu
 def load_dataset(
     name_or_path: str | Path,
     input_shape: Sequence[int],

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..architecture import Architecture
 from ..errors import WslfastError, require
+from ..kernels.default_device import on_the_cpu
 from ..population import Population
 from .manifest import KIND, MANIFEST, SPLITS, Manifest, normalised
 from .shards import bytes_of, check_shards, read_shard, rows_of, sound_part
@@ -37,6 +38,7 @@ def read_manifest(path: str | Path) -> Manifest:
     return Manifest.parse(bytes_of(Path(path), MANIFEST), str(file))
 
 
+@on_the_cpu
 def load_zoo(
     path: str | Path,
     split: str | None = None,
@@ -74,6 +76,7 @@ def load_zoo(
     raise WslfastError(f"{folder}: the zoo was replaced {_PATIENCE} times while it was read")
 
 
+@on_the_cpu
 def load_parts(path: str | Path, split: str | None = None, *, skip_bad: bool = False) -> dict[str, Population]:
     """The populations of a zoo, by the label of their architecture; in a zoo of one architecture the label is its name. Architectures
     without a row in the split are left out."""

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..errors import WslfastError, check_positive, describe, logger, require
 from ..files import check_folder, write_bytes
+from ..kernels.default_device import on_the_cpu
 from ..population import Population
 from ..profiling import region
 from .datasets import Dataset
@@ -35,6 +36,7 @@ SHARD_BYTES = 64 << 20
 _TEMPORARY = re.compile(r"\.(shard-.*\.safetensors|manifest\.json)\.\d+\.tmp")
 
 
+@on_the_cpu
 def save_zoo(
     population: Population | Mapping[str, Population],
     path: str | Path,
