@@ -174,7 +174,7 @@ def test_what_is_not_there_is_said(tmp_path: Path, nets: list[nn.Module]) -> Non
     torch.save({k: v for k, v in nets[2].state_dict().items() if k != "fc.bias"}, tmp_path / "models" / "c.pt")
     (tmp_path / "models" / "d.pt").write_bytes(b"PK\x03\x04 not an archive")
     (tmp_path / "models" / "notes.txt").write_text("not a network")
-    (tmp_path / "t.csv").write_text("file;acc\na;0,5\ndeep/b.pt;0.25\nz.pt;1\n")
+    (tmp_path / "t.csv").write_text("file;acc\na;0.5\ndeep/b.pt;0.25\nz.pt;1\n")
     done = import_zoo(tmp_path / "models", tmp_path / "zoo", network=f"{tmp_path}/net.py:Net", input_shape=SHAPE, table=tmp_path / "t.csv")
     assert done.rows == 3
     said = {(e["where"], e["reason"]) for e in json.loads((tmp_path / "zoo" / "skipped.json").read_text())}
@@ -182,7 +182,7 @@ def test_what_is_not_there_is_said(tmp_path: Path, nets: list[nn.Module]) -> Non
     expected = {("c.pt", "another architecture"), ("d.pt", "unreadable checkpoint"), ("e.pt", "not in the table")}
     assert said == expected | {("z.pt", "no file")}
     zoo = load_zoo(tmp_path / "zoo")
-    assert dict(zip(zoo.properties["name"], zoo.properties["acc"], strict=True)) == {"a": "0,5", "b": 0.25, "e": None}
+    assert dict(zip(zoo.properties["name"], zoo.properties["acc"], strict=True)) == {"a": 0.5, "b": 0.25, "e": None}
 
 
 def test_a_split_has_its_usual_names_and_no_other(tmp_path: Path) -> None:
@@ -224,6 +224,56 @@ def test_checkpoints_of_one_model_stay_together(tmp_path: Path, nets: list[nn.Mo
 
 
 # -- figures of a zoo without classes ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "form", ["m{i}_epoch{e}.pt", "m{i}/epoch_{e}.pt", "epoch{e}/m{i}.pt", "m{i}/epoch={e:02}-step={s}-val_loss=0.{s}.ckpt"]
+)
+def test_names_that_differ_in_their_epoch_alone_are_one_models(tmp_path: Path, nets: list[nn.Module], form: str) -> None:
+    for i, net in enumerate(nets):
+        for e in (1, 2, 10):
+            file = tmp_path / "models" / form.format(i=i, e=e, s=100 * e + i)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.save({k: v + e for k, v in net.state_dict().items()}, file)
+    done = import_zoo(tmp_path / "models", tmp_path / "zoo", network=f"{tmp_path}/net.py:Net", input_shape=SHAPE)
+    assert (done.rows, done.models) == (3 * len(nets), len(nets))
+    assert done.skipped == {"epoch read from the file's name": 3 * len(nets)}
+    zoo = load_zoo(tmp_path / "zoo")
+    held = zip(*(zoo.properties[name] for name in ("model", "epoch", "split")), strict=True)
+    by_model: dict[int, list[tuple[int, str]]] = {}
+    for model, epoch, split in held:
+        by_model.setdefault(model, []).append((epoch, split))
+    assert all(sorted(epoch for epoch, _ in own) == [1, 2, 10] and len({split for _, split in own}) == 1 for own in by_model.values())
+    last = import_zoo(tmp_path / "models", tmp_path / "last", network=f"{tmp_path}/net.py:Net", input_shape=SHAPE, epochs=[10])
+    assert last.rows == len(nets)
+
+
+def test_names_with_numbers_are_models_of_their_own(tmp_path: Path, nets: list[nn.Module]) -> None:
+    (tmp_path / "models").mkdir()
+    for i, net in enumerate(nets):
+        torch.save(net.state_dict(), tmp_path / "models" / f"deep{i}_step{i}.pt")
+    done = import_zoo(tmp_path / "models", tmp_path / "zoo", network=f"{tmp_path}/net.py:Net", input_shape=SHAPE)
+    assert done.models == len(nets)
+    assert done.skipped == {}
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        (["file,test_acc", "n0,85.5%"], r"line 2: test_acc: expected a number such as 0.855, got '85.5%'"),
+        (["file,lr,accuracy", "n0,abc,0.5", "n1,0.1,high"], "line 3: accuracy: expected a number"),
+        (["file;val_loss", "n0;0,5"], "line 2: val_loss: expected a number"),
+        (["file,lr", "n0,0.1", "n0.pt,0.2"], "several rows are of the file n0.pt: n0.pt, n0"),
+    ],
+)
+def test_a_table_that_would_mislead_is_refused(tmp_path: Path, nets: list[nn.Module], lines: list[str], says: str) -> None:
+    (tmp_path / "models").mkdir()
+    for i, net in enumerate(nets):
+        torch.save(net.state_dict(), tmp_path / "models" / f"n{i}.pt")
+    (tmp_path / "table.csv").write_text("\n".join(lines))
+    with pytest.raises(WslfastError, match=says):
+        import_zoo(tmp_path / "models", tmp_path / "zoo", network=f"{tmp_path}/net.py:Net", input_shape=SHAPE, table=tmp_path / "table.csv")
+    assert not (tmp_path / "zoo").exists()
 
 
 def test_figures_without_classes() -> None:

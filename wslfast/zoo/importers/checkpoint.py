@@ -21,7 +21,8 @@ from ...safe.inert import StoredTensor, Stub
 State = Mapping[str, Tensor]
 UNKNOWN = "no matching results"
 UNTOLD = "not in the table"
-_NOTES = (UNKNOWN, UNTOLD, "no file", "activation not stated", "epochs not stated")
+NAMED_EPOCH = "epoch read from the file's name"
+_NOTES = (UNKNOWN, UNTOLD, NAMED_EPOCH, "no file", "activation not stated", "epochs not stated")
 _DEEPEST = 8  # folders below a source that are looked into
 _WRAPPERS = ("model_state_dict", "state_dict", "model", "params", "net", "network", "weights")  # keys that a state dict lies under
 _SCALARS = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")

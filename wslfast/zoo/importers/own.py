@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from ...errors import WslfastError, require
 from ...tracing import effective_state
 from ..arrays import SETS
 from ..manifest import KIND, SPLITS, plain
-from .checkpoint import Checkpoint, Skips, State, held, unreadable
+from .checkpoint import NAMED_EPOCH, Checkpoint, Skips, State, held, unreadable
 from .files import load, name_of, state_files
 from .recognise import fits
 from .tables import read_table
@@ -32,6 +33,11 @@ _CALLED = {
     "dev": "val",
 }
 _RESERVED = ("model", "epoch", "split", "file")  # columns of a table that are no properties
+_FIGURE = re.compile(r"(?:(?:train|val|test)_)?(?:acc|accuracy|loss)", re.IGNORECASE)  # columns of numbers
+_EPOCH = re.compile(r"[ _.-]?(?<![a-z])ep(?:och)?[ _=-]?(\d+)(?![a-z\d])", re.IGNORECASE)
+_BESIDE = re.compile(
+    r"[ _-](?:[a-z]+_)?(?:step|loss|acc|accuracy)[ _=-]?\d+(?:\.\d+)?(?!\d)", re.IGNORECASE
+)  # what a trainer names beside it
 
 
 # -- the networks' files -----------------------------------------------------------------------------------------------
@@ -58,14 +64,22 @@ class Table:
         for number, line in enumerate(lines, 2):
             if line.get("split") is not None:
                 line["split"] = _split(line["split"], f"table: {path}: line {number}: split")
+            for name in filter(_FIGURE.fullmatch, line):
+                text = isinstance(line[name], str)
+                require(not text, f"table: {path}: line {number}: {name}: expected a number such as 0.855, got {line[name]!r:.40}")
         return cls(dict(zip(keys, lines, strict=True)), str(path))
 
     def of(self, file: Path, source: Path) -> tuple[str, Mapping[str, Any]] | None:
         """The row of a file, by its path below the source, its name, or either without the ending; and how it is called there."""
         whole = file.name if source.is_file() else file.relative_to(source).as_posix()
-        keys = (whole, file.name, str(file))
         ending = file.name.removeprefix(name_of(file))
-        return self.under(*(form for key in keys for form in (key, key.removesuffix(file.suffix), key.removesuffix(ending))))
+        for key in (whole, file.name, str(file)):
+            forms = dict.fromkeys((key, key.removesuffix(file.suffix), key.removesuffix(ending)))
+            there = [form for form in forms if form in self.rows]
+            require(len(there) < 2, f"table: {self.where}: several rows are of the file {whole}: {', '.join(there)}")
+            if there:
+                return there[0], self.rows[there[0]]
+        return None
 
     def under(self, *names: str) -> tuple[str, Mapping[str, Any]] | None:
         """The row that is called one of these, and how it is called."""
@@ -109,6 +123,7 @@ def checkpoints(
     seen: set[int],
 ) -> Iterator[Checkpoint]:
     """The networks of a folder, one per file, in order of names; a table's columns ``model``, ``epoch`` and ``split`` are what they say.
+    Files whose names differ in their epoch alone (``m0_epoch3.pt``, ``m0/epoch=3.ckpt``) are of one model, unless they say another.
 
     Args:
         networks: what they may be of, by the names they were given; the table's column ``network`` chooses, else the first that fits.
@@ -118,6 +133,7 @@ def checkpoints(
     files = state_files(source, skips)
     models: dict[Any, int] = {}
     used: set[str] = set()
+    named: set[tuple[str, int | None]] = set()
     for file in files:
         where = file.name if source.is_file() else str(file.relative_to(source))
         row = table.of(file, source)
@@ -125,18 +141,23 @@ def checkpoints(
             used.add(row[0])
         untold = f"{table.where} has no row for it; what is known of it is empty" if row is None and table.rows else ""
         facts = dict(row[1]) if row is not None else {}
+        name, named_epoch = _of_epoch(where)
+        key = file if named_epoch is None or (name, named_epoch) in named else name
+        named.add((name, named_epoch))
         try:
             loaded = load(file)
         except WslfastError as error:
-            seen.add(models.setdefault(file, len(models)))
+            seen.add(models.setdefault(key, len(models)))
             skips.add(where, "unreadable checkpoint", unreadable(error))
             continue
         beside = {name: value for name, value in loaded.beside.items() if name not in facts and name not in ("model", "split", "name")}
         facts = {**beside, **facts}
         stated = facts.get("model")
-        model = models.setdefault(file if stated is None else stated, len(models))
+        model = models.setdefault(key if stated is None else stated, len(models))
         seen.add(model)
-        epoch = facts.get("epoch")
+        epoch = facts.get("epoch", named_epoch)
+        if named_epoch is not None and "epoch" not in facts:
+            skips.add(where, NAMED_EPOCH, f"epoch {named_epoch} of {name}")
         if isinstance(epoch, float) and epoch.is_integer():
             epoch = int(epoch)
         if epoch is not None and (type(epoch) is not int or epoch < 0):
@@ -161,6 +182,14 @@ def checkpoints(
                 continue
         yield Checkpoint(where, model, epoch or 0, properties, {}, held(state), split, untold=untold, architecture=chosen)
     table.unused(used, source, skips)
+
+
+def _of_epoch(where: str) -> tuple[str, int | None]:
+    """A file's path without the epoch in it, and that epoch; None where it names none."""
+    found = list(_EPOCH.finditer(where))
+    if not found:
+        return where, None
+    return _BESIDE.sub("", where[: found[-1].start()] + where[found[-1].end() :]), int(found[-1][1])
 
 
 def of_trials(
