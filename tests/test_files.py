@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from wslfast.errors import WslfastError
-from wslfast.files import check_empty, folder_made, make_folder, npz_archive, write_arrays, write_atomically
+from wslfast.files import check_empty, check_folder, folder_made, make_folder, npz_archive, write_arrays, write_atomically
 
 
 @pytest.mark.parametrize("compressed", [True, False])
@@ -99,3 +99,15 @@ def test_a_folder_that_stays_empty_goes_again(tmp_path: Path) -> None:
     with folder_made(tmp_path / "e"):
         pass
     assert (tmp_path / "e").is_dir()
+
+
+def test_a_folder_that_cannot_be_made_is_seen_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file" / "zoo", tmp_path / "file" / "a" / "b"):
+        with pytest.raises(WslfastError, match=r"out: .*file is a file"):
+            check_folder(out, "zoo")
+    if Path("/proc/self").exists():
+        with pytest.raises(WslfastError, match="cannot be written into"):
+            check_folder(Path("/proc/zoo/a"), "zoo")
+    check_folder(tmp_path / "new" / "zoo", "zoo")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -79,13 +80,28 @@ _MARKS = {  # files that say what a folder is
 
 
 def check_folder(folder: Path, kind: str) -> None:
-    """Raise WslfastError for a folder that is something else than the ``zoo``, ``run`` or ``results`` that is to be written into it."""
+    """Raise WslfastError for a folder that is something else than the ``zoo``, ``run`` or ``results`` that is to be written into it, or
+    that nothing can be written into."""
     if folder.is_file():
         raise WslfastError(f"out: expected a folder, got the file {folder}")
     others = [other for other, marks in _MARKS.items() if other != kind and any((folder / mark).exists() for mark in marks)]
     if others and not any((folder / mark).exists() for mark in _MARKS[kind]):
         article = {"zoo": "a zoo", "run": "a training run", "results": "results of an evaluation", "project": "somebody's project"}
         raise WslfastError(f"out: {folder} holds {article[others[0]]} already; choose another folder")
+    check_writable(folder)
+
+
+def check_writable(out: str | Path) -> None:
+    """Raise WslfastError for a folder that nothing can be written into, or that cannot be made, as far as that shows before it is made:
+    work of hours would be lost for it."""
+    folder = Path(out).absolute()
+    try:
+        there = next(place for place in (folder, *folder.parents) if place.exists())
+        require(there.is_dir(), f"out: {out}: {there} is a file")
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise WslfastError(f"out: {out}: cannot be written into: {error.strerror or error}") from None
 
 
 def make_folder(out: str | Path) -> None:

@@ -190,7 +190,7 @@ def test_a_refused_write_leaves_the_old_and_says_what_it_needs(
     said = str(caught.value)
     assert name in said
     assert os.strerror(code) in said
-    assert "bytes" in said
+    assert "bytes" in said or "cannot be written into" in said  # seen before there is anything to write
     assert snapshot(at) == before
     write(at)  # and when there is room again
     monkeypatch.chdir("/")
@@ -205,7 +205,10 @@ def test_a_run_that_may_not_write_says_so(tmp_path: Path, population: Population
     monkeypatch.chdir(tmp_path)
     images = torch.randn(48, 1, 8, 8)
     (tmp_path / "runs").mkdir()
-    with REFUSALS[refusal][0](tmp_path), pytest.raises(WslfastError, match=r"cannot write runs.*bytes"):
+    with (
+        REFUSALS[refusal][0](tmp_path),
+        pytest.raises(WslfastError, match=r"(cannot write runs.*bytes)|(out: runs.*cannot be written into)"),
+    ):
         train(config(Path("runs/a"), steps=1), population=population, images=images)
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
 

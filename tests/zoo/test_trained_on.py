@@ -49,6 +49,22 @@ def test_labels_that_go_from_one(tmp_path: Path, caplog: pytest.LogCaptureFixtur
         import_zoo(tmp_path / "three", tmp_path / "zoo", network=f"{tmp_path}/net.py:three", dataset=tmp_path / "images.npz")
 
 
+def test_a_data_set_that_was_moved_may_lie_beside_the_zoo(tmp_path: Path, nets: list[nn.Module]) -> None:
+    file = images(tmp_path)
+    (tmp_path / "models").mkdir()
+    torch.save(nets[0].state_dict(), tmp_path / "models" / "n.pt")
+    import_zoo(tmp_path / "models", tmp_path / "zoos" / "zoo", network=f"{tmp_path}/net.py:Net", dataset=file)
+    arch = load_zoo(tmp_path / "zoos" / "zoo").architecture
+    before = dataset_of(tmp_path / "zoos" / "zoo", arch)
+    moved = file.rename(tmp_path / "elsewhere.npz")
+    with pytest.raises(
+        WslfastError, match=r"data set 'images\.npz' was .*which is not there; put the file into the zoo's folder, or beside it"
+    ):
+        dataset_of(tmp_path / "zoos" / "zoo", arch)
+    moved.rename(tmp_path / "zoos" / file.name)
+    assert torch.equal(dataset_of(tmp_path / "zoos" / "zoo", arch).test_images, before.test_images)
+
+
 def test_a_zoo_remembers_mean_and_deviation(tmp_path: Path, nets: list[nn.Module]) -> None:
     file = images(tmp_path)
     (tmp_path / "models").mkdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,4 +41,4 @@ class Train(TrainConfig):
         with shown(console, self.steps) as on_record:
             run = train(TrainConfig(**settings), resume=self.resume, profiled=self.profile, on_record=on_record, log_to=self.log_to)
         again = f" --network {' '.join(self.network)}" if self.network else ""
-        say(f"{run.out}: {run.step} steps; next: wslfast evaluate --run {run.out}{again}")
+        say(f"{run.out}: {run.step} steps; next: wslfast evaluate --run {shlex.quote(str(run.out))}{again}")

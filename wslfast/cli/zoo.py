@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from typing import Annotated, Literal, Union
 
@@ -241,8 +242,8 @@ class ZooImport:
             say(f"{opaque[0].name} cannot be traced: {opaque[0].reason}")
             text = "it runs as it is, one model after another, and every command asks for its code again (--network)"
             say(f"  {text}")
-        again = f" --network {' '.join(self.network) or 'FILE.py:NAME'}" if opaque else ""
-        say(f"next: wslfast train --zoo {self.out} --out RUN{again}")
+        again = f" --network {shlex.join(self.network) or 'FILE.py:NAME'}" if opaque else ""
+        say(f"next: wslfast train --zoo {shlex.quote(self.out)} --out RUN{again}")
 
     def _architecture(self) -> Architecture | None:
         named = self.architecture != "auto"
@@ -327,7 +328,7 @@ class ZooPull:
 
         manifest = pull_zoo(self.repository, self.out, revision=self.revision)
         models = len(set(manifest.properties["model"]))
-        say(f"{self.out}: {manifest.rows} rows of {models} models; wslfast zoo show {self.out}")
+        say(f"{self.out}: {manifest.rows} rows of {models} models; wslfast zoo show {shlex.quote(self.out)}")
 
 
 @dataclass(frozen=True)

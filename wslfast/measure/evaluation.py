@@ -17,7 +17,7 @@ from ..codes.layer_inputs import spaced
 from ..codes.linear import LinearCodec
 from ..engine.ranks import apart, joined
 from ..errors import logger, require
-from ..files import write_json
+from ..files import check_writable, write_json
 from ..kernels.default_device import on_the_cpu
 from ..population import Population, html_table
 from ..profiling import region
@@ -143,6 +143,8 @@ def evaluate(
     """
     require(split in SPLITS, f"split: expected train, val or test, got {split!r}")
     engine.check_backend(backend)
+    if out is not None:
+        check_writable(Path(out).parent)
     with joined(device, patient=True) as (world, _):
         loaded = load_run(run, device=device)
         hook = hook_of(log_to, Path(run), loaded.step) if world.writes else None

@@ -62,6 +62,7 @@ def demo(config: DemoConfig, *, progress: bool = False, on_stage: Callable[[str]
     out = Path(config.out)
     require(not (out / "report.html").exists(), f"{out} already holds a demo; remove it, or choose another folder with --out")
     check_folder(out, "results")
+    require(config.models >= 3, f"models: expected at least 3, one to train on, one to judge by and one to test, got {config.models}")
     require(len(config.lrs) > 0, "lrs: expected at least one learning rate")
     zoo = out / "zoo"
     if not (zoo / MANIFEST).exists():

@@ -106,6 +106,9 @@ def dataset_of(zoo: str | Path, architecture: Architecture) -> Dataset:
     require(not fitted, f"zoo {zoo}: its models are fitted to signals of their own ({record['name']!r}); there is no data set to read")
     named = record["name"] in NAMES or is_grid(record["name"])
     source = record["name"] if named else _file(Path(zoo), record)
+    if not named:
+        moved = "put the file into the zoo's folder, or beside it"
+        require(Path(source).exists(), f"zoo {zoo}: its data set {record['name']!r} was {source}, which is not there; {moved}")
     root = record.get("root")
     if root is not None and not Path(str(root)).is_dir():
         root = None  # from another machine: perhaps the files are in the usual places

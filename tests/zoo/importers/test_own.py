@@ -248,6 +248,17 @@ def test_names_that_differ_in_their_epoch_alone_are_one_models(tmp_path: Path, n
     assert last.rows == len(nets)
 
 
+def test_epochs_that_are_not_there_are_named(tmp_path: Path, nets: list[nn.Module], caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "models").mkdir()
+    for i, net in enumerate(nets):
+        torch.save(net.state_dict(), tmp_path / "models" / f"n{i}_epoch3.pt")
+    settings: dict[str, Any] = {"network": f"{tmp_path}/net.py:Net", "input_shape": SHAPE}
+    with pytest.raises(WslfastError, match=f"none of its {len(nets)} models has a checkpoint of epoch 7, 99"):
+        import_zoo(tmp_path / "models", tmp_path / "zoo", epochs=[99, 7], **settings)
+    assert import_zoo(tmp_path / "models", tmp_path / "zoo", epochs=[3, 99], **settings).rows == len(nets)
+    assert "no model has a checkpoint of epoch 99" in caplog.text
+
+
 def test_names_with_numbers_are_models_of_their_own(tmp_path: Path, nets: list[nn.Module]) -> None:
     (tmp_path / "models").mkdir()
     for i, net in enumerate(nets):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from ..splits import Split
 from ..store import described_by, write_shards
 from ..trained_on import described
 from . import inr, network_files, own, pickled, ray, small_cnn
-from .checkpoint import UNKNOWN, Skips
+from .checkpoint import UNKNOWN, Skips, is_note
 from .files import ENDINGS, state_files
 from .rows import IDENTICAL, Reader, Rows
 
@@ -127,7 +127,7 @@ def import_zoo(
     chosen = _Source.of(folder, networks, own.Table.read(table), architecture, kept, padding, omega, dataset)
     rows = Rows(chosen.read, chosen.architecture or architecture, threshold, chosen.stated)
     first = next(iter(rows), None)
-    require(first is not None and len(rows.kinds) > 0, lambda: _nothing(source, folder, rows, networks))
+    require(first is not None and len(rows.kinds) > 0, lambda: _nothing(source, folder, rows, networks, kept))
     provenance: dict[str, Any] = {"made_by": "wslfast zoo import", "source": str(source), "kind": chosen.kind}
     provenance["threshold"] = threshold if math.isfinite(threshold) else None  # JSON has no infinity; the published default is one
     if networks:
@@ -167,6 +167,9 @@ def import_zoo(
 
     with region("import"):
         manifest = write_shards(place, rows, describe)
+    absent = sorted((kept or frozenset()) - set(rows.epochs))
+    if absent:
+        logger.warning("zoo import: no model has a checkpoint of epoch %s", ", ".join(map(str, absent)))
     write_text(place / SKIPPED, json.dumps(rows.skips.entries, indent=1, ensure_ascii=False) + "\n")
     _say(place / SKIPPED, rows, manifest)
     every = {label: manifest.rebuild(str(place), label) for label in manifest.kinds} or {rows.kinds[0].name: rows.kinds[0]}
@@ -240,14 +243,17 @@ def input_side(dataset: str | Path) -> int:
     return image_shape(dataset)[1]
 
 
-def _nothing(source: str | Path, folder: Path, rows: Rows, networks: Sequence[Any]) -> str:
+def _nothing(source: str | Path, folder: Path, rows: Rows, networks: Sequence[Any], epochs: Collection[int] | None) -> str:
     """Why an import found nothing to store, and what to do."""
-    counts = rows.skips.counts()
+    counts = {reason: count for reason, count in rows.skips.counts().items() if not is_note(reason)}
+    if epochs is not None and rows.seen and not counts:
+        return f"epochs: {source}: none of its {len(rows.seen)} models has a checkpoint of epoch {', '.join(map(str, sorted(epochs)))}"
     reasons = "; ".join(f"{reason}: {count}" for reason, count in counts.items())
     nothing = reasons or "no trials, no dataset_*.pt, no files of state dicts"
     detailed = [e for e in rows.skips.entries if e["detail"]]
     unknown = [e for e in detailed if "no known network" in e["detail"]]
-    shown = (unknown or sorted(detailed, key=lambda e: -counts[e["reason"]]))[:1]  # what can be mended, else the first of the commonest
+    # what can be mended, else the first of the commonest
+    shown = (unknown or sorted(detailed, key=lambda e: -counts.get(e["reason"], 0)))[:1]
     why = "".join(f"; {e['where']}: {e['detail']}" for e in shown)
     remedy = ""
     if not networks and unknown:

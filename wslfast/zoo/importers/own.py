@@ -35,9 +35,7 @@ _CALLED = {
 _RESERVED = ("model", "epoch", "split", "file")  # columns of a table that are no properties
 _FIGURE = re.compile(r"(?:(?:train|val|test)_)?(?:acc|accuracy|loss)", re.IGNORECASE)  # columns of numbers
 _EPOCH = re.compile(r"[ _.-]?(?<![a-z])ep(?:och)?[ _=-]?(\d+)(?![a-z\d])", re.IGNORECASE)
-_BESIDE = re.compile(
-    r"[ _-](?:[a-z]+_)?(?:step|loss|acc|accuracy)[ _=-]?\d+(?:\.\d+)?(?!\d)", re.IGNORECASE
-)  # what a trainer names beside it
+_BESIDE = re.compile(r"[ _-](?:[a-z]+_)?(?:step|loss|acc|accuracy)[ _=-]?\d+(?:\.\d+)?(?!\d)", re.IGNORECASE)  # of a trainer
 
 
 # -- the networks' files -----------------------------------------------------------------------------------------------
