@@ -40,5 +40,5 @@ class Train(TrainConfig):
         settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(TrainConfig)}
         with shown(console, self.steps) as on_record:
             run = train(TrainConfig(**settings), resume=self.resume, profiled=self.profile, on_record=on_record, log_to=self.log_to)
-        again = f" --network {' '.join(self.network)}" if self.network else ""
+        again = f" --network {shlex.join(self.network)}" if self.network else ""
         say(f"{run.out}: {run.step} steps; next: wslfast evaluate --run {shlex.quote(str(run.out))}{again}")

@@ -96,7 +96,9 @@ class ZooBuild:
             say(f"images: standardised ({figures})")
         column, what = ("test_acc", "test accuracy") if "test_acc" in population.properties else ("train_loss", "mean squared error")
         values = population.column(column)
-        say(f"{self.out}: {len(population)} rows, {what} {values.mean():.3g} +- {values.std():.3g}")
+        mean, spread = float(values.mean()), float(values.std()) if len(values) > 1 else 0.0
+        spread = 0.0 if spread < 1e-9 * abs(mean) else spread  # of equal numbers rounding leaves one
+        say(f"{self.out}: {len(population)} rows, {what} {mean:.3g} +- {spread:.3g}")
 
     def _architecture(self) -> Architecture | None:
         wide = self.width is None or self.architecture == "resnet18"

@@ -54,8 +54,9 @@ class FrozenNorms(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-_LEAST, _MOST = 36, 600  # queries that a template is tried on, so that what it does with many of them is seen
-_NUMBERS = 1 << 22  # of queries or of weights times queries there: at most some tenths of a second
+_LEAST, _SOME, _MOST = 8, 36, 600  # queries that a template is tried on, so that what it does with many of them is seen
+_SMALL = 1 << 16  # numbers of a query of which there are more than the least
+_NUMBERS = 1 << 22  # of queries, and of weights times queries, in that trial: mostly some tenths of a second
 
 _NORM_FORWARDS = (nn.modules.batchnorm._BatchNorm.forward, nn.modules.instancenorm._InstanceNorm.forward, nn.SyncBatchNorm.forward)
 
@@ -338,7 +339,7 @@ def check_template(template: nn.Module, input_shape: tuple[int, ...], name: str)
 def _check_many(template: nn.Module, x: Tensor, out: Tensor, name: str) -> None:
     """Raises WslfastError for a template that computes something else where there are many queries: ``out`` are its answers to ``x``."""
     size = max(x[0].numel(), sum(value.numel() for value in template.state_dict().values()))
-    times = min(_MOST, max(_LEAST, _NUMBERS // size)) // len(x)
+    times = min(_MOST, max(_SOME if x[0].numel() <= _SMALL else _LEAST, _NUMBERS // size)) // len(x)
     many = x.repeat(times, *(1,) * (x.ndim - 1))
     try:
         with plainly():

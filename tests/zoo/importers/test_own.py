@@ -259,6 +259,15 @@ def test_epochs_that_are_not_there_are_named(tmp_path: Path, nets: list[nn.Modul
     assert "no model has a checkpoint of epoch 99" in caplog.text
 
 
+def test_a_zoo_is_no_source(tmp_path: Path, nets: list[nn.Module]) -> None:
+    (tmp_path / "models").mkdir()
+    torch.save(nets[0].state_dict(), tmp_path / "models" / "n.pt")
+    settings: dict[str, Any] = {"network": f"{tmp_path}/net.py:Net", "input_shape": SHAPE}
+    import_zoo(tmp_path / "models", tmp_path / "zoo", **settings)
+    with pytest.raises(WslfastError, match="it is a zoo already, and is read as it is"):
+        import_zoo(tmp_path / "zoo", tmp_path / "again", **settings)
+
+
 def test_names_with_numbers_are_models_of_their_own(tmp_path: Path, nets: list[nn.Module]) -> None:
     (tmp_path / "models").mkdir()
     for i, net in enumerate(nets):

@@ -106,6 +106,8 @@ def import_zoo(
     """
     folder, place = Path(source), Path(out)
     require(folder.exists(), f"source: {source}: no such file or folder")
+    ours = folder.is_dir() and (folder / MANIFEST).is_file() and any(folder.glob("shard-*.safetensors"))
+    require(not ours, f"source: {source}: it is a zoo already, and is read as it is: wslfast zoo show, train --zoo, load_zoo")
     require(threshold > 0, f"threshold: expected a positive number, got {threshold!r}")
     require(overwrite or not (place / MANIFEST).exists(), f"out: {out}: there is a zoo already; overwrite=True (--overwrite) replaces it")
     check_folder(place, "zoo")
