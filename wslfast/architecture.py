@@ -282,7 +282,6 @@ class Architecture:
         """ResNet-18 for 32x32 images (3x3 stem, no stem pooling), torchvision's key names: 11,173,962 parameters (He et al. 2016)."""
         return cls("resnet18", (channels_in, 32, 32), networks.resnet18(channels_in, num_classes, width))
 
-    @on_the_cpu
     def with_classes_last(self, axis: int) -> Architecture:
         """The same network with an axis of its answer moved to the end, for criteria over classes. A module must be traceable."""
         behind = axis - len(self.output_shape) if axis >= 0 else axis
