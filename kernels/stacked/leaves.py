@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..graph import Graph
 
-__all__ = ["PACKED", "copies_of", "leaves_of"]
+__all__ = ["PACKED", "copied_leaves", "copies_of", "leaves_of"]
 
 PACKED = 1 << 15  # numbers of one model's parameter: from there on a BLAS packs it
 
@@ -20,10 +20,19 @@ def leaves_of(rows: Tensor, graph: Graph) -> list[Tensor]:
     return [part.reshape(rows.shape[0], *slot.shape) for part, slot in zip(parts, graph.slots, strict=True)]
 
 
+def copied_leaves(rows: Tensor, graph: Graph) -> list[Tensor]:
+    """The same, small ones in memory of their own (see :func:`copies_of`), also of one model."""
+    parts = rows.split([slot.size for slot in graph.slots], 1)
+    own = [part if part.shape[1] >= PACKED else part.clone(memory_format=torch.contiguous_format) for part in parts]
+    return [part.reshape(rows.shape[0], *slot.shape) for part, slot in zip(own, graph.slots, strict=True)]
+
+
 def copies_of(rows: Tensor, graph: Graph) -> list[Tensor]:
     """The same in memory of their own, as how small operands lie there decides a BLAS's bits; large ones it packs, and they stay."""
     if max(graph.sizes) >= PACKED:
-        parts: Any = [part if part.shape[1] >= PACKED else part.contiguous() for part in rows.split(graph.sizes, 1)]
+        parts: Any = [
+            part if part.shape[1] >= PACKED else part.clone(memory_format=torch.contiguous_format) for part in rows.split(graph.sizes, 1)
+        ]
     else:
         parts = torch.split_with_sizes_copy(rows, graph.sizes, 1)  # type: ignore[func-returns-value]
     models = rows.shape[0]

@@ -295,3 +295,24 @@ def test_a_trial_has_weights_of_both_signs() -> None:
         part = weights[:, slot.offset : slot.stop]
         assert (part[::2] >= 0).all()
         assert (part[1::2] < 0).any() == (slot.name != "1.running_var")
+
+
+def test_outputs_that_are_differentiated_come_in_small_groups() -> None:
+    """A model's weights do not begin where a row has them, and so few models need not fill a group of hundreds up."""
+    arch = Architecture.from_module(nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 3)), (5,))
+    assert arch.graph is not None
+    assert arch.num_weights % 4  # rows then begin anywhere
+    torch.manual_seed(0)
+    for n, k in ((17, 57), (48, 20), (3, 9)):
+        weights, x, slopes = torch.randn(k, arch.num_weights) * 0.4, torch.randn(n, 5), torch.randn(k, n, 3)
+
+        def results(rows: Tensor, x: Tensor = x, weights: Tensor = weights, slopes: Tensor = slopes) -> tuple[Tensor, Tensor]:
+            leaf = weights[rows].requires_grad_()
+            outputs = engine.differentiable(leaf, x, arch.graph)
+            return outputs.detach(), torch.autograd.grad(outputs, leaf, slopes[rows])[0]
+
+        everyones = results(torch.arange(k))
+        for some in (torch.randperm(k)[: k // 2], torch.randperm(k)[:3], torch.tensor([1])):
+            assert all(torch.equal(a, b[some]) for a, b in zip(results(some), everyones, strict=True)), (n, len(some))
+    few = torch.randn(4, arch.num_weights)
+    assert engine.Call(few, torch.randn(48, 5), arch.graph, None, once=False).models <= 8
