@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..cpu.convolutions import crosses
+from ..cpu.products import LANES, vector
 from ..cpu.steps import as_channels_last
 from ..picking import unstrided
 from .calls import Call, Layout, Values
@@ -185,7 +186,7 @@ def convolution(call: Call, a: Values, models: int) -> Tensor:
     shared = call.layouts["input"] is Layout.SHARED
     # groups of shared channels and groups of models do not fit into one convolution; and without AVX-512 oneDNN adds up a volume's gradient
     # with respect to some of many kernels in another order
-    if shared and (groups > 1 or (call.spatial == 3 and call.aligned)):
+    if shared and (groups > 1 or (call.spatial == 3 and call.aligned and vector() < LANES)):
         x, shared = repeated(x, models), False
     x, stride = unstrided(x, a["weight"].shape[-call.spatial :], a.get("stride", 1), a.get("padding", 0))
     weight, bias = _own_kernels(call, a, models)
