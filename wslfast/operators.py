@@ -263,9 +263,8 @@ class _Loss(torch.autograd.Function):
 def _times(gradient: Tensor, factor: Tensor, watched: bool) -> Tensor:
     """Their product, over the memory of a gradient ``[k, P]`` that nobody will ask for again: for large networks fresh memory takes longer
     than the product. ``watched``: somebody's hook has been given the gradient, and may hold it."""
-    if (
-        watched or torch.is_grad_enabled() or _kept() or torch._C._functorch.is_legacy_batchedtensor(factor)
-    ):  # is_grads_batched: several at once
+    several = torch._C._functorch.is_legacy_batchedtensor(factor)  # is_grads_batched: at once
+    if watched or several or torch.is_grad_enabled() or _kept():
         return gradient * factor
     if factor.device.type == "cpu" and factor.ndim == 0 and factor.item() == 1:
         return gradient

@@ -124,7 +124,7 @@ def agrees_when_shared(size: int, key: Hashable, run: Callable[[int, Sequence[in
 
     def same() -> bool:
         alone, shared = run(size, range(size), False), run(size, range(size), True)
-        return all(map(_same_bits, alone, shared))
+        return all(map(_equal, alone, shared))
 
     return _kept(_shared, (key, size), same)
 
@@ -147,7 +147,7 @@ def _agrees(size: int, full: int, key: Hashable, trial: Trial) -> bool:
     def same() -> bool:
         straight = trial(full, range(full))
         turned = trial(size, range(full - 1, -1, -1))
-        agree = all(_same_bits(a, b.flip(0)[:size]) for a, b in zip(turned, straight, strict=True))
+        agree = all(_equal(a, b.flip(0)[:size]) for a, b in zip(turned, straight, strict=True))
         if not agree:
             logger.debug("groups of %d give other bits than groups of %d", size, full)
         return agree
@@ -155,8 +155,9 @@ def _agrees(size: int, full: int, key: Hashable, trial: Trial) -> bool:
     return _kept(_agree, (key, size, full), same)
 
 
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.nan_to_num(), b.nan_to_num())
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two results are the same, NaN where NaN is."""
+    return torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from ..graph import Graph
 from .company import agrees_when_shared, by_itself, random_models, split
 from .compiler import compile_program
 from .costs import FILL, group_shape, least_worth, sizes, whole_models
-from .leaves import PACKED, copied_leaves, copies_of, leaves_of
+from .leaves import PACKED, copies_of, leaves_of
 from .passes import by_graph, by_tape, no_gradients
 
 _FEW = 1000  # numbers of a product: so few could agree by chance, and a group is always filled
@@ -369,7 +369,7 @@ def _differentiable(call: Call) -> Tensor:
         with torch.enable_grad(), autocast():
             for start in range(0, weights.shape[0], call.models):
                 x, rows = call.slab_of(start, 0, whole=True), call.rows(start)
-                ready = call.program.weights((copied_leaves if call.plain else leaves_of)(rows, graph))
+                ready = call.program.weights((copies_of if call.plain else leaves_of)(rows, graph))
                 made = call.program.outputs(call.program.prepare(x), ready, rows.shape[0], x.shape[int(call.own)])
                 outputs.append(made[: weights.shape[0] - start, : call.n])
 

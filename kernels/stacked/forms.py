@@ -29,7 +29,8 @@ from .layouts import behind, everyone, mapped, repeated
 from .product_forms import addmm, attention, cdist, einsum, embedding, linear, matmul, tensordot
 from .recurrent import cell, recurrent
 
-_ADDED = ("mean.dim", "sum.dim_IntList", "adaptive_avg_pool2d")
+_ADDED = frozenset({"mean.dim", "sum.dim_IntList", "adaptive_avg_pool2d"})
+_BY_CHANNEL = frozenset({"mean.dim", "sum.dim_IntList", "logsumexp", "var.correction", "std.correction"})
 _FEW_PIXELS = 256  # whose sum, one after another, is as good as one of parts
 
 # -- elementwise, axes, shapes -----------------------------------------------------------------------------------------
@@ -46,16 +47,12 @@ def elementwise(call: Call, a: Values, models: int) -> Any:
 
 def axes(call: Call, a: Values, models: int) -> Any:
     """The same call as for one model, as its axes are counted from the end."""
-    if (
-        call.layout is Layout.CHANNELS
-        and call.aligned
-        and call.operation.name in (*_ADDED, "logsumexp", "var.correction", "std.correction")
-    ):
-        return _over_pixels(call, a, a.get("dim"), bool(a.get("keepdim")))
+    if call.layout is Layout.CHANNELS and call.aligned and call.operation.name in _BY_CHANNEL:
+        return _reduced(call, a, a.get("dim"), bool(a.get("keepdim")))
     return call.operation.invoke(a)
 
 
-def _over_pixels(call: Call, a: Values, dim: Any, keep: bool) -> Any:
+def _reduced(call: Call, a: Values, dim: Any, keep: bool) -> Any:
     """A reduction of images whose channels are added in the same order each. Of channels-last images torch adds up the last channels in
     another order than the others, and a model's bits would depend on its place."""
     x: Tensor = a["self"]
@@ -116,8 +113,8 @@ def scatter(call: Call, a: Values, models: int) -> Tensor:
 def image(call: Call, a: Values, models: int) -> Any:
     """Models folded into the axis of queries, where there is one; in the layout of channels, nothing to do."""
     if call.layout is Layout.CHANNELS:
-        if call.operation.name == "adaptive_avg_pool2d" and call.aligned and _one_pixel(a["output_size"]):
-            return _over_pixels(call, a, (-2, -1), True)
+        if call.operation.name == "adaptive_avg_pool2d" and call.aligned and one_pixel(a["output_size"]):
+            return _reduced(call, a, (-2, -1), True)
         return call.operation.invoke(a)
     spatial = len(a["pad"]) // 2 if call.operation.name == "pad" else call.spatial or 1  # col2im reads [n, values, places]
     if not all(call.stacked(name) and rank == spatial + 2 for name, rank in call.ranks.items()):
@@ -131,7 +128,8 @@ def image(call: Call, a: Values, models: int) -> Any:
     return unfolded if isinstance(made, (tuple, list)) else unfolded[0]
 
 
-def _one_pixel(size: Any) -> bool:
+def one_pixel(size: Any) -> bool:
+    """Whether an output size, a number or one for each axis, is that of an average over all pixels."""
     return all(each == 1 for each in (size if isinstance(size, (tuple, list)) else (size,)))
 
 

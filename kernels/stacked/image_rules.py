@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .calls import Call, Layout, Values
-from .forms import by_form, joined_channels, spread
+from .forms import by_form, joined_channels, one_pixel, spread
 from .rules import Gradients, Maker, Rule, Shaped, Within
 
 _aten = torch.ops.aten
@@ -208,9 +208,7 @@ def _pad(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> Rule
 
 def _average(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> Rule | None:
     """Over all pixels, which are one afterwards."""
-    sizes = known["output_size"]
-    whole = all(size == 1 for size in (sizes if isinstance(sizes, (tuple, list)) else (sizes,)))
-    if not whole or call.layout is not Layout.CHANNELS:
+    if not one_pixel(known["output_size"]) or call.layout is not Layout.CHANNELS:
         return None
     return Shaped("self", by_form(call), lambda g, shape: (g / math.prod(shape[2:])).expand(shape))
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..graph import Graph
 
-__all__ = ["PACKED", "copied_leaves", "copies_of", "leaves_of"]
+__all__ = ["PACKED", "copies_of", "leaves_of"]
 
 PACKED = 1 << 15  # numbers of one model's parameter: from there on a BLAS packs it
 
@@ -18,13 +18,6 @@ def leaves_of(rows: Tensor, graph: Graph) -> list[Tensor]:
     """Each parameter of every model, ``[M, *shape]``, through one split: its backward is one concatenation."""
     parts = rows.split([slot.size for slot in graph.slots], 1)
     return [part.reshape(rows.shape[0], *slot.shape) for part, slot in zip(parts, graph.slots, strict=True)]
-
-
-def copied_leaves(rows: Tensor, graph: Graph) -> list[Tensor]:
-    """The same, small ones in memory of their own (see :func:`copies_of`), also of one model."""
-    parts = rows.split([slot.size for slot in graph.slots], 1)
-    own = [part if part.shape[1] >= PACKED else part.clone(memory_format=torch.contiguous_format) for part in parts]
-    return [part.reshape(rows.shape[0], *slot.shape) for part, slot in zip(own, graph.slots, strict=True)]
 
 
 def copies_of(rows: Tensor, graph: Graph) -> list[Tensor]:

@@ -247,15 +247,14 @@ def input_side(dataset: str | Path) -> int:
 
 def _nothing(source: str | Path, folder: Path, rows: Rows, networks: Sequence[Any], epochs: Collection[int] | None) -> str:
     """Why an import found nothing to store, and what to do."""
-    counts = {reason: count for reason, count in rows.skips.counts().items() if not is_note(reason)}
-    if epochs is not None and rows.seen and not counts:
+    counts = rows.skips.counts()
+    if epochs is not None and rows.seen and all(map(is_note, counts)):
         return f"epochs: {source}: none of its {len(rows.seen)} models has a checkpoint of epoch {', '.join(map(str, sorted(epochs)))}"
     reasons = "; ".join(f"{reason}: {count}" for reason, count in counts.items())
     nothing = reasons or "no trials, no dataset_*.pt, no files of state dicts"
     detailed = [e for e in rows.skips.entries if e["detail"]]
     unknown = [e for e in detailed if "no known network" in e["detail"]]
-    # what can be mended, else the first of the commonest
-    shown = (unknown or sorted(detailed, key=lambda e: -counts.get(e["reason"], 0)))[:1]
+    shown = (unknown or sorted(detailed, key=lambda e: -counts[e["reason"]]))[:1]  # what can be mended, else the first of the commonest
     why = "".join(f"; {e['where']}: {e['detail']}" for e in shown)
     remedy = ""
     if not networks and unknown:
