@@ -421,3 +421,65 @@ def test_the_module_of_the_package_sane_needs_its_config_alone() -> None:
     before = [v.clone() for v in module.parameters()]
     module.train_step(x, mask, p, y, mask, p)
     assert any(not torch.equal(a, b) for a, b in zip(before, module.parameters()))
+
+
+def _answers(arch: Architecture, row: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+    """What the network of :func:`_of_images` answers."""
+    weight, bias, *last = (row[slot.offset : slot.stop].view(slot.shape) for slot in arch.parameters)
+    return F.conv2d(F.conv2d(queries, weight, bias).relu(), *last)
+
+
+def _of_images() -> tuple[Architecture, TokenLayout, torch.Tensor, torch.Tensor]:
+    """A network that answers with images ``[3, 3, 3]``, and weights of reconstructions and originals."""
+    torch.manual_seed(0)
+    arch = Architecture.from_module(
+        torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 3, 3)).eval(), (1, 7, 7)
+    )
+    originals = torch.randn(2, arch.num_weights) * 0.3
+    return arch, TokenLayout(arch), originals + 0.1 * torch.randn_like(originals), originals
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("loss", ["l2", "cross_entropy", "distillation"])
+def test_outputs_of_several_axes(loss: str, reduction: str) -> None:
+    arch, place, rows, originals = _of_images()
+    mine = DistillationLoss(None, None, n_queries=7, loss=loss, reduction=reduction, architecture=arch)
+    queries = mine.generate_queries()
+    tokens = place.tokenize(rows).tokens.requires_grad_()
+    values = mine.values(tokens, place.tokenize(originals).tokens, queries)
+    by_hand = rows.double().requires_grad_()
+    outputs = [_answers(arch, row, queries.double()) for row in (*by_hand, *originals.double())]
+    expected = torch.stack([_published(loss, outputs[j], outputs[j + 2].detach(), reduction) for j in range(2)])
+    torch.testing.assert_close(values.double(), expected, rtol=FP32_SMALL, atol=FP32_SMALL)
+    (slope,) = torch.autograd.grad(values.sum(), tokens)
+    (expected_slope,) = torch.autograd.grad(expected.sum(), by_hand)
+    assert ((place.detokenize(slope) - expected_slope).norm() / expected_slope.norm()).item() < FP32_AMPLIFIED
+
+
+@pytest.mark.parametrize("broken", ["reconstruction", "original"])
+@pytest.mark.parametrize("loss", ["l2", "cross_entropy", "distillation"])
+def test_a_model_of_several_axes_that_is_not_finite_is_dropped(loss: str, broken: str) -> None:
+    arch, place, rows, originals = _of_images()
+    (rows if broken == "reconstruction" else originals)[1, 0] = float("nan")
+    mine = DistillationLoss(None, None, n_queries=7, loss=loss, architecture=arch)
+    tokens = place.tokenize(rows).tokens.requires_grad_()
+    values = mine.values(tokens, place.tokenize(originals).tokens, mine.generate_queries())
+    assert values.shape == (2,)
+    assert values[0].isfinite()
+
+
+@pytest.mark.parametrize("loss", ["l2", "cross_entropy", "distillation"])
+def test_one_number_a_query_has_no_classes(loss: str) -> None:
+    arch = Architecture.from_module(torch.nn.Sequential(torch.nn.Linear(4, 1), torch.nn.Flatten(0)).eval(), (4,))
+    with pytest.raises(WslfastError, match=f"architecture: expected outputs .* of classes for loss '{loss}'"):
+        DistillationLoss(None, None, loss=loss, architecture=arch)
+    if loss == "l2":  # whose corrected version compares numbers as they are
+        DistillationLoss(None, None, loss=loss, architecture=arch, softmax_mse=False)
+
+
+def test_a_mean_over_more_numbers_than_float16_counts() -> None:
+    torch.manual_seed(1)
+    target = torch.randn(16, 60, 200).half()
+    output = (target + torch.randn(16, 60, 200)).half()
+    loss = MaskedReconLoss("mean", semantics="corrected")(output, target, torch.ones_like(target, dtype=torch.bool))["loss_recon"]
+    assert loss.item() == pytest.approx((output.double() - target.double()).square().mean().item(), rel=1e-3)

@@ -78,7 +78,8 @@ class DistillationLoss(ScaledLoss):
         loss: ``"l2"``, ``"cross_entropy"`` or ``"distillation"``.
         reduction: ``"mean"`` or ``"sum"``, over queries and classes (but for ``"distillation"``) and over finite models.
         temperature: of ``"distillation"``.
-        architecture: in place of ``reference_params``, for a network that they cannot name.
+        architecture: in place of ``reference_params``, for a network that they cannot name. Its outputs are ``[n, ..., K]`` with
+            classes in the last axis; what has more axes is summed over them where it is summed over classes.
         semantics, flags: see :class:`~wslfast.sane.semantics.Semantics`.
 
     Attributes:
@@ -110,6 +111,9 @@ class DistillationLoss(ScaledLoss):
             architecture = architecture_of(reference_params, reference_checkpoint)
         elif reference_checkpoint is not None:
             _check_checkpoint(reference_checkpoint, architecture)
+        classes = chosen.softmax_mse or loss != "l2"  # else numbers are compared as they are
+        flat = f"architecture: expected outputs [n, ..., K] of classes for loss {loss!r}, got one number a query from {architecture.name!r}"
+        require(bool(architecture.output_shape) or not classes, flat)
         self.architecture = architecture
         self.reference_checkpoint = reference_checkpoint
         self.i_dim = architecture.input_shape
@@ -234,7 +238,7 @@ class DistillationLoss(ScaledLoss):
             nan_policy=self._policy,
         )
         if self.reduction == "sum" and self.loss != "distillation":
-            values = values * (targets.shape[1] * (targets.shape[2] if criterion == "softmax_mse" else 1))
+            values = values * (targets[0].numel() if criterion == "softmax_mse" else targets.shape[1])
         bad = ~values.detach().isfinite()
         if self.loss == "distillation":
             # a probability of exactly zero is 0 * log 0 in the published formula: it drops the model
@@ -246,20 +250,20 @@ class DistillationLoss(ScaledLoss):
         return self._formula(engine.forward(rows, queries, self.architecture).float(), targets)
 
     def _formula(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """One value per model ``[k]`` of outputs ``[k, n, K]``."""
+        """One value per model ``[k]`` of outputs ``[k, n, ..., K]``; of several axes, classes are the last."""
         n = outputs.shape[1]
         if self.loss == "l2":
             p, q = (torch.nan_to_num(x.softmax(-1), nan=0.0, posinf=1.0, neginf=0.0) for x in (outputs, targets))
             squares = (p - q).square()
-            return squares.mean((1, 2)) if self.reduction == "mean" else squares.sum((1, 2))
+            return squares.flatten(1).mean(1) if self.reduction == "mean" else squares.flatten(1).sum(1)
         if self.loss == "cross_entropy":
-            total = -(targets * torch.nan_to_num(outputs, nan=0.0).log_softmax(-1)).sum((1, 2))
+            total = -(targets * torch.nan_to_num(outputs, nan=0.0).log_softmax(-1)).flatten(1).sum(1)
             return total / n if self.reduction == "mean" else total
         tiny = 1e-9
         q = torch.nan_to_num((targets / self.temperature).softmax(-1), nan=tiny, posinf=1.0, neginf=tiny)
         low = float(torch.tensor(tiny).log())
         log_p = torch.nan_to_num((outputs / self.temperature).log_softmax(-1), nan=low, posinf=0.0, neginf=low)
-        return (q * (q.log() - log_p)).sum((1, 2)) / n * self.temperature**2
+        return (q * (q.log() - log_p)).flatten(1).sum(1) / n * self.temperature**2
 
 
 class _RawCrossEntropy(torch.autograd.Function):
@@ -272,7 +276,7 @@ class _RawCrossEntropy(torch.autograd.Function):
 
         def share(outputs: Tensor, wanted: Tensor) -> Tensor:
             # the last term is zero, and NaN where an output is not finite
-            return (-(wanted * outputs.log_softmax(-1)) / divisor + 0 * outputs).sum((1, 2))
+            return (-(wanted * outputs.log_softmax(-1)) / divisor + 0 * outputs).flatten(1).sum(1)
 
         values, gradient = engine.loss_and_gradient(rows, queries, targets, loss.architecture, share)
         if not loss.semantics.nan_gradients:

@@ -51,7 +51,8 @@ class MaskedReconLoss(ScaledLoss):
         else:
             keep = mask.bool()
             output, target = torch.where(keep, output, 0), torch.where(keep, target, 0)
-            loss = F.mse_loss(output, target, reduction="sum")
+            whole = output.dtype == torch.float16 and self.reduction == "mean"  # a sum that float16 does not hold, of a mean that it does
+            loss = F.mse_loss(*((output.float(), target.float()) if whole else (output, target)), reduction="sum")
             loss = loss / keep.sum() if self.reduction == "mean" else loss
         loss = self.scaled(loss)
         rsq = explained_variance(output, target) if self.loss_mean is None else 1 - loss.detach() / self.loss_mean

@@ -337,6 +337,52 @@ def test_a_broken_reconstruction_is_left_out_where_asked(sane2: SimpleNamespace)
         loss({**parts, "x_hat": torch.full_like(broken, float("nan"))})
 
 
+def _answers(module: nn.Module, architecture: Architecture, row: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+    """``[n, numbers]`` of a module with a row's weights, in float64."""
+    state = {name: row[slot.offset : slot.stop].view(slot.shape).double() for name, slot in architecture.slots.items()}
+    return torch.func.functional_call(module, state, (queries,)).flatten(1 if queries.ndim == 4 else 0).view(len(queries), -1).detach()
+
+
+def _set_up(module: nn.Module, **options: Any) -> behavior.Behavior:
+    loss = behavior.Behavior()
+    loss.name = "behavior"
+    loss.set_up(module.eval(), **options)
+    return loss
+
+
+@pytest.mark.parametrize("normalize", [None, "batch"])
+@pytest.mark.parametrize("answers", ["images", "one number"])
+def test_the_variance_of_answers_of_any_shape(answers: str, normalize: str | None) -> None:
+    torch.manual_seed(0)
+    images = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 3))
+    numbers = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1), nn.Flatten(0))
+    module, shape = (images, (1, 7, 7)) if answers == "images" else (numbers, (4,))
+    loss = _set_up(module, input_shape=shape, n_queries=6, statistics="reference", normalize=normalize)
+    networks = loss.networks[0]
+    architecture = networks.architecture(networks.classes)
+    place = layout_for("sparse", 9, architecture)
+    originals = networks.reference_row(networks.classes) + 0.1 * torch.randn(3, architecture.num_weights)
+    rows = originals + 0.01 * torch.randn_like(originals)
+    x, x_hat = place.tokenize(originals).tokens, place.tokenize(rows).tokens
+    queries = _drawn(loss).double()
+    torch.manual_seed(3)
+    out = loss.forward({"x": x, "x_hat": x_hat, "mask": place.mask.expand_as(x), "p": place.positions.expand(3, -1, -1)})
+    made = [torch.stack([_answers(module, architecture, row, queries) for row in part]) for part in (originals, rows)]
+    value = (made[1] - made[0]).square().sum((1, 2)).mean() / 12
+    unit = (made[0] - made[0].mean(1, keepdim=True)).square().sum((1, 2)).mean() / 12
+    assert out["loss"].item() == pytest.approx((value / unit if normalize else value).item(), rel=1e-4)
+    assert out["behavior_rsq"].item() == pytest.approx(1 - (value / unit).item(), rel=1e-4)
+
+
+def test_one_number_a_channel_has_no_variance() -> None:
+    loss = _set_up(nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)), input_shape=(4,), n_queries=1)
+    networks = loss.networks[0]
+    place = layout_for("sparse", 9, networks.architecture(networks.classes))
+    x = place.tokenize(networks.reference_row(networks.classes)[None]).tokens
+    with pytest.raises(WslfastError, match="n_queries: expected 2 or more, as batch norm '1' has one number a channel"):
+        loss.forward({"x": x, "x_hat": x, "mask": place.mask[None]})
+
+
 def test_importing_needs_no_package_and_using_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     forget()
     monkeypatch.setitem(sys.modules, "sane", None)

@@ -150,7 +150,7 @@ class Behavior:
                 if group.networks.has_statistics and self.statistics == "queries":
                     originals = group.networks.statistics(originals, queries, group.classes)
                 targets = self._outputs(originals, queries, architecture, len(parts) == 2)
-                units.append(targets.double().var(1, unbiased=False).sum(1).float() / 2)
+                units.append(targets.double().reshape(*targets.shape[:2], -1).var(1, unbiased=False).sum(1).float() / 2)
             # what no token holds is the original's, in the reconstruction too
             rows = group.layout.detokenize(group.x_hat.float(), originals)
             values.append(

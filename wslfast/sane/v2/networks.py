@@ -108,6 +108,8 @@ class Networks:
         def note(name: str) -> Any:
             def hook(part: nn.Module, arguments: tuple[Tensor, ...]) -> None:
                 counts[name] = arguments[0][:, 0].numel()
+                one = f"n_queries: expected 2 or more, as batch norm {name!r} has one number a channel; or statistics='reference'"
+                require(counts[name] > 1, one)
 
             return hook
 
