@@ -15,6 +15,7 @@ The loss and the outputs can be differentiated once; a second time raises.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -49,6 +50,16 @@ def _inside(tensor: Tensor, autocast: str) -> Iterator[None]:
         yield
 
 
+def _operator(name: str) -> Any:
+    """An operator that changes no argument. Inside, something may wait for the device, so none belongs into a CUDA graph of a compiler's
+    (``mode="reduce-overhead"``), which leaves out what is tagged so."""
+    kept_out = getattr(torch.Tag, "cudagraph_unsafe", None)
+    tags: dict[str, Any] = (
+        {"tags": (kept_out,)} if kept_out is not None and "tags" in inspect.signature(torch.library.custom_op).parameters else {}
+    )
+    return torch.library.custom_op(name, mutates_args=(), **tags)
+
+
 def detokenize(tokens: Tensor, architecture: Architecture) -> Tensor:
     """``[k, T, D] -> [k, P]`` by the cached layout, which no compiler could build."""
     if not torch.compiler.is_compiling():
@@ -56,7 +67,7 @@ def detokenize(tokens: Tensor, architecture: Architecture) -> Tensor:
     return _detokenize(tokens, architecture.handle)
 
 
-@torch.library.custom_op("wslfast::detokenize", mutates_args=())
+@_operator("wslfast::detokenize")
 def _detokenize(tokens: Tensor, architecture: str) -> Tensor:
     return layout(from_handle(architecture), tokens.shape[2]).detokenize(tokens)
 
@@ -66,7 +77,7 @@ def _(tokens: Tensor, architecture: str) -> Tensor:
     return tokens.new_empty(tokens.shape[0], from_handle(architecture).num_weights)
 
 
-@torch.library.custom_op("wslfast::tokenize", mutates_args=())
+@_operator("wslfast::tokenize")
 def _tokenize(weights: Tensor, architecture: str, token_size: int) -> Tensor:
     """The transpose of :func:`_detokenize`."""
     return layout(from_handle(architecture), token_size).tokenize(weights).tokens
@@ -105,7 +116,7 @@ def forward(weights: Tensor, queries: Tensor, architecture: Architecture, backen
     return _forward(weights, queries, architecture.handle, backend, autocast_name(weights.device.type), graph)
 
 
-@torch.library.custom_op("wslfast::forward", mutates_args=())
+@_operator("wslfast::forward")
 def _forward(weights: Tensor, queries: Tensor, architecture: str, backend: str, autocast: str, graph: bool) -> Tensor:
     """``graph``: whether eager code would record one, which picks the engine's path, and with it the bits."""
     with torch.set_grad_enabled(graph), _inside(weights, autocast):
@@ -120,7 +131,7 @@ def _(weights: Tensor, queries: Tensor, architecture: str, backend: str, autocas
     return weights.new_empty(weights.shape[0], n, *network.output_shape, dtype=_AUTOCAST[autocast] or weights.dtype)
 
 
-@torch.library.custom_op("wslfast::forward_backward", mutates_args=())
+@_operator("wslfast::forward_backward")
 def _forward_backward(
     grad: Tensor,
     weights: Tensor,
@@ -279,7 +290,7 @@ def _always() -> bool:
 _kept: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", _always)
 
 
-@torch.library.custom_op("wslfast::behavioral_loss", mutates_args=())
+@_operator("wslfast::behavioral_loss")
 def _behavioral_loss(
     rows: Tensor,
     queries: Tensor,
