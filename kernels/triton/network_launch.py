@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from . import launcher
 from .budget import rounded_chunk
+from .configurations import Tuning, tuned, tuning
 from .convolution import rows_of
 from .criterion import gradient_scale, loss_scale, target_strides
 from .devices import matrix_unit
@@ -24,7 +27,14 @@ from .tables import whole_tables
 def specialised(schedule: Schedule, precision: str, gradient: bool, device: torch.device, block: int | None = None) -> Network:
     """``network`` for a device; in the interpreter with a precision that it gets right. Raises Unplannable."""
     emulated = "bf16_emulated" if precision == "bf16" and triton.knobs.runtime.interpret else None
-    return network(schedule, precision, gradient, matrix_unit(launcher.capability_of(device)), block, emulated)
+    return _specialised(tuning(), schedule, precision, gradient, matrix_unit(launcher.capability_of(device)), block, emulated)
+
+
+@lru_cache(maxsize=256)
+def _specialised(choice: Tuning, *arguments: Any) -> Network:
+    """A layout by the launch parameters of a choice, too: ``network`` itself keeps those of its first caller, whose sizes are anyone's."""
+    with tuned(choice):
+        return network.__wrapped__(*arguments)
 
 
 def resident(device: torch.device) -> int:

@@ -25,6 +25,7 @@ if not triton.knobs.runtime.interpret:
 from wslfast.kernels.triton import budget, network_layout
 from wslfast.kernels.triton import launch as kernels
 from wslfast.kernels.triton import network_launch as whole
+from wslfast.kernels.triton.configurations import CHOICES, tuned
 from wslfast.kernels.triton.differentiable import differentiable_forward
 
 SCALES = {"mlp": MLP, "small": SMALL, "cnn3": cnn3(), "cnn28": cnn28(), "lenet5": lenet5()}
@@ -49,9 +50,23 @@ def _marked(names: Any) -> list[Any]:
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(network_layout, "query_block", lambda *_: 2)
     monkeypatch.setattr(network_layout, "PART", 4)
-    network_layout.network.cache_clear()
+    for kept in (network_layout.network, whole._specialised):
+        kept.cache_clear()
     yield
-    network_layout.network.cache_clear()
+    for kept in (network_layout.network, whole._specialised):
+        kept.cache_clear()
+
+
+@pytest.mark.parametrize("first", ["default", "pipelined"])
+def test_every_choice_has_launch_parameters_of_its_own(first: str) -> None:
+    """Whichever is asked for first in a process: one that is proved and timed is the one that runs."""
+    whole._specialised.cache_clear()
+    planned, cpu = schedule(SMALL.layers, SMALL.shape), torch.device("cpu")
+    turns = {"default": {1}, "pipelined": {2}}
+    for name in (first, "default", "pipelined", "default"):
+        with tuned(CHOICES[name]):
+            layout = whole.specialised(planned, "tf32", True, cpu)
+        assert {c.STAGES for c in (*layout.forward, *layout.dx)} == turns[name]
 
 
 def _loss(
