@@ -42,7 +42,14 @@ class QueryPool:
         """
         require(isinstance(n, int) and 0 < n <= len(self), f"n: expected 1 to {len(self)} queries (the pool's size), got {n!r}")
         device = generator.device if generator is not None else "cpu"
-        return torch.randperm(len(self), generator=generator, device=device)[:n].to(self.images.device)
+        return sent(torch.randperm(len(self), generator=generator, device=device)[:n], self.images.device)
+
+
+def sent(index: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device. From memory that may be paged out the copy would wait for all that the GPU has to do first."""
+    if device.type != "cuda" or index.device.type != "cpu":
+        return index.to(device)
+    return index.pin_memory().to(device, non_blocking=True)
 
 
 class TargetCache:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..population import Population
+from ..queries.pool import sent
 from ..zoo import MappedZoo
 
 _LOOKED_AT = 16  # rows that tell one zoo from another
@@ -45,9 +46,9 @@ class TrainingModels:
     def rows(self, index: Tensor) -> Tensor:
         """Weights ``[b, P]`` of the models at ``index [b]`` (on the CPU)."""
         if self._weights is not None:
-            return self._weights[index.to(self.device)]
+            return self._weights[sent(index, self.device)]
         assert isinstance(self.source, MappedZoo)
-        return self.source.rows(index).to(self.device)
+        return sent(self.source.rows(index), self.device)
 
     def fingerprint(self) -> int:
         """A number that another zoo of the same size has not: a checksum of rows here and there, so that a large zoo is not read whole."""

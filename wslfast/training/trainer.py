@@ -33,6 +33,7 @@ from ..permutation import kept_channels, permute, random_permutations
 from ..population import Population
 from ..profiling import region
 from ..queries import QueryPool, TargetCache
+from ..queries.pool import sent
 from ..tokens import TokenLayout
 from ..zoo import MappedZoo
 from .config import TrainConfig
@@ -254,7 +255,7 @@ class Trainer:
     def _targets(self, rows: Tensor, originals: Tensor, queries: Tensor) -> Tensor:
         """Outputs ``[b, n, K]`` of zoo rows: looked up where they are cached."""
         if self.cache is not None:
-            return self.cache.targets(rows.to(self.device), queries)
+            return self.cache.targets(sent(rows, self.device), queries)
         return self._outputs(originals, queries)
 
     def _outputs(self, weights: Tensor, queries: Tensor) -> Tensor:
