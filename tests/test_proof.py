@@ -32,6 +32,7 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def _new_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verdicts, "_known", {})
+    monkeypatch.setattr(proof, "_looked_at", set())
 
 
 # -- what is kept ------------------------------------------------------------------------------------------------------
@@ -338,6 +339,31 @@ def test_ensure_looks_once(fitting: list[list[str]], monkeypatch: pytest.MonkeyP
     both = verdicts.read(verdicts.key_of(ARCH, "tf32", "loss"))
     assert both is not None
     assert sorted((s.k, s.n) for s in both.speeds) == [(4, 6), (64, 6)]
+
+
+def test_a_gpu_that_is_too_full_is_looked_at_once_in_a_process(fitting: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proof, "COMMAND", proof_machine.command("busy"))
+    wanted = [("loss", "tf32")]
+    assert not any(d.on for d in proof.ensure(ARCH, GPU, wanted, 4, 6).values())
+    assert proof.ensure(ARCH, GPU, wanted, 5, 7) == proof.ensure(ARCH, GPU, wanted, 4, 6)
+    assert fitting == [["loss"]]
+    proof.ensure(ARCH, GPU, wanted, 64, 6)  # another size may fit
+    _new_process(monkeypatch)
+    proof.ensure(ARCH, GPU, wanted, 4, 6)
+    assert fitting == [["loss"]] * 3
+
+
+def test_what_is_found_is_kept_while_other_forms_are_tried(gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: Any, found: Any, **__: Any) -> Any:
+        found("loss", GOOD)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(proof, "prove", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        proof._make(ARCH, [("loss", "tf32"), ("forward", "tf32")], [(128, 256)], GPU)
+    _new_process(monkeypatch)
+    assert verdicts.read(verdicts.key_of(ARCH, "tf32", "loss")) == GOOD
+    assert verdicts.read(verdicts.key_of(ARCH, "tf32", "forward")) is None
 
 
 def test_ensure_leaves_alone(fitting: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:

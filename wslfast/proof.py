@@ -10,8 +10,9 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ LIMIT_S = 120.0
 HANG_S = 45.0  # silence that is a hang, which is kept; a busy machine compiles slowly
 SIZES = ((128, 256), (1024, 256), (16, 16))  # what doctor times where nobody says: a published batch, a large one, and a few small ones
 logger = logging.getLogger("wslfast")
+_looked_at: set[tuple[verdicts.Key, tuple[int, ...]]] = set()  # by this process, with no verdict for the size
 
 
 def prove(
@@ -41,6 +43,7 @@ def prove(
     *,
     limit_s: float = LIMIT_S,
     command: Sequence[str] = COMMAND,
+    found: Callable[[str, Verdict], object] | None = None,
 ) -> dict[str, Verdict]:
     """Verdicts by form, made now and in processes of their own; nothing is stored.
 
@@ -50,6 +53,7 @@ def prove(
         sizes: (k, n) to time.
         limit_s: seconds for all forms together.
         command: what reads the job.
+        found: called with a form that is done and its verdict, while others are tried.
     """
     left, made, deadline = list(forms), dict[str, Verdict](), time.monotonic() + limit_s
     times = [list(size) for size in sizes]
@@ -78,6 +82,8 @@ def prove(
                 else:
                     within = None
                     left.remove(form)
+                    if found is not None and form in made:
+                        found(form, made[form])
             why = child.ended(deadline)
         except TimeoutError:
             late, why = True, f"not finished after {limit_s:.0f} s"
@@ -172,15 +178,20 @@ def _make(
     by_precision: dict[str, list[str]] = {}
     for form, precision in wanted:
         by_precision.setdefault(precision, []).append(form)
-    made, deadline = {}, time.monotonic() + limit_s
-    for precision, forms in by_precision.items():
-        by_form = prove(architecture, forms, precision, sizes, device, limit_s=max(deadline - time.monotonic(), 0.0), command=COMMAND)
-        for form, verdict in by_form.items():
+    made, deadline = dict[tuple[str, str], Verdict](), time.monotonic() + limit_s
+
+    def keep(precision: str, form: str, verdict: Verdict) -> None:
+        if (form, precision) not in made:  # at once: who waits for this may be stopped before all forms are done
             key = verdicts.key_of(architecture, precision, form, device.index)
             earlier = verdicts.read(key, again=True)
-            whole = verdict.merged(earlier) if earlier is not None else verdict
-            verdicts.keep(key, whole)
-            made[form, precision] = whole
+            made[form, precision] = verdict.merged(earlier) if earlier is not None else verdict
+            verdicts.keep(key, made[form, precision])
+
+    for precision, forms in by_precision.items():
+        left_s = max(deadline - time.monotonic(), 0.0)
+        by_form = prove(architecture, forms, precision, sizes, device, limit_s=left_s, command=COMMAND, found=partial(keep, precision))
+        for form, verdict in by_form.items():
+            keep(precision, form, verdict)
     return made
 
 
@@ -259,26 +270,31 @@ def _many() -> bool:
 def _known_or_made(
     architecture: Architecture, asked: Sequence[tuple[str, str]], k: int, n: int, device: torch.device
 ) -> list[Verdict | None]:
-    stored = {pair: verdicts.read(verdicts.key_of(architecture, pair[1], pair[0], device.index)) for pair in asked}
+    keys = {pair: verdicts.key_of(architecture, pair[1], pair[0], device.index) for pair in asked}
+    stored = {pair: verdicts.read(key) for pair, key in keys.items()}
     size = verdicts.bucket(k, n)
 
-    def settled(verdict: Verdict | None) -> bool:
+    def settled(pair: tuple[str, str]) -> bool:
+        verdict = stored[pair]
+        if (keys[pair], size) in _looked_at:  # in vain: a GPU that is too full stays so for a while, and every piece of work would wait
+            return True
         if verdict is None or verdict.status == UNKNOWN:
             return False
         return verdict.status != RIGHT or any(verdicts.bucket(s.k, s.n) == size for s in verdict.speeds)
 
     def missing() -> list[tuple[str, str]]:
-        return [pair for pair in asked if not settled(stored[pair])]
+        return [pair for pair in asked if not settled(pair)]
 
     if missing():
         with verdicts.one_at_a_time(verdicts.machine(device.index), LIMIT_S):
             # what another process has found while this one waited
-            stored = {pair: verdicts.read(verdicts.key_of(architecture, pair[1], pair[0], device.index), again=True) for pair in asked}
+            stored = {pair: verdicts.read(key, again=True) for pair, key in keys.items()}
             if missing():
                 forms = ", ".join(f"{form} in {precision}" for form, precision in missing())
                 logger.info("checking the kernels for %r on %s: %s (%.0f s at most, once)", architecture.name,
                             verdicts.machine(device.index).gpu, forms, LIMIT_S)  # fmt: skip
                 stored |= _make(architecture, missing(), ((k, n),), device)
+                _looked_at.update((keys[pair], size) for pair in missing())
     return [stored[pair] for pair in asked]
 
 
