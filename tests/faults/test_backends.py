@@ -207,3 +207,26 @@ def test_a_process_without_them_gives_the_same_numbers(tmp_path: Path, state: st
     assert found["error"].startswith("backend='triton' cannot run this: ")
     assert not found["cuda"]
     reached("backends", f"a process with {state}: the same numbers", 1, 1)
+
+
+def test_kernels_that_run_out_of_memory_take_smaller_chunks(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setenv("WSLFAST_MEMORY_MB", "1000")
+    monkeypatch.setattr(errors, "_said", set())
+    tried: list[int] = []
+
+    def run(memory: int) -> str:
+        tried.append(memory >> 20)
+        if memory > most << 20:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8.00 GiB")
+        return "done"
+
+    most = 300
+    with caplog.at_level(logging.WARNING, "wslfast"):
+        assert triton_path._fitting(run) == "done"
+    assert tried == [1000, 500, 250]
+    assert "WSLFAST_MEMORY_MB" in caplog.text
+    tried.clear()
+    most = 1
+    with pytest.raises(torch.OutOfMemoryError):
+        triton_path._fitting(run)
+    assert tried == [1000, 500, 250, 125, 62]

@@ -41,8 +41,9 @@ class _Recording:
 
     def replay(self, arguments: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Losses and gradient in memory of the caller's: the next replay writes over the graph's own."""
-        for here, given in zip(self.arguments, arguments, strict=True):
-            here.copy_(given)
+        with torch.no_grad():
+            for here, given in zip(self.arguments, arguments, strict=True):
+                here.copy_(given)
         self.graph.replay()
         losses, gradient = self.results
         return losses.clone(), gradient.clone()

@@ -7,7 +7,7 @@ import logging
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import ModuleType
 from typing import Any, ClassVar, TypeVar
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..architecture import Architecture
-from ..errors import say_once
+from ..errors import first_line, say_once
 from ..kernels.criteria import Named
 from ..kernels.layers import Unplannable
 from ..kernels.triton import budget
@@ -28,6 +28,7 @@ from .paths import by_autograd, gathered, per_model
 from .precision import kernel_precision
 
 _T = TypeVar("_T")
+_LEAST = 64 << 20  # bytes: with less, what a call holds is its arguments and results
 unbuildable: dict[Architecture, str] = {}  # whose kernels failed to build in this process, and why
 
 
@@ -46,14 +47,14 @@ class Triton:
     name: ClassVar[str] = "triton"
 
     def forward(self, weights: Tensor, queries: Tensor, graph: bool) -> Tensor:
-        outputs = self._built(lambda: self._run(weights, queries), "forward", weights)
+        outputs = self._built(lambda: _fitting(lambda memory: self._run(weights, queries, memory)), "forward", weights)
         return outputs.to(torch.get_autocast_dtype("cuda")) if torch.is_autocast_enabled("cuda") else outputs
 
-    def _run(self, weights: Tensor, queries: Tensor) -> Tensor:
+    def _run(self, weights: Tensor, queries: Tensor, memory: int | None = None) -> Tensor:
         """Outputs in float32, with a graph where autograd records one."""
         rows = weights if self._chain.rows is None else self._chain.rows(weights)
         run = kernels("differentiable").differentiable_forward
-        return run(rows, queries, self._chain.layers, kernel_precision(), memory=memory_budget("cuda"))  # type: ignore[no-any-return]
+        return run(rows, queries, self._chain.layers, kernel_precision(), memory=memory or memory_budget("cuda"))  # type: ignore[no-any-return]
 
     @property
     def _chain(self) -> Chain:
@@ -63,8 +64,8 @@ class Triton:
     def loss_and_gradient(
         self, weights: Tensor, queries: Tensor, targets: Tensor, criterion: Named, temperature: float, index: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        precision, memory = kernel_precision(), memory_budget("cuda")
-        self._say_mode(queries.shape[int(per_model(queries, self.architecture))] if index is None else index.shape[1], precision)
+        precision = kernel_precision()
+        mode = self._mode(queries.shape[int(per_model(queries, self.architecture))] if index is None else index.shape[1], precision)
 
         def run() -> tuple[Tensor, Tensor]:
             made, found = kernels(), self._chain
@@ -74,9 +75,8 @@ class Triton:
                     with torch.enable_grad():
                         leaf = weights.detach().requires_grad_()
                         rows = found.rows(leaf)
-                losses, gradient = made.loss_and_gradient(
-                    rows.detach(), queries, targets, found.layers, criterion, temperature, precision, index=index, memory=memory
-                )
+                call = partial(made.loss_and_gradient, rows.detach(), queries, targets, found.layers, criterion, temperature, precision)
+                losses, gradient = _fitting(lambda memory: call(index=index, memory=memory, mode=mode))
                 if found.rows is not None:  # through the fold, to the network's own numbers
                     (gradient,) = torch.autograd.grad(rows, leaf, gradient.to(rows.dtype))
                 return losses, gradient
@@ -93,12 +93,13 @@ class Triton:
         made = (tables.pack_table(planned, device), tables.fold_tables(planned, n, device), tables.whole_tables(planned, device))
         return found, *made
 
-    def _say_mode(self, n: int, precision: str) -> None:
-        """Why the kernels leave their usual way, a launch a layer."""
+    def _mode(self, n: int, precision: str) -> str:
+        """``layers`` or ``network``: why the kernels leave their usual way, a launch a layer, is said once."""
         planned = schedule(self._chain.layers, self.architecture.input_shape)
         mode, reason = budget.choose_mode(planned, n, precision, True, memory_budget("cuda"))
         if mode == "network":
             say_once(f"wslfast: {self.architecture.name!r} runs as a whole network in one launch: {reason}", logging.INFO)
+        return mode
 
     def _built(self, run: Callable[[], _T], form: str, weights: Tensor) -> _T:
         """What ``run`` gives. Raises Unbuildable where its kernels cannot be built on this machine, and WslfastError where the device
@@ -116,6 +117,25 @@ class Triton:
                 raise
             unbuildable[self.architecture] = f"they cannot be built here: {words}"
         raise Unbuildable
+
+
+def _fitting(run: Callable[[int], _T]) -> _T:
+    """What ``run`` gives with the memory that a call may hold, half as much each time that the GPU has none left: models go in smaller
+    chunks, which changes no bit. Raises torch's error where the least is too much."""
+    memory = memory_budget("cuda")
+    while True:
+        try:
+            return run(memory)
+        except torch.OutOfMemoryError as error:
+            if memory <= _LEAST or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+                raise
+            short = first_line(error)
+        # outside the except block, whose traceback would keep the failed attempt's tensors alive
+        memory //= 2
+        torch.cuda.empty_cache()
+        say_once(
+            f"wslfast: out of memory in the kernels; going on with {memory >> 20} MiB (WSLFAST_MEMORY_MB bounds it ahead): {short:.160}"
+        )
 
 
 def build_failure(error: BaseException) -> str | None:
