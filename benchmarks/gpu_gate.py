@@ -48,6 +48,7 @@ TOTAL_S = sum(PARTS.values())  # 9:30
 CELL_S = 60.0  # one provider on one shape
 CORE = ("cnn3", "lenet5", "cnn")
 PRECISIONS = ("tf32", "fp16", "tf32x3", "bf16")
+NO_TESTS = 5  # pytest's status
 LOST = 75  # of a test process whose device was lost, see tests/gpu/conftest.py
 LOG = "gpu_gate.jsonl"
 
@@ -158,16 +159,19 @@ def run_tests(gate: Gate, deadline: float, command: tuple[str, ...] = (), proces
             again = [d for d in ended if d.status == LOST or d.status < 0]
             cut |= {journals[int(d.job.name.split()[1]) - 1] for d in ended if d.cut}
             for done in ended:
-                if done.status not in (0, 1, 5):
+                if done.status not in (0, 1, NO_TESTS):
+                    if done.status > 0 and done.status != LOST and not done.cut:  # it did not begin: a missing package, a broken import
+                        gate.wrong.append(f"tests: {done.job.name}: {done.words}")
                     gate.note("tests", f"{done.job.name}: {done.words}", status=done.status, output=done.output.splitlines()[-12:])
             pending = [int(d.job.name.split()[1]) - 1 for d in again]
             if not pending or time.monotonic() >= deadline:
                 break
-        _results(gate, journals, cut)
+        if not _results(gate, journals, cut) and ended and not cut and not gate.wrong:
+            gate.wrong.append("tests: none was run")
 
 
-def _results(gate: Gate, journals: list[Path], cut: set[Path]) -> None:
-    """What the journals of the tests hold: failures as notes, and what has no result, in journals that were cut off for want of time."""
+def _results(gate: Gate, journals: list[Path], cut: set[Path]) -> int:
+    """How many tests the journals know. Failures are notes; so is what has no result, in journals that were cut off for want of time."""
     results: dict[str, str] = {}
     last: dict[Path, str] = {}  # test to begin in a journal
     waiting: dict[str, None] = {}
@@ -188,6 +192,7 @@ def _results(gate: Gate, journals: list[Path], cut: set[Path]) -> None:
     gate.wrong += [f"tests: {test}: {'died in it' if o == 'begun' else o}" for test, o in ill.items()]
     gate.undone += [f"tests: {test}" for test in (*late, *(w for w in waiting if w not in results))]
     gate.note("tests", ", ".join(f"{count} {'without an end' if o == 'begun' else o}" for o, count in counts.items()), **counts)
+    return len(results)
 
 
 def run_section(gate: Gate, name: str, deadline: float) -> None:

@@ -146,11 +146,13 @@ def measure_on_gpu(call: Call, budget_s: float) -> Figures:
     if first > _SLOW_MS:
         found.missing["graph_ms"] = f"not captured: a call takes more than {_SLOW_MS:g} ms"
         return found
+    before = torch.cuda.current_stream()
     try:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             call()
     except Exception as error:
+        torch.cuda.set_stream(before)  # torch leaves its own current where CUDA broke the capture off
         torch.cuda.synchronize()
         found.missing["graph_ms"] = f"cannot be captured as a CUDA graph: {str(error).strip().splitlines()[0][:100]}".replace(";", ",")
         return found

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from wslfast import Population, TrainConfig, profiling
-from wslfast.training.trainer import Trainer
+from wslfast import Population, TrainConfig, engine, profiling
+from wslfast.engine.choice import Call
+from wslfast.training.trainer import Trainer, behavior_precision
 
 from .cases import ARCHITECTURES, models
 from .recording import Row, digits, environment, with_values
@@ -33,6 +34,13 @@ def trainer(net: str, device: str, published: bool, models_in_zoo: int = 128, **
     made = Trainer(config, population, images)
     made.model.train()
     return made
+
+
+def path_of(made: Trainer, k: int) -> str:
+    """What runs the networks of a step: figures of the kernels and of torch are not to be taken for each other."""
+    with behavior_precision(made.config, made.device):
+        call = Call("loss", k, made.queries)
+        return f"networks on {engine.choose(made.architecture, made.device.type, torch.float32, call=call).name}"
 
 
 def phase_rows(profile: profiling.Profile, row: Row, steps: int) -> list[Row]:
@@ -67,7 +75,7 @@ def measure(net: str, device: str, published: bool, repeats: int = 5, steps: int
     made = trainer(net, device, published)
     precision = "tf32" if cuda else "highest"
     k = made.batch * (2 if made.two_views else 1)
-    size = "published sizes" if published else "small preset"
+    size = f"{'published sizes' if published else 'small preset'}; {path_of(made, k)}"
     row = Row("wslfast", net, k, made.config.queries, "step", precision, "wall_ms", **environment(cuda))
     rows = []
     if cuda:

@@ -9,18 +9,23 @@ from types import ModuleType
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+
+try:
+    from hypothesis import HealthCheck, settings
+except ModuleNotFoundError:  # on a machine that has little more than torch, where tests/gpu runs
+    settings = None
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported; with a GPU, kernels are compiled
 
 # The same examples at every run (a failure that comes and goes helps nobody); WSLFAST_FUZZ=1 draws new ones. No example is judged by
 # its time: machines are shared. tmp_path is written anew by every example that uses it.
-settings.register_profile(
-    "wslfast", deadline=None, derandomize="WSLFAST_FUZZ" not in os.environ, print_blob=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
-)  # fmt: skip
-settings.load_profile("wslfast")
+if settings is not None:
+    settings.register_profile(
+        "wslfast", deadline=None, derandomize="WSLFAST_FUZZ" not in os.environ, print_blob=True,
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
+    )  # fmt: skip
+    settings.load_profile("wslfast")
 
 # Slow tests that continuous integration has no time for (make thorough runs them): every operation in every layout, kernels compiled for
 # every target and a page's tables of them, kernels watched for races, many random networks. Single cases of other files are marked there.

@@ -96,6 +96,16 @@ def test_tests_go_on_after_a_device_that_is_lost(tmp_path: Path) -> None:
     assert gate.undone == []
 
 
+@pytest.mark.parametrize(
+    ("code", "words"), [("import nowhere", "none was run"), ("raise SystemExit(4)", "failed (4)"), ("raise SystemExit(5)", "none was run")]
+)
+def test_tests_that_do_not_begin_are_wrong(tmp_path: Path, code: str, words: str) -> None:
+    gate = Gate(tmp_path)
+    gpu_gate.run_tests(gate, time.monotonic() + 60, ("-S", "-c", code), processes=1)
+    assert len(gate.wrong) == 1
+    assert words in gate.wrong[0]
+
+
 def test_tests_without_time_are_named(tmp_path: Path) -> None:
     gate = Gate(tmp_path)
     gpu_gate.run_tests(gate, time.monotonic() - 1, ("-S", "-c", "1"), processes=2)
