@@ -32,7 +32,7 @@ def specialised(schedule: Schedule, precision: str, gradient: bool, device: torc
 
 @lru_cache(maxsize=256)
 def _specialised(choice: Tuning, *arguments: Any) -> Network:
-    """A layout by the launch parameters of a choice, too: ``network`` itself keeps those of its first caller, whose sizes are anyone's."""
+    """``network`` with the launch parameters of a choice. Its own cache keeps those of its first caller: good for sizes alone."""
     with tuned(choice):
         return network.__wrapped__(*arguments)
 
