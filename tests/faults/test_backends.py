@@ -17,7 +17,8 @@ from matrix import reached
 from training_runs import ARCH
 
 from wslfast import WslfastError, batched_behavioral_loss, batched_forward, engine, errors
-from wslfast.engine import device_errors, paths, triton_path, verdicts
+from wslfast.engine import chunks, device_errors, paths, triton_path, verdicts
+from wslfast.engine.memory import memory_budget
 
 WEIGHTS = ARCH.initial_weights(["kaiming_normal"] * 5, range(5))
 QUERIES = torch.randn(7, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -222,11 +223,11 @@ def test_kernels_that_run_out_of_memory_take_smaller_chunks(monkeypatch: pytest.
 
     most = 300
     with caplog.at_level(logging.WARNING, "wslfast"):
-        assert triton_path._fitting(run) == "done"
+        assert chunks.fitting(memory_budget("cuda"), run) == "done"
     assert tried == [1000, 500, 250]
     assert "WSLFAST_MEMORY_MB" in caplog.text
     tried.clear()
     most = 1
     with pytest.raises(torch.OutOfMemoryError):
-        triton_path._fitting(run)
+        chunks.fitting(memory_budget("cuda"), run)
     assert tried == [1000, 500, 250, 125, 62]

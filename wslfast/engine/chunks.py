@@ -1,13 +1,17 @@
-"""Work on k models in chunks that halve when memory runs out."""
+"""Work that takes less at a time when memory runs out: fewer models, or smaller buffers of a call that cuts models into chunks itself."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
 from ..errors import WslfastError, first_line, say_once
+
+_T = TypeVar("_T")
+_LEAST = 64 << 20  # bytes: with less, what a call of the kernels holds is its arguments and results
 
 
 def in_chunks(models: int, size: int, run: Callable[[slice], None]) -> None:
@@ -41,6 +45,23 @@ def in_chunks(models: int, size: int, run: Callable[[slice], None]) -> None:
         failed, size = failed or tried, tried // 2
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def fitting(memory: int, run: Callable[[int], _T]) -> _T:
+    """What ``run`` gives with so many bytes of a GPU for its buffers, or half as many each time that the GPU has none left: one warning.
+    For calls whose bits do not depend on it. Raises torch's error where the least is too much."""
+    while True:
+        try:
+            return run(memory)
+        except torch.OutOfMemoryError as error:
+            if memory <= _LEAST or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+                raise
+            shortage = first_line(error)
+        # outside the except block, as above
+        memory //= 2
+        torch.cuda.empty_cache()
+        hint = "WSLFAST_MEMORY_MB bounds it ahead"
+        say_once(f"wslfast: out of memory in the kernels; going on with {memory >> 20} MiB ({hint}): {shortage:.160}", logging.WARNING)
 
 
 def is_shortage(error: BaseException) -> bool:

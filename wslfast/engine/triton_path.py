@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..architecture import Architecture
-from ..errors import first_line, say_once
+from ..errors import say_once
 from ..kernels.criteria import Named
 from ..kernels.layers import Unplannable
 from ..kernels.triton import budget
@@ -23,12 +23,12 @@ from ..kernels.triton.configurations import CHOICES, tuned
 from ..kernels.triton.folding import Chain, chain
 from ..kernels.triton.schedule import schedule
 from . import device_errors
+from .chunks import fitting
 from .memory import memory_budget
 from .paths import by_autograd, gathered, per_model
 from .precision import kernel_precision
 
 _T = TypeVar("_T")
-_LEAST = 64 << 20  # bytes: with less, what a call holds is its arguments and results
 unbuildable: dict[Architecture, str] = {}  # whose kernels failed to build in this process, and why
 
 
@@ -47,7 +47,7 @@ class Triton:
     name: ClassVar[str] = "triton"
 
     def forward(self, weights: Tensor, queries: Tensor, graph: bool) -> Tensor:
-        outputs = self._built(lambda: _fitting(lambda memory: self._run(weights, queries, memory)), "forward", weights)
+        outputs = self._built(lambda: fitting(memory_budget("cuda"), partial(self._run, weights, queries)), "forward", weights)
         return outputs.to(torch.get_autocast_dtype("cuda")) if torch.is_autocast_enabled("cuda") else outputs
 
     def _run(self, weights: Tensor, queries: Tensor, memory: int | None = None) -> Tensor:
@@ -76,7 +76,7 @@ class Triton:
                         leaf = weights.detach().requires_grad_()
                         rows = found.rows(leaf)
                 call = partial(made.loss_and_gradient, rows.detach(), queries, targets, found.layers, criterion, temperature, precision)
-                losses, gradient = _fitting(lambda memory: call(index=index, memory=memory, mode=mode))
+                losses, gradient = fitting(memory_budget("cuda"), lambda memory: call(index=index, memory=memory, mode=mode))
                 if found.rows is not None:  # through the fold, to the network's own numbers
                     (gradient,) = torch.autograd.grad(rows, leaf, gradient.to(rows.dtype))
                 return losses, gradient
@@ -117,25 +117,6 @@ class Triton:
                 raise
             unbuildable[self.architecture] = f"they cannot be built here: {words}"
         raise Unbuildable
-
-
-def _fitting(run: Callable[[int], _T]) -> _T:
-    """What ``run`` gives with the memory that a call may hold, half as much each time that the GPU has none left: models go in smaller
-    chunks, which changes no bit. Raises torch's error where the least is too much."""
-    memory = memory_budget("cuda")
-    while True:
-        try:
-            return run(memory)
-        except torch.OutOfMemoryError as error:
-            if memory <= _LEAST or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
-                raise
-            short = first_line(error)
-        # outside the except block, whose traceback would keep the failed attempt's tensors alive
-        memory //= 2
-        torch.cuda.empty_cache()
-        say_once(
-            f"wslfast: out of memory in the kernels; going on with {memory >> 20} MiB (WSLFAST_MEMORY_MB bounds it ahead): {short:.160}"
-        )
 
 
 def build_failure(error: BaseException) -> str | None:

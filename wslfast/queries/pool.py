@@ -45,11 +45,11 @@ class QueryPool:
         return sent(torch.randperm(len(self), generator=generator, device=device)[:n], self.images.device)
 
 
-def sent(index: Tensor, device: torch.device) -> Tensor:
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor on a device. From memory that may be paged out the copy would wait for all that the GPU has to do first."""
-    if device.type != "cuda" or index.device.type != "cpu":
-        return index.to(device)
-    return index.pin_memory().to(device, non_blocking=True)
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class TargetCache:
