@@ -24,6 +24,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .denormals import zeros_here
+
 __all__ = ["controls", "forked", "run", "run_here", "threads_inside"]
 
 Setter = Callable[[int], "int | None"]
@@ -112,11 +114,6 @@ def _next(waiting: deque[Callable[[], None]]) -> Callable[[], None] | None:
         return None
 
 
-def _flushes_denormals() -> bool:
-    """Whether numbers below 1e-38 are zero in this thread (``torch.set_flush_denormal``)."""
-    return float(torch.full((1,), 1e-30, dtype=torch.float32, device="cpu").mul_(1e-10)) == 0
-
-
 def run(jobs: Sequence[Callable[[], None]]) -> None:
     """Call every job once, in this thread and up to ``torch.get_num_threads() - 1`` others; returns when all are done.
 
@@ -129,7 +126,7 @@ def run(jobs: Sequence[Callable[[], None]]) -> None:
         return
     waiting = deque(jobs)
     errors: list[BaseException] = []
-    caller, inference, flushed = get_ident(), torch.is_inference_mode_enabled(), _flushes_denormals()
+    caller, inference, flushed = get_ident(), torch.is_inference_mode_enabled(), zeros_here()
 
     def rest() -> None:
         while (job := _next(waiting)) is not None:
@@ -141,7 +138,7 @@ def run(jobs: Sequence[Callable[[], None]]) -> None:
     def work_elsewhere() -> None:
         """The same with the caller's modes, which belong to a thread, and which torch's thread gets back."""
         torch.get_num_threads()  # torch sets a thread's number when it is first asked for: ask, then overrule it
-        before = _flushes_denormals()
+        before = zeros_here()
         if before != flushed:
             torch.set_flush_denormal(flushed)
         try:

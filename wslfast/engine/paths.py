@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from ..architecture import Architecture
 from ..errors import WslfastError, describe, first_line
 from ..kernels import reference, stacked
 from ..kernels.cpu import engine as cpu
+from ..kernels.cpu.denormals import flushed, harmless
 from ..kernels.cpu.memory import fresh_like
 from ..kernels.criteria import Named, share_of_loss
 from ..kernels.graph import Graph
@@ -26,6 +27,7 @@ from .chunks import in_chunks, is_shortage
 from .memory import memory_budget, models_per_chunk, stacks_well
 
 Run = Callable[[Tensor, Tensor], Tensor]
+_T = TypeVar("_T")
 
 
 class Path(Protocol):
@@ -133,6 +135,12 @@ def gathered(
     return losses, gradient
 
 
+def _flushed(architecture: Architecture, weights: Tensor, call: Callable[..., _T], criterion: Named = "mse") -> Callable[..., _T]:
+    """The same call, with numbers below 1.2e-38 as zeros where neither the network nor the criterion, if it is one of ours, minds."""
+    fits = weights.device.type == "cpu" and isinstance(criterion, str) and (architecture.graph is None or harmless(architecture.graph))
+    return partial(flushed, call) if fits else call
+
+
 @dataclass(frozen=True)
 class Loop:
     """Plain chains, one model after another, channels-last: for float64, autocast, graphs, and as the oracle's twin."""
@@ -186,7 +194,9 @@ class Stacked:
             return in_pieces(partial(self._run, graph), weights, queries, self.architecture, graph, size)
 
     def _run(self, graph: bool, weights: Tensor, queries: Tensor) -> Tensor:
-        return (stacked.differentiable if graph else stacked.forward)(weights, queries, self._graph)
+        if graph:
+            return stacked.differentiable(weights, queries, self._graph)
+        return _flushed(self.architecture, weights, stacked.forward)(weights, queries, self._graph)
 
     def _models(self, k: int, n: int, device: str) -> int:
         """Models of one call below: on a CPU all, which are cut into groups that fit the caches."""
@@ -216,7 +226,8 @@ class Stacked:
     def _piece(
         self, weights: Tensor, queries: Tensor, targets: Tensor, criterion: Named, temperature: float, index: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        return stacked.loss_and_gradient(weights, queries, targets, self._graph, criterion, temperature, index)
+        run = _flushed(self.architecture, weights, stacked.loss_and_gradient, criterion)
+        return run(weights, queries, targets, self._graph, criterion, temperature, index)
 
 
 @dataclass(frozen=True)
@@ -235,9 +246,9 @@ class Cpu:
             return kind(self.architecture, self.reason).forward(weights, queries, graph)
         folded = self._folded
         if folded is None:
-            outputs = cpu.forward(weights, queries, self.architecture.layers)
+            outputs = _flushed(self.architecture, weights, cpu.forward)(weights, queries, self.architecture.layers)
         else:
-            outputs = folded_chain.forward(weights, queries, folded)
+            outputs = _flushed(self.architecture, weights, folded_chain.forward)(weights, queries, folded)
         return outputs.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else outputs
 
     def loss_and_gradient(
@@ -245,8 +256,10 @@ class Cpu:
     ) -> tuple[Tensor, Tensor]:
         folded = self._folded
         if folded is None:
-            return cpu.loss_and_gradient(weights, queries, targets, self.architecture.layers, criterion, temperature, index)
-        return folded_chain.loss_and_gradient(weights, queries, targets, folded, criterion, temperature, index)
+            run = _flushed(self.architecture, weights, cpu.loss_and_gradient, criterion)
+            return run(weights, queries, targets, self.architecture.layers, criterion, temperature, index)
+        run = _flushed(self.architecture, weights, folded_chain.loss_and_gradient, criterion)
+        return run(weights, queries, targets, folded, criterion, temperature, index)
 
     @property
     def _folded(self) -> Graph | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from ..architecture import Architecture
 from ..errors import WslfastError, require
 from ..kernels import stacked
+from ..kernels.cpu.denormals import flushed, harmless
 from ..kernels.criteria import Named
 from ..kernels.graph import Graph, Training
 from ..kernels.operations import training_graph
@@ -75,12 +76,15 @@ def training_step(
     k, own = len(weights), queries.ndim == len(architecture.input_shape) + 2
     size = k if weights.device.type == "cpu" else models_per_chunk(architecture, targets.shape[1], weights.device.type)
     parts = []
+    even = weights.device.type == "cpu" and isinstance(criterion, str) and harmless(graph)
     with region("loss"):
         for start in range(0, k, size):
             part = slice(start, start + size)
             x, rows = queries[part] if own and index is None else queries, None if index is None else index[part]
+            step = partial(stacked.training_step, index=rows, generators=generators[part])
+            step = partial(flushed, step) if even else step
             try:
-                made = stacked.training_step(weights[part], x, targets[part], graph, criterion, index=rows, generators=generators[part])
+                made = step(weights[part], x, targets[part], graph, criterion)
             except ValueError as error:
                 raise WslfastError(f"architecture {architecture.name!r}: {error}") from None
             parts.append(made)
