@@ -10,7 +10,7 @@ before it is used: on other numbers, with NaN in all the memory that it has to w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,11 +20,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import jobs
+from .aliases import Borrowed, Loose, place_of, rebound, released, storage_of, tensors_in
 from .arena import Arena
 
 __all__ = ["MOST_BYTES", "Recording", "Run", "record"]
 
 MOST_BYTES = 16 << 20  # that a call writes: from there on it takes as long either way, and recording it takes many times as long
+_BORROWED = 1 << 18  # bytes of an input that is read where the caller has it, and of a result that is written where it goes
 _LOOSE = 1 << 16  # bytes of a result from which on its memory is taken as it comes, where it would have to be copied
 
 # functions whose answer no number of a tensor decides
@@ -48,7 +50,7 @@ class Recording:
     """The operators of a call, bound to the memory that they read and write.
 
     Args:
-        inputs, results: tensors in that memory.
+        inputs, results: tensors in that memory, or what stands for them where the caller's memory is used.
         steps: the operators.
         memory: all that they write.
         loose: what stands for memory that torch makes, and that no step gives back.
@@ -60,23 +62,24 @@ class Recording:
 
     def __init__(
         self,
-        inputs: Sequence[Tensor],
+        inputs: Sequence[Tensor | Borrowed],
         steps: Sequence[partial[Any]],
-        results: Sequence[Tensor],
+        results: Sequence[Tensor | Borrowed],
         memory: Tensor,
         loose: Sequence[Sequence[Tensor]],
         share: bool,
     ) -> None:
         self._loose = loose
-        self.bytes = sum(map(_bytes, (*inputs, memory)))
+        self.bytes = sum(_bytes(t) for t in (*inputs, memory) if isinstance(t, Tensor))
         self._inputs, self._results, self._memory, self._share = tuple(inputs), tuple(results), memory, share
         self._anywhere = (None,) * len(results)
-        # the first input, rows of weights, is mostly read by one copy alone: it may as well copy the caller's
-        readers = [i for i, s in enumerate(steps) if _storage(inputs[0]) in map(_storage, _tensors((s.args, s.keywords)))]
-        self._ahead: tuple[partial[Any], ...] = ()  # of that copy
+        self._ahead: tuple[partial[Any], ...] = ()
         self._split: Callable[[Tensor], Any] | None = None
+        # the first input, rows of weights, is mostly read by one copy alone: it may as well copy the caller's
+        rows = inputs[0]
+        readers = [] if isinstance(rows, Borrowed) else [i for i, s in enumerate(steps) if storage_of(rows) in map(storage_of, _read(s))]
         first = steps[readers[0]] if len(readers) == 1 else None
-        if first is not None and first.func is torch.split_with_sizes_copy and _place(first.args[0]) == _place(inputs[0]):
+        if first is not None and first.func is torch.split_with_sizes_copy and place_of(first.args[0]) == place_of(rows):  # type: ignore[arg-type]
             self._ahead, steps = tuple(steps[: readers[0]]), steps[readers[0] + 1 :]
             self._split = lambda rows: first.func(rows, *first.args[1:], **first.keywords)
         # a result that the last operator joins is joined anew: it is the caller's
@@ -84,43 +87,75 @@ class Recording:
         self._join: partial[Tensor] | None = None
         last: Any = steps[-1] if steps else None
         joined: Any = last.keywords["out"] if last is not None and last.func is torch.cat else None
-        places = [i for i, result in enumerate(results) if joined is not None and _storage(result) == _storage(joined)]
-        if len(places) == 1 and _place(results[places[0]]) == _place(joined):
-            self._steps, self._joined, self._join = self._steps[:-1], places[0], partial(last.func, *last.args)
+        own = [(i, t) for i, t in enumerate(results) if isinstance(t, Tensor)]
+        places = [(i, t) for i, t in own if joined is not None and storage_of(t) == storage_of(joined)]
+        if len(places) == 1 and place_of(places[0][1]) == place_of(joined):
+            self._steps, self._joined, self._join = self._steps[:-1], places[0][0], partial(last.func, *last.args)
+        self._borrowed = [t for t in (*inputs, *results) if isinstance(t, Borrowed)]
+        for borrowed in self._borrowed:
+            borrowed.settle()
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The results, in memory of their own."""
         return self.into(None, *inputs)
 
     def into(self, places: Sequence[Tensor | None] | None, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """The results, written to ``places``; where there is None, in memory of their own."""
+        """The results, written to ``places``; where there is None, in memory of their own. Inputs are dense."""
         places = self._anywhere if places is None else places
         results: list[Tensor] = []
         with torch.no_grad():
-            for here, given in zip(self._inputs, inputs, strict=True):
-                if self._split is None or here is not self._inputs[0]:
-                    here.copy_(given)
-            jobs.run_here((partial(self._run, inputs[0], places, results),), self._share)
+            try:
+                for here, given in zip(self._inputs, inputs, strict=True):
+                    if isinstance(here, Borrowed):
+                        here.lend(given)
+                    elif self._split is None or here is not self._inputs[0]:
+                        here.copy_(given)
+                homes = [_home(result, place) for result, place in zip(self._results, places, strict=True)]
+                jobs.run_here((partial(self._run, inputs[0], homes, results),), self._share)
+            finally:
+                for borrowed in self._borrowed:
+                    borrowed.give_back()
+        for place, result in zip(places, results, strict=True):
+            if place is not None and place is not result:
+                place.copy_(result)
         return tuple(results)
 
-    def _run(self, rows: Tensor, places: Sequence[Tensor | None], results: list[Tensor]) -> None:
+    def _run(self, rows: Tensor, homes: Sequence[Tensor | None], results: list[Tensor]) -> None:
+        """``homes``: where results go, of those that are borrowed the memory that was lent; None: anywhere."""
         for step in self._ahead:
             step()
         if self._split is not None:
             self._split(rows)
         for step in self._steps:
             step()
-        for i, (place, result) in enumerate(zip(places, self._results, strict=True)):
-            if self._join is not None and i == self._joined:
-                results.append(self._join() if place is None else self._join(out=place))
+        for i, (home, result) in enumerate(zip(homes, self._results, strict=True)):
+            if isinstance(result, Borrowed):
+                assert home is not None
+                results.append(home)
+            elif self._join is not None and i == self._joined:
+                results.append(self._join() if home is None else self._join(out=home))
             else:
-                results.append(result.clone() if place is None else place.copy_(result))
+                results.append(result.clone() if home is None else home.copy_(result))
         for aliases in self._loose:
-            _released(aliases)
+            released(aliases)
 
     def forget(self) -> None:
         """Puts NaN, ones in every bit, in all memory that a call writes."""
         self._memory.fill_(255)
+
+
+def _home(result: Tensor | Borrowed, place: Tensor | None) -> Tensor | None:
+    """Where a result goes: to its place; a borrowed one, which is dense, to memory that lies so."""
+    if not isinstance(result, Borrowed):
+        return place
+    home = place if place is not None and place.is_contiguous() else torch.empty(result.shape, dtype=result.dtype, device="cpu")
+    result.lend(home)
+    return home
+
+
+def _read(step: partial[Any]) -> list[Tensor]:
+    """Tensors that a step is given."""
+    return tensors_in((step.args, step.keywords))
 
 
 def record(run: Run, inputs: Sequence[Tensor], share: bool = False) -> Recording | str:
@@ -131,7 +166,7 @@ def record(run: Run, inputs: Sequence[Tensor], share: bool = False) -> Recording
             recorder = _Recorder(own)
             with _Watch(), recorder:
                 results = run(*own)
-            if not recorder.operators or not {_storage(t) for t in results} <= {_storage(t) for t in recorder.made}:
+            if not recorder.operators or not {storage_of(t) for t in results} <= {storage_of(t) for t in recorder.made}:
                 return "its results come from elsewhere"
             other = [_other(t) for t in inputs]
             for here, given in zip(own, other, strict=True):
@@ -139,7 +174,11 @@ def record(run: Run, inputs: Sequence[Tensor], share: bool = False) -> Recording
             recording = _settled(own, recorder, _bare(results), share)
             del recorder, results
             recording.forget()
-            same = all(map(_same_bits, recording(*other), run(*other)))
+            wanted = run(*other)
+            places = [torch.empty(t.shape, dtype=t.dtype, device="cpu") for t in wanted]
+            for place in places:
+                place.view(-1).view(torch.uint8).fill_(255)
+            same = all(map(_same_bits, recording.into(places, *other), wanted))
         except _Refused as reason:
             return str(reason)
         return recording if same else "its replay gives other bits"
@@ -147,61 +186,49 @@ def record(run: Run, inputs: Sequence[Tensor], share: bool = False) -> Recording
 
 def _settled(inputs: Sequence[Tensor], recorder: _Recorder, results: Sequence[Tensor], share: bool) -> Recording:
     """What was recorded, in memory of its own."""
-    sizes = {_storage(t): _bytes(t) for t in recorder.made}
-    loose = {_storage(t) for o in recorder.operators if o.makes_its_own() for t in _tensors(o.result) if _bytes(t) >= _LOOSE}
+    sizes = {storage_of(t): _bytes(t) for t in recorder.made}
+    borrowed = _borrowed(inputs, recorder, results)
+    loose = {storage_of(t) for o in recorder.operators if o.makes_its_own() for t in tensors_in(o.result) if _bytes(t) >= _LOOSE}
     lives: dict[int, tuple[int, int]] = {}
     for i, touched in enumerate((*[(o.args, o.kwargs, o.result) for o in recorder.operators], results)):
-        for name in map(_storage, _tensors(touched)):
-            if name in sizes:
+        for name in map(storage_of, tensors_in(touched)):
+            if name in sizes and name not in borrowed:
                 lives[name] = lives.get(name, (i, i))[0], i
     arena = Arena(sizes, {name: life for name, life in lives.items() if name not in loose})
-    aliases = _Aliases(loose)
-    moved = partial(_changed, lambda t: aliases.of(t) if _storage(t) in loose else arena.moved(t))
+    aliases = Loose(loose)
+
+    def there(t: Tensor) -> Tensor:
+        name = storage_of(t)
+        return borrowed[name].of(t) if name in borrowed else aliases.of(t) if name in loose else arena.moved(t)
+
+    moved = partial(_changed, there)
     operators = [_Operator(o.name, o.func, moved(o.args), moved(o.kwargs), moved(o.result)) for o in recorder.operators]
-    results = moved(results)
+    found = [borrowed.get(storage_of(t)) or there(t) for t in results]
     steps: list[partial[Any]] = []
     for i, (operator, before) in enumerate(zip(operators, recorder.operators, strict=True)):
-        places = [aliases.known.get(_storage(t), here) for t, here in zip(_tensors(before.result), _tensors(operator.result), strict=True)]
+        made = zip(tensors_in(before.result), tensors_in(operator.result), strict=True)
+        places = [aliases.known.get(storage_of(t), here) for t, here in made]
         steps.append(operator.again(places))
         ended = [name for name in loose if lives[name][1] == i < len(operators) - 1]  # what the last one reads, it may read again
         for name in ended:
-            steps.append(partial(_released, aliases.known[name]))
+            steps.append(partial(released, aliases.known[name]))
             steps[-1]()
     last = [aliases.known[name] for name in loose if lives[name][1] >= len(operators) - 1]
-    return Recording(inputs, steps, results, arena.memory, last, share)
+    return Recording([borrowed.get(storage_of(t)) or t for t in inputs], steps, found, arena.memory, last, share)
 
 
-class _Aliases:
-    """Tensors on memory that torch makes anew in every replay, by the storage that was recorded."""
-
-    def __init__(self, storages: set[int]) -> None:
-        self.known: dict[int, list[Tensor]] = {name: [] for name in storages}
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """One that stands for ``tensor``."""
-        every = self.known[_storage(tensor)]
-        for known in every:
-            if known.dtype == tensor.dtype and _place(known) == _place(tensor):
-                return known
-        made = torch.empty(0, dtype=tensor.dtype, device="cpu")
-        every.append(made.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride()))
-        return every[-1]
-
-
-def _rebound(places: Sequence[Tensor | list[Tensor]], func: Any, args: Any, kwargs: Any) -> None:
-    """Call an operator, and let what stands for its results, or for views of them, be in their memory; copy those that have a place."""
-    for place, made in zip(places, _tensors(func(*args, **kwargs)), strict=True):
-        if isinstance(place, Tensor):
-            place.copy_(made)
-            continue
-        storage = made.untyped_storage()
-        for alias in place:
-            alias.set_(storage, alias.storage_offset(), alias.shape, alias.stride())
-
-
-def _released(aliases: Sequence[Tensor]) -> None:
-    """Give memory back that was read for the last time."""
-    aliases[0].untyped_storage().resize_(0)
+def _borrowed(inputs: Sequence[Tensor], recorder: _Recorder, results: Sequence[Tensor]) -> dict[int, Borrowed]:
+    """Large inputs, and large results that are nothing but memory to the operators that write there, by their storage."""
+    seen = [t for o in recorder.operators for t in tensors_in((o.args, o.kwargs, o.result))]
+    made = {storage_of(t) for o in recorder.operators for t in tensors_in(o.result)}
+    found: dict[int, Borrowed] = {}
+    for tensor in (*inputs, *results):
+        name = storage_of(tensor)
+        whole = tensor.is_contiguous() and tensor.nbytes == _bytes(tensor) >= _BORROWED
+        once = sum(storage_of(t) == name for t in (*inputs, *results)) == 1
+        if whole and once and name not in made and all(t.dtype == tensor.dtype for t in seen if storage_of(t) == name):
+            found[name] = Borrowed(tensor)
+    return found
 
 
 def _other(numbers: Tensor) -> Tensor:
@@ -221,7 +248,7 @@ class _Watch(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         name = str(getattr(func, "__name__", func))
         nothing = result is None or (isinstance(result, (tuple, list)) and not result)  # or a split into no parts
-        if not nothing and name not in _TELLS and next(_tensors(result), None) is None:
+        if not nothing and name not in _TELLS and not tensors_in(result):
             raise _Refused(f"{name} returns no tensor")
         return result
 
@@ -239,7 +266,7 @@ class _Recorder(TorchDispatchMode):
         self.operators: list[_Operator] = []
         self.made: list[Tensor] = []
         self._kept: list[Any] = []
-        self._storages = {_storage(t) for t in inputs}
+        self._storages = {storage_of(t) for t in inputs}
         self._bytes = sum(map(_bytes, inputs))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -252,11 +279,11 @@ class _Recorder(TorchDispatchMode):
 
     def _note(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         name = func.overloadpacket.__name__
-        results, read = list(_tensors(result)), {_storage(t) for t in _tensors((args, kwargs))}
-        fresh = [t for t in results if _storage(t) not in read]
+        results, read = tensors_in(result), {storage_of(t) for t in tensors_in((args, kwargs))}
+        fresh = [t for t in results if storage_of(t) not in read]
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise _Refused(f"{name} draws random numbers")
-        counted = name != "index" or any(t.dtype in (torch.bool, torch.uint8) for t in _tensors(args[1]))
+        counted = name != "index" or any(t.dtype in (torch.bool, torch.uint8) for t in tensors_in(args[1]))
         if torch.Tag.dynamic_output_shape in func.tags and counted:
             raise _Refused(f"{name} makes as much as its numbers say")
         if name in _MOVES or any(t.device.type != "cpu" or t.layout != torch.strided for t in results):
@@ -274,7 +301,7 @@ class _Recorder(TorchDispatchMode):
                 self.operators.append(_Operator(name, func, given, named, _bare(result)))
 
     def _keep(self, name: str, fresh: Sequence[Tensor]) -> None:
-        made = {_storage(t) for t in fresh}
+        made = {storage_of(t) for t in fresh}
         if made & self._storages:
             raise _Refused(f"{name} returns what was there before")
         self._storages |= made
@@ -304,7 +331,7 @@ class _Operator(NamedTuple):
     def again(self, places: Sequence[Tensor | list[Tensor]]) -> partial[Any]:
         """The same call into the memory of the first one, and makes it: in the order of the operators, so that each finds its arguments.
 
-        ``places``: for each result its place, or all that stands for it (:class:`_Aliases`).
+        ``places``: for each result its place, or all that stands for it (:class:`Loose`).
         """
         name, packet = self.name, self.func.overloadpacket
         if self.result is None:  # torch's function or method of that name: an operator itself takes longer to call
@@ -312,7 +339,7 @@ class _Operator(NamedTuple):
             step = partial(function, *self.args, **self.kwargs)
             step()
             return step
-        copied = partial(_rebound, places, packet, self.args, self.kwargs)
+        copied = partial(rebound, places, packet, self.args, self.kwargs)
         copied()
         if any(isinstance(place, list) for place in places):
             return copied
@@ -328,13 +355,13 @@ class _Operator(NamedTuple):
 
 def _comes_out(function: Any, keyword: str, args: Any, kwargs: Any, result: Any) -> bool:
     """Whether a function takes memory for its results, and puts the same bits there."""
-    trial = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu") for t in _tensors(result)]
+    trial = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu") for t in tensors_in(result)]
     places = [t.data_ptr() for t in trial]
     try:
         function(*args, **kwargs, **{keyword: trial[0] if isinstance(result, Tensor) else trial})
     except (TypeError, RuntimeError, ValueError):  # it has no such argument
         return False
-    return places == [t.data_ptr() for t in trial] and all(map(_same_bits, trial, _tensors(result)))
+    return places == [t.data_ptr() for t in trial] and all(map(_same_bits, trial, tensors_in(result)))
 
 
 def _bare(value: Any) -> Any:
@@ -349,25 +376,6 @@ def _changed(change: Callable[[Tensor], Tensor], value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)(_changed(change, item) for item in value)
     return {key: _changed(change, item) for key, item in value.items()} if isinstance(value, dict) else value
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        yield from _tensors(tuple(value.values()))
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
-def _place(tensor: Tensor) -> Hashable:
-    """Where a tensor lies in its storage."""
-    return tensor.shape, tensor.stride(), tensor.storage_offset()
 
 
 def _bytes(tensor: Tensor) -> int:
