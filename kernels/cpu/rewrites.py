@@ -49,6 +49,7 @@ from .steps import (
 )
 
 _BYTES = 4 << 20  # of the largest activation of eight models, at once
+_NUMBER = 4  # bytes
 _FEWEST = 4  # queries: cut evenly, no part is then a single image, which torch gives to another library
 
 
@@ -160,7 +161,8 @@ def paired(program: Program, own_queries: bool) -> Program:
 
 @dataclass(frozen=True)
 class BlockedSteps(Step):
-    """A first convolution and what follows it up to a pooling, ``queries`` at a time; a step like any other from outside."""
+    """A first convolution and what follows it up to a pooling, ``queries`` at a time (of 16-bit numbers twice as many); a step like any
+    other from outside."""
 
     layer: Conv2d
     slots: tuple[Slot, ...]  # of the convolution's parameters
@@ -171,7 +173,7 @@ class BlockedSteps(Step):
         return [step.pack(rows, dtype) for step in self.steps]
 
     def _parts(self, x: Tensor) -> Sequence[Tensor]:
-        return x.tensor_split(-(-x.shape[0] // self.queries))
+        return x.tensor_split(-(-x.shape[0] // (self.queries * _NUMBER // x.element_size())))
 
     def forward(self, x: Tensor, packed: list[Any], models: int) -> tuple[Tensor, Any]:
         outputs, saved = zip(*(forward_through(self.steps, packed, part, models) for part in self._parts(x)))
@@ -218,7 +220,7 @@ def blocked(program: Program) -> Program:
     size = program.crop
     for step in steps[: cut.start + 1]:
         size = shapes((step.layer,), size)[-1]
-    queries = max(_FEWEST, _BYTES // (4 * 8 * math.prod(size)))
+    queries = max(_FEWEST, _BYTES // (_NUMBER * 8 * math.prod(size)))
     slots = tuple(slot for slot in (first.weight, first.bias) if slot is not None)
     head = BlockedSteps(first.layer, slots, steps[cut.start : cut.stop + 1], queries)
     return replace(program, steps=(*steps[: cut.start], head, *steps[cut.stop + 1 :]))
