@@ -428,6 +428,7 @@ RUN = {"every_activation"}  # torch's RReLU makes noise in evaluation mode, too
 @pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
 def test_losses_of_the_field_are_those_of_the_call(name, own, monkeypatch):
     monkeypatch.setattr(recording, "MOST_BYTES", 64 << 20)
+    monkeypatch.setattr(recording, "_BORROWED", 1 if own else recording._BORROWED)  # inputs and results where the caller has them, or not
     make, shape = NETWORKS[name]
     torch.manual_seed(0)
     models = [make().eval() for _ in range(K)]
@@ -465,6 +466,7 @@ def test_groups_are_replayed_one_by_one(name, own, monkeypatch):
     """Groups of four models, the last one not full; each thread has its own recording."""
     monkeypatch.setattr(stacked, "group_shape", lambda graph, n: (4, n))
     monkeypatch.setattr(company, "_split", {})
+    monkeypatch.setattr(recording, "_BORROWED", recording._BORROWED if own == "index" else 1)
     make, shape = NETWORKS[name]
     torch.manual_seed(0)
     models = [make().eval() for _ in range(11)]
