@@ -1,12 +1,16 @@
-"""Numbers below 1.2e-38, of which a processor takes a hundred times as long to make a product: for most networks they are zeros.
+"""Numbers below 1.2e-38, of which a processor takes a hundred times as long to make a product: for networks that make many, they are zeros.
 
 What saturates makes them by the thousand: softplus(100 x), as networks of signed distances have it, exp(-x^2) far from its center. With
 them as zeros the loss of such a network takes a quarter of the time, and no sum is another by more than 1e-38 times its terms. What a
 network makes of a number's smallness would be another: log(1e-40) is -92 and no infinity. So networks with such operations keep theirs.
+
+A processor is told so thread by thread, and a new thread begins as the one that made it. So it is told by jobs alone (``jobs.py``), inside
+of which there is one thread: torch's threads stay as they are.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import lru_cache
 from typing import TypeVar
@@ -16,7 +20,7 @@ import torch
 from ..graph import Graph, Node
 from ..operations import TABLE
 
-__all__ = ["flushed", "harmless", "zeros_here"]
+__all__ = ["flushed", "makes_many", "with_zeros", "zeros_asked", "zeros_here"]
 
 _T = TypeVar("_T")
 _SMALL, _SMALLER = 2.3e-308, 0.1  # their product is no ordinary number of 64 bits
@@ -35,6 +39,7 @@ _EVEN = frozenset(
     )
     for name in names.split()
 )
+_EXPONENTIALS, _STEEP = frozenset({"exp", "exp2"}), 10
 _FORMS = frozenset({"elementwise", "axes", "vmap", "tensordot", "cdist", "grid"})  # of which those above alone
 _NORMS = frozenset({"batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm"})  # without eps they divide by what may be small
 
@@ -44,21 +49,54 @@ def zeros_here() -> bool:
     return _SMALL * _SMALLER == 0
 
 
+class _Here(threading.local):
+    """What the calls of this thread ask of their jobs."""
+
+    flushed = False
+
+
+_here = _Here()
+
+
 def flushed(call: Callable[..., _T], *arguments: object) -> _T:
-    """What ``call(*arguments)`` returns, with numbers below 1.2e-38 as zeros in this thread, and in jobs (``jobs.py``) that it begins."""
-    if zeros_here():
-        return call(*arguments)
+    """What ``call(*arguments)`` returns, with numbers below 1.2e-38 as zeros in the jobs (``jobs.py``) that this thread begins."""
+    before = _here.flushed
     try:
-        torch.set_flush_denormal(True)
+        _here.flushed = True
         return call(*arguments)
     finally:
-        torch.set_flush_denormal(False)
+        _here.flushed = before
+
+
+def zeros_asked() -> bool:
+    """Whether jobs that this thread begins have zeros there (:func:`flushed`)."""
+    return _here.flushed
+
+
+def with_zeros(act: Callable[[], None], wanted: bool) -> None:
+    """Call ``act`` with numbers below 1.2e-38 as zeros in this thread, or not; afterwards they are what they were."""
+    before = zeros_here()
+    if before == wanted:
+        act()
+        return
+    try:
+        torch.set_flush_denormal(wanted)
+        act()
+    finally:
+        torch.set_flush_denormal(before)
 
 
 @lru_cache(maxsize=256)
-def harmless(graph: Graph) -> bool:
-    """Whether a graph makes nothing of a number's smallness: outputs and gradients stay what they are but for 1e-38 times their terms."""
-    return all(map(_harmless, graph.nodes))
+def makes_many(graph: Graph) -> bool:
+    """Whether a graph is likely to make many of them, and nothing of a number's smallness: outputs and gradients stay what they are but for
+    1e-38 times their terms."""
+    return any(map(_saturates, graph.nodes)) and all(map(_harmless, graph.nodes))
+
+
+def _saturates(node: Node) -> bool:
+    """Whether a node makes them of numbers that networks have: -1 is enough for a softplus that is steep."""
+    beta = node.argument("beta", 1)
+    return node.operation in _EXPONENTIALS or (node.operation == "softplus" and isinstance(beta, (int, float)) and beta >= _STEEP)
 
 
 def _harmless(node: Node) -> bool:

@@ -18,13 +18,13 @@ import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
 from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
 
-from .denormals import zeros_here
+from .denormals import with_zeros, zeros_asked, zeros_here
 
 __all__ = ["controls", "forked", "run", "run_here", "threads_inside"]
 
@@ -126,27 +126,20 @@ def run(jobs: Sequence[Callable[[], None]]) -> None:
         return
     waiting = deque(jobs)
     errors: list[BaseException] = []
-    caller, inference, flushed = get_ident(), torch.is_inference_mode_enabled(), zeros_here()
+    caller, inference, zeros = get_ident(), torch.is_inference_mode_enabled(), zeros_here() or zeros_asked()
 
     def rest() -> None:
         while (job := _next(waiting)) is not None:
             job()
 
     def work() -> None:
-        _alone(rest, library, threads)
+        with_zeros(partial(_alone, rest, library, threads), zeros)
 
     def work_elsewhere() -> None:
         """The same with the caller's modes, which belong to a thread, and which torch's thread gets back."""
         torch.get_num_threads()  # torch sets a thread's number when it is first asked for: ask, then overrule it
-        before = zeros_here()
-        if before != flushed:
-            torch.set_flush_denormal(flushed)
-        try:
-            with torch.inference_mode() if inference else nullcontext():
-                work()
-        finally:
-            if before != flushed:
-                torch.set_flush_denormal(before)
+        with torch.inference_mode() if inference else nullcontext():
+            work()
 
     def body(_: object) -> None:  # nothing can be raised through a library that is not Python
         try:
@@ -168,14 +161,18 @@ def run_here(jobs: Sequence[Callable[[], None]], share_products: bool = False) -
     ``share_products``: MKL's matrix products alone may use all threads, where the caller has seen that they then give the same bits.
     """
     library, threads = controls(), torch.get_num_threads()
-    inside = threads if share_products and not _forked else 1
+    asked = zeros_asked() and (library is not None or threads == 1)  # other threads would not know of it
+    inside = threads if share_products and not _forked and not asked else 1
 
     def work() -> None:
         for job in jobs:
             job()
 
-    # where torch has one thread, MKL has one, too: torch takes the number from there
-    if library is None or threads == 1:
-        work()
-    else:
-        _alone(work, library, threads, inside)
+    def alone() -> None:
+        # where torch has one thread, MKL has one, too: torch takes the number from there
+        if library is None or threads == 1:
+            work()
+        else:
+            _alone(work, library, threads, inside)
+
+    with_zeros(alone, True) if asked else alone()

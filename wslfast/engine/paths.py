@@ -17,7 +17,7 @@ from ..architecture import Architecture
 from ..errors import WslfastError, describe, first_line
 from ..kernels import reference, stacked
 from ..kernels.cpu import engine as cpu
-from ..kernels.cpu.denormals import flushed, harmless
+from ..kernels.cpu.denormals import flushed, makes_many
 from ..kernels.cpu.memory import fresh_like
 from ..kernels.criteria import Named, share_of_loss
 from ..kernels.graph import Graph
@@ -136,9 +136,9 @@ def gathered(
 
 
 def _flushed(architecture: Architecture, weights: Tensor, call: Callable[..., _T], criterion: Named = "mse") -> Callable[..., _T]:
-    """The same call, with numbers below 1.2e-38 as zeros where neither the network nor the criterion, if it is one of ours, minds."""
-    fits = weights.device.type == "cpu" and isinstance(criterion, str) and (architecture.graph is None or harmless(architecture.graph))
-    return partial(flushed, call) if fits else call
+    """The same call, with numbers below 1.2e-38 as zeros where a network makes many, and neither it nor the criterion (of ours) minds."""
+    graph = architecture.graph if weights.device.type == "cpu" and isinstance(criterion, str) else None
+    return call if graph is None or not makes_many(graph) else partial(flushed, call)
 
 
 @dataclass(frozen=True)

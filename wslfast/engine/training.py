@@ -12,7 +12,7 @@ from torch import Tensor
 from ..architecture import Architecture
 from ..errors import WslfastError, require
 from ..kernels import stacked
-from ..kernels.cpu.denormals import flushed, harmless
+from ..kernels.cpu.denormals import flushed, makes_many
 from ..kernels.criteria import Named
 from ..kernels.graph import Graph, Training
 from ..kernels.operations import training_graph
@@ -76,13 +76,13 @@ def training_step(
     k, own = len(weights), queries.ndim == len(architecture.input_shape) + 2
     size = k if weights.device.type == "cpu" else models_per_chunk(architecture, targets.shape[1], weights.device.type)
     parts = []
-    even = weights.device.type == "cpu" and isinstance(criterion, str) and harmless(graph)
+    zeros = weights.device.type == "cpu" and isinstance(criterion, str) and makes_many(graph)
     with region("loss"):
         for start in range(0, k, size):
             part = slice(start, start + size)
             x, rows = queries[part] if own and index is None else queries, None if index is None else index[part]
             step = partial(stacked.training_step, index=rows, generators=generators[part])
-            step = partial(flushed, step) if even else step
+            step = partial(flushed, step) if zeros else step
             try:
                 made = step(weights[part], x, targets[part], graph, criterion)
             except ValueError as error:

@@ -115,3 +115,12 @@ def test_an_input_read_as_another_type_is_not_borrowed():
     made = _recorded(run)
     assert not isinstance(made._inputs[0], Borrowed)
     assert _same(made(*_inputs(3)), run(*_inputs(3)))
+
+
+def test_inputs_of_inference_mode():
+    made = _recorded()
+    with torch.inference_mode():
+        x, y = _inputs(4)
+        assert _same(made(x, y), _run(x, y))
+    x, y = _inputs(5)
+    assert _same(made(x, y), _run(x, y))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +13,11 @@ from torch import Tensor, nn
 
 from wslfast import Architecture, Population, batched_behavioral_loss, batched_forward, engine
 from wslfast.kernels.cpu import jobs
-from wslfast.kernels.cpu.denormals import flushed, harmless, zeros_here
+from wslfast.kernels.cpu.denormals import flushed, makes_many, zeros_asked, zeros_here
 from wslfast.kernels.graph import Graph
 from wslfast.testing import oracle_loss, relative_error
+
+ROOT = Path(__file__).parents[3]
 
 
 def _product() -> bool:
@@ -47,22 +52,55 @@ def _graph_of(function: Callable[[Tensor], Tensor]) -> Graph:
 
 
 @pytest.mark.parametrize("before", [False, True])
-def test_the_caller_has_them_as_before(before: bool) -> None:
+@pytest.mark.parametrize("run", [jobs.run, jobs.run_here])
+def test_jobs_have_zeros_where_asked_and_the_caller_has_what_it_had(before: bool, run: Callable[..., None]) -> None:
     torch.set_flush_denormal(before)
     assert zeros_here() == _product() == before
-    assert flushed(_product)
-    assert flushed(zeros_here)
-    assert zeros_here() == _product() == before
+    for asked in (True, False):
+        seen: list[bool] = []
+        work = [lambda seen=seen: seen.append(_product()) for _ in range(6)]
+        if asked:
+            flushed(run, work)
+        else:
+            run(work)
+        assert seen == [asked or before] * 6
+        assert zeros_here() == _product() == before
+        assert not zeros_asked()
+
+
+@pytest.mark.parametrize("run", [jobs.run, jobs.run_here])
+def test_an_error_leaves_nothing_behind(run: Callable[..., None]) -> None:
     with pytest.raises(ZeroDivisionError):
-        flushed(lambda: 1 // 0)
-    assert zeros_here() == _product() == before
+        flushed(run, [lambda: 1 // 0] * 3)
+    assert not zeros_here()
+    assert not zeros_asked()
 
 
-def test_jobs_have_them_as_their_caller() -> None:
-    seen: list[bool] = []
-    flushed(jobs.run, [lambda: seen.append(_product()) for _ in range(6)])
-    assert seen == [True] * 6
-    assert not _product()
+def test_products_are_not_shared_with_threads_that_keep_them() -> None:
+    """And so a network's bits do not depend on whether there is another group."""
+    seen: list[int] = []
+    library = jobs.controls()
+    if library is None or torch.get_num_threads() == 1:
+        pytest.skip("one thread, or a build of torch whose threads are not told")
+    share = lambda: seen.append(library.mkl(1))  # noqa: E731 (what was set before)
+    jobs.run_here([share], True)
+    flushed(jobs.run_here, [share], True)
+    assert seen == [torch.get_num_threads(), 1]
+
+
+THREADS = """
+import torch, sys
+torch.set_num_threads(4)
+from wslfast.kernels.cpu import jobs
+from wslfast.kernels.cpu.denormals import flushed
+flushed(jobs.run, [lambda: torch.ones(9).sum() for _ in range(8)])  # the first thing that needs threads
+tiny = torch.full((1 << 20,), 1e-30)
+assert (tiny * 1e-10 > 0).all(), "a thread of torch's lost its denormals"
+"""
+
+
+def test_threads_that_are_made_meanwhile_are_as_others() -> None:
+    subprocess.run([sys.executable, "-c", THREADS], check=True, timeout=120, cwd=ROOT)
 
 
 @pytest.mark.parametrize(
@@ -70,30 +108,32 @@ def test_jobs_have_them_as_their_caller() -> None:
     [
         lambda x: nn.functional.softplus(x, beta=100),
         lambda x: (-(x**2) / 0.02).exp(),
-        lambda x: torch.sin(30 * x).relu() + x.sigmoid() * x.softmax(-1),
-        lambda x: nn.functional.layer_norm(x, (16,)).view(-1, 4, 4).mean(1).repeat(1, 4),
+        lambda x: torch.sin(30 * x).relu() + x.exp() * x.softmax(-1),
+        lambda x: nn.functional.layer_norm((-x).exp2(), (16,)).view(-1, 4, 4).mean(1).repeat(1, 4),
     ],
 )
-def test_harmless(function: Callable[[Tensor], Tensor]) -> None:
-    assert harmless(_graph_of(function))
+def test_networks_that_make_many(function: Callable[[Tensor], Tensor]) -> None:
+    assert makes_many(_graph_of(function))
 
 
 @pytest.mark.parametrize(
     "function",
     [
-        lambda x: x.sigmoid().log(),
+        torch.relu,
+        nn.functional.softplus,
+        lambda x: x.exp().log(),
         lambda x: 1 / (x.exp() + 1),
-        lambda x: x / x.abs().sum(-1, keepdim=True),
-        lambda x: x.square().sqrt(),
+        lambda x: x.exp() / x.exp().sum(-1, keepdim=True),
+        lambda x: x.exp().square().sqrt(),
         lambda x: x.exp() ** 0.5,
         lambda x: x * (x.exp() > 0),
         lambda x: x.exp().ceil(),
-        lambda x: nn.functional.layer_norm(x, (16,), eps=0.0),
-        lambda x: x / x.norm(dim=-1, keepdim=True),
+        lambda x: nn.functional.layer_norm(x.exp(), (16,), eps=0.0),
+        lambda x: x.exp() / x.exp().norm(dim=-1, keepdim=True),
     ],
 )
-def test_not_harmless(function: Callable[[Tensor], Tensor]) -> None:
-    assert not harmless(_graph_of(function))
+def test_networks_that_make_something_of_smallness_or_few(function: Callable[[Tensor], Tensor]) -> None:
+    assert not makes_many(_graph_of(function))
 
 
 def _population(function: Callable[[Tensor], Tensor], scale: float = 1.0) -> tuple[Architecture, Tensor]:
@@ -132,7 +172,7 @@ def test_what_looks_at_how_small_a_number_is_sees_it() -> None:
 
 
 def test_a_criterion_of_the_callers_own_sees_it() -> None:
-    architecture, weights = _population(torch.tanh)
+    architecture, weights = _population(lambda x: (-x.square()).exp())
     seen: list[bool] = []
 
     def criterion(outputs: Tensor, targets: Tensor) -> Tensor:
