@@ -48,6 +48,7 @@ TOTAL_S = sum(PARTS.values())  # 9:30
 CELL_S = 60.0  # one provider on one shape
 CORE = ("cnn3", "lenet5", "cnn")
 PRECISIONS = ("tf32", "fp16", "tf32x3", "bf16")
+PROOFS = (("cnn3", "tf32"), ("lenet5", "tf32"), ("cnn3", "tf32x3"), ("cnn", "tf32"), ("cnn3", "fp16"))  # in the order of their worth
 NO_TESTS = 5  # pytest's status
 LOST = 75  # of a test process whose device was lost, see tests/gpu/conftest.py
 LOG = "gpu_gate.jsonl"
@@ -102,16 +103,18 @@ def target() -> str:
 
 
 def compile_jobs(rehearse: bool) -> list[Job]:
-    """Every network and precision that the parts to come run: the published ones first, then the tests'."""
+    """Every network and precision that the parts to come run: the published ones first, then the tests', then what proofs call besides."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "support"))
     import kernel_cases
 
     nets = [(net, precision) for precision in PRECISIONS for net in CORE]
     nets += [(f"test:{n}", p) for p in PRECISIONS for n in ("small", *kernel_cases.HEADS, *kernel_cases.CASES)]
     nets = [("test:mlp", "fp16")] if rehearse else nets
-    where = target()
+    proofs = () if rehearse else PROOFS
+    wanted = [(n, p, target()) for n, p in nets] + [(n, p, target(), "proof") for n, p in proofs]
     no_interpreter = {"TRITON_INTERPRET": "0"}
-    return [Job(f"{n} {p}", ("-m", "benchmarks.kernels.compile", n, p, where), 100.0, no_interpreter) for n, p in nets]
+    command = ("-m", "benchmarks.kernels.compile")
+    return [Job(" ".join((n, p, *more)), (*command, n, p, where, *more), 100.0, no_interpreter) for n, p, where, *more in wanted]
 
 
 def diagnose_jobs(rehearse: bool) -> list[Job]:
@@ -131,8 +134,7 @@ def proof_jobs(rehearse: bool) -> list[Job]:
         "import sys, wslfast; found = wslfast.doctor(getattr(wslfast.Architecture, sys.argv[1])(), precision=sys.argv[2]); "
         "print(*(f'{form}: {line}' for form, line in found.items()), sep=' | ')"
     )
-    wanted = [("cnn3", "tf32"), ("lenet5", "tf32"), ("cnn3", "tf32x3"), ("cnn", "tf32"), ("cnn3", "fp16")]
-    return [Job(f"{n} {p}", ("-c", code, n, p), 125.0) for n, p in (wanted[:1] if rehearse else wanted)]
+    return [Job(f"{n} {p}", ("-c", code, n, p), 125.0) for n, p in (PROOFS[:1] if rehearse else PROOFS)]
 
 
 def run_tests(gate: Gate, deadline: float, command: tuple[str, ...] = (), processes: int | None = None) -> None:

@@ -198,6 +198,8 @@ def test_every_step_of_every_network_is_diagnosed() -> None:
     compiled = [job.name for job in gpu_gate.compile_jobs(False)]
     assert compiled[:3] == ["cnn3 tf32", "lenet5 tf32", "cnn tf32"]
     assert "test:stride_2 bf16" in compiled
+    proofs = [f"{job.name} proof" for job in gpu_gate.proof_jobs(False)]
+    assert compiled[-len(proofs) :] == proofs
 
 
 @pytest.mark.parametrize("step", ["pack", "stack", "forward 2", "dw 3", "dx 3", "joint 1", "fold"])
