@@ -287,6 +287,13 @@ def test_models_of_the_metric() -> None:
     assert good_models(zoo(arch, 3), 24, seed=0).tolist() == [0, 1, 2]
 
 
+def test_rounding_chooses_no_component() -> None:
+    """Two groups with a direction in which nothing varies, whose variance is whatever rounding leaves: every machine chooses alike."""
+    for noise in ((0.0, 0.0), (1e-18, 3e-18), (3e-18, 1e-18)):
+        variances = [torch.tensor([0.5, noise[0]], dtype=torch.float64), torch.tensor([0.7, noise[1]], dtype=torch.float64)]
+        assert water_filling(variances, (4, 3), 11) == (2, 1)
+
+
 @settings(max_examples=60)
 @given(data=st.data())
 def test_water_filling(data: st.DataObject) -> None:

@@ -439,7 +439,7 @@ def test_a_behavioral_loss_in_bf16_is_that_of_fp32_to_its_rounding(tmp_path: Pat
     (exact, gradient), (rounded, other) = steps["high"], steps["bf16"]
     assert rounded != exact
     assert rounded == pytest.approx(exact, rel=0.02)
-    assert float(torch.nn.functional.cosine_similarity(gradient, other, 0)) > 0.99
+    assert float(torch.nn.functional.cosine_similarity(gradient, other, 0)) > 0.98  # 20 % apart, the bound of bf16 (engine/trial.py)
 
 
 def test_no_step_runs_an_original(tmp_path: Path, population: Population, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:

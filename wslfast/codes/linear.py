@@ -29,6 +29,7 @@ METRICS = ("plain", "activation")
 WIDTHS = ("water-filling", "equal")
 _QUERIES = 512  # images that make the metric, of however many are given
 _VIEWS = 8  # of each model, where permutations are drawn
+_ROUNDING = 1e-12  # of the largest variance: below, a variance is what rounding has left of none
 _FLOOR = 1e-3  # a latent is never scaled up by more than this much against its group's strongest one
 
 
@@ -293,14 +294,17 @@ def water_filling(variances: list[Tensor], costs: tuple[int, ...], budget: int) 
     """Components of each group to keep, so that what is kept has the most variance a latent number.
 
     A component of a group costs one number for each of the group's tokens and holds that many times its variance, so
-    components are taken by falling variance; one that no longer fits is passed over for cheaper ones.
+    components are taken by falling variance; one that no longer fits is passed over for cheaper ones. What rounding has left of no
+    variance at all is none, and of those the first group's come first: else each machine would choose others.
 
     Args:
         variances: of each group's components, falling.
         costs: tokens of each group.
         budget: numbers a model; never exceeded, and no component that would still fit is left out.
     """
-    order = sorted(((-float(v), g) for g, values in enumerate(variances) for v in values), key=lambda item: item[0])
+    least = _ROUNDING * max((float(values.max()) for values in variances if len(values)), default=0.0)
+    found = ((float(v), g) for g, values in enumerate(variances) for v in values)
+    order = sorted(((-v if v > least else 0.0, g) for v, g in found), key=lambda item: item[0])
     widths, left = [0] * len(costs), budget
     for _, g in order:
         if costs[g] <= left:
