@@ -58,12 +58,12 @@ class _Here(threading.local):
 _here = _Here()
 
 
-def flushed(call: Callable[..., _T], *arguments: object) -> _T:
-    """What ``call(*arguments)`` returns, with numbers below 1.2e-38 as zeros in the jobs (``jobs.py``) that this thread begins."""
+def flushed(call: Callable[..., _T], *arguments: object, **named: object) -> _T:
+    """What ``call(*arguments, **named)`` returns, with numbers below 1.2e-38 as zeros in the jobs (``jobs.py``) that this thread begins."""
     before = _here.flushed
     try:
         _here.flushed = True
-        return call(*arguments)
+        return call(*arguments, **named)
     finally:
         _here.flushed = before
 

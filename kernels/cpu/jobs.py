@@ -168,11 +168,6 @@ def run_here(jobs: Sequence[Callable[[], None]], share_products: bool = False) -
         for job in jobs:
             job()
 
-    def alone() -> None:
-        # where torch has one thread, MKL has one, too: torch takes the number from there
-        if library is None or threads == 1:
-            work()
-        else:
-            _alone(work, library, threads, inside)
-
-    with_zeros(alone, True) if asked else alone()
+    # where torch has one thread, MKL has one, too: torch takes the number from there
+    act = work if library is None or threads == 1 else partial(_alone, work, library, threads, inside)
+    with_zeros(act, asked or zeros_here())

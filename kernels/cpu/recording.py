@@ -26,7 +26,8 @@ from .arena import Arena
 __all__ = ["MOST_BYTES", "Recording", "Run", "record"]
 
 MOST_BYTES = 16 << 20  # that a call writes: from there on it takes as long either way, and recording it takes many times as long
-_BORROWED = 1 << 18  # bytes of an input that is read where the caller has it, and of a result that is written where it goes
+_BORROWED = 1 << 14  # bytes, for each tensor that stands for it, of an input that is read where the caller has it, and of a result that is
+# written where it goes: as many are copied while one is moved there and back
 _LOOSE = 1 << 16  # bytes of a result from which on its memory is taken as it comes, where it would have to be copied
 
 # functions whose answer no number of a tensor decides
@@ -73,24 +74,7 @@ class Recording:
         self.bytes = sum(_bytes(t) for t in (*inputs, memory) if isinstance(t, Tensor))
         self._inputs, self._results, self._memory, self._share = tuple(inputs), tuple(results), memory, share
         self._anywhere = (None,) * len(results)
-        self._ahead: tuple[partial[Any], ...] = ()
-        self._split: Callable[[Tensor], Any] | None = None
-        # the first input, rows of weights, is mostly read by one copy alone: it may as well copy the caller's
-        rows = inputs[0]
-        readers = [] if isinstance(rows, Borrowed) else [i for i, s in enumerate(steps) if storage_of(rows) in map(storage_of, _read(s))]
-        first = steps[readers[0]] if len(readers) == 1 else None
-        if first is not None and first.func is torch.split_with_sizes_copy and place_of(first.args[0]) == place_of(rows):  # type: ignore[arg-type]
-            self._ahead, steps = tuple(steps[: readers[0]]), steps[readers[0] + 1 :]
-            self._split = lambda rows: first.func(rows, *first.args[1:], **first.keywords)
-        # a result that the last operator joins is joined anew: it is the caller's
-        self._steps, self._joined = tuple(steps), -1
-        self._join: partial[Tensor] | None = None
-        last: Any = steps[-1] if steps else None
-        joined: Any = last.keywords["out"] if last is not None and last.func is torch.cat else None
-        own = [(i, t) for i, t in enumerate(results) if isinstance(t, Tensor)]
-        places = [(i, t) for i, t in own if joined is not None and storage_of(t) == storage_of(joined)]
-        if len(places) == 1 and place_of(places[0][1]) == place_of(joined):
-            self._steps, self._joined, self._join = self._steps[:-1], places[0][0], partial(last.func, *last.args)
+        self._steps = tuple(steps)
         self._borrowed = [t for t in (*inputs, *results) if isinstance(t, Borrowed)]
         for borrowed in self._borrowed:
             borrowed.settle()
@@ -108,10 +92,10 @@ class Recording:
                 for here, given in zip(self._inputs, inputs, strict=True):
                     if isinstance(here, Borrowed):
                         here.lend(given)
-                    elif self._split is None or here is not self._inputs[0]:
+                    else:
                         here.copy_(given)
                 homes = [_home(result, place) for result, place in zip(self._results, places, strict=True)]
-                jobs.run_here((partial(self._run, inputs[0], homes, results),), self._share)
+                jobs.run_here((partial(self._run, homes, results),), self._share)
             finally:
                 for borrowed in self._borrowed:
                     borrowed.give_back()
@@ -120,22 +104,15 @@ class Recording:
                 place.copy_(result)
         return tuple(results)
 
-    def _run(self, rows: Tensor, homes: Sequence[Tensor | None], results: list[Tensor]) -> None:
+    def _run(self, homes: Sequence[Tensor | None], results: list[Tensor]) -> None:
         """``homes``: where results go, of those that are borrowed the memory that was lent; None: anywhere."""
-        for step in self._ahead:
-            step()
-        if self._split is not None:
-            self._split(rows)
         for step in self._steps:
             step()
-        for i, (home, result) in enumerate(zip(homes, self._results, strict=True)):
-            if isinstance(result, Borrowed):
-                assert home is not None
-                results.append(home)
-            elif self._join is not None and i == self._joined:
-                results.append(self._join() if home is None else self._join(out=home))
-            else:
-                results.append(result.clone() if home is None else home.copy_(result))
+        for home, result in zip(homes, self._results, strict=True):
+            if isinstance(result, Tensor):
+                home = result.clone() if home is None else home.copy_(result)
+            assert home is not None
+            results.append(home)
         for aliases in self._loose:
             released(aliases)
 
@@ -151,11 +128,6 @@ def _home(result: Tensor | Borrowed, place: Tensor | None) -> Tensor | None:
     home = place if place is not None and place.is_contiguous() else torch.empty(result.shape, dtype=result.dtype, device="cpu")
     result.lend(home)
     return home
-
-
-def _read(step: partial[Any]) -> list[Tensor]:
-    """Tensors that a step is given."""
-    return tensors_in((step.args, step.keywords))
 
 
 def record(run: Run, inputs: Sequence[Tensor], share: bool = False) -> Recording | str:
@@ -224,9 +196,11 @@ def _borrowed(inputs: Sequence[Tensor], recorder: _Recorder, results: Sequence[T
     found: dict[int, Borrowed] = {}
     for tensor in (*inputs, *results):
         name = storage_of(tensor)
-        whole = tensor.is_contiguous() and tensor.nbytes == _bytes(tensor) >= _BORROWED
+        here = [t for t in seen if storage_of(t) == name]
+        whole = tensor.is_contiguous() and tensor.nbytes == _bytes(tensor)
         once = sum(storage_of(t) == name for t in (*inputs, *results)) == 1
-        if whole and once and name not in made and all(t.dtype == tensor.dtype for t in seen if storage_of(t) == name):
+        worth = tensor.nbytes >= _BORROWED * len({place_of(t) for t in here})
+        if whole and once and worth and name not in made and all(t.dtype == tensor.dtype for t in here):
             found[name] = Borrowed(tensor)
     return found
 
