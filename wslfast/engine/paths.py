@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from ..kernels.cpu.denormals import flushed, makes_many
 from ..kernels.cpu.memory import fresh_like
 from ..kernels.criteria import Named, share_of_loss
 from ..kernels.graph import Graph
+from ..kernels.layers import Layers
 from ..kernels.stacked import folded_chain
 from ..profiling import region
 from .chunks import in_chunks, is_shortage
@@ -135,10 +136,10 @@ def gathered(
     return losses, gradient
 
 
-def _flushed(architecture: Architecture, weights: Tensor, call: Callable[..., _T], criterion: Named = "mse") -> Callable[..., _T]:
+def flushing(graph: Graph | None, weights: Tensor, call: Callable[..., _T], criterion: Named = "mse") -> Callable[..., _T]:
     """The same call, with numbers below 1.2e-38 as zeros where a network makes many, and neither it nor the criterion (of ours) minds."""
-    graph = architecture.graph if weights.device.type == "cpu" and isinstance(criterion, str) else None
-    return call if graph is None or not makes_many(graph) else partial(flushed, call)
+    fits = graph is not None and weights.device.type == "cpu" and isinstance(criterion, str) and makes_many(graph)
+    return partial(flushed, call) if fits else call
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,7 @@ class Stacked:
     def _run(self, graph: bool, weights: Tensor, queries: Tensor) -> Tensor:
         if graph:
             return stacked.differentiable(weights, queries, self._graph)
-        return _flushed(self.architecture, weights, stacked.forward)(weights, queries, self._graph)
+        return flushing(self._graph, weights, stacked.forward)(weights, queries, self._graph)
 
     def _models(self, k: int, n: int, device: str) -> int:
         """Models of one call below: on a CPU all, which are cut into groups that fit the caches."""
@@ -226,7 +227,7 @@ class Stacked:
     def _piece(
         self, weights: Tensor, queries: Tensor, targets: Tensor, criterion: Named, temperature: float, index: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        run = _flushed(self.architecture, weights, stacked.loss_and_gradient, criterion)
+        run = flushing(self._graph, weights, stacked.loss_and_gradient, criterion)
         return run(weights, queries, targets, self._graph, criterion, temperature, index)
 
 
@@ -244,22 +245,22 @@ class Cpu:
             n = queries.shape[int(per_model(queries, self.architecture))]
             kind = Stacked if self._folded or stacks_well(self.architecture, n) else Loop
             return kind(self.architecture, self.reason).forward(weights, queries, graph)
-        folded = self._folded
-        if folded is None:
-            outputs = _flushed(self.architecture, weights, cpu.forward)(weights, queries, self.architecture.layers)
-        else:
-            outputs = _flushed(self.architecture, weights, folded_chain.forward)(weights, queries, folded)
+        run, network = self._engine
+        outputs = flushing(self.architecture.graph, weights, run.forward)(weights, queries, network)
         return outputs.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else outputs
 
     def loss_and_gradient(
         self, weights: Tensor, queries: Tensor, targets: Tensor, criterion: Named, temperature: float, index: Tensor | None
     ) -> tuple[Tensor, Tensor]:
+        run, network = self._engine
+        call = flushing(self.architecture.graph, weights, run.loss_and_gradient, criterion)
+        return call(weights, queries, targets, network, criterion, temperature, index)
+
+    @property
+    def _engine(self) -> tuple[Any, Layers | Graph]:
+        """The module that runs it, and what that takes for the network."""
         folded = self._folded
-        if folded is None:
-            run = _flushed(self.architecture, weights, cpu.loss_and_gradient, criterion)
-            return run(weights, queries, targets, self.architecture.layers, criterion, temperature, index)
-        run = _flushed(self.architecture, weights, folded_chain.loss_and_gradient, criterion)
-        return run(weights, queries, targets, folded, criterion, temperature, index)
+        return (cpu, self.architecture.layers) if folded is None else (folded_chain, folded)
 
     @property
     def _folded(self) -> Graph | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -12,13 +12,13 @@ from torch import Tensor
 from ..architecture import Architecture
 from ..errors import WslfastError, require
 from ..kernels import stacked
-from ..kernels.cpu.denormals import flushed, makes_many
 from ..kernels.criteria import Named
 from ..kernels.graph import Graph, Training
 from ..kernels.operations import training_graph
 from ..kernels.reference import value_shapes
 from ..profiling import region
 from .memory import models_per_chunk
+from .paths import flushing
 from .preference import preferred
 
 
@@ -76,15 +76,13 @@ def training_step(
     k, own = len(weights), queries.ndim == len(architecture.input_shape) + 2
     size = k if weights.device.type == "cpu" else models_per_chunk(architecture, targets.shape[1], weights.device.type)
     parts = []
-    zeros = weights.device.type == "cpu" and isinstance(criterion, str) and makes_many(graph)
+    step = flushing(graph, weights, stacked.training_step, criterion)
     with region("loss"):
         for start in range(0, k, size):
             part = slice(start, start + size)
             x, rows = queries[part] if own and index is None else queries, None if index is None else index[part]
-            step = partial(stacked.training_step, index=rows, generators=generators[part])
-            step = partial(flushed, step) if zeros else step
             try:
-                made = step(weights[part], x, targets[part], graph, criterion)
+                made = step(weights[part], x, targets[part], graph, criterion, index=rows, generators=generators[part])
             except ValueError as error:
                 raise WslfastError(f"architecture {architecture.name!r}: {error}") from None
             parts.append(made)
