@@ -1,6 +1,6 @@
 """Activations of the CPU wing: one table of values and derivatives. A new activation is one entry here.
 
-torch's fused sigmoid, silu, elu, softplus and tanh-gelu compute the elements that fill vector registers with one formula and those
+torch's fused sigmoid, silu, elu, celu, softplus and tanh-gelu compute the elements that fill vector registers with one formula and those
 left over at the end of a thread's share with another, which differs in the last bit. Which models those elements belong to
 depends on the place in the group, so a model's loss would depend on its neighbors. They serve tensors of whole vectors alone, which nothing
 is left over of (:func:`_whole`). Others are built from operators that round every element alike (``exp``, ``expm1``, ``erf``-gelu and
@@ -8,7 +8,8 @@ correctly rounded arithmetic; a test runs them all at odd offsets). torch's ``er
 the contiguous view of a channels-last tensor.
 
     sigmoid s = 1 / (1 + exp(-x))        silu' = s (1 + x (1 - s))
-    tanh = t / (t + 2) with t = expm1(2 x): two thirds of the time of torch's, exact to three units where that is to one
+    tanh: torch's, which is Intel's on Intel's processors; elsewhere t / (t + 2) with t = expm1(2 x), exact to three units where torch's is
+        to one. On an Intel Xeon torch's takes an eighth to a fifth of the time of that, on an AMD EPYC half as long again
     elu, celu y = max(x, 0) + a expm1(min(x, 0) / b)   with b = 1 and b = a; derivative 1, or (y + a) / b for x <= 0
     softplus = (max(u, 0) + log1p(exp(-|u|))) / b with u = b x; derivative 1 / (1 + exp(-u))
     gelu' = (1 + t) / 2 + x / 2 (1 - t^2) u',  t = tanh(u),  u = c (x + 0.044715 x^3),  c = sqrt(2 / pi)
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from ..layers import Activation
 from . import jobs
+from .products import intel
 
 _aten = torch.ops.aten
 _threshold_backward = _aten.threshold_backward.grad_input
@@ -35,6 +37,7 @@ _leaky_relu_backward = _aten.leaky_relu_backward.default
 _gelu = _aten.gelu.default
 _gelu_backward = _aten.gelu_backward.default
 _silu_backward = _aten.silu_backward.grad_input
+_elu = _aten.elu.default
 _elu_backward = _aten.elu_backward.grad_input
 _softplus = _aten.softplus.default
 _softplus_backward = _aten.softplus_backward.grad_input
@@ -83,16 +86,16 @@ def _relu_gradient(g: Tensor, y: Tensor, _: Activation) -> Tensor:
     return _threshold_backward(g, y, 0, grad_input=g)
 
 
-def tanh(x: Tensor) -> Tensor:
-    """tanh(x), within three units of the last place."""
-    if x.dtype not in (torch.float32, torch.float64):  # whose digits the steps between would use up
-        return x.tanh()
-    t = (x * 2).clamp_(-_LARGE, _LARGE).expm1_()
+def tanh(x: Tensor, owned: bool = False) -> Tensor:
+    """tanh(x), within three units of the last place; in the memory of ``x`` where that is ``owned``."""
+    if intel() or x.dtype not in (torch.float32, torch.float64):  # whose digits the steps between would use up
+        return x.tanh_() if owned else x.tanh()
+    t = (x.mul_(2) if owned else x * 2).clamp_(-_LARGE, _LARGE).expm1_()
     return t.div_(t + 2)
 
 
 def _tanh(x: Tensor, _: Activation, owned: bool) -> tuple[Tensor, Tensor]:
-    y = tanh(x)
+    y = tanh(x, owned)
     return y, y
 
 
@@ -122,6 +125,9 @@ def _exponential_scales(record: Activation) -> tuple[float, float]:
 
 def _exponential(x: Tensor, record: Activation, owned: bool) -> tuple[Tensor, Tensor]:
     a, b = _exponential_scales(record)
+    if _whole(x):
+        y = _elu(x, a, 1.0, 1 / b)
+        return y, y if a > 0 else x
     below = x.clamp_max(0)
     below = (below if b == 1 else below.div_(b)).expm1_()
     y = (below if a == 1 else below.mul_(a)).add_(x.clamp_min_(0) if owned and a > 0 else x.clamp_min(0))

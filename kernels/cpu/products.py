@@ -3,6 +3,10 @@ and the type of their operands."""
 
 from __future__ import annotations
 
+import platform
+from functools import cache
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -12,6 +16,17 @@ LANES = 16  # float32 numbers of a vector: a BLAS is slow where the rows of a pr
 def vector() -> int:
     """Float32 numbers of a vector on this machine: eight with AVX2. Elsewhere as many as with AVX-512, for which sizes were chosen."""
     return 8 if torch.backends.cpu.get_cpu_capability() == "AVX2" else LANES
+
+
+@cache
+def intel(known: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether Intel's own vector functions serve torch here, on a processor that they were written for: they know it by its maker."""
+    if not torch.backends.mkl.is_available():
+        return False
+    try:
+        return "GenuineIntel" in known.read_text()
+    except OSError:  # no Linux
+        return "GenuineIntel" in platform.processor()
 
 
 def operand_dtype() -> torch.dtype:

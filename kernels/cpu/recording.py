@@ -41,6 +41,7 @@ _UNWRITTEN = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "ne
 _SAME = frozenset({"_to_copy", "clone"})
 _ZEROS = frozenset({"new_zeros", "zeros", "zeros_like"})
 _PUT = _SAME | _ZEROS | {"split_with_sizes_copy"}  # whose results are put anywhere, whatever kernels are said to be there
+_WITH_NUMBERS = frozenset({"add", "div", "mul", "sub"})
 _MOVES = frozenset({"resize_", "resize_as_", "set_"})  # a tensor to other memory
 
 # Results of inputs: new tensors, that nobody else holds.
@@ -307,13 +308,13 @@ class _Operator(NamedTuple):
 
         ``places``: for each result its place, or all that stands for it (:class:`Loose`).
         """
-        name, packet = self.name, self.func.overloadpacket
+        name, args = self.name, _without_numbers(self.name, self.args)
         if self.result is None:  # torch's function or method of that name: an operator itself takes longer to call
             function = getattr(torch if "out" in self.kwargs else Tensor, name, self.func)
-            step = partial(function, *self.args, **self.kwargs)
+            step = partial(function, *args, **self.kwargs)
             step()
             return step
-        copied = partial(rebound, places, packet, self.args, self.kwargs)
+        copied = partial(rebound, places, self.func, self.args, self.kwargs)
         copied()
         if any(isinstance(place, list) for place in places):
             return copied
@@ -321,10 +322,35 @@ class _Operator(NamedTuple):
             return partial(self.result.copy_, self.args[0])
         if name in _ZEROS:
             return partial(self.result.zero_)
-        for function, keyword in ((getattr(torch, name, None), "out"), (packet, "out"), (packet, "grad_input")):
-            if function is not None and _comes_out(function, keyword, self.args, self.kwargs, self.result):
-                return partial(function, *self.args, **self.kwargs, **{keyword: self.result})
+        for function, keyword in (
+            (getattr(torch, name, None), "out"),
+            (self._written("out"), "out"),
+            (self._written("grad_input"), "grad_input"),
+        ):
+            if function is not None and _comes_out(function, keyword, args, self.kwargs, self.result):
+                return partial(function, *args, **self.kwargs, **{keyword: self.result})
         return copied
+
+    def _written(self, keyword: str) -> Any:
+        """The operator that takes the same and has a ``keyword`` for its result; to call all of one name takes twice as long."""
+        packet, taken = self.func.overloadpacket, _types(self.func._schema.arguments)
+        for overload in packet.overloads():
+            arguments = getattr(packet, overload)._schema.arguments
+            if arguments[-1].name == keyword and _types(arguments[:-1]) == taken:
+                return getattr(packet, overload)
+        return None
+
+
+def _types(arguments: Sequence[Any]) -> list[tuple[str, str]]:
+    return [(argument.name, str(argument.type)) for argument in arguments]
+
+
+def _without_numbers(name: str, args: Any) -> Any:
+    """Arguments of a sum or product with a number of Python's as a tensor: torch would make one in every call, of another type, and convert
+    it."""
+    if name.rstrip("_") not in _WITH_NUMBERS or len(args) != 2 or not isinstance(args[0], Tensor) or type(args[1]) not in (int, float):
+        return args
+    return (args[0], torch.tensor(args[1], dtype=args[0].dtype)) if args[0].dtype in (torch.float32, torch.float64) else args
 
 
 def _comes_out(function: Any, keyword: str, args: Any, kwargs: Any, result: Any) -> bool:

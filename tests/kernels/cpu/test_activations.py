@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from wslfast.kernels.cpu import jobs
+from wslfast.kernels.cpu import activations, jobs
 from wslfast.kernels.cpu.activations import TABLE, _whole, function_of, tanh
 from wslfast.kernels.layers import ACTIVATIONS, Activation
 
@@ -79,11 +79,33 @@ def test_every_activation_is_tested() -> None:
     assert {"gelu_tanh" if r.approximate == "tanh" else r.function for r in RECORDS} == set(TABLE)
 
 
+@pytest.fixture(params=[True, False], ids=["torch's", "ours"])
+def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of the two ways to a tanh, whichever is this processor's."""
+    monkeypatch.setattr(activations, "intel", lambda: request.param)
+
+
+@pytest.mark.usefixtures("either")
 @pytest.mark.parametrize("scale", [1e-30, 1e-6, 1e-3, 1.0, 30.0])
 def test_tanh_is_exact_to_three_units(scale: float) -> None:
     x = torch.randn(100_003, generator=torch.Generator().manual_seed(1)) * scale
     wanted = x.double().tanh()
     assert ((tanh(x).double() - wanted).abs() <= 3 * 2**-24 * wanted.abs() * 2).all()
+
+
+@pytest.mark.usefixtures("either")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tanh_rounds_alike_at_every_place(dtype: torch.dtype) -> None:
+    """Any number of numbers from anywhere on: what a model's bits rest on."""
+    x = torch.randn(4096, generator=torch.Generator().manual_seed(3)).to(dtype) * 2
+    whole = tanh(x)
+    for start in range(0, 70, 3):
+        for count in (1, 2, 3, 7, 15, 16, 17, 31, 33, 63, 65, 127, 1000):
+            here = slice(start, start + count)
+            assert torch.equal(tanh(x[here]), whole[here])
+            assert torch.equal(tanh(x[here].clone(), owned=True), whole[here])
+    columns = x.view(64, 64)[:, 3:20]
+    assert torch.equal(tanh(columns), whole.view(64, 64)[:, 3:20])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -98,6 +120,7 @@ def test_activations_in_few_digits(dtype: torch.dtype) -> None:
         assert ((y.double() - wanted).norm() / wanted.norm()) < 4 * torch.finfo(dtype).eps, record
 
 
+@pytest.mark.usefixtures("either")
 def test_tanh_at_the_ends() -> None:
     ends = tanh(torch.tensor([float("inf"), -float("inf"), 0.0, -0.0, float("nan")]))
     assert ends[:4].tolist() == [1, -1, 0, 0]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import platform
+from pathlib import Path
+
 import pytest
 import torch
 
+from wslfast.kernels.cpu import products
 from wslfast.kernels.cpu.products import product, weight_gradient
 
 
@@ -19,3 +23,18 @@ def test_both_ways_round(sizes: tuple[int, int, int, int], bias: bool) -> None:
     torch.testing.assert_close(made, expected.float(), rtol=1e-5, atol=1e-5)
     assert made.is_contiguous()
     torch.testing.assert_close(weight_gradient(g, x), torch.einsum("mqo,mqf->mof", g.double(), x.double()).float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("said", "expected"), [("vendor_id\t: GenuineIntel\n", True), ("vendor_id\t: AuthenticAMD\n", False), ("", False)])
+def test_who_made_the_processor(said: str, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cpuinfo").write_text(said)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    assert products.intel.__wrapped__(tmp_path / "cpuinfo") is expected
+
+
+def test_who_made_the_processor_where_there_is_no_linux(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(platform, "processor", lambda: "Intel64 Family 6 Model 154 Stepping 3, GenuineIntel")
+    assert products.intel.__wrapped__(tmp_path / "none")
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    assert not products.intel.__wrapped__(tmp_path / "none")

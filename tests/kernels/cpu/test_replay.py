@@ -541,3 +541,22 @@ def test_engines_of_one_graph_have_recordings_of_their_own():
 
 def _queries(name: str, n: int, shape: tuple[int, ...]) -> Tensor:
     return torch.randint(0, 3, (n, *shape)).float() if name == "LanguageModel" else torch.randn(n, *shape)
+
+
+def test_operators_are_called_by_the_shortest_way():
+    """Numbers of Python's are tensors by then, and no operator is looked up by its arguments."""
+
+    def run(x, g):
+        y = (x * 2).tanh()
+        return (torch.ops.aten.tanh_backward(g / 3, y).add_(0.5).sub(1, alpha=2), y)
+
+    inputs = torch.randn(2, 5, 7).unbind()
+    kept = recording.record(run, inputs)
+    assert isinstance(kept, recording.Recording)
+    others = torch.randn(2, 5, 7).unbind()
+    for made, wanted in zip(kept(*others), run(*others), strict=True):
+        assert torch.equal(made, wanted)
+    for step in kept._steps:
+        assert not isinstance(step.func, torch._ops.OpOverloadPacket)
+    scaled = [step for step in kept._steps if getattr(step.func, "__name__", "") in ("mul", "div", "add_")]
+    assert [type(step.args[1]) for step in scaled] == [torch.Tensor] * 3
