@@ -17,13 +17,18 @@ from .forms import by_form, joined_channels, one_pixel, spread
 from .rules import Gradients, Maker, Rule, Shaped, Within
 
 _aten = torch.ops.aten
+_ARGUMENTS = ("input", "weight", "bias")  # of a norm
+_SIDE_BY_SIDE = 32  # pixels of a channel
+_LANES, _VECTOR = 16, 8  # numbers: of a vector with AVX-512, and of half of one
+_LARGE = 1024  # pixels: from there on torch takes all channels of a pixel together
 
 
 class GroupNorm:
-    """Moments in two passes, pixels first, and a backward that reads channels-last images in the order in which they lie.
+    """Groups of channels, or every channel, less their mean and over their deviation, and a backward of few passes.
 
-    torch's own backward is five times as slow on such images, and its forward there takes the mean of squares less the square of the mean:
-    where a group's mean is thirty times its spread, three digits are gone.
+    torch's own functions run where they are faster, on numbers from which a mean was taken before: of channels-last images they take the
+    mean of squares less the square of the mean, and where a group's mean is thirty times its spread three digits would be gone. Elsewhere
+    moments are taken by passes over pixels. Which of the two is a matter of a model's shapes alone.
     """
 
     def __init__(self, known: Values, wanted: frozenset[str], groups: int | None) -> None:
@@ -36,27 +41,44 @@ class GroupNorm:
         n, channels, *pixels = x.shape
         each = 1 if self.groups is None else channels // (self.groups * models)
         count = each * math.prod(pixels)
+        beside = (-1, channels, *(1,) * len(pixels))
 
         def mean_of(value: Tensor) -> Tensor:
             """Means of each group, ``[n, groups]``."""
             return _over_pixels(value).view(n, -1, each).sum(2) / count
 
-        def beside(value: Tensor) -> Tensor:
-            return value.view(-1, channels, *(1,) * len(pixels))
-
-        centered = x - beside(mean_of(x).repeat_interleave(each, 1))
+        there, back = _torchs_own(x, channels // models, each)
+        centered = x if there and x.is_contiguous() else x - mean_of(x).repeat_interleave(each, 1).view(beside)
+        if there:
+            flat = (None if weight is None else weight.reshape(-1), None if bias is None else bias.reshape(-1))
+            made, left, root = torch.native_group_norm(centered, *flat, n, channels, math.prod(pixels), channels // each, self.eps)
+            return made, (centered, left, root, weight, back)
         left = mean_of(centered)  # what rounding has left of the mean
         root = torch.rsqrt((mean_of(centered * centered) - left.square()).clamp_min_(0) + self.eps)
         factor, shift = root.repeat_interleave(each, 1), (-left * root).repeat_interleave(each, 1)
         if weight is not None:
             factor, shift = factor * weight.view(1, -1), shift * weight.view(1, -1)
         shift = shift if bias is None else shift + bias.view(1, -1)
-        return torch.addcmul(beside(shift), centered, beside(factor)), (centered, left, root, weight)
+        return torch.addcmul(shift.view(beside), centered, factor.view(beside)), (centered, left, root, weight, False)
 
     def backward(self, g: Tensor, saved: Any, models: int) -> Gradients:
-        x, mean, root, weight = saved
+        x, mean, root, weight, by_torch = saved
         n, channels, *pixels = x.shape
         each = channels // mean.view(n, -1).shape[1]  # channels of a group
+        made: Gradients = {}
+        if by_torch:
+            flat, layout = (
+                None if weight is None else weight.reshape(-1),
+                torch.contiguous_format if x.is_contiguous() else torch.channels_last,
+            )
+            slopes = _aten.native_group_norm_backward(
+                g.contiguous(memory_format=layout), x, mean, root, flat, n, channels, math.prod(pixels), channels // each,
+                [name in self.wanted for name in _ARGUMENTS],
+            )  # fmt: skip
+            for name, slope in zip(_ARGUMENTS, slopes, strict=True):
+                if name in self.wanted:
+                    made[name] = slope if name == "input" else slope.view(models, -1)
+            return made
 
         def by_group(value: Tensor) -> Tensor:
             """Sums over a group's channels of what belongs to its normalised numbers, ``[n, groups]``."""
@@ -70,7 +92,6 @@ class GroupNorm:
         mean, root = mean.view(n, -1), root.view(n, -1)
         product = g * x
         of_shift, along = _over_pixels(g), _over_pixels(product)  # [n, channels]
-        made: Gradients = {}
         if "weight" in self.wanted:
             of_scale = torch.addcmul(along, of_shift, mean.repeat_interleave(each, 1), value=-1) * root.repeat_interleave(each, 1)
             made["weight"] = _over_queries(of_scale, models)
@@ -84,6 +105,25 @@ class GroupNorm:
             shift = beside(root * (mean * slanted - even))
             made["input"] = torch.addcmul(shift, x, beside(-root * slanted), out=product).addcmul_(g, of_g)
         return made
+
+
+def _torchs_own(x: Tensor, channels: int, each: int) -> tuple[bool, bool]:
+    """Whether torch's group norm is faster than passes over the pixels of ``x``, forward and back.
+
+    It takes channels-last images group by group, in vectors of a group's channels where there are enough of them, and forward all channels
+    at once where images are large. Sums of many pixels side by side are faster by far.
+
+    Args:
+        channels: of a model.
+        each: channels of a group.
+    """
+    pixels = x[0, 0].numel()
+    if x.dtype != torch.float32 or x.device.type != "cpu":
+        return False, False
+    if x.is_contiguous():
+        return pixels >= _SIDE_BY_SIDE, pixels >= _SIDE_BY_SIDE
+    whole = channels % _LANES == 0  # no model lies among what is left over of vectors
+    return whole and (each >= _VECTOR or pixels >= _LARGE), whole and each >= _VECTOR
 
 
 def _over_pixels(x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -128,3 +129,54 @@ class Mirrored(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x if float(x.detach().square().sum()) >= 0 else -x
+
+
+# channels of a model, of a group, pixels: each of torch's own ways forward and back, and passes over pixels
+NORMED = [
+    (16, 4, (32, 32)),
+    (16, 8, (6, 5)),
+    (32, 16, (9, 9)),
+    (16, 4, (6, 5)),
+    (12, 12, (32, 32)),
+    (6, 2, (40,)),
+    (6, 2, (5,)),
+    (4, 1, (4, 3, 3)),
+]
+
+
+@pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
+@pytest.mark.parametrize(("channels", "each", "pixels"), NORMED, ids=str)
+def test_group_norm_by_either_way(channels: int, each: int, pixels: tuple[int, ...], affine: bool) -> None:
+    """Means fifty times the spread; a model's bits are the same wherever it lies among others."""
+    generator, models, n = torch.Generator().manual_seed(0), 5, 7
+    layout = torch.channels_last if len(pixels) == 2 else torch.contiguous_format
+    x = torch.randn(n, models * channels, *pixels, generator=generator) + 50 * torch.randn(models * channels, *(1,) * len(pixels))
+    g = torch.randn(x.shape, generator=generator)
+    weight, bias = (torch.randn(models, channels, generator=generator) if affine else None for _ in range(2))
+    rule = image_rules.GroupNorm({"eps": 1e-5}, frozenset({"input", *(["weight", "bias"] if affine else [])}), channels // each)
+
+    def run(rows: list[int]) -> dict[str, Tensor]:
+        def mine(t: Tensor) -> Tensor:
+            return t.unflatten(1, (models, channels))[:, rows].flatten(1, 2).contiguous(memory_format=layout)
+
+        own = {name: t[rows] for name, t in (("weight", weight), ("bias", bias)) if t is not None}
+        made, saved = rule.forward({"input": mine(x), **own}, len(rows))
+        slopes = rule.backward(mine(g), saved, len(rows))
+        return {"made": made.unflatten(1, (len(rows), channels)), **slopes, "input": slopes["input"].unflatten(1, (len(rows), channels))}
+
+    whole = run(list(range(models)))
+    ways = image_rules._torchs_own(x.contiguous(memory_format=layout), channels, each)
+    assert ways == {(4, 1024): (True, False), (4, 30): (False, False), (2, 5): (False, False)}.get((each, math.prod(pixels)), ways)
+    precise = x.double().requires_grad_()
+    parts = [t.double().flatten().requires_grad_() for t in (weight, bias) if t is not None]
+    wanted = F.group_norm(precise, models * channels // each, *parts)
+    right = torch.autograd.grad(wanted, [precise, *parts], g.double())
+    names = ["input", *(["weight", "bias"] if affine else [])]
+    assert relative_error(whole["made"].flatten(1, 2), wanted) < 3e-5  # fifty roundings of a number of the spread's size
+    for name, slope in zip(names, right, strict=True):
+        assert relative_error(whole[name].reshape(slope.shape), slope) < 3e-5, name
+    for rows in ([0], [4], [3, 1], [2, 4, 0]):
+        some = run(rows)
+        for name, value in whole.items():
+            place = 1 if name in ("made", "input") else 0
+            assert torch.equal(some[name], value.index_select(place, torch.tensor(rows))), (name, rows)
