@@ -185,3 +185,39 @@ def test_a_bad_query_is_bad_for_every_model() -> None:
     assert batched_behavioral_loss(rows, originals, queries, SMALL, reduction="none").isnan().all()
     with pytest.raises(WslfastError, match="all 4 models"):
         batched_behavioral_loss(rows, originals, queries, SMALL, nan_policy="omit")
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
+def test_bad_originals_leave_the_queries_gradient_alone(own: bool) -> None:
+    """The originals' answers depend on the queries, too."""
+    rows, originals, queries = (t.double() for t in case(SMALL))
+    queries = torch.stack([queries, queries + 1, queries - 1, 2 * queries]) if own else queries
+    spoiled, good = originals.clone(), [0, 1, 3]
+    spoiled[2] = torch.nan
+
+    def slopes(which: list[int], originals: Tensor) -> tuple[Tensor, Tensor]:
+        leaf, x = rows[which].requires_grad_(), (queries[which] if own else queries.clone()).requires_grad_()
+        batched_behavioral_loss(leaf, originals[which], x, SMALL, nan_policy="omit").backward()
+        assert leaf.grad is not None
+        assert x.grad is not None
+        return leaf.grad, x.grad
+
+    (mine, to_queries), (wanted, expected) = slopes([0, 1, 2, 3], spoiled), slopes(good, originals)
+    torch.testing.assert_close(mine[good], wanted)
+    assert not mine[2].any()
+    torch.testing.assert_close(to_queries[good] if own else to_queries, expected)
+    if own:
+        assert not to_queries[2].any()
+
+
+@pytest.mark.parametrize("through", [False, True], ids=["weights alone", "queries too"])
+def test_an_omitted_models_gradient_is_zero_whatever_a_user_makes_of_its_nan(through: bool) -> None:
+    rows, originals, queries = case(SMALL)
+    rows[1] = torch.inf
+    leaf = rows.requires_grad_()
+    values = batched_behavioral_loss(leaf, originals, queries.requires_grad_(through), SMALL, nan_policy="omit", reduction="none")
+    values.log().nanmean().backward()  # whose slope at NaN is NaN
+    assert leaf.grad is not None
+    assert leaf.grad.isfinite().all()
+    assert leaf.grad[0].any()
+    assert not leaf.grad[1].any()

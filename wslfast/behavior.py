@@ -118,7 +118,7 @@ def batched_behavioral_loss(
         require(nan_policy == "propagate", lambda: f"nan_policy={nan_policy!r} {remedy}")
         return reduce(_values(rows, queries, targets, options), None, reduction, nan_policy)
     if through:
-        return _through_queries(rows, queries, targets, options)
+        return _through_queries(rows, queries, targets, options, None if original is None else _originals(original, rows, architecture))
     return operators.behavioral_loss(rows, queries, targets, options, graph and rows.requires_grad)
 
 
@@ -128,9 +128,9 @@ def _values(rows: Tensor, queries: Tensor, targets: Tensor, options: operators.O
     return criterion_values(outputs, targets, options.criterion, options.temperature)
 
 
-def _through_queries(rows: Tensor, queries: Tensor, targets: Tensor, options: operators.Options) -> Tensor:
+def _through_queries(rows: Tensor, queries: Tensor, targets: Tensor, options: operators.Options, originals: Tensor | None) -> Tensor:
     """The loss with a gradient to the queries as well: through torch's graph, that of the targets included. A bad model is left out of the
-    graph altogether, as the queries' gradient sums over models and zero times NaN is NaN."""
+    graph altogether, and so is its original, as the queries' gradient sums over models and zero times NaN is NaN."""
     reduction, nan_policy = options.reduction, options.nan_policy
     if nan_policy == "propagate":
         return reduce(_values(rows, queries, targets, options), None, reduction, nan_policy)
@@ -147,7 +147,11 @@ def _through_queries(rows: Tensor, queries: Tensor, targets: Tensor, options: op
     elif bool(bad.any()):
         good = (~bad).nonzero().flatten()
         mine = queries[good] if queries.ndim == len(options.architecture.input_shape) + 2 else queries
-        values = values.index_copy(0, good, _values(rows[good], mine, targets[good], options))
+        if originals is not None:  # whose answers hang together in one graph
+            targets = operators.forward(originals[good], mine, options.architecture, options.backend).to(rows.dtype)
+        else:
+            targets = targets[good]
+        values = values.index_copy(0, good, _values(rows[good], mine, targets, options))
     else:
         values = _values(rows, queries, targets, options)
     return reduce(values, bad, reduction, nan_policy)
@@ -248,6 +252,14 @@ def _classes_last(targets: Any, original: Any, architecture: Architecture, axis:
     return targets, _rows(original, architecture, "original") if isinstance(original, Population) else original
 
 
+def _originals(original: Any, rows: Tensor, architecture: Architecture) -> Tensor:
+    """The originals' weights ``[k, P]``, as constants of the type of ``rows``."""
+    weights, k = _rows(original, architecture, "original").detach(), rows.shape[0]
+    require(weights.shape[0] == k, lambda: f"original: expected {k} models (as many as reconstructed), got {len(weights)}")
+    require(weights.device == rows.device, lambda: f"original: expected device {rows.device}, got {weights.device}")
+    return weights.to(rows.dtype)
+
+
 def _targets(targets: Any, original: Any, rows: Tensor, queries: Tensor, architecture: Architecture, backend: str, through: bool) -> Tensor:
     """The originals' outputs ``[k, n, K]``: those given, as constants, or computed; ``through``: with their dependence on the queries."""
     require(original is None or targets is None, "original: expected None when targets= is given (only one of the two is used)")
@@ -255,10 +267,7 @@ def _targets(targets: Any, original: Any, rows: Tensor, queries: Tensor, archite
     require(original is not None or targets is not None, either)
     k, n = rows.shape[0], queries.shape[int(queries.ndim == len(architecture.input_shape) + 2)]
     if targets is None:
-        weights = _rows(original, architecture, "original").detach()
-        require(weights.shape[0] == k, lambda: f"original: expected {k} models (as many as reconstructed), got {len(weights)}")
-        require(weights.device == rows.device, lambda: f"original: expected device {rows.device}, got {weights.device}")
-        weights = weights.to(rows.dtype)
+        weights = _originals(original, rows, architecture)
         if through:
             return operators.forward(weights, queries, architecture, backend).to(rows.dtype)
         with torch.no_grad():

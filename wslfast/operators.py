@@ -262,12 +262,15 @@ class _Loss(torch.autograd.Function):
         (ctx.link,) = linked  # in a tuple: to torch it is no input, whose gradient somebody would ask for
         count = values.shape[0] if bad is None or options.reduction != "mean" else (~bad).sum()
         ctx.divisor = count if options.reduction == "mean" else None
+        ctx.omitted = bad if options.nan_policy == "omit" else None
         return reduce(values, bad, options.reduction, options.nan_policy)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.divisor is not None:
             grad = grad / ctx.divisor
+        if ctx.omitted is not None:  # whose gradient is zero whatever the slope is at a NaN of the caller's
+            grad = torch.where(ctx.omitted, 0.0, grad)
         return once(_times(ctx.saved_tensors[0], grad.unsqueeze(1) if grad.ndim else grad, ctx.watched), ctx.link), None, None, None, None
 
 

@@ -110,6 +110,8 @@ def test_a_run_from_toml_with_flags_over_it(tmp_path: Path, images: Path, shell:
     assert "queries = 16\n" in text
     assert 'clip = "none"\n' in text
     assert "lr = 0.0005\n" in text
+    shell("train", "--zoo", zoo, "--out", tmp_path / "other", "--steps", 1, "--layers", 0, "--clip", "none", "--queries", 4)
+    assert 'clip = "none"\n' in (tmp_path / "other" / "config.toml").read_text()
 
 
 def test_the_published_settings_from_one_flag(tmp_path: Path, images: Path, shell: Shell) -> None:

@@ -10,7 +10,7 @@ from typing import Literal
 from ..training import TrainConfig, train
 from ..training.progress import shown
 from .console import console, say
-from .options import Networks
+from .options import Networks, NumberOrNone
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,8 @@ class Train(TrainConfig):
     Example: wslfast train --zoo runs/zoo --out runs/ae --steps 1000 --seed 0
     """
 
+    clip: NumberOrNone = TrainConfig.clip
+    """Largest gradient norm; none switches clipping off."""
     config: str | None = None
     """TOML file of settings; flags win over it."""
     preset: Literal["small", "paper"] = "small"

@@ -35,6 +35,13 @@ class QueryPool:
     def __getitem__(self, index: Tensor) -> Tensor:
         return self.images.index_select(0, index)
 
+    def fingerprint(self) -> Tensor:
+        """A sum over each image with weights of either sign, ``[Q]`` float64 on the CPU: what tells one pool from another, wherever it was
+        made. The same images made by another machine may differ in their last digits."""
+        flat = self.images.flatten(1).double()
+        signs = torch.cos(1 + torch.arange(flat.shape[1], dtype=torch.float64, device=flat.device))
+        return (flat @ signs / flat.shape[1] ** 0.5).cpu()
+
     def draw(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """Indices ``[n]`` of distinct images, on the pool's device, from an explicit generator.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import engine
 from ..engine import device_errors, verdicts
 from ..engine.ranks import World, joined
-from ..errors import WslfastError, require
+from ..errors import WslfastError, describe, require
 from ..files import check_folder, remove_leftovers, write_text
 from ..kernels.default_device import on_the_cpu
 from ..population import Population
@@ -75,9 +75,12 @@ def train(
     KeyboardInterrupt; a second one stops at once.
 
     Raises:
-        WslfastError: bad config, unreadable zoo, a folder that already holds a run (without ``resume``), a loss that is not
-            finite, or another process of the run that has gone.
+        WslfastError: bad config, unreadable zoo, a folder that already holds a run (without ``resume``), other models or query images than
+            before (with it), a loss or weights that are not finite (the last checkpoint stays), or another process that has gone.
     """
+    require(isinstance(config, TrainConfig), lambda: f"config: expected a TrainConfig, got {describe(config)}")
+    known = population is None or isinstance(population, (Population, MappedZoo))
+    require(known, lambda: f"population: expected a Population or a MappedZoo, got {describe(population)}")
     require(bool(config.out), "out: expected a folder for the run")
     require(bool(config.zoo) or population is not None, "zoo: expected the folder of a zoo")
     out = Path(config.out)
@@ -220,6 +223,7 @@ def _run(
     trainer.model.train()
     last = trainer.step_index >= config.steps
     while not last:
+        rate = trainer.optimizer.param_groups[0]["lr"]
         parts = trainer.step()
         step = trainer.step_index
         stopped = stop is not None and stop(step)  # asked at the last step, too: it may keep count
@@ -227,21 +231,37 @@ def _run(
         if last or step % config.log_every == 0 or step == 1:
             values = _values(parts, trainer.world)  # synchronises: on log steps only
             if not abs(values["loss"]) < float("inf"):
-                raise WslfastError(f"the loss is {values['loss']} at step {step}; the last checkpoint in {out} is from before")
+                raise WslfastError(f"the loss is {values['loss']} at step {step}; {_left(out)}")
             now = time.perf_counter()
-            rate = (step - log.step) * trainer.batch / max(now - since, 1e-9)
+            speed = (step - log.step) * trainer.batch / max(now - since, 1e-9)
             since = now
-            log.write({"step": step, **values, "lr": trainer.optimizer.param_groups[0]["lr"], "models_per_s": round(rate, 2)})
-        if (last or step % config.checkpoint_every == 0) and trainer.world.writes:
-            save_checkpoint(out, trainer.state())
+            log.write({"step": step, **values, "lr": rate, "models_per_s": round(speed, 2)})
+        if last or step % config.checkpoint_every == 0:
+            _save(trainer, out)
         if recorder is not None:
             recorder.after_step()
         if pressed() and step < config.steps:
-            if trainer.world.writes:
-                save_checkpoint(out, trainer.state())
+            _save(trainer, out)
             raise Interrupted(
                 f"interrupted at step {step} of {config.steps}, which is saved in {out}; the run goes on with --resume (resume=True)"
             )
+
+
+def _save(trainer: Union[Trainer, MixedTrainer], out: Path) -> None:
+    """Write a checkpoint over the one before, if there is something to go on from: a loss that is finite may have a gradient that is not.
+    All processes of a run have the same weights, and see it alike."""
+    weights = trainer.model.state_dict()
+    bad = [name for name, value in weights.items() if value.is_floating_point() and not bool(value.isfinite().all())]
+    if bad:
+        what = f"{len(bad)} of {len(weights)} tensors of the autoencoder are not finite after step {trainer.step_index} ({bad[0]})"
+        raise WslfastError(f"{what}; {_left(out)}")
+    if trainer.world.writes:
+        save_checkpoint(out, trainer.state())
+
+
+def _left(out: Path) -> str:
+    kept = checkpoint_path(out).exists()
+    return f"the last checkpoint in {out} is from before" if kept else f"there is no checkpoint in {out} yet"
 
 
 def _values(parts: dict[str, Tensor], world: World) -> dict[str, float]:

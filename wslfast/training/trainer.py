@@ -307,7 +307,12 @@ class Trainer:
             "schedule": None if self.schedule is None else self.schedule.state_dict(),
             "normalizers": self.normalizers.to_dict(),
             "rng": state,
-            "sampler": {"permutation": self.permutation, "position": self.position, "models": self.models.fingerprint()},
+            "sampler": {
+                "permutation": self.permutation,
+                "position": self.position,
+                "models": self.models.fingerprint(),
+                "queries": self.pool.fingerprint(),
+            },
             "kernels": [[*key, verdicts.to_dict(decision)] for key, decision in self.kernels.items()],
         }
 
@@ -330,10 +335,15 @@ class Trainer:
         self.restore_draws(state["rng"], state["sampler"])
 
     def restore_draws(self, rng: Mapping[str, Tensor], sampler: Mapping[str, Any]) -> None:
-        """The states of the generators, and the place in the epoch. Raises WslfastError where the training models are others."""
+        """The states of the generators, and the place in the epoch. Raises WslfastError where models or images are others."""
         known = sampler.get("models")  # checkpoints of earlier versions have none
         others = "cannot resume: the zoo has other training models than the checkpoint saw; start a new run (another --out)"
         require(known is None or known == self.models.fingerprint(), others)
+        seen, here = sampler.get("queries"), self.pool.fingerprint()
+        same = seen is None or (seen.shape == here.shape and torch.allclose(seen.cpu(), here, rtol=1e-3, atol=1e-4))
+        require(
+            same, "cannot resume: the query images are others than the checkpoint saw; hand in the same, or start a new run (another out)"
+        )
         for name, generator in (("order", self.order), ("views", self.views), ("draws", self.draws)):
             generator.set_state(rng[name].cpu())
         if self.device.type == "cuda" and "cuda" in rng:
