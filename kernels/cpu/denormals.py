@@ -17,12 +17,13 @@ from typing import TypeVar
 
 import torch
 
-from ..graph import Graph, Node
+from ..graph import Argument, Graph, Node
 from ..operations import TABLE
 
 __all__ = ["flushed", "makes_many", "with_zeros", "zeros_asked", "zeros_here"]
 
 _T = TypeVar("_T")
+_LEAST = 1e-20  # of a constant of the network, and of one over it
 _SMALL, _SMALLER = 2.3e-308, 0.1  # their product is no ordinary number of 64 bits
 
 # elementwise, or along axes: what they and their slopes make of a number below 1e-38 is what they make of zero, or as close to it
@@ -101,6 +102,8 @@ def _saturates(node: Node) -> bool:
 
 def _harmless(node: Node) -> bool:
     form = TABLE[node.operation].form
+    if not all(_ordinary(value) for _, value in node.arguments):  # itself a zero by then, or what makes a small number large
+        return False
     if form in _NORMS:
         return node.argument("eps") != 0
     if node.operation == "div.Tensor":  # by a number
@@ -109,3 +112,10 @@ def _harmless(node: Node) -> bool:
         exponent = node.argument("exponent")
         return isinstance(exponent, (int, float)) and exponent >= 1
     return form not in _FORMS or node.operation in _EVEN
+
+
+def _ordinary(value: Argument) -> bool:
+    """Whether the numbers of an argument are zero, or neither small nor large."""
+    if isinstance(value, tuple):
+        return all(map(_ordinary, value))
+    return not isinstance(value, (int, float)) or value == 0 or _LEAST <= abs(value) <= 1 / _LEAST

@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 
 import wslfast
-from wslfast import Architecture, Population, TrainConfig, __version__, save_zoo, train
+from wslfast import Architecture, Population, TrainConfig, WslfastError, __version__, save_zoo, train
 from wslfast.cli import main
 from wslfast.queries import load_queries
 from wslfast.training.progress import Interrupted, shown
@@ -288,3 +288,25 @@ def test_version_and_a_broken_package(capsys: pytest.CaptureFixture[str], tmp_pa
     main(["info"])
     said = " ".join(capsys.readouterr().out.split())
     assert "nvtx: there, and does not import: RuntimeError: operator nvtx::x does not exist" in said
+
+
+def test_a_demo_goes_on_with_its_own_zoo_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from wslfast.study import demo
+
+    pytest.importorskip("sklearn")
+
+    class Reached(Exception):
+        pass
+
+    def reached(*arguments: Any, **settings: Any) -> Any:
+        raise Reached
+
+    monkeypatch.setattr(demo, "trained", reached)
+    with pytest.raises(Reached):
+        demo.demo(demo.DemoConfig(out=str(tmp_path), models=4, epochs=1))
+    with pytest.raises(Reached):
+        demo.demo(demo.DemoConfig(out=str(tmp_path), models=4, epochs=1))
+    for other in ({"models": 5}, {"epochs": 2}, {"seed": 1}):
+        (name,) = other
+        with pytest.raises(WslfastError, match=f"holds a zoo of {name} .*, not the {other[name]} asked for"):
+            demo.demo(demo.DemoConfig(**{"out": str(tmp_path), "models": 4, "epochs": 1, **other}))

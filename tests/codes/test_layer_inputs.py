@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from tolerances import FP32_AMPLIFIED, FP32_DEEP
 
 from wslfast.architecture import Architecture
-from wslfast.codes.layer_inputs import weighted_layers, without_weights
+from wslfast.codes.layer_inputs import good_models, weighted_layers, without_weights
 from wslfast.kernels.layers import Activation, Conv2d, Flatten, Layers, Linear, Pool2d
+from wslfast.population import Population
 
 CONVOLUTIONS = {
     "plain": Conv2d("c", 3, 4, (3, 2)),
@@ -63,3 +64,15 @@ def test_rows_on_patches_are_the_layer(conv: Conv2d) -> None:
     rows = torch.randn(2, 3, last.width)
     both = torch.cat([h @ r[:, :-1].T + r[:, -1] for h, r in zip(expected.split(5), rows)])
     torch.testing.assert_close(last(rows, last.patches(made, 2)), both, rtol=FP32_DEEP, atol=FP32_AMPLIFIED)
+
+
+def test_test_images_choose_no_models() -> None:
+    """Those that a code is fitted on are the better half on validation images, whatever figures on the test images say."""
+    arch = Architecture.mlp(i_dim=3, h_dim=(4,), o_dim=2)
+    better = torch.arange(20) % 3 != 0
+    columns = {"val_acc": (0.5 + 0.3 * better).tolist(), "test_acc": (0.9 - 0.5 * better).tolist()}
+    rows = torch.zeros(20, arch.num_weights)
+    chosen = good_models(Population(arch, rows, properties=columns), 6, seed=0)
+    assert better[chosen].all()
+    alone = good_models(Population(arch, rows, properties={"test_acc": columns["test_acc"]}), 6, seed=0)
+    assert not better[alone].all()  # the only one that is known

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tolerances import FP32, FP64_ROUNDING
-from torch import Tensor
+from torch import Tensor, nn
 
 from wslfast.architecture import Architecture
 from wslfast.behavior import batched_forward
@@ -18,6 +18,7 @@ from wslfast.kernels.layers import Activation, Conv2d, Flatten, Linear, Pool2d
 from wslfast.measure import Reconstruction, compare
 from wslfast.measure import reconstruction as module
 from wslfast.measure.reconstruction import collapse
+from wslfast.population import Population
 from wslfast.testing import oracle_outputs
 
 SMALL = Architecture.from_layers(
@@ -303,3 +304,28 @@ def test_wrong_inputs(change: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = dict(zip(names, _data())) | {"architecture": SMALL} | change
     with pytest.raises(WslfastError, match=message):
         compare(**arguments)
+
+
+class Parts(nn.Module):
+    """Answers of three parts, each of one class of four."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(5, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(x).view(-1, 3, 4)
+
+
+def test_an_answer_of_several_parts_is_several() -> None:
+    torch.manual_seed(0)
+    population = Population.from_modules([Parts() for _ in range(4)], (5,))
+    arch, x = population.architecture, torch.randn(21, 5)
+    original, reconstructed = population.weights, population.weights + 0.3 * torch.randn_like(population.weights)
+    found = compare(original, reconstructed, x, None, arch)
+    o, r = (batched_forward(rows.double(), x.double(), arch) for rows in (original, reconstructed))  # [4, 21, 3, 4]
+    apart = (o.softmax(-1) - r.softmax(-1)).norm(dim=-1).mean((1, 2))
+    torch.testing.assert_close(found.softmax_l2, apart, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.agreement, (o.argmax(-1) == r.argmax(-1)).double().mean((1, 2)))
+    with pytest.raises(WslfastError, match=r"labels: expected None, as an answer has several parts \[3\]"):
+        compare(original, reconstructed, x, torch.zeros(21, dtype=torch.long), arch)

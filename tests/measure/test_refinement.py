@@ -106,3 +106,6 @@ def test_errors_say_what_is_wrong() -> None:
         refine(CODEC, models(2), IMAGES[:5])
     with pytest.raises(WslfastError, match="steps"):
         refine(CODEC, models(2), IMAGES, steps=-1)
+    for wrong, message in (({"lr": float("nan")}, "lr"), ({"lr": -1}, "lr"), ({"block": 0}, "block"), ({"steps": 2.5}, "steps")):
+        with pytest.raises(WslfastError, match=f"{message}.*: expected"):
+            refine(CODEC, models(2), IMAGES, **wrong)

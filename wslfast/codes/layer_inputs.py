@@ -24,7 +24,7 @@ from ..permutation import hidden_channels
 from ..population import Population
 from .token_groups import TokenGroups
 
-_ACCURACIES = ("test_acc", "val_acc", "train_acc")
+_ACCURACIES = ("val_acc", "train_acc", "test_acc")  # the last of zoos that know no other: test images choose nothing
 
 # -- patches -------------------------------------------------------------------------------------------------------------
 

@@ -51,7 +51,7 @@ class Reconstruction:
             models is the share of the population's variance kept; NaN if the originals do not vary.
         behavior_mse: 1/(2n) sum_i ||f_rec(x_i) - f_orig(x_i)||^2 on raw outputs (arXiv 2503.17138, L_B of one model).
         output_l2: 1/n sum_i ||f_rec(x_i) - f_orig(x_i)||, on raw outputs.
-        softmax_l2: the same on softmax outputs, 0 to sqrt(2) (the published comparison's first figure).
+        softmax_l2: the same on softmax outputs, of each part of an answer, 0 to sqrt(2) (the published comparison's first figure).
         psnr: peak signal-to-noise ratio of the outputs in decibels, 10 log10(peak^2 / mean squared difference), infinite for equal ones;
             None for networks whose answers are classes. Agreement is undefined where an answer is one number; *identified* is then
             judged by the distance between outputs.
@@ -215,7 +215,8 @@ def _behavior(
         finite_r &= outputs_r.isfinite().all(-1).all(-1)
         o, r = outputs_o.double(), outputs_r.double()
         ends.append(torch.stack(o.flatten(1).aminmax(dim=1), 1))
-        far = [(a - b).norm(dim=-1).mean(1) for a, b in ((r, o), (r.softmax(-1), o.softmax(-1)))]
+        shares = [x.unflatten(2, (-1, architecture.num_classes)).softmax(-1).flatten(1, 2) for x in (o, r)]  # of each part of an answer
+        far = [(a - b).norm(dim=-1).mean(1) for a, b in ((o, r), shares)]
         gaps += torch.stack([criterion_values(r, o, "mse"), *far], 1) * share
         for chosen, outputs in zip(classes, (outputs_o, outputs_r)):
             outputs = outputs.unflatten(2, (-1, architecture.num_classes)).flatten(1, 2)  # an answer of several parts is several
@@ -336,6 +337,9 @@ def _check_labels(images: Any, labels: Any, architecture: Architecture) -> Tenso
         isinstance(labels, Tensor) and labels.shape == (len(images),) and not labels.is_floating_point() and not labels.is_complex(),
         f"labels: expected integers [{len(images)}] (one per image), got {describe(labels)}",
     )
+    shape = architecture.output_shape
+    several = f"labels: expected None, as an answer has several parts {list(shape[:-1])}, each a class of its own; got {describe(labels)}"
+    require(math.prod(shape) == architecture.num_classes, several)
     low, high = int(labels.min()), int(labels.max())
     top = architecture.num_classes - 1
     require(low >= 0 and high <= top, f"labels: expected 0 to {top}, got {low} to {high}")

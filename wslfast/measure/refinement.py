@@ -62,7 +62,10 @@ def refine(
         WslfastError: fewer than 8 images, or numbers out of range.
     """
     require(len(images) >= 2 * _HELD_OUT, f"images: expected at least {2 * _HELD_OUT} images, got {len(images)}")
-    require(steps >= 0 and queries >= 1, f"steps, queries: expected steps >= 0 and queries >= 1, got {steps}, {queries}")
+    whole = all(isinstance(value, int) for value in (steps, queries, block)) and steps >= 0 and queries >= 1 and block >= 1
+    asked = f"{steps}, {queries}, {block}"
+    require(whole, f"steps, queries, block: expected integers, steps >= 0, queries >= 1 and block >= 1, got {asked}")
+    require(isinstance(lr, (int, float)) and 0 < lr < float("inf"), f"lr: expected a positive number, got {lr!r}")
     architecture, generator = code.layout.architecture, torch.Generator().manual_seed(seed)
     judge = torch.arange(len(images)) % _HELD_OUT == 0
     taught, kept_back = images[~judge], images[judge]

@@ -69,8 +69,11 @@ def demo(config: DemoConfig, *, progress: bool = False, on_stage: Callable[[str]
         say(f"training a zoo of {config.models} CNNs on digits, all at once")
         sizes = {"models": config.models, "epochs": config.epochs, "seed": config.seed}
         build_zoo("digits", zoo, **sizes, device=config.device, progress=progress, resume=True)  # type: ignore[arg-type]
-    made = len(set(read_manifest(zoo).properties["model"]))
-    require(made == config.models, f"{zoo} holds {made} models, not the {config.models} asked for; choose another folder with --out")
+    manifest = read_manifest(zoo)
+    made = {"models": len(set(manifest.properties["model"])), **{name: manifest.provenance.get(name) for name in ("epochs", "seed")}}
+    for name, value in made.items():
+        wanted = getattr(config, name)
+        require(value == wanted, f"{zoo} holds a zoo of {name} {value}, not the {wanted} asked for; choose another folder with --out")
     val = load_zoo(zoo, "val").to(config.device)
     images, labels = dataset_of(zoo, val.architecture).split("val")
     base = TrainConfig(

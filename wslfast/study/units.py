@@ -27,7 +27,7 @@ from .loaded_zoo import LoadedZoo
 from .protocol import Measured, behavior_features, discriminative, latent_rows, measure_code, measure_originals, reconstructive, with_sizes
 from .trained import NamedRun
 
-_CODES = 2  # version of how closed-form codes are fitted; part of their fingerprints
+_CODES = 3  # version of how closed-form codes are fitted; part of their fingerprints
 _RAW = 100_000  # parameters up to which raw weights are probe features
 _RUN = "{run}"
 

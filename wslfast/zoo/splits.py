@@ -28,6 +28,8 @@ class Split:
 
     def assign(self, models: Sequence[int]) -> tuple[str, ...]:
         """The split of every row, given each row's model id. With at least three models no split of a positive share is empty."""
+        kinds = {type(model) for model in models}
+        require(len(kinds) <= 1, f"models: expected ids of one type, got {', '.join(sorted(kind.__name__ for kind in kinds))}")
         unique = sorted(set(models))
         order = torch.randperm(len(unique), generator=torch.Generator().manual_seed(self.seed)).tolist()
         sizes = [round(share * len(unique)) for share in self.fractions]

@@ -109,6 +109,7 @@ def test_threads_that_are_made_meanwhile_are_as_others() -> None:
         lambda x: nn.functional.softplus(x, beta=100),
         lambda x: (-(x**2) / 0.02).exp(),
         lambda x: torch.sin(30 * x).relu() + x.exp() * x.softmax(-1),
+        lambda x: (x.exp() * 1e4 / 30).clamp(1e-12, 6),
         lambda x: nn.functional.layer_norm((-x).exp2(), (16,)).view(-1, 4, 4).mean(1).repeat(1, 4),
     ],
 )
@@ -129,6 +130,10 @@ def test_networks_that_make_many(function: Callable[[Tensor], Tensor]) -> None:
         lambda x: x * (x.exp() > 0),
         lambda x: x.exp().ceil(),
         lambda x: nn.functional.layer_norm(x.exp(), (16,), eps=0.0),
+        lambda x: nn.functional.layer_norm(x.exp(), (16,), eps=1e-40),
+        lambda x: (x - 92).exp() / 1e-38,
+        lambda x: (x - 92).exp() * 1e38,
+        lambda x: torch.clamp(x.exp(), min=1e-39),
         lambda x: x.exp() / x.exp().norm(dim=-1, keepdim=True),
     ],
 )

@@ -22,7 +22,8 @@ def models_of(mask: Tensor, positions: Tensor | None) -> list[Model]:
     """The networks of a batch of windows.
 
     A row that begins with token 0 begins a network; a row that goes on where the one before it ended belongs to it (where windows
-    overlap, the first of two copies counts). Rows of padding alone are passed over.
+    overlap, the first of two copies counts). Rows of padding alone are passed over. Nothing in a batch says whose window a row is: the
+    caller keeps those of a network together.
 
     Args:
         mask: ``[B, T, D]`` bool, False on padding.
