@@ -40,6 +40,7 @@ FILL = 16  # queries: every model's numbers then begin on 64 bytes
 _NUMBER, _OPERATION, _CALL = 1.2e-9, 1.2e-11, 30e-6  # seconds of a core: for a number that is made, an operation in a product, a call
 _WORTH = 5  # times as much in its numbers as in its calls, which hold Python's lock: from there on a group is worth a thread of its own
 _SHARED = 350_000_000  # operations of a call, with little else than products: below, MKL shares them out sooner than groups begin
+LEAST_SHARED = 20_000_000  # operations of a call: below, its products are done before MKL's threads are awake
 _LITTLE = 0.6  # of the products' time
 
 

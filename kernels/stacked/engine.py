@@ -28,7 +28,7 @@ from ..criteria import Named, share_of_loss
 from ..graph import Graph
 from .company import agrees_when_shared, by_itself, random_models, split
 from .compiler import compile_program
-from .costs import FILL, group_shape, least_worth, sizes, whole_models
+from .costs import FILL, LEAST_SHARED, group_shape, least_worth, operations, sizes, whole_models
 from .leaves import PACKED, copies_of, leaves_of
 from .passes import by_graph, by_tape, no_gradients
 
@@ -127,7 +127,7 @@ class Call:
 
     def _mostly_products(self) -> bool:
         _, convolved, products = sizes(self.graph)
-        return convolved <= products and self.graph.parameters * self.tried >= _FEW
+        return convolved <= products and operations(self.graph, self.weights.shape[0], self.n) >= LEAST_SHARED
 
     def _agrees_when_shared(self, threads: int) -> bool:
         key, both = (self._key(), threads), {self.models, self.last}

@@ -217,6 +217,18 @@ def test_a_group_by_itself_shares_products_and_several_do_not() -> None:
         assert not alone.shares_products()
 
 
+@pytest.mark.skipif(jobs.controls() is None or not torch.backends.mkl.is_available(), reason="no MKL that could share")
+def test_products_that_are_soon_done_are_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    arch = Architecture.from_module(nn.Sequential(nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, 3)), (64,))
+    assert arch.graph is not None
+    monkeypatch.setattr(engine.Call, "_agrees_when_shared", lambda call, threads: True)
+    with threads_of(2):
+        for models, shared in ((2, False), (32, True)):  # 2.6 and 41 million operations
+            call = engine.Call(torch.randn(models, arch.num_weights), torch.randn(32, 64), arch.graph, None)
+            assert engine.in_one_thread(call)
+            assert call.shares_products() is shared
+
+
 def test_a_full_group_is_tried_once_and_a_size_once_a_process() -> None:
     log: list[int] = []
     company.split(5, 64, "once", _library(lambda s: s == 64, log))
