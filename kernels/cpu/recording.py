@@ -350,7 +350,7 @@ def _without_numbers(name: str, args: Any) -> Any:
     it."""
     if name.rstrip("_") not in _WITH_NUMBERS or len(args) != 2 or not isinstance(args[0], Tensor) or type(args[1]) not in (int, float):
         return args
-    return (args[0], torch.tensor(args[1], dtype=args[0].dtype)) if args[0].dtype in (torch.float32, torch.float64) else args
+    return (args[0], torch.tensor(args[1], dtype=args[0].dtype, device="cpu")) if args[0].dtype in (torch.float32, torch.float64) else args
 
 
 def _comes_out(function: Any, keyword: str, args: Any, kwargs: Any, result: Any) -> bool:

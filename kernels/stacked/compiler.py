@@ -41,7 +41,8 @@ _ALONG_PIXELS = frozenset({
 _IN_PLACE = {
     name: lambda call, a, models, run=entry.in_place: run(a["self"], a) for name, entry in FUNCTIONS.items() if entry.in_place is not None
 }
-_SUMS = ("add.Tensor", "sub.Tensor")  # as layers do, they make a new tensor that their backward does not look at
+_FRESH = ("convolution", "transposed", "linear", "group_norm", "instance_norm")
+_SUMS = ("add.Tensor", "sub.Tensor")  # as these do, they make a new tensor that their backward does not look at
 _NORMS = ("batch_norm", "instance_norm", "group_norm", "prelu")
 _PARAMETERS = ("weight", "bias", "running_mean", "running_var")  # which have their models in front, also where they are computed
 _FOLDABLE = {"conv1d", "conv2d", "conv3d", "conv1d.padding", "conv2d.padding", "conv3d.padding", "linear"}
@@ -158,7 +159,7 @@ class _Compiler:
         made = self.graph.nodes[int(below[1:])]
         if int(below[1:]) in self.within:
             return False
-        fresh = TABLE[made.operation].form in ("convolution", "transposed", "linear") or made.operation in _SUMS
+        fresh = TABLE[made.operation].form in _FRESH or made.operation in _SUMS
         fresh = fresh or bool(made.argument("training"))  # a batch norm by its batch, whose backward looks at what it read
         return fresh or int(below[1:]) in self.folded
 

@@ -560,3 +560,14 @@ def test_operators_are_called_by_the_shortest_way():
         assert not isinstance(step.func, torch._ops.OpOverloadPacket)
     scaled = [step for step in kept._steps if getattr(step.func, "__name__", "") in ("mul", "div", "add_")]
     assert [type(step.args[1]) for step in scaled] == [torch.Tensor] * 3
+
+
+def test_a_default_device_is_not_asked_for_numbers():
+    inputs = torch.randn(2, 5, 7).unbind()
+    try:
+        torch.set_default_device("meta")
+        kept = recording.record(lambda x, g: ((x * 2).add_(g / 3),), inputs)
+    finally:
+        torch.set_default_device(None)
+    assert isinstance(kept, recording.Recording), kept
+    assert torch.equal(kept(*inputs)[0], (inputs[0] * 2).add_(inputs[1] / 3))
