@@ -340,7 +340,7 @@ class Trainer:
         others = "cannot resume: the zoo has other training models than the checkpoint saw; start a new run (another --out)"
         require(known is None or known == self.models.fingerprint(), others)
         seen, here = sampler.get("queries"), self.pool.fingerprint()
-        same = seen is None or (seen.shape == here.shape and torch.allclose(seen.cpu(), here, rtol=1e-3, atol=1e-4))
+        same = seen is None or (seen.shape == here.shape and torch.allclose(seen.cpu(), here, 1e-3, 1e-4, equal_nan=True))
         require(
             same, "cannot resume: the query images are others than the checkpoint saw; hand in the same, or start a new run (another out)"
         )
