@@ -69,7 +69,7 @@ test_silent_values.py                wslfast/engine/transforms
 tracing/test_tracing.py              wslfast/tracing/convert wslfast/tracing/graph wslfast/tracing/simplify
                                      wslfast/tracing/spelling
 training/test_query_sets.py          wslfast/queries/images wslfast/queries/stored wslfast/queries/synthetic
-training/test_trainer.py             wslfast/training/checkpoint wslfast/training/config wslfast/training/descent wslfast/training/loop
+training/test_trainer.py             wslfast/training/checkpoint wslfast/training/config wslfast/training/descent
                                      wslfast/training/records
 zoo/importers/test_importers.py      wslfast/zoo/importers/files wslfast/zoo/importers/ray
                                      wslfast/zoo/importers/rows
