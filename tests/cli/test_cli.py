@@ -355,4 +355,4 @@ def test_the_demo_writes_its_page_and_figures(tmp_path: Path, shell: Shell) -> N
     assert again.count("there already") == text.count("- digits: ")
     assert (out / "report.html").read_text() == page
     (out / "report.html").unlink()
-    assert "holds 24 models" in shell(*small[:4], 12, *small[5:], code=2)
+    assert "was built with models = 24" in shell(*small[:4], 12, *small[5:], code=2)

@@ -308,5 +308,5 @@ def test_a_demo_goes_on_with_its_own_zoo_alone(tmp_path: Path, monkeypatch: pyte
         demo.demo(demo.DemoConfig(out=str(tmp_path), models=4, epochs=1))
     for other in ({"models": 5}, {"epochs": 2}, {"seed": 1}):
         (name,) = other
-        with pytest.raises(WslfastError, match=f"holds a zoo of {name} .*, not the {other[name]} asked for"):
+        with pytest.raises(WslfastError, match=f"was built with {name} = .*, not the {other[name]} asked for"):
             demo.demo(demo.DemoConfig(**{"out": str(tmp_path), "models": 4, "epochs": 1, **other}))

@@ -73,7 +73,7 @@ def demo(config: DemoConfig, *, progress: bool = False, on_stage: Callable[[str]
     made = {"models": len(set(manifest.properties["model"])), **{name: manifest.provenance.get(name) for name in ("epochs", "seed")}}
     for name, value in made.items():
         wanted = getattr(config, name)
-        require(value == wanted, f"{zoo} holds a zoo of {name} {value}, not the {wanted} asked for; choose another folder with --out")
+        require(value == wanted, f"{zoo} was built with {name} = {value}, not the {wanted} asked for; choose another folder with --out")
     val = load_zoo(zoo, "val").to(config.device)
     images, labels = dataset_of(zoo, val.architecture).split("val")
     base = TrainConfig(
