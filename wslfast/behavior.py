@@ -111,14 +111,15 @@ def batched_behavioral_loss(
     looked_through = engine.looked_through(rows, queries, targets)
     graph = torch.is_grad_enabled()
     through = looked_through or (graph and queries.requires_grad)  # the originals' answers depend on the queries, too
-    targets = _targets(targets, original, rows, queries, architecture, backend, through)
+    originals = _originals(original, targets, rows, architecture)
+    targets = _targets(targets, originals, rows, queries, architecture, backend, through)
     options = operators.Options(architecture, criterion, float(temperature), reduction, nan_policy, backend)
     if looked_through:
         remedy = "cannot be looked through by a torch transform, as it depends on values; use nan_policy='propagate'"
         require(nan_policy == "propagate", lambda: f"nan_policy={nan_policy!r} {remedy}")
         return reduce(_values(rows, queries, targets, options), None, reduction, nan_policy)
     if through:
-        return _through_queries(rows, queries, targets, options, None if original is None else _originals(original, rows, architecture))
+        return _through_queries(rows, queries, targets, options, originals)
     return operators.behavioral_loss(rows, queries, targets, options, graph and rows.requires_grad)
 
 
@@ -252,26 +253,29 @@ def _classes_last(targets: Any, original: Any, architecture: Architecture, axis:
     return targets, _rows(original, architecture, "original") if isinstance(original, Population) else original
 
 
-def _originals(original: Any, rows: Tensor, architecture: Architecture) -> Tensor:
-    """The originals' weights ``[k, P]``, as constants of the type of ``rows``."""
+def _originals(original: Any, targets: Any, rows: Tensor, architecture: Architecture) -> Tensor | None:
+    """The originals' weights ``[k, P]``, as constants of the type of ``rows``; None where their outputs are given."""
+    require(original is None or targets is None, "original: expected None when targets= is given (only one of the two is used)")
+    either = "original: expected weights, or targets= with the originals' outputs; both are None"
+    require(original is not None or targets is not None, either)
+    if original is None:
+        return None
     weights, k = _rows(original, architecture, "original").detach(), rows.shape[0]
     require(weights.shape[0] == k, lambda: f"original: expected {k} models (as many as reconstructed), got {len(weights)}")
     require(weights.device == rows.device, lambda: f"original: expected device {rows.device}, got {weights.device}")
     return weights.to(rows.dtype)
 
 
-def _targets(targets: Any, original: Any, rows: Tensor, queries: Tensor, architecture: Architecture, backend: str, through: bool) -> Tensor:
+def _targets(
+    targets: Any, originals: Tensor | None, rows: Tensor, queries: Tensor, architecture: Architecture, backend: str, through: bool
+) -> Tensor:
     """The originals' outputs ``[k, n, K]``: those given, as constants, or computed; ``through``: with their dependence on the queries."""
-    require(original is None or targets is None, "original: expected None when targets= is given (only one of the two is used)")
-    either = "original: expected weights, or targets= with the originals' outputs; both are None"
-    require(original is not None or targets is not None, either)
     k, n = rows.shape[0], queries.shape[int(queries.ndim == len(architecture.input_shape) + 2)]
-    if targets is None:
-        weights = _originals(original, rows, architecture)
+    if originals is not None:
         if through:
-            return operators.forward(weights, queries, architecture, backend).to(rows.dtype)
+            return operators.forward(originals, queries, architecture, backend).to(rows.dtype)
         with torch.no_grad():
-            return operators.forward(weights, queries.detach(), architecture, backend).to(rows.dtype)
+            return operators.forward(originals, queries.detach(), architecture, backend).to(rows.dtype)
     shape = (k, n, *architecture.output_shape)
     require(
         isinstance(targets, Tensor) and targets.is_floating_point() and tuple(targets.shape) == shape,

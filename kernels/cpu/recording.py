@@ -11,7 +11,7 @@ before it is used: on other numbers, with NaN in all the memory that it has to w
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -322,23 +322,22 @@ class _Operator(NamedTuple):
             return partial(self.result.copy_, self.args[0])
         if name in _ZEROS:
             return partial(self.result.zero_)
-        for function, keyword in (
-            (getattr(torch, name, None), "out"),
-            (self._written("out"), "out"),
-            (self._written("grad_input"), "grad_input"),
-        ):
+        ways = ((getattr(torch, name, None), "out"), *((_written(self.func, keyword), keyword) for keyword in ("out", "grad_input")))
+        for function, keyword in ways:
             if function is not None and _comes_out(function, keyword, args, self.kwargs, self.result):
                 return partial(function, *args, **self.kwargs, **{keyword: self.result})
         return copied
 
-    def _written(self, keyword: str) -> Any:
-        """The operator that takes the same and has a ``keyword`` for its result; to call all of one name takes twice as long."""
-        packet, taken = self.func.overloadpacket, _types(self.func._schema.arguments)
-        for overload in packet.overloads():
-            arguments = getattr(packet, overload)._schema.arguments
-            if arguments[-1].name == keyword and _types(arguments[:-1]) == taken:
-                return getattr(packet, overload)
-        return None
+
+@cache
+def _written(func: Any, keyword: str) -> Any:
+    """The operator that takes what ``func`` does and has a ``keyword`` for its result; to call all of one name takes twice as long."""
+    packet, taken = func.overloadpacket, _types(func._schema.arguments)
+    for overload in packet.overloads():
+        arguments = getattr(packet, overload)._schema.arguments
+        if arguments[-1].name == keyword and _types(arguments[:-1]) == taken:
+            return getattr(packet, overload)
+    return None
 
 
 def _types(arguments: Sequence[Any]) -> list[tuple[str, str]]:

@@ -118,7 +118,7 @@ class Call:
         return Call(weights, queries, self.graph, None, size=len(rows), once=self.once)
 
     def shares_products(self) -> bool:
-        """Whether matrix products take all threads: where groups run in one thread, there is little else than products, and bits stay."""
+        """Whether matrix products take all threads: where groups run in one thread, products are many and nearly all, and bits stay."""
         if self.share is None:
             threads = torch.get_num_threads()
             able = threads > 1 and self.plain and jobs.controls() is not None

@@ -67,10 +67,8 @@ class GroupNorm:
         each = channels // mean.view(n, -1).shape[1]  # channels of a group
         made: Gradients = {}
         if by_torch:
-            flat, layout = (
-                None if weight is None else weight.reshape(-1),
-                torch.contiguous_format if x.is_contiguous() else torch.channels_last,
-            )
+            flat = None if weight is None else weight.reshape(-1)
+            layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
             slopes = _aten.native_group_norm_backward(
                 g.contiguous(memory_format=layout), x, mean, root, flat, n, channels, math.prod(pixels), channels // each,
                 [name in self.wanted for name in _ARGUMENTS],

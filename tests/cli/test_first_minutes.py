@@ -112,6 +112,14 @@ def test_ctrl_c_while_torch_is_loaded_is_one_line() -> None:
     assert (ended.returncode, ended.stderr) == (130, "wslfast: interrupted; nothing was begun\n")
 
 
+class Reached(Exception):
+    """A zoo is there, and nothing more is wanted."""
+
+
+def reached(*arguments: Any, **settings: Any) -> Any:
+    raise Reached
+
+
 @pytest.mark.parametrize("command", ["demo", "ablate"])
 def test_an_interrupted_zoo_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
     """A command that builds its zoo itself, stopped after the first epoch: the same command again builds the same zoo."""
@@ -123,12 +131,6 @@ def test_an_interrupted_zoo_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.
     sizes = "models = 6\nepochs = 2\nseed = 0"
     text = f"seeds = [0]\n[zoo]\ndataset = 'digits'\n{sizes}\n[base]\nsteps = 1\n[axis]\nbeta = [0.5]\n"
     (tmp_path / "a.toml").write_text(text)
-
-    class Reached(Exception):
-        pass
-
-    def reached(*arguments: Any, **settings: Any) -> Any:
-        raise Reached
 
     def again(out: Path) -> bytes:
         ablation, config = Ablation.from_toml(str(tmp_path / "a.toml")), demo.DemoConfig(out=str(out), models=6, epochs=2)
@@ -295,17 +297,10 @@ def test_a_demo_goes_on_with_its_own_zoo_alone(tmp_path: Path, monkeypatch: pyte
 
     pytest.importorskip("sklearn")
 
-    class Reached(Exception):
-        pass
-
-    def reached(*arguments: Any, **settings: Any) -> Any:
-        raise Reached
-
     monkeypatch.setattr(demo, "trained", reached)
-    with pytest.raises(Reached):
-        demo.demo(demo.DemoConfig(out=str(tmp_path), models=4, epochs=1))
-    with pytest.raises(Reached):
-        demo.demo(demo.DemoConfig(out=str(tmp_path), models=4, epochs=1))
+    for _ in range(2):
+        with pytest.raises(Reached):
+            demo.demo(demo.DemoConfig(out=str(tmp_path), models=4, epochs=1))
     for other in ({"models": 5}, {"epochs": 2}, {"seed": 1}):
         (name,) = other
         with pytest.raises(WslfastError, match=f"was built with {name} = .*, not the {other[name]} asked for"):

@@ -9,21 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from training_runs import ARCH, config
+from training_runs import config
 
 from wslfast import Population, WslfastError, train
 from wslfast.training import trainer
 from wslfast.training.checkpoint import checkpoint_path, load_checkpoint
-
-
-@pytest.fixture(scope="module")
-def population() -> Population:
-    return Population(ARCH, ARCH.initial_weights(["kaiming_normal"] * 20, range(20)))
-
-
-@pytest.fixture(scope="module")
-def images() -> Tensor:
-    return torch.randn(48, 1, 8, 8, generator=torch.Generator().manual_seed(5))
 
 
 def _broken_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,17 +29,6 @@ from wslfast.training import load_run
 from wslfast.training.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
 from wslfast.training.trainer import Trainer
 
-
-@pytest.fixture(scope="module")
-def population() -> Population:
-    return Population(ARCH, ARCH.initial_weights(["kaiming_normal"] * 20, range(20)))
-
-
-@pytest.fixture(scope="module")
-def images() -> Tensor:
-    return torch.randn(48, 1, 8, 8, generator=torch.Generator().manual_seed(5))
-
-
 SCHEDULED = {"start": "random", "behavior_from": 1 / 3, "behavior_ramp": 1 / 3, "schedule": "onecycle"}
 
 

@@ -25,7 +25,7 @@ from ..behavior import batched_behavioral_loss, batched_forward
 from ..codes.adaptive import AdaptiveCodec
 from ..codes.autoencoder import Autoencoder
 from ..codes.linear import LinearCodec
-from ..errors import require
+from ..errors import check_positive, require
 from ..profiling import region
 from ..tokens import layout
 from .evaluation import Code, decode, encode
@@ -62,9 +62,9 @@ def refine(
         WslfastError: fewer than 8 images, or numbers out of range.
     """
     require(len(images) >= 2 * _HELD_OUT, f"images: expected at least {2 * _HELD_OUT} images, got {len(images)}")
-    whole = all(isinstance(value, int) for value in (steps, queries, block)) and steps >= 0 and queries >= 1 and block >= 1
-    asked = f"{steps}, {queries}, {block}"
-    require(whole, f"steps, queries, block: expected integers, steps >= 0, queries >= 1 and block >= 1, got {asked}")
+    require(isinstance(steps, int) and steps >= 0, f"steps: expected an integer >= 0, got {steps!r}")
+    check_positive("queries", queries)
+    check_positive("block", block)
     require(isinstance(lr, (int, float)) and 0 < lr < float("inf"), f"lr: expected a positive number, got {lr!r}")
     architecture, generator = code.layout.architecture, torch.Generator().manual_seed(seed)
     judge = torch.arange(len(images)) % _HELD_OUT == 0

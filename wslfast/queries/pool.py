@@ -14,6 +14,8 @@ from ..errors import describe, require
 from ..kernels.criteria import CRITERIA, criterion_values
 from ..population import Population
 
+_BLOCK = 256  # images that are looked at at once in float64: all may be gigabytes
+
 
 class QueryPool:
     """Images ``[Q, *input_shape]`` resident on one device, from which every step draws its queries.
@@ -38,9 +40,9 @@ class QueryPool:
     def fingerprint(self) -> Tensor:
         """A sum over each image with weights of either sign, ``[Q]`` float64 on the CPU: what tells one pool from another, wherever it was
         made. The same images made by another machine may differ in their last digits."""
-        flat = self.images.flatten(1).double()
-        signs = torch.cos(1 + torch.arange(flat.shape[1], dtype=torch.float64, device=flat.device))
-        return (flat @ signs / flat.shape[1] ** 0.5).cpu()
+        flat = self.images.flatten(1)
+        signs = torch.cos(1 + torch.arange(flat.shape[1], dtype=torch.float64, device=flat.device)) / flat.shape[1] ** 0.5
+        return torch.cat([part.double() @ signs for part in flat.split(_BLOCK)]).cpu()
 
     def draw(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """Indices ``[n]`` of distinct images, on the pool's device, from an explicit generator.
