@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Union
+from typing import NamedTuple, Union
 
 import torch
 from torch import Tensor
@@ -134,8 +134,16 @@ TABLE: dict[str, Criterion] = {
 }
 CRITERIA = tuple(TABLE)
 
+
+class Averaged(NamedTuple):
+    """A criterion by name, whose gradient is that of a mean over so many models: divided where it is smallest, at the outputs."""
+
+    name: str
+    models: int
+
+
 # A criterion by name, or a function of outputs and targets to values ``[M]`` that add up over queries.
-Named = Union[str, Callable[[Tensor, Tensor], Tensor]]
+Named = Union[str, Averaged, Callable[[Tensor, Tensor], Tensor]]
 
 
 def criterion(name: str) -> Criterion:
@@ -155,6 +163,9 @@ def share_of_loss(outputs: Tensor, targets: Tensor, n: int, name: Named, tempera
     """A slab's share ``[M]`` of the values over n queries, and its gradient with respect to ``outputs [M, q, *out]``."""
     if isinstance(name, str):
         return criterion(name).gradient(outputs, targets, n, temperature)
+    if isinstance(name, Averaged):
+        values, slope = criterion(name.name).gradient(outputs, targets, n, temperature)
+        return values, slope / name.models
     with torch.enable_grad():
         leaf = outputs.detach().requires_grad_()
         values = name(leaf, targets)

@@ -26,7 +26,7 @@ from . import engine
 from .architecture import Architecture, from_handle
 from .engine import in_chunks
 from .kernels.cpu.replay import saving_is_watched
-from .kernels.criteria import criterion_values
+from .kernels.criteria import Named, criterion_values
 from .kernels.once import link, once
 from .nan_policy import bad_models, check_models, reduce
 from .tokens import layout, num_tokens
@@ -227,9 +227,9 @@ def behavioral_loss(rows: Tensor, queries: Tensor, targets: Tensor, options: Opt
 
 
 def _evaluate(
-    rows: Tensor, queries: Tensor, targets: Tensor, options: Options, gradient: bool
+    rows: Tensor, queries: Tensor, targets: Tensor, options: Options, gradient: bool, through: Named | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(values ``[k]``, bad ``[k]``, gradient ``[k, P]`` of each value to its own weights).
+    """(values ``[k]``, bad ``[k]``, gradient ``[k, P]`` of each value to its own weights, or what ``through`` makes of it).
 
     ``bad`` marks models that are not finite; it is None under ``"propagate"``. The gradient is zero for bad models under ``"omit"``, and
     None without ``gradient``: then values alone are judged. All are computed together, so that no activation of k models outlives the
@@ -238,7 +238,8 @@ def _evaluate(
     architecture, criterion, temperature, reduction, nan_policy, backend = options
     slopes: Tensor | None = None
     if gradient:
-        values, slopes = engine.loss_and_gradient(rows, queries, targets, architecture, criterion, temperature=temperature, backend=backend)
+        named = criterion if through is None else through
+        values, slopes = engine.loss_and_gradient(rows, queries, targets, architecture, named, temperature=temperature, backend=backend)
     else:
         outputs = engine.forward(rows, queries, architecture, backend=backend).to(rows.dtype)
         values = criterion_values(outputs, targets, criterion, temperature)
@@ -256,12 +257,16 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, queries: Tensor, targets: Tensor, options: Options, linked: tuple[Tensor]) -> Tensor:
-        values, bad, gradient = _evaluate(rows, queries, targets, options, True)
+        mean = options.reduction == "mean"
+        criterion: Named = options.criterion
+        if mean and options.nan_policy != "omit" and len(rows):  # whose number of models is known beforehand
+            criterion = engine.of_mean(options.criterion, options.architecture, rows, options.backend)
+        values, bad, gradient = _evaluate(rows, queries, targets, options, True, criterion)
         ctx.save_for_backward(gradient)
         ctx.watched = saving_is_watched()
         (ctx.link,) = linked  # in a tuple: to torch it is no input, whose gradient somebody would ask for
-        count = values.shape[0] if bad is None or options.reduction != "mean" else (~bad).sum()
-        ctx.divisor = count if options.reduction == "mean" else None
+        count = values.shape[0] if bad is None or not mean else (~bad).sum()
+        ctx.divisor = count if mean and criterion is options.criterion else None
         ctx.omitted = bad if options.nan_policy == "omit" else None
         return reduce(values, bad, options.reduction, options.nan_policy)
 

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ..criteria import Named
+from ..criteria import Averaged, Named
 from . import jobs
 from .recording import MOST_BYTES, Recording, Run, record
 
@@ -162,7 +162,7 @@ def kind_of_loss(engine: str, network: Hashable, criterion: Named, temperature: 
 
     Asked in the caller's thread: those that take a part of a call know nothing of its autocast.
     """
-    plain = isinstance(criterion, str) and not torch.is_autocast_enabled("cpu")
+    plain = isinstance(criterion, (str, Averaged)) and not torch.is_autocast_enabled("cpu")
     return (engine, network, criterion, temperature) if plain else None
 
 

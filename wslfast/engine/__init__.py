@@ -17,8 +17,9 @@ from torch import Tensor
 from ..architecture import Architecture
 from ..errors import require, say_once
 from ..kernels import stacked
-from ..kernels.criteria import Named
+from ..kernels.criteria import Averaged, Named
 from ..profiling import region
+from .averaging import of_mean
 from .choice import BACKENDS, Call, choose
 from .chunks import in_chunks
 from .cuda_graph import recorder
@@ -28,7 +29,7 @@ from .paths import Path, per_model
 from .preference import check_backend, preferred, using
 from .training import check_trainable, random_in_training, training_step
 from .transforms import graphs_of_our_own, looked_through
-from .triton_path import Unbuildable, form_of, reaches_queries
+from .triton_path import Triton, Unbuildable, form_of, reaches_queries
 
 __all__ = [
     "BACKENDS",
@@ -43,6 +44,7 @@ __all__ = [
     "loss_and_gradient",
     "memory_budget",
     "models_per_chunk",
+    "of_mean",
     "random_in_training",
     "training_step",
     "using",
@@ -104,7 +106,10 @@ def loss_and_gradient(
             _say_module(architecture, path)
             run = path.loss_and_gradient if (recorded := recorder()) is None else partial(recorded.loss_and_gradient, path)
             try:
-                return run(weights, queries, targets, criterion, temperature, index)
+                if not (isinstance(criterion, Averaged) and path.name == Triton.name):
+                    return run(weights, queries, targets, criterion, temperature, index)
+                values, gradient = run(weights, queries, targets, criterion.name, temperature, index)  # kernels know names
+                return values, gradient.div_(criterion.models)
             except Unbuildable:
                 continue
 

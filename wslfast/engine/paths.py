@@ -19,7 +19,7 @@ from ..kernels import reference, stacked
 from ..kernels.cpu import engine as cpu
 from ..kernels.cpu.denormals import flushed, makes_many
 from ..kernels.cpu.memory import fresh_like
-from ..kernels.criteria import Named, share_of_loss
+from ..kernels.criteria import Averaged, Named, share_of_loss
 from ..kernels.graph import Graph
 from ..kernels.layers import Layers
 from ..kernels.stacked import folded_chain
@@ -138,7 +138,7 @@ def gathered(
 
 def flushing(graph: Graph | None, weights: Tensor, call: Callable[..., _T], criterion: Named = "mse") -> Callable[..., _T]:
     """The same call, with numbers below 1.2e-38 as zeros where a network makes many, and neither it nor the criterion (of ours) minds."""
-    fits = graph is not None and weights.device.type == "cpu" and isinstance(criterion, str) and makes_many(graph)
+    fits = graph is not None and weights.device.type == "cpu" and isinstance(criterion, (str, Averaged)) and makes_many(graph)
     return partial(flushed, call) if fits else call
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..architecture import Architecture
 from ..errors import say_once
-from ..kernels.criteria import Named
+from ..kernels.criteria import Averaged, Named
 from ..kernels.layers import Unplannable
 from ..kernels.triton import budget
 from ..kernels.triton.configurations import CHOICES, tuned
@@ -166,7 +166,7 @@ def reaches_queries(architecture: Architecture) -> bool:
 
 def form_of(criterion: Named, index: Tensor | None) -> str:
     """The form of a loss call, one of ``verdicts.FORMS``: a criterion of the caller's own runs through the graph of the outputs."""
-    if not isinstance(criterion, str):
+    if not isinstance(criterion, (str, Averaged)):
         return "forward"
     return "loss" if index is None else "indexed"
 
