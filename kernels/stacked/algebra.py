@@ -143,6 +143,23 @@ class Extreme:
         return {"self": those.mul_(share)}
 
 
+class Length:
+    """The root of a sum of squares along some axes. torch's own takes seven times as long where the axes are not the last in memory."""
+
+    def __init__(self, axes: tuple[int, ...], keep: bool) -> None:
+        self.axes, self.keep = axes, keep
+
+    def forward(self, a: Values, models: int) -> tuple[Tensor, Any]:
+        x = a["self"]
+        y = (x * x).sum(self.axes, self.keep).sqrt_()
+        return y, (x, y)
+
+    def backward(self, g: Tensor, saved: Any, models: int) -> Gradients:
+        x, y = saved
+        share = (g / y).masked_fill_(y == 0, 0)  # as torch has it where a vector is zero
+        return {"self": x * _behind_axes(share, self.axes, self.keep, x.ndim)}
+
+
 def _behind_axes(x: Tensor, axes: tuple[int, ...], kept: bool, rank: int) -> Tensor:
     """What is left after a reduction, with ones where the axes were."""
     if not kept:
@@ -158,6 +175,8 @@ def _reduction(call: Call, known: Values, wanted: frozenset[str], owned: bool) -
     if not axes or not all(type(axis) is int and axis < 0 for axis in axes) or known.get("dtype") is not None:
         return None
     keep, name = bool(known.get("keepdim")), call.operation.name
+    if name == "linalg_vector_norm":
+        return Length(axes, keep) if known.get("ord", 2) == 2 else None
     if name in ("amax", "amin"):
         return Extreme(call, axes, keep)
 
@@ -314,7 +333,7 @@ MAKERS: dict[str, Maker] = {
     "flip": _flip,
     "stack": _beside,
     "cat": _beside,
-    **dict.fromkeys(("sum.dim_IntList", "mean.dim", "amax", "amin"), _reduction),
+    **dict.fromkeys(("sum.dim_IntList", "mean.dim", "amax", "amin", "linalg_vector_norm"), _reduction),
     **dict.fromkeys(("matmul", "mm", "bmm"), _matmul),
     "einsum": _einsum,
     "scaled_dot_product_attention": _attention,

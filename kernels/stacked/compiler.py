@@ -282,11 +282,16 @@ class _Compiler:
                 return len(node.argument("pad")) // 2 <= ranks[0] - 2
             return isinstance(dims, (int, tuple)) and all(-d <= ranks[0] - 2 for d in (dims if isinstance(dims, tuple) else (dims,)))
         if operation.form == "elementwise":
-            alike = all(self.layout[r] is Layout.CHANNELS and self.rank[r] == max(ranks) for r in stacked)
+            # a number a channel, as a squeeze-and-excitation has it, is soon moved
+            alike = all(self.rank[r] == max(ranks) and (self.layout[r] is Layout.CHANNELS or self._a_number(r)) for r in stacked)
             alike = alike and len({self.shapes[r][1] for r in stacked}) == 1  # one channel would meet other models' many
             scalars = all(self.rank[r] == 0 for r in read if r not in stacked)
             return alike and scalars and not any(r.startswith("@w:") for r in node.references())
         return False
+
+    def _a_number(self, reference: str) -> bool:
+        """Whether a value of images is one number a channel."""
+        return self.rank[reference] >= 3 and all(size == 1 for size in self.shapes[reference][2:])
 
     # -- norms that are folded into the layer before them ----------------------------------------------------------------
 

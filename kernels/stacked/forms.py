@@ -25,13 +25,12 @@ from ..cpu.products import LANES, vector
 from ..cpu.steps import as_channels_last
 from ..picking import unstrided
 from .calls import Call, Layout, Values
-from .layouts import behind, everyone, mapped, repeated
+from .layouts import added_as_they_lie, behind, everyone, mapped, over_pixels, repeated
 from .product_forms import addmm, attention, cdist, einsum, embedding, linear, matmul, tensordot
 from .recurrent import cell, recurrent
 
 _ADDED = frozenset({"mean.dim", "sum.dim_IntList", "adaptive_avg_pool2d"})
 _BY_CHANNEL = frozenset({"mean.dim", "sum.dim_IntList", "logsumexp", "var.correction", "std.correction"})
-_FEW_PIXELS = 256  # whose sum, one after another, is as good as one of parts
 
 # -- elementwise, axes, shapes -----------------------------------------------------------------------------------------
 
@@ -57,10 +56,9 @@ def _reduced(call: Call, a: Values, dim: Any, keep: bool) -> Any:
     another order than the others, and a model's bits would depend on its place."""
     x: Tensor = a["self"]
     every = x.ndim == 4 and isinstance(dim, (tuple, list)) and sorted(dim) == [-2, -1] and a.get("dtype") is None
-    flat = x.dtype in (torch.float32, torch.float64) and x.is_contiguous(memory_format=torch.channels_last)
-    if not (every and flat and call.operation.name in _ADDED and x.shape[2:].numel() <= _FEW_PIXELS):
+    if not (every and call.operation.name in _ADDED and added_as_they_lie(x)):
         return call.operation.invoke({**a, "self": x.contiguous()})
-    made = F.avg_pool2d(x, x.shape[2:], divisor_override=1 if call.operation.name == "sum.dim_IntList" else None)  # type: ignore[arg-type]
+    made = over_pixels(x, mean=call.operation.name != "sum.dim_IntList")
     return made if keep else made[..., 0, 0]
 
 
@@ -266,12 +264,18 @@ def group_norm(call: Call, a: Values, models: int) -> Tensor:
     if call.layout is Layout.CHANNELS:
         weight, bias = (_channelwise(call, a, name, models, call.rank) for name in ("weight", "bias"))
         flat = [None if p is None else p.flatten() for p in (weight, bias)]
-        # of channels-last images torch takes the mean of squares less the square of the mean, which loses digits
-        return F.group_norm(x.contiguous(), groups * models, flat[0], flat[1], eps)
+        return _group_normed(x, groups * models, flat[0], flat[1], eps)
     if not call.stacked("input"):
-        return _affine(call, a, F.group_norm(x, groups, eps=eps), models)
+        return _affine(call, a, _group_normed(x, groups, None, None, eps), models)
     n = x.shape[1]
-    return _affine(call, a, F.group_norm(x.flatten(0, 1), groups, eps=eps).unflatten(0, (models, n)), models)
+    return _affine(call, a, _group_normed(x.flatten(0, 1), groups, None, None, eps).unflatten(0, (models, n)), models)
+
+
+def _group_normed(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """torch's, which of channels-last images takes the mean of squares less the square of the mean, and loses digits. Images of one pixel
+    are both contiguous and channels-last, and torch takes them for the latter: so it is given rows of pixels."""
+    rows = x.contiguous().flatten(2) if x.ndim > 3 else x.contiguous()
+    return F.group_norm(rows, groups, weight, bias, eps).reshape(x.shape)
 
 
 def layer_norm(call: Call, a: Values, models: int) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .calls import Call, Layout, Values
 from .forms import by_form, joined_channels, one_pixel, spread
+from .layouts import in_rows
 from .rules import Gradients, Maker, Rule, Shaped, Within
 
 _aten = torch.ops.aten
@@ -37,7 +38,7 @@ class GroupNorm:
 
     def forward(self, a: Values, models: int) -> tuple[Tensor, Any]:
         x, weight, bias = a["input"], a.get("weight"), a.get("bias")
-        x = x if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
+        x = x if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous() else in_rows(x)
         n, channels, *pixels = x.shape
         each = 1 if self.groups is None else channels // (self.groups * models)
         count = each * math.prod(pixels)

@@ -5,9 +5,33 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .calls import Call, Layout, Values
+
+_FEW_PIXELS = 256  # whose sum, one after another, is as good as one of parts
+
+
+def in_rows(x: Tensor) -> Tensor:
+    """x, contiguous, with strides that say so also where one pixel or one channel leaves them open: torch's operators would read them as
+    channels-last."""
+    strides = [1] * x.ndim
+    for axis in range(x.ndim - 1, 0, -1):
+        strides[axis - 1] = strides[axis] * max(1, x.shape[axis])
+    return x.contiguous().as_strided(x.shape, strides)
+
+
+def added_as_they_lie(images: Tensor) -> bool:
+    """Whether :func:`over_pixels` adds up these images ``[n, C, H, W]`` without a copy: few pixels, channels-last."""
+    plain = images.ndim == 4 and images.dtype in (torch.float32, torch.float64)
+    return plain and images.is_contiguous(memory_format=torch.channels_last) and images.shape[2:].numel() <= _FEW_PIXELS
+
+
+def over_pixels(images: Tensor, mean: bool = False) -> Tensor:
+    """Sums ``[n, C, 1, 1]`` over pixels, or means: each channel's numbers one after another, whatever vector the channel is in. Plain
+    reductions add up the last channels of channels-last images in another order than the others."""
+    return F.avg_pool2d(images, images.shape[2:], divisor_override=None if mean else 1)  # type: ignore[arg-type]
 
 
 def models_first(x: Tensor, models: int) -> Tensor:

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..cpu.activations import tanh
+from ..cpu.activations import in_long_runs, in_order_of, tanh
 from ..cpu.products import weight_gradient
 from .calls import Call, Layout, Values
-from .layouts import behind, channels_first, models_first, ranked
+from .layouts import added_as_they_lie, behind, channels_first, models_first, over_pixels, ranked
 from .product_forms import products
 
 _aten = torch.ops.aten
@@ -105,16 +105,20 @@ def _linear(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> R
 class Function:
     """A function of one tensor whose derivative is computed from its argument alone or from its value alone."""
 
-    def __init__(self, entry: Entry, known: Values, name: str, owned: bool) -> None:
+    def __init__(self, entry: Entry, known: Values, name: str, owned: bool, light: bool = False) -> None:
+        """``light``: it takes no longer than a copy of its argument."""
         self._entry, self._known, self._name = entry, known, name
+        self._light = light
         self._run = entry.in_place if owned and entry.in_place is not None else entry.forward
 
     def forward(self, a: Values, models: int) -> tuple[Tensor, Any]:
-        x = a[self._name]
+        x = a[self._name] if self._light else in_long_runs(a[self._name])
         y = self._run(x, self._known)
         return y, y if self._entry.of_value else x
 
     def backward(self, g: Tensor, saved: Any, models: int) -> Gradients:
+        if not self._light:
+            g = in_order_of(g, saved)
         return {self._name: self._entry.backward(g, saved, self._known)}
 
 
@@ -139,6 +143,12 @@ def _power_gradient(g: Tensor, x: Tensor, a: Values) -> Tensor:
     if exponent == 0:
         return torch.zeros_like(g)
     return (g * (x if exponent == 2 else x.pow(exponent - 1))).mul_(exponent)
+
+
+def _clamp_gradient(g: Tensor, x: Tensor, a: Values) -> Tensor:
+    least, most = a.get("min"), a.get("max")
+    g = g if least is None else torch.where(x >= least, g, 0)
+    return g if most is None else torch.where(x <= most, g, 0)
 
 
 _SELU = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946  # alpha and scale
@@ -190,6 +200,11 @@ FUNCTIONS: dict[str, Entry] = {
     "reciprocal": Entry(lambda x, a: x.reciprocal(), lambda g, y, a: (g * y).mul_(y).neg_(), True),
     "rsub.Scalar": Entry(lambda x, a: torch.rsub(x, a["other"], alpha=a["alpha"]), lambda g, x, a: g * -a["alpha"]),
     "pow.Tensor_Scalar": Entry(lambda x, a: x.pow(a["exponent"]), _power_gradient),
+    "log_sigmoid": Entry(lambda x, a: torch.nn.functional.logsigmoid(x), lambda g, x, a: x.neg().sigmoid_().mul_(g)),
+    "clamp": Entry(lambda x, a: x.clamp(a["min"], a["max"]), _clamp_gradient),
+    "clamp_min": Entry(lambda x, a: x.clamp_min(a["min"]), _clamp_gradient),
+    "clamp_max": Entry(lambda x, a: x.clamp_max(a["max"]), _clamp_gradient),
+    "glu": Entry(lambda x, a: _aten.glu(x, a["dim"]), lambda g, x, a: _aten.glu_backward(g, x, a["dim"])),
     "softmax.int": Entry(
         lambda x, a: x.softmax(a["dim"]), lambda g, y, a: _aten._softmax_backward_data(g, y, a["dim"], y.dtype), True
     ),
@@ -197,6 +212,9 @@ FUNCTIONS: dict[str, Entry] = {
         lambda x, a: x.log_softmax(a["dim"]), lambda g, y, a: _aten._log_softmax_backward_data(g, y, a["dim"], y.dtype), True
     ),
 }  # fmt: skip
+_LIGHT = frozenset({"relu", "leaky_relu", "relu6", "hardtanh", "hardswish", "hardsigmoid", "clamp", "clamp_min", "clamp_max"})
+_LIGHT |= {"neg", "abs", "square", "rsqrt", "reciprocal", "rsub.Scalar"}
+_LIGHT |= {"glu", "softmax.int", "log_softmax.int"}  # which lay their argument out themselves
 
 
 def _function(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> Rule | None:
@@ -205,13 +223,15 @@ def _function(call: Call, known: Values, wanted: frozenset[str], owned: bool) ->
         return None
     if entry.of_value and known.get("alpha", 1) <= 0:
         return None  # an ELU that falls has no derivative that its value tells
-    return Function(entry, known, "self", owned)
+    return Function(entry, known, "self", owned, call.operation.name in _LIGHT)
 
 
 def reduced(slope: Tensor, shape: torch.Size) -> Tensor:
     """A gradient ``[M, ...]`` summed to the shape of a tensor that was broadcast: ones between its models and its other axes."""
     if slope.shape == shape:
         return slope
+    if shape == (*slope.shape[:2], 1, 1) and added_as_they_lie(slope):
+        return over_pixels(slope)
     slope = slope.contiguous()  # models that lie between each other would be added up in an order that depends on how many
     return slope.sum_to_size((shape[0], *(1,) * (slope.ndim - len(shape)), *shape[1:])).reshape(shape)
 
@@ -357,6 +377,7 @@ FORM_MAKERS: dict[str, Maker] = {
 }
 NAME_MAKERS: dict[str, Maker] = {
     **{f"{kind}.{overload}": _arithmetic for kind in ("add", "sub", "mul", "div") for overload in ("Tensor", "Scalar")},
+    "glu": _function,
     "softmax.int": _function,
     "log_softmax.int": _function,
 }

@@ -292,6 +292,20 @@ class ShuffleNet(nn.Module):
         return self.head(x.amax((2, 3)))
 
 
+@image(3, 8, 8)
+class SqueezeAndExcitation(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.branch = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+        self.squeeze, self.excite, self.head = nn.Linear(6, 2), nn.Linear(2, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        made = self.branch(x)
+        factor = torch.sigmoid(self.excite(F.relu(self.squeeze(made.mean((2, 3))))))
+        return self.head(F.relu(x + made * factor[:, :, None, None]).mean((2, 3)))
+
+
 @image(3, 9, 9)
 class SqueezeNet(nn.Module):
     def __init__(self) -> None:

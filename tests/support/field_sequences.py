@@ -181,6 +181,21 @@ def signals() -> nn.Module:
     return nn.Sequential(*first, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(5, 3))
 
 
+@takes(3, 6, 6)
+class ConvLstm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gates, self.head = nn.Conv2d(1 + 4, 16, 3, 1, 1), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = cell = x.new_zeros(len(x), 4, 6, 6)
+        for t in range(3):
+            enter, keep, leave, new = self.gates(torch.cat((x[:, t : t + 1], state), 1)).chunk(4, 1)
+            cell = torch.sigmoid(keep) * cell + torch.sigmoid(enter) * torch.tanh(new)
+            state = torch.sigmoid(leave) * torch.tanh(cell)
+        return self.head(state.mean((2, 3)))
+
+
 @takes(3, 7)
 class PointNet(nn.Module):
     def __init__(self) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from wslfast.kernels.cpu import activations, jobs
-from wslfast.kernels.cpu.activations import TABLE, _whole, function_of, tanh
+from wslfast.kernels.cpu.activations import TABLE, _whole, function_of, in_long_runs, in_order_of, tanh
 from wslfast.kernels.layers import ACTIVATIONS, Activation
 
 RECORDS = [Activation("a", name) for name in ACTIVATIONS if name != "identity"]
@@ -126,3 +126,35 @@ def test_tanh_at_the_ends() -> None:
     assert ends[:4].tolist() == [1, -1, 0, 0]
     assert ends[4].isnan()
     assert torch.signbit(ends[3])
+
+
+@pytest.mark.parametrize(
+    ("x", "copied"),
+    [
+        (torch.randn(40, 64)[:, 16:32], False),  # too few numbers
+        (torch.randn(400, 64)[:, 16:32], True),
+        (torch.randn(400, 256)[:, 64:128], False),  # runs that fill vectors
+        (torch.randn(400, 64).t(), False),  # dense, in another order
+        (torch.randn(6, 32, 9, 9).to(memory_format=torch.channels_last)[:, 8:16], True),
+        (torch.randn(64, 64, 4)[..., 0], True),
+        (torch.randn(1, 3000, 8)[..., :4], True),
+        (torch.randn(64, 1, 64).expand(64, 32, 64), False),
+    ],
+    ids=["few", "quarter", "long", "turned", "channels", "every fourth", "one", "broadcast"],
+)
+def test_short_runs_are_laid_side_by_side(x: Tensor, copied: bool) -> None:
+    made = in_long_runs(x)
+    assert torch.equal(made, x)
+    assert (made is not x) == copied
+    order = sorted(range(x.ndim), key=lambda d: -x.stride(d))
+    assert not copied or made.permute(order).is_contiguous() or 1 in x.shape, "of a copy, the axes in the order that they had"
+
+
+def test_gradients_take_the_order_of_what_they_meet() -> None:
+    x = torch.randn(16, 8, 9, 9).to(memory_format=torch.channels_last)
+    g = torch.randn(16, 8, 9, 9)
+    assert torch.equal(in_order_of(g, x), g)
+    assert in_order_of(g, x).stride() == x.stride()
+    assert in_order_of(g, g.clone()) is g
+    assert in_order_of(g[:1, :1], x[:1, :1]).shape == (1, 1, 9, 9)
+    assert in_order_of(g[0], x) is not x, "of another shape: left to torch, which broadcasts"

@@ -102,16 +102,20 @@ def test_a_models_sum_over_queries_does_not_depend_on_its_company(n: int, channe
 
 
 @pytest.mark.parametrize("traced", [True, False])
-@pytest.mark.parametrize("norm", [lambda: nn.GroupNorm(3, 6), lambda: nn.InstanceNorm2d(6, affine=True)], ids=["group", "instance"])
-def test_a_mean_thirty_times_the_spread_costs_no_digits(norm: Callable[[], nn.Module], traced: bool) -> None:
-    """Of channels-last images torch's group norm takes the mean of squares less the square of the mean."""
+@pytest.mark.parametrize(
+    ("norm", "size"),
+    [(lambda: nn.GroupNorm(3, 6), 8), (lambda: nn.InstanceNorm2d(6, affine=True), 8), (lambda: nn.GroupNorm(1, 6), 3)],
+    ids=["group", "instance", "one pixel"],
+)
+def test_a_mean_thirty_times_the_spread_costs_no_digits(norm: Callable[[], nn.Module], size: int, traced: bool) -> None:
+    """Of channels-last images, and of one pixel, torch's group norm takes the mean of squares less the square of the mean."""
     models = []
     for seed in range(3):
         torch.manual_seed(seed)
-        parts: list[nn.Module] = [nn.Conv2d(3, 6, 3), norm(), nn.Flatten(), nn.Linear(216, 4)]
+        parts: list[nn.Module] = [nn.Conv2d(3, 6, 3), norm(), nn.Flatten(), nn.Linear(6 * (size - 2) ** 2, 4)]
         models.append(nn.Sequential(*parts, *([] if traced else [Mirrored()])))
         nn.init.constant_(parts[0].bias, 17.0)  # type: ignore[arg-type]
-    population, x, targets = Population.from_modules(models, (3, 8, 8)), torch.randn(9, 3, 8, 8), torch.randn(3, 9, 4)
+    population, x, targets = Population.from_modules(models, (3, size, size)), torch.randn(9, 3, size, size), torch.randn(3, 9, 4)
     assert (population.architecture.graph is not None) == traced
     weights = population.weights.clone().requires_grad_()
     outputs = batched_forward(weights, x, population.architecture)

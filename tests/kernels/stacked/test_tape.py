@@ -57,6 +57,11 @@ FUNCTIONS = {
     "reciprocal": lambda x, w: torch.reciprocal(x * x + w),
     "rsub.Scalar": lambda x, w: torch.rsub(x * w, 2, alpha=3),
     "pow.Tensor_Scalar": lambda x, w: (x * w) ** 3 + (x * w) ** 2 + (x * x + w) ** 0.4 + (x * w) ** 0 + w**-1,
+    "log_sigmoid": lambda x, w: F.logsigmoid(x * w * 4),
+    "clamp": lambda x, w: (x * w).clamp(-0.2, 0.7) + (x - w).clamp(min=0.1) + (x + w).clamp(max=-0.1),
+    "clamp_min": lambda x, w: torch.clamp_min(x * w, 0.1),
+    "clamp_max": lambda x, w: torch.clamp_max(x * w, 0.1),
+    "glu": lambda x, w: F.glu(x * w, -1),
     "softmax.int": lambda x, w: F.softmax(x * w, -1),
     "log_softmax.int": lambda x, w: F.log_softmax(x * w, -1),
 }
