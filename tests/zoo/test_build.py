@@ -269,6 +269,20 @@ def test_a_zoo_that_is_there_is_noticed_before_training(data: Dataset, tmp_path:
         small(data, out=tmp_path / "file")
 
 
+def test_resuming_what_is_finished_returns_it(data: Dataset, tmp_path: Path) -> None:
+    """A job that is begun again until it succeeds, and was killed just after it had."""
+    out = tmp_path / "zoo"
+    made = small(data, out=out, epochs=1)
+    (out / "unfinished.safetensors").write_bytes(b"left behind")
+    again = small(data, out=out, epochs=1, resume=True)
+    assert torch.equal(again.weights, made.weights)
+    assert dict(again.properties) == dict(made.properties)
+    assert not (out / "unfinished.safetensors").exists()
+    for other in ({"batch_size": 8}, {"models": 6}, {"split": (0.5, 0.25, 0.25)}):
+        with pytest.raises(WslfastError, match=rf"there is a zoo already, built with other settings \({next(iter(other))}\)"):
+            small(data, out=out, **{"epochs": 1, "resume": True, **other})
+
+
 def test_a_build_that_fails_leaves_no_folder(data: Dataset, tmp_path: Path) -> None:
     for options in ({"dataset": tmp_path / "gone.npz"}, {"dataset": data, "models": 10**9}, {"dataset": data, "architecture": 3}):
         with pytest.raises(WslfastError):

@@ -36,7 +36,7 @@ from .progress import bar
 from .signals import Signals
 from .splits import Split
 from .store import save_zoo
-from .unfinished import Unfinished
+from .unfinished import Unfinished, finished
 
 __all__ = ["LARGEST_WEIGHT", "StackedAdam", "batch_generator", "build_zoo", "default_keep", "dropout_generator", "fine_tune"]
 
@@ -93,7 +93,8 @@ def build_zoo(
         progress: show a progress bar: in a terminal (with rich) and in a notebook.
         overwrite: replace a zoo that is already in ``out``, or an unfinished one.
         resume: go on with what an interrupted build of the same settings left in ``out``, from the end of its last epoch; from the
-            beginning where there is nothing. (Several processes always go on with the parts that are done.)
+            beginning where there is nothing. A finished zoo of these settings is returned as it is. (Several processes always go on with
+            the parts that are done.)
         root: folder with a named data set's files (see :func:`wslfast.zoo.load_dataset`).
 
     Returns:
@@ -122,7 +123,7 @@ def build_zoo(
     if out is not None:
         check_folder(Path(out), "zoo")
         exists = (Path(out) / MANIFEST).exists()
-        require(overwrite or not exists, f"out: {out}: there is a zoo already; overwrite=True (--overwrite) replaces it")
+        require(overwrite or resume or not exists, f"out: {out}: there is a zoo already; overwrite=True (--overwrite) replaces it")
     with nullcontext() if out is None else folder_made(out):
         with region("dataset"):
             architecture, data = _matched(dataset, architecture, root)
@@ -139,6 +140,8 @@ def build_zoo(
             "batch_size": batch_size,
             "seed": seed,
         }
+        if out is not None and resume and not overwrite and (Path(out) / MANIFEST).exists():
+            return finished(out, settings, architecture, plan)
         steps = kept[-1] * math.ceil(_points(data) / batch_size)
         with joined(device, patient=True) as (world, where), engine.using(backend), bar(progress and world.writes, steps) as advance:
             alone = world.size == 1

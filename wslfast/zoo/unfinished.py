@@ -13,8 +13,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ..architecture import Architecture
 from ..errors import WslfastError, require
 from ..files import remove_leftovers, write_bytes
+from ..population import Population
+from .reading import load_zoo, read_manifest
+from .splits import Split
 
 FILE = "unfinished.safetensors"
 
@@ -69,6 +73,24 @@ class Unfinished:
         """Delete the file, when the zoo is finished or is begun anew."""
         self.path.unlink(missing_ok=True)
         remove_leftovers(self.path)
+
+
+def finished(folder: str | Path, settings: Mapping[str, Any], architecture: Architecture, split: Split) -> Population:
+    """The zoo that a build of these settings has written to a folder.
+
+    Raises WslfastError if the zoo there is another.
+    """
+    manifest, wanted = read_manifest(folder), json.loads(json.dumps(settings))
+    other = [key for key in wanted if key != "architecture" and manifest.provenance.get(key) != wanted[key]]
+    if manifest.split.get("seed") != split.seed or manifest.split.get("fractions") != list(split.fractions):
+        other.append("split")
+    population = load_zoo(folder)
+    if population.architecture.handle != architecture.handle:
+        other.append("architecture")
+    again = "pass the same, another folder, or overwrite=True (--overwrite)"
+    require(not other, f"out: {folder}: there is a zoo already, built with other settings ({', '.join(sorted(other))}); {again}")
+    Unfinished(folder, settings).remove()
+    return population
 
 
 def _digest(tensors: Mapping[str, Tensor], plain: str) -> str:

@@ -19,6 +19,7 @@ from wslfast import Architecture, WslfastError, batched_behavioral_loss
 from wslfast.sane import v2
 from wslfast.sane.v2 import behavior
 from wslfast.sane.v2.layout import layout_for
+from wslfast.sane.v2.networks import networks_of
 
 Parts = dict[str, torch.Tensor]
 SMALL = {"model::type": "Small", "model::o_dim": 3}
@@ -395,3 +396,19 @@ def test_importing_needs_no_package_and_using_says_what_is_missing(monkeypatch: 
         v2.register()
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         _ = v2.Nothing
+
+
+def test_tied_parameters_are_refused() -> None:
+    """The published tokens hold each copy: of a layer as wide as the head they would count as ten classes."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.third, self.head = nn.Linear(36, 6), nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+            self.third.weight = self.second.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.third(self.second(self.first(x.flatten(1)))))
+
+    with pytest.raises(WslfastError, match=r"got 'third\.weight' tied to 'second\.weight'"):
+        networks_of(Tied().eval(), (1, 6, 6))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import json
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -221,6 +222,40 @@ def test_checkpoints_of_one_model_stay_together(tmp_path: Path, nets: list[nn.Mo
     assert zoo.properties["model_name"] == ("run0", "run0", "run1", "run1", "run2", "run2")
     assert all(a == b for a, b in zip(zoo.properties["split"][::2], zoo.properties["split"][1::2], strict=True))
     assert import_zoo(tmp_path / "models", tmp_path / "last", epochs=[10], **settings).rows == 3
+
+
+def test_an_epoch_of_a_model_comes_in_once(tmp_path: Path, nets: list[nn.Module]) -> None:
+    (tmp_path / "models").mkdir()
+    for name, net in zip("abc", nets, strict=False):
+        torch.save(net.state_dict(), tmp_path / "models" / f"{name}.pt")
+    (tmp_path / "t.csv").write_text("file,model,epoch\na.pt,7,1\nb.pt,7,1\nc.pt,3,1\n")
+    settings: dict[str, Any] = {"network": f"{tmp_path}/net.py:Net", "input_shape": SHAPE, "table": tmp_path / "t.csv"}
+    done = import_zoo(tmp_path / "models", tmp_path / "zoo", **settings)
+    assert (done.rows, done.models, done.skipped) == (2, 2, {"epoch twice": 1})
+    assert load_zoo(tmp_path / "zoo").properties["name"] == ("a", "c")
+    assert "a.pt is read" in (tmp_path / "zoo" / "skipped.json").read_text()
+
+
+def test_a_name_that_is_no_text_is_escaped_and_a_pipe_is_left_alone(tmp_path: Path, nets: list[nn.Module]) -> None:
+    folder = tmp_path / "models"
+    folder.mkdir()
+    for i, net in enumerate(nets[:2]):
+        torch.save(net.state_dict(), folder / f"{i}.pt")
+    os.rename(folder / "1.pt", os.fsencode(folder) + b"/caf\xe9.pt")
+    (folder / "broken.pt").write_bytes(b"nothing")
+    os.rename(folder / "broken.pt", os.fsencode(folder) + b"/\xff.pt")
+    os.mkfifo(folder / "pipe.pt")
+    done = import_zoo(folder, tmp_path / "zoo", network=f"{tmp_path}/net.py:Net", input_shape=SHAPE)
+    assert (done.rows, done.skipped) == (2, {"unreadable checkpoint": 1})
+    assert load_zoo(tmp_path / "zoo").properties["name"] == ("0", "caf\\xe9")
+
+
+def test_a_zoo_is_not_written_among_the_users_files(tmp_path: Path, nets: list[nn.Module]) -> None:
+    (tmp_path / "models").mkdir()
+    torch.save(nets[0].state_dict(), tmp_path / "models" / "n.pt")
+    with pytest.raises(WslfastError, match="expected another folder than the source"):
+        import_zoo(tmp_path / "models", tmp_path / "models" / ".", network=f"{tmp_path}/net.py:Net", input_shape=SHAPE)
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["n.pt"]
 
 
 # -- figures of a zoo without classes ----------------------------------------------------------------------------------

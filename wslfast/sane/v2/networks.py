@@ -42,6 +42,8 @@ class Networks:
         self._module = copy.deepcopy(module).cpu().eval().requires_grad_(False)
         self._made: dict[int, Architecture] = {}
         first = Architecture.from_module(self._module, self.input_shape)
+        tied = "network: expected parameters of their own, got {!r} tied to {!r}: sane 2.x has tokens of each copy, which may differ"
+        require(not first.aliases, lambda: tied.format(*next(iter(first.aliases.items()))))
         self.classes = first.num_classes
         self._made[self.classes] = first
         self.numbers, last, width = numbers_of(first)

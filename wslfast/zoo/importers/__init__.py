@@ -108,6 +108,8 @@ def import_zoo(
     require(folder.exists(), f"source: {source}: no such file or folder")
     ours = folder.is_dir() and (folder / MANIFEST).is_file() and any(folder.glob("shard-*.safetensors"))
     require(not ours, f"source: {source}: it is a zoo already, and is read as it is: wslfast zoo show, train --zoo, load_zoo")
+    apart = not folder.is_dir() or place.resolve() != folder.resolve()
+    require(apart, f"out: {out}: expected another folder than the source, among whose files a zoo's would lie")
     require(threshold > 0, f"threshold: expected a positive number, got {threshold!r}")
     require(overwrite or not (place / MANIFEST).exists(), f"out: {out}: there is a zoo already; overwrite=True (--overwrite) replaces it")
     check_folder(place, "zoo")

@@ -56,6 +56,7 @@ class Skips:
     entries: list[dict[str, str]] = field(default_factory=list)
 
     def add(self, where: str, reason: str, detail: str = "") -> None:
+        where, detail = written(where), written(detail)
         entry = {"where": where, "reason": reason, "detail": detail[:300]}
         if entry not in self.entries[-8:] or where not in self._known:
             self.entries.append(entry)
@@ -66,6 +67,11 @@ class Skips:
     def counts(self) -> dict[str, int]:
         """How many for each reason, most frequent first."""
         return dict(Counter(entry["reason"] for entry in self.entries).most_common())
+
+
+def written(name: str) -> str:
+    """A file's name, or a text with one in it, as UTF-8 can hold it: ``caf\\xe9.pt`` where its bytes are none."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def is_note(reason: str) -> bool:

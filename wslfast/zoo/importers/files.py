@@ -38,7 +38,7 @@ def state_files(source: Path, skips: Skips) -> list[Path]:
         path
         for folder, names, below in folders(source, skips)
         for path in (folder / name for name in names if not name.startswith("."))
-        if path.suffix.lower() in ENDINGS and path not in below
+        if path.suffix.lower() in ENDINGS and path not in below and (path.is_file() or not path.exists())  # a pipe would wait for ever
     ]
     return sorted(files, key=lambda path: _natural(str(path.relative_to(source))))
 

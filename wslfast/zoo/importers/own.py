@@ -132,6 +132,7 @@ def checkpoints(
     models: dict[Any, int] = {}
     used: set[str] = set()
     named: set[tuple[str, int | None]] = set()
+    read: dict[tuple[int, int], str] = {}  # the file of each epoch of a model that is stated
     for file in files:
         where = file.name if source.is_file() else str(file.relative_to(source))
         row = table.of(file, source)
@@ -162,6 +163,9 @@ def checkpoints(
             skips.add(where, "epoch unknown", f"expected a whole number, got {epoch!r:.40}")
             continue
         if epochs is not None and (epoch or 0) not in epochs:
+            continue
+        if stated is not None and epoch is not None and (earlier := read.setdefault((model, epoch), where)) != where:
+            skips.add(where, "epoch twice", f"{earlier} is read")
             continue
         split = facts.get("split") if facts.get("split") in SPLITS else None  # an index may hold anything
         properties = {"name": name_of(file), **{k: plain(v, k) for k, v in facts.items() if k not in _RESERVED}}

@@ -14,7 +14,7 @@ from ...population import Population
 from ..identical import Identical, digest
 from ..manifest import KIND, Kind, normalised, plain
 from ..store import SHARD_BYTES
-from .checkpoint import UNKNOWN, UNTOLD, Checkpoint, Skips, State, unreadable
+from .checkpoint import UNKNOWN, UNTOLD, Checkpoint, Skips, State, unreadable, written
 from .recognise import activations, contradiction, fits, recognise
 
 IDENTICAL = "identical weights"
@@ -76,7 +76,7 @@ class Rows:
             self.epochs.append(checkpoint.epoch)
             self.splits.append(checkpoint.split)
             self.kinds.append(architecture)
-            self._properties.append(checkpoint.properties)
+            self._properties.append({key: written(v) if isinstance(v, str) else v for key, v in checkpoint.properties.items()})
             waiting.append(row)
             size += 4 * len(row)
             if size >= SHARD_BYTES:
