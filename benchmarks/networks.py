@@ -373,6 +373,10 @@ def mlp_mnist() -> nn.Module:
     return mlp((784, 64, 64, 10))
 
 
+network("mlp-mnist-wide", 784)(lambda: mlp((784, 256, 128, 10)))
+network("mlp-mnist-wide-batch-norm", 784)(lambda: mlp((784, 128, 128, 10), norm=nn.BatchNorm1d))
+
+
 @network("mlp-tiny", 2)
 def mlp_tiny() -> nn.Module:
     return mlp((2, 16, 16, 1), nn.Tanh)
@@ -428,6 +432,42 @@ network("coupling-flow", 8)(Coupling)
 @network("deep-sets", 32, 3)
 def deep_sets() -> nn.Module:
     return nn.Sequential(mlp((3, 32, 32)), nn.ReLU(), Apply(lambda x: x.amax(1)), mlp((32, 32, 10)))
+
+
+class Scaled(nn.Module):
+    """A branch whose channels are weighed by what it makes of its images' means (squeeze and excitation)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(nn.Conv2d(channels, channels, 3, 1, 1), nn.ReLU(), nn.Conv2d(channels, channels, 3, 1, 1))
+        self.factor = nn.Sequential(mlp((channels, channels // 4, channels)), nn.Sigmoid())
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = self.branch(x)
+        return F.relu(x + made * self.factor(made.mean((2, 3)))[:, :, None, None])
+
+
+@network("squeeze-and-excitation", 3, 32, 32)
+def squeeze_and_excitation() -> nn.Module:
+    pooled = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+    return nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU(), Scaled(16), Scaled(16), *pooled)
+
+
+class ConvLstm(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gates, self.out, self.width = nn.Conv2d(1 + width, 4 * width, 3, 1, 1), nn.Linear(width, 3), width
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = cell = x.new_zeros(len(x), self.width, *x.shape[2:])
+        for t in range(x.shape[1]):
+            enter, keep, leave, new = self.gates(torch.cat((x[:, t : t + 1], state), 1)).chunk(4, 1)
+            cell = torch.sigmoid(keep) * cell + torch.sigmoid(enter) * torch.tanh(new)
+            state = torch.sigmoid(leave) * torch.tanh(cell)
+        return self.out(state.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+network("conv-lstm", 4, 12, 12)(lambda: ConvLstm(8))
 
 
 class Attention(nn.Module):

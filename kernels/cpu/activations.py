@@ -42,7 +42,7 @@ _elu_backward = _aten.elu_backward.grad_input
 _softplus = _aten.softplus.default
 _softplus_backward = _aten.softplus_backward.grad_input
 _WHOLE = 64  # numbers: two vectors at a time, of any processor
-_RUN, _FEW = 32, 1024  # numbers of a run that fills vectors; numbers of a tensor for which the copy pays
+_RUN, _FEW = 32, 64  # numbers of a run that fills vectors; numbers of a model for which the copy pays
 _LARGE = 20.0  # beyond it softplus is x and 2 tanh(x) is 2, to float32
 
 _C = math.sqrt(2 / math.pi)
@@ -75,25 +75,26 @@ def _whole(x: Tensor) -> bool:
     return dense and x.numel() % _WHOLE == 0 and x.device.type == "cpu" and jobs.threads_inside() == 1
 
 
-def in_long_runs(x: Tensor) -> Tensor:
+def in_long_runs(x: Tensor, models: int) -> Tensor:
     """x, or a dense copy of it where its numbers lie in memory in runs too short for vectors: the quarter of the channels that an LSTM's
     gate takes, say. torch computes a function of those number by number, or calls a vector function for each run: three to ten times the
-    time, of which the copy takes one."""
-    if x.is_contiguous() or x.numel() < _FEW or x.device.type != "cpu":
+    time, of which the copy takes one. Vectors give other digits than single numbers, so it is a matter of one model's numbers alone."""
+    if x.is_contiguous() or x.numel() < _FEW * models or x.device.type != "cpu":
         return x
-    run = 1
-    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
-        if stride == run:
-            run *= size
+    run = span = 1
+    for stride, size, axis in sorted(zip(x.stride(), x.shape, range(x.ndim), strict=True)):
+        if stride == span:
+            span *= size
+            run *= size if axis else 1  # of models, how many there are is no matter
         elif size > 1 and stride > 0:
             break
-    return x.clone() if run < min(_RUN, x.numel()) else x
+    return x.clone() if run < _RUN and span < x.numel() else x
 
 
-def in_order_of(g: Tensor, x: Tensor) -> Tensor:
+def in_order_of(g: Tensor, x: Tensor, models: int) -> Tensor:
     """g, or a copy of it whose numbers lie in memory in the order of those of ``x``: torch computes a function of two orders number by
     number."""
-    if g.stride() == x.stride() or g.shape != x.shape or g.numel() < _FEW or g.device.type != "cpu":
+    if g.stride() == x.stride() or g.shape != x.shape or g.numel() < _FEW * models or g.device.type != "cpu":
         return g
     return torch.empty_like(x, dtype=g.dtype).copy_(g)
 

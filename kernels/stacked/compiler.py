@@ -17,10 +17,10 @@ from ..layers import Conv2d
 from ..operations import AXES, TABLE, Operation
 from ..reference import value_shapes
 from .calls import Call, Layout, Values, spatial
-from .folds import FoldedBias, FoldedWeight
+from .folds import Factor, FoldedBias, FoldedWeight
 from .forms import FORMS
 from .layouts import channels_first, models_first, repeated
-from .program import Program, Step
+from .program import Program, Step, freeing
 from .recurrent import recurrent
 from .rows import Rows, rows_of
 from .rule_table import rule_of
@@ -45,6 +45,7 @@ _FRESH = ("convolution", "transposed", "linear", "group_norm", "instance_norm")
 _SUMS = ("add.Tensor", "sub.Tensor")  # as these do, they make a new tensor that their backward does not look at
 _NORMS = ("batch_norm", "instance_norm", "group_norm", "prelu")
 _PARAMETERS = ("weight", "bias", "running_mean", "running_var")  # which have their models in front, also where they are computed
+_WIDE = 128  # numbers that a linear layer reads: with more, a fold is more than its outputs are
 _FOLDABLE = {"conv1d", "conv2d", "conv3d", "conv1d.padding", "conv2d.padding", "conv3d.padding", "linear"}
 
 
@@ -97,7 +98,7 @@ class _Compiler:
         output = self._in(self.graph.output, Layout.MODELS)
         slots = tuple(self.place[f"@w:{s.name}"] for s in self.graph.slots)
         constants = tuple((self.place[f"@c:{c.name}"], c.value) for c in self.graph.constants)
-        steps = _freeing(self.steps, {output})
+        steps = freeing(self.steps, {output})
         ready = set(slots) | {step.out for step in self.made}
         carried = tuple(sorted({i for step in steps for i in step.reads()} & ready | ({output} & ready)))
         parts = tuple(self.shared), tuple(self.made), steps
@@ -313,23 +314,36 @@ class _Compiler:
         return pairs
 
     def _fold(self, i: int, norm: Node, layer: Node) -> None:
-        """Steps that make weights and biases of a layer with the batch norm behind it, and one for that layer."""
+        """Steps that make weights and biases of a layer with the batch norm behind it, and one for that layer. Of a wide linear layer the
+        outputs take the factor, which are fewer than its weights."""
         given = dict(layer.arguments)
         numbers = {f"norm_{key}": r for key, r in norm.arguments if isinstance(r, str) and r.startswith("@w:")}
         eps = float(norm.argument("eps", 1e-5))
         rank = self.rank[str(given["weight"])]
-        for key, rule, axes in (("weight", FoldedWeight(eps), rank), ("bias", FoldedBias(eps), 1)):
+        wide = layer.operation == "linear" and self.shapes[str(layer.argument("input"))][-1] >= _WIDE
+        of_weight = ("factor", Factor(eps), 1) if wide else ("weight", FoldedWeight(eps), rank)
+        made: dict[str, str] = {}
+        for key, rule, axes in (of_weight, ("bias", FoldedBias(eps), 1)):
             read = {name: r for name, r in numbers.items() if key == "bias" or name in ("norm_running_var", "norm_weight")}
             read |= {key: given[key]} if given.get(key) is not None else {}
-            given[key] = reference = f"@made:{key} of {i}"
+            made[key] = reference = f"@made:{key} of {i}"
             self.rank[reference] = axes
             tensors = [(name, self.place[r]) for name, r in read.items()]
             run = lambda a, models, rule=rule: rule.forward(a, models)[0]  # noqa: E731
             out = self._new(reference, Layout.MODELS)
             self.made.append(Step(run, {}, tensors, [], [], out, rule=lambda wanted, rule=rule: rule))  # type: ignore[misc]
-        operation = TABLE[layer.operation]
-        folded = Node(layer.operation, tuple(given.items()))
-        self._emit(f"@{i}", folded, operation, *self._settle(folded, operation), FORMS[operation.form])
+        nodes = [(f"@{i}", Node(layer.operation, tuple({**given, **made}.items())))]
+        if wide:
+            parts = f"@{i}:product", f"@{i}:scaled"
+            self.rank |= dict.fromkeys(parts, self.rank[f"@{i}"])
+            nodes = [
+                (parts[0], Node("linear", tuple((key, value) for key, value in layer.arguments if key != "bias"))),
+                (parts[1], Node("mul.Tensor", (("self", parts[0]), ("other", made["factor"])))),
+                (f"@{i}", Node("add.Tensor", (("self", parts[1]), ("other", made["bias"])))),
+            ]
+        for name, node in nodes:
+            operation = TABLE[node.operation]
+            self._emit(name, node, operation, *self._settle(node, operation), FORMS[operation.form])
 
     # -- segments --------------------------------------------------------------------------------------------------------
 
@@ -380,14 +394,3 @@ def _ranks(shape: Any) -> Any:
 
 def _rank(ranks: Any) -> int:
     return ranks if isinstance(ranks, int) else ranks[0]
-
-
-def _freeing(steps: list[Step], keep: set[int]) -> tuple[Step, ...]:
-    """Steps that let go of what nobody reads any more."""
-    made = {step.out for step in steps}
-    seen: set[int] = set(keep)
-    for step in reversed(steps):
-        read = step.reads()
-        step.frees = tuple((read & made) - seen)
-        seen |= read
-    return tuple(steps)

@@ -32,6 +32,20 @@ class FoldedWeight:
 
 
 @dataclass(frozen=True)
+class Factor:
+    """The rule of :attr:`Norm.factor`, for a layer whose outputs are fewer than its weights: they take the factor instead."""
+
+    eps: float
+
+    def forward(self, a: Values, models: int) -> tuple[Tensor, Any]:
+        norm = _norm_of(a, self.eps)
+        return norm.factor, norm
+
+    def backward(self, g: Tensor, saved: Norm, models: int) -> Gradients:
+        return _named(saved, g)
+
+
+@dataclass(frozen=True)
 class FoldedBias:
     """The rule of :meth:`Norm.folded_bias`."""
 
@@ -60,4 +74,4 @@ def _named(norm: Norm, of_factor: Tensor, **others: Tensor | None) -> Gradients:
     return {name: slope for name, slope in {variance: of_variance, scale: of_scale, **others}.items() if slope is not None}
 
 
-__all__ = ["FoldedBias", "FoldedWeight"]
+__all__ = ["Factor", "FoldedBias", "FoldedWeight"]

@@ -135,3 +135,14 @@ class Program:
             step(values, models, n)
         result: Tensor = values[self.output]
         return result
+
+
+def freeing(steps: list[Step], keep: set[int]) -> tuple[Step, ...]:
+    """Steps that let go of what nobody reads any more."""
+    made = {step.out for step in steps}
+    seen: set[int] = set(keep)
+    for step in reversed(steps):
+        read = step.reads()
+        step.frees = tuple((read & made) - seen)
+        seen |= read
+    return tuple(steps)

@@ -112,14 +112,12 @@ class Function:
         self._run = entry.in_place if owned and entry.in_place is not None else entry.forward
 
     def forward(self, a: Values, models: int) -> tuple[Tensor, Any]:
-        x = a[self._name] if self._light else in_long_runs(a[self._name])
+        x = a[self._name] if self._light else in_long_runs(a[self._name], models)
         y = self._run(x, self._known)
         return y, y if self._entry.of_value else x
 
     def backward(self, g: Tensor, saved: Any, models: int) -> Gradients:
-        if not self._light:
-            g = in_order_of(g, saved)
-        return {self._name: self._entry.backward(g, saved, self._known)}
+        return {self._name: self._entry.backward(in_order_of(g, saved, models), saved, self._known)}
 
 
 class Entry(NamedTuple):

@@ -66,6 +66,13 @@ def mlp_with_batch_norm() -> nn.Module:
     return nn.Sequential(*first, nn.Linear(8, 5), nn.AlphaDropout(0.1), nn.Tanh(), nn.Linear(5, 1))
 
 
+@takes(130)
+def wide_mlp_with_batch_norm() -> nn.Module:
+    """The first norms are factors of outputs, the last one, behind fewer inputs, is folded."""
+    first = (nn.Linear(130, 140, bias=False), nn.BatchNorm1d(140), nn.ReLU(), nn.Linear(140, 9), nn.BatchNorm1d(9, affine=False))
+    return nn.Sequential(*first, nn.Tanh(), nn.Linear(9, 5), nn.BatchNorm1d(5))
+
+
 class _Sine(nn.Module):
     def __init__(self, i: int, o: int, omega: float = 30.0) -> None:
         super().__init__()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from wslfast.kernels.stacked.folds import FoldedBias, FoldedWeight
+from wslfast.kernels.stacked.folds import Factor, FoldedBias, FoldedWeight
 
 
 @pytest.mark.parametrize("affine", [True, False])
@@ -22,6 +22,7 @@ def test_gradients_written_out_are_those_of_autograd(shape: tuple[int, ...], bia
     of_factor = {name: value for name, value in numbers.items() if name in ("norm_running_var", "norm_weight")}
     for rule, given in (
         (FoldedWeight(1e-3), {"weight": random(*shape), **of_factor}),
+        (Factor(1e-3), of_factor),
         (FoldedBias(1e-3), {**({"bias": random(4)} if bias else {}), **numbers}),
     ):
         own = {name: value.clone().requires_grad_() for name, value in given.items()}
