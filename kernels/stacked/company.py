@@ -24,6 +24,7 @@ from ..reference import value_shapes
 
 logger = logging.getLogger("wslfast")
 SIZES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192)
+_FEW = 9  # models, among which one that is idle counts
 _A_GROUP = 2  # models' time that the calls of a group cost beside their numbers
 _MOST = 4096  # answers of each sort that are kept: their keys hold graphs, and a process may meet any number of networks
 _agree: dict[Hashable, bool] = {}
@@ -64,16 +65,26 @@ def split(count: int, full: int, key: Hashable, trial: Trial, threads: int = 1, 
     """How many models to run at once, and how many in the last group, where some may be idle; other arguments as above.
 
     Of the sizes that give a full group's bits, those are tried first with which the last thread is done soonest, a group costing as much as
-    two models more.
+    two models more. Where a full group is two models, a few of an odd number run as three, and twos, if that is done sooner.
 
     Args:
         threads: that take groups side by side.
         least: models of the smallest group that is worth a thread of its own.
     """
+    if full == 2 and multiple == 1 and _in_threes(count, threads) and _agrees(2, 3, key, trial):
+        return 3, 3 if count % 3 == 0 else 2
     if full <= 2:
         return full, full
     asked = key, count, full, threads, least, multiple
     return _kept(_split, asked, lambda: _chosen(count, full, key, _with_one_full_group(trial, full), threads, least, multiple))
+
+
+def _in_threes(count: int, threads: int) -> bool:
+    """Whether a few models are done sooner as threes than as twos, of which the last is half idle."""
+    if count % 2 == 0 or count % 3 == 1 or not 3 <= count <= _FEW:
+        return False
+    twos, threes = -(-count // 2), -(-count // 3)
+    return threads == 1 or -(-threes // threads) * 3 < -(-twos // threads) * 2
 
 
 def _chosen(count: int, full: int, key: Hashable, trial: Trial, threads: int, least: int, multiple: int) -> tuple[int, int]:

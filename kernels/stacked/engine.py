@@ -90,7 +90,7 @@ class Call:
             full = 1
         if self.graph.parameters * self.tried < _FEW:
             return full, full
-        return split(self.weights.shape[0], full, self._key(), partial(self.trial, full), *self.shared_among(), multiple)
+        return split(self.weights.shape[0], full, self._key(), partial(self.trial, max(3, full)), *self.shared_among(), multiple)
 
     def _multiple(self) -> int:
         """Of how many models every group is a multiple, or its last model's last numbers would be others."""

@@ -35,7 +35,7 @@ def test_split_takes_sizes_that_agree_and_all_models(name: str, full: int) -> No
         assert alike(size)
         assert alike(last)
         whole, rest = divmod(count, size)
-        assert size <= full
+        assert size <= max(full, 3)
         assert last <= size
         assert rest <= last or not whole
         if name == "all" and full > 2:  # the last group is the next size at most
@@ -49,6 +49,19 @@ def test_models_that_make_a_size_are_one_group_of_it() -> None:
     assert company.split(64, 64, "full", _library(lambda s: True, [])) == (64, 64)
     assert company.split(65, 64, "more", _library(lambda s: True, [])) == (64, 2)
     assert company.split(16, 64, "fours", _library(lambda s: s in (4, 64), [])) == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("count", "threads", "expected"),
+    [
+        *((3, 1, (3, 3)), (5, 1, (3, 2)), (7, 1, (2, 2)), (9, 1, (3, 3)), (4, 1, (2, 2)), (11, 1, (2, 2)), (1, 1, (2, 2))),
+        *((3, 2, (2, 2)), (5, 2, (3, 2)), (9, 2, (2, 2))),
+    ],
+)
+def test_a_few_of_an_odd_number_run_as_threes(count: int, threads: int, expected: tuple[int, int]) -> None:
+    assert company.split(count, 2, ("threes", count), _library(lambda s: True, []), threads=threads) == expected
+    assert company.split(count, 2, ("twos", count), _library(lambda s: s == 2, []), threads=threads) == (2, 2)
+    assert company.split(count, 2, ("twos", count), _library(lambda s: True, []), threads=threads, multiple=2) == (2, 2)
 
 
 def test_groups_are_shared_among_threads() -> None:
