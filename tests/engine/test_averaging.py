@@ -77,6 +77,7 @@ def test_where_it_is_divided_afterwards() -> None:
     architecture, weights, _ = _models(_Gate, (5,), 4)
     assert engine.of_mean("mse", architecture, weights, "auto") == Averaged("mse", 4)
     assert engine.of_mean("mse", architecture, weights, "triton") == "mse"
+    assert engine.of_mean("mse", architecture, weights.half(), "auto") == "mse"
     with engine.using("triton"):
         assert engine.of_mean("mse", architecture, weights, "auto") == "mse"
     with torch.autocast("cpu", torch.bfloat16):

@@ -12,13 +12,22 @@ from ..kernels.criteria import Averaged, Named
 from ..kernels.graph import Graph
 from .preference import preferred
 
+_NUMBER = 4  # bytes
+
 
 def of_mean(criterion: str, architecture: Architecture, weights: Tensor, backend: str) -> Named:
     """The criterion whose gradients are those of a mean over these models, where a path can divide them early: a pass over gradients
     ``[k, P]`` less. As it is where it cannot, and where 16-bit floats inside of a network would lose numbers that are so much smaller.
     """
     graph, device = architecture.graph, weights.device.type
-    if graph is None or device != "cpu" or preferred(backend) == "triton" or torch.is_autocast_enabled(device) or _halved(graph):
+    if (
+        graph is None
+        or weights.element_size() < _NUMBER
+        or device != "cpu"
+        or preferred(backend) == "triton"
+        or torch.is_autocast_enabled(device)
+        or _halved(graph)
+    ):
         return criterion
     return Averaged(criterion, weights.shape[0])
 

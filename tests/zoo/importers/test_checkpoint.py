@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from wslfast import Population, WslfastError, load_zoo
 from wslfast.cli import main
 from wslfast.zoo import Imported, import_zoo
+from wslfast.zoo.importers.checkpoint import written
 
 
 def _imported(folder: Path, saved: list[Any], **arguments: Any) -> Imported:
@@ -122,3 +123,9 @@ def test_single_numbers_in_npz(tmp_path: Path) -> None:
     import_zoo(tmp_path / "models", tmp_path / "zoo", network=f"{tmp_path}/net.py:Net", input_shape=(4,))
     state = load_zoo(tmp_path / "zoo").state_dict(0)
     assert all(np.array_equal(state[name].numpy(), value.astype("f4")) for name, value in arrays.items())
+
+
+@pytest.mark.parametrize(("name", "expected"), [("net é", "net é"), ("caf\udce9", "caf\\xe9"), ("half \ud800", "half \\ud800"), ("", "")])
+def test_names_are_written_as_utf_8_can_hold_them(name: str, expected: str) -> None:
+    assert written(name) == expected
+    assert written(name).encode().decode() == expected

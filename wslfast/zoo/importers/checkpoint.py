@@ -71,7 +71,10 @@ class Skips:
 
 def written(name: str) -> str:
     """A file's name, or a text with one in it, as UTF-8 can hold it: ``caf\\xe9.pt`` where its bytes are none."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    try:
+        return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # a half of a character, of which a name has none
+        return name.encode("utf-8", "backslashreplace").decode()
 
 
 def is_note(reason: str) -> bool:
