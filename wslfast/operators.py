@@ -4,7 +4,8 @@ An operator is opaque to a compiler: whatever chooses a path, reads settings, lo
 What a compiled graph would not bring along at run time (autocast, which a compiler bakes in) is an argument. An architecture is
 its ``handle``, a text.
 
-    wslfast::behavioral_loss   per-model values, which models are bad, and the gradient [k, P] of each value to its own weights
+    wslfast::behavioral_loss   per-model values or their mean, which models are bad, the gradient [k, P] of each value to its own weights,
+                               and what it is still to be divided by
     wslfast::forward           outputs [k, n, K]; only compiled code calls it, as eager code has torch's own graph
     wslfast::forward_backward  its backward, which runs the models again
     wslfast::detokenize, wslfast::tokenize   the two directions of a token layout, each other's transpose; compiled code only
@@ -217,7 +218,9 @@ def behavioral_loss(rows: Tensor, queries: Tensor, targets: Tensor, options: Opt
         _leave_transforms(rows)
         architecture, *rest = options
         autocast = autocast_name(rows.device.type)
-        values, bad, _ = _behavioral_loss(rows, queries, targets, architecture.handle, *rest, autocast, gradient)
+        values, bad, _, _ = _behavioral_loss(rows, queries, targets, architecture.handle, *rest, autocast, gradient)
+        if gradient and _is_plain_mean(options.reduction, options.nan_policy):
+            return values
         return reduce(values, bad, options.reduction, options.nan_policy)
     if gradient:
         return _Loss.apply(rows, queries, targets, options, (link(rows),))
@@ -252,21 +255,32 @@ def _evaluate(
     return values, bad, slopes
 
 
+def _is_plain_mean(reduction: str, nan_policy: str) -> bool:
+    """Whether a loss is a mean over a number of models that is known beforehand."""
+    return reduction == "mean" and nan_policy != "omit"
+
+
+def _evaluated(rows: Tensor, queries: Tensor, targets: Tensor, options: Options) -> tuple[Tensor, Tensor | None, Tensor, bool]:
+    """Values, bad models and gradients as :func:`_evaluate` has them; and whether gradients are divided by the number of models already."""
+    criterion: Named = options.criterion
+    if _is_plain_mean(options.reduction, options.nan_policy) and len(rows):
+        criterion = engine.of_mean(options.criterion, options.architecture, rows, options.backend)
+    values, bad, gradient = _evaluate(rows, queries, targets, options, True, criterion)
+    assert gradient is not None
+    return values, bad, gradient, criterion is not options.criterion
+
+
 class _Loss(torch.autograd.Function):
     """What eager code runs: one node of the graph, reduction included."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, queries: Tensor, targets: Tensor, options: Options, linked: tuple[Tensor]) -> Tensor:
-        mean = options.reduction == "mean"
-        criterion: Named = options.criterion
-        if mean and options.nan_policy != "omit" and len(rows):  # whose number of models is known beforehand
-            criterion = engine.of_mean(options.criterion, options.architecture, rows, options.backend)
-        values, bad, gradient = _evaluate(rows, queries, targets, options, True, criterion)
+        values, bad, gradient, divided = _evaluated(rows, queries, targets, options)
         ctx.save_for_backward(gradient)
         ctx.watched = saving_is_watched()
         (ctx.link,) = linked  # in a tuple: to torch it is no input, whose gradient somebody would ask for
-        count = values.shape[0] if bad is None or not mean else (~bad).sum()
-        ctx.divisor = count if mean and criterion is options.criterion else None
+        count = values.shape[0] if bad is None or options.reduction != "mean" else (~bad).sum()
+        ctx.divisor = count if options.reduction == "mean" and not divided else None
         ctx.omitted = bad if options.nan_policy == "omit" else None
         return reduce(values, bad, options.reduction, options.nan_policy)
 
@@ -311,13 +325,22 @@ def _behavioral_loss(
     backend: str,
     autocast: str,
     gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`_evaluate` as an operator: a tensor of no elements for what it leaves out."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`_evaluate` as an operator: a tensor of no elements for what it leaves out. The mean of the values, where a gradient of one is
+    wanted whose models are known beforehand; and what gradients are still to be divided by."""
+    slopes: Tensor | None = None
+    divisor = rows.new_ones(())
     with torch.no_grad(), _inside(rows, autocast):
         options = Options(from_handle(architecture), criterion, temperature, reduction, nan_policy, backend)
-        values, bad, slopes = _evaluate(rows, queries, targets, options, gradient)
+        if gradient:
+            values, bad, slopes, divided = _evaluated(rows, queries, targets, options)
+            if _is_plain_mean(reduction, nan_policy):
+                divisor = divisor if divided else divisor * len(rows)
+                values = values.mean()
+        else:
+            values, bad, _ = _evaluate(rows, queries, targets, options, False)
     none = rows.new_zeros(rows.shape[0], dtype=torch.bool)
-    return values, none if bad is None else bad, rows.new_empty(0, rows.shape[1]) if slopes is None else slopes
+    return values, none if bad is None else bad, rows.new_empty(0, rows.shape[1]) if slopes is None else slopes, divisor
 
 
 @_behavioral_loss.register_fake
@@ -333,20 +356,24 @@ def _(
     backend: str,
     autocast: str,
     gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     k, p = rows.shape
-    return rows.new_empty(k), rows.new_empty(k, dtype=torch.bool), rows.new_empty(k if gradient else 0, p)
+    values = rows.new_empty(() if gradient and _is_plain_mean(reduction, nan_policy) else k)
+    return values, rows.new_empty(k, dtype=torch.bool), rows.new_empty(k if gradient else 0, p), rows.new_empty(())
 
 
 def _keep_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(output[2])
+    ctx.save_for_backward(*output[2:])
 
 
 def _differentiate_loss(ctx: Any, grad_values: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    slope = None if grad_values is None else once(ctx.saved_tensors[0] * grad_values.unsqueeze(1))
-    return slope, *(None,) * 10
+    if grad_values is None:
+        return (None,) * 11
+    slopes, divisor = ctx.saved_tensors
+    factor = grad_values.unsqueeze(1) if grad_values.ndim else grad_values / divisor
+    return once(slopes * factor), *(None,) * 10
 
 
 _behavioral_loss.register_autograd(_differentiate_loss, setup_context=_keep_loss)
