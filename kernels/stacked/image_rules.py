@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .calls import Call, Layout, Values
 from .forms import by_form, joined_channels, one_pixel, spread
-from .layouts import in_rows
+from .layouts import in_rows, over_pixels
 from .rules import Gradients, Maker, Rule, Shaped, Within
 
 _aten = torch.ops.aten
@@ -128,7 +128,7 @@ def _torchs_own(x: Tensor, channels: int, each: int) -> tuple[bool, bool]:
 def _over_pixels(x: Tensor) -> Tensor:
     """Sums ``[n, channels]``; of channels-last images by an average pooling, which adds whole vectors of channels."""
     if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and x.dtype == torch.float32:
-        return _aten.avg_pool2d(x, x.shape[2:], [1, 1], [0, 0], False, False, 1).flatten(1)
+        return over_pixels(x).flatten(1)
     return x.flatten(2).sum(2) if x.ndim > 2 else x
 
 

@@ -120,9 +120,9 @@ def build_zoo(
     cells = chosen.cells(models, seed)
     engine.check_backend(backend)
     require(out is not None or not resume, "resume: expected out=, the folder of what is to be gone on with")
+    exists = out is not None and (Path(out) / MANIFEST).exists()
     if out is not None:
         check_folder(Path(out), "zoo")
-        exists = (Path(out) / MANIFEST).exists()
         require(overwrite or resume or not exists, f"out: {out}: there is a zoo already; overwrite=True (--overwrite) replaces it")
     with nullcontext() if out is None else folder_made(out):
         with region("dataset"):
@@ -140,7 +140,7 @@ def build_zoo(
             "batch_size": batch_size,
             "seed": seed,
         }
-        if out is not None and resume and not overwrite and (Path(out) / MANIFEST).exists():
+        if out is not None and exists and resume and not overwrite:
             return finished(out, settings, architecture, plan)
         steps = kept[-1] * math.ceil(_points(data) / batch_size)
         with joined(device, patient=True) as (world, where), engine.using(backend), bar(progress and world.writes, steps) as advance:
