@@ -28,12 +28,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .dtypes import HELD, held
+
 QUERY = "@x"
 SIZE = "@n"
 INFINITE = {"@inf": float("inf"), "@-inf": float("-inf"), "@nan": float("nan")}
-DTYPES = {
-    str(d).removeprefix("torch."): d for d in (torch.float32, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
-}
 _MOST_NODES = 100_000
 _MOST_CONSTANTS = 1 << 24  # numbers of one constant
 _MOST_WEIGHTS = 1 << 40
@@ -87,9 +86,7 @@ class Constant:
 
     @classmethod
     def of(cls, name: str, value: Tensor, kept: bool = False) -> Constant:
-        value = value.detach().cpu().contiguous()
-        if value.is_floating_point():
-            value = value.float()
+        value = held(value)
         raw = value.reshape(-1).view(torch.uint8) if value.numel() else value.new_empty(0, dtype=torch.uint8)
         return cls(name, str(value.dtype).removeprefix("torch."), tuple(value.shape), base64.b64encode(bytes(raw.tolist())).decode(), kept)
 
@@ -97,7 +94,7 @@ class Constant:
     def value(self) -> Tensor:
         """The tensor, on the CPU; not to be written to."""
         raw = torch.frombuffer(bytearray(base64.b64decode(self.data) or b"\0"), dtype=torch.uint8)
-        dtype = DTYPES[self.dtype]
+        dtype = HELD[self.dtype]
         return raw[: math.prod(self.shape) * dtype.itemsize].clone().view(dtype).reshape(self.shape)
 
 
@@ -371,15 +368,15 @@ def _constant(record: Any) -> Constant:
     )
     shape = _sizes(record["shape"], "a constant's shape")
     check(
-        isinstance(record["dtype"], str) and record["dtype"] in DTYPES and math.prod(shape) <= _MOST_CONSTANTS,
+        isinstance(record["dtype"], str) and record["dtype"] in HELD and math.prod(shape) <= _MOST_CONSTANTS,
         f"a constant of {record['dtype']!r:.20} {list(shape)}",
     )
     check(all(isinstance(record[key], str) for key in ("name", "data")) and isinstance(record["kept"], bool), "a constant's entries")
     try:
-        held = len(base64.b64decode(record["data"], validate=True))
+        size = len(base64.b64decode(record["data"], validate=True))
     except ValueError:
-        held = -1
-    check(held == math.prod(shape) * DTYPES[record["dtype"]].itemsize, f"constant {record['name']!r:.60} does not hold its numbers")
+        size = -1
+    check(size == math.prod(shape) * HELD[record["dtype"]].itemsize, f"constant {record['name']!r:.60} does not hold its numbers")
     return Constant(record["name"], record["dtype"], shape, record["data"], record["kept"])
 
 

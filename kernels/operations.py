@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from .graph import DTYPES, INFINITE, QUERY, Argument, Arguments, Graph, Node, is_size
+from .dtypes import DTYPES
+from .graph import INFINITE, QUERY, Argument, Arguments, Graph, Node, is_size
 
 _LARGEST = (1 << 31) - 1
 
@@ -80,6 +81,8 @@ class Operation:
         """What the operator gives for arguments by name; those left out have their defaults."""
         if self.form == "getitem":
             return arguments["self"][arguments["index"]]
+        if self.name in _PAIRS:
+            return _PAIRS[self.name](arguments["self"])
         if self.name in _DIFFERENTIABLE:
             if not (arguments.get("use_input_stats") or arguments.get("training")):
                 return by_running_statistics(arguments)
@@ -103,7 +106,7 @@ class Operation:
     @cached_property
     def invoke(self) -> Callable[[Mapping[str, Any]], Any]:
         """:meth:`call` for arguments of which none is left out: nothing is looked up but they."""
-        if self.form == "getitem" or self.name in _DIFFERENTIABLE:
+        if self.form == "getitem" or self.name in (*_DIFFERENTIABLE, *_PAIRS):
             return self.call
         overload, parameters = self.overload, self._all_parameters
         names = [name for name, parameter in parameters.items() if not parameter.keyword]
@@ -140,13 +143,22 @@ class Operation:
 
 
 # Arguments that are axes, in forms that add an axis of models in front: counted from the end, they mean the same with it.
-AXES = frozenset({"dim", "dims", "dim0", "dim1", "start_dim", "end_dim", "source", "destination"})
+AXES = frozenset({"dim", "dims", "dim0", "dim1", "start_dim", "end_dim", "source", "destination", "dimension"})
 PER_AXIS = ("kernel_size", "stride", "padding", "dilation", "output_padding", "output_size")  # one number for each axis of an image
 WITH_AXES = ("axes", "join", "shape", "scatter")
 _MUST_BE = {"train": False, "training": False, "dropout_p": 0.0, "scale_grad_by_freq": False}  # evaluation mode, and torch's gradient
 _OF_A_MODE = ("train", "training", "dropout_p")
 
 _DIFFERENTIABLE = ("batch_norm", "instance_norm")  # in their running statistics, which torch's own are not: a decoder rebuilds those too
+
+
+def _as_complex(pairs: Tensor) -> Tensor:
+    """Complex numbers of pairs ``[..., 2]`` that lie anywhere: torch wants them side by side, from an even place on."""
+    side_by_side = not torch._C._functorch.is_functorch_wrapped_tensor(pairs) and pairs.is_contiguous() and pairs.storage_offset() % 2 == 0
+    return torch.view_as_complex(pairs if side_by_side else pairs.clone(memory_format=torch.contiguous_format))
+
+
+_PAIRS = {"view_as_complex": _as_complex, "view_as_real": lambda x: torch.view_as_real(x.resolve_conj())}
 
 
 def by_running_statistics(a: Mapping[str, Any]) -> Tensor:
@@ -246,7 +258,14 @@ def _table() -> dict[str, Operation]:
     )
     add("axes", "constant_pad_nd argmax argmin max.dim min.dim topk sort split.Tensor split_with_sizes chunk unbind.int prod.dim_int")
     add("axes", "norm.ScalarOpt_dim linalg_vector_norm movedim.int movedim.intlist diff repeat_interleave.self_int tril triu median.dim")
-    add("axes", "var_mean.correction std_mean.correction var_mean.dim std_mean.dim any.dims all.dims any.dim all.dim argsort")
+    add("axes", "var_mean.correction std_mean.correction var_mean.dim std_mean.dim any.dims all.dims any.dim all.dim argsort unfold")
+    # of complex numbers, and to and from them
+    add("elementwise", "real imag angle conj_physical complex polar")
+    add(
+        "axes",
+        "view_as_complex view_as_real fft_fft fft_ifft fft_rfft fft_irfft fft_hfft fft_ihfft fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2",
+    )
+    add("axes", "fft_fftn fft_ifftn fft_rfftn fft_irfftn fft_fftshift fft_ifftshift")
     add("getitem", "getitem")
     # shapes
     add("shape", "reshape expand repeat permute flatten.using_ints")

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .criteria import criterion_values
-from .graph import DTYPES, QUERY, Graph, Node, check, is_size, substitute
+from .dtypes import DTYPES, HELD, as_precise
+from .graph import QUERY, Graph, Node, check, is_size, substitute
 from .layers import ACTIVATIONS, Activation, Conv2d, Dropout, Flatten, Layers, Linear, Pool2d, layer_slots
 from .operations import TABLE
 from .picking import unstrided
@@ -112,8 +113,7 @@ def graph_values(weights: Tensor, queries: Tensor, graph: Graph) -> Iterator[tup
     for slot in graph.slots:
         values[f"@w:{slot.name}"] = weights[slot.offset : slot.stop].view(slot.shape)
     for constant in graph.constants:
-        value = constant.value.to(queries.device)
-        values[f"@c:{constant.name}"] = value.to(queries.dtype) if value.is_floating_point() else value
+        values[f"@c:{constant.name}"] = as_precise(constant.value.to(queries.device), queries.dtype)
     yield from values.items()
     for i, node in enumerate(graph.nodes):
         values[f"@{i}"] = call_node(node, values, len(queries))
@@ -145,6 +145,23 @@ def value_shapes(graph: Graph, n: int = 2) -> dict[str, Any]:
     }
 
 
+@lru_cache(maxsize=256)
+def complex_values(graph: Graph) -> frozenset[str]:
+    """References of the values that are complex numbers."""
+    return frozenset(r for r, parts in _parts(graph) if any(t.is_complex() for t in parts))
+
+
+@lru_cache(maxsize=256)
+def discrete_values(graph: Graph) -> frozenset[str]:
+    """References of the values that are whole numbers or truths, and have no gradient."""
+    return frozenset(r for r, parts in _parts(graph) if not any(t.is_complex() or t.is_floating_point() for t in parts))
+
+
+def _parts(graph: Graph) -> Iterator[tuple[str, Sequence[Tensor]]]:
+    for reference, value in _unallocated(graph, 2).items():
+        yield reference, value if isinstance(value, (tuple, list)) else (value,)
+
+
 def check_values(graph: Graph) -> Graph:
     """The graph itself. Raises ValueError as :func:`value_shapes` does, and for an answer that is not floating ``[n, *out]`` or in which
     a query's place counts."""
@@ -168,7 +185,7 @@ def _unallocated(graph: Graph, n: int) -> dict[str, Any]:
     for slot in graph.slots:
         values[f"@w:{slot.name}"] = torch.empty(slot.shape, device="meta", dtype=torch.float32)
     for constant in graph.constants:
-        values[f"@c:{constant.name}"] = torch.empty(constant.shape, device="meta", dtype=DTYPES[constant.dtype])
+        values[f"@c:{constant.name}"] = torch.empty(constant.shape, device="meta", dtype=HELD[constant.dtype])
     for i, node in enumerate(graph.nodes):
         try:
             with torch.no_grad():

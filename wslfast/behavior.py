@@ -87,7 +87,8 @@ def batched_behavioral_loss(
         reduction: ``"mean"`` over the models kept, ``"sum"``, or ``"none"`` for per-model values ``[k]``.
         nan_policy: a model is bad if its value, or its gradient, is not finite. ``"propagate"`` lets that show in its own value and
             gradient; ``"omit"`` leaves it out (zero gradient; NaN under reduction ``"none"``), every other model's value and gradient
-            bit-equal to a call without it; ``"raise"`` raises and names it. Without a gradient, values alone are judged.
+            bit-equal to a call without it (that says ``"omit"`` as well); ``"raise"`` raises and names it. Without a gradient, values alone
+            are judged.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
         class_axis: axis of one answer ``[*out]`` that the classes are on, for criteria over classes (all but ``"mse"`` and ``"huber"``).
 

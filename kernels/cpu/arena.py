@@ -61,4 +61,6 @@ class Arena:
             return tensor
         here = torch.empty(0, dtype=tensor.dtype, device="cpu")
         start = place // tensor.element_size() + tensor.storage_offset()
-        return here.set_(self.memory.untyped_storage(), start, tensor.shape, tensor.stride())
+        here = here.set_(self.memory.untyped_storage(), start, tensor.shape, tensor.stride())
+        here = here.conj() if tensor.is_conj() else here  # torch notes that a tensor is a conjugate, and has the numbers as they were
+        return torch._neg_view(here) if tensor.is_neg() else here

@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..graph import DTYPES, INFINITE, QUERY, Graph, Node, is_size, references
+from ..dtypes import DTYPES
+from ..graph import INFINITE, QUERY, Graph, Node, is_size, references
 from ..layers import Conv2d
 from ..operations import AXES, TABLE, Operation
-from ..reference import value_shapes
 from .calls import Call, Layout, Values, spatial
 from .folds import Factor, FoldedBias, FoldedWeight
 from .forms import FORMS
@@ -26,24 +26,15 @@ from .rows import Rows, rows_of
 from .rule_table import rule_of
 from .rules import FUNCTIONS, TO_CHANNELS, TO_MODELS
 from .segments import Segment, segments
+from .settling import NORMS, Settling
 from .through import Through, shared_input, through
 from .training_forms import normalised
 
-_PER_CHANNEL = frozenset({
-    "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
-    "adaptive_avg_pool3d", "pixel_shuffle", "pixel_unshuffle", "pad", "upsample_nearest1d.vec", "upsample_nearest2d.vec",
-    "upsample_nearest3d.vec", "upsample_linear1d.vec", "upsample_bilinear2d.vec", "upsample_bicubic2d.vec", "upsample_trilinear3d.vec",
-})  # fmt: skip
-_ALONG_PIXELS = frozenset({
-    "mean.dim", "sum.dim_IntList", "amax", "amin", "softmax.int", "log_softmax.int", "slice.Tensor", "logsumexp", "var.correction",
-    "std.correction", "flip", "constant_pad_nd", "squeeze.dims", "squeeze.dim",
-})  # fmt: skip
 _IN_PLACE = {
     name: lambda call, a, models, run=entry.in_place: run(a["self"], a) for name, entry in FUNCTIONS.items() if entry.in_place is not None
 }
 _FRESH = ("convolution", "transposed", "linear", "group_norm", "instance_norm")
 _SUMS = ("add.Tensor", "sub.Tensor")  # as these do, they make a new tensor that their backward does not look at
-_NORMS = ("batch_norm", "instance_norm", "group_norm", "prelu")
 _PARAMETERS = ("weight", "bias", "running_mean", "running_var")  # which have their models in front, also where they are computed
 _WIDE = 128  # numbers that a linear layer reads: with more, a fold is more than its outputs are
 _FOLDABLE = {"conv1d", "conv2d", "conv3d", "conv1d.padding", "conv2d.padding", "conv3d.padding", "linear"}
@@ -56,21 +47,18 @@ def compile_program(graph: Graph, own: bool, aligned: bool, segmented: bool = Fa
     return _Compiler(graph, own, aligned, segmented).program()
 
 
-class _Compiler:
+class _Compiler(Settling):
     def __init__(self, graph: Graph, own: bool, aligned: bool, segmented: bool) -> None:
-        self.graph, self.own, self.aligned, self.segmented = graph, own, aligned, segmented
-        self.shapes = shapes = value_shapes(graph)
-        self.rank: dict[str, Any] = {r: _ranks(shape) for r, shape in shapes.items()}
-        self.layout: dict[str, Layout] = {QUERY: Layout.MODELS if own else Layout.SHARED}
+        super().__init__(graph, own)
+        self.aligned, self.segmented = aligned, segmented
         self.place: dict[str, int] = {QUERY: 0}
         self.moved: dict[tuple[str, Layout], int] = {}
         self.size = 1
-        self.users = graph.readers()
         for slot in graph.slots:
             self._new(f"@w:{slot.name}", Layout.MODELS)
         for constant in graph.constants:
             self._new(f"@c:{constant.name}", Layout.SHARED)
-        self.segments = segments(graph, shapes, self.users) if segmented else []
+        self.segments = segments(graph, self.shapes, self.users) if segmented else []
         self.ends = {segment.nodes[-1]: segment for segment in self.segments}
         self.within = {i for segment in self.segments for i in segment.nodes}
         self.folded = self._folded()
@@ -111,7 +99,7 @@ class _Compiler:
         if operation.form == "identity" and node.argument("train"):
             self._dropout(i, node)
             return
-        wanted, layout = self._settle(node, operation)
+        wanted, layout = self.settle(node, operation, name)
         if operation.form == "batch_norm" and node.argument("training"):
             step = self._emit(name, node, operation, wanted, layout, partial(normalised, node))
             step.tensors.append(("statistics", self._given("@statistics", Layout.SHARED, 0)))
@@ -172,7 +160,7 @@ class _Compiler:
         sizes: list[tuple[str, int | None, str]] = []
         layouts: dict[str, Any] = {}
         ranks: dict[str, Any] = {}
-        parameters = _PARAMETERS if operation.form in (*_NORMS, "convolution", "transposed") else ()
+        parameters = _PARAMETERS if operation.form in (*NORMS, "convolution", "transposed") else ()
         for key, value in node.arguments:
             if isinstance(value, str) and value.startswith("@"):
                 if is_size(value):
@@ -205,8 +193,10 @@ class _Compiler:
         run = (lambda a, models: operation.invoke(a)) if alone else (lambda a, models: form(call, a, models))
         several = not isinstance(self.rank[name], int)
         owned = form in _IN_PLACE.values()
-        rule = None if alone else partial(rule_of, call, known, owned=owned, several=several, sized=bool(sizes))
-        step = Step(run, known, tensors, lists, sizes, self._new(name, layout), several, rule)
+        ruled = not alone and self.complex.isdisjoint((name, *node.references()))  # rules know nothing of conjugates
+        rule = partial(rule_of, call, known, owned=owned, several=several, sized=bool(sizes)) if ruled else None
+        flat = name in self.discrete or operation.name == "detach"
+        step = Step(run, known, tensors, lists, sizes, self._new(name, layout), several, rule, flat=flat)
         if (
             node.references()
             and self.of_weights.issuperset(r for r in node.references() if not r.startswith("@c:"))
@@ -244,55 +234,6 @@ class _Compiler:
             self.moved[reference, layout] = self.size
             self.size += 1
         return self.moved[reference, layout]
-
-    def _settle(self, node: Node, operation: Operation) -> tuple[Layout, Layout]:
-        """The layout in which a node wants its stacked tensors, and that of its output."""
-        if operation.form == "create":
-            return Layout.MODELS, Layout.SHARED
-        of = (("self", node.argument("self")),) if operation.name == "type_as" else node.arguments  # of the other it takes the dtype
-        every = list(references(tuple(value for _, value in of)))
-        read = [r for r in every if not r.startswith("@w:")]
-        layouts = [self.layout[r] for r in read]
-        if all(self.layout[r] is Layout.SHARED for r in every):
-            return Layout.MODELS, Layout.SHARED
-        if operation.form == "getitem":
-            return layouts[0], layouts[0]
-        if operation.form in ("convolution", "transposed"):
-            batched = self.rank[str(node.argument("input"))] == spatial(operation) + 2
-            given = [r for key in ("weight", "bias") for r in references(node.argument(key))]
-            if not batched or all(self.layout[r] is Layout.SHARED for r in given):
-                return Layout.MODELS, Layout.MODELS
-            return Layout.CHANNELS, Layout.CHANNELS
-        if Layout.CHANNELS in layouts and self._stays(node, operation, read):
-            return Layout.CHANNELS, Layout.CHANNELS
-        return Layout.MODELS, Layout.MODELS
-
-    def _stays(self, node: Node, operation: Operation, read: list[str]) -> bool:
-        """Whether a node can compute in the layout of channels, where its input already is."""
-        ranks = [self.rank[r] for r in read]
-        stacked = [r for r in read if self.layout[r] is not Layout.SHARED]
-        if operation.form == "identity" or operation.form in _NORMS:
-            return True
-        if operation.name == "cat":
-            return -max(ranks) < node.argument("dim") < 0 and min(ranks) == max(ranks) >= 3 and not any(r.startswith("@w:") for r in read)
-        if operation.name in _PER_CHANNEL:  # images without queries have other axes in the places of queries and channels
-            return ranks[0] == 2 + (len(node.argument("pad")) // 2 if operation.name == "pad" else spatial(operation))
-        if operation.name in _ALONG_PIXELS:
-            dims = node.argument("dim", node.argument("dims", node.argument("pad")))
-            if operation.name == "constant_pad_nd":
-                return len(node.argument("pad")) // 2 <= ranks[0] - 2
-            return isinstance(dims, (int, tuple)) and all(-d <= ranks[0] - 2 for d in (dims if isinstance(dims, tuple) else (dims,)))
-        if operation.form == "elementwise":
-            # a number a channel, as a squeeze-and-excitation has it, is soon moved
-            alike = all(self.rank[r] == max(ranks) and (self.layout[r] is Layout.CHANNELS or self._a_number(r)) for r in stacked)
-            alike = alike and len({self.shapes[r][1] for r in stacked}) == 1  # one channel would meet other models' many
-            scalars = all(self.rank[r] == 0 for r in read if r not in stacked)
-            return alike and scalars and not any(r.startswith("@w:") for r in node.references())
-        return False
-
-    def _a_number(self, reference: str) -> bool:
-        """Whether a value of images is one number a channel."""
-        return self.rank[reference] >= 3 and all(size == 1 for size in self.shapes[reference][2:])
 
     # -- norms that are folded into the layer before them ----------------------------------------------------------------
 
@@ -343,7 +284,7 @@ class _Compiler:
             ]
         for name, node in nodes:
             operation = TABLE[node.operation]
-            self._emit(name, node, operation, *self._settle(node, operation), FORMS[operation.form])
+            self._emit(name, node, operation, *self.settle(node, operation), FORMS[operation.form])
 
     # -- segments --------------------------------------------------------------------------------------------------------
 
@@ -386,10 +327,6 @@ def _spread(a: Values, models: int) -> Tensor:
 
 def _repeat(a: Values, models: int) -> Tensor:
     return repeated(a["x"], models)
-
-
-def _ranks(shape: Any) -> Any:
-    return len(shape) if not isinstance(shape, list) else [len(s) for s in shape]
 
 
 def _rank(ranks: Any) -> int:

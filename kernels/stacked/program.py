@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dtypes import as_precise
 from ..graph import Graph, size_of
 from .calls import Layout, Values
 from .rules import Rule
@@ -28,6 +29,7 @@ class Step:
         several: whether that is several tensors.
         rule: the rule of the call (``rules.py``) for the arguments whose gradients are wanted, if it has one.
         frees: places that nobody reads after it.
+        flat: whether its value has no gradient: whole numbers, truths, and what is detached.
     """
 
     run: Callable[[Values, int], Any]
@@ -39,6 +41,7 @@ class Step:
     several: bool = False
     rule: Callable[[frozenset[str]], Rule | None] | None = None
     frees: tuple[int, ...] = ()
+    flat: bool = False
 
     def reads(self) -> set[int]:
         """Places of the values that the step reads."""
@@ -113,8 +116,7 @@ class Program:
         """Values at all places before anything has run: the constants, with device and dtype of a tensor."""
         values: list[Any] = [None] * self.size
         for place, constant in self.constants:
-            value = constant.to(like.device)
-            values[place] = value.to(like.dtype) if value.is_floating_point() else value
+            values[place] = as_precise(constant.to(like.device), like.dtype)
         return values
 
     def weights(self, leaves: Sequence[Tensor]) -> list[Any]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from . import algebra, image_rules, transposed
+from . import algebra, choices, image_rules, transposed
 from .calls import Call, Values
 from .rules import FORM_MAKERS, NAME_MAKERS, Maker, Rule
 
-_TABLES = (NAME_MAKERS, algebra.MAKERS, image_rules.MAKERS, transposed.MAKERS)
+_TABLES = (NAME_MAKERS, algebra.MAKERS, image_rules.MAKERS, transposed.MAKERS, choices.MAKERS)
 _BY_NAME: dict[str, list[Maker]] = {name: [table[name] for table in _TABLES if name in table] for name in set().union(*_TABLES)}
 
 

@@ -64,7 +64,7 @@ class Island:
     outputs: tuple[int, ...]  # places that others read
 
     def forward(self, values: list[Any], models: int, n: int) -> Any:
-        cut = {place: values[place].detach().requires_grad_() for place in self.inputs if values[place].is_floating_point()}
+        cut = {place: values[place].detach().requires_grad_() for place in self.inputs if _continuous(values[place])}
         inside = list(values)
         for place, value in cut.items():
             inside[place] = value
@@ -108,6 +108,11 @@ class Constant:
 
     def backward(self, gradients: list[Tensor | None], saved: Any, models: int, into: Into) -> None:
         gradients[self.step.out] = None
+
+
+def _continuous(value: Tensor) -> bool:
+    """Whether a value has a gradient: it is no whole number and no truth."""
+    return value.is_floating_point() or value.is_complex()
 
 
 def _taken(gradients: list[Any], place: int) -> Tensor | None:
@@ -167,7 +172,7 @@ def tape_of(steps: Sequence[Step], inputs: Sequence[int], outputs: Sequence[int]
     ruled: list[tuple[Step, Rule | None, bool]] = []
     for step in steps:
         wanted = frozenset(name for name, place in _places(step).items() if place in reached)
-        reaches = bool(step.reads() & reached)
+        reaches = not step.flat and bool(step.reads() & reached)
         rule = step.rule(wanted) if reaches and step.rule is not None else None
         ruled.append((step, rule, reaches))
         if reaches:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 
-import layer_cases  # noqa: F401  (adds its cases)
+import complex_cases  # noqa: F401  (adds its cases)
+import layer_cases  # noqa: F401
 import pytest
 from graph_oracle import check, check_everything, check_record, queries_like, rows_near
 from operation_cases import CASES, Alone, Case

@@ -64,7 +64,7 @@ def loop(module: nn.Module, arch: Architecture, weights: Tensor, queries: Tensor
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         for j, row in enumerate(weights.double()):
-            state = {s.name: row[s.offset : s.stop].view(s.shape) for s in arch.parameters}
+            state = {s.name: row[s.offset : s.stop].view(s.shape).clone() for s in arch.parameters}  # as it lies in a module
             x = (queries[j] if own else queries).double()
             with _Statistics(), default_dtype(torch.float64):  # of what its forward makes
                 outputs.append(torch.func.functional_call(twin, state, (x.clone(),)))

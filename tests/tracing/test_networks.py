@@ -9,6 +9,7 @@ import pytest
 import torch
 from field_images import IMAGES
 from field_sequences import SEQUENCES
+from field_spectra import SPECTRA
 from field_vectors import VECTORS
 from graph_oracle import check_record, close, criterion_value, loop, queries_like, rows_near
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from wslfast.architecture import Architecture
 from wslfast.kernels import stacked
 from wslfast.tracing import prepared
 
-NETWORKS = {**IMAGES, **VECTORS, **SEQUENCES}
+NETWORKS = {**IMAGES, **VECTORS, **SEQUENCES, **SPECTRA}
 # of every kind one; the others take as long again and find what they find in the slow tier
 QUICK = (
     "zoo_cnn_with_batch_norm",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from wslfast.testing import as_module
 from wslfast.zoo import Dataset, Grid, build, build_zoo, dataset_of, load_dataset, load_zoo, read_manifest
 from wslfast.zoo.build import StackedAdam, batch_generator, default_keep, fine_tune
 from wslfast.zoo.grid import Cell
+from wslfast.zoo.unfinished import Unfinished
 
 ARCH = Architecture.from_layers(
     [Conv2d("0", 1, 3, (3, 3)), Pool2d("1"), Activation("2", "tanh"), Flatten("3"), Linear("4", 27, 5)], (1, 9, 9), "tiny"
@@ -281,6 +283,27 @@ def test_resuming_what_is_finished_returns_it(data: Dataset, tmp_path: Path) -> 
     for other in ({"batch_size": 8}, {"models": 6}, {"split": (0.5, 0.25, 0.25)}):
         with pytest.raises(WslfastError, match=rf"there is a zoo already, built with other settings \({next(iter(other))}\)"):
             small(data, out=out, **{"epochs": 1, "resume": True, **other})
+
+
+def test_a_build_does_not_go_on_with_other_data(data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same name and shapes, given as tensors: nothing but their numbers tells them apart."""
+    other = replace(data, train_images=data.train_images.flip(0))
+    small(data, out=tmp_path / "zoo")
+    with pytest.raises(WslfastError, match=r"built with other settings \(data\)"):
+        small(other, out=tmp_path / "zoo", resume=True)
+
+    def interrupted(self: Unfinished, state: dict[str, Any]) -> None:
+        save(self, state)
+        raise KeyboardInterrupt
+
+    save = Unfinished.save
+    monkeypatch.setattr(Unfinished, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        small(data, out=tmp_path / "half")
+    monkeypatch.undo()
+    with pytest.raises(WslfastError, match=r"begun with other settings \(data\)"):
+        small(other, out=tmp_path / "half", resume=True)
+    assert torch.equal(small(data, out=tmp_path / "half", resume=True).weights, load_zoo(tmp_path / "zoo").weights)
 
 
 def test_a_build_that_fails_leaves_no_folder(data: Dataset, tmp_path: Path) -> None:

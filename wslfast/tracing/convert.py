@@ -13,15 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..kernels.graph import DTYPES, QUERY, Argument, Node
+from ..kernels.dtypes import DTYPES, HELD
+from ..kernels.graph import QUERY, Argument, Node
 from ..kernels.operations import AXES, PER_AXIS, TABLE, WITH_AXES, Operation
+from .rewriting import Rewriting, dtype_of, is_complex, shape_of
 from .spelling import spelled
 
 _NOT_THEIRS = (os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "<frozen", "<eval")
-_SAME = frozenset({"alias", "clone", "contiguous", "lift_fresh_copy", "lift_fresh", "_to_copy", "to", "type_as", "positive"})
+_SAME = frozenset(
+    {"alias", "clone", "contiguous", "lift_fresh_copy", "lift_fresh", "_to_copy", "to", "type_as", "positive", "resolve_conj"}
+)
 _FILLED = {name: f"new_{name.removeprefix('new_')}" for name in ("zeros", "ones", "full", "new_zeros", "new_ones", "new_full")}
 _FILLED |= dict.fromkeys(("empty", "new_empty"), "new_zeros")  # which holds anything
-_MADE = frozenset({*_FILLED, "scalar_tensor", "arange", "eye", "linspace", "logspace", "tril_indices", "triu_indices"})
+_MADE = frozenset(
+    {*_FILLED, "scalar_tensor", "arange", "eye", "linspace", "logspace", "tril_indices", "triu_indices", "fft_fftfreq", "fft_rfftfreq"}
+)
+_MADE |= {f"{name}_window" for name in ("hann", "hamming", "blackman", "bartlett", "kaiser")}
+_ADJOINT = frozenset({"mH", "adjoint", "matrix_H"})
 _TRANSFORM = "it uses a transform of torch.func inside; write it for a batch of queries"
 
 
@@ -56,7 +64,7 @@ class Pass:
     shapes: dict[str, tuple[int, ...]]
 
 
-class Converter:
+class Converter(Rewriting):
     """Turns one traced pass into nodes.
 
     Args:
@@ -90,22 +98,22 @@ class Converter:
                     raise Untraceable(f"{reason}{written_in(node.stack_trace)}") from None
             elif node.op == "output":
                 output = node.args[0]
-            shape = _shape(node)
+            shape = shape_of(node)
             if shape is not None and isinstance(self.references.get(node), str):
                 self.shapes.setdefault(self.references[node], shape)
         while isinstance(output, (list, tuple)) and len(output) == 1:
             output = output[0]
         if not isinstance(output, fx.Node):
             raise Untraceable("it returns something other than one tensor; name a part of it with output=")
-        return Pass(self.nodes, self._reference(output), self.constants, self.shapes)
+        return Pass(self.nodes, self.reference(output), self.constants, self.shapes)
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
     def _call(self, node: fx.Node) -> Any:
         if node.target is operator.getitem:
             value, index = node.args[0], int(str(node.args[1]))
-            whole = self._reference(value)
-            return whole[index] if isinstance(whole, list) else self._append("getitem", [("self", whole), ("index", index)])
+            whole = self.reference(value)
+            return whole[index] if isinstance(whole, list) else self.append("getitem", [("self", whole), ("index", index)])
         if node.target is torch._C._set_grad_enabled:
             self.detached = not node.args[0]
             return None
@@ -117,22 +125,28 @@ class Converter:
         if not isinstance(target, torch._ops.OpOverload):
             raise Untraceable(f"it calls {getattr(target, '__name__', target)}, which is no tensor operation")
         result = self._operation(target, node)
-        return self._append("detach", [("self", result)]) if self.detached and isinstance(result, str) else result
+        return self.append("detach", [("self", result)]) if self.detached and isinstance(result, str) else result
 
     def _operation(self, target: torch._ops.OpOverload, node: fx.Node) -> Any:
         packet = target.overloadpacket.__name__
+        if packet == "_assert_tensor_metadata":  # what the exporter says of a conversion
+            return None
         if packet.endswith("_") and not packet.endswith("__"):  # in place; the check of the graph finds views that are written to
             packet = packet[:-1]
-        several = packet == "_native_batch_norm_legit_no_training"
-        packet, overload, given = spelled(packet, target._overloadname, self._given(target, node), _shape(node), _shape)
+        several, as_called = packet == "_native_batch_norm_legit_no_training", packet
+        packet, overload, given = spelled(packet, target._overloadname, self._given(target, node), shape_of(node), shape_of)
         if packet in _SAME:
             return self._cast(given, node)
         if packet in _MADE:
             return self._made(packet, given, node)
+        if packet == "stft" and given.get("return_complex") and (made := self.short_transforms(given)) is not None:
+            return made
         if packet == "bilinear":
-            return self._bilinear(given)
-        if packet == "index_put" and (chosen := self._mask_of(given)) is not None:
+            return self.bilinear(given)
+        if packet == "index_put" and (chosen := self.mask_of(given)) is not None:
             packet, overload, given = "where", "self", chosen
+        if overload == "Scalar" and any(type(value) is complex for value in given.values()):
+            overload = "Tensor"  # which takes it as a constant
         name = packet if overload == "default" else f"{packet}.{overload}"
         if name not in TABLE:
             draws = torch.Tag.nondeterministic_seeded in target.tags
@@ -143,7 +157,7 @@ class Converter:
         train = given.get("train", given.get("training")) is True
         if train and operation.form == "identity" and given.get("p") == 0:
             if not self.training:
-                return self._reference(given["input"])
+                return self.reference(given["input"])
             train, given = False, {**given, "train": False}
         if train and not self.training:
             raise Untraceable(f"aten.{name} in training mode")
@@ -151,51 +165,21 @@ class Converter:
             raise Untraceable("an embedding whose gradient depends on how often a row is read")
         arguments = self._canonical(operation, given, node)
         if name.startswith("conv") and name.endswith(".padding"):
-            name, arguments = self._numbered(name, arguments, given)
-        wanted, came = _dtype(node), _dtype(given.get("self"))
+            name, arguments = self.numbered(name, arguments, given)
+        wanted, came = dtype_of(node), dtype_of(given.get("self"))
         if isinstance(given.get("dtype"), torch.dtype) and given["dtype"].is_floating_point:  # which a node does not say
             arguments = [(key, self._converted(value, came, given["dtype"]) if key == "self" else value) for key, value in arguments]
-        made = self._append(name, arguments)
+        alike = name == "slice_scatter" and dtype_of(given["src"]) == dtype_of(node)
+        if alike and given.get("step", 1) == 1 and self.is_nothing(dict(arguments)["self"]):
+            return self.padded(dict(arguments), node)
+        if operation.form == "scatter" and is_complex(node):
+            return self.scattered_pairs(name, dict(arguments), given)
+        made = self.append(name, arguments)
+        if as_called in _ADJOINT and is_complex(node):
+            made = self.append("conj_physical", [("self", made)])
         if name == "expand" and wanted != came and wanted is not None and came is not None:  # what is copied is converted
             made = self._converted(made, came, wanted)
         return [made] if several else made
-
-    def _mask_of(self, given: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Arguments of the ``where`` that an assignment of one number to what a mask picks comes down to; None for any other."""
-        before, (*whole, mask), value = _shape(given["self"]), given["indices"], given["values"]
-        picked = _shape(mask)
-        if any(i is not None for i in whole) or _dtype(mask) is not torch.bool or before is None or picked is None:
-            return None
-        if math.prod(_shape(value) or ()) != 1 or given.get("accumulate"):
-            return None
-        behind = len(before) - len(whole) - len(picked)  # axes that the mask does not have
-        condition = self._reference(mask)
-        if behind:
-            condition = self._append("reshape", [("self", condition), ("shape", (*picked, *(1,) * behind))])
-        return {"condition": condition, "self": value, "other": given["self"]}
-
-    def _bilinear(self, given: Mapping[str, Any]) -> str:
-        """x W y + b of nn.Bilinear, which torch has no batching rule for."""
-        first, weight, second, bias = (self._reference(given.get(key)) for key in ("input1", "weight", "input2", "bias"))
-        made = self._append("einsum", [("equation", "...i,oij,...j->...o"), ("tensors", (first, weight, second))])
-        return made if bias is None else self._append("add.Tensor", [("self", made), ("other", bias)])
-
-    def _numbered(self, name: str, arguments: list[tuple[str, Any]], given: Mapping[str, Any]) -> tuple[str, list[tuple[str, Any]]]:
-        """Convolutions padded by "valid" or "same" as those of numbers; "same" stays where it needs an uneven border."""
-        kernel = _shape(given["weight"])
-        assert kernel is not None
-        sizes = kernel[2:]
-        spacing = given.get("dilation", [1])
-        spacing = list(spacing) * (len(sizes) if len(spacing) == 1 else 1)
-        total = [d * (k - 1) for d, k in zip(spacing, sizes, strict=True)]
-        if given.get("padding", "valid") == "same" and any(t % 2 for t in total):
-            return name, arguments
-        padding = tuple(t // 2 for t in total) if given.get("padding", "valid") == "same" else (0,) * len(sizes)
-        order = list(TABLE[name.removesuffix(".padding")].parameters)
-        values = {**dict(arguments), "padding": padding}
-        if not any(padding):
-            del values["padding"]
-        return name.removesuffix(".padding"), [(key, values[key]) for key in order if key in values]
 
     def _given(self, target: torch._ops.OpOverload, node: fx.Node) -> dict[str, Any]:
         """Arguments by name, as they were given."""
@@ -203,7 +187,7 @@ class Converter:
         return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
 
     def _canonical(self, operation: Operation, given: Mapping[str, Any], node: fx.Node) -> list[tuple[str, Any]]:
-        shape = _shape(node)
+        shape = shape_of(node)
         arguments: list[tuple[str, Any]] = []
         for name, parameter in operation.parameters.items():
             if name not in given:
@@ -222,7 +206,7 @@ class Converter:
             if isinstance(value, tuple) and len(value) == 1 and axes > 1 and name in PER_AXIS:
                 value = value * axes
             if name == "dilation" and operation.form == "convolution":  # along an axis of one tap it means nothing
-                value = tuple(d if k > 1 else 1 for d, k in zip(value, (_shape(given["weight"]) or ())[2:], strict=True))
+                value = tuple(d if k > 1 else 1 for d, k in zip(value, (shape_of(given["weight"]) or ())[2:], strict=True))
             if name == "dtype":
                 value = None if value is None or value.startswith("float") else value
             if name == "stride" and operation.form == "image" and value == self._argument(given.get("kernel_size")):
@@ -236,27 +220,31 @@ class Converter:
         """Axes counted from the end, where a further axis in front does not move them."""
         first = given.get("self", given.get("input", given.get("tensors")))
         first = first[0] if isinstance(first, (list, tuple)) else first
-        rank = len(_shape(first) or ()) + (operation.name in ("unsqueeze", "stack"))
+        rank = len(shape_of(first) or ()) + (operation.name in ("unsqueeze", "stack"))
         if isinstance(value, (list, tuple)):
             return tuple(d - rank if isinstance(d, int) and d >= 0 else d for d in value)
         return value - rank if isinstance(value, int) and value >= 0 else value
 
     def _cast(self, given: Mapping[str, Any], node: fx.Node) -> Any:
         value = given.get("self", given.get("input"))
-        return self._converted(self._reference(value), _dtype(value), _dtype(node))
+        return self._converted(self.reference(value), dtype_of(value), dtype_of(node))
 
     def _converted(self, reference: str, came: torch.dtype | None, made: torch.dtype | None) -> str:
-        """Conversions: between floating types they are nothing, as a population computes in one."""
+        """Conversions: between floating types they are nothing, as a population computes in one; nor are they between complex ones."""
+        if made is not None and made.is_complex:
+            return reference if came is not None and came.is_complex else self.as_complex(self._converted(reference, came, made.to_real()))
+        if made is not None and came is not None and came.is_complex:
+            raise Untraceable("a conversion that leaves out imaginary parts; torch.real says so")
         if made is not None and made.is_floating_point and made.itemsize < 4:
             raise Untraceable(f"a conversion to {made}: a population computes in one type; leave the choice to autocast")
         if made is None or made == came or (made.is_floating_point and came is not None and came.is_floating_point):
             return reference
         if made.is_floating_point:
-            return self._append("type_as", [("self", reference), ("other", QUERY)])
+            return self.append("type_as", [("self", reference), ("other", QUERY)])
         name = str(made).removeprefix("torch.")
         if name not in DTYPES:
             raise Untraceable(f"a conversion to {name}")
-        return self._append("to.dtype", [("self", reference), ("dtype", name)])
+        return self.append("to.dtype", [("self", reference), ("dtype", name)])
 
     def _made(self, packet: str, given: Mapping[str, Any], node: fx.Node) -> str:
         """A tensor made in the forward: of a size that may depend on the number of queries, or a constant."""
@@ -266,17 +254,15 @@ class Converter:
             if value is None:
                 raise Untraceable(f"aten.{packet} of a size that depends on the number of queries")
             return self._constant(value)
-        arguments = [("self", QUERY), ("size", self._argument(_shape(node)))]
+        arguments = [("self", QUERY), ("size", self._argument(shape_of(node)))]
         if name == "new_full":
             arguments.append(("fill_value", self._argument(given["fill_value"])))
-        made = _dtype(node)
+        made = dtype_of(node)
+        if made is not None and made.is_complex:  # in the precision that the queries have
+            return self.filled_with(complex(given.get("fill_value", name == "new_ones")), arguments)
         if made is not None and not made.is_floating_point:
             arguments.append(("dtype", str(made).removeprefix("torch.")))
-        return self._append(name, arguments)
-
-    def _append(self, name: str, arguments: list[tuple[str, Any]]) -> str:
-        self.nodes.append(Node(name, tuple(arguments)))
-        return f"@{len(self.nodes) - 1}"
+        return self.append(name, arguments)
 
     # -- values --------------------------------------------------------------------------------------------------------
 
@@ -284,13 +270,13 @@ class Converter:
         if torch._C._functorch.is_functorch_wrapped_tensor(value):
             raise Untraceable(_TRANSFORM)
         dtype = str(value.dtype).removeprefix("torch.")
-        if not (value.is_floating_point() or dtype in DTYPES):
+        if not (value.is_floating_point() or value.is_complex() or dtype in HELD):
             raise Untraceable(f"it holds a tensor of {dtype} that is no parameter")
         name = self.names.get(id(value)) or f"constant.{len(self.constants)}"
         self.constants[name] = value.detach()
         return f"@c:{name}"
 
-    def _reference(self, value: Any) -> Any:
+    def reference(self, value: Any) -> Any:
         if isinstance(value, fx.Node):
             return self.references[value]
         return self._argument(value)
@@ -308,17 +294,9 @@ class Converter:
             return "@nan" if math.isnan(value) else "@inf" if value > 0 else "@-inf"
         if value is None or type(value) in (bool, int, float, str):
             return value
+        if type(value) is complex:
+            return self._constant(torch.tensor(value, dtype=torch.complex64))
         raise Untraceable(f"an argument of type {type(value).__name__}")
-
-
-def _shape(node: Any) -> tuple[int, ...] | None:
-    value = node.meta.get("val") if isinstance(node, fx.Node) else None
-    return tuple(int(s) for s in value.shape) if isinstance(value, Tensor) else None
-
-
-def _dtype(node: Any) -> torch.dtype | None:
-    value = node.meta.get("val") if isinstance(node, fx.Node) else None
-    return value.dtype if isinstance(value, Tensor) else None
 
 
 def _attribute(module: Any, target: str) -> Tensor:

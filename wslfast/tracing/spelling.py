@@ -23,6 +23,7 @@ _OTHER_NAMES = {
     "special_round": "round", "special_softmax": "softmax", "special_log_softmax": "log_softmax", "special_logsumexp": "logsumexp",
     "special_xlogy": "xlogy", "linalg_matmul": "matmul", "ger": "outer", "moveaxis": "movedim", "unsafe_chunk": "chunk",
     "unsafe_split": "split", "unsafe_split_with_sizes": "split_with_sizes", "split_copy": "split", "squeeze_copy": "squeeze",
+    "conj": "conj_physical", "_conj": "conj_physical",
 }  # fmt: skip
 _OVER_EVERYTHING = {  # of all numbers of a tensor
     ("sum", "default"): ("sum", "dim_IntList"),

@@ -139,6 +139,7 @@ def build_zoo(
             "kept_epochs": list(kept),
             "batch_size": batch_size,
             "seed": seed,
+            **({"data": data_digest(data)} if isinstance(dataset, (Dataset, Signals)) else {}),  # nothing else says what is in it
         }
         if out is not None and exists and resume and not overwrite:
             return finished(out, settings, architecture, plan)

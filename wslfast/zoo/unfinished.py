@@ -21,6 +21,7 @@ from .reading import load_zoo, read_manifest
 from .splits import Split
 
 FILE = "unfinished.safetensors"
+_DATA = "data"
 
 
 class Unfinished:
@@ -55,7 +56,7 @@ class Unfinished:
         except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
             raise WslfastError(f"{self.path} is damaged ({error}); overwrite=True (--overwrite) builds anew") from None
         stored = plain.pop("settings")
-        other = [key for key in self.settings.keys() | stored.keys() if self.settings.get(key) != stored.get(key)]
+        other = _others(self.settings, stored)
         require(
             not other,
             f"{self.path}: it was begun with other settings ({', '.join(sorted(other))}); pass the same, or overwrite=True (--overwrite)",
@@ -81,7 +82,7 @@ def finished(folder: str | Path, settings: Mapping[str, Any], architecture: Arch
     Raises WslfastError if the zoo there is another.
     """
     manifest, wanted = read_manifest(folder), json.loads(json.dumps(settings))
-    other = [key for key in wanted if key != "architecture" and manifest.provenance.get(key) != wanted[key]]
+    other = _others(wanted, {key: value for key, value in manifest.provenance.items() if key in {*wanted, _DATA}}, "architecture")
     if manifest.split.get("seed") != split.seed or manifest.split.get("fractions") != list(split.fractions):
         other.append("split")
     population = load_zoo(folder)
@@ -91,6 +92,13 @@ def finished(folder: str | Path, settings: Mapping[str, Any], architecture: Arch
     require(not other, f"out: {folder}: there is a zoo already, built with other settings ({', '.join(sorted(other))}); {again}")
     Unfinished(folder, settings).remove()
     return population
+
+
+def _others(asked: Mapping[str, Any], stored: Mapping[str, Any], *passed_over: str) -> list[str]:
+    """Names of settings that differ. A digest of the data is compared where both have one: it is there of data that came as tensors."""
+    names = asked.keys() | stored.keys()
+    names -= {*passed_over, *([] if _DATA in asked and _DATA in stored else [_DATA])}
+    return sorted(name for name in names if asked.get(name) != stored.get(name))
 
 
 def _digest(tensors: Mapping[str, Tensor], plain: str) -> str:

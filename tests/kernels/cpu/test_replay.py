@@ -13,6 +13,7 @@ import pytest
 import torch
 from field_images import IMAGES
 from field_sequences import SEQUENCES
+from field_spectra import SPECTRA
 from field_vectors import VECTORS
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -420,7 +421,7 @@ def test_inference_mode_before_and_after():
 
 
 PLAIN = replay._small_and_plain
-NETWORKS = {**IMAGES, **VECTORS, **SEQUENCES}
+NETWORKS = {**IMAGES, **VECTORS, **SEQUENCES, **SPECTRA}
 RUN = {"every_activation"}  # torch's RReLU makes noise in evaluation mode, too
 
 

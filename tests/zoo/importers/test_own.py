@@ -236,6 +236,35 @@ def test_an_epoch_of_a_model_comes_in_once(tmp_path: Path, nets: list[nn.Module]
     assert "a.pt is read" in (tmp_path / "zoo" / "skipped.json").read_text()
 
 
+def test_an_epoch_counts_once_it_is_read(tmp_path: Path, nets: list[nn.Module]) -> None:
+    """Of two files of one epoch the first was no such network, or had numbers that are none: the second is read."""
+    (tmp_path / "models").mkdir()
+    broken = {name: value * float("nan") for name, value in nets[0].state_dict().items()}
+    for name, state in {"a": {"moments": torch.ones(3)}, "b": broken, "c": nets[0].state_dict(), "d": nets[1].state_dict()}.items():
+        torch.save(state, tmp_path / "models" / f"{name}.pt")
+    (tmp_path / "t.csv").write_text("file,model,epoch\na.pt,7,1\nb.pt,7,1\nc.pt,7,1\nd.pt,7,1\n")
+    settings: dict[str, Any] = {"network": f"{tmp_path}/net.py:Net", "input_shape": SHAPE, "table": tmp_path / "t.csv"}
+    done = import_zoo(tmp_path / "models", tmp_path / "zoo", **settings)
+    assert done.rows == 1
+    assert done.skipped == {"another architecture": 1, "not finite": 1, "epoch twice": 1}
+    assert load_zoo(tmp_path / "zoo").properties["name"] == ("c",)
+
+
+def test_models_are_numbered_within_their_network(tmp_path: Path, nets: list[nn.Module]) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "two.py").write_text("from torch import nn\n\ndef Flat(): return nn.Sequential(nn.Flatten(), nn.Linear(36, 3))\n")
+    flat = nn.Linear(torch.Size(SHAPE).numel(), 3)
+    lines = ["file,model,epoch,network"]
+    for i, net in enumerate(nets[:2]):
+        torch.save(net.state_dict(), tmp_path / "models" / f"n{i}.pt")
+        torch.save({f"1.{name}": value + i for name, value in flat.state_dict().items()}, tmp_path / "models" / f"f{i}.pt")
+        lines += [f"n{i}.pt,{i},1,Net", f"f{i}.pt,{i},1,Flat"]
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    names = [f"{tmp_path}/net.py:Net", f"{tmp_path}/two.py:Flat"]
+    done = import_zoo(tmp_path / "models", tmp_path / "zoo", network=names, input_shape=SHAPE, table=tmp_path / "t.csv")
+    assert (done.rows, done.models, done.skipped) == (4, 4, {})
+
+
 def test_a_name_that_is_no_text_is_escaped_and_a_pipe_is_left_alone(tmp_path: Path, nets: list[nn.Module]) -> None:
     folder = tmp_path / "models"
     folder.mkdir()

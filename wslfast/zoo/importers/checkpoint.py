@@ -34,7 +34,7 @@ class Checkpoint:
     """A checkpoint: where it is, which model's and of which epoch, what is known about it, and how to read its weights.
 
     ``unknown`` says why nothing tells which results are its own, ``untold`` which table has no row for it; ``architecture`` what it is of,
-    where the source itself says so.
+    where the source itself says so; ``once`` that the source states model and epoch, so that there is one such checkpoint.
     """
 
     where: str
@@ -47,6 +47,7 @@ class Checkpoint:
     unknown: str = ""
     architecture: Architecture | None = None
     untold: str = ""
+    once: bool = False
 
 
 @dataclass

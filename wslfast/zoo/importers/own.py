@@ -132,7 +132,6 @@ def checkpoints(
     models: dict[Any, int] = {}
     used: set[str] = set()
     named: set[tuple[str, int | None]] = set()
-    read: dict[tuple[int, int], str] = {}  # the file of each epoch of a model that is stated
     for file in files:
         where = file.name if source.is_file() else str(file.relative_to(source))
         row = table.of(file, source)
@@ -151,8 +150,9 @@ def checkpoints(
             continue
         beside = {name: value for name, value in loaded.beside.items() if name not in facts and name not in ("model", "split", "name")}
         facts = {**beside, **facts}
-        stated = facts.get("model")
-        model = models.setdefault(key if stated is None else stated, len(models))
+        stated, (state, chosen, reason) = facts.get("model"), _of(loaded.state, networks, facts)
+        # models may be numbered anew for each network
+        model = models.setdefault(key if stated is None else (chosen, stated), len(models))
         seen.add(model)
         epoch = facts.get("epoch", named_epoch)
         if named_epoch is not None and "epoch" not in facts:
@@ -164,9 +164,6 @@ def checkpoints(
             continue
         if epochs is not None and (epoch or 0) not in epochs:
             continue
-        if stated is not None and epoch is not None and (earlier := read.setdefault((model, epoch), where)) != where:
-            skips.add(where, "epoch twice", f"{earlier} is read")
-            continue
         split = facts.get("split") if facts.get("split") in SPLITS else None  # an index may hold anything
         properties = {"name": name_of(file), **{k: plain(v, k) for k, v in facts.items() if k not in _RESERVED}}
         if len(networks) > 1 and properties.pop("network", None) == properties.get(KIND):
@@ -175,15 +172,22 @@ def checkpoints(
             properties["model_name"] = stated
         if not source.is_file() and file.parent != source:
             properties.setdefault("folder", file.parent.relative_to(source).as_posix())
-        state, chosen = loaded.state, None
-        if networks:
-            try:
-                state, chosen = _chosen(state, networks, facts.get("network"))
-            except WslfastError as error:
-                skips.add(where, "another architecture", str(error))
-                continue
-        yield Checkpoint(where, model, epoch or 0, properties, {}, held(state), split, untold=untold, architecture=chosen)
+        if reason:
+            skips.add(where, "another architecture", reason)
+            continue
+        once = stated is not None and epoch is not None
+        yield Checkpoint(where, model, epoch or 0, properties, {}, held(state), split, untold=untold, architecture=chosen, once=once)
     table.unused(used, source, skips)
+
+
+def _of(state: State, networks: Sequence[tuple[str, Architecture]], facts: Mapping[str, Any]) -> tuple[State, Architecture | None, str]:
+    """A file's entries, the network that they are of where some were named, and why it is none of these."""
+    if not networks:
+        return state, None, ""
+    try:
+        return *_chosen(state, networks, facts.get("network")), ""
+    except WslfastError as error:
+        return state, None, str(error)
 
 
 def _of_epoch(where: str) -> tuple[str, int | None]:

@@ -54,10 +54,14 @@ class Rows:
         self._begin()
         waiting: list[Tensor] = []
         labels: dict[int, int] = {}
+        once: dict[tuple[int, int], str] = {}  # the file of each epoch of a model, where both are stated
         size = 0
         for checkpoint in self._read(self.skips, self.seen):
             made = self._row(checkpoint)
             if made is None:
+                continue
+            if checkpoint.once and (earlier := once.setdefault((checkpoint.model, checkpoint.epoch), checkpoint.where)) != checkpoint.where:
+                self.skips.add(checkpoint.where, "epoch twice", f"{earlier} is read")
                 continue
             architecture, row = made
             # the same numbers under another activation are another network
