@@ -41,8 +41,11 @@ _elu = _aten.elu.default
 _elu_backward = _aten.elu_backward.grad_input
 _softplus = _aten.softplus.default
 _softplus_backward = _aten.softplus_backward.grad_input
-_WHOLE = 64  # numbers: two vectors at a time, of any processor
-_RUN, _FEW = 32, 64  # numbers of a run that fills vectors; numbers of a model for which the copy pays
+WHOLE = 128  # bytes that torch's loops take at once, with AVX-512: two vectors; what is left over goes by another formula
+BY_TWO_FORMULAS = frozenset(  # operations of which torch computes whole vectors by another formula than the numbers left over
+    {"sigmoid", "glu", "silu", "gelu", "mish", "softplus", "elu", "selu", "celu", "exp2", "sinh", "cosh", "atanh", "atan2", "logaddexp"}
+    | {"pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar"}
+)
 _LARGE = 20.0  # beyond it softplus is x and 2 tanh(x) is 2, to float32
 
 _C = math.sqrt(2 / math.pi)
@@ -71,30 +74,30 @@ def function_of(record: Activation) -> Function | None:
 
 def _whole(x: Tensor) -> bool:
     """Whether torch computes all of x by one formula: whole vectors, side by side in memory, in one thread."""
-    dense = x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
-    return dense and x.numel() % _WHOLE == 0 and x.device.type == "cpu" and jobs.threads_inside() == 1
+    side_by_side = x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
+    return side_by_side and x.nbytes % WHOLE == 0 and x.device.type == "cpu" and jobs.threads_inside() == 1
 
 
-def in_long_runs(x: Tensor, models: int) -> Tensor:
-    """x, or a dense copy of it where its numbers lie in memory in runs too short for vectors: the quarter of the channels that an LSTM's
-    gate takes, say. torch computes a function of those number by number, or calls a vector function for each run: three to ten times the
-    time, of which the copy takes one. Vectors give other digits than single numbers, so it is a matter of one model's numbers alone."""
-    if x.is_contiguous() or x.numel() < _FEW * models or x.device.type != "cpu":
+def dense(x: Tensor) -> Tensor:
+    """x, or a copy of it where its numbers do not fill the memory between its first and its last one: a gate's part of the channels, a cut
+    of an image. Of such torch computes runs of neighbors, by vectors and what is left over by another formula; where models lie between
+    each other, how long a run is depends on how many there are, and a model's bits would. (Numbers in short runs take three to ten times as
+    long, besides: a vector function is called for each run.)"""
+    if x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)) or x.device.type != "cpu":
         return x
-    run = span = 1
-    for stride, size, axis in sorted(zip(x.stride(), x.shape, range(x.ndim), strict=True)):
-        if stride == span:
+    span = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1:
+            if stride != span:
+                return x.clone()
             span *= size
-            run *= size if axis else 1  # of models, how many there are is no matter
-        elif size > 1 and stride > 0:
-            break
-    return x.clone() if run < _RUN and span < x.numel() else x
+    return x
 
 
-def in_order_of(g: Tensor, x: Tensor, models: int) -> Tensor:
+def in_order_of(g: Tensor, x: Tensor) -> Tensor:
     """g, or a copy of it whose numbers lie in memory in the order of those of ``x``: torch computes a function of two orders number by
-    number."""
-    if g.stride() == x.stride() or g.shape != x.shape or g.numel() < _FEW * models or g.device.type != "cpu":
+    number, by another formula than that of vectors."""
+    if g.stride() == x.stride() or g.shape != x.shape or g.device.type != "cpu":
         return g
     return torch.empty_like(x, dtype=g.dtype).copy_(g)
 

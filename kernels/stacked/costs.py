@@ -10,6 +10,7 @@ import math
 from functools import lru_cache
 from typing import Any
 
+from ..cpu.activations import BY_TWO_FORMULAS, WHOLE
 from ..cpu.products import LANES, vector
 from ..graph import Graph
 from ..operations import TABLE
@@ -19,11 +20,6 @@ _VIEWS = frozenset({"axes", "getitem", "identity"})  # forms that read a tensor'
 _MOVED = frozenset({"permute"})  # operations of other forms that do
 _MODELS = 256  # of a group: more leave the caches, fewer spend their time on calls
 _PAIRS = 16_384  # of models and queries in a group and slab, for the same reasons
-_WHOLE = 128  # bytes that torch's loops take at once, with AVX-512; what is left over goes by another formula, in these operations:
-_BY_TWO_FORMULAS = frozenset(
-    {"sigmoid", "glu", "silu", "gelu", "mish", "softplus", "elu", "selu", "celu", "exp2", "sinh", "cosh", "atanh", "atan2", "logaddexp"}
-    | {"pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar"}
-)
 _CONVOLVED = 8  # models of a group whose time goes into convolutions (cpu/engine.py has the reasons)
 _CONVOLVED_SHORT = 2  # with vectors of eight numbers: oneDNN's 3 x 3 convolutions of eight channels take 1.4 to 1.5 times as long in groups
 # of eight, where a pixel of one model is half a line of the cache
@@ -106,10 +102,10 @@ def whole_models(graph: Graph, queries: tuple[int, ...], itemsize: int) -> int:
         if form in ("recurrent", "cell"):  # sigmoids of a step's gates
             last = two[reference][-1] if isinstance(two[reference], list) else two[reference]
             counts.update(q * last[-1] for q in queries)
-        elif node.operation in _BY_TWO_FORMULAS:
+        elif node.operation in BY_TWO_FORMULAS:
             alike = two[reference] == three[reference]  # of weights alone
             counts.update(_size(value_shapes(graph, 2 if alike else q)[reference]) for q in queries)
-    at_once = _WHOLE // itemsize
+    at_once = WHOLE // itemsize
     return max((at_once // math.gcd(at_once, count) for count in counts), default=1)
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..cpu.activations import in_long_runs, in_order_of, tanh
+from ..cpu.activations import dense, in_order_of, tanh
 from ..cpu.products import weight_gradient
 from .calls import Call, Layout, Values
 from .layouts import added_as_they_lie, behind, channels_first, models_first, over_pixels, ranked
@@ -81,6 +81,7 @@ class Linear:
         """``into``: memory ``[M, out, in]`` for the weight's gradient, with any step between models."""
         rows, weight, features, shape = saved
         g = g if g.ndim == 3 else g.reshape(models, -1, g.shape[-1])
+        g = g.contiguous()  # models that lie between each other would be added up in an order that depends on how many
         made: Gradients = {}
         if "weight" in self.wanted:
             slope = weight_gradient(g, rows, into if rows.shape[2] == features else None)
@@ -112,12 +113,12 @@ class Function:
         self._run = entry.in_place if owned and entry.in_place is not None else entry.forward
 
     def forward(self, a: Values, models: int) -> tuple[Tensor, Any]:
-        x = a[self._name] if self._light else in_long_runs(a[self._name], models)
+        x = a[self._name] if self._light else dense(a[self._name])
         y = self._run(x, self._known)
         return y, y if self._entry.of_value else x
 
     def backward(self, g: Tensor, saved: Any, models: int) -> Gradients:
-        return {self._name: self._entry.backward(in_order_of(g, saved, models), saved, self._known)}
+        return {self._name: self._entry.backward(in_order_of(g, saved), saved, self._known)}
 
 
 class Entry(NamedTuple):
@@ -202,7 +203,10 @@ FUNCTIONS: dict[str, Entry] = {
     "clamp": Entry(lambda x, a: x.clamp(a["min"], a["max"]), _clamp_gradient),
     "clamp_min": Entry(lambda x, a: x.clamp_min(a["min"]), _clamp_gradient),
     "clamp_max": Entry(lambda x, a: x.clamp_max(a["max"]), _clamp_gradient),
-    "glu": Entry(lambda x, a: _aten.glu(x, a["dim"]), lambda g, x, a: _aten.glu_backward(g, x, a["dim"])),
+    "glu": Entry(
+        lambda x, a: _aten.glu(x.contiguous(), a["dim"]),
+        lambda g, x, a: _aten.glu_backward(g.contiguous(), x.contiguous(), a["dim"]),
+    ),
     "softmax.int": Entry(
         lambda x, a: x.softmax(a["dim"]), lambda g, y, a: _aten._softmax_backward_data(g, y, a["dim"], y.dtype), True
     ),

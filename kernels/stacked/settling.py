@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..cpu.activations import BY_TWO_FORMULAS
 from ..graph import QUERY, Graph, Node, references
 from ..operations import TABLE, Operation
 from ..reference import complex_values, discrete_values, value_shapes
@@ -85,6 +86,8 @@ class Settling:
             there = self._meets_convolution(name)
             alike = all(self.rank[r] == max(ranks) and (self.layout[r] is Layout.CHANNELS or there or self._a_number(r)) for r in stacked)
             alike = alike and len({self.shapes[r][1] for r in stacked}) == 1  # one channel would meet other models' many
+            # what is left over of vectors goes by another formula: a number a channel makes vectors of many models' channels
+            alike = alike and (operation.name not in BY_TWO_FORMULAS or len({self.shapes[r] for r in stacked}) == 1)
             scalars = all(self.rank[r] == 0 for r in read if r not in stacked)
             return alike and scalars and not any(r.startswith("@w:") for r in node.references())
         return False

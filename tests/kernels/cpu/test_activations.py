@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from wslfast.kernels.cpu import activations, jobs
-from wslfast.kernels.cpu.activations import TABLE, _whole, function_of, in_long_runs, in_order_of, tanh
+from wslfast.kernels.cpu.activations import TABLE, _whole, dense, function_of, in_order_of, tanh
 from wslfast.kernels.layers import ACTIVATIONS, Activation
 
 RECORDS = [Activation("a", name) for name in ACTIVATIONS if name != "identity"]
@@ -131,31 +131,32 @@ def test_tanh_at_the_ends() -> None:
 @pytest.mark.parametrize(
     ("x", "copied"),
     [
-        (torch.randn(3, 64)[:, 16:32], False),  # too few numbers
-        (torch.randn(400, 64)[:, 16:32], True),
-        (torch.randn(400, 256)[:, 64:128], False),  # runs that fill vectors
-        (torch.randn(400, 64).t(), False),  # dense, in another order
+        (torch.randn(3, 64)[:, 16:32], True),
+        (torch.randn(400, 256)[:, 64:128], True),
+        (torch.randn(400, 64)[16:32], False),
+        (torch.randn(400, 64).t(), False),  # in another order
+        (torch.randn(4, 1, 6, 3).transpose(0, 2), False),
+        (torch.randn(6, 32, 9, 9).to(memory_format=torch.channels_last), False),
         (torch.randn(6, 32, 9, 9).to(memory_format=torch.channels_last)[:, 8:16], True),
         (torch.randn(64, 64, 4)[..., 0], True),
         (torch.randn(1, 3000, 8)[..., :4], True),
-        (torch.randn(64, 1, 64).expand(64, 32, 64), False),
+        (torch.randn(64, 1, 64).expand(64, 32, 64), True),
     ],
-    ids=["few", "quarter", "long", "turned", "channels", "every fourth", "one", "broadcast"],
+    ids=["quarter", "long runs", "rows", "turned", "turned, with one", "channels-last", "channels", "every fourth", "one", "broadcast"],
 )
-def test_short_runs_are_laid_side_by_side(x: Tensor, copied: bool) -> None:
-    made = in_long_runs(x, 1)
+def test_numbers_lie_side_by_side(x: Tensor, copied: bool) -> None:
+    made = dense(x)
     assert torch.equal(made, x)
     assert (made is not x) == copied
-    assert in_long_runs(x, x.numel()) is x, "of many models, each has too few"
-    order = sorted(range(x.ndim), key=lambda d: -x.stride(d))
-    assert not copied or made.permute(order).is_contiguous() or 1 in x.shape, "of a copy, the axes in the order that they had"
+    span = 1 + sum((size - 1) * stride for size, stride in zip(made.shape, made.stride(), strict=True))
+    assert span == made.numel()
 
 
 def test_gradients_take_the_order_of_what_they_meet() -> None:
     x = torch.randn(16, 8, 9, 9).to(memory_format=torch.channels_last)
     g = torch.randn(16, 8, 9, 9)
-    assert torch.equal(in_order_of(g, x, 1), g)
-    assert in_order_of(g, x, 1).stride() == x.stride()
-    assert in_order_of(g, g.clone(), 1) is g
-    assert in_order_of(g[:1, :1], x[:1, :1], 1).shape == (1, 1, 9, 9)
-    assert in_order_of(g[0], x, 1) is not x, "of another shape: left to torch, which broadcasts"
+    assert torch.equal(in_order_of(g, x), g)
+    assert in_order_of(g, x).stride() == x.stride()
+    assert in_order_of(g, g.clone()) is g
+    assert in_order_of(g[:1, :1], x[:1, :1]).shape == (1, 1, 9, 9)
+    assert in_order_of(g[0], x) is not x, "of another shape: left to torch, which broadcasts"

@@ -123,4 +123,109 @@ def test_groups_of_whole_vectors() -> None:
     assert found[narrow] == [32, 2, 1]
     assert found[gate] == [32, 32, 32]
     assert costs.whole_models(narrow, (16,), 2) == 4
-    assert set(TABLE) >= costs._BY_TWO_FORMULAS
+    assert set(TABLE) >= costs.BY_TWO_FORMULAS
+
+
+class Of(nn.Module):
+    """A function as a module, with a layer of its own where it needs one."""
+
+    def __init__(self, run: Callable[..., Tensor], *layers: nn.Module) -> None:
+        super().__init__()
+        self.run, self.layers = run, nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x, *self.layers)
+
+
+def _second_half(function: Callable[[Tensor], Tensor]) -> nn.Module:
+    return Of(lambda x: function(x.transpose(1, 2).chunk(2, 1)[1]))
+
+
+def _gated(run: Callable[[Tensor, Tensor], Tensor], make: Callable[[Tensor], Tensor], layer: nn.Module) -> nn.Module:
+    return Of(lambda x, own: run(x, own(make(x)).reshape(*x.shape[:2], *(1,) * (x.ndim - 2))), layer)
+
+
+def _length(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True)
+
+
+# networks whose numbers lie in runs that models share: a function of a run has another formula for what is left over of vectors
+BETWEEN_MODELS: dict[str, tuple[Callable[[], nn.Sequential], tuple[int, ...], int]] = {
+    "a cut signal": (lambda: nn.Sequential(nn.Conv1d(8, 2, 1), Of(lambda x: F.softplus(x[..., 1:])), nn.Flatten(), nn.Linear(2, 3)), (8, 2), 100),
+    "a cut image": (lambda: nn.Sequential(nn.Conv2d(8, 2, 1), Of(lambda x: F.mish(x[..., 1:])), nn.Flatten(), nn.Linear(2, 3)), (8, 1, 2), 33),
+    "half of a norm": (
+        lambda: nn.Sequential(nn.Linear(20, 16, bias=False), nn.BatchNorm1d(1), _second_half(torch.sigmoid), nn.Flatten(), nn.Linear(8, 3)),
+        (1, 20),
+        100,
+    ),
+    "half of three": (
+        lambda: nn.Sequential(nn.Linear(20, 16, bias=False), nn.BatchNorm1d(3), _second_half(F.gelu), nn.Flatten(), nn.Linear(24, 3)),
+        (3, 20),
+        33,
+    ),
+    "a gate of volumes": (
+        lambda: nn.Sequential(
+            nn.Conv3d(2, 4, 1), _gated(torch.maximum, lambda x: x.mean((2, 3, 4)), nn.Linear(4, 4)), nn.Flatten(), nn.Linear(96, 3)
+        ),
+        (2, 3, 4, 2),
+        33,
+    ),
+    "a bound": (
+        lambda: nn.Sequential(
+            nn.Conv2d(24, 2, 1), _gated(lambda x, g: torch.minimum(x, g.sigmoid()), _length, nn.Conv2d(2, 2, 1)), nn.Flatten()
+        ),
+        (24, 2, 2),
+        33,
+    ),
+    "powers": (
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 2, 1),
+            _gated(lambda x, g: (x.abs() + 0.1) ** (g.sigmoid() + 1), lambda x: x.mean((2, 3), keepdim=True), nn.Conv2d(2, 2, 1)),
+            nn.Conv2d(2, 3, 1),
+            nn.Flatten(),
+            nn.Linear(216, 3),
+        ),
+        (3, 9, 8),
+        2,
+    ),
+    "a GLU along a line": (lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.GLU(-1), nn.Flatten(), nn.Linear(40, 3)), (3, 5, 4), 7),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
+@pytest.mark.parametrize("name", BETWEEN_MODELS)
+def test_of_numbers_that_lie_between_those_of_other_models(name: str, own: bool, seed: int) -> None:
+    make, shape, n = BETWEEN_MODELS[name]
+    torch.manual_seed(seed)
+    architecture, many = Architecture.from_module(make().eval(), shape), 17
+    graph = architecture.graph
+    assert graph is not None
+    weights = torch.randn(many, architecture.num_weights) * 0.6
+    for slot in architecture.parameters:
+        if "running_var" in slot.name:
+            weights[:, slot.offset : slot.stop].abs_()
+    queries = torch.randn(*((many,) if own else ()), n, *shape)
+    targets = torch.randn(many, n, *architecture.output_shape)
+
+    def step(count: int) -> tuple[Tensor, ...]:
+        x = queries[:count] if own else queries
+        losses, gradient = engine.loss_and_gradient(weights[:count], x, targets[:count], graph, "mse")
+        return losses, gradient, engine.forward(weights[:count], x, graph)
+
+    whole = step(many)
+    for count in (1, 2, 3, 4, 5, 9, 16):
+        assert all(torch.equal(a, b[:count]) for a, b in zip(step(count), whole, strict=True)), count
+
+
+def test_a_model_is_where_it_is() -> None:
+    """Behind a gate, or a length: the loss of a model against its own outputs is zero, and so is its gradient."""
+    pixels = nn.Sequential(nn.Conv2d(6, 8, 1), Of(lambda x: F.normalize(x, dim=1)), nn.Flatten())
+    gates = nn.Sequential(nn.Linear(6, 64), Of(lambda x: torch.cat([part.sigmoid() for part in x.chunk(4, -1)], -1)), nn.Linear(64, 2))
+    for net, shape in ((pixels, (6, 4, 4)), (gates, (6,))):
+        graph = Architecture.from_module(net, shape).graph
+        assert graph is not None
+        weights, queries = torch.randn(5, graph.parameters), torch.randn(33, *shape)
+        losses, gradient = engine.loss_and_gradient(weights, queries, engine.forward(weights, queries, graph), graph, "mse")
+        assert losses.abs().max() == 0
+        assert gradient.abs().max() == 0
