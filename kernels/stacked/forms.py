@@ -134,6 +134,8 @@ def scatter(call: Call, a: Values, models: int) -> Tensor:
 
 def image(call: Call, a: Values, models: int) -> Any:
     """Models folded into the axis of queries, where there is one; in the layout of channels, nothing to do."""
+    if call.operation.name == "avg_pool3d" and call.aligned and (size := neighbors(a)):
+        return over_neighbors(a["self"], size)
     if call.layout is Layout.CHANNELS:
         if call.operation.name == "adaptive_avg_pool2d" and call.aligned and one_pixel(a["output_size"]):
             return _reduced(call, a, (-2, -1), True)
@@ -148,6 +150,23 @@ def image(call: Call, a: Values, models: int) -> Any:
     made = call.operation.invoke(a)
     unfolded = [t.unflatten(0, (models, n)) for t in (made if isinstance(made, (tuple, list)) else (made,))]
     return unfolded if isinstance(made, (tuple, list)) else unfolded[0]
+
+
+def neighbors(a: Values) -> int:
+    """How many values along the first of three axes an average pooling takes the mean of, at every place; 0 if it is another. So a local
+    response norm adds up neighboring channels."""
+    (size, *others), stride, padding = a["kernel_size"], a["stride"], a["padding"]
+    plain = others == [1, 1] and set(stride or [0]) == {1} and not any(padding) and a["divisor_override"] is None
+    return size if plain else 0
+
+
+def over_neighbors(x: Tensor, size: int) -> Tensor:
+    """Means of ``size`` values along the third axis from the end: torch's pooling of three axes takes each number by itself."""
+    count = x.shape[-3] - size + 1
+    made = x.narrow(-3, 0, count)
+    for i in range(1, size):
+        made = made + x.narrow(-3, i, count)
+    return made / size
 
 
 def one_pixel(size: Any) -> bool:

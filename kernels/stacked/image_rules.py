@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .calls import Call, Layout, Values
-from .forms import by_form, joined_channels, one_pixel, spread
+from .forms import by_form, joined_channels, neighbors, one_pixel, spread
 from .layouts import in_rows, over_pixels
 from .rules import Gradients, Maker, Rule, Shaped, Within
 
@@ -252,6 +252,19 @@ def _average(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> 
     return Shaped("self", by_form(call), lambda g, shape: (g / math.prod(shape[2:])).expand(shape))
 
 
+def _neighbors(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> Rule | None:
+    """Means over neighbors along one axis."""
+    size = neighbors(known)
+
+    def backward(g: Tensor, shape: torch.Size) -> Tensor:
+        share, made = g / size, g.new_zeros(shape)
+        for i in range(size):
+            made.narrow(-3, i, g.shape[-3]).add_(share)
+        return made
+
+    return Shaped("self", by_form(call), backward) if size and call.aligned else None
+
+
 def _nearest(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> Rule | None:
     """Images enlarged by their nearest pixels; whole times, the gradient is a sum over tiles, which an average pooling adds up."""
     whole = known.get("output_size") is not None or all(float(f).is_integer() for f in known["scale_factors"])
@@ -275,6 +288,7 @@ MAKERS: dict[str, Maker] = {
     "select.int": _select,
     "slice.Tensor": _slice,
     "constant_pad_nd": _pad,
+    "avg_pool3d": _neighbors,
     "adaptive_avg_pool1d": _average,
     "adaptive_avg_pool2d": _average,
 }
