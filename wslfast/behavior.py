@@ -170,7 +170,7 @@ def _check_call(architecture: Architecture, backend: str) -> None:
 def _rows(value: Any, architecture: Architecture, argument: str) -> Tensor:
     """Any accepted form of weights as ``[k, P]`` in a dtype the engine computes in (float32, or float64 as it came)."""
     p = architecture.num_weights
-    if isinstance(value, Tensor):  # the usual case first: a training step pays for every check
+    if isinstance(value, Tensor) and not value.is_nested:  # the usual case first: a training step pays for every check
         if value.ndim == 2 and value.dtype in _COMPUTED and value.shape[1] == p and value.shape[0] > 0:
             return _dense(value, argument)
     elif isinstance(value, Population):
@@ -187,7 +187,7 @@ def _rows(value: Any, architecture: Architecture, argument: str) -> Tensor:
     try:
         if isinstance(value, Mapping):
             value = stack(value, architecture)
-        require(isinstance(value, Tensor), lambda: f"expected {forms}, got {describe(value)}")
+        require(isinstance(value, Tensor) and not value.is_nested, lambda: f"expected {forms}, got {describe(value)}")
         require(value.is_floating_point(), lambda: f"expected floating {forms}, got {describe(value)}")
         if value.ndim == 3:
             t, d = value.shape[1:]  # compared before a layout of that size is made
@@ -234,7 +234,7 @@ def _queries(queries: Any, architecture: Architecture, rows: Tensor) -> Tensor:
     integers = getattr(queries, "dtype", None) in _INDICES and (
         handed_integers(architecture.module) if graph is None else reads_integers(graph)
     )
-    require(isinstance(queries, Tensor) and (queries.is_floating_point() or integers), expected)
+    require(isinstance(queries, Tensor) and not queries.is_nested and (queries.is_floating_point() or integers), expected)
     own_queries = queries.ndim == len(shape) + 2
     fits = tuple(queries.shape[1 + own_queries :]) == shape and queries.ndim in (len(shape) + 1, len(shape) + 2)
     require(fits and queries.shape[int(own_queries)] > 0 and (not own_queries or queries.shape[0] == rows.shape[0]), expected)
@@ -249,7 +249,7 @@ def _classes_last(targets: Any, original: Any, architecture: Architecture, axis:
     rank = len(architecture.output_shape)
     fits = type(axis) is int and -rank <= axis < rank
     require(fits, lambda: f"class_axis: expected an axis of one answer {list(architecture.output_shape)}, got {axis!r}")
-    if isinstance(targets, Tensor) and targets.ndim == rank + 2:
+    if isinstance(targets, Tensor) and not targets.is_nested and targets.ndim == rank + 2:
         targets = targets.movedim(axis - rank if axis >= 0 else axis, -1)
     return targets, _rows(original, architecture, "original") if isinstance(original, Population) else original
 
@@ -279,7 +279,7 @@ def _targets(
             return operators.forward(originals, queries.detach(), architecture, backend).to(rows.dtype)
     shape = (k, n, *architecture.output_shape)
     require(
-        isinstance(targets, Tensor) and targets.is_floating_point() and tuple(targets.shape) == shape,
+        isinstance(targets, Tensor) and not targets.is_nested and targets.is_floating_point() and tuple(targets.shape) == shape,
         lambda: f"targets: expected floating {list(shape)} (models, queries, classes), got {describe(targets)}",
     )
     require(targets.device == rows.device, lambda: f"targets: expected device {rows.device}, got {targets.device}")

@@ -40,6 +40,8 @@ def say_once(message: str, level: int = logging.WARNING) -> None:
 
 def describe(value: Any) -> str:
     """What came, in a few words: a tensor's shape, dtype and device, else the type."""
+    if isinstance(value, torch.Tensor) and value.is_nested:
+        return "a nested tensor"
     if isinstance(value, torch.Tensor):
         return f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')} on {value.device}"
     return type(value).__name__ if not isinstance(value, (str, int, float, bool, type(None))) else repr(value)

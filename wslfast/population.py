@@ -41,8 +41,9 @@ class Population:
         arch = self.architecture
         require(isinstance(arch, Architecture), f"architecture: expected an Architecture, got {describe(arch)}")
         weights = self.weights
+        plain = isinstance(weights, Tensor) and not weights.is_nested
         require(
-            isinstance(weights, Tensor) and weights.ndim == 2 and weights.shape[1] == arch.num_weights and weights.is_floating_point(),
+            plain and weights.ndim == 2 and weights.shape[1] == arch.num_weights and weights.is_floating_point(),
             f"weights: expected floating [k, {arch.num_weights}] for architecture {arch.name!r}, got {describe(weights)}",
         )
         object.__setattr__(self, "weights", weights.detach().to(torch.float32, copy=True))  # nobody else can write into it

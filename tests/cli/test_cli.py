@@ -15,7 +15,7 @@ import torch
 
 import wslfast
 from wslfast import load_zoo
-from wslfast.cli import evaluation, main
+from wslfast.cli import _once, evaluation, main
 from wslfast.measure.results import read_results
 
 Shell = Callable[..., str]
@@ -356,3 +356,19 @@ def test_the_demo_writes_its_page_and_figures(tmp_path: Path, shell: Shell) -> N
     assert (out / "report.html").read_text() == page
     (out / "report.html").unlink()
     assert "was built with models = 24" in shell(*small[:4], 12, *small[5:], code=2)
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        ("zoo import m z --network A --network B", "zoo import m z --network A B"),
+        (
+            "zoo import m z --network=A --table t --network B C --epochs 1 --epochs 2",
+            "zoo import m z --network A B C --table t --epochs 1 2",
+        ),
+        ("zoo import m z --network A B --json", "zoo import m z --network A B --json"),
+        ("train --epochs 3 --epochs 5", "train --epochs 3 --epochs 5"),  # of a single value the last counts, as in any shell
+    ],
+)
+def test_a_flag_that_is_there_twice_keeps_all_its_values(given: str, read: str) -> None:
+    assert _once(given.split()) == read.split()

@@ -53,6 +53,10 @@ def loss(*arguments: Any, **options: Any) -> Any:
     return batched_behavioral_loss(*arguments, **options)
 
 
+def _nested() -> torch.Tensor:
+    return torch.nested.nested_tensor([torch.zeros(3), torch.zeros(4)])
+
+
 CASES: dict[str, Callable[[], Any]] = {
     # batched_forward
     "forward: no weights": lambda: batched_forward(None, X, ARCH),
@@ -77,6 +81,10 @@ CASES: dict[str, Callable[[], Any]] = {
     "forward: three channels": lambda: batched_forward(W, torch.zeros(N, 3, 8, 8), ARCH),
     "forward: one image": lambda: batched_forward(W, X[0], ARCH),
     "forward: flat images": lambda: batched_forward(W, X.flatten(1), ARCH),
+    "forward: nested weights": lambda: batched_forward(_nested(), X, ARCH),
+    "forward: nested queries": lambda: batched_forward(W, _nested(), ARCH),
+    "loss: nested targets": lambda: batched_behavioral_loss(W, None, X, ARCH, targets=_nested()),
+    "population: nested weights": lambda: Population(ARCH, _nested()),
     "forward: queries on another device": lambda: batched_forward(W, X.to("meta"), ARCH),
     "forward: no architecture": lambda: batched_forward(W, X, "cnn"),
     "forward: unknown backend": lambda: batched_forward(W, X, ARCH, backend="cuda"),

@@ -78,6 +78,29 @@ def _given(argv: Sequence[str], flag: str) -> str | None:
     return values[-1] if values else None
 
 
+def _once(argv: Sequence[str]) -> list[str]:
+    """The arguments with the values of a flag that is there several times behind its first: the parser would take its last alone."""
+    made: list[str] = []
+    several = {"--network"} | ({"--epochs"} if list(argv[:2]) == ["zoo", "import"] else set())  # which take a list
+    behind: dict[str, int] = {}  # where the values of a flag end
+    flag = ""
+    for argument in argv:
+        name, equals, value = argument.partition("=")
+        if argument.startswith("--"):
+            flag = name if name in several else ""
+            again = flag in behind
+            if not again:
+                behind |= {flag: len(made) + 1} if flag else {}
+                made.append(name if flag and equals else argument)
+            if not (flag and equals):
+                continue
+            argument = value
+        at = behind.get(flag, len(made)) if flag else len(made)
+        made.insert(at, argument)
+        behind = {other: end + (end >= at) for other, end in behind.items()}
+    return made
+
+
 def _commands(argv: Sequence[str]) -> Any:
     """All commands; ``train``'s defaults come from ``--config`` and ``--preset`` where those are given."""
     options: dict[str, Any] = {}
@@ -137,7 +160,7 @@ def _interrupted(command: Any, error: KeyboardInterrupt) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of ``wslfast``. Exits with 2 and one line on wrong input, 130 when interrupted."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = _once(sys.argv[1:] if argv is None else argv)
     if arguments == ["--version"]:
         print(f"wslfast {__version__}")
         return
