@@ -12,7 +12,7 @@ from typing import Any
 
 from ...architecture import Architecture
 from ...errors import logger, require
-from ...files import check_folder, write_text
+from ...files import check_folder, folder_made, write_text
 from ...profiling import region
 from ..build import LARGEST_WEIGHT
 from ..datasets import image_shape
@@ -169,7 +169,7 @@ def import_zoo(
         skipped = {**provenance, "skipped": rows.skips.counts(), "identical": identical}
         return described_by(rows.table(), columns, record, normalised(skipped, "provenance"), shards)
 
-    with region("import"):
+    with region("import"), folder_made(place):
         manifest = write_shards(place, rows, describe)
     absent = sorted((kept or frozenset()) - set(rows.epochs))
     if absent:
