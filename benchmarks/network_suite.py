@@ -1,4 +1,4 @@
-"""``--suite networks``: loss and gradient of some forty networks, ours beside what one would use instead, in turns on a CPU."""
+"""``--suite networks``: loss and gradient of some fifty networks, ours beside what one would use instead, in turns on a CPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Some forty networks that the field trains many of, in sizes as it has them: name, how to make one, shape of a query."""
+"""Some fifty networks that the field trains many of, in sizes as it has them: name, how to make one, shape of a query."""
 
 from __future__ import annotations
 
@@ -468,6 +468,47 @@ class ConvLstm(nn.Module):
 
 
 network("conv-lstm", 4, 12, 12)(lambda: ConvLstm(8))
+
+
+class Spectral(nn.Module):
+    """Products of the lowest frequencies of images, beside a product of pixels (a layer of a Fourier neural operator)."""
+
+    def __init__(self, width: int, modes: int) -> None:
+        super().__init__()
+        self.low = nn.Parameter(torch.randn(width, width, modes, modes, 2) / width)
+        self.local, self.modes = nn.Conv2d(width, width, 1), modes
+
+    def forward(self, x: Tensor) -> Tensor:
+        m, spectrum = self.modes, torch.fft.rfft2(x)
+        made = torch.zeros_like(spectrum)
+        made[:, :, :m, :m] = torch.einsum("bixy,ioxy->boxy", spectrum[:, :, :m, :m], torch.view_as_complex(self.low))
+        return F.gelu(torch.fft.irfft2(made, s=x.shape[2:]) + self.local(x))
+
+
+@network("fourier-operator", 1, 16, 16)
+def fourier_operator() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 8, 1), Spectral(8, 4), Spectral(8, 4), nn.Conv2d(8, 1, 1))
+
+
+class StateSpaces(nn.Module):
+    """Diagonal state spaces, as convolutions with kernels as long as the sequence."""
+
+    def __init__(self, width: int, states: int) -> None:
+        super().__init__()
+        self.decay, self.step = nn.Parameter(torch.randn(width, states) * 0.1), nn.Parameter(torch.rand(width) - 3)
+        self.turn = nn.Parameter(math.pi * torch.arange(float(states)).repeat(width, 1))
+        self.size, self.skip = nn.Parameter(torch.randn(width, states, 2)), nn.Parameter(torch.randn(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        u, length = x.transpose(1, 2), x.shape[1]
+        rate = torch.complex(-self.decay.exp(), self.turn) * self.step.exp()[:, None]
+        size = torch.view_as_complex(self.size) * (rate.exp() - 1) / rate
+        kernel = 2 * torch.einsum("hn,hnl->hl", size, (rate[..., None] * torch.arange(length)).exp()).real
+        both = torch.fft.rfft(u, n=2 * length) * torch.fft.rfft(kernel, n=2 * length)
+        return F.gelu(torch.fft.irfft(both, n=2 * length)[..., :length] + u * self.skip[:, None])
+
+
+network("state-spaces", 32, 2)(lambda: nn.Sequential(nn.Linear(2, 8), StateSpaces(8, 4), Apply(lambda x: x.mean(-1)), nn.Linear(8, 3)))
 
 
 class Attention(nn.Module):
