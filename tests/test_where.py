@@ -33,7 +33,7 @@ kernels/stacked/test_segments.py     kernels/stacked/through
 kernels/stacked/test_tape.py         kernels/stacked/norms kernels/stacked/passes kernels/stacked/rule_table
                                      kernels/stacked/rules
 kernels/test_hostile_graphs.py       kernels/graph
-kernels/test_operations.py           kernels/reference kernels/stacked/calls kernels/stacked/forms kernels/stacked/layouts kernels/stacked/product_forms
+kernels/test_operations.py           kernels/dtypes kernels/reference kernels/stacked/calls kernels/stacked/forms kernels/stacked/layouts kernels/stacked/product_forms
 kernels/test_random_graphs.py        kernels/stacked/compiler kernels/stacked/engine kernels/stacked/leaves kernels/stacked/program
 kernels/triton/test_interpreter.py   kernels/triton/activations kernels/triton/convolution kernels/triton/criterion kernels/triton/head
                                      kernels/triton/input_gradients kernels/triton/stages kernels/triton/tiles
