@@ -108,6 +108,24 @@ def test_complex_numbers(name: str) -> None:
     check_record(module, architecture)
 
 
+@pytest.mark.parametrize("mode", ["sum", "mean", "max", "weighted"])
+def test_bags_of_rows(mode: str) -> None:
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.EmbeddingBag(9, 5, mode="sum" if mode == "weighted" else mode), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            words = (x.abs() * 6).long().clamp(0, 8)
+            return self.head(self.table(words, per_sample_weights=x.cos()) if mode == "weighted" else self.table(words))
+
+    module = Words()
+    architecture = Architecture.from_module(module, (7,))
+    assert architecture.graph is not None, architecture.reason
+    check_everything(module, architecture)
+    check_record(module, architecture)
+
+
 def test_imaginary_parts_are_not_left_out_silently() -> None:
     architecture = Architecture.from_module(Own(lambda x: torch.fft.fft(x).to(x.dtype)), (4, 6))
     assert architecture.graph is None

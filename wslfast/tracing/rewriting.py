@@ -18,9 +18,11 @@ class Rewriting:
 
     Attributes:
         nodes: in order.
+        constants: tensors that all models share, by name.
     """
 
     nodes: list[Node]
+    constants: dict[str, Tensor]
 
     def reference(self, value: Any) -> Any:
         """What an argument is called here."""
@@ -71,6 +73,27 @@ class Rewriting:
         scale = [("norm", "ortho")] if given.get("normalized") else []
         made = self.append("fft_rfft" if half else "fft_fft", [("self", made), ("dim", -1), *scale])
         return self.append("transpose.int", [("self", made), ("dim0", -2), ("dim1", -1)])
+
+    def bags(self, given: Mapping[str, Any]) -> list[Any] | None:
+        """``nn.EmbeddingBag`` of bags that are all as long: rows of a table, and their sum, mean or largest. None for any other."""
+        offsets, flat = given["offsets"], shape_of(given["indices"])
+        called = getattr(getattr(offsets, "target", None), "overloadpacket", None)
+        size = offsets.args[2] if called is torch.ops.aten.arange and len(offsets.args) == 3 and offsets.args[0] == 0 else None
+        padded = given.get("padding_idx") not in (None, -1)
+        if type(size) is not int or size < 1 or flat is None or len(offsets.users) > 1 or padded or given.get("include_last_offset"):
+            return None
+        if given.get("scale_grad_by_freq"):
+            return None
+        shape = (flat[0] // size, size)
+        self.constants.pop(self.reference(offsets).removeprefix("@c:"), None)  # it depends on how many queries there are
+        rows = self.append("reshape", [("self", self.reference(given["indices"])), ("shape", shape)])
+        made = self.append("embedding", [("weight", self.reference(given["weight"])), ("indices", rows)])
+        factors = given.get("per_sample_weights")
+        if factors is not None:
+            factors = self.append("reshape", [("self", self.reference(factors)), ("shape", (*shape, 1))])
+            made = self.append("mul.Tensor", [("self", made), ("other", factors)])
+        name, axes = (("sum.dim_IntList", (-2,)), ("mean.dim", (-2,)), ("amax", (-2,)))[given.get("mode", 0)]
+        return [self.append(name, [("self", made), ("dim", axes)]), None, None, None]  # nobody asks for offsets and sizes
 
     def is_nothing(self, reference: str) -> bool:
         """Whether a value is known to be zeros."""
