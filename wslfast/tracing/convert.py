@@ -141,8 +141,8 @@ class Converter(Rewriting):
             return self._made(packet, given, node)
         if packet == "stft" and given.get("return_complex") and (made := self.short_transforms(given)) is not None:
             return made
-        if packet == "embedding_bag" and (made := self.bags(given)) is not None:
-            return made
+        if packet == "embedding_bag" and (parts := self.bags(given)) is not None:
+            return parts
         if packet == "bilinear":
             return self.bilinear(given)
         if packet == "index_put" and (chosen := self.mask_of(given)) is not None:
