@@ -179,8 +179,9 @@ def check_values(graph: Graph) -> Graph:
     return graph
 
 
-def _unallocated(graph: Graph, n: int) -> dict[str, Any]:
-    """Every value for n queries as a tensor without memory."""
+@lru_cache(maxsize=64)
+def _unallocated(graph: Graph, n: int) -> Mapping[str, Any]:
+    """Every value for n queries as a tensor without memory; not to be written to."""
     values: dict[str, Any] = {QUERY: torch.empty(n, *graph.input_shape, device="meta", dtype=torch.float32)}
     for slot in graph.slots:
         values[f"@w:{slot.name}"] = torch.empty(slot.shape, device="meta", dtype=torch.float32)
