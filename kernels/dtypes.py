@@ -9,13 +9,16 @@ from torch import Tensor
 DTYPES = {
     str(d).removeprefix("torch."): d for d in (torch.float32, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 }
-HELD = {**DTYPES, "complex64": torch.complex64}  # of a constant
+HELD = {**DTYPES, "complex64": torch.complex64, "complex128": torch.complex128}  # of a constant
 
 
 def held(value: Tensor) -> Tensor:
-    """The tensor as a constant holds it: on the CPU, dense, in single precision where it is floating or complex."""
+    """The tensor as a constant holds it: on the CPU, dense, in single precision where it is floating or complex; one complex number, as it
+    may stand in a forward, in double precision."""
     value = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
-    return value.to(torch.complex64) if value.is_complex() else value.float() if value.is_floating_point() else value
+    if value.is_complex():
+        return value.to(torch.complex64 if value.ndim else torch.complex128)
+    return value.float() if value.is_floating_point() else value
 
 
 def as_precise(value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .default_device import with_numbers
 from .dtypes import HELD, held
 
 QUERY = "@x"
@@ -91,6 +92,7 @@ class Constant:
         return cls(name, str(value.dtype).removeprefix("torch."), tuple(value.shape), base64.b64encode(bytes(raw.tolist())).decode(), kept)
 
     @cached_property
+    @with_numbers
     def value(self) -> Tensor:
         """The tensor, on the CPU; not to be written to."""
         raw = torch.frombuffer(bytearray(base64.b64decode(self.data) or b"\0"), dtype=torch.uint8)

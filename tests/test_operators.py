@@ -13,7 +13,7 @@ from tolerances import FP32, FP32_DEEP, FP32_ROUNDING
 from torch import Tensor
 
 from wslfast import Architecture, Population, TokenLayout, WslfastError, batched_behavioral_loss, batched_forward, operators
-from wslfast.architecture import from_handle
+from wslfast.architecture import _of_json, from_handle
 from wslfast.testing import as_module
 
 MLP = Architecture.mlp(6, (5, 4), 3)
@@ -133,6 +133,30 @@ def test_a_training_step_with_changing_sizes() -> None:
             run(codes, queries, targets).backward()
             slopes.append([p.grad.clone() for p in decoder.parameters()])
         assert all(torch.allclose(a, b, rtol=FP32, atol=1e-8) for a, b in zip(*slopes, strict=True))
+
+
+def test_a_network_that_compiled_code_sees_first() -> None:
+    """Its constants have their numbers there, and in eager code afterwards."""
+
+    class Turned(torch.nn.Module):
+        order: Tensor
+        factors: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = torch.nn.Linear(6, 3)
+            self.register_buffer("order", torch.arange(6).flip(0))
+            self.register_buffer("factors", torch.linspace(0.5, 1, 6), persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(x[:, self.order] * self.factors)
+
+    first, second = (Architecture.from_module(Turned(), (6,), name) for name in ("first", "second"))
+    weights, queries, _ = _data(first)
+    _of_json.cache_clear()
+    outputs = torch.compile(lambda w, q: batched_forward(w, q, second), fullgraph=True, backend="aot_eager")(weights, queries)
+    assert torch.equal(outputs, batched_forward(weights, queries, first))
+    assert torch.equal(outputs, batched_forward(weights, queries, second))
 
 
 def test_bad_models_and_wrong_arguments_raise_from_compiled_code() -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from . import networks, tracing
 from .errors import WslfastError, describe, present, require
 from .kernels.chains import chain_of, graph_of
-from .kernels.default_device import on_the_cpu
+from .kernels.default_device import on_the_cpu, with_numbers
 from .kernels.graph import Graph, Slot, slots_of
 from .kernels.layers import RECORDS, Layer, Layers, check_layer, layer_from_dict
 from .kernels.operations import check_graph
@@ -370,6 +370,7 @@ def from_handle(handle: str) -> Architecture:
 
 
 @lru_cache(maxsize=64)
+@with_numbers
 def _of_json(handle: str) -> Architecture:
     require(handle.startswith("{"), f"architecture {handle!r}: a module has to be kept as long as what was compiled with it")
     return Architecture.from_dict(json.loads(handle))

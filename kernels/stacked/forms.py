@@ -60,7 +60,14 @@ def axes(call: Call, a: Values, models: int) -> Any:
         return _reduced(call, a, a.get("dim"), bool(a.get("keepdim")))
     if call.operation.name == "glu" and call.aligned:
         a["self"] = a["self"].contiguous()  # its halves would lie in runs (``dense``)
-    if call.operation.name == "linalg_vector_norm" and call.aligned and a["ord"] == 2 and a["dim"] and a["dtype"] is None:
+    if (
+        call.operation.name == "linalg_vector_norm"
+        and call.aligned
+        and not a["self"].is_complex()
+        and a["ord"] == 2
+        and a["dim"]
+        and a["dtype"] is None
+    ):
         return length(a["self"], a["dim"], a["keepdim"])
     return call.operation.invoke(a)
 
@@ -129,6 +136,8 @@ def scatter(call: Call, a: Values, models: int) -> Tensor:
     """A tensor with a part of it replaced; what is shared is repeated."""
     for name in ("self", "src"):
         a[name] = everyone(a[name], models, call.stacked(name))
+    if call.operation.name == "slice_scatter":  # torch.vmap counts from the end in its own way
+        a["start"], a["end"], _ = slice(a["start"], a["end"]).indices(a["self"].shape[a["dim"]])
     return call.operation.invoke(a)  # type: ignore[no-any-return]
 
 

@@ -88,7 +88,8 @@ class Island:
         given = [(value, _taken(gradients, place)) for place, value in made]
         for place in self.outputs:
             gradients[place] = None
-        given = [(value, g) for value, g in given if g is not None]
+        # models that lie between each other would be added up in an order that depends on where each is
+        given = [(value, g.contiguous() if value.is_contiguous() else g) for value, g in given if g is not None]
         if not given or not cut:
             return
         parts = torch.autograd.grad([value for value, _ in given], list(cut.values()), [g for _, g in given], allow_unused=True)

@@ -119,3 +119,5 @@ add(
 add("fft_fft", lambda x: both(torch.stft(x, 6, return_complex=True, center=False, onesided=False, normalized=True)), (20,), fronts="ms")
 add("unfold", lambda x, w: both(torch.stft(x, 8, 4, win_length=5, window=w, return_complex=True)), (20,), (5,))
 add("unfold", lambda x: x.unfold(2, 2, 2).unfold(3, 3, 1).flatten(3), IMAGE, fronts="mcs")
+add("linalg_vector_norm", lambda x: torch.linalg.vector_norm(turned(x), dim=1), IMAGE, fronts="mcs")
+add("linalg_vector_norm", lambda x: both(torch.nn.functional.normalize(turned(x), dim=-1)), IMAGE, fronts="mcs")

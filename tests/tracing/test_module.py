@@ -33,7 +33,7 @@ def bag() -> nn.Module:
 
 
 def largest() -> nn.Module:
-    return nn.Sequential(nn.EmbeddingBag(WORDS, 4, mode="max"), nn.Linear(4, 3))
+    return nn.Sequential(nn.EmbeddingBag(WORDS, 4, mode="max", padding_idx=0), nn.Linear(4, 3))
 
 
 CASES = {"a table first": (bag, None), "a part of the answer": (Tagger, "logits"), "untraced": (largest, None)}
@@ -134,23 +134,26 @@ def test_a_call_with_other_tensors_leaves_the_modules_own() -> None:
 class Rotary(nn.Module):
     """Turns pairs of features by angles that it keeps as complex numbers, as rotary embeddings are written."""
 
-    def __init__(self, persistent: bool) -> None:
+    def __init__(self, persistent: bool, traced: bool = False) -> None:
         super().__init__()
-        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.first, self.last, self.traced = nn.Linear(3, 4), nn.Linear(4, 2), traced
         angles = torch.arange(5.0)[:, None] * torch.tensor([1.0, 0.3])
         self.register_buffer("turns", torch.polar(torch.ones_like(angles), angles), persistent)
 
     def forward(self, x: Tensor) -> Tensor:
         pairs = torch.view_as_complex(self.first(x).unflatten(-1, (2, 2)))
-        return self.last(torch.view_as_real(pairs * self.turns).flatten(-2))
+        made = self.last(torch.view_as_real(pairs * self.turns).flatten(-2))
+        return made if self.traced else made + 0 * torch.special.i0(made)  # which is not in the table
 
 
+@pytest.mark.parametrize("traced", [True, False])
 @pytest.mark.parametrize("persistent", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_complex_buffers_keep_their_imaginary_parts(persistent: bool, dtype: torch.dtype) -> None:
+def test_complex_buffers_keep_their_imaginary_parts(persistent: bool, dtype: torch.dtype, traced: bool) -> None:
     torch.manual_seed(0)
-    modules, queries = [Rotary(persistent) for _ in range(3)], torch.randn(7, 5, 3)
+    modules, queries = [Rotary(persistent, traced) for _ in range(3)], torch.randn(7, 5, 3)
     population = Population.from_modules(modules, (5, 3))
+    assert (population.architecture.graph is not None) == traced
     expected = torch.stack([module(queries) for module in modules]).to(dtype)
     weights = population.weights.to(dtype).requires_grad_()
     outputs = batched_forward(weights, queries.to(dtype), population.architecture)

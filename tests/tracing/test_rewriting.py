@@ -71,6 +71,26 @@ def test_what_is_written_into_zeros_lies_between_zeros(name: str) -> None:
     check_record(module, architecture)
 
 
+def test_what_is_written_behind_a_norm() -> None:
+    """Whose statistics nobody reads, in the spelling that writes in place have."""
+
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm = nn.Conv1d(4, 3, 3, padding=1), nn.BatchNorm1d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(self.first(x))
+            made = torch.zeros_like(y)
+            made[:, :, 1:] = y[:, :, :-1]
+            return made
+
+    module = Shifted().eval()
+    architecture = Architecture.from_module(module, (4, 6))
+    assert architecture.graph is not None, architecture.reason
+    check_everything(module, architecture)
+
+
 def _spectrum(x: Tensor) -> Tensor:
     made = torch.zeros_like(torch.fft.rfft(x))
     made[..., :2] = torch.fft.rfft(x)[..., :2] * (1 - 0.5j)

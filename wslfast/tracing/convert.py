@@ -113,7 +113,9 @@ class Converter(Rewriting):
         if node.target is operator.getitem:
             value, index = node.args[0], int(str(node.args[1]))
             whole = self.reference(value)
-            return whole[index] if isinstance(whole, list) else self.append("getitem", [("self", whole), ("index", index)])
+            if isinstance(whole, list):
+                return whole[index] if index < len(whole) else None  # which nobody reads
+            return self.append("getitem", [("self", whole), ("index", index)])
         if node.target is torch._C._set_grad_enabled:
             self.detached = not node.args[0]
             return None
@@ -297,7 +299,7 @@ class Converter(Rewriting):
         if value is None or type(value) in (bool, int, float, str):
             return value
         if type(value) is complex:
-            return self._constant(torch.tensor(value, dtype=torch.complex64))
+            return self._constant(torch.tensor(value, dtype=torch.complex128))
         raise Untraceable(f"an argument of type {type(value).__name__}")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -188,6 +188,19 @@ BETWEEN_MODELS: dict[str, tuple[Callable[[], nn.Sequential], tuple[int, ...], in
         (3, 9, 8),
         2,
     ),
+    "an island that a convolution reads": (
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 3, 1),
+            Of(lambda x, own: F.conv2d(torch.complex(x, x.sin()), torch.complex(own.weight, -own.weight)).abs(), nn.Conv2d(3, 3, 1, bias=False)),
+            nn.GroupNorm(1, 3),
+            Of(lambda x, own: torch.maximum(own(x), _length(x)), nn.Conv2d(3, 3, 1)),
+            nn.GroupNorm(3, 3),
+            nn.Flatten(),
+            nn.Linear(72, 3),
+        ),
+        (2, 8, 3),
+        7,
+    ),
     "a GLU along a line": (lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.GLU(-1), nn.Flatten(), nn.Linear(40, 3)), (3, 5, 4), 7),
 }  # fmt: skip
 
@@ -208,14 +221,14 @@ def test_of_numbers_that_lie_between_those_of_other_models(name: str, own: bool,
     queries = torch.randn(*((many,) if own else ()), n, *shape)
     targets = torch.randn(many, n, *architecture.output_shape)
 
-    def step(count: int) -> tuple[Tensor, ...]:
-        x = queries[:count] if own else queries
-        losses, gradient = engine.loss_and_gradient(weights[:count], x, targets[:count], graph, "mse")
-        return losses, gradient, engine.forward(weights[:count], x, graph)
+    def step(order: Sequence[int]) -> tuple[Tensor, ...]:
+        rows, x = list(order), queries[list(order)] if own else queries
+        losses, gradient = engine.loss_and_gradient(weights[rows], x, targets[rows], graph, "mse")
+        return losses, gradient, engine.forward(weights[rows], x, graph)
 
-    whole = step(many)
-    for count in (1, 2, 3, 4, 5, 9, 16):
-        assert all(torch.equal(a, b[:count]) for a, b in zip(step(count), whole, strict=True)), count
+    whole = step(range(many))
+    for order in (*map(range, (1, 2, 3, 4, 5, 9, 16)), range(many - 1, -1, -1), (1, 0, 2), (5, 0), (5, 6, 7, 0)):
+        assert all(torch.equal(a, b[list(order)]) for a, b in zip(step(order), whole, strict=True)), order
 
 
 def test_a_model_is_where_it_is() -> None:
