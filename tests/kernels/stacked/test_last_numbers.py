@@ -137,6 +137,14 @@ class Of(nn.Module):
         return self.run(x, *self.layers)
 
 
+class Pairs(nn.Module):
+    """Complex kernels of one pixel."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width, width, 1, 1, 2))
+
+
 def _second_half(function: Callable[[Tensor], Tensor]) -> nn.Module:
     return Of(lambda x: function(x.transpose(1, 2).chunk(2, 1)[1]))
 
@@ -190,11 +198,11 @@ BETWEEN_MODELS: dict[str, tuple[Callable[[], nn.Sequential], tuple[int, ...], in
     ),
     "an island that a convolution reads": (
         lambda: nn.Sequential(
-            nn.Conv2d(2, 3, 1),
-            Of(lambda x, own: F.conv2d(torch.complex(x, x.sin()), torch.complex(own.weight, -own.weight)).abs(), nn.Conv2d(3, 3, 1, bias=False)),
+            nn.Conv2d(2, 3, 3, padding=1),
+            Of(lambda x, own: F.conv2d(torch.complex(x, x.flip(-1).sin()), torch.view_as_complex(own.weight)).abs(), Pairs(3)),
             nn.GroupNorm(1, 3),
             Of(lambda x, own: torch.maximum(own(x), _length(x)), nn.Conv2d(3, 3, 1)),
-            nn.GroupNorm(3, 3),
+            nn.GroupNorm(1, 3),
             nn.Flatten(),
             nn.Linear(72, 3),
         ),
