@@ -150,3 +150,21 @@ def test_imaginary_parts_are_not_left_out_silently() -> None:
     architecture = Architecture.from_module(Own(lambda x: torch.fft.fft(x).to(x.dtype)), (4, 6))
     assert architecture.graph is None
     assert "leaves out imaginary parts" in str(architecture.reason)
+
+
+def test_what_is_written_in_place_is_trained_as_well() -> None:
+    """Training mode is followed by itself, and is held against the module, too."""
+
+    class Written(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 6), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            made = torch.zeros(len(x), 8)
+            made[:, 1:7] = F.dropout(self.first(x), 0.5, self.training)
+            return self.last(made)
+
+    graph = Architecture.from_module(Written().eval(), (6,)).graph
+    assert graph is not None
+    assert not graph.training.refused

@@ -24,7 +24,7 @@ from ..kernels.reference import check_values, run_graph
 from .convert import Converter, Untraceable, written_in
 from .module import FrozenNorms, alike, call_with, in_precision, plainly, queries_for
 from .simplify import joined
-from .training import training_of
+from .training import training_of, verify_training
 
 __all__ = ["Untraceable", "trace"]
 
@@ -62,8 +62,8 @@ def _traced(module: nn.Module, input_shape: tuple[int, ...]) -> tuple[Graph, dic
             picks = "torch.nonzero" in str(error)
             why = "it picks numbers by a mask, and how many depends on them; torch.where keeps their places" if picks else str(error)
             raise Untraceable(why) from None
-        if not module.training:  # where it may be random, and is compared another way
-            _verify(graph, module, state)
+        verify = verify_training if module.training else _verify  # it may be random there, and is compared another way
+        verify(graph, module, state)
         return graph
 
     queries = [queries_for(module, n, input_shape) for n in _NUMBERS]
