@@ -21,6 +21,11 @@ def held(value: Tensor) -> Tensor:
     return value.float() if value.is_floating_point() else value
 
 
+def is_continuous(value: Tensor) -> bool:
+    """Whether a value may have a gradient: it is no whole number and no truth."""
+    return value.is_floating_point() or value.is_complex()
+
+
 def as_precise(value: Tensor, dtype: torch.dtype) -> Tensor:
     """A constant in the precision of a floating ``dtype``; whole numbers and truths as they are."""
     return value.to(dtype.to_complex()) if value.is_complex() else value.to(dtype) if value.is_floating_point() else value

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .criteria import criterion_values
-from .dtypes import DTYPES, HELD, as_precise
+from .dtypes import DTYPES, HELD, as_precise, is_continuous
 from .graph import QUERY, Graph, Node, check, is_size, substitute
 from .layers import ACTIVATIONS, Activation, Conv2d, Dropout, Flatten, Layers, Linear, Pool2d, layer_slots
 from .operations import TABLE
@@ -154,7 +154,7 @@ def complex_values(graph: Graph) -> frozenset[str]:
 @lru_cache(maxsize=256)
 def discrete_values(graph: Graph) -> frozenset[str]:
     """References of the values that are whole numbers or truths, and have no gradient."""
-    return frozenset(r for r, parts in _parts(graph) if not any(t.is_complex() or t.is_floating_point() for t in parts))
+    return frozenset(r for r, parts in _parts(graph) if not any(map(is_continuous, parts)))
 
 
 def _parts(graph: Graph) -> Iterator[tuple[str, Sequence[Tensor]]]:

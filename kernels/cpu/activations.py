@@ -72,10 +72,14 @@ def function_of(record: Activation) -> Function | None:
     return TABLE.get("gelu_tanh" if record.function == "gelu" and record.approximate == "tanh" else record.function)
 
 
+def _in_usual_order(x: Tensor) -> bool:
+    """Whether the numbers lie side by side, contiguous or channels-last."""
+    return x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
+
+
 def _whole(x: Tensor) -> bool:
     """Whether torch computes all of x by one formula: whole vectors, side by side in memory, in one thread."""
-    side_by_side = x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
-    return side_by_side and x.nbytes % WHOLE == 0 and x.device.type == "cpu" and jobs.threads_inside() == 1
+    return _in_usual_order(x) and x.nbytes % WHOLE == 0 and x.device.type == "cpu" and jobs.threads_inside() == 1
 
 
 def dense(x: Tensor) -> Tensor:
@@ -83,7 +87,7 @@ def dense(x: Tensor) -> Tensor:
     of an image. Of such torch computes runs of neighbors, by vectors and what is left over by another formula; where models lie between
     each other, how long a run is depends on how many there are, and a model's bits would. (Numbers in short runs take three to ten times as
     long, besides: a vector function is called for each run.)"""
-    if x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)) or x.device.type != "cpu":
+    if _in_usual_order(x) or x.device.type != "cpu":
         return x
     span = 1
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):

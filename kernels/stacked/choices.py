@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .calls import Call, Layout, Values
-from .layouts import ranked
-from .rules import Gradients, Maker, Rule, reduced
+from .calls import Call, Values
+from .layouts import aligned
+from .rules import Gradients, Maker, Rule, of_own, reduced
 
 _MASKS = {"where": "condition", "masked_fill": "mask"}
 
@@ -27,7 +27,7 @@ class Chosen:
 
     def forward(self, a: Values, models: int) -> tuple[Tensor, Any]:
         shapes = {name: a[name].shape for name in self.wanted}
-        a.update((name, _aligned(self.call, a, name, models)) for name in self.call.layouts)
+        a.update((name, aligned(self.call, a, name, models)) for name in self.call.layouts)
         return self.call.operation.invoke(a), (a[self.mask], shapes)
 
     def backward(self, g: Tensor, saved: Any, models: int) -> Gradients:
@@ -47,7 +47,7 @@ class Larger:
 
     def forward(self, a: Values, models: int) -> tuple[Tensor, Any]:
         shapes = {name: a[name].shape for name in self.wanted}
-        x, y = (_aligned(self.call, a, name, models) for name in ("self", "other"))
+        x, y = (aligned(self.call, a, name, models) for name in ("self", "other"))
         made: Tensor = self.call.operation.invoke({"self": x, "other": y})
         return made, (x, y, shapes)
 
@@ -62,22 +62,13 @@ class Larger:
         return made
 
 
-def _aligned(call: Call, a: Values, name: str, models: int) -> Tensor:
-    return ranked(call, a, name, call.rank, models) if call.layout is Layout.MODELS else a[name]
-
-
-def _plain(call: Call, wanted: frozenset[str]) -> bool:
-    """Whether each tensor whose gradient is wanted has its models in front, as the result has, or lies as the result does."""
-    return call.layout is Layout.CHANNELS or all(call.stacked(name) for name in wanted)
-
-
 def _chosen(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> Rule | None:
     mask = _MASKS[call.operation.name.partition(".")[0]]
-    return Chosen(call, wanted) if _plain(call, wanted) and mask in call.layouts and mask not in wanted else None
+    return Chosen(call, wanted) if of_own(call, wanted) and mask in call.layouts and mask not in wanted else None
 
 
 def _larger(call: Call, known: Values, wanted: frozenset[str], owned: bool) -> Rule | None:
-    return Larger(call, wanted) if _plain(call, wanted) and set(call.layouts) == {"self", "other"} else None
+    return Larger(call, wanted) if of_own(call, wanted) and set(call.layouts) == {"self", "other"} else None
 
 
 MAKERS: dict[str, Maker] = {

@@ -26,7 +26,7 @@ from ..cpu.products import LANES, vector
 from ..cpu.steps import as_channels_last
 from ..picking import unstrided
 from .calls import Call, Layout, Values
-from .layouts import added_as_they_lie, behind, everyone, mapped, over_pixels, repeated
+from .layouts import added_as_they_lie, aligned, behind, everyone, mapped, over_pixels, repeated
 from .product_forms import addmm, attention, cdist, einsum, embedding, linear, matmul, tensordot
 from .recurrent import cell, recurrent
 
@@ -38,10 +38,7 @@ _BY_CHANNEL = frozenset({"mean.dim", "sum.dim_IntList", "logsumexp", "var.correc
 
 def elementwise(call: Call, a: Values, models: int) -> Any:
     """The same call on operands that are aligned behind the axis of models."""
-    if call.layout is Layout.MODELS:
-        for name, layout in call.layouts.items():
-            if layout is Layout.MODELS:
-                a[name] = behind(a[name], call.rank, call.ranks[name], models)
+    a.update((name, aligned(call, a, name, models)) for name in call.layouts)
     if call.aligned and call.operation.name in BY_TWO_FORMULAS:
         a.update((name, _side_by_side(a[name], len(call.layouts) > 1)) for name in call.layouts)
     return call.operation.invoke(a)

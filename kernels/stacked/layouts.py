@@ -67,6 +67,11 @@ def ranked(call: Call, a: Values, name: str, rank: int, models: int) -> Tensor:
     return behind(a[name], rank, call.ranks[name], models) if call.stacked(name) else a[name]  # type: ignore[no-any-return]
 
 
+def aligned(call: Call, a: Values, name: str, models: int) -> Tensor:
+    """An operand of an elementwise call, behind the axis of models where the call has one in front."""
+    return ranked(call, a, name, call.rank, models) if call.layout is Layout.MODELS else a[name]
+
+
 def mapped(call: Call, a: Values, models: int) -> Any:
     """The operator under vmap, for operations that have no form of their own."""
     names = [name for name in call.layouts if name in a]

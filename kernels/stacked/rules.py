@@ -15,7 +15,7 @@ from torch import Tensor
 from ..cpu.activations import dense, in_order_of, tanh
 from ..cpu.products import weight_gradient
 from .calls import Call, Layout, Values
-from .layouts import added_as_they_lie, behind, channels_first, models_first, over_pixels, ranked
+from .layouts import added_as_they_lie, aligned, behind, channels_first, models_first, over_pixels
 from .product_forms import products
 
 _aten = torch.ops.aten
@@ -238,6 +238,11 @@ def reduced(slope: Tensor, shape: torch.Size) -> Tensor:
     return slope.sum_to_size((shape[0], *(1,) * (slope.ndim - len(shape)), *shape[1:])).reshape(shape)
 
 
+def of_own(call: Call, wanted: frozenset[str]) -> bool:
+    """Whether each tensor whose gradient is wanted has its models in front where the result of an elementwise call has."""
+    return call.layout is not Layout.MODELS or all(call.stacked(name) for name in wanted)
+
+
 # -- arithmetic of two tensors, or of one and a number --------------------------------------------------------------------
 
 
@@ -250,8 +255,7 @@ class Arithmetic:
         self.alpha = known.get("alpha", 1)
 
     def forward(self, a: Values, models: int) -> tuple[Tensor, Any]:
-        call, behind_models = self.call, self.call.layout is Layout.MODELS
-        x, y = (ranked(call, a, name, call.rank, models) if behind_models else a[name] for name in ("self", "other"))
+        x, y = (aligned(self.call, a, name, models) for name in ("self", "other"))
         shapes = {name: a[name].shape for name in self.wanted}
         if self.kind == "mul":
             return x * y, (x if "other" in self.wanted else None, y if "self" in self.wanted else None, shapes)
@@ -283,9 +287,7 @@ def _arithmetic(call: Call, known: Values, wanted: frozenset[str], owned: bool) 
     names = set(call.layouts)
     if overload not in ("Tensor", "Scalar") or not names <= {"self", "other"} or known.get("rounding_mode") is not None:
         return None
-    if any(not call.stacked(name) for name in wanted) and call.layout is Layout.MODELS:
-        return None
-    return Arithmetic(call, known, wanted)
+    return Arithmetic(call, known, wanted) if of_own(call, wanted) else None
 
 
 # -- norms ----------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dtypes import is_continuous
 from .program import Step
 from .rules import Linear, Rule, Within
 
@@ -64,7 +65,7 @@ class Island:
     outputs: tuple[int, ...]  # places that others read
 
     def forward(self, values: list[Any], models: int, n: int) -> Any:
-        cut = {place: values[place].detach().requires_grad_() for place in self.inputs if _continuous(values[place])}
+        cut = {place: values[place].detach().requires_grad_() for place in self.inputs if is_continuous(values[place])}
         inside = list(values)
         for place, value in cut.items():
             inside[place] = value
@@ -109,11 +110,6 @@ class Constant:
 
     def backward(self, gradients: list[Tensor | None], saved: Any, models: int, into: Into) -> None:
         gradients[self.step.out] = None
-
-
-def _continuous(value: Tensor) -> bool:
-    """Whether a value has a gradient: it is no whole number and no truth."""
-    return value.is_floating_point() or value.is_complex()
 
 
 def _taken(gradients: list[Any], place: int) -> Tensor | None:

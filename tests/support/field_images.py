@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
+from registered import registry
 from torch import Tensor, nn
 
-IMAGES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {}
-
-
-def image(*shape: int) -> Callable[[Callable[[], nn.Module]], Callable[[], nn.Module]]:
-    def keep(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-        IMAGES[make.__name__] = make, shape
-        return make
-
-    return keep
+IMAGES, image = registry()
 
 
 # -- plain ones --------------------------------------------------------------------------------------------------------

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 from einops.layers.torch import Rearrange, Reduce
+from registered import registry
 from torch import Tensor, nn
 
-SEQUENCES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {}
-
-
-def takes(*shape: int) -> Callable[[Callable[[], nn.Module]], Callable[[], nn.Module]]:
-    def keep(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-        SEQUENCES[make.__name__] = make, shape
-        return make
-
-    return keep
+SEQUENCES, takes = registry()
 
 
 # -- attention ---------------------------------------------------------------------------------------------------------

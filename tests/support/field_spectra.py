@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from registered import registry
 from torch import Tensor, nn
 
-SPECTRA: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {}
-
-
-def takes(*shape: int) -> Callable[[Callable[[], nn.Module]], Callable[[], nn.Module]]:
-    def keep(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-        SPECTRA[make.__name__] = make, shape
-        return make
-
-    return keep
+SPECTRA, takes = registry()
 
 
 class _Spectral(nn.Module):

@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from registered import registry
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-VECTORS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {}
-
-
-def takes(*shape: int) -> Callable[[Callable[[], nn.Module]], Callable[[], nn.Module]]:
-    def keep(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-        VECTORS[make.__name__] = make, shape
-        return make
-
-    return keep
+VECTORS, takes = registry()
 
 
 @takes(7)

@@ -10,6 +10,7 @@ import wslfast
 from wslfast.kernels.stacked import engine
 from wslfast.kernels.stacked.compiler import compile_program
 from wslfast.kernels.stacked.passes import tapes_of
+from wslfast.kernels.stacked.tape import Island
 
 K, N, WIDTH = 3, 5, 6
 
@@ -51,3 +52,10 @@ def kinds_of_calls(architecture: wslfast.Architecture) -> set[type]:
     """How the calls of its tape run."""
     _, tape = tapes_of(compile_program(architecture.graph, False, True))
     return {type(call) for call in tape.calls}
+
+
+def check_without_islands(run, shape) -> None:
+    """Of a function between two layers: what :func:`check` checks, and that no call of it is left to torch's own graph."""
+    make = lambda: Between(run, shape)  # noqa: E731
+    check(make)
+    assert Island not in kinds_of_calls(population(make)[0])

@@ -80,25 +80,24 @@ def _given(argv: Sequence[str], flag: str) -> str | None:
 
 def _once(argv: Sequence[str]) -> list[str]:
     """The arguments with the values of a flag that is there several times behind its first: the parser would take its last alone."""
-    made: list[str] = []
     several = {"--network"} | ({"--epochs"} if list(argv[:2]) == ["zoo", "import"] else set())  # which take a list
-    behind: dict[str, int] = {}  # where the values of a flag end
-    flag = ""
+    parts: list[list[str]] = [[]]  # a flag and its values each
+    first: dict[str, list[str]] = {}
+    current = parts[0]
     for argument in argv:
         name, equals, value = argument.partition("=")
-        if argument.startswith("--"):
-            flag = name if name in several else ""
-            again = flag in behind
-            if not again:
-                behind |= {flag: len(made) + 1} if flag else {}
-                made.append(name if flag and equals else argument)
-            if not (flag and equals):
-                continue
-            argument = value
-        at = behind.get(flag, len(made)) if flag else len(made)
-        made.insert(at, argument)
-        behind = {other: end + (end >= at) for other, end in behind.items()}
-    return made
+        if name in several:
+            if name not in first:
+                first[name] = [name]
+                parts.append(first[name])
+            current = first[name]
+            current += [value] if equals else []
+        elif argument.startswith("--"):
+            current = [argument]
+            parts.append(current)
+        else:
+            current.append(argument)
+    return [argument for part in parts for argument in part]
 
 
 def _commands(argv: Sequence[str]) -> Any:

@@ -79,10 +79,8 @@ class Rewriting:
         offsets, flat = given["offsets"], shape_of(given["indices"])
         called = getattr(getattr(offsets, "target", None), "overloadpacket", None)
         size = offsets.args[2] if called is torch.ops.aten.arange and len(offsets.args) == 3 and offsets.args[0] == 0 else None
-        padded = given.get("padding_idx") not in (None, -1)
-        if type(size) is not int or size < 1 or flat is None or len(offsets.users) > 1 or padded or given.get("include_last_offset"):
-            return None
-        if given.get("scale_grad_by_freq"):
+        otherwise = given.get("padding_idx") not in (None, -1) or given.get("include_last_offset") or given.get("scale_grad_by_freq")
+        if type(size) is not int or size < 1 or flat is None or len(offsets.users) > 1 or otherwise:
             return None
         shape = (flat[0] // size, size)
         self.constants.pop(self.reference(offsets).removeprefix("@c:"), None)  # it depends on how many queries there are

@@ -161,7 +161,7 @@ def build_zoo(
                 return _train(weights, architecture, data, some, kept, batch_size, advance, unfinished)
 
             ran = {"backend": backend, "device": where.type, "torch": torch.__version__}
-            keyed = {**settings, **ran} | ({} if alone else {"data": data_digest(data)})
+            keyed = {**settings, **ran} | ({} if alone or "data" in settings else {"data": data_digest(data)})
             with proved(architecture, where, ("indexed", "forward"), math.ceil(models / world.size), batch_size):  # by all, or by none
                 trained = trained_in_parts(world, architecture, cells, part, None if out is None else Path(out), keyed)
             population, dropped = _split(plan, *_sound(trained))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from tape_cases import WIDTH, Between, check, kinds_of_calls, population
+from tape_cases import WIDTH, Between, check, check_without_islands, kinds_of_calls, population
 from torch import Tensor, nn
 
 from wslfast.kernels.stacked.tape import Island
@@ -76,10 +76,7 @@ CASES |= {
 
 @pytest.mark.parametrize("name", list(CASES))
 def test_values_and_gradients_without_an_island(name: str) -> None:
-    run, shape = CASES[name]
-    make = lambda: Between(run, shape)  # noqa: E731
-    check(make)
-    assert Island not in kinds_of_calls(population(make)[0])
+    check_without_islands(*CASES[name])
 
 
 ISLANDS = {

@@ -6,10 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tape_cases import WIDTH, Between, check, kinds_of_calls, population
+from tape_cases import WIDTH, check, check_without_islands
 from torch import Tensor, nn
-
-from wslfast.kernels.stacked.tape import Island
 
 CASES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[int, ...]]] = {
     "where of both": (lambda x, w: torch.where(x > 0, x * w, (x * w).sin()), (WIDTH,)),
@@ -28,10 +26,7 @@ CASES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[int, ...]]] = {
 
 @pytest.mark.parametrize("name", list(CASES))
 def test_values_and_gradients_without_an_island(name: str) -> None:
-    run, shape = CASES[name]
-    make = lambda: Between(run, shape)  # noqa: E731
-    check(make)
-    assert Island not in kinds_of_calls(population(make)[0])
+    check_without_islands(*CASES[name])
 
 
 def test_images_among_the_channels() -> None:

@@ -222,10 +222,9 @@ def of_trials(
         except WslfastError:
             yield checkpoint  # read once more where what is wrong with it is noted
             continue
-        try:
-            state, architecture = _chosen(state, networks, properties.get("network"))
-        except WslfastError as error:
-            skips.add(checkpoint.where, "another architecture", str(error))
+        state, architecture, reason = _of(state, networks, properties)
+        if reason:
+            skips.add(checkpoint.where, "another architecture", reason)
             continue
         yield replace(checkpoint, read=held(state), architecture=architecture)
     table.unused(used, source, skips)
